@@ -1,0 +1,1 @@
+"""What the data is: records, readers, batches and the multi-task schedule. Imports nothing of the project's other packages."""

@@ -1,0 +1,33 @@
+"""The round-robin combination of several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datamodules.records import UserError
+from datamodules.tasks import BatchOptions, ContrastiveDataModule, TaskDataModule
+
+
+class MultiTaskDataModule(ContrastiveDataModule):
+    """Several tasks that take turns, one task a step (datamodules/sampler.py).
+
+    options: of the batches, for all tasks.
+    """
+
+    def __init__(self, tasks: Sequence[TaskDataModule], options: BatchOptions | None = None, tokenizer=None):
+        super().__init__()
+        if not tasks:
+            raise UserError("a multi-task data module needs at least one task")
+        names = [task.task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"each task may be named once, got {', '.join(names)}")
+        self._tasks = tuple(tasks)
+        self.options, self.tokenizer = options or BatchOptions(), tokenizer
+
+    @property
+    def tasks(self) -> Sequence[TaskDataModule]:
+        return self._tasks
+
+    def setup(self, stage: str | None = None) -> None:
+        for task in self.tasks:
+            task.setup(stage)

@@ -1,0 +1,161 @@
+"""The vocabulary of the data: what a document, an example, a task, a batch and a benchmark are.
+
+The words are those of TREC and BEIR. A label is a document (its name is the title, its definition the text) and so is a
+query (its words are the text), so that one encoder and one path serve all tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something the user can mend, told in the user's words. Entry points print it without a traceback."""
+
+
+Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; above 0 is relevant
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A paper (title, abstract), a label (name, definition) or a query (no title)."""
+
+    id: str
+    title: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What one query teaches, by rows of its task's document table.
+
+    grades: of the positives, in their order; a positive is drawn in proportion to its grade.
+    not_negatives: rows that must not serve as its negatives: its positives, and the query itself where it is a document.
+    """
+
+    query: int
+    positives: tuple[int, ...]
+    grades: tuple[int, ...]
+    hard_negatives: tuple[int, ...]
+    not_negatives: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task of the encoder: its name, the expert that serves it and its instruction (paper, table 1)."""
+
+    name: str
+    expert: str
+    instruction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A corpus with queries and judgements, as a reader gives it.
+
+    qrels: split ("train", "dev", "test") -> judgements. A grade of 0 says "judged and not relevant": in the train split
+    it is a hard negative.
+    """
+
+    corpus: Mapping[str, Document]
+    queries: Mapping[str, Document]
+    qrels: Mapping[str, Qrels]
+
+    def fingerprint(self) -> str:
+        """Of all texts and judgements: equal for equal data, on any machine."""
+        digest = hashlib.blake2b(digest_size=8)
+        for documents in (self.corpus, self.queries):
+            for document in documents.values():
+                digest.update(repr((document.id, document.title, document.text)).encode())
+        digest.update(repr({split: dict(qrels) for split, qrels in self.qrels.items()}).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One split of a collection, to be ranked by one task's expert.
+
+    exclude_query: leave the document with the query's own id out of its ranking (papers that are queries and corpus).
+    """
+
+    name: str
+    task: str
+    split: str
+    corpus: Mapping[str, Document]
+    queries: Mapping[str, Document]
+    qrels: Qrels
+    exclude_query: bool = False
+
+
+@dataclass
+class Tokens:
+    """A chunk of texts of similar length. input_ids, attention_mask: (b, L) int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
+        return Tokens(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Tokens:
+        return Tokens(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
+
+
+@dataclass
+class ContrastiveBatch:
+    """B queries of one task with the documents that they are compared with, each distinct text once.
+
+    The U distinct texts lie in chunks, shortest first; their embeddings, one chunk after the other, make (U, D).
+
+    step             the position of the batch in the schedule
+    task             the task of all its queries
+    seed             of the step's dropout on this rank
+    fingerprint      of the ids in the batch: equal for equal batches, on any machine
+    chunks           U texts
+    queries          (B,)   row of each query among the U texts
+    documents        (M,)   row of each document among the U texts
+    document_ids     (M,)   identity of each document, the same on every rank
+    positives        (B,)   index among the M documents of the sampled positive
+    known_positives  (B, K) identities that are no negatives of the query: all its positives, and itself where queries
+                            are documents too; padded with -1
+    """
+
+    step: int
+    task: str
+    seed: int
+    fingerprint: str
+    chunks: tuple[Tokens, ...]
+    queries: Tensor
+    documents: Tensor
+    document_ids: Tensor
+    positives: Tensor
+    known_positives: Tensor
+
+    TENSORS = ("queries", "documents", "document_ids", "positives", "known_positives")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ContrastiveBatch:
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move) -> ContrastiveBatch:
+        moved = {name: move(getattr(self, name)) for name in self.TENSORS}
+        chunks = tuple(move(chunk) for chunk in self.chunks)
+        return ContrastiveBatch(self.step, self.task, self.seed, self.fingerprint, chunks, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding in all texts."""
+        return int(sum(int(chunk.attention_mask.sum()) for chunk in self.chunks))

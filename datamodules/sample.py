@@ -1,0 +1,279 @@
+"""The embedded corpus: a small synthetic science with all three tasks, made in a few seconds from a seed.
+
+Every paper has four facets, and each task looks at another pair of them:
+
+    facet       e.g. (written in invented words)       classification   link prediction   search
+    subfield    what the paper is about                      x                x
+    aspect      which side of it is studied                  x                              x
+    method      how it is studied                                             x
+    material    what it is studied on                                                       x
+
+* The topic tree has fields, their subfields, and topics (a subfield under an aspect): the labels. A paper carries its
+  topic with all ancestors, some papers two topics.
+* A paper cites the latest earlier papers with its subfield and method, and a few others of its subfield.
+* A search query names a material and an aspect. Papers with both have grade 2, with the material alone grade 1.
+
+A shared embedding must serve all pairs at once: for link prediction the material and the aspect are noise, for search
+the subfield and the method. So the tasks pull apart, and an encoder that specialises has something to gain.
+
+Words alone do not solve it. Each facet value has a lexicon of unrelated terms, whose use drifts with the years; label
+definitions and queries prefer other terms than papers do. And every paper mentions foreign facet values, in sentences
+that say what it is not about.
+
+In the train split, grade 0 marks hard negatives by the paper's rules (section 3.4): labels of cited papers, papers
+cited by cited papers, and papers shown but not clicked (right aspect, wrong material).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+from datamodules.records import Collection, Document
+
+NUM_FIELDS, SUBFIELDS_PER_FIELD, TOPICS_PER_SUBFIELD = 12, 5, 4
+NUM_ASPECTS, NUM_METHODS, NUM_MATERIALS = 24, 40, 80
+METHODS_PER_FIELD, ASPECTS_PER_MATERIAL = 8, 6
+FIRST_YEAR, LAST_YEAR = 1990, 2019
+
+TITLES = (
+    "{aspect} of {material} in {subfield}",
+    "{subfield} {aspect} by {method}",
+    "a {method} approach to {subfield} {aspect}",
+    "{method} for the {aspect} of {material}",
+    "on {material} and the {aspect} of {subfield}",
+)
+SENTENCES = {
+    "subfield": ("a study in {}", "results for {}", "open questions of {}"),
+    "aspect": ("focus on {}", "we find clear {}", "a model of {}"),
+    "method": ("measured by {}", "data from {}", "we use {}"),
+    "material": ("samples of {}", "made with {}", "tests on {}"),
+    "other": ("unlike {}", "not for {}", "in contrast to {}"),
+}
+QUERIES = ("{material} {aspect}", "{aspect} of {material}", "papers on {aspect} in {material}")
+DEFINITION = "a topic that deals with {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    document: Document
+    year: int
+    subfield: int
+    aspect: int
+    method: int
+    material: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Science:
+    """The generated world; each task's collection is one view of it."""
+
+    papers: tuple[Paper, ...]
+    labels: dict[str, Document]
+    citations: dict[str, tuple[str, ...]]
+    queries: dict[str, tuple[Document, int, int]]  # id -> query, material, aspect
+
+
+class Lexicon:
+    """Terms of every facet value: eight invented words each, no two alike.
+
+    Papers use the first six, older papers the earlier ones; queries and definitions use the last four.
+    """
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.used: set[str] = set()
+        self.terms: dict[tuple[str, int], list[str]] = {}
+        endings = {"field": "ology", "subfield": "ics", "aspect": "ion", "method": "metry", "material": "ite"}
+        counts = {
+            "field": NUM_FIELDS,
+            "subfield": NUM_FIELDS * SUBFIELDS_PER_FIELD,
+            "aspect": NUM_ASPECTS,
+            "method": NUM_METHODS,
+            "material": NUM_MATERIALS,
+        }
+        for facet, count in counts.items():
+            for value in range(count):
+                self.terms[facet, value] = [self._word(endings[facet]) for _ in range(8)]
+
+    def _word(self, ending: str) -> str:
+        while True:
+            syllables = [self.rng.choice("bcdfglmnprstvz") + self.rng.choice("aeiou") for _ in range(3)]
+            word = "".join(syllables) + self.rng.choice("lmnrst") + ending
+            if word not in self.used:
+                self.used.add(word)
+                return word
+
+    def in_paper(self, facet: str, value: int, year: int) -> str:
+        """A term as an author of that year would choose it."""
+        era = 5 * (year - FIRST_YEAR) / (LAST_YEAR - FIRST_YEAR)
+        return self.terms[facet, value][min(5, max(0, round(self.rng.gauss(era, 1.0))))]
+
+    def outside(self, facet: str, value: int) -> str:
+        """A term as librarians and searchers choose it."""
+        return self.rng.choice(self.terms[facet, value][4:])
+
+
+def split_of(key: str, seed: int) -> str:
+    """train (80 %), dev (10 %) or test (10 %), by the key alone."""
+    draw = random.Random(f"{seed}/{key}").random()
+    return "train" if draw < 0.8 else "dev" if draw < 0.9 else "test"
+
+
+@functools.lru_cache(maxsize=2)
+def science(seed: int, num_papers: int) -> Science:
+    """The synthetic science of a seed: the same on every machine, another one for another seed."""
+    rng = random.Random(seed)
+    lexicon = Lexicon(rng)
+    num_subfields = NUM_FIELDS * SUBFIELDS_PER_FIELD
+    aspects = [rng.sample(range(NUM_ASPECTS), TOPICS_PER_SUBFIELD) for _ in range(num_subfields)]
+    methods = [rng.sample(range(NUM_METHODS), METHODS_PER_FIELD) for _ in range(NUM_FIELDS)]
+    materials: dict[int, list[int]] = defaultdict(list)  # aspect -> materials studied under it
+    for material in range(NUM_MATERIALS):
+        for aspect in rng.sample(range(NUM_ASPECTS), ASPECTS_PER_MATERIAL):
+            materials[aspect].append(material)
+
+    labels = _labels(lexicon, aspects)
+    papers = []
+    for number in range(num_papers):
+        year = rng.randint(FIRST_YEAR, LAST_YEAR)
+        subfield = rng.randrange(num_subfields)
+        aspect = rng.choice(aspects[subfield])
+        method = rng.choice(methods[subfield // SUBFIELDS_PER_FIELD])
+        material = rng.choice(materials[aspect] or range(NUM_MATERIALS))
+        second = rng.choice(aspects[subfield]) if rng.random() < 0.25 else aspect
+        facets = {"subfield": subfield, "aspect": aspect, "method": method, "material": material}
+        document = _paper(f"paper{number:05d}", lexicon, facets, second, year)
+        labelled = _label_ids(subfield, aspect) | _label_ids(subfield, second)
+        papers.append(Paper(document, year, **facets, labels=tuple(sorted(labelled))))
+    return Science(tuple(papers), labels, _citations(papers, rng), _queries(papers, lexicon))
+
+
+def _labels(lexicon: Lexicon, aspects: list[list[int]]) -> dict[str, Document]:
+    """Fields, subfields and topics, each with a name and a definition in the terms of librarians."""
+    labels = {}
+
+    def add(label: str, *facets: tuple[str, int]) -> None:
+        name = " ".join(lexicon.outside(*facet) for facet in facets)
+        words = [lexicon.outside(*facet) for facet in facets for _ in range(2)]
+        labels[label] = Document(label, name, DEFINITION.format(" and ".join(words)))
+
+    for field in range(NUM_FIELDS):
+        add(f"field{field}", ("field", field))
+    for subfield, its_aspects in enumerate(aspects):
+        field = subfield // SUBFIELDS_PER_FIELD
+        add(f"subfield{subfield}", ("subfield", subfield), ("field", field))
+        for aspect in its_aspects:
+            add(f"topic{subfield}.{aspect}", ("subfield", subfield), ("aspect", aspect))
+    return labels
+
+
+def _label_ids(subfield: int, aspect: int) -> set[str]:
+    return {f"field{subfield // SUBFIELDS_PER_FIELD}", f"subfield{subfield}", f"topic{subfield}.{aspect}"}
+
+
+def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: int, year: int) -> Document:
+    rng = lexicon.rng
+    words = {facet: lexicon.in_paper(facet, value, year) for facet, value in facets.items()}
+    sentences = []
+    for facet, value in facets.items():
+        sentences.append(rng.choice(SENTENCES[facet]).format(lexicon.in_paper(facet, value, year)))
+    if second_aspect != facets["aspect"]:
+        sentences.append(rng.choice(SENTENCES["aspect"]).format(lexicon.in_paper("aspect", second_aspect, year)))
+    for facet, count in (("subfield", NUM_FIELDS * SUBFIELDS_PER_FIELD), ("material", NUM_MATERIALS)):
+        other = rng.randrange(count)
+        if other != facets[facet]:
+            sentences.append(rng.choice(SENTENCES["other"]).format(lexicon.in_paper(facet, other, year)))
+    rng.shuffle(sentences)
+    return Document(paper, rng.choice(TITLES).format(**words), ". ".join(sentences) + ".")
+
+
+def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
+    """Up to five latest earlier papers of the same subfield and method, most of them, and now and then another."""
+    by_subfield: dict[int, list[Paper]] = defaultdict(list)
+    cited: dict[str, tuple[str, ...]] = {}
+    for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):
+        earlier = [p for p in by_subfield[paper.subfield] if p.year < paper.year]
+        close = [p for p in earlier if p.method == paper.method][-5:]
+        chosen = {p.document.id for p in close if rng.random() < 0.9}
+        if earlier and rng.random() < 0.3:
+            chosen.add(rng.choice(earlier[-20:]).document.id)
+        by_subfield[paper.subfield].append(paper)
+        if chosen:
+            cited[paper.document.id] = tuple(sorted(chosen))
+    return cited
+
+
+def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, tuple[Document, int, int]]:
+    """Three queries for each pair of material and aspect that some paper studies."""
+    queries = {}
+    for material, aspect in sorted({(p.material, p.aspect) for p in papers}):
+        for number in range(3):
+            words = {"material": lexicon.outside("material", material), "aspect": lexicon.outside("aspect", aspect)}
+            key = f"query{material}.{aspect}.{number}"
+            text = lexicon.rng.choice(QUERIES).format(**words)
+            queries[key] = (Document(key, "", text), material, aspect)
+    return queries
+
+
+class SampleReader:
+    """One of the three collections of the synthetic science.
+
+    view: "topics" (classification), "citations" (link prediction) or "searches" (search).
+    """
+
+    VIEWS = ("topics", "citations", "searches")
+
+    def __init__(self, view: str, num_papers: int = 5000, seed: int = 0):
+        if view not in self.VIEWS:
+            raise ValueError(f"view: got {view!r}, allowed are {', '.join(self.VIEWS)}")
+        if num_papers < 500:
+            raise ValueError(f"num_papers: got {num_papers}, allowed is 500 or more (fewer leave topics empty)")
+        self.view, self.num_papers, self.seed = view, num_papers, seed
+
+    def read(self) -> Collection:
+        world = science(self.seed, self.num_papers)
+        papers = {paper.document.id: paper.document for paper in world.papers}
+        corpus, queries, judged = {
+            "topics": self._topics,
+            "citations": self._citations,
+            "searches": self._searches,
+        }[self.view](world, papers)
+        qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
+        for query, grades in judged.items():
+            # All three queries of a material and an aspect fall into one split.
+            split = split_of(query.rsplit(".", 1)[0], self.seed)
+            qrels[split][query] = grades if split == "train" else {d: g for d, g in grades.items() if g > 0}
+        return Collection(corpus, queries, qrels)
+
+    def _topics(self, world: Science, papers):
+        labels_of = {paper.document.id: paper.labels for paper in world.papers}
+        judged = {}
+        for paper, labels in labels_of.items():
+            of_cited = {label for cited in world.citations.get(paper, ()) for label in labels_of[cited]}
+            judged[paper] = {label: 0 for label in sorted(of_cited - set(labels))} | {label: 1 for label in labels}
+        return world.labels, papers, judged
+
+    def _citations(self, world: Science, papers):
+        judged = {}
+        for paper, cited in world.citations.items():
+            second = {far for near in cited for far in world.citations.get(near, ())} - set(cited) - {paper}
+            judged[paper] = {far: 0 for far in sorted(second)} | {near: 1 for near in cited}
+        return papers, {paper: papers[paper] for paper in judged}, judged
+
+    def _searches(self, world: Science, papers):
+        by_material, by_aspect = defaultdict(list), defaultdict(list)
+        for paper in world.papers:
+            by_material[paper.material].append(paper)
+            by_aspect[paper.aspect].append(paper)
+        judged = {}
+        for key, (_, material, aspect) in world.queries.items():
+            shown = [p for p in by_aspect[aspect] if p.material != material]
+            shown = random.Random(f"{self.seed}/{key}").sample(shown, min(10, len(shown)))
+            grades = {p.document.id: 0 for p in shown}
+            grades |= {p.document.id: 1 + (p.aspect == aspect) for p in by_material[material]}
+            judged[key] = grades
+        return papers, {key: query for key, (query, _, _) in world.queries.items()}, judged

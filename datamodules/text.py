@@ -1,0 +1,57 @@
+"""The only place where title, separator and text become the input of an encoder (paper, section 3.1).
+
+    paper   title [SEP] abstract
+    label   name [SEP] definition
+    query   query
+
+The tokenizer adds the outer [CLS] and [SEP]. Token types stay 0, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from datamodules.records import Document, Tokens
+
+
+def input_text(document: Document, separator: str) -> str:
+    """The text of a document with the tokenizer's separator between title and text.
+
+    A query in several segments has tabs or a literal "[SEP]" between them: both become the separator.
+    """
+    title, text = document.title.strip(), document.text.strip()
+    if not title:
+        text = text.replace("\t", f" {separator} ").replace("[SEP]", separator)
+    return f" {separator} ".join(part for part in (title, text) if part)
+
+
+def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
+    """Token ids of each text with special tokens, cut at max_length tokens, not padded."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+
+
+def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices of the texts, shortest first, in chunks whose padded size (texts x longest) is at most token_budget.
+
+    A text longer than the budget is a chunk of its own. Sorting is stable: equal lengths keep their order.
+    """
+    chunk: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and (len(chunk) + 1) * lengths[index] > token_budget:
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
+def pad(sequences: Iterable[list[int]], pad_id: int) -> Tokens:
+    """Token ids of b texts as (b, L) tensors, L the longest of them."""
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Tokens(input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long())
