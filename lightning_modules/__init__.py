@@ -1,0 +1,1 @@
+"""What is learned and measured: encoders, objective, training module, retrieval and metrics."""

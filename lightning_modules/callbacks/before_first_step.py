@@ -1,0 +1,22 @@
+"""Something to do with the encoder before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.base import Encoder
+
+
+class BeforeFirstStep(L.Callback):
+    """Calls a function with the encoder when training starts, on every rank; not when it is resumed."""
+
+    def __init__(self, function: Callable[[Encoder], None]):
+        self.function = function
+
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        if trainer.global_step == 0:
+            with trainer.precision_plugin.forward_context():
+                self.function(module.encoder)

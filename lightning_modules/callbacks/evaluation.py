@@ -1,0 +1,71 @@
+"""Retrieval on the dev splits during training, and the best checkpoint by it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from datamodules.records import Benchmark
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.retrieval import depth, measure, rank_benchmark
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation(L.Callback):
+    """Ranks all benchmarks every n optimizer steps and after the last; saves the best checkpoint.
+
+    The best is that with the highest mean over benchmarks of the first metric.
+    """
+
+    def __init__(
+        self, benchmarks: Sequence[Benchmark], metrics: Sequence[str], every_n_steps: int, token_budget: int, path: Path
+    ):
+        self.benchmarks, self.metrics = list(benchmarks), list(metrics)
+        self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
+        self.best, self.best_step, self.evaluated_at = float("-inf"), 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.evaluated_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps
+        if due and step > self.evaluated_at and self.benchmarks:
+            self.evaluated_at = step
+            self._evaluate(trainer, module, step)
+
+    def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
+        values: dict[str, float] = {}
+        with trainer.precision_plugin.forward_context():
+            for benchmark in self.benchmarks:
+                run = rank_benchmark(
+                    module.encoder,
+                    benchmark,
+                    depth(self.metrics),
+                    similarity=module.similarity,
+                    token_budget=self.token_budget,
+                )
+                for name, value in measure(run, benchmark, self.metrics, module.device).items():
+                    values[f"val/{benchmark.name}/{name}"] = value
+        first = self.metrics[0]
+        mean = sum(values[f"val/{b.name}/{first}"] for b in self.benchmarks) / len(self.benchmarks)
+        values[f"val/mean/{first}"] = mean
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        if trainer.is_global_zero:
+            parts = "  ".join(f"{b.name} {values[f'val/{b.name}/{first}']:.4f}" for b in self.benchmarks)
+            log.info("step %d/%d  dev %s: %s  mean %.4f", step, trainer.max_steps, first, parts, mean)
+        if mean > self.best:
+            self.best, self.best_step = mean, step
+            trainer.save_checkpoint(self.path)

@@ -1,0 +1,84 @@
+"""Curves and lines of training: each task's means over the last steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from datamodules.records import ContrastiveBatch
+from lightning_modules.distributed import world_size
+
+log = logging.getLogger(__name__)
+
+
+class TrainingLog(L.Callback):
+    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself.
+
+    Tasks take turns, so the values of one step alone would show one task, or with an unlucky n always the same.
+
+    plain: also print a line, for logs in which a progress bar is of no use.
+    """
+
+    def __init__(self, every_n_steps: int, plain: bool):
+        self.every_n_steps, self.plain = every_n_steps, plain
+        self._clear()
+
+    def _clear(self) -> None:
+        # task -> name -> sum, and the number of batches under "count"
+        self.sums: dict[str, dict[str, torch.Tensor | float]] = defaultdict(lambda: defaultdict(float))
+        self.tokens, self.started, self.first_step = 0, time.perf_counter(), -1
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clear()
+        self.logged_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
+    ) -> None:
+        sums = self.sums[batch.task]
+        sums["count"] += 1.0
+        for name in ("loss", "accuracy"):
+            sums[name] += outputs[name].detach()
+        self.tokens += batch.num_tokens
+        step = trainer.global_step
+        if step > self.logged_at and step % self.every_n_steps == 0:
+            self.logged_at = step
+            self._log(trainer, batch, step)
+            self._clear()
+
+    def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
+        tasks = sorted(self.sums)  # the same on every rank
+        table = torch.tensor([[float(self.sums[t][n]) for n in ("count", "loss", "accuracy")] for t in tasks])
+        table = torch.cat([table.flatten(), torch.tensor([float(self.tokens)])]).to(trainer.strategy.root_device)
+        if world_size() > 1:
+            dist.all_reduce(table)
+        means = table[:-1].view(-1, 3).cpu()
+        seconds = time.perf_counter() - self.started
+        # Lightning counts loss for accumulation: it is divided there, and multiplied here again.
+        scale = trainer.accumulate_grad_batches
+        values: dict[str, Any] = {}
+        for task, (count, loss, accuracy) in zip(tasks, means.tolist(), strict=True):
+            values[f"train/{task}/loss"] = scale * loss / count
+            values[f"train/{task}/accuracy"] = accuracy / count
+        values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        values["train/tokens_per_second"] = float(table[-1]) / seconds
+        values["train/batch"] = batch.fingerprint
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        if self.plain and trainer.is_global_zero:
+            losses = "  ".join(f"{task} {values[f'train/{task}/loss']:.3f}" for task in tasks)
+            rate = values["train/tokens_per_second"]
+            log.info(
+                "step %d/%d  loss: %s  lr %.1e  %.0f tokens/s",
+                step,
+                trainer.max_steps,
+                losses,
+                values["train/lr"],
+                rate,
+            )

@@ -1,0 +1,69 @@
+"""Contrastive training of an encoder on batches of one task at a time."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from datamodules.records import ContrastiveBatch
+from lightning_modules.distributed import gather_documents
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.checkpoints import describe
+from lightning_modules.losses import info_nce, known_positive_mask, mask_scores, similarity_scores
+from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
+
+
+class ContrastiveModule(L.LightningModule):
+    """InfoNCE over in-batch and hard negatives of all ranks (paper, section 3.4).
+
+    similarity: "dot" or "cosine". temperature: divides the scores; the paper's is 1, with dot. total_steps: optimizer
+    steps of the schedule.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        similarity: str = "dot",
+        temperature: float = 1.0,
+        mask_known_positives: bool = True,
+        optim: OptimOptions | None = None,
+        total_steps: int = 1000,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.similarity, self.temperature = similarity, temperature
+        self.mask_known_positives = mask_known_positives
+        self.optim, self.total_steps = optim or OptimOptions(), total_steps
+
+    def embed(self, batch: ContrastiveBatch) -> Tensor:
+        """Vectors (U, D) of the batch's distinct texts, in the order of its chunks."""
+        return torch.cat([self.encoder(c.input_ids, c.attention_mask, batch.task) for c in batch.chunks])
+
+    def training_step(self, batch: ContrastiveBatch, batch_idx: int) -> dict[str, Tensor]:
+        # Dropout depends on the step alone: a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(batch.seed)
+        vectors = self.embed(batch)
+        queries, documents = vectors[batch.queries], vectors[batch.documents]  # (B, D), (M, D)
+        documents, document_ids, offset = gather_documents(documents, batch.document_ids)
+        with torch.autocast(self.device.type, enabled=False):
+            scores = similarity_scores(queries, documents, self.similarity)
+            positives = batch.positives + offset
+            if self.mask_known_positives:
+                scores = mask_scores(scores, positives, known_positive_mask(batch.known_positives, document_ids))
+            loss = info_nce(scores, positives, self.temperature)
+        return {"loss": loss, "accuracy": (scores.detach().argmax(1) == positives).float().mean()}
+
+    def configure_optimizers(self):
+        options = self.optim
+        groups = parameter_groups(self.encoder, options, len(self.encoder.backbone.encoder.layer))
+        optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(options.warmup, self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A checkpoint holds all that is needed to build its encoder: kind, arguments, backbone, tokenizer."""
+        checkpoint["encoder"] = describe(self.encoder)

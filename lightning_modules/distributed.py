@@ -1,0 +1,53 @@
+"""What ranks exchange. On one process every function gives its input back."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def _counts(rows: Tensor) -> list[int]:
+    """The number of rows on every rank."""
+    counts = torch.empty(world_size(), dtype=torch.int64, device=rows.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
+    return counts.tolist()
+
+
+def _pad(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows (n, ...) of all ranks, in the order of ranks, without gradient; n may differ between ranks."""
+    if world_size() == 1:
+        return rows
+    counts = _counts(rows)
+    padded = _pad(rows, max(counts)).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_documents(documents: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Documents of all ranks with gradients, and their ids.
+
+    documents: (m, D), document_ids: (m,) on this rank. Returns (M, D), (M,) and where this rank's own begin.
+    Each rank's loss is the mean over its own queries; DDP's mean over ranks then makes the gradient that of one process
+    with the whole batch.
+    """
+    if world_size() == 1:
+        return documents, document_ids, 0
+    counts = _counts(documents)
+    parts = all_gather_with_gradient(_pad(documents, max(counts)))
+    gathered = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return gathered, gather_rows(document_ids), sum(counts[: rank()])

@@ -1,0 +1,156 @@
+"""Mixture of Experts: sub-layers specialised by task (paper, section 3.2).
+
+    MHAExpert   expert = query, key, value and output projections of attention; LayerNorm shared
+    FFNExpert   expert = both projections of the feed-forward sub-layer, and its LayerNorm
+
+Routing is a table look-up: the task names its expert, and only that expert is computed. Experts begin as copies of the
+backbone's own sub-layer, so at initialisation the encoder equals the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from datamodules.records import UserError
+from lightning_modules.encoders.base import Encoder, attend
+
+RULES = "mod2, mod3, ... (every second, third, ...), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
+
+
+def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
+    """Layers, counted from 0, that hold experts.
+
+    "modK": every K-th layer, the last of each K. "ge6mod3" and "le7mod3" are the reference's further rules, for twelve
+    layers 5, 8, 11 and 0, 3, 6. "lastK": the last K. "all". Or a list of layers.
+
+    Raises UserError for another rule, and for one that no layer fits.
+    """
+    if isinstance(rule, str):
+        every, last = re.fullmatch(r"mod([1-9]\d*)", rule), re.fullmatch(r"last([1-9]\d*)", rule)
+        if every:
+            layers = [i for i in range(num_layers) if (i + 1) % int(every[1]) == 0]
+        elif last:
+            layers = [i for i in range(num_layers) if i >= num_layers - int(last[1])]
+        elif rule in ("all", "ge6mod3", "le7mod3"):
+            fits = {
+                "all": lambda i: True,
+                "ge6mod3": lambda i: i + 1 >= 6 and (i + 1) % 3 == 0,
+                "le7mod3": lambda i: i + 1 <= 7 and i % 3 == 0,
+            }[rule]
+            layers = [i for i in range(num_layers) if fits(i)]
+        else:
+            raise UserError(f"layers: got {rule!r}, allowed are {RULES}")
+    else:
+        layers = sorted(set(rule))
+        wrong = [i for i in layers if not 0 <= i < num_layers]
+        if wrong:
+            raise UserError(f"layers: got {wrong}, but the backbone has layers 0 to {num_layers - 1}")
+    if not layers:
+        raise UserError(f"layers: {rule!r} leaves no expert layer in a backbone of {num_layers} layers")
+    return layers
+
+
+class AttentionExperts(nn.Module):
+    """An attention sub-layer with its projections once for each expert."""
+
+    def __init__(self, attention: nn.Module, experts: Sequence[str]):
+        super().__init__()
+        self.LayerNorm, self.dropout = attention.output.LayerNorm, attention.output.dropout
+        self.experts = nn.ModuleDict(
+            {
+                name: nn.ModuleDict(
+                    {"self": copy.deepcopy(attention.self), "dense": copy.deepcopy(attention.output.dense)}
+                )
+                for name in experts
+            }
+        )
+
+    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor, expert: str) -> Tensor:
+        chosen = self.experts[expert]
+        attended = attend(chosen["self"], hidden, context, mask)
+        return self.LayerNorm(self.dropout(chosen["dense"](attended)) + hidden)
+
+
+class FeedForwardExperts(nn.Module):
+    """A feed-forward sub-layer once for each expert."""
+
+    def __init__(self, layer: nn.Module, experts: Sequence[str]):
+        super().__init__()
+        self.experts = nn.ModuleDict(
+            {
+                name: nn.ModuleDict(
+                    {"intermediate": copy.deepcopy(layer.intermediate), "output": copy.deepcopy(layer.output)}
+                )
+                for name in experts
+            }
+        )
+
+    def forward(self, hidden: Tensor, expert: str) -> Tensor:
+        chosen = self.experts[expert]
+        return chosen["output"](chosen["intermediate"](hidden), hidden)
+
+
+class ExpertLayer(nn.Module):
+    """A backbone's layer with experts in its attention, its feed-forward sub-layer, or both."""
+
+    def __init__(self, layer: nn.Module, experts: Sequence[str], attention: bool, ffn: bool):
+        super().__init__()
+        self.has_attention_experts, self.has_ffn_experts = attention, ffn
+        self.attention = AttentionExperts(layer.attention, experts) if attention else layer.attention
+        if ffn:
+            self.feed_forward = FeedForwardExperts(layer, experts)
+        else:
+            self.intermediate, self.output = layer.intermediate, layer.output
+
+    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor, expert: str) -> Tensor:
+        if self.has_attention_experts:
+            hidden = self.attention(hidden, context, mask, expert)
+        else:
+            hidden = self.attention.output(attend(self.attention.self, hidden, context, mask), hidden)
+        if self.has_ffn_experts:
+            return self.feed_forward(hidden, expert)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class MoEEncoder(Encoder):
+    """An encoder whose expert layers are specialised by task.
+
+    attention, ffn: which sub-layers hold experts (the paper's MHAExpert and FFNExpert; both is allowed). layers: rule or
+    list, see expert_layers; the paper's is "mod2". Further arguments as in Encoder.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer,
+        tasks: Mapping[str, str],
+        attention: bool = True,
+        ffn: bool = False,
+        layers: str | list[int] = "mod2",
+        pooling: str = "cls",
+        normalize: bool = False,
+        max_length: int = 256,
+    ):
+        super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
+        if not (attention or ffn):
+            raise UserError("an MoE encoder needs experts in attention, ffn or both (use SharedEncoder for neither)")
+        self.attention, self.ffn, self.layers = attention, ffn, layers
+        self.experts = tuple(dict.fromkeys(self.tasks.values()))
+        stack = backbone.encoder.layer
+        for i in expert_layers(layers, len(stack)):
+            stack[i] = ExpertLayer(stack[i], self.experts, attention, ffn)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        layers = self.layers if isinstance(self.layers, str) else list(self.layers)
+        return super().config | {"attention": self.attention, "ffn": self.ffn, "layers": layers}
+
+    def layer(self, layer: nn.Module, hidden: Tensor, context: Tensor, mask: Tensor, expert: str) -> Tensor:
+        if isinstance(layer, ExpertLayer):
+            return layer(hidden, context, mask, expert)
+        return super().layer(layer, hidden, context, mask, expert)

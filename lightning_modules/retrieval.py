@@ -1,0 +1,138 @@
+"""From a benchmark to a run: corpus and queries to vectors, exact top-k, and BM25 as the baseline without vectors.
+
+With several ranks each embeds its share of the corpus and ranks its share of the queries.
+
+Shapes: Q queries, M documents, D dimensions, k documents a query.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.records import Benchmark, Document, UserError
+from datamodules.text import input_text
+from lightning_modules.distributed import gather_rows, rank, world_size
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.metrics import MeanOverQueries, Run, judge, parse_metric, sorted_run
+
+log = logging.getLogger(__name__)
+Advance = Callable[[int], None]
+
+
+def top_k(queries: Tensor, documents: Tensor, k: int, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Exact k best documents of each query by dot product, best first: indices (Q, k) int64 and scores (Q, k).
+
+    queries: (Q, D), documents: (M, D), both float32. k is cut to M. FAISS is used where it is installed, else torch.
+    """
+    k = min(k, len(documents))
+    try:
+        import faiss
+    except ImportError:
+        parts = [(block @ documents.T).topk(k) for block in queries.split(chunk)]
+        indices, scores = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+        return indices.numpy(), scores.numpy()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    scores, indices = faiss.knn(queries.numpy(), documents.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return indices, scores
+
+
+def drop_own(indices: np.ndarray, scores: np.ndarray, own: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rankings (Q, k + 1) without document own[q] in row q, or, where it is not there, without the last: (Q, k)."""
+    hit = indices == np.asarray(own)[:, None]
+    hit[~hit.any(1), -1] = True
+    shape = (len(indices), indices.shape[1] - 1)
+    return indices[~hit].reshape(shape), scores[~hit].reshape(shape)
+
+
+def rank_benchmark(
+    encoder: Encoder,
+    benchmark: Benchmark,
+    k: int,
+    *,
+    similarity: str = "dot",
+    token_budget: int = 16384,
+    advance: Advance | None = None,
+) -> Run:
+    """This rank's share of a benchmark's run: queries rank, rank + world size, ...
+
+    k: documents kept for each query. similarity: "dot" or "cosine".
+    """
+    size, mine = world_size(), rank()
+
+    def vectors(documents: Iterable[Document]) -> Tensor:
+        encoded = encoder.encode(list(documents), benchmark.task, token_budget=token_budget, advance=advance)
+        return torch.nn.functional.normalize(encoded, dim=-1) if similarity == "cosine" else encoded
+
+    names, corpus = list(benchmark.corpus), list(benchmark.corpus.values())
+    # Round-robin shares, so that ranks get texts of similar length; gathered, they are sorted back.
+    gathered = gather_rows(vectors(corpus[mine::size]).to(encoder.device)).cpu()
+    order = torch.cat([torch.arange(r, len(corpus), size) for r in range(size)])
+    documents = torch.empty_like(gathered)
+    documents[order] = gathered
+
+    ids = list(benchmark.queries)[mine::size]
+    queries = vectors(benchmark.queries[query] for query in ids)
+    if not torch.isfinite(documents).all() or not torch.isfinite(queries).all():
+        raise UserError(f"{benchmark.name}: the encoder gives vectors that are not finite (training diverged?)")
+    indices, scores = top_k(queries, documents, k + benchmark.exclude_query)
+    if benchmark.exclude_query:
+        place = {name: i for i, name in enumerate(names)}
+        indices, scores = drop_own(indices, scores, [place.get(query, -1) for query in ids])
+    return sorted_run(ids, names, indices, scores)
+
+
+def bm25_run(benchmark: Benchmark, k: int) -> Run:
+    """This rank's share of the BM25 ranking (bm25s, Lucene's form, English stop words).
+
+    Documents that share no word with the query are not retrieved.
+    """
+    import bm25s
+
+    def words(documents: Iterable[Document]):
+        texts = [input_text(document, " ") for document in documents]
+        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+
+    names = list(benchmark.corpus)
+    index = bm25s.BM25()
+    index.index(words(benchmark.corpus.values()), show_progress=False)
+    ids = list(benchmark.queries)[rank() :: world_size()]
+    wanted = min(k + benchmark.exclude_query, len(names))
+    indices, scores = index.retrieve(
+        words(benchmark.queries[query] for query in ids), k=wanted, show_progress=False, n_threads=1
+    )
+    indices = np.where(scores > 0, indices.astype(np.int64), -1)
+    if benchmark.exclude_query:
+        place = {name: i for i, name in enumerate(names)}
+        indices, scores = drop_own(indices, scores, [place.get(query, -2) for query in ids])
+    return sorted_run(ids, names, indices, scores)
+
+
+def depth(metrics: Sequence[str]) -> int:
+    """Documents to keep for each query: the deepest cut-off of the metrics."""
+    return max(parse_metric(name)[1] for name in metrics)
+
+
+def measure(
+    run: Run, benchmark: Benchmark, metrics: Sequence[str], device: torch.device | str = "cpu"
+) -> Mapping[str, float]:
+    """Means over all queries of all ranks. run: this rank's share of the benchmark's queries."""
+    means = MeanOverQueries(metrics).to(device)
+    place = {query: i for i, query in enumerate(benchmark.queries)}
+    means.update(torch.tensor([place[query] for query in run.queries], device=device), judge(run, benchmark.qrels))
+    return means.compute()
+
+
+def write_trec(run: Run, path: Path, tag: str) -> None:
+    """Write a run as trec_eval reads it: query Q0 document rank score tag."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as lines:
+        for query, indices, scores in zip(run.queries, run.indices.tolist(), run.scores.tolist(), strict=True):
+            for position, (index, score) in enumerate(zip(indices, scores, strict=True), start=1):
+                if index >= 0:
+                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.9g} {tag}\n")
