@@ -1,0 +1,1 @@
+"""What was run: configurations, and one entry point a file."""

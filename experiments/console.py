@@ -1,0 +1,59 @@
+"""What entry points share: arguments, log lines, and errors in the user's words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.records import UserError
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print and a user cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning at every fork of a data worker
+    for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",
+        r".*srun.*",
+        r".*LeafSpec.*",
+        r".*`isinstance\(treespec.*",
+        r".*tensorboardX.*",
+        r".*find_unused_parameters=True was specified.*",
+        r".*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def entry_point(main: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point with the command line's arguments. Errors that the user can mend end it with status 2."""
+    level = logging.INFO if rank_zero_only.rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+    logging.captureWarnings(True)
+    quiet_libraries()
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:
+    """Arguments key=value over defaults; a key without default is an error."""
+    values = dict(defaults)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"the command line: expected key=value, got {argument!r}")
+        if key not in defaults:
+            raise UserError(f"the command line: unknown key {key!r}, allowed are {', '.join(defaults)}")
+        values[key] = value
+    return values

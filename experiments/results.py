@@ -1,0 +1,183 @@
+"""The final table of a run: measured, written and shown."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from datamodules.records import Benchmark, UserError
+from experiments.config import Config
+from experiments.run_folder import RunFolder
+from lightning_modules.distributed import rank
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.metrics import Run
+from lightning_modules.retrieval import bm25_run, depth, measure, rank_benchmark, write_trec
+
+log = logging.getLogger(__name__)
+Results = dict[str, Any]
+
+
+class FinalTable:
+    """What a run comes to: BM25, the untrained and the trained encoder on the final split, all ranks sharing the work.
+
+    content: what stands in results.json.
+    """
+
+    def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
+        self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
+        if not self.benchmarks:
+            raise UserError(f"evaluation.split: no task has a split {config.evaluation.split!r}")
+        self.kept = folder.path / "baselines.json"  # a resumed run does not measure them again
+        self.content: dict[str, Any] = {}
+
+    def measure(self, system: str, encoder: Encoder) -> Results:
+        return evaluate_encoder(
+            system,
+            encoder,
+            self.benchmarks,
+            self.config.evaluation.metrics,
+            self.folder.path / "runs",
+            similarity=self.config.objective.similarity,
+            token_budget=self.config.data.token_budget,
+        )
+
+    def baselines(self, encoder: Encoder) -> None:
+        """Measure BM25 and the untrained encoder."""
+        bm25 = evaluate_bm25(self.benchmarks, self.config.evaluation.metrics, self.folder.path / "runs")
+        found = combine(bm25, self.measure("untrained", encoder))
+        if rank() == 0:
+            self.kept.write_text(json.dumps(found), encoding="utf-8")
+
+    def finish(self, encoder: Encoder, step: int) -> None:
+        """Measure the trained encoder and write results.json."""
+        before = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else {}
+        self.content = {
+            "experiment": self.config.experiment,
+            "scale": self.config.scale,
+            "seed": self.config.run.seed,
+            "steps": step,
+            "metrics": self.config.evaluation.metrics,
+            "benchmarks": combine(before, self.measure("trained", encoder)),
+        }
+        if rank() == 0:
+            self.folder.results.write_text(json.dumps(self.content, indent=2), encoding="utf-8")
+
+    def flat(self) -> dict[str, float]:
+        """The trained encoder's figures for loggers: <split>/<benchmark>/<metric>."""
+        return {
+            f"{result['split']}/{name}/{metric}": value
+            for name, result in self.content["benchmarks"].items()
+            for metric, value in result["systems"]["trained"].items()
+        }
+
+    @staticmethod
+    def show(content: dict[str, Any]) -> None:
+        """Print what stands in a results.json."""
+        title = f"{content['experiment']}, scale {content['scale']}, seed {content['seed']}, {content['steps']} steps"
+        show(content["benchmarks"], content["metrics"], title)
+
+
+def evaluate_encoder(
+    system: str,
+    encoder: Encoder,
+    benchmarks: Sequence[Benchmark],
+    metrics: Sequence[str],
+    folder: Path,
+    *,
+    similarity: str,
+    token_budget: int,
+) -> Results:
+    """Rank and measure all benchmarks with an encoder. system: its name in the table and in run files."""
+
+    def ranked(benchmark: Benchmark) -> Run:
+        total = len(benchmark.corpus) + len(benchmark.queries)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True, disable=not Console().is_terminal or rank() > 0) as progress:
+            bar = progress.add_task(f"{system} on {benchmark.name}", total=total)
+            return rank_benchmark(
+                encoder,
+                benchmark,
+                depth(metrics),
+                similarity=similarity,
+                token_budget=token_budget,
+                advance=lambda count: progress.advance(bar, count),
+            )
+
+    return _evaluate(system, ranked, benchmarks, metrics, folder)
+
+
+def evaluate_bm25(benchmarks: Sequence[Benchmark], metrics: Sequence[str], folder: Path) -> Results:
+    """The same for BM25; nothing where bm25s is not installed."""
+    try:
+        return _evaluate("bm25", lambda benchmark: bm25_run(benchmark, depth(metrics)), benchmarks, metrics, folder)
+    except ImportError:
+        log.warning("bm25s is not installed: the table is without BM25 (pip install bm25s)")
+        return {}
+
+
+def _evaluate(
+    system: str,
+    ranked: Callable[[Benchmark], Run],
+    benchmarks: Sequence[Benchmark],
+    metrics: Sequence[str],
+    folder: Path,
+) -> Results:
+    """Benchmark name -> what was ranked, and under "systems" the means of this one."""
+    results: Results = {}
+    for benchmark in benchmarks:
+        log.info(
+            "%s on %s (%d queries, %d documents)", system, benchmark.name, len(benchmark.queries), len(benchmark.corpus)
+        )
+        run = ranked(benchmark)
+        if rank() == 0:
+            write_trec(run, folder / f"{benchmark.name}.{system}.trec", system)
+        results[benchmark.name] = {
+            "task": benchmark.task,
+            "split": benchmark.split,
+            "queries": len(benchmark.queries),
+            "documents": len(benchmark.corpus),
+            "systems": {system: dict(measure(run, benchmark, metrics))},
+        }
+    return results
+
+
+def combine(*parts: Results) -> Results:
+    """The results of several systems on the same benchmarks as one."""
+    combined: Results = {}
+    for part in parts:
+        for name, result in part.items():
+            if name in combined:
+                combined[name]["systems"] |= result["systems"]
+            else:
+                combined[name] = result | {"systems": dict(result["systems"])}
+    return combined
+
+
+def show(results: Results, metrics: Sequence[str], title: str) -> None:
+    """The table: a block a benchmark, a row a system, and the means of the first metric at the end."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("task", "benchmark", "system"):
+        table.add_column(heading)
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for name, result in results.items():
+        for i, (system, means) in enumerate(result["systems"].items()):
+            first = i == 0
+            values = [f"{means[metric]:.4f}" for metric in metrics]
+            table.add_row(
+                result["task"] if first else "", f"{name} ({result['split']})" if first else "", system, *values
+            )
+        table.add_section()
+    systems = list(dict.fromkeys(system for result in results.values() for system in result["systems"]))
+    for system in systems:
+        means = [result["systems"][system] for result in results.values() if system in result["systems"]]
+        values = [f"{sum(m[metric] for m in means) / len(means):.4f}" for metric in metrics]
+        table.add_row("mean" if system == systems[0] else "", "", system, *values)
+    Console(width=None if Console().is_terminal else 140).print(table)

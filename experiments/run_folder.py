@@ -1,0 +1,170 @@
+"""The folder of a run: where it lies, what stands in it, and whether it goes on or starts.
+
+config.yaml       the resolved configuration
+manifest.json     command, versions, git state, data, cost
+metrics.jsonl     every logged row
+checkpoints/      last.ckpt, best.ckpt
+results.json      the final table; its presence says that the run is complete
+runs/             TREC run files of the final table
+wandb/            W&B's own files
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.multitask import MultiTaskDataModule
+from datamodules.records import UserError
+from experiments.config import Config, as_dict, digest
+
+log = logging.getLogger(__name__)
+
+# What may change between the attempts of one run, as prefixes of keys.
+CHANGEABLE = ("run.", "wandb.", "evaluation.", "checkpoint.", "trainer.", "data.num_workers", "data.root")
+VERSIONS = (
+    "torch",
+    "lightning",
+    "transformers",
+    "torchmetrics",
+    "omegaconf",
+    "wandb",
+    "faiss-cpu",
+    "faiss-gpu",
+    "bm25s",
+    "numpy",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """path: of the run. checkpoint: to resume from, or None. complete: the run has its results already."""
+
+    path: Path
+    checkpoint: Path | None
+    complete: bool
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+
+def folder_of(config: Config) -> Path:
+    """run.dir, by default a name that the same configuration finds again."""
+    if config.run.dir:
+        return Path(config.run.dir)
+    return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
+
+
+def open_run(config: Config) -> RunFolder:
+    """Make or find the run's folder.
+
+    Raises UserError if the folder holds a run of another configuration.
+    """
+    path = folder_of(config)
+    if rank_zero_only.rank == 0:
+        if config.run.resume == "never" and path.exists():
+            kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+            path.rename(kept)
+            log.info("the run that was in %s is kept in %s", path, kept)
+        _refuse_other_run(config, path)
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+    last = path / "checkpoints" / "last.ckpt"
+    return RunFolder(path, last if last.is_file() else None, (path / "results.json").is_file())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml in plain containers."""
+    try:
+        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
+
+
+def _refuse_other_run(config: Config, path: Path) -> None:
+    if not (path / "config.yaml").is_file():
+        return
+    then, now = dict(_flat(read_config(path))), dict(_flat(as_dict(config)))
+    changed = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
+    ]
+    if changed:
+        raise UserError(
+            f"{path} holds a run of another configuration ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}). "
+            "Choose another run.dir, or run.resume=never to start over (the old run is kept beside)."
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), node
+
+
+def write_manifest(
+    folder: RunFolder, data: MultiTaskDataModule, num_parameters: int, seconds: float | None = None
+) -> None:
+    """Note what is needed to understand and repeat the run. seconds: of training in this attempt, None before it."""
+    if rank_zero_only.rank > 0:
+        return
+    path = folder.path / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"attempts": []}
+    if seconds is None:
+        manifest["attempts"].append(
+            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": None}
+        )
+    else:
+        manifest["attempts"][-1]["seconds"] = round(seconds, 1)
+    manifest |= {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: version for name in VERSIONS if (version := _version(name))},
+        "git": _git(),
+        "parameters": num_parameters,
+        "data": {
+            name: {
+                "task": task.task.name,
+                "documents": len(collection.corpus),
+                "queries": {split: len(qrels) for split, qrels in collection.qrels.items()},
+                "fingerprint": collection.fingerprint(),
+            }
+            for task in data.tasks
+            for name, collection in task.collections.items()
+        },
+    }
+    path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

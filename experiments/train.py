@@ -1,0 +1,70 @@
+"""Train an experiment: python -m experiments.train EXPERIMENT [scale=SCALE] [key=value ...]"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+import lightning as L
+
+from datamodules.records import UserError
+from experiments.build import build_callbacks, build_data, build_loggers, build_module, build_trainer
+from experiments.config import experiments, load_config
+from experiments.console import entry_point
+from experiments.results import FinalTable
+from experiments.run_folder import open_run, write_manifest
+from lightning_modules.callbacks.before_first_step import BeforeFirstStep
+from lightning_modules.encoders.checkpoints import load_encoder
+
+log = logging.getLogger(__name__)
+
+
+def train(experiment: str, overrides: Sequence[str] = ()) -> None:
+    """Train an experiment, or go on with it, and measure it. A complete run is only shown."""
+    config = load_config(experiment, overrides)
+    folder = open_run(config)
+    if folder.complete:
+        table = json.loads(folder.results.read_text(encoding="utf-8"))
+        FinalTable.show(table)
+        log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
+        return
+
+    L.seed_everything(config.run.seed, verbose=False)
+    data = build_data(config)
+    module = build_module(config, data)
+    table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
+    callbacks = build_callbacks(config, data, folder.path)
+    if config.evaluation.baselines:
+        callbacks.insert(0, BeforeFirstStep(table.baselines))
+    loggers = build_loggers(config, folder.path)
+    trainer = build_trainer(config, callbacks, loggers, folder.path)
+
+    log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
+    log.info("%s steps%s", config.trainer.max_steps, f", from {folder.checkpoint}" if folder.checkpoint else "")
+    num_parameters = sum(p.numel() for p in module.parameters())
+    write_manifest(folder, data, num_parameters)
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=folder.checkpoint)
+    write_manifest(folder, data, num_parameters, seconds=time.perf_counter() - started)
+
+    with trainer.precision_plugin.forward_context():
+        table.finish(load_encoder(folder.path).to(module.device), trainer.global_step)
+    if trainer.is_global_zero:
+        for logger in loggers:
+            logger.log_metrics(table.flat(), step=trainer.global_step)
+            logger.finalize("success")
+        table.show(table.content)
+        log.info("The run lies in %s", folder.path)
+        log.info("Next: make eval model=%s split=dev   or another encoder, make train EXP=vanilla", folder.path)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or "=" in arguments[0]:
+        raise UserError(f"which experiment? There are {', '.join(experiments())}: python -m experiments.train moe")
+    train(arguments[0], arguments[1:])
+
+
+if __name__ == "__main__":
+    entry_point(main)
