@@ -1,1 +1,1 @@
-"""What the data is: records, readers, batches and the multi-task schedule. Imports nothing of the project's other packages."""
+"""What the data is: records, readers, batches and the multi-task schedule. Imports none of the other packages."""

@@ -35,7 +35,7 @@ class Example:
     """What one query teaches, by rows of its task's document table.
 
     grades: of the positives, in their order; a positive is drawn in proportion to its grade.
-    not_negatives: rows that must not serve as its negatives: its positives, and the query itself where it is a document.
+    not_negatives: rows that must not serve as its negatives: its positives, and itself where it is a document.
     """
 
     query: int

@@ -31,7 +31,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
-from datamodules.records import Collection, Document
+from datamodules.records import Collection, Document, UserError
 
 NUM_FIELDS, SUBFIELDS_PER_FIELD, TOPICS_PER_SUBFIELD = 12, 5, 4
 NUM_ASPECTS, NUM_METHODS, NUM_MATERIALS = 24, 40, 80
@@ -229,9 +229,9 @@ class SampleReader:
 
     def __init__(self, view: str, num_papers: int = 5000, seed: int = 0):
         if view not in self.VIEWS:
-            raise ValueError(f"view: got {view!r}, allowed are {', '.join(self.VIEWS)}")
+            raise UserError(f"view: got {view!r}, allowed are {', '.join(self.VIEWS)}")
         if num_papers < 500:
-            raise ValueError(f"num_papers: got {num_papers}, allowed is 500 or more (fewer leave topics empty)")
+            raise UserError(f"num_papers: got {num_papers}, allowed is 500 or more (fewer leave topics empty)")
         self.view, self.num_papers, self.seed = view, num_papers, seed
 
     def read(self) -> Collection:
@@ -254,14 +254,14 @@ class SampleReader:
         judged = {}
         for paper, labels in labels_of.items():
             of_cited = {label for cited in world.citations.get(paper, ()) for label in labels_of[cited]}
-            judged[paper] = {label: 0 for label in sorted(of_cited - set(labels))} | {label: 1 for label in labels}
+            judged[paper] = dict.fromkeys(sorted(of_cited - set(labels)), 0) | dict.fromkeys(labels, 1)
         return world.labels, papers, judged
 
     def _citations(self, world: Science, papers):
         judged = {}
         for paper, cited in world.citations.items():
             second = {far for near in cited for far in world.citations.get(near, ())} - set(cited) - {paper}
-            judged[paper] = {far: 0 for far in sorted(second)} | {near: 1 for near in cited}
+            judged[paper] = dict.fromkeys(sorted(second), 0) | dict.fromkeys(cited, 1)
         return papers, {paper: papers[paper] for paper in judged}, judged
 
     def _searches(self, world: Science, papers):

@@ -29,8 +29,8 @@ def _order(seed: int, task: str, size: int, epoch: int) -> np.ndarray:
 class RoundRobinSchedule:
     """Tasks take turns; each goes through its examples in passes, every pass in a new order.
 
-    sizes: task -> number of examples. A small task starts its next pass while a large one is still in its first; a batch
-    may span two passes, so that no example is left out.
+    sizes: task -> number of examples. A small task starts its next pass while a large one is still in its first; a
+    batch may span two passes, so that no example is left out.
     """
 
     def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int):

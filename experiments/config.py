@@ -2,8 +2,8 @@
 
     schema <- base.yaml <- scale/<SCALE>.yaml <- tasks/*.yaml <- <EXPERIMENT>.yaml <- key=value
 
-What the project closes is a field of a dataclass below. What users extend is a node with `_target_`: the encoder, callbacks
-and readers of data. Both are checked here, at load, and after load there are plain dataclasses.
+What the project closes is a field of a dataclass below. What users extend is a node with `_target_`: the encoder,
+callbacks and readers of data. Both are checked here, at load, and after load there are plain dataclasses.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """similarity and temperature of InfoNCE; the paper's are dot and 1. mask_known_positives: a document that is a known
-    positive of a query is never its negative.
+    """similarity and temperature of InfoNCE; the paper's are dot and 1. mask_known_positives: a document that is a
+    known positive of a query is never its negative.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -124,7 +124,7 @@ class WandbConfig:
 
 @dataclass
 class TaskConfig:
-    """expert: that serves the task. data: name -> node of a reader. In tasks/*.yaml, data has one block for each scale."""
+    """expert: that serves the task. data: name -> node of a reader; in tasks/*.yaml, one block for each scale."""
 
     kind: Literal["classification", "link_prediction", "search"] = MISSING
     expert: str = MISSING
@@ -293,7 +293,7 @@ def _forget_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
         old, new = config[key], layer[key]
         if isinstance(old, DictConfig) and isinstance(new, DictConfig):
             if "_target_" in new and "_target_" in old and new["_target_"] != old["_target_"]:
-                del config[key]
+                config[key] = {}
             else:
                 _forget_replaced_targets(old, new)
 

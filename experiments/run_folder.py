@@ -33,7 +33,10 @@ from experiments.config import Config, as_dict, digest
 log = logging.getLogger(__name__)
 
 # What may change between the attempts of one run, as prefixes of keys.
-CHANGEABLE = ("run.", "wandb.", "evaluation.", "checkpoint.", "trainer.", "data.num_workers", "data.root")
+CHANGEABLE = (
+    *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
+    *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
+)
 VERSIONS = (
     "torch",
     "lightning",
@@ -79,11 +82,24 @@ def open_run(config: Config) -> RunFolder:
             kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
             path.rename(kept)
             log.info("the run that was in %s is kept in %s", path, kept)
-        _refuse_other_run(config, path)
+        if _last(path).is_file():
+            _refuse_other_run(config, path)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-    last = path / "checkpoints" / "last.ckpt"
-    return RunFolder(path, last if last.is_file() else None, (path / "results.json").is_file())
+    return RunFolder(path, _last(path) if _last(path).is_file() else None, _is_complete(path, config))
+
+
+def _last(path: Path) -> Path:
+    return path / "checkpoints" / "last.ckpt"
+
+
+def _is_complete(path: Path, config: Config) -> bool:
+    """Whether the run has its results, and was not made longer since."""
+    try:
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return results["steps"] >= config.trainer.max_steps
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -95,8 +111,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:
-    if not (path / "config.yaml").is_file():
-        return
     then, now = dict(_flat(read_config(path))), dict(_flat(as_dict(config)))
     changed = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
@@ -104,8 +118,9 @@ def _refuse_other_run(config: Config, path: Path) -> None:
         if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
     ]
     if changed:
+        first = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
         raise UserError(
-            f"{path} holds a run of another configuration ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}). "
+            f"{path} holds a run of another configuration ({first}). "
             "Choose another run.dir, or run.resume=never to start over (the old run is kept beside)."
         )
 

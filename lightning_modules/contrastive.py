@@ -37,6 +37,9 @@ class ContrastiveModule(L.LightningModule):
         self.mask_known_positives = mask_known_positives
         self.optim, self.total_steps = optim or OptimOptions(), total_steps
 
+    def on_fit_start(self) -> None:
+        self.train()  # pretrained backbones come in eval mode, and Lightning leaves modules as they are
+
     def embed(self, batch: ContrastiveBatch) -> Tensor:
         """Vectors (U, D) of the batch's distinct texts, in the order of its chunks."""
         return torch.cat([self.encoder(c.input_ids, c.attention_mask, batch.task) for c in batch.chunks])
@@ -63,6 +66,11 @@ class ContrastiveModule(L.LightningModule):
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(options.warmup, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # Lightning refuses to clip for a fused optimizer under autocast, because of loss scaling; bf16 has none.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A checkpoint holds all that is needed to build its encoder: kind, arguments, backbone, tokenizer."""

@@ -27,8 +27,8 @@ class OptimOptions:
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:
     """Groups for AdamW: one for each pair of layer depth and decay. Layers are found by "layer.<i>." in their names.
 
-    With layer_decay, the last layer has the full learning rate, layer i layer_decay ** (num_layers - 1 - i) of it, and the
-    embeddings layer_decay ** num_layers.
+    With layer_decay, the last layer has the full learning rate, layer i layer_decay ** (num_layers - 1 - i) of it, and
+    the embeddings layer_decay ** num_layers.
     """
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():

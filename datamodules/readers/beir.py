@@ -55,10 +55,10 @@ class BeirReader:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line that is not blank."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened as lines:
+        with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line.rstrip("\r\n")
@@ -131,3 +131,19 @@ def _qrels(path: Path, queries: Mapping[str, Document], corpus: Mapping[str, Doc
     if not qrels:
         raise UserError(f"{path}: the split is empty (no judgement below the header)")
     return qrels
+
+
+def write_beir(collection: Collection, folder: Path | str) -> None:
+    """Write a collection as a folder that BeirReader reads."""
+    folder = Path(folder)
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
+            for document in documents.values():
+                record = {"_id": document.id, "title": document.title, "text": document.text}
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for split, qrels in collection.qrels.items():
+        with open(folder / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as lines:
+            lines.write("query-id\tcorpus-id\tscore\n")
+            for query, grades in qrels.items():
+                lines.writelines(f"{query}\t{document}\t{grade}\n" for document, grade in grades.items())

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging as transformers_logging
@@ -21,9 +22,9 @@ PACKAGE = "package:"
 @dataclass
 class BackboneOptions:
     """name: a folder, a hub name, or "package:NAME", an installed Python package whose get_model_path() is a folder.
-    With no name, or a package that is not installed, a BERT of the shape in config is drawn at random, and its vocabulary
-    of vocab_size words is taken from the training texts. dropout: of embeddings and sub-layers; attention_dropout: of
-    attention weights. Either None leaves the backbone's own.
+    With no name, or a package that is not installed, a BERT of the shape in config is drawn at random, and its
+    vocabulary of vocab_size words is taken from the training texts. dropout: of embeddings and sub-layers;
+    attention_dropout: of attention weights. Either None leaves the backbone's own.
     """
 
     name: str | None = None
@@ -44,8 +45,8 @@ def package_folder(name: str) -> str | None:
 def word_vocabulary(texts: Iterable[str], size: int) -> dict[str, int]:
     """The size most frequent words of the texts, with special tokens and single characters, token -> id.
 
-    Characters, alone and within words, spell what is not among the words. Ties are broken by the alphabet, so that equal
-    texts give equal vocabularies (trained word pieces differ from process to process).
+    Characters, alone and within words, spell what is not among the words. Ties are broken by the alphabet, so that
+    equal texts give equal vocabularies (trained word pieces differ from process to process).
     """
     splitter = BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
     counts: Counter[str] = Counter()
@@ -69,8 +70,8 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"backbone.config: {error}") from error
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"backbone.config: {' '.join(str(error).split())}") from error
     tokenizer = BertTokenizer(vocab=vocabulary)
     return backbone, tokenizer
 
@@ -93,7 +94,7 @@ def load_backbone(name: str) -> tuple[nn.Module, Any]:
 
 def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
     """Set dropout of hidden states and of attention weights, where given."""
-    attention = {id(layer.attention.self.dropout) for layer in backbone.encoder.layer}
+    attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout

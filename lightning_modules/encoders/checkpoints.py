@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import load_backbone
-from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.base import Encoder, max_positions
 from lightning_modules.encoders.shared import SharedEncoder
 
 DESCRIPTION, WEIGHTS = "encoder.json", "model.safetensors"
@@ -72,20 +73,23 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
 
 
 def load_encoder(model: str | Path, tasks: Mapping[str, str] | None = None) -> Encoder:
-    """An encoder from a run's folder (its best checkpoint, else its last), a checkpoint, an exported folder, or a plain
-    BERT (folder or hub name), which then serves the given tasks (by default the paper's three).
+    """An encoder, in eval mode, from a run's folder (its best checkpoint, else its last), a checkpoint, an exported
+    folder, or a plain BERT (folder or hub name), which then serves the given tasks (by default the paper's three).
 
     Raises UserError if it is none of these, is damaged, or its weights do not fit its description.
     """
     path = Path(model)
-    if (path / DESCRIPTION).is_file():
-        return _load_exported(path)
     if (path / "checkpoints").is_dir():
         path = checkpoint_of(path)
-    if path.is_file():
-        return _load_checkpoint(path)
-    backbone, tokenizer = load_backbone(str(model))
-    return SharedEncoder(backbone, tokenizer, tasks or DEFAULT_TASKS)
+    if (path / DESCRIPTION).is_file():
+        encoder = _load_exported(path)
+    elif path.is_file():
+        encoder = _load_checkpoint(path)
+    else:
+        backbone, tokenizer = load_backbone(str(model))
+        longest = min(512, max_positions(backbone.config))
+        encoder = SharedEncoder(backbone, tokenizer, tasks or DEFAULT_TASKS, max_length=longest)
+    return encoder.eval()
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -120,7 +124,7 @@ def _load_exported(folder: Path) -> Encoder:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: the exported encoder cannot be read ({error})") from error
     encoder = build(description)
     load_weights(encoder, weights, str(folder / WEIGHTS))

@@ -120,8 +120,8 @@ class ExpertLayer(nn.Module):
 class MoEEncoder(Encoder):
     """An encoder whose expert layers are specialised by task.
 
-    attention, ffn: which sub-layers hold experts (the paper's MHAExpert and FFNExpert; both is allowed). layers: rule or
-    list, see expert_layers; the paper's is "mod2". Further arguments as in Encoder.
+    attention, ffn: which sub-layers hold experts (the paper's MHAExpert and FFNExpert; both is allowed). layers: rule
+    or list, see expert_layers; the paper's is "mod2". Further arguments as in Encoder.
     """
 
     def __init__(

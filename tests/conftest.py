@@ -1,0 +1,131 @@
+"""A small world for the tests: a random BERT, collections of a few documents, and no network."""
+
+import os
+import socket
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from datamodules.readers.beir import write_beir
+from datamodules.records import Collection, Document, Task
+from datamodules.sample import SampleReader
+from datamodules.tasks import BatchOptions
+from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.shared import SharedEncoder
+
+TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
+WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito", "una")]
+
+torch.set_num_threads(1)
+
+
+def text_of(*numbers: int) -> str:
+    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
+
+
+class InMemory:
+    """A reader of a collection that is there already."""
+
+    def __init__(self, collection: Collection):
+        self.collection = collection
+
+    def read(self) -> Collection:
+        return self.collection
+
+
+def toy_collection(num_queries: int = 12, num_documents: int = 10, papers: bool = False) -> Collection:
+    """Query q has documents q and q + 1 (modulo) as positives, with grades 1 and 2, and q + 2 as hard negative."""
+    corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(i, i + 3, i + 5)) for i in range(num_documents)}
+    if papers:
+        queries = {key: corpus[key] for key in list(corpus)[:num_queries]}
+    else:
+        queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(num_queries)}
+    qrels = {}
+    for i, query in enumerate(queries):
+        first = i + 1 if papers else i  # a paper does not cite itself
+        qrels[query] = {
+            f"d{first % num_documents}": 1,
+            f"d{(first + 1) % num_documents}": 2,
+            f"d{(first + 2) % num_documents}": 0,
+        }
+    return Collection(corpus, queries, {"train": qrels, "dev": qrels, "test": qrels})
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    return word_vocabulary([*WORDS, "title text query"], 400)
+
+
+@pytest.fixture
+def make_backbone(vocabulary):
+    def make(seed: int = 0, num_layers: int = 4, **config):
+        torch.manual_seed(seed)
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }
+        return random_backbone(shape | config, vocabulary)
+
+    return make
+
+
+@pytest.fixture
+def make_encoder(make_backbone):
+    """An encoder by kind: shared, attention, ffn, both. The same seed gives the same backbone weights."""
+
+    def make(kind: str = "attention", seed: int = 0, tasks=None, config=None, **arguments):
+        backbone, tokenizer = make_backbone(seed, **(config or {}))
+        arguments = {"max_length": 32} | arguments
+        if kind == "shared":
+            return SharedEncoder(backbone, tokenizer, tasks or TASKS, **arguments)
+        sub_layers = {"attention": kind in ("attention", "both"), "ffn": kind in ("ffn", "both")}
+        return MoEEncoder(backbone, tokenizer, tasks or TASKS, **sub_layers, **arguments)
+
+    return make
+
+
+@pytest.fixture
+def make_task(make_backbone):
+    """A task's data module over toy collections."""
+
+    def make(kind, name: str = "search", collection: Collection | None = None, **options):
+        _, tokenizer = make_backbone()
+        collection = collection or toy_collection()
+        settings = {"batch_size": 4, "num_batches": 8, "max_length": 32} | options
+        data = kind(Task(name, name), {"toy": InMemory(collection)}, BatchOptions(**settings), tokenizer)
+        data.setup()
+        return data
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def beir_root(tmp_path_factory):
+    """The sample's three collections as BEIR folders under the names that the small and paper scales look for."""
+    root = tmp_path_factory.mktemp("beir")
+    for view, folders in {
+        "topics": ("arxiv_cats", "maple"),
+        "citations": ("mlcite", "cite_prediction"),
+        "searches": ("scitldr", "scirepeval_search"),
+    }.items():
+        collection = SampleReader(view, num_papers=500).read()
+        for folder in folders:
+            write_beir(collection, root / folder)
+    return root

@@ -1,0 +1,156 @@
+"""From collections to batches: rows, positives, masks, and the modules of the three kinds."""
+
+import pytest
+import torch
+
+from datamodules.multitask import MultiTaskDataModule
+from datamodules.records import Collection, Document, Task, UserError
+from datamodules.tasks import (
+    KINDS,
+    BatchOptions,
+    ClassificationDataModule,
+    LinkPredictionDataModule,
+    SearchDataModule,
+)
+from datamodules.text import input_text
+from tests.conftest import InMemory, toy_collection
+
+
+def batches(data, steps=3):
+    loader = data.train_dataloader()
+    return [loader.batches[step] for step in range(steps)]
+
+
+def texts_of(batch, tokenizer):
+    """The U texts of a batch, decoded."""
+    rows = [ids for chunk in batch.chunks for ids in chunk.input_ids]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_batches_say_who_is_positive_for_whom(kind, make_task):
+    papers = kind is LinkPredictionDataModule
+    collection = toy_collection(10, 10, papers=papers)
+    data = make_task(kind, collection=collection)
+    for batch in batches(data, 6):
+        texts = texts_of(batch, data.tokenizer)
+        for b in range(4):
+            query = texts[batch.queries[b]]
+            positive = texts[batch.documents[batch.positives[b]]]
+            (query_id,) = [
+                q
+                for q, d in collection.queries.items()
+                if input_text(d, " ").replace("  ", " ").split() == query.split()
+            ]
+            grades = collection.qrels["train"][query_id]
+            wanted = [input_text(collection.corpus[d], " ").split() for d, grade in grades.items() if grade > 0]
+            assert positive.split() in wanted
+
+
+def test_each_distinct_text_stands_once(make_task):
+    data = make_task(LinkPredictionDataModule, collection=toy_collection(10, 10, papers=True), batch_size=8)
+    for batch in batches(data):
+        texts = texts_of(batch, data.tokenizer)
+        assert len(texts) == len(set(texts)) <= 10
+        assert len(set(batch.document_ids.tolist())) == len(batch.document_ids)
+
+
+def test_hard_negatives_are_among_the_documents(make_task):
+    with_them = make_task(SearchDataModule, num_hard_negatives=1, batch_size=1)
+    without = make_task(SearchDataModule, num_hard_negatives=0, batch_size=1)
+    assert {len(batch.documents) for batch in batches(with_them, 8)} == {2}
+    assert {len(batch.documents) for batch in batches(without, 8)} == {1}
+
+
+def test_known_positives_are_all_positives_and_the_paper_itself(make_task):
+    data = make_task(LinkPredictionDataModule, collection=toy_collection(6, 10, papers=True), batch_size=6)
+    rows = {document.id: row for row, document in enumerate(data.documents)}
+    (batch,) = batches(data, 1)
+    draws = data.schedule().draws(0)
+    for b, (index, _) in enumerate(draws):
+        query = data.documents[data.examples[index].query].id
+        relevant = {d for d, grade in data.collections["toy"].qrels["train"][query].items() if grade > 0}
+        assert set(batch.known_positives[b].tolist()) - {-1} == {rows[d] for d in relevant | {query}}
+
+
+def test_a_query_is_the_document_only_where_queries_are_documents(make_task):
+    collection = toy_collection(6, 10, papers=True)
+    assert len(make_task(LinkPredictionDataModule, collection=collection).documents) == 10
+    assert len(make_task(SearchDataModule, collection=collection).documents) == 16
+
+
+def test_positives_are_drawn_by_grade(make_task):
+    collection = Collection(
+        {"a": Document("a", "", "bara"), "b": Document("b", "", "beli")},
+        {"q": Document("q", "", "bomu")},
+        {"train": {"q": {"a": 1, "b": 9}}},
+    )
+    data = make_task(SearchDataModule, collection=collection, batch_size=200, num_batches=2)
+    (batch,) = batches(data, 1)
+    share = (batch.document_ids[batch.positives] == 1).float().mean()
+    assert 0.8 < share < 0.97
+
+
+def test_batches_are_equal_when_made_again_and_carry_a_fingerprint(make_task):
+    one, other = batches(make_task(SearchDataModule), 5), batches(make_task(SearchDataModule), 5)
+    assert [b.fingerprint for b in one] == [b.fingerprint for b in other]
+    assert len({b.fingerprint for b in one}) == 5
+    assert [b.seed for b in one] == [b.seed for b in other]
+    assert torch.equal(one[3].chunks[0].input_ids, other[3].chunks[0].input_ids)
+
+
+def test_only_the_train_split_is_trained_on(make_task):
+    collection = toy_collection()
+    split = Collection(
+        collection.corpus,
+        collection.queries,
+        {"train": {"q1": {"d1": 1}}, "test": {"q2": {"d2": 1}}},
+    )
+    data = make_task(SearchDataModule, collection=split)
+    assert len(data.examples) == 1
+    assert data.documents[data.examples[0].query].id == "q1"
+    assert [list(b.queries) for b in data.benchmarks("test")] == [["q2"]]
+    assert data.benchmarks("dev") == []
+
+
+def test_papers_are_left_out_of_their_own_ranking_in_link_prediction_alone(make_task):
+    for kind in KINDS.values():
+        (benchmark,) = make_task(kind).benchmarks("test")
+        assert benchmark.exclude_query == (kind is LinkPredictionDataModule)
+
+
+def test_multitask_takes_turns_and_masks_do_not_mix(make_task):
+    tasks = [
+        make_task(ClassificationDataModule, "classification"),
+        make_task(LinkPredictionDataModule, "link_prediction", toy_collection(6, 10, papers=True)),
+        make_task(SearchDataModule, "search"),
+    ]
+    data = MultiTaskDataModule(tasks, BatchOptions(batch_size=4, num_batches=6, max_length=32), tasks[0].tokenizer)
+    data.setup()
+    assert [b.task for b in data.train_dataloader()] == ["classification", "link_prediction", "search"] * 2
+    assert len(data.benchmarks("dev")) == 3
+
+
+def test_several_collections_of_one_task_share_no_identity(make_backbone):
+    _, tokenizer = make_backbone()
+    readers = {"one": InMemory(toy_collection()), "two": InMemory(toy_collection())}
+    data = SearchDataModule(Task("search", "search"), readers, BatchOptions(batch_size=24, max_length=32), tokenizer)
+    data.setup()
+    assert len(data.examples) == 24
+    first, second = data.examples[0], data.examples[12]
+    assert not set(first.not_negatives) & set(second.not_negatives)
+    assert [b.name for b in data.benchmarks("test")] == ["one", "two"]
+
+
+def test_a_task_without_positives_is_refused(make_task):
+    collection = toy_collection()
+    nothing = {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["train"].items()}
+    with pytest.raises(UserError, match="task search: no query of the train split of toy has a positive"):
+        make_task(SearchDataModule, collection=Collection(collection.corpus, collection.queries, {"train": nothing}))
+
+
+def test_multitask_refuses_none_and_doubles(make_task):
+    with pytest.raises(UserError, match="at least one"):
+        MultiTaskDataModule([])
+    with pytest.raises(UserError, match="once"):
+        MultiTaskDataModule([make_task(SearchDataModule), make_task(SearchDataModule)])

@@ -1,0 +1,159 @@
+"""Configurations that load, and errors in the user's words for those that do not."""
+
+import pytest
+import yaml
+
+from datamodules.records import UserError
+from experiments import config as module
+from experiments.config import as_dict, check_target, digest, experiments, from_dict, instantiate, load_config, scales
+from lightning_modules.encoders.moe import MoEEncoder
+
+
+def refused(*arguments):
+    with pytest.raises(UserError) as caught:
+        load_config(arguments[0], arguments[1:])
+    return str(caught.value)
+
+
+def test_every_experiment_loads_at_every_scale():
+    assert {"vanilla", "moe", "moe_ffn"} <= set(experiments())
+    assert {"sample", "small", "paper"} <= set(scales())
+    for experiment in experiments():
+        for scale in scales():
+            config = load_config(experiment, [f"scale={scale}"])
+            assert config.experiment == experiment
+            assert config.scale == scale
+            assert config.tasks == ["classification", "link_prediction", "search"]
+
+
+def test_later_layers_win():
+    config = load_config("moe", ["optim.lr=0.5", "optim.lr=0.25", "encoder.layers=[0, 1]", "wandb.entity=null"])
+    assert config.optim.lr == 0.25
+    assert config.encoder["layers"] == [0, 1]
+    assert config.encoder["pooling"] == "mean"  # of the scale
+    assert config.wandb.entity is None
+
+
+def test_tasks_take_the_data_of_their_scale_and_paths_follow_the_root():
+    assert set(load_config("moe").task["search"].data) == {"searches"}
+    small = load_config("moe", ["scale=small", "data.root=/somewhere"])
+    assert small.task["search"].data["scitldr"]["folder"] == "/somewhere/scitldr"
+
+
+def test_only_the_chosen_tasks_remain():
+    config = load_config("moe", ["tasks=[search]"])
+    assert list(config.task) == ["search"]
+
+
+def test_another_target_does_not_inherit_arguments():
+    target = "datamodules.readers.beir.BeirReader"
+    node = "task.search.data.searches={_target_: " + target + ", folder: /x}"
+    config = load_config("moe", [node])
+    assert config.task["search"].data["searches"] == {"_target_": target, "folder": "/x"}
+
+
+def test_a_written_configuration_is_read_again():
+    config = load_config("moe_ffn", ["scale=small", "optim.lr=1e-5"])
+    text = yaml.safe_dump(as_dict(config))
+    assert from_dict(yaml.safe_load(text), "config.yaml") == config
+
+
+def test_digest_tells_experiments_apart_and_not_where_they_lie():
+    plain = digest(load_config("moe"))
+    assert plain == digest(load_config("moe", ["run.dir=/x", "wandb.project=y"]))
+    assert plain != digest(load_config("moe", ["optim.lr=0.5"]))
+    assert plain != digest(load_config("vanilla"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["moo"], ["unknown experiment 'moo'", "did you mean moe?", "vanilla"]),
+        (["moe", "scale=smal"], ["unknown scale 'smal'", "did you mean small?"]),
+        (
+            ["moe", "optim.lrr=1"],
+            ["the command line (optim.lrr=1)", "unknown key optim.lrr", "optim.lr?", "weight_decay"],
+        ),
+        (["moe", "optm.lr=1"], ["unknown key optm", "did you mean optim?"]),
+        (["moe", "optim.lr=fast"], ["optim.lr", "'fast'"]),
+        (["moe", "data.batch_size=2.5"], ["data.batch_size", "2.5"]),
+        (["moe", "data.batch_size=0"], ["data.batch_size: got 0, allowed are numbers above 0"]),
+        (["moe", "data.num_workers=-1"], ["data.num_workers: got -1, allowed are numbers from 0"]),
+        (["moe", "optim.warmup=1.5"], ["optim.warmup: got 1.5", "from 0 to below 1"]),
+        (["moe", "objective.similarity=l2"], ["objective.similarity", "'l2'", "dot", "cosine"]),
+        (["moe", "optim.lr"], ["expected key=value, got 'optim.lr'"]),
+        (["moe", "=3"], ["expected key=value"]),
+        (["moe", "tasks=[serach]"], ["unknown task 'serach'", "did you mean search?"]),
+        (["moe", "tasks=[]"], ["tasks: name at least one"]),
+        (["moe", "tasks=search"], ["tasks"]),
+        (["moe", "task.search.expret=x"], ["unknown key task.search.expret", "did you mean task.search.expert?"]),
+        (["moe", "task.search.kind=ranking"], ["task.search.kind", "'ranking'", "link_prediction"]),
+        (["moe", "encoder.layer=mod2"], ["encoder: MoEEncoder has no argument 'layer'", "did you mean layers?"]),
+        (["moe", "encoder.attention=maybe"], ["encoder.attention", "'maybe'"]),
+        (["moe", "encoder._target_=os.system"], ["encoder._target_: got 'os.system'", "datamodules."]),
+        (["moe", "encoder._target_=lightning_modules.encoders.moe.MOE"], ["has no class 'MOE'", "MoEEncoder"]),
+        (["moe", "encoder._target_=lightning_modules.mo.X"], ["there is no module 'lightning_modules.mo'"]),
+        (["moe", "encoder=moe"], ["encoder"]),
+        (["moe", "callbacks.mine.x=1"], ["callbacks.mine: expected a node with _target_"]),
+        (["moe", "task.search.data.searches.view=[a]"], ["task.search.data.searches.view"]),
+        (
+            ["moe", "task.search.data.mine._target_=datamodules.readers.beir.BeirReader"],
+            ["needs the argument 'folder'"],
+        ),
+        (["moe", "data.root=${nowhere}"], ["nowhere"]),
+        (["moe", "optim.lr={"], ["the command line: 'optim.lr={'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_name_key_value_and_what_is_allowed(arguments, messages):
+    error = refused(*arguments)
+    for message in messages:
+        assert message in error
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder of experiments that a test may break."""
+    for path in module.FOLDER.rglob("*.yaml"):
+        copy = tmp_path / "experiments" / path.relative_to(module.FOLDER)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "experiments")
+    return tmp_path / "experiments"
+
+
+def test_errors_in_files_name_the_file(own_folder):
+    (own_folder / "mine.yaml").write_text("encoder:\n  _target_: x\noptim: {lrr: 1}\n")
+    assert "experiments/mine.yaml: unknown key optim.lrr" in refused("mine")
+    (own_folder / "mine.yaml").write_text("encoder: {a: [}\n")
+    assert "experiments/mine.yaml" in refused("mine")
+    (own_folder / "mine.yaml").write_text("- a\n")
+    assert "experiments/mine.yaml: expected keys with values" in refused("mine")
+    (own_folder / "mine.yaml").write_text("tasks: [search]\n")
+    assert "encoder" in refused("mine")
+    (own_folder / "scale" / "sample.yaml").write_text("data: {batch_size: many}\n")
+    assert "experiments/scale/sample.yaml: data.batch_size" in refused("moe")
+
+
+def test_a_new_task_and_a_new_scale_are_one_file_each(own_folder):
+    reader = "{_target_: datamodules.sample.SampleReader, view: searches}"
+    task = f"kind: search\nexpert: review\ndata:\n  sample:\n    r: {reader}\n"
+    (own_folder / "tasks" / "review.yaml").write_text(task)
+    config = load_config("moe", ["tasks=[search,review]"])
+    assert config.task["review"].expert == "review"
+    (own_folder / "scale" / "mine.yaml").write_text("optim: {lr: 0.125}\n")
+    assert "task classification has no data at scale mine" in refused("moe", "scale=mine")
+    (own_folder / "scale" / "mine.yaml").write_text(
+        "task: {search: {data: {own: {_target_: datamodules.readers.beir.BeirReader, folder: x}}}}\ntasks: [search]\n"
+    )
+    assert load_config("moe", ["scale=mine"]).task["search"].data["own"]["folder"] == "x"
+
+
+def test_targets_are_checked_and_built():
+    node = {"_target_": "datamodules.sample.SampleReader", "view": "topics", "num_papers": 500}
+    assert check_target("here", node).__name__ == "SampleReader"
+    assert instantiate(node).num_papers == 500
+    encoder = {"_target_": "lightning_modules.encoders.moe.MoEEncoder", "layers": [1]}
+    assert check_target("encoder", encoder, given=("backbone", "tokenizer", "tasks")) is MoEEncoder
+    with pytest.raises(UserError, match=r"here\.num_papers"):
+        check_target("here", node | {"num_papers": "many"})

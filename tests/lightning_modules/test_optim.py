@@ -1,0 +1,40 @@
+import pytest
+
+from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
+
+
+def test_every_parameter_is_in_one_group_and_biases_do_not_decay(make_encoder):
+    encoder = make_encoder("both")
+    groups = parameter_groups(encoder, OptimOptions(weight_decay=0.01), 4)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(encoder.parameters()))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in encoder.named_parameters():
+        no_decay = name.endswith("bias") or "LayerNorm" in name
+        assert decay[id(parameter)] == (0 if no_decay else 0.01), name
+
+
+def test_layer_wise_decay(make_encoder):
+    encoder = make_encoder("attention")
+    groups = parameter_groups(encoder, OptimOptions(lr=1.0, layer_decay=0.5), 4)
+    lr = {id(p): group["lr"] for group in groups for p in group["params"]}
+    by_name = {name: lr[id(p)] for name, p in encoder.named_parameters()}
+    assert by_name["backbone.embeddings.word_embeddings.weight"] == 0.5**4
+    assert by_name["backbone.encoder.layer.0.intermediate.dense.weight"] == 0.5**3
+    assert by_name["backbone.encoder.layer.3.attention.experts.search.dense.weight"] == 1.0
+
+
+def test_frozen_parameters_are_left_out(make_encoder):
+    encoder = make_encoder("shared")
+    encoder.backbone.embeddings.requires_grad_(False)
+    grouped = {id(p) for group in parameter_groups(encoder, OptimOptions(), 4) for p in group["params"]}
+    assert not grouped & {id(p) for p in encoder.backbone.embeddings.parameters()}
+
+
+def test_schedule_rises_then_falls():
+    factor = linear_schedule(0.1, 100)
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(9) == factor(10) == 1.0
+    assert factor(55) == pytest.approx(0.5)
+    assert factor(100) == factor(200) == 0.0
+    assert linear_schedule(0.0, 10)(0) == 1.0

@@ -1,0 +1,102 @@
+import builtins
+import math
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+
+from datamodules.records import Benchmark, UserError
+from lightning_modules.retrieval import bm25_run, depth, drop_own, measure, rank_benchmark, top_k, write_trec
+from tests.conftest import toy_collection
+
+
+def benchmark_of(collection, exclude_query=False, task="search"):
+    return Benchmark(
+        "toy", task, "test", collection.corpus, collection.queries, collection.qrels["test"], exclude_query
+    )
+
+
+@pytest.mark.parametrize("with_faiss", [True, False])
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_top_k_equals_numpy(monkeypatch, with_faiss, k):
+    if not with_faiss:
+        original = builtins.__import__
+
+        def without_faiss(name, *args, **kwargs):
+            if name == "faiss":
+                raise ImportError(name)
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without_faiss)
+    torch.manual_seed(0)
+    queries, documents = torch.randn(50, 16), torch.randn(90, 16)
+    indices, scores = top_k(queries, documents, k)
+    all_scores = queries.numpy() @ documents.numpy().T
+    wanted = np.argsort(-all_scores, axis=1)[:, :k]
+    assert (indices == wanted).all()
+    np.testing.assert_allclose(scores, np.take_along_axis(all_scores, wanted, 1), atol=1e-5)
+
+
+def test_own_document_is_dropped():
+    indices, scores = drop_own(np.array([[4, 2, 9], [4, 2, 9]]), np.array([[3.0, 2, 1], [3.0, 2, 1]]), [2, 7])
+    assert indices.tolist() == [[4, 9], [4, 2]]
+    assert scores.tolist() == [[3, 1], [3, 2]]
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_benchmark_is_ranked_as_by_hand(make_encoder, similarity):
+    encoder = make_encoder("attention").eval()
+    collection = toy_collection(10, 10, papers=True)
+    benchmark = benchmark_of(collection, exclude_query=True)
+    run = rank_benchmark(encoder, benchmark, 5, similarity=similarity)
+    vectors = encoder.encode(list(collection.corpus.values()), "search")
+    if similarity == "cosine":
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+    scores = vectors @ vectors.T
+    names = list(collection.corpus)
+    for q, query in enumerate(run.queries):
+        ranked = [names[i] for i in scores[names.index(query)].argsort(descending=True) if names[i] != query]
+        assert [run.documents[i] for i in run.indices[q]] == ranked[:5]
+    values = measure(run, benchmark, ["ndcg@5"])
+    wanted = []
+    for q, query in enumerate(run.queries):
+        grades = collection.qrels["test"][query]
+        gains = [grades.get(run.documents[i], 0) for i in run.indices[q]]
+        wanted.append(sum(g / math.log2(r + 2) for r, g in enumerate(gains)) / (2 + 1 / math.log2(3)))
+    assert values["ndcg@5"] == pytest.approx(np.mean(wanted))
+
+
+def test_run_files_are_read_by_trec_eval(make_encoder, tmp_path):
+    collection = toy_collection()
+    benchmark = benchmark_of(collection)
+    run = rank_benchmark(make_encoder("shared"), benchmark, 10)
+    write_trec(run, tmp_path / "runs" / "toy.trec", "test")
+    with open(tmp_path / "runs" / "toy.trec") as lines:
+        read = pytrec_eval.parse_run(lines)
+    values = pytrec_eval.RelevanceEvaluator(collection.qrels["test"], {"ndcg_cut.10"}).evaluate(read)
+    wanted = np.mean([v["ndcg_cut_10"] for v in values.values()])
+    assert measure(run, benchmark, ["ndcg@10"])["ndcg@10"] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_bm25_finds_shared_words_and_leaves_out_the_query():
+    collection = toy_collection(10, 10, papers=True)
+    run = bm25_run(benchmark_of(collection, exclude_query=True), 5)
+    for q, query in enumerate(run.queries):
+        found = [run.documents[i] for i in run.indices[q] if i >= 0]
+        assert query not in found
+    plain = bm25_run(benchmark_of(collection), 5)
+    best = [plain.documents[i] for i in plain.indices[:, 0]]
+    assert best == plain.queries
+
+
+def test_vectors_that_are_not_finite_are_refused(make_encoder):
+    encoder = make_encoder("shared")
+    with torch.no_grad():
+        encoder.backbone.embeddings.word_embeddings.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        rank_benchmark(encoder, benchmark_of(toy_collection()), 5)
+
+
+def test_depth_is_the_deepest_cut_off():
+    assert depth(["ndcg@10", "recall@100", "map@20"]) == 100
