@@ -57,3 +57,10 @@ def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, 
             raise UserError(f"the command line: unknown key {key!r}, allowed are {', '.join(defaults)}")
         values[key] = value
     return values
+
+
+def whole_number(key: str, value: str, least: int = 1) -> int:
+    """The value of a key that must be a whole number from least on."""
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"{key}: got {value!r}, allowed are whole numbers from {least}")
+    return int(value)

@@ -20,7 +20,7 @@ from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, UserError
 from experiments.build import build_data
 from experiments.config import Config, EvaluationConfig, from_dict
-from experiments.console import entry_point, key_values
+from experiments.console import entry_point, key_values, whole_number
 from experiments.results import evaluate_bm25, evaluate_encoder, show
 from experiments.run_folder import read_config
 from lightning_modules.encoders.checkpoints import DEFAULT_TASKS, load_encoder
@@ -59,9 +59,8 @@ def benchmarks_of(values: dict[str, str], config: Config | None) -> list[Benchma
     if values["task"]:
         found = [benchmark for benchmark in found if benchmark.task == values["task"]]
     if not found:
-        raise UserError(
-            f"there is no split {values['split']!r} in the data" + values["task"] and f" of {values['task']}"
-        )
+        of_task = f" of task {values['task']}" if values["task"] else ""
+        raise UserError(f"the data{of_task} has no split {values['split']!r}")
     return found
 
 
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
             metrics,
             folder / "runs",
             similarity=similarity,
-            token_budget=int(values["token_budget"]),
+            token_budget=whole_number("token_budget", values["token_budget"]),
         )
     about = {"model": values["model"], "similarity": similarity, "metrics": metrics}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,95 @@
+"""The evaluate entry point: any model on any data."""
+
+import json
+
+import pytest
+
+from datamodules.readers.beir import BeirReader
+from datamodules.records import UserError
+from datamodules.sample import SampleReader
+from experiments import sample
+from experiments.benchmarks import moe_cost
+from experiments.evaluate import main
+from experiments.train import train
+from lightning_modules.encoders.checkpoints import load_encoder, save_encoder
+from tests.experiments.test_train import TINY
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    overrides = [f"run.dir={folder}", "trainer.max_steps=2", "evaluation.baselines=false"]
+    train("moe", [*TINY, *overrides])
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["benchmarks"]
+
+
+def test_a_run_a_checkpoint_and_an_exported_folder_measure_the_same(run, tmp_path):
+    save_encoder(load_encoder(run), tmp_path / "model")
+    arguments = ["metrics=ndcg@10,recall@20"]
+    main([f"model={run}", f"output={tmp_path / 'a'}", *arguments])
+    main([f"model={run / 'checkpoints' / 'best.ckpt'}", f"output={tmp_path / 'b'}", *arguments])
+    main([f"model={tmp_path / 'model'}", f"run={run}", f"output={tmp_path / 'c'}", *arguments])
+    assert results(tmp_path / "a") == results(tmp_path / "b") == results(tmp_path / "c")
+    trained = {name: result["systems"]["trained"] for name, result in results(run).items()}
+    assert {name: result["systems"]["encoder"] for name, result in results(tmp_path / "a").items()} == trained
+
+
+def test_another_split_and_one_task_alone(run):
+    main([f"model={run}", "split=dev", "task=search"])
+    measured = results(run / "evaluation")
+    assert list(measured) == ["searches"]
+    assert measured["searches"]["split"] == "dev"
+    assert (run / "evaluation" / "runs" / "searches.encoder.trec").is_file()
+
+
+def test_any_beir_folder(run, beir_root, tmp_path, capsys):
+    main([f"model={run}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path}"])
+    ours = results(tmp_path)["mlcite"]["systems"]["encoder"]["ndcg@10"]
+    assert ours == pytest.approx(results(run)["citations"]["systems"]["trained"]["ndcg@10"])
+    assert "mlcite" in capsys.readouterr().out
+
+
+def test_bm25_needs_no_encoder(beir_root, tmp_path):
+    main(["model=bm25", f"beir={beir_root / 'scitldr'}", "task=search", f"output={tmp_path}"])
+    assert results(tmp_path)["scitldr"]["systems"]["bm25"]["ndcg@10"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which model"),
+        (["model=x", "modle=y"], "unknown key 'modle'"),
+        (["model"], "expected key=value"),
+        (["model=bm25"], "which data"),
+        (["model=bm25", "beir={beir}/scitldr"], "task=search"),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
+        (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
+        (["model={run}", "similarity=l2"], "similarity: got 'l2'"),
+        (["model={run}", "metrics=ndcg"], "metric 'ndcg'"),
+        (["model={run}", "split=none"], "the data has no split 'none'"),
+        (["model={run}", "beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
+        (["model={run}", "token_budget=many"], "token_budget: got 'many'"),
+    ],
+)
+def test_bad_input_is_refused(run, beir_root, tmp_path, arguments, message):
+    arguments = [argument.format(run=run, beir=beir_root) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        main([*arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else [])])
+
+
+def test_the_bench_runs(capsys):
+    main_arguments = ["layers=2", "hidden=64", "texts=2", "tokens=8", "rounds=1"]
+    moe_cost.main(main_arguments)
+    assert "32 experts" in capsys.readouterr().out
+
+
+def test_the_sample_is_written_as_beir_folders(tmp_path):
+    sample.main([f"output={tmp_path}", "papers=500"])
+    for view in SampleReader.VIEWS:
+        assert BeirReader(str(tmp_path / view)).read() == SampleReader(view, num_papers=500).read()
+    with pytest.raises(UserError, match="output=FOLDER"):
+        sample.main([])
