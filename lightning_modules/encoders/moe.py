@@ -141,6 +141,9 @@ class MoEEncoder(Encoder):
             raise UserError("an MoE encoder needs experts in attention, ffn or both (use SharedEncoder for neither)")
         self.attention, self.ffn, self.layers = attention, ffn, layers
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
+        for name in self.experts:
+            if not re.fullmatch(r"[A-Za-z]\w*", name) or hasattr(nn.ModuleDict, name):
+                raise UserError(f"expert {name!r}: allowed are names of letters, digits and _, other than torch's own")
         stack = backbone.encoder.layer
         for i in expert_layers(layers, len(stack)):
             stack[i] = ExpertLayer(stack[i], self.experts, attention, ffn)

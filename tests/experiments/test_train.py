@@ -87,6 +87,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+def test_accumulated_batches_are_logged_as_their_mean(tmp_path):
+    """Two batches in one optimizer step have the loss of the same two in two steps of nearly no length."""
+    losses = []
+    for steps, accumulate in ((2, 1), (1, 2)):
+        folder = tmp_path / str(accumulate)
+        overrides = [f"trainer.max_steps={steps}", f"trainer.accumulate_grad_batches={accumulate}", "optim.lr=1e-12"]
+        quick = ["evaluation.every_n_steps=0", "evaluation.baselines=false", f"trainer.log_every_n_steps={steps}"]
+        train("vanilla", [f"run.dir={folder}", *TINY, *overrides, *quick, "tasks=[search]"])
+        losses += [row["train/search/loss"] for row in rows(folder) if "train/lr" in row]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_runs_folder_holds_what_the_documentation_says(finished):
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "results.json", "checkpoints", "runs"} <= {
         path.name for path in finished.iterdir()

@@ -269,6 +269,12 @@ def test_tasks_may_share_an_expert(make_encoder, tokens):
     assert not torch.equal(encoder(*tokens, "a"), encoder(*tokens, "c"))
 
 
+@pytest.mark.parametrize("expert", ["a.b", "", "3", "keys", "an expert"])
+def test_names_that_cannot_be_an_expert_are_refused(make_encoder, expert):
+    with pytest.raises(UserError, match="expert .*allowed are names of letters"):
+        make_encoder("attention", tasks={"search": expert})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_task_is_refused(make_encoder, tokens, kind):
     with pytest.raises(UserError, match="unknown task 'clasification': .* classification, link_prediction, search"):
