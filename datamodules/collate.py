@@ -16,21 +16,31 @@ from datamodules.text import input_text, length_sorted_chunks, pad, token_ids
 class Collator:
     """Makes batches of one task's examples.
 
-    max_length: tokens of a text, special tokens included. token_budget: padded tokens of a chunk.
+    documents: the task's table, whose rows the examples name. max_length: tokens of a text, special tokens included.
+    token_budget: padded tokens of a chunk.
     """
 
-    def __init__(self, task: str, tokenizer, *, max_length: int, token_budget: int, num_hard_negatives: int, seed: int):
-        self.task, self.tokenizer = task, tokenizer
+    def __init__(
+        self,
+        task: str,
+        documents: Sequence[Document],
+        examples: Sequence[Example],
+        tokenizer,
+        *,
+        max_length: int,
+        token_budget: int,
+        num_hard_negatives: int,
+        seed: int,
+    ):
+        self.task, self.documents, self.examples, self.tokenizer = task, documents, examples, tokenizer
         self.max_length, self.token_budget = max_length, token_budget
         self.num_hard_negatives, self.seed = num_hard_negatives, seed
 
-    def __call__(
-        self, documents: Sequence[Document], examples: Sequence[Example], draws: Sequence[tuple[int, int]], step: int
-    ) -> ContrastiveBatch:
-        """documents: the task's table. draws: B pairs (example, epoch); the epoch seeds what is sampled for it."""
+    def __call__(self, draws: Sequence[tuple[int, int]], step: int) -> ContrastiveBatch:
+        """draws: B pairs (example, epoch); the epoch seeds what is sampled for the example."""
         queries, positives, negatives = [], [], []
         for index, epoch in draws:
-            example, rng = examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
+            example, rng = self.examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
             queries.append(example.query)
             positives.append(rng.choices(example.positives, weights=example.grades)[0])
             count = min(self.num_hard_negatives, len(example.hard_negatives))
@@ -38,9 +48,9 @@ class Collator:
 
         rows_of_documents = list(dict.fromkeys(positives + negatives))  # distinct, in the order of their first use
         rows_of_texts = list(dict.fromkeys(queries + rows_of_documents))
-        chunks, place = self._chunks(rows_of_texts, documents)
+        chunks, place = self._chunks(rows_of_texts)
         column = {row: index for index, row in enumerate(rows_of_documents)}
-        known = [examples[index].not_negatives for index, _ in draws]
+        known = [self.examples[index].not_negatives for index, _ in draws]
         return ContrastiveBatch(
             step=step,
             task=self.task,
@@ -56,9 +66,9 @@ class Collator:
             ),
         )
 
-    def _chunks(self, rows: list[int], documents: Sequence[Document]):
+    def _chunks(self, rows: list[int]):
         """The rows' texts in chunks, and where each row stands among them."""
-        texts = [input_text(documents[row], self.tokenizer.sep_token) for row in rows]
+        texts = [input_text(self.documents[row], self.tokenizer.sep_token) for row in rows]
         ids = token_ids(texts, self.tokenizer, self.max_length)
         chunks, place = [], {}
         for indices in length_sorted_chunks([len(x) for x in ids], self.token_budget):

@@ -7,27 +7,25 @@ DataLoader under DDP) and stores its state in every checkpoint. That state is on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.collate import Collator
 from datamodules.records import ContrastiveBatch, UserError
 from datamodules.sampler import RoundRobinSchedule
-
-if TYPE_CHECKING:
-    from datamodules.tasks import BatchSource
 
 
 class MultiTaskBatches(Dataset):
     """The batch of every step on one rank: batches[step]."""
 
-    def __init__(self, sources: Mapping[str, BatchSource], schedule: RoundRobinSchedule, rank: int, world_size: int):
-        self.sources = sources
+    def __init__(self, collators: Mapping[str, Collator], schedule: RoundRobinSchedule, rank: int, world_size: int):
+        self.collators = collators
         self.schedule, self.rank, self.world_size = schedule, rank, world_size
 
     def __getitem__(self, step: int) -> ContrastiveBatch:
         draws = self.schedule.draws(step, self.rank, self.world_size)
-        return self.sources[self.schedule.task(step)].batch(draws, step)
+        return self.collators[self.schedule.task(step)](draws, step)
 
 
 class ResumableLoader:

@@ -15,7 +15,7 @@ import lightning as L
 
 from datamodules.collate import Collator
 from datamodules.loader import MultiTaskBatches, ResumableLoader
-from datamodules.records import Benchmark, Collection, ContrastiveBatch, Document, Example, Task, UserError
+from datamodules.records import Benchmark, Collection, Document, Example, Task, UserError
 from datamodules.sampler import RoundRobinSchedule
 
 
@@ -43,24 +43,6 @@ class BatchOptions:
     seed: int = 0
 
 
-class BatchSource:
-    """Batches of one task's examples."""
-
-    def __init__(self, data: TaskDataModule, tokenizer, options: BatchOptions):
-        self.documents, self.examples = data.documents, data.examples
-        self.collate = Collator(
-            data.task.name,
-            tokenizer,
-            max_length=options.max_length,
-            token_budget=options.token_budget,
-            num_hard_negatives=options.num_hard_negatives,
-            seed=options.seed,
-        )
-
-    def batch(self, draws: Sequence[tuple[int, int]], step: int) -> ContrastiveBatch:
-        return self.collate(self.documents, self.examples, draws, step)
-
-
 class ContrastiveDataModule(L.LightningDataModule):
     """What tasks and their combination have in common: a loader over the schedule, and benchmarks."""
 
@@ -85,9 +67,21 @@ class ContrastiveDataModule(L.LightningDataModule):
             "world_size": world_size,
             "examples": schedule.sizes,
         }
-        sources = {task.task.name: BatchSource(task, self.tokenizer, self.options) for task in self.tasks}
-        batches = MultiTaskBatches(sources, schedule, rank, world_size)
+        collators = {task.task.name: self._collator(task) for task in self.tasks}
+        batches = MultiTaskBatches(collators, schedule, rank, world_size)
         return ResumableLoader(batches, self.options.num_batches, signature, self.options.num_workers)
+
+    def _collator(self, task: TaskDataModule) -> Collator:
+        return Collator(
+            task.task.name,
+            task.documents,
+            task.examples,
+            self.tokenizer,
+            max_length=self.options.max_length,
+            token_budget=self.options.token_budget,
+            num_hard_negatives=self.options.num_hard_negatives,
+            seed=self.options.seed,
+        )
 
     def texts(self) -> Iterator[Document]:
         """Documents and training queries of all tasks."""

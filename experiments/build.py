@@ -20,7 +20,9 @@ from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Document, Task, UserError
 from datamodules.tasks import KINDS, BatchOptions
 from datamodules.text import input_text
-from experiments.config import Config, as_dict, instantiate
+from experiments.config import as_dict
+from experiments.schema import Config
+from experiments.targets import instantiate
 from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.callbacks.training_log import TrainingLog

@@ -26,6 +26,7 @@ def quiet_libraries() -> None:
         r".*tensorboardX.*",
         r".*find_unused_parameters=True was specified.*",
         r".*smaller than the logging interval.*",
+        r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -19,10 +19,11 @@ import torch
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, UserError
 from experiments.build import build_data
-from experiments.config import Config, EvaluationConfig, from_dict
+from experiments.config import from_dict
 from experiments.console import entry_point, key_values, whole_number
 from experiments.results import evaluate_bm25, evaluate_encoder, show
 from experiments.run_folder import read_config
+from experiments.schema import Config, EvaluationConfig
 from lightning_modules.encoders.checkpoints import DEFAULT_TASKS, load_encoder
 from lightning_modules.losses import SIMILARITIES
 from lightning_modules.metrics import parse_metric

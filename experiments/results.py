@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from datamodules.records import Benchmark, UserError
-from experiments.config import Config
 from experiments.run_folder import RunFolder
+from experiments.schema import Config
 from lightning_modules.distributed import rank
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.metrics import Run

@@ -28,7 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
-from experiments.config import Config, as_dict, digest
+from experiments.config import as_dict, digest
+from experiments.schema import Config
 
 log = logging.getLogger(__name__)
 

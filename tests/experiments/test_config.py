@@ -5,7 +5,8 @@ import yaml
 
 from datamodules.records import UserError
 from experiments import config as module
-from experiments.config import as_dict, check_target, digest, experiments, from_dict, instantiate, load_config, scales
+from experiments.config import as_dict, digest, experiments, from_dict, load_config, scales
+from experiments.targets import check_target, instantiate
 from lightning_modules.encoders.moe import MoEEncoder
 
 
