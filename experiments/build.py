@@ -199,8 +199,8 @@ def precision_of(config: Config) -> str:
     if wanted == "auto":
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if native else "32"
-    return {"bf16": "bf16-mixed", "32": "32-true"}[wanted]
+        wanted = "bf16" if native else "fp32"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
 
 
 def build_trainer(config: Config, callbacks: list[L.Callback], loggers: list[Logger], folder: Path) -> L.Trainer:

@@ -60,7 +60,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
-    precision: Literal["auto", "32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_clip_val: float = 1.0
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
