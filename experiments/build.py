@@ -12,7 +12,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from transformers import AutoModel
 
@@ -25,7 +24,7 @@ from experiments.schema import Config
 from experiments.targets import instantiate
 from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from lightning_modules.callbacks.evaluation import Evaluation
-from lightning_modules.callbacks.training_log import TrainingLog
+from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
@@ -142,7 +141,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     callbacks += [instantiate(node) for node in config.callbacks.values()]
     callbacks.append(LastCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint.every_n_steps))
     if on_a_terminal():
-        callbacks.append(RichProgressBar(refresh_rate=5))
+        callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
 
 

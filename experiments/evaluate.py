@@ -4,6 +4,7 @@ model        a run's folder, a checkpoint, an exported folder, a plain BERT (fol
 data         the collections of the run that the model belongs to, or of run=FOLDER; or any folder in BEIR layout
              (beir=FOLDER), ranked with the expert of task=NAME
 output       where results.json and the run files go; by default evaluation/ in the run's folder, or evaluations/<data>
+backbone     folder or hub name with configuration and tokenizer, for a checkpoint of SciMult's authors
 similarity   dot or cosine; by default that of the run, else cosine
 """
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 KEYS = {
     "model": "",
     "run": "",
+    "backbone": "",
     "output": "",
     "split": "test",
     "beir": "",
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     encoder = None
     if values["model"] != "bm25":
         tasks = {values["task"]: values["task"]} if values["task"] else DEFAULT_TASKS
-        encoder = load_encoder(values["model"], tasks)
+        encoder = load_encoder(values["model"], tasks, values["backbone"] or None)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     benchmarks = benchmarks_of(values, config)
     folder = Path(values["output"] or (run / "evaluation" if run else f"evaluations/{benchmarks[0].name}"))
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     about = {"model": values["model"], "similarity": similarity, "metrics": metrics}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(about | {"benchmarks": results}, indent=2), encoding="utf-8")
-    show(results, metrics, values["model"])
+    show(results, metrics, f"{values['model']}, {values['split']} split")
     log.info("Results and run files lie in %s", folder)
 
 

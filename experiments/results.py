@@ -63,6 +63,7 @@ class FinalTable:
             "scale": self.config.scale,
             "seed": self.config.run.seed,
             "steps": step,
+            "split": self.config.evaluation.split,
             "metrics": self.config.evaluation.metrics,
             "benchmarks": combine(before, self.measure("trained", encoder)),
         }
@@ -80,7 +81,8 @@ class FinalTable:
     @staticmethod
     def show(content: dict[str, Any]) -> None:
         """Print what stands in a results.json."""
-        title = f"{content['experiment']}, scale {content['scale']}, seed {content['seed']}, {content['steps']} steps"
+        what = f"{content['experiment']}, scale {content['scale']}, seed {content['seed']}"
+        title = f"{what}, {content['steps']} steps, {content['split']} split"
         show(content["benchmarks"], content["metrics"], title)
 
 
@@ -161,23 +163,34 @@ def combine(*parts: Results) -> Results:
 
 
 def show(results: Results, metrics: Sequence[str], title: str) -> None:
-    """The table: a block a benchmark, a row a system, and the means of the first metric at the end."""
+    """The table: a block a benchmark, a row a system, and the means over benchmarks at the end.
+
+    On a narrow terminal only the first metrics have room; results.json has all.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    systems = list(dict.fromkeys(system for result in results.values() for system in result["systems"]))
+    names = {
+        "task": max(len("task"), *(len(result["task"]) for result in results.values())),
+        "benchmark": max(len("benchmark"), *map(len, results)),
+        "system": max(len("system"), *map(len, systems)),
+    }
+    room = console.width - sum(names.values()) - 3 * len(names) - 1
+    fitting = [m for i, m in enumerate(metrics) if i == 0 or sum(len(n) + 3 for n in metrics[: i + 1]) <= room]
+
     table = Table(title=title, title_justify="left")
-    for heading in ("task", "benchmark", "system"):
-        table.add_column(heading)
-    for metric in metrics:
-        table.add_column(metric, justify="right")
+    for heading in names:
+        table.add_column(heading, no_wrap=True)
+    for metric in fitting:
+        table.add_column(metric, justify="right", no_wrap=True)
     for name, result in results.items():
         for i, (system, means) in enumerate(result["systems"].items()):
-            first = i == 0
-            values = [f"{means[metric]:.4f}" for metric in metrics]
-            table.add_row(
-                result["task"] if first else "", f"{name} ({result['split']})" if first else "", system, *values
-            )
+            labels = (result["task"], name) if i == 0 else ("", "")
+            table.add_row(*labels, system, *(f"{means[metric]:.4f}" for metric in fitting))
         table.add_section()
-    systems = list(dict.fromkeys(system for result in results.values() for system in result["systems"]))
-    for system in systems:
-        means = [result["systems"][system] for result in results.values() if system in result["systems"]]
-        values = [f"{sum(m[metric] for m in means) / len(means):.4f}" for metric in metrics]
-        table.add_row("mean" if system == systems[0] else "", "", system, *values)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    for system in systems if len(results) > 1 else ():
+        rows = [result["systems"][system] for result in results.values() if system in result["systems"]]
+        means = (sum(row[metric] for row in rows) / len(rows) for metric in fitting)
+        table.add_row("mean" if system == systems[0] else "", "", system, *(f"{mean:.4f}" for mean in means))
+    console.print(table)

@@ -57,7 +57,8 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
             logger.finalize("success")
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
-        log.info("Next: make eval model=%s split=dev   or another encoder, make train EXP=vanilla", folder.path)
+        other = "moe" if config.experiment == "vanilla" else "vanilla"
+        log.info("Next: make eval model=%s split=dev, or another encoder: make train EXP=%s", folder.path, other)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import RichProgressBar
 
 from datamodules.records import ContrastiveBatch
 from lightning_modules.distributed import world_size
@@ -27,6 +28,7 @@ class TrainingLog(L.Callback):
 
     def __init__(self, every_n_steps: int, plain: bool):
         self.every_n_steps, self.plain = every_n_steps, plain
+        self.losses: dict[str, float] = {}  # of each task, at the last log
         self._clear()
 
     def _clear(self) -> None:
@@ -69,10 +71,11 @@ class TrainingLog(L.Callback):
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
         values["train/tokens_per_second"] = float(table[-1]) / seconds
         values["train/batch"] = batch.fingerprint
+        self.losses = {task: values[f"train/{task}/loss"] for task in tasks}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if self.plain and trainer.is_global_zero:
-            losses = "  ".join(f"{task} {values[f'train/{task}/loss']:.3f}" for task in tasks)
+            losses = "  ".join(f"{task} {loss:.3f}" for task, loss in self.losses.items())
             rate = values["train/tokens_per_second"]
             log.info(
                 "step %d/%d  loss: %s  lr %.1e  %.0f tokens/s",
@@ -82,3 +85,14 @@ class TrainingLog(L.Callback):
                 values["train/lr"],
                 rate,
             )
+
+
+class TrainingBar(RichProgressBar):
+    """A progress bar with every task's last loss, for terminals."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"  # one epoch is the whole training
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+        logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
+        return {task: f"{loss:.3f}" for log in logs for task, loss in log.losses.items()}

@@ -108,8 +108,10 @@ class Encoder(nn.Module):
             raise UserError(f"unknown task {task!r}: this encoder was built for {', '.join(self.tasks)}")
         return self.tasks[task]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, task: str) -> Tensor:
-        """Vectors (B, D) of texts for a task. input_ids, attention_mask: (B, L)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, task: str | Sequence[str]) -> Tensor:
+        """Vectors (B, D) of texts. input_ids, attention_mask: (B, L). task: of all texts, or one for each."""
+        if not isinstance(task, str):
+            return self._by_task(input_ids, attention_mask, task)
         expert = self.expert_of(task)
         mask = attention_mask[:, None, None, :].bool()
         hidden = self.backbone.embeddings(input_ids=input_ids)
@@ -119,6 +121,17 @@ class Encoder(nn.Module):
         # The last layer's output is needed at the pooled positions alone.
         wanted = hidden[:, :1] if self.pooling == "cls" else hidden
         return self.pool(self._run(last, wanted, hidden, mask, expert), attention_mask)
+
+    def _by_task(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
+        """Vectors (B, D) of texts with a task each: texts of one task go together, so every expert runs once."""
+        if len(tasks) != len(input_ids):
+            raise ValueError(f"task: got {len(tasks)} tasks for {len(input_ids)} texts")
+        groups = [
+            (task, torch.tensor([i for i, other in enumerate(tasks) if other == task], device=input_ids.device))
+            for task in dict.fromkeys(tasks)
+        ]
+        vectors = torch.cat([self(input_ids[rows], attention_mask[rows], task) for task, rows in groups])
+        return vectors[torch.cat([rows for _, rows in groups]).argsort()]
 
     def _run(self, *arguments) -> Tensor:
         if self.gradient_checkpointing and self.training:

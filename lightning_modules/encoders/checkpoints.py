@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import load_backbone
 from lightning_modules.encoders.base import Encoder, max_positions
+from lightning_modules.encoders.reference import from_reference, is_reference
 from lightning_modules.encoders.shared import SharedEncoder
 
 DESCRIPTION, WEIGHTS = "encoder.json", "model.safetensors"
@@ -72,9 +73,14 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     return folder
 
 
-def load_encoder(model: str | Path, tasks: Mapping[str, str] | None = None) -> Encoder:
+def load_encoder(
+    model: str | Path, tasks: Mapping[str, str] | None = None, backbone: str | Path | None = None
+) -> Encoder:
     """An encoder, in eval mode, from a run's folder (its best checkpoint, else its last), a checkpoint, an exported
-    folder, or a plain BERT (folder or hub name), which then serves the given tasks (by default the paper's three).
+    folder, a checkpoint of SciMult's authors, or a plain BERT (folder or hub name).
+
+    tasks: task -> expert, that a plain BERT serves; by default the paper's three. backbone: folder or hub name with
+    configuration and tokenizer, which the authors' checkpoints do not have.
 
     Raises UserError if it is none of these, is damaged, or its weights do not fit its description.
     """
@@ -84,7 +90,7 @@ def load_encoder(model: str | Path, tasks: Mapping[str, str] | None = None) -> E
     if (path / DESCRIPTION).is_file():
         encoder = _load_exported(path)
     elif path.is_file():
-        encoder = _load_checkpoint(path)
+        encoder = _load_checkpoint(path, backbone)
     else:
         backbone, tokenizer = load_backbone(str(model))
         longest = min(512, max_positions(backbone.config))
@@ -106,16 +112,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(f"{path}: is no checkpoint, or a damaged one ({str(error).splitlines()[0]})") from error
-    if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: is no checkpoint of this project (it has no description of its encoder)")
     return checkpoint
 
 
-def _load_checkpoint(path: Path) -> Encoder:
+def _load_checkpoint(path: Path, backbone: str | Path | None) -> Encoder:
     checkpoint = read_checkpoint(path)
+    if is_reference(checkpoint):
+        return _load_reference(checkpoint, path, backbone)
+    if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: is no checkpoint of this project (it has no description of its encoder)")
     prefix = "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     encoder = build(checkpoint["encoder"])
+    load_weights(encoder, weights, str(path))
+    return encoder
+
+
+def _load_reference(checkpoint: Mapping[str, Any], path: Path, backbone: str | Path | None) -> Encoder:
+    if backbone is None:
+        raise UserError(
+            f"{path}: has no configuration and tokenizer of its BERT: name a folder or hub name by backbone="
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(backbone), add_pooling_layer=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"backbone: cannot load {str(backbone)!r} ({str(error).splitlines()[0]})") from error
+    encoder, weights = from_reference(checkpoint, model, tokenizer, str(path))
     load_weights(encoder, weights, str(path))
     return encoder
 
