@@ -8,9 +8,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# What is given as key=value, less make's own variables. `=` in MAKEOVERRIDES keeps quotes and brackets of values.
-OWN := EXP=% SCALE=% EXTRAS=% PYTHON=% PY=% VENV=% ARGS=% TESTS=% SHELL=%
-OVERRIDES = $(filter-out $(OWN),$(MAKEOVERRIDES))
+# What is given as key=value, less make's own variables, each quoted for the shell as it was written.
+OWN := EXP SCALE EXTRAS PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
+given = $(filter command,$(origin $(1)))
+quoted = '$(subst ','\'',$(1)=$(value $(1)))'
+OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install train eval test check bench clean

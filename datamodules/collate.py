@@ -56,6 +56,7 @@ class Collator:
             task=self.task,
             seed=mix(self.seed, "step", step, *draws[0]),
             fingerprint=hashlib.blake2b(repr((queries, positives, negatives)).encode(), digest_size=6).hexdigest(),
+            num_tokens=sum(int(chunk.attention_mask.sum()) for chunk in chunks),
             chunks=chunks,
             queries=torch.tensor([place[row] for row in queries]),
             documents=torch.tensor([place[row] for row in rows_of_documents]),

@@ -29,5 +29,9 @@ class MultiTaskDataModule(ContrastiveDataModule):
         return self._tasks
 
     def setup(self, stage: str | None = None) -> None:
+        names = [name for task in self.tasks for name in task.readers]
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        if doubles:
+            raise UserError(f"results go by the name of the collection, and two tasks have {', '.join(doubles)}")
         for task in self.tasks:
             task.setup(stage)

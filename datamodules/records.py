@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,9 +108,6 @@ class Tokens:
             self.attention_mask.to(device, non_blocking=non_blocking),
         )
 
-    def pin_memory(self) -> Tokens:
-        return Tokens(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
-
 
 @dataclass
 class ContrastiveBatch:
@@ -122,6 +119,7 @@ class ContrastiveBatch:
     task             the task of all its queries
     seed             of the step's dropout on this rank
     fingerprint      of the ids in the batch: equal for equal batches, on any machine
+    num_tokens       of all U texts, without padding
     chunks           U texts
     queries          (B,)   row of each query among the U texts
     documents        (M,)   row of each document among the U texts
@@ -135,6 +133,7 @@ class ContrastiveBatch:
     task: str
     seed: int
     fingerprint: str
+    num_tokens: int
     chunks: tuple[Tokens, ...]
     queries: Tensor
     documents: Tensor
@@ -142,20 +141,7 @@ class ContrastiveBatch:
     positives: Tensor
     known_positives: Tensor
 
-    TENSORS = ("queries", "documents", "document_ids", "positives", "known_positives")
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> ContrastiveBatch:
-        return self._map(lambda x: x.pin_memory())
-
-    def _map(self, move) -> ContrastiveBatch:
-        moved = {name: move(getattr(self, name)) for name in self.TENSORS}
-        chunks = tuple(move(chunk) for chunk in self.chunks)
-        return ContrastiveBatch(self.step, self.task, self.seed, self.fingerprint, chunks, **moved)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding in all texts."""
-        return int(sum(int(chunk.attention_mask.sum()) for chunk in self.chunks))
+        names = ("queries", "documents", "document_ids", "positives", "known_positives")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 
@@ -19,6 +19,7 @@ from datamodules.records import Benchmark, Collection, Document, Example, Task, 
 from datamodules.sampler import RoundRobinSchedule
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What every file of datamodules/readers provides: one data format as a Collection."""
 
@@ -66,6 +67,7 @@ class ContrastiveDataModule(L.LightningDataModule):
             "batch_size": self.options.batch_size,
             "world_size": world_size,
             "examples": schedule.sizes,
+            "data": {name: c.fingerprint() for task in self.tasks for name, c in task.collections.items()},
         }
         collators = {task.task.name: self._collator(task) for task in self.tasks}
         batches = MultiTaskBatches(collators, schedule, rank, world_size)

@@ -20,6 +20,7 @@ from datamodules.records import Document, Task, UserError
 from datamodules.tasks import KINDS, BatchOptions
 from datamodules.text import input_text
 from experiments.config import as_dict
+from experiments.run_folder import LAST
 from experiments.schema import Config
 from experiments.targets import instantiate
 from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
@@ -37,7 +38,6 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.checkpoints import continue_from, load_encoder
 from lightning_modules.loggers import JsonlLogger
-from lightning_modules.metrics import parse_metric
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,9 @@ def build_data(config: Config) -> MultiTaskDataModule:
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     """The experiment's encoder. texts: what a random backbone takes its vocabulary from."""
-    source = load_encoder(config.init_from) if config.init_from else None
+    source = load_encoder(config.init_from, key="init_from") if config.init_from else None
     if source is not None:
+        log.info("init_from brings backbone and tokenizer: backbone.name, .config and .vocab_size are not used")
         backbone, tokenizer = _fresh_copy(source)
     else:
         backbone, tokenizer = _backbone(config, texts)
@@ -122,8 +123,6 @@ def on_a_terminal() -> bool:
 
 def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
     """Evaluation before the last checkpoint, whose state then knows of it; the user's own in between."""
-    for name in config.evaluation.metrics:
-        parse_metric(name)
     callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
     if config.evaluation.every_n_steps:
         benchmarks = data.benchmarks("dev")
@@ -139,7 +138,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
             )
         )
     callbacks += [instantiate(node) for node in config.callbacks.values()]
-    callbacks.append(LastCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint.every_n_steps))
+    callbacks.append(LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps))
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
@@ -196,18 +195,18 @@ def precision_of(config: Config) -> str:
     """Lightning's name of the precision; "auto" is bf16 where the hardware computes in it."""
     wanted = config.trainer.precision
     if wanted == "auto":
-        on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
         native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
         wanted = "bf16" if native else "fp32"
     return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
 
 
-def build_trainer(config: Config, callbacks: list[L.Callback], loggers: list[Logger], folder: Path) -> L.Trainer:
+def build_trainer(
+    config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
+) -> L.Trainer:
     settings = config.trainer
-    # In a step only one task's experts take part: DDP must look for those that do not, and leave their gradients None.
-    has_experts = "moe" in config.encoder["_target_"].lower()
     several = settings.num_nodes > 1 or settings.devices != 1
-    strategy = ("ddp_find_unused_parameters_true" if has_experts else "ddp") if several else "auto"
+    strategy = ("ddp_find_unused_parameters_true" if encoder.has_idle_parameters else "ddp") if several else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
         return L.Trainer(

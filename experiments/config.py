@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
+from datamodules.tasks import Reader
 from experiments.schema import Config, TaskConfig, check_ranges
 from experiments.targets import check_target
+from lightning_modules.encoders.base import Encoder
 
 FOLDER = Path(__file__).parent
 RESERVED = ("base",)  # YAML files beside the experiments that are none
@@ -101,6 +104,8 @@ def _checked_override(text: str) -> str:
     key, equals, _ = text.partition("=")
     if not equals or not key:
         raise UserError(f"the command line: expected key=value, got {text!r}")
+    if key == "experiment":
+        raise UserError("the command line: the experiment is the first argument, and no key (make train EXP=...)")
     return text
 
 
@@ -163,7 +168,8 @@ def _refuse_unknown_keys(schema: type, node: Any, prefix: str, source: str) -> N
 
 def _forget_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
     for key in layer:
-        if key not in config or OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(layer, key):
+        nothing = OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key)
+        if nothing or key not in config or OmegaConf.is_missing(config, key):
             continue
         old, new = config[key], layer[key]
         if isinstance(old, DictConfig) and isinstance(new, DictConfig):
@@ -182,9 +188,12 @@ def _finish(config: DictConfig) -> Config:
             raise UserError(f"no value for {', '.join(sorted(missing))}")
         done: Config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}{_first_line(error)}") from error
     if not done.tasks:
         raise UserError("tasks: name at least one")
+    if len(set(done.tasks)) < len(done.tasks):
+        raise UserError(f"tasks: each may be named once, got {', '.join(done.tasks)}")
     for name in done.tasks:
         _one_of("task", name, sorted(done.task))
         if not done.task[name].data:
@@ -194,10 +203,11 @@ def _finish(config: DictConfig) -> Config:
             )
     done.task = {name: done.task[name] for name in done.tasks}
     check_ranges(done)
-    check_target("encoder", done.encoder, given=("backbone", "tokenizer", "tasks", "max_length"))
-    for name, node in done.callbacks.items():
-        check_target(f"callbacks.{name}", node)
+    given = ("backbone", "tokenizer", "tasks", "max_length")
+    done.encoder = check_target("encoder", done.encoder, Encoder, given)
+    done.callbacks = {name: check_target(f"callbacks.{name}", node, Callback) for name, node in done.callbacks.items()}
     for task, settings in done.task.items():
-        for name, node in settings.data.items():
-            check_target(f"task.{task}.data.{name}", node)
+        settings.data = {
+            name: check_target(f"task.{task}.data.{name}", node, Reader) for name, node in settings.data.items()
+        }
     return done

@@ -4,13 +4,16 @@ model        a run's folder, a checkpoint, an exported folder, a plain BERT (fol
 data         the collections of the run that the model belongs to, or of run=FOLDER; or any folder in BEIR layout
              (beir=FOLDER), ranked with the expert of task=NAME
 output       where results.json and the run files go; by default evaluation/ in the run's folder, or evaluations/<data>
+pooling      cls or mean, for a plain BERT; by default that of the run, else cls
 backbone     folder or hub name with configuration and tokenizer, for a checkpoint of SciMult's authors
 similarity   dot or cosine; by default that of the run, else cosine
+exclude      whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
+             link_prediction, or where queries are documents word for word)
+metrics, token_budget    as in a training's configuration
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from datamodules.records import Benchmark, UserError
 from experiments.build import build_data
 from experiments.config import from_dict
 from experiments.console import entry_point, key_values, whole_number
+from experiments.files import write_json
 from experiments.results import evaluate_bm25, evaluate_encoder, show
 from experiments.run_folder import read_config
 from experiments.schema import Config, EvaluationConfig
@@ -35,6 +39,8 @@ KEYS = {
     "model": "",
     "run": "",
     "backbone": "",
+    "pooling": "",
+    "exclude": "auto",
     "output": "",
     "split": "test",
     "beir": "",
@@ -47,15 +53,25 @@ KEYS = {
 
 def run_of(model: str) -> Path | None:
     """The folder of the run that a model belongs to, if any."""
-    for path in (Path(model), Path(model).parent.parent):
-        if (path / "config.yaml").is_file():
+    if not Path(model).exists():
+        return None
+    for path in (Path(model), Path(model).resolve().parent.parent):
+        if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
             return path
     return None
 
 
+def default_output(values: dict[str, str], run: Path | None) -> Path:
+    """A folder of its own for each model, data and split."""
+    own = run is not None and Path(values["model"]).resolve() == run.resolve()
+    model = "" if own else Path(values["model"]).stem
+    parts = (model, Path(values["beir"]).name, values["task"], values["split"])
+    return (run / "evaluation" if run else Path("evaluations")) / "-".join(part for part in parts if part)
+
+
 def benchmarks_of(values: dict[str, str], config: Config | None) -> list[Benchmark]:
     if values["beir"]:
-        return [_beir_benchmark(Path(values["beir"]), values["task"], values["split"])]
+        return [_beir_benchmark(values, config)]
     if config is None:
         raise UserError("which data? Give run=FOLDER of a run, or beir=FOLDER and task=NAME")
     found = build_data(config).benchmarks(values["split"])
@@ -67,7 +83,8 @@ def benchmarks_of(values: dict[str, str], config: Config | None) -> list[Benchma
     return found
 
 
-def _beir_benchmark(folder: Path, task: str, split: str) -> Benchmark:
+def _beir_benchmark(values: dict[str, str], config: Config | None) -> Benchmark:
+    folder, task, split = Path(values["beir"]), values["task"], values["split"]
     if not task:
         raise UserError(f"task: whose expert ranks {folder}? For instance task=search")
     collection = BeirReader(str(folder)).read()
@@ -75,9 +92,13 @@ def _beir_benchmark(folder: Path, task: str, split: str) -> Benchmark:
         raise UserError(f"split: {folder} has no {split!r}, it has {', '.join(collection.qrels)}")
     qrels = collection.qrels[split]
     queries = {query: collection.queries[query] for query in qrels}
-    # Papers that are queries and documents under one id are not ranked for themselves.
-    same = all(collection.corpus.get(query) == document for query, document in queries.items())
-    return Benchmark(folder.name, task, split, collection.corpus, queries, qrels, exclude_query=same)
+    if values["exclude"] != "auto":
+        exclude = values["exclude"] == "yes"
+    elif config and task in config.task:
+        exclude = config.task[task].kind == "link_prediction"
+    else:  # ids alone do not tell: many collections number queries and documents alike
+        exclude = all(collection.corpus.get(query) == document for query, document in queries.items())
+    return Benchmark(folder.name, task, split, collection.corpus, queries, qrels, exclude)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -93,13 +114,21 @@ def main(arguments: Sequence[str]) -> None:
     if similarity not in SIMILARITIES:
         raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
 
+    if values["exclude"] not in ("auto", "yes", "no"):
+        raise UserError(f"exclude: got {values['exclude']!r}, allowed are auto, yes, no")
+
     encoder = None
     if values["model"] != "bm25":
+        pooling = values["pooling"] or (config.encoder.get("pooling", "cls") if config else "cls")
         tasks = {values["task"]: values["task"]} if values["task"] else DEFAULT_TASKS
-        encoder = load_encoder(values["model"], tasks, values["backbone"] or None)
+        encoder = load_encoder(values["model"], tasks, values["backbone"] or None, pooling)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     benchmarks = benchmarks_of(values, config)
-    folder = Path(values["output"] or (run / "evaluation" if run else f"evaluations/{benchmarks[0].name}"))
+    folder = Path(values["output"]) if values["output"] else default_output(values, run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be used ({error})") from error
     if encoder is None:
         results = evaluate_bm25(benchmarks, metrics, folder / "runs")
     else:
@@ -115,8 +144,7 @@ def main(arguments: Sequence[str]) -> None:
             token_budget=whole_number("token_budget", values["token_budget"]),
         )
     about = {"model": values["model"], "similarity": similarity, "metrics": metrics}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(about | {"benchmarks": results}, indent=2), encoding="utf-8")
+    write_json(folder / "results.json", about | {"benchmarks": results})
     show(results, metrics, f"{values['model']}, {values['split']} split")
     log.info("Results and run files lie in %s", folder)
 

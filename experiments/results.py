@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from datamodules.records import Benchmark, UserError
+from experiments.files import read_json, write_json
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from lightning_modules.distributed import rank
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.metrics import Run
-from lightning_modules.retrieval import bm25_run, depth, measure, rank_benchmark, write_trec
+from lightning_modules.retrieval import bm25_run, depth, measure, rank_benchmark, whole_run, write_trec
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]
@@ -34,6 +34,10 @@ class FinalTable:
         self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
         if not self.benchmarks:
             raise UserError(f"evaluation.split: no task has a split {config.evaluation.split!r}")
+        without = set(config.task) - {benchmark.task for benchmark in self.benchmarks}
+        if without:
+            missing = ", ".join(sorted(without))
+            log.warning("no %s split for %s: the table is without it", config.evaluation.split, missing)
         self.kept = folder.path / "baselines.json"  # a resumed run does not measure them again
         self.content: dict[str, Any] = {}
 
@@ -53,22 +57,35 @@ class FinalTable:
         bm25 = evaluate_bm25(self.benchmarks, self.config.evaluation.metrics, self.folder.path / "runs")
         found = combine(bm25, self.measure("untrained", encoder))
         if rank() == 0:
-            self.kept.write_text(json.dumps(found), encoding="utf-8")
+            write_json(self.kept, self._protocol() | {"benchmarks": found})
 
-    def finish(self, encoder: Encoder, step: int) -> None:
-        """Measure the trained encoder and write results.json."""
-        before = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else {}
+    def _protocol(self) -> dict[str, Any]:
+        return {"split": self.config.evaluation.split, "metrics": self.config.evaluation.metrics}
+
+    def _measured_before(self) -> Results:
+        """The baselines, if they were measured on the same split with the same metrics."""
+        if not self.kept.is_file():
+            return {}
+        before = read_json(self.kept)
+        if self._protocol() | {"benchmarks": before.get("benchmarks")} != before:
+            log.warning("the baselines were measured on another split or with other metrics: the table is without them")
+            return {}
+        return before["benchmarks"]
+
+    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int) -> None:
+        """Measure the trained encoder and write results.json. checkpoint: the file it is from, of which step."""
         self.content = {
             "experiment": self.config.experiment,
             "scale": self.config.scale,
             "seed": self.config.run.seed,
-            "steps": step,
-            "split": self.config.evaluation.split,
-            "metrics": self.config.evaluation.metrics,
-            "benchmarks": combine(before, self.measure("trained", encoder)),
+            "steps": self.config.trainer.max_steps,
+            "checkpoint": checkpoint,
+            "checkpoint_step": checkpoint_step,
+            **self._protocol(),
+            "benchmarks": combine(self._measured_before(), self.measure("trained", encoder)),
         }
         if rank() == 0:
-            self.folder.results.write_text(json.dumps(self.content, indent=2), encoding="utf-8")
+            write_json(self.folder.results, self.content)
 
     def flat(self) -> dict[str, float]:
         """The trained encoder's figures for loggers: <split>/<benchmark>/<metric>."""
@@ -82,7 +99,8 @@ class FinalTable:
     def show(content: dict[str, Any]) -> None:
         """Print what stands in a results.json."""
         what = f"{content['experiment']}, scale {content['scale']}, seed {content['seed']}"
-        title = f"{what}, {content['steps']} steps, {content['split']} split"
+        step = f"{content['checkpoint']} of step {content['checkpoint_step']} of {content['steps']}"
+        title = f"{what}, {step}, {content['split']} split"
         show(content["benchmarks"], content["metrics"], title)
 
 
@@ -138,8 +156,9 @@ def _evaluate(
             "%s on %s (%d queries, %d documents)", system, benchmark.name, len(benchmark.queries), len(benchmark.corpus)
         )
         run = ranked(benchmark)
+        whole = whole_run(run)
         if rank() == 0:
-            write_trec(run, folder / f"{benchmark.name}.{system}.trec", system)
+            write_trec(whole, folder / f"{benchmark.name}.{system}.trec", system)
         results[benchmark.name] = {
             "task": benchmark.task,
             "split": benchmark.split,
@@ -187,7 +206,7 @@ def show(results: Results, metrics: Sequence[str], title: str) -> None:
     for name, result in results.items():
         for i, (system, means) in enumerate(result["systems"].items()):
             labels = (result["task"], name) if i == 0 else ("", "")
-            table.add_row(*labels, system, *(f"{means[metric]:.4f}" for metric in fitting))
+            table.add_row(*labels, system, *(f"{means[metric]:.4f}" if metric in means else "" for metric in fitting))
         table.add_section()
     for system in systems if len(results) > 1 else ():
         rows = [result["systems"][system] for result in results.values() if system in result["systems"]]

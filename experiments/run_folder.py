@@ -12,7 +12,6 @@ wandb/            W&B's own files
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 import subprocess
@@ -29,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.config import as_dict, digest
+from experiments.files import read_json, write_atomically, write_json
 from experiments.schema import Config
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
 )
+LAST = Path("checkpoints", "last.ckpt")
 VERSIONS = (
     "torch",
     "lightning",
@@ -73,42 +74,60 @@ def folder_of(config: Config) -> Path:
 
 
 def open_run(config: Config) -> RunFolder:
-    """Make or find the run's folder.
+    """Find the run's folder, or make it. Nothing that is there is changed, but for resume "never", which renames.
 
-    Raises UserError if the folder holds a run of another configuration.
+    Raises UserError if the folder holds a run of another configuration or something that is no run, or cannot be made.
     """
     path = folder_of(config)
     if rank_zero_only.rank == 0:
-        if config.run.resume == "never" and path.exists():
-            kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
-            path.rename(kept)
-            log.info("the run that was in %s is kept in %s", path, kept)
-        if _last(path).is_file():
-            _refuse_other_run(config, path)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-    return RunFolder(path, _last(path) if _last(path).is_file() else None, _is_complete(path, config))
+        try:
+            _prepare(config, path)
+        except OSError as error:
+            raise UserError(f"run.dir: {path} cannot be used ({error})") from error
+    last = path / LAST
+    return RunFolder(path, last if last.is_file() else None, _is_complete(path, config))
 
 
-def _last(path: Path) -> Path:
-    return path / "checkpoints" / "last.ckpt"
+def _prepare(config: Config, path: Path) -> None:
+    if path.is_file():
+        raise UserError(f"run.dir: {path} is a file")
+    if (path / "config.yaml").exists() and not (path / "checkpoints").is_dir():
+        raise UserError(f"run.dir: {path} has a config.yaml and is no run; choose another folder")
+    if config.run.resume == "never" and (path / "config.yaml").exists():
+        path = path.resolve()
+        kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+        path.rename(kept)
+        log.info("the run that was in %s is kept in %s", path, kept)
+    if (path / "config.yaml").exists():
+        _refuse_other_run(config, path)
+    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def _is_complete(path: Path, config: Config) -> bool:
-    """Whether the run has its results, and was not made longer since."""
-    try:
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Whether the run has its results: for these steps, this split and these metrics."""
+    if not (path / "results.json").is_file():
         return False
-    return results["steps"] >= config.trainer.max_steps
+    results = read_json(path / "results.json")
+    wanted = config.evaluation
+    measured_alike = results["split"] == wanted.split and results["metrics"] == wanted.metrics
+    return results["steps"] >= config.trainer.max_steps and measured_alike
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    """config.yaml, when all that can be wrong with the configuration has been found right."""
+    if rank_zero_only.rank == 0:
+        write_atomically(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A run's config.yaml in plain containers."""
     try:
-        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
+    return settings
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:
@@ -141,7 +160,7 @@ def write_manifest(
     if rank_zero_only.rank > 0:
         return
     path = folder.path / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"attempts": []}
+    manifest = read_json(path) if path.is_file() else {"attempts": []}
     if seconds is None:
         manifest["attempts"].append(
             {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": None}
@@ -165,7 +184,7 @@ def write_manifest(
             for name, collection in task.collections.items()
         },
     }
-    path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    write_json(path, manifest)
 
 
 def _version(name: str) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from omegaconf import MISSING
 
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import BackboneOptions
+from lightning_modules.metrics import parse_metric
 from lightning_modules.optim import OptimOptions
 
 
@@ -57,7 +60,7 @@ class TrainerConfig:
     """
 
     max_steps: int = 1000
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -134,32 +137,56 @@ class Config:
 
 
 def check_ranges(config: Config) -> None:
-    """Raise UserError for a number that is out of its range."""
-    positive = {
-        "data.batch_size": config.data.batch_size,
-        "data.max_length": config.data.max_length,
-        "data.token_budget": config.data.token_budget,
+    """Raise UserError for a value that is out of its range."""
+    data, optim, trainer, backbone = config.data, config.optim, config.trainer, config.backbone
+    above_0 = {
+        "data.batch_size": data.batch_size,
+        "data.token_budget": data.token_budget,
         "objective.temperature": config.objective.temperature,
-        "optim.lr": config.optim.lr,
-        "optim.layer_decay": config.optim.layer_decay,
-        "trainer.max_steps": config.trainer.max_steps,
-        "trainer.accumulate_grad_batches": config.trainer.accumulate_grad_batches,
-        "trainer.log_every_n_steps": config.trainer.log_every_n_steps,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+        "optim.layer_decay": optim.layer_decay,
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.num_nodes": trainer.num_nodes,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.log_every_n_steps": trainer.log_every_n_steps,
         "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
-        "backbone.vocab_size": config.backbone.vocab_size,
+        "backbone.vocab_size": backbone.vocab_size,
+        "wandb.init_timeout": config.wandb.init_timeout,
     }
-    not_negative = {
-        "data.num_hard_negatives": config.data.num_hard_negatives,
-        "data.num_workers": config.data.num_workers,
-        "optim.weight_decay": config.optim.weight_decay,
+    from_0 = {
+        "run.seed": config.run.seed,
+        "data.num_hard_negatives": data.num_hard_negatives,
+        "data.num_workers": data.num_workers,
+        "optim.weight_decay": optim.weight_decay,
         "evaluation.every_n_steps": config.evaluation.every_n_steps,
-        "trainer.gradient_clip_val": config.trainer.gradient_clip_val,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val,
     }
-    for key, value in positive.items():
-        if not value > 0:
+    shares = {
+        "optim.warmup": optim.warmup,
+        "optim.beta1": optim.beta1,
+        "optim.beta2": optim.beta2,
+        "backbone.dropout": backbone.dropout or 0.0,
+        "backbone.attention_dropout": backbone.attention_dropout or 0.0,
+    }
+    for key, value in above_0.items():
+        if not 0 < value < math.inf:
             raise UserError(f"{key}: got {value}, allowed are numbers above 0")
-    for key, value in not_negative.items():
-        if not value >= 0:
+    for key, value in from_0.items():
+        if not 0 <= value < math.inf:
             raise UserError(f"{key}: got {value}, allowed are numbers from 0")
-    if not 0 <= config.optim.warmup < 1:
-        raise UserError(f"optim.warmup: got {config.optim.warmup}, allowed is a share of the steps, from 0 to below 1")
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{key}: got {value}, allowed are numbers from 0 to below 1")
+    if data.max_length < 3:
+        raise UserError(f"data.max_length: got {data.max_length}, allowed is 3 or more ([CLS], a word and [SEP])")
+    if trainer.devices < 1 and trainer.devices != -1:
+        raise UserError(f"trainer.devices: got {trainer.devices}, allowed are numbers above 0, and -1 for all")
+    if trainer.devices == -1 and not torch.cuda.is_available():
+        raise UserError("trainer.devices: got -1 for all GPUs, and there is none (a number above 0 runs on the CPU)")
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator: got gpu, and there is none (auto takes what there is)")
+    if not config.evaluation.metrics:
+        raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
+    for name in config.evaluation.metrics:
+        parse_metric(name)

@@ -19,10 +19,10 @@ from datamodules.records import UserError
 PACKAGES = ("datamodules.", "lightning_modules.")
 
 
-def check_target(key: str, node: Any, given: Sequence[str] = ()) -> type:
-    """The class that a `_target_` node names, its arguments checked against the signature.
+def check_target(key: str, node: Any, base: type = object, given: Sequence[str] = ()) -> dict[str, Any]:
+    """The `_target_` node with its arguments checked against the class's signature, and converted to its types.
 
-    given: arguments that the project provides. Raises UserError.
+    base: what the class must be. given: arguments that the project provides. Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise UserError(f"{key}: expected a node with _target_, got {node!r}")
@@ -38,12 +38,13 @@ def check_target(key: str, node: Any, given: Sequence[str] = ()) -> type:
         classes = [n for n, o in inspect.getmembers(module, inspect.isclass) if o.__module__ == module_name]
         raise UserError(f"{key}._target_: {module_name} has no class {name!r}, it has {', '.join(classes)}")
     cls = getattr(module, name)
-    _check_arguments(key, cls, {k: v for k, v in node.items() if k != "_target_"}, given)
-    return cls
+    if not issubclass(cls, base):
+        raise UserError(f"{key}._target_: got {target!r}, which is no {base.__name__}")
+    return {"_target_": target} | _checked(key, cls, {k: v for k, v in node.items() if k != "_target_"}, given)
 
 
-def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Names and types of a class's arguments, by a dataclass made from its signature."""
+def _checked(key: str, cls: type, arguments: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """Arguments with names and types of a class's signature, by a dataclass made from it."""
     hints = typing.get_type_hints(cls.__init__)
     parameters = [p for p in list(inspect.signature(cls.__init__).parameters.values())[1:] if p.name not in given]
     allowed = [p.name for p in parameters]
@@ -57,9 +58,11 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], given: S
             raise UserError(f"{key}: {cls.__name__} needs the argument {parameter.name!r}")
     fields = [(p.name, hints.get(p.name, Any), field(default=MISSING)) for p in parameters]
     try:
-        OmegaConf.merge(OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields)), dict(arguments))
+        schema = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields))
+        converted = OmegaConf.to_container(OmegaConf.merge(schema, dict(arguments)))
     except OmegaConfBaseException as error:
         raise UserError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
+    return {name: converted[name] for name in arguments}
 
 
 def instantiate(node: Mapping[str, Any], **given: Any) -> Any:

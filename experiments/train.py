@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 
@@ -13,10 +13,11 @@ from datamodules.records import UserError
 from experiments.build import build_callbacks, build_data, build_loggers, build_module, build_trainer
 from experiments.config import experiments, load_config
 from experiments.console import entry_point
+from experiments.files import read_json
 from experiments.results import FinalTable
-from experiments.run_folder import open_run, write_manifest
+from experiments.run_folder import LAST, open_run, write_config, write_manifest
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     config = load_config(experiment, overrides)
     folder = open_run(config)
     if folder.complete:
-        table = json.loads(folder.results.read_text(encoding="utf-8"))
-        FinalTable.show(table)
+        FinalTable.show(read_json(folder.results))
         log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
         return
 
+    if folder.checkpoint:
+        read_checkpoint(folder.checkpoint)  # a damaged one is found before the data are read
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config)
     module = build_module(config, data)
@@ -39,18 +41,21 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     if config.evaluation.baselines:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
-    trainer = build_trainer(config, callbacks, loggers, folder.path)
+    trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path)
 
     log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
     log.info("%s steps%s", config.trainer.max_steps, f", from {folder.checkpoint}" if folder.checkpoint else "")
     num_parameters = sum(p.numel() for p in module.parameters())
+    write_config(folder, config)
     write_manifest(folder, data, num_parameters)
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=folder.checkpoint)
+    fit(trainer, module, data, folder.checkpoint)
     write_manifest(folder, data, num_parameters, seconds=time.perf_counter() - started)
 
     with trainer.precision_plugin.forward_context():
-        table.finish(load_encoder(folder.path).to(module.device), trainer.global_step)
+        chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
+        step = read_checkpoint(chosen)["global_step"]
+        table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
         for logger in loggers:
             logger.log_metrics(table.flat(), step=trainer.global_step)
@@ -59,6 +64,16 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
         log.info("The run lies in %s", folder.path)
         other = "moe" if config.experiment == "vanilla" else "vanilla"
         log.info("Next: make eval model=%s split=dev, or another encoder: make train EXP=%s", folder.path, other)
+
+
+def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:
+    """Train. Lightning answers Ctrl-C by leaving the program; here it stays a KeyboardInterrupt."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except SystemExit as leaving:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from leaving
+        raise
 
 
 def main(arguments: Sequence[str]) -> None:

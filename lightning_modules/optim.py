@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass
 class OptimOptions:
-    """lr: peak learning rate. warmup: share of all steps in which it rises from 0; after them it falls to 0 linearly.
+    """lr: peak learning rate. warmup: share of all steps in which it rises linearly; after them it falls linearly to 0.
     layer_decay: factor from each layer to the one below, 1 for none. weight_decay: not on biases and LayerNorms.
     """
 
@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
 
 
 def linear_schedule(warmup: float, total_steps: int) -> Callable[[int], float]:
-    """Factor of the peak learning rate at a step: linear from 0 to 1 over the warm-up, then linear to 0."""
+    """Factor of the peak learning rate at a step, from 0: (step + 1) / warm-up steps, then linear from 1 to 0."""
     warmup_steps = max(1, round(warmup * total_steps))
 
     def factor(step: int) -> float:

@@ -7,12 +7,12 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from datamodules.records import Benchmark, Document, UserError
@@ -21,7 +21,6 @@ from lightning_modules.distributed import gather_rows, rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.metrics import MeanOverQueries, Run, judge, parse_metric, sorted_run
 
-log = logging.getLogger(__name__)
 Advance = Callable[[int], None]
 
 
@@ -42,12 +41,9 @@ def top_k(queries: Tensor, documents: Tensor, k: int, chunk: int = 1024) -> tupl
     return indices, scores
 
 
-def drop_own(indices: np.ndarray, scores: np.ndarray, own: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rankings (Q, k + 1) without document own[q] in row q, or, where it is not there, without the last: (Q, k)."""
-    hit = indices == np.asarray(own)[:, None]
-    hit[~hit.any(1), -1] = True
-    shape = (len(indices), indices.shape[1] - 1)
-    return indices[~hit].reshape(shape), scores[~hit].reshape(shape)
+def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
+    """Rankings (Q, k) with -1 where document own[q] stands in row q."""
+    return np.where(indices == np.asarray(own)[:, None], -1, indices)
 
 
 def rank_benchmark(
@@ -81,10 +77,7 @@ def rank_benchmark(
     if not torch.isfinite(documents).all() or not torch.isfinite(queries).all():
         raise UserError(f"{benchmark.name}: the encoder gives vectors that are not finite (training diverged?)")
     indices, scores = top_k(queries, documents, k + benchmark.exclude_query)
-    if benchmark.exclude_query:
-        place = {name: i for i, name in enumerate(names)}
-        indices, scores = drop_own(indices, scores, [place.get(query, -1) for query in ids])
-    return sorted_run(ids, names, indices, scores)
+    return _finished(benchmark, ids, names, indices, scores, k)
 
 
 def bm25_run(benchmark: Benchmark, k: int) -> Run:
@@ -99,18 +92,43 @@ def bm25_run(benchmark: Benchmark, k: int) -> Run:
         return bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
     names = list(benchmark.corpus)
-    index = bm25s.BM25()
-    index.index(words(benchmark.corpus.values()), show_progress=False)
     ids = list(benchmark.queries)[rank() :: world_size()]
+    corpus = words(benchmark.corpus.values())
     wanted = min(k + benchmark.exclude_query, len(names))
-    indices, scores = index.retrieve(
-        words(benchmark.queries[query] for query in ids), k=wanted, show_progress=False, n_threads=1
-    )
+    if not ids or not corpus.vocab:  # no query for this rank, or texts in which no word was found
+        indices, scores = np.full((len(ids), wanted), -1), np.zeros((len(ids), wanted))
+    else:
+        index = bm25s.BM25()
+        index.index(corpus, show_progress=False)
+        queries = words(benchmark.queries[query] for query in ids)
+        indices, scores = index.retrieve(queries, k=wanted, show_progress=False, n_threads=1)
     indices = np.where(scores > 0, indices.astype(np.int64), -1)
+    return _finished(benchmark, ids, names, indices, scores, k)
+
+
+def _finished(
+    benchmark: Benchmark, ids: list[str], names: list[str], indices: np.ndarray, scores: np.ndarray, k: int
+) -> Run:
+    """The run of retrieved documents, a query's own document left out where the benchmark says so, k for each query."""
     if benchmark.exclude_query:
         place = {name: i for i, name in enumerate(names)}
-        indices, scores = drop_own(indices, scores, [place.get(query, -2) for query in ids])
-    return sorted_run(ids, names, indices, scores)
+        indices = hide_own(indices, [place.get(query, -2) for query in ids])
+    run = sorted_run(ids, names, indices, scores)
+    return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])
+
+
+def whole_run(run: Run) -> Run:
+    """All ranks' shares of a run as one."""
+    if world_size() == 1:
+        return run
+    shares: list[Run] = [run] * world_size()
+    dist.all_gather_object(shares, run)
+    return Run(
+        [query for share in shares for query in share.queries],
+        run.documents,
+        np.concatenate([share.indices for share in shares]),
+        np.concatenate([share.scores for share in shares]),
+    )
 
 
 def depth(metrics: Sequence[str]) -> int:
@@ -121,7 +139,12 @@ def depth(metrics: Sequence[str]) -> int:
 def measure(
     run: Run, benchmark: Benchmark, metrics: Sequence[str], device: torch.device | str = "cpu"
 ) -> Mapping[str, float]:
-    """Means over all queries of all ranks. run: this rank's share of the benchmark's queries."""
+    """Means over all queries of all ranks. run: this rank's share of the benchmark's queries.
+
+    Raises UserError if no query has a relevant document.
+    """
+    if not any(grade > 0 for grades in benchmark.qrels.values() for grade in grades.values()):
+        raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
     means = MeanOverQueries(metrics).to(device)
     place = {query: i for i, query in enumerate(benchmark.queries)}
     means.update(torch.tensor([place[query] for query in run.queries], device=device), judge(run, benchmark.qrels))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -58,13 +60,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 after line {number} ({error.reason})") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip file is damaged after line {number} ({error})") from error
 
 
@@ -85,12 +87,16 @@ def _document(line: str, where: str) -> Document:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: is no JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with _id, title and text, got {line[:60]!r}")
-    fields = {key: record.get(key) or "" for key in ("_id", "title", "text")}
+    fields = {key: "" if record.get(key) is None else record[key] for key in ("_id", "title", "text")}
     for key, value in fields.items():
         if not isinstance(value, str):
             raise UserError(f"{where}: {key} must be a string, got {value!r}")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{where}: {key} holds half of a surrogate pair, which is no text")
     if not fields["_id"]:
         raise UserError(f"{where}: _id is missing or empty (keys here: {', '.join(map(str, record)) or 'none'})")
     if not (fields["title"].strip() or fields["text"].strip()):
@@ -101,25 +107,27 @@ def _document(line: str, where: str) -> Document:
 def _qrels(path: Path, queries: Mapping[str, Document], corpus: Mapping[str, Document]) -> Qrels:
     qrels: dict[str, dict[str, int]] = {}
     unknown: dict[str, list[str]] = {"query": [], "document": []}
-    for number, line in _lines(path):
+    for order, (number, line) in enumerate(_lines(path)):
         columns = line.split("\t")
-        if number == 1 and columns[-1].strip() == "score":
+        if order == 0 and columns[-1].strip() == "score":
             continue
         if len(columns) != 3:
             raise UserError(
                 f"{path}, line {number}: expected query-id, corpus-id and score between tabs, got {line[:60]!r}"
             )
         query, document, score = (column.strip() for column in columns)
-        try:
-            grade = int(score)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: the score must be an integer, got {score!r}") from error
+        if not re.fullmatch(r"[+-]?[0-9]+", score):
+            raise UserError(f"{path}, line {number}: the score must be an integer, got {score!r}")
+        grade = int(score)
         if query not in queries:
             unknown["query"].append(query)
         elif document not in corpus:
             unknown["document"].append(document)
         else:
-            qrels.setdefault(query, {})[document] = grade
+            before = qrels.setdefault(query, {}).setdefault(document, grade)
+            if before != grade:
+                pair = f"query {query!r} and document {document!r}"
+                raise UserError(f"{path}, line {number}: {pair} have score {grade} here and {before} above")
     for kind, ids in unknown.items():
         if ids:
             distinct = list(dict.fromkeys(ids))

@@ -30,10 +30,17 @@ class Evaluation(L.Callback):
         self.best, self.best_step, self.evaluated_at = float("-inf"), 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
+        return {"best": self.best, "best_step": self.best_step, "measure": self._measure()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.best_step = state["best"], state["best_step"]
+        if state["measure"] == self._measure():
+            self.best, self.best_step = state["best"], state["best_step"]
+        else:
+            log.warning("the best checkpoint was chosen by another measure: the next evaluation chooses anew")
+
+    def _measure(self) -> list[str]:
+        """What the best is chosen by; bests by different measures cannot be compared."""
+        return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.evaluated_at = trainer.global_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 
-from datamodules.records import ContrastiveBatch
+from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed import world_size
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,14 @@ class TrainingLog(L.Callback):
     def _clear(self) -> None:
         # task -> name -> sum, and the number of batches under "count"
         self.sums: dict[str, dict[str, torch.Tensor | float]] = defaultdict(lambda: defaultdict(float))
-        self.tokens, self.started, self.first_step = 0, time.perf_counter(), -1
+        self.tokens, self.seconds = 0, 0.0  # of training steps alone
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clear()
         self.logged_at = trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
@@ -49,7 +53,11 @@ class TrainingLog(L.Callback):
             sums[name] += outputs[name].detach()
         self.tokens += batch.num_tokens
         step = trainer.global_step
-        if step > self.logged_at and step % self.every_n_steps == 0:
+        due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
+        if due:
+            float(outputs["loss"])  # waits for the GPU, so that the time is that of the steps
+        self.seconds += time.perf_counter() - self.started
+        if due:
             self.logged_at = step
             self._log(trainer, batch, step)
             self._clear()
@@ -61,7 +69,6 @@ class TrainingLog(L.Callback):
         if world_size() > 1:
             dist.all_reduce(table)
         means = table[:-1].view(-1, 3).cpu()
-        seconds = time.perf_counter() - self.started
         # Lightning counts loss for accumulation: it is divided there, and multiplied here again.
         scale = trainer.accumulate_grad_batches
         values: dict[str, Any] = {}
@@ -69,8 +76,14 @@ class TrainingLog(L.Callback):
             values[f"train/{task}/loss"] = scale * loss / count
             values[f"train/{task}/accuracy"] = accuracy / count
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
-        values["train/tokens_per_second"] = float(table[-1]) / seconds
+        values["train/tokens_per_second"] = float(table[-1]) / self.seconds
         values["train/batch"] = batch.fingerprint
+        for task in tasks:
+            if not math.isfinite(values[f"train/{task}/loss"]):
+                raise UserError(
+                    f"the loss of {task} is not finite at step {step}: try a lower optim.lr, a longer optim.warmup or "
+                    "trainer.gradient_clip_val (the last checkpoint before may still be good)"
+                )
         self.losses = {task: values[f"train/{task}/loss"] for task in tasks}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)

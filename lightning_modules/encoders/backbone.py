@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -64,23 +66,27 @@ def word_vocabulary(texts: Iterable[str], size: int) -> dict[str, int]:
 def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple[nn.Module, BertTokenizer]:
     """A BERT drawn at random (torch's generator) and its tokenizer. config: fields of transformers.BertConfig."""
     known = BertConfig().to_dict()
+    if config.get("num_hidden_layers") == 0:
+        raise UserError("backbone.config.num_hidden_layers: got 0, allowed are numbers above 0")
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise UserError(f"backbone.config: {', '.join(unknown)} are no fields of transformers.BertConfig")
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
         raise UserError(f"backbone.config: {' '.join(str(error).split())}") from error
     tokenizer = BertTokenizer(vocab=vocabulary)
     return backbone, tokenizer
 
 
-def load_backbone(name: str) -> tuple[nn.Module, Any]:
+def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, Any]:
     """Backbone and tokenizer from a folder or the hub.
 
-    Raises UserError if there is none of that name, or it cannot be reached.
+    key: where the name came from, for errors. Raises UserError if there is none of that name, or it cannot be reached.
     """
+    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"{key}: {name!r} is no file or folder here, nor a name of the hub")
     transformers_logging.set_verbosity_error()  # the report of the pooler that we leave out
     transformers_logging.disable_progress_bar()
     try:
@@ -88,7 +94,7 @@ def load_backbone(name: str) -> tuple[nn.Module, Any]:
         backbone = AutoModel.from_pretrained(name, add_pooling_layer=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"backbone.name: cannot load {name!r} from a folder or the hub: {reason}") from error
+        raise UserError(f"{key}: {name!r} cannot be loaded from a folder or the hub: {reason}") from error
     return backbone, tokenizer
 
 

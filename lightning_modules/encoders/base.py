@@ -9,7 +9,7 @@ Shapes: B texts, L tokens (of the queries of attention), S tokens attended to, D
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,9 @@ class Encoder(nn.Module):
     that serves it. pooling: "cls" (last layer's first token, the paper's) or "mean". normalize: vectors of length 1.
     max_length: tokens of a text, special tokens included.
     """
+
+    # Whether a step on one task leaves parameters without gradient: DDP must then look for them.
+    has_idle_parameters: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -74,13 +74,17 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
 
 
 def load_encoder(
-    model: str | Path, tasks: Mapping[str, str] | None = None, backbone: str | Path | None = None
+    model: str | Path,
+    tasks: Mapping[str, str] | None = None,
+    backbone: str | Path | None = None,
+    pooling: str = "cls",
+    key: str = "model",
 ) -> Encoder:
     """An encoder, in eval mode, from a run's folder (its best checkpoint, else its last), a checkpoint, an exported
     folder, a checkpoint of SciMult's authors, or a plain BERT (folder or hub name).
 
-    tasks: task -> expert, that a plain BERT serves; by default the paper's three. backbone: folder or hub name with
-    configuration and tokenizer, which the authors' checkpoints do not have.
+    tasks, pooling: of a plain BERT; task -> expert, by default the paper's three. backbone: folder or hub name with
+    configuration and tokenizer, which the authors' checkpoints do not have. key: where model came from, for errors.
 
     Raises UserError if it is none of these, is damaged, or its weights do not fit its description.
     """
@@ -92,9 +96,9 @@ def load_encoder(
     elif path.is_file():
         encoder = _load_checkpoint(path, backbone)
     else:
-        backbone, tokenizer = load_backbone(str(model))
+        backbone, tokenizer = load_backbone(str(model), key)
         longest = min(512, max_positions(backbone.config))
-        encoder = SharedEncoder(backbone, tokenizer, tasks or DEFAULT_TASKS, max_length=longest)
+        encoder = SharedEncoder(backbone, tokenizer, tasks or DEFAULT_TASKS, pooling, max_length=longest)
     return encoder.eval()
 
 
@@ -149,6 +153,8 @@ def _load_exported(folder: Path) -> Encoder:
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: the exported encoder cannot be read ({error})") from error
+    if not isinstance(description, dict) or not {"kind", "arguments", "backbone", "tokenizer"} <= set(description):
+        raise UserError(f"{folder / DESCRIPTION}: is no description of an encoder")
     encoder = build(description)
     load_weights(encoder, weights, str(folder / WEIGHTS))
     return encoder

@@ -124,6 +124,8 @@ class MoEEncoder(Encoder):
     or list, see expert_layers; the paper's is "mod2". Further arguments as in Encoder.
     """
 
+    has_idle_parameters = True
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -51,6 +51,14 @@ def test_plain_and_gzipped_files_are_the_same(folder):
     assert BeirReader(str(folder)).read() == plain
 
 
+def test_windows_files_are_the_same(folder):
+    plain = BeirReader(str(folder)).read()
+    for path in [*folder.glob("*.jsonl"), *folder.glob("qrels/*.tsv")]:
+        text = path.read_text()
+        path.write_bytes(b"\xef\xbb\xbf" + ("\n" + text).replace("\n", "\r\n").encode())
+    assert BeirReader(str(folder)).read() == plain
+
+
 def test_what_is_written_is_read(tmp_path):
     collection = SampleReader("citations", num_papers=500).read()
     write_beir(collection, tmp_path)
@@ -75,6 +83,9 @@ def test_missing_qrels(folder):
         ("[1, 2]", "line 3: expected an object"),
         ('{"id": "d3", "text": "x"}', "line 3: _id is missing or empty (keys here: id, text)"),
         ('{"_id": 7, "text": "x"}', "line 3: _id must be a string, got 7"),
+        ('{"_id": 0, "text": "x"}', "line 3: _id must be a string, got 0"),
+        ('{"_id": "d3", "text": "\\ud800"}', "line 3: text holds half of a surrogate pair"),
+        ("[" * 100_000, "line 3: is nested too deeply"),
         ('{"_id": "d3", "text": ["x"]}', "line 3: text must be a string"),
         ('{"_id": "d1", "text": "x"}', "line 3: the id 'd1' stands on an earlier line too"),
         ('{"_id": "d3", "title": " "}', "line 3: document 'd3' has neither title nor text"),
@@ -91,6 +102,8 @@ def test_a_bad_line_is_named_with_its_number(folder, line, message):
     [
         ("q1 d1 1", "line 5: expected query-id, corpus-id and score between tabs"),
         ("q1\td1\tone", "line 5: the score must be an integer, got 'one'"),
+        ("q1\td1\t1_0", "line 5: the score must be an integer, got '1_0'"),
+        ("q1\td1\t0", "line 5: query 'q1' and document 'd1' have score 0 here and 1 above"),
     ],
 )
 def test_a_bad_judgement_is_named_with_its_number(folder, line, message):
@@ -124,6 +137,8 @@ def test_damaged_files_are_named(folder):
     (folder / "corpus.jsonl").unlink()
     whole = gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 50)
     (folder / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert "the gzip file is damaged" in refused(folder)
+    (folder / "corpus.jsonl.gz").write_bytes(whole[:20] + b"\xff\xff\xff" + whole[23:])
     assert "the gzip file is damaged" in refused(folder)
     (folder / "corpus.jsonl.gz").write_bytes(b"not gzip")
     assert "the gzip file is damaged" in refused(folder)

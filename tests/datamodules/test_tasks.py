@@ -125,6 +125,10 @@ def test_multitask_takes_turns_and_masks_do_not_mix(make_task):
         make_task(LinkPredictionDataModule, "link_prediction", toy_collection(6, 10, papers=True)),
         make_task(SearchDataModule, "search"),
     ]
+    with pytest.raises(UserError, match="two tasks have toy"):
+        MultiTaskDataModule(tasks).setup()
+    for task in tasks:
+        task.readers = {task.task.name: task.readers["toy"]}
     data = MultiTaskDataModule(tasks, BatchOptions(batch_size=4, num_batches=6, max_length=32), tasks[0].tokenizer)
     data.setup()
     assert [b.task for b in data.train_dataloader()] == ["classification", "link_prediction", "search"] * 2

@@ -7,7 +7,6 @@ from datamodules.records import UserError
 from experiments import config as module
 from experiments.config import as_dict, digest, experiments, from_dict, load_config, scales
 from experiments.targets import check_target, instantiate
-from lightning_modules.encoders.moe import MoEEncoder
 
 
 def refused(*arguments):
@@ -95,6 +94,20 @@ def test_digest_tells_experiments_apart_and_not_where_they_lie():
         (["moe", "encoder._target_=lightning_modules.encoders.moe.MOE"], ["has no class 'MOE'", "MoEEncoder"]),
         (["moe", "encoder._target_=lightning_modules.mo.X"], ["there is no module 'lightning_modules.mo'"]),
         (["moe", "encoder=moe"], ["encoder"]),
+        (["moe", "encoder._target_=lightning_modules.optim.OptimOptions"], ["OptimOptions", "which is no Encoder"]),
+        (["moe", "callbacks.x._target_=lightning_modules.optim.OptimOptions"], ["callbacks.x", "which is no Callback"]),
+        (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
+        (["moe", "tasks=[search,search]"], ["tasks: each may be named once"]),
+        (["moe", "run.seed=-1"], ["run.seed: got -1"]),
+        (["moe", "data.max_length=2"], ["data.max_length: got 2, allowed is 3 or more"]),
+        (["moe", "evaluation.metrics=[]"], ["evaluation.metrics: name at least one"]),
+        (["moe", "evaluation.metrics=[ndgc@10]"], ["metric 'ndgc@10'"]),
+        (["moe", "optim.beta1=2"], ["optim.beta1: got 2"]),
+        (["moe", "optim.lr=.inf"], ["optim.lr: got inf"]),
+        (["moe", "backbone.dropout=2"], ["backbone.dropout: got 2"]),
+        (["moe", "trainer.accelerator=nope"], ["trainer.accelerator", "'nope'", "cpu"]),
+        (["moe", "trainer.devices=0"], ["trainer.devices: got 0"]),
+        (["moe", "trainer.num_nodes=0"], ["trainer.num_nodes: got 0"]),
         (["moe", "callbacks.mine.x=1"], ["callbacks.mine: expected a node with _target_"]),
         (["moe", "task.search.data.searches.view=[a]"], ["task.search.data.searches.view"]),
         (
@@ -150,11 +163,15 @@ def test_a_new_task_and_a_new_scale_are_one_file_each(own_folder):
     assert load_config("moe", ["scale=mine"]).task["search"].data["own"]["folder"] == "x"
 
 
-def test_targets_are_checked_and_built():
-    node = {"_target_": "datamodules.sample.SampleReader", "view": "topics", "num_papers": 500}
-    assert check_target("here", node).__name__ == "SampleReader"
-    assert instantiate(node).num_papers == 500
-    encoder = {"_target_": "lightning_modules.encoders.moe.MoEEncoder", "layers": [1]}
-    assert check_target("encoder", encoder, given=("backbone", "tokenizer", "tasks")) is MoEEncoder
+def test_targets_are_checked_converted_and_built():
+    node = {"_target_": "datamodules.sample.SampleReader", "view": "topics", "num_papers": "500"}
+    checked = check_target("here", node)
+    assert checked == node | {"num_papers": 500}
+    assert instantiate(checked).num_papers == 500
+    folder = {"_target_": "datamodules.readers.beir.BeirReader", "folder": 2024}
+    assert check_target("here", folder)["folder"] == "2024"
+    encoder = {"_target_": "lightning_modules.encoders.moe.MoEEncoder", "layers": [1], "normalize": "no"}
+    given = ("backbone", "tokenizer", "tasks")
+    assert check_target("encoder", encoder, given=given) == encoder | {"normalize": False}
     with pytest.raises(UserError, match=r"here\.num_papers"):
         check_target("here", node | {"num_papers": "many"})

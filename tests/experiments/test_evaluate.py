@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from datamodules.readers.beir import BeirReader
-from datamodules.records import UserError
+from datamodules.readers.beir import BeirReader, write_beir
+from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
 from experiments import sample
 from experiments.benchmarks import moe_cost
@@ -40,10 +40,10 @@ def test_a_run_a_checkpoint_and_an_exported_folder_measure_the_same(run, tmp_pat
 
 def test_another_split_and_one_task_alone(run):
     main([f"model={run}", "split=dev", "task=search"])
-    measured = results(run / "evaluation")
+    measured = results(run / "evaluation" / "search-dev")
     assert list(measured) == ["searches"]
     assert measured["searches"]["split"] == "dev"
-    assert (run / "evaluation" / "runs" / "searches.encoder.trec").is_file()
+    assert (run / "evaluation" / "search-dev" / "runs" / "searches.encoder.trec").is_file()
 
 
 def test_any_beir_folder(run, beir_root, tmp_path, capsys):
@@ -51,6 +51,27 @@ def test_any_beir_folder(run, beir_root, tmp_path, capsys):
     ours = results(tmp_path)["mlcite"]["systems"]["encoder"]["ndcg@10"]
     assert ours == pytest.approx(results(run)["citations"]["systems"]["trained"]["ndcg@10"])
     assert "mlcite" in capsys.readouterr().out
+
+
+def test_a_papers_own_document_is_left_out_by_the_tasks_kind(run, beir_root, tmp_path):
+    collection = BeirReader(str(beir_root / "mlcite")).read()
+    spaced = {key: Document(key, d.title, d.text + " ") for key, d in collection.queries.items()}
+    write_beir(Collection(collection.corpus, spaced, collection.qrels), tmp_path / "links")
+    arguments = [f"model={run}", f"beir={tmp_path / 'links'}", "task=link_prediction"]
+    for exclude in ("auto", "yes", "no"):
+        main([*arguments, f"exclude={exclude}", f"output={tmp_path / exclude}"])
+    measured = {exclude: results(tmp_path / exclude)["links"]["systems"] for exclude in ("auto", "yes", "no")}
+    assert measured["auto"] == measured["yes"] != measured["no"]
+
+
+def test_a_plain_bert_is_pooled_as_asked(run, beir_root, make_backbone, tmp_path):
+    backbone, tokenizer = make_backbone()
+    backbone.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    arguments = [f"model={tmp_path / 'bert'}", f"beir={beir_root / 'scitldr'}", "task=search"]
+    for pooling in ("cls", "mean"):
+        main([*arguments, f"pooling={pooling}", f"output={tmp_path / pooling}"])
+    assert results(tmp_path / "cls") != results(tmp_path / "mean")
 
 
 def test_bm25_needs_no_encoder(beir_root, tmp_path):
@@ -68,6 +89,7 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
+        (["model={run}", "exclude=maybe"], "exclude: got 'maybe'"),
         (["model={run}", "similarity=l2"], "similarity: got 'l2'"),
         (["model={run}", "metrics=ndcg"], "metric 'ndcg'"),
         (["model={run}", "split=none"], "the data has no split 'none'"),

@@ -165,7 +165,50 @@ def test_a_complete_run_can_be_made_longer(tmp_path):
     train("vanilla", two_steps(tmp_path, *TINY))
     train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=5", "trainer.log_every_n_steps=1"])
     check_complete(tmp_path, steps=5)
-    assert [row["step"] for row in rows(tmp_path) if "train/lr" in row] == [3, 4, 5]
+    assert [row["step"] for row in rows(tmp_path) if "train/lr" in row] == [2, 3, 4, 5]
+
+
+def test_another_split_or_metric_is_measured_and_not_mixed(tmp_path, caplog):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    train("vanilla", two_steps(tmp_path, *TINY, "evaluation.split=dev", "evaluation.metrics=[recall@5]"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["split"] == "dev"
+    for result in results["benchmarks"].values():
+        assert result["split"] == "dev"
+        assert set(result["systems"]) == {"trained"}
+    assert "the table is without them" in caplog.text
+
+
+def test_the_table_says_which_checkpoint_it_measured(tmp_path):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=4", "evaluation.every_n_steps=0"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["checkpoint"], results["checkpoint_step"], results["steps"]) == ("last.ckpt", 4, 4)
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "manifest.json", "checkpoints/last.ckpt"])
+def test_damaged_files_of_a_run_are_named(tmp_path, name):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2] + b"\x00{")
+    with pytest.raises(UserError, match=name):
+        train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=4"])
+
+
+def test_folders_that_are_no_run_are_left_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"run\.dir: .* is a file"):
+        train("vanilla", two_steps(tmp_path / "file", *TINY, "run.resume=never"))
+    (tmp_path / "config.yaml").write_text("site: mine")
+    with pytest.raises(UserError, match=r"run\.dir: .* is no run"):
+        train("vanilla", two_steps(tmp_path, *TINY, "run.resume=never"))
+    assert (tmp_path / "config.yaml").read_text() == "site: mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    overrides = ["optim.lr=1e30", "trainer.gradient_clip_val=0", "trainer.max_steps=40", "trainer.log_every_n_steps=1"]
+    with pytest.raises(UserError, match=r"is not finite at step .*: try a lower optim\.lr"):
+        train("vanilla", [f"run.dir={tmp_path}", *TINY, *overrides, "evaluation.every_n_steps=0"])
 
 
 def test_a_folder_without_checkpoint_is_no_run(tmp_path):
@@ -203,11 +246,11 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
     ("overrides", "message"),
     [
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
-        (["evaluation.metrics=[ndgc@10]"], "metric 'ndgc@10'"),
-        (["init_from=/no/where"], "cannot load '/no/where'"),
+        (["init_from=/no/where"], "init_from: '/no/where' is no file or folder here"),
         (["encoder.layers=mod9"], "leaves no expert layer"),
         (["task.search.data.searches.num_papers=5"], "num_papers: got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
+        (["task.search.data.topics=${task.classification.data.topics}"], "two tasks have topics"),
     ],
 )
 def test_bad_input_dies_before_training(tmp_path, overrides, message):
@@ -284,7 +327,9 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
     done = subprocess.run(command(tmp_path, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = check_complete(tmp_path, steps=4)
-    encoder = load_encoder(tmp_path)
+    for path in (tmp_path / "runs").glob("*.trained.trec"):
+        ranked = {line.split()[0] for line in path.read_text().splitlines()}
+        assert len(ranked) == results["benchmarks"][path.name.split(".")[0]]["queries"]
     one = tmp_path / "one_rank"
     subprocess.run(
         [
@@ -303,7 +348,17 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
     for name, result in results["benchmarks"].items():
         for metric, value in result["systems"]["trained"].items():
             assert alone[name]["systems"]["encoder"][metric] == pytest.approx(value, abs=1e-6)
-    assert set(encoder.tasks) == {"classification", "link_prediction", "search"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(command(tmp_path, *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    while process.poll() is None and not (tmp_path / "checkpoints" / "last.ckpt").is_file():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: the same command goes on from the last checkpoint" in errors
 
 
 @pytest.mark.slow

@@ -75,8 +75,10 @@ def test_a_plain_bert_folder_serves_the_given_tasks(make_backbone, tmp_path):
 
 
 def test_a_name_that_is_nowhere_is_refused():
-    with pytest.raises(UserError, match="cannot load 'no/such-model'"):
+    with pytest.raises(UserError, match="model: 'no/such-model' cannot be loaded from a folder or the hub"):
         load_encoder("no/such-model")
+    with pytest.raises(UserError, match="init_from: '/no/such/run' is no file or folder here"):
+        load_encoder("/no/such/run", key="init_from")
 
 
 def test_foreign_and_damaged_files_are_refused(make_encoder, tmp_path):
@@ -91,6 +93,9 @@ def test_foreign_and_damaged_files_are_refused(make_encoder, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load_encoder(path)
     folder = save_encoder(make_encoder("shared"), tmp_path / "model")
+    (folder / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match=r"encoder\.json: is no description of an encoder"):
+        load_encoder(folder)
     (folder / "model.safetensors").write_bytes(b"{}")
     with pytest.raises(UserError, match="cannot be read"):
         load_encoder(folder)

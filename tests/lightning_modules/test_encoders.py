@@ -309,5 +309,12 @@ def test_vocabulary_is_of_the_most_frequent_words_and_spells_the_rest():
 def test_unknown_backbone_fields_are_refused(vocabulary):
     with pytest.raises(UserError, match="hiden_size are no fields"):
         random_backbone({"hiden_size": 8}, vocabulary)
-    with pytest.raises(UserError, match=r"backbone\.config"):
-        random_backbone({"hidden_size": 10, "num_attention_heads": 3}, vocabulary)
+    for config in (
+        {"hidden_size": 10, "num_attention_heads": 3},
+        {"hidden_size": -4},
+        {"hidden_act": "foo"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": "many"},
+    ):
+        with pytest.raises(UserError, match=r"backbone\.config"):
+            random_backbone(config, vocabulary)

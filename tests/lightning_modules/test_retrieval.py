@@ -6,8 +6,8 @@ import pytest
 import pytrec_eval
 import torch
 
-from datamodules.records import Benchmark, UserError
-from lightning_modules.retrieval import bm25_run, depth, drop_own, measure, rank_benchmark, top_k, write_trec
+from datamodules.records import Benchmark, Collection, Document, UserError
+from lightning_modules.retrieval import bm25_run, depth, hide_own, measure, rank_benchmark, top_k, write_trec
 from tests.conftest import toy_collection
 
 
@@ -38,10 +38,16 @@ def test_top_k_equals_numpy(monkeypatch, with_faiss, k):
     np.testing.assert_allclose(scores, np.take_along_axis(all_scores, wanted, 1), atol=1e-5)
 
 
-def test_own_document_is_dropped():
-    indices, scores = drop_own(np.array([[4, 2, 9], [4, 2, 9]]), np.array([[3.0, 2, 1], [3.0, 2, 1]]), [2, 7])
-    assert indices.tolist() == [[4, 9], [4, 2]]
-    assert scores.tolist() == [[3, 1], [3, 2]]
+def test_own_document_is_hidden():
+    assert hide_own(np.array([[4, 2, 9], [4, 2, 9]]), [2, 7]).tolist() == [[4, -1, 9], [4, 2, 9]]
+
+
+@pytest.mark.parametrize("k", [3, 50])
+def test_a_query_that_is_no_document_loses_none(make_encoder, k):
+    collection = toy_collection(4, 10)
+    for exclude in (False, True):
+        run = rank_benchmark(make_encoder("shared"), benchmark_of(collection, exclude), k)
+        assert (run.indices >= 0).sum(1).tolist() == [min(k, 10)] * 4
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
@@ -88,6 +94,21 @@ def test_bm25_finds_shared_words_and_leaves_out_the_query():
     plain = bm25_run(benchmark_of(collection), 5)
     best = [plain.documents[i] for i in plain.indices[:, 0]]
     assert best == plain.queries
+
+
+def test_bm25_without_any_word_finds_nothing():
+    collection = toy_collection()
+    silent = {key: Document(key, "", "、") for key in collection.corpus}
+    run = bm25_run(benchmark_of(Collection(silent, collection.queries, collection.qrels)), 5)
+    assert (run.indices == -1).all()
+
+
+def test_a_split_without_relevant_documents_is_refused(make_encoder):
+    collection = toy_collection()
+    nothing = {"test": {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["test"].items()}}
+    benchmark = benchmark_of(Collection(collection.corpus, collection.queries, nothing))
+    with pytest.raises(UserError, match="toy: no query of the test split has a relevant document"):
+        measure(rank_benchmark(make_encoder("shared"), benchmark, 5), benchmark, ["ndcg@5"])
 
 
 def test_vectors_that_are_not_finite_are_refused(make_encoder):
