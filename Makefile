@@ -49,7 +49,7 @@ eval: $(STAMP) ## measure a model: make eval model=RUN [split=dev] [beir=FOLDER 
 
 test: ## the tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
-	@$(PY) -m pytest $(TESTS) $(ARGS)
+	@$(PY) -m pytest -n 2 $(TESTS) $(ARGS)
 
 check: ## formatting and lint
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
