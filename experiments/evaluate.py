@@ -3,10 +3,12 @@
 model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder or hub name), or bm25
 data         the collections of the run that the model belongs to, or of run=FOLDER; or any folder in BEIR layout
              (beir=FOLDER), ranked with the expert of task=NAME
-output       where results.json and the run files go; by default evaluation/ in the run's folder, or evaluations/<data>
+output       where results.json and the run files go; by default a folder for this model, data and split under
+             evaluation/ in the run's folder, or under evaluations/
 pooling      cls or mean, for a plain BERT; by default that of the run, else cls
 backbone     folder or hub name with configuration and tokenizer, for a checkpoint of SciMult's authors
-similarity   dot or cosine; by default that of the run, else cosine
+similarity   dot or cosine; by default that of the run, else cosine. Vectors are computed in float32; the final table
+             of a run trained in bf16 is measured in bf16, so its last digits may differ.
 exclude      whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
 metrics, token_budget    as in a training's configuration
