@@ -123,12 +123,18 @@ class TaskDataModule(ContrastiveDataModule):
         """
         if self.collections:
             return
-        self.collections = {name: reader.read() for name, reader in self.readers.items()}
+        self.collections = {name: self._read(name) for name in self.readers}
         for collection in self.collections.values():
             self._add(collection)
         if not self.examples:
             names = ", ".join(self.collections)
             raise UserError(f"task {self.task.name}: no query of the train split of {names} has a positive document")
+
+    def _read(self, name: str) -> Collection:
+        try:
+            return self.readers[name].read()
+        except UserError as error:
+            raise UserError(f"task.{self.task.name}.data.{name}: {error}") from error
 
     def _add(self, collection: Collection) -> None:
         rows = {}

@@ -180,6 +180,7 @@ def _wandb_logger(config: Config, folder: Path) -> Logger | None:
             config=as_dict(config),
             settings=wandb.Settings(init_timeout=config.wandb.init_timeout),
         )
+        logger._wandb_init.pop("anonymous", None)  # Lightning's default for it makes wandb warn at every start
         logger.experiment  # noqa: B018  connects now, where a failure can still be answered
         return logger
 

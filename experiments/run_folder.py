@@ -74,9 +74,9 @@ def folder_of(config: Config) -> Path:
 
 
 def open_run(config: Config) -> RunFolder:
-    """Find the run's folder, or make it. Nothing that is there is changed, but for resume "never", which renames.
+    """Find the run's folder. Nothing is made or changed, but for resume "never", which renames the old one.
 
-    Raises UserError if the folder holds a run of another configuration or something that is no run, or cannot be made.
+    Raises UserError if the folder holds a run of another configuration or something that is no run.
     """
     path = folder_of(config)
     if rank_zero_only.rank == 0:
@@ -100,7 +100,6 @@ def _prepare(config: Config, path: Path) -> None:
         log.info("the run that was in %s is kept in %s", path, kept)
     if (path / "config.yaml").exists():
         _refuse_other_run(config, path)
-    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def _is_complete(path: Path, config: Config) -> bool:
@@ -114,9 +113,16 @@ def _is_complete(path: Path, config: Config) -> bool:
 
 
 def write_config(folder: RunFolder, config: Config) -> None:
-    """config.yaml, when all that can be wrong with the configuration has been found right."""
+    """Make the folder and its config.yaml, when all that can be wrong with the configuration has been found right.
+
+    Raises UserError if it cannot be made.
+    """
     if rank_zero_only.rank == 0:
-        write_atomically(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+        try:
+            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

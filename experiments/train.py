@@ -37,6 +37,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     data = build_data(config)
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
+    write_config(folder, config)
     callbacks = build_callbacks(config, data, folder.path)
     if config.evaluation.baselines:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
@@ -46,7 +47,6 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
     log.info("%s steps%s", config.trainer.max_steps, f", from {folder.checkpoint}" if folder.checkpoint else "")
     num_parameters = sum(p.numel() for p in module.parameters())
-    write_config(folder, config)
     write_manifest(folder, data, num_parameters)
     started = time.perf_counter()
     fit(trainer, module, data, folder.checkpoint)
@@ -71,9 +71,11 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except SystemExit as leaving:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from leaving
-        raise
+        if not trainer.interrupted:
+            raise
+        last = Path(trainer.default_root_dir) / LAST
+        begins = f"goes on from step {read_checkpoint(last)['global_step']}" if last.is_file() else "starts anew"
+        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}: the same command {begins}") from leaving
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def bm25_run(benchmark: Benchmark, k: int) -> Run:
     Documents that share no word with the query are not retrieved.
     """
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets it to debug
 
     def words(documents: Iterable[Document]):
         texts = [input_text(document, " ") for document in documents]

@@ -85,7 +85,8 @@ def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, Any
 
     key: where the name came from, for errors. Raises UserError if there is none of that name, or it cannot be reached.
     """
-    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not ("/" in name and Path(name).parent.is_dir())
+    if not Path(name).exists() and not hub_name:
         raise UserError(f"{key}: {name!r} is no file or folder here, nor a name of the hub")
     transformers_logging.set_verbosity_error()  # the report of the pooler that we leave out
     transformers_logging.disable_progress_bar()

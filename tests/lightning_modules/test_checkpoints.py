@@ -79,6 +79,8 @@ def test_a_name_that_is_nowhere_is_refused():
         load_encoder("no/such-model")
     with pytest.raises(UserError, match="init_from: '/no/such/run' is no file or folder here"):
         load_encoder("/no/such/run", key="init_from")
+    with pytest.raises(UserError, match="model: 'tests/nope' is no file or folder here"):
+        load_encoder("tests/nope")
 
 
 def test_foreign_and_damaged_files_are_refused(make_encoder, tmp_path):
