@@ -3,19 +3,21 @@
 SHELL := /bin/bash
 EXP ?= moe
 SCALE ?= sample
+RECIPE ?= scimult
 EXTRAS ?= cpu
+BENCH ?= encoder_cost
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
 # What is given as key=value, less make's own variables, each quoted for the shell as it was written.
-OWN := EXP SCALE EXTRAS PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
+OWN := EXP SCALE RECIPE EXTRAS BENCH PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
 given = $(filter command,$(origin $(1)))
 quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train eval audit export test check bench clean
+.PHONY: help install data train eval mine audit export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -29,6 +31,10 @@ help: ## this page
 	@echo "scales (SCALE=)"
 	@for f in $(wildcard experiments/scale/*.yaml); do \
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	@echo
+	@echo "recipes (RECIPE=)"
+	@for f in $(wildcard experiments/recipes/*.yaml); do \
+		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
@@ -41,11 +47,17 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
+data: $(STAMP) ## build training data from public downloads: make data RECIPE=scimult data.root=FOLDER
+	@$(PY) -m experiments.data $(RECIPE) $(OVERRIDES) $(ARGS)
+
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
 eval: $(STAMP) ## measure a model: make eval model=M [run=RUN] [split=dev] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+
+mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
+	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
 audit: $(STAMP) ## is an evaluation in the training data? make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
@@ -62,8 +74,8 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-bench: $(STAMP) ## cost of every variant against the dense encoder, in one run
-	@$(PY) -m experiments.benchmarks.encoder_cost $(OVERRIDES)
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
+	@$(PY) -m experiments.benchmarks.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay
 	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Examples of one task become a ContrastiveBatch: texts joined, tokenised once each, and who is positive for whom."""
+"""Examples of one task become a ContrastiveBatch: each distinct text once, and who is positive for whom."""
 
 from __future__ import annotations
 
@@ -6,36 +6,57 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from datamodules.records import ContrastiveBatch, Document, Example
+from datamodules.rounds import NegativesOf, negatives_of_data
 from datamodules.sampler import mix
-from datamodules.text import input_text, length_sorted_chunks, pad, token_ids
+from datamodules.text import length_sorted_chunks, pad
+
+
+def sampled_by_grade(example: Example, count: int, rng: random.Random) -> list[int]:
+    """At most count of an example's positives, one after the other in proportion to their grades, none twice."""
+    left = dict(zip(example.positives, example.grades, strict=True))
+    drawn: list[int] = []
+    while left and len(drawn) < count:
+        drawn += rng.choices(list(left), weights=list(left.values()))
+        del left[drawn[-1]]
+    return drawn
+
+
+def padded(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(n, longest) int64, padded with -1."""
+    rows = [torch.tensor(items, dtype=torch.int64) for items in lists]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 class Collator:
     """Makes batches of one task's examples.
 
-    documents: the task's table, whose rows the examples name. prompt: what precedes each text. max_length: tokens of a
-    text, special tokens included. token_budget: padded tokens of a chunk.
+    tokens: of the rows that the examples name. pad_id: of the tokenizer. token_budget: padded tokens of a chunk.
+    num_positives, num_hard_negatives: for each query, where it has them. texts: of the rows, to be carried by batches.
+    negatives_of: the rows that an example's hard negatives are drawn from, by its number, the example and the step.
     """
 
     def __init__(
         self,
         task: str,
-        documents: Sequence[Document],
         examples: Sequence[Example],
-        tokenizer,
+        tokens: Sequence[np.ndarray],
+        pad_id: int,
         *,
-        prompt: str = "",
-        max_length: int,
         token_budget: int,
         num_hard_negatives: int,
         seed: int,
+        num_positives: int = 1,
+        negatives_of: NegativesOf = negatives_of_data,
+        texts: Sequence[Document] | None = None,
     ):
-        self.task, self.documents, self.examples, self.tokenizer = task, documents, examples, tokenizer
-        self.prompt, self.max_length, self.token_budget = prompt, max_length, token_budget
-        self.num_hard_negatives, self.seed = num_hard_negatives, seed
+        self.task, self.examples, self.tokens, self.pad_id = task, examples, tokens, pad_id
+        self.token_budget, self.seed, self.texts = token_budget, seed, texts
+        self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
+        self.negatives_of = negatives_of
 
     def __call__(self, draws: Sequence[tuple[int, int]], step: int) -> ContrastiveBatch:
         """draws: B pairs (example, epoch); the epoch seeds what is sampled for the example."""
@@ -43,11 +64,12 @@ class Collator:
         for index, epoch in draws:
             example, rng = self.examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
             queries.append(example.query)
-            positives.append(rng.choices(example.positives, weights=example.grades)[0])
-            count = min(self.num_hard_negatives, len(example.hard_negatives))
-            negatives.extend(rng.sample(example.hard_negatives, count))
+            positives.append(sampled_by_grade(example, self.num_positives, rng))
+            hard = self.negatives_of(index, example, step)
+            negatives.append(rng.sample(hard, min(self.num_hard_negatives, len(hard))))
 
-        rows_of_documents = list(dict.fromkeys(positives + negatives))  # distinct, in the order of their first use
+        drawn = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
+        rows_of_documents = list(dict.fromkeys(drawn[0] + drawn[1]))  # distinct, in the order of their first use
         rows_of_texts = list(dict.fromkeys(queries + rows_of_documents))
         chunks, place = self._chunks(rows_of_texts)
         column = {row: index for index, row in enumerate(rows_of_documents)}
@@ -56,25 +78,24 @@ class Collator:
             step=step,
             task=self.task,
             seed=mix(self.seed, "step", step, *draws[0]),
-            fingerprint=hashlib.blake2b(repr((queries, positives, negatives)).encode(), digest_size=6).hexdigest(),
+            fingerprint=hashlib.blake2b(repr((queries, *drawn)).encode(), digest_size=6).hexdigest(),
             num_tokens=sum(int(chunk.attention_mask.sum()) for chunk in chunks),
             chunks=chunks,
             queries=torch.tensor([place[row] for row in queries]),
             documents=torch.tensor([place[row] for row in rows_of_documents]),
             document_ids=torch.tensor(rows_of_documents),
-            positives=torch.tensor([column[row] for row in positives]),
-            known_positives=torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(rows) for rows in known], batch_first=True, padding_value=-1
-            ),
+            positives=padded([[column[row] for row in rows] for rows in positives]),
+            hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
+            known_positives=padded(known),
+            texts=() if self.texts is None else tuple(self.texts[row] for row in place),
         )
 
     def _chunks(self, rows: list[int]):
         """The rows' texts in chunks, and where each row stands among them."""
-        texts = [self.prompt + input_text(self.documents[row], self.tokenizer.sep_token) for row in rows]
-        ids = token_ids(texts, self.tokenizer, self.max_length)
+        ids = [self.tokens[row] for row in rows]
         chunks, place = [], {}
         for indices in length_sorted_chunks([len(x) for x in ids], self.token_budget):
-            chunks.append(pad((ids[i] for i in indices), self.tokenizer.pad_token_id))
+            chunks.append(pad((ids[i] for i in indices), self.pad_id))
             for i in indices:
                 place[rows[i]] = len(place)
         return tuple(chunks), place

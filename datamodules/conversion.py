@@ -1,248 +1,101 @@
-"""From a reader that streams to a folder of store.py: once, and found again while its files are the same."""
+"""From a reader to a folder of store.py: once, and found again while its files are the same."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
-import time
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
-from datamodules.examples import ExampleTable
-from datamodules.records import Document, Sink, UserError
-from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments
+from datamodules.cache import only_one, unfinished
+from datamodules.readers.gathered import pour
+from datamodules.records import Collection, Sink
+from datamodules.store import ROWS, StoredCollection
+from datamodules.writer import write
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the store's layout: another one is converted anew
+VERSION = 3  # of the store's layout: another one is converted anew
 
 
 @runtime_checkable
-class StreamingReader(Protocol):
-    """A reader whose data need not be in memory at once. Its repr tells its class and arguments."""
+class FileReader(Protocol):
+    """A reader of files, whose collection can be kept: it is the same while its arguments and files are."""
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
+        """The files that it reads; none where that is not known, as for data of the hub."""
         ...
+
+    def read(self) -> Collection: ...
+
+
+@runtime_checkable
+class StreamingReader(FileReader, Protocol):
+    """A reader whose data need not be in memory at once."""
 
     def stream(self, sink: Sink) -> None:
-        """All documents, then all queries, then all judgements."""
+        """All documents, then each query and its judgements."""
         ...
 
 
-def stored(reader: StreamingReader, cache: Path) -> StoredCollection:
+def describe(reader: FileReader) -> str:
+    """A reader's class and attributes, but where bad lines go: they differ where its data may differ."""
+    settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
+    shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
+    return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(inner) for key, inner in value.items()}
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def stored(reader: FileReader, cache: Path) -> StoredCollection:
     """The reader's collection from the cache, converted first if it is not there.
 
-    It is found again by the reader's repr, and its files' names, sizes and times.
+    It is found again by the reader's description, and its files' names, sizes and times.
     """
-    describe = repr(reader)
+    description = describe(reader)
     key = hashlib.blake2b(digest_size=10)
-    key.update(repr((VERSION, ROWS, describe)).encode())
+    key.update(repr((VERSION, ROWS, description)).encode())
     for source in reader.sources():
         status = source.stat()
-        key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns)).encode())
+        key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
     folder = cache / key.hexdigest()
     if not (folder / "meta.json").is_file():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache: {cache} cannot be used ({error})") from error
-        with _only_one(cache / f".{folder.name}.lock"):
+        with only_one(folder):
             if not (folder / "meta.json").is_file():
-                _convert(reader, folder, describe)
+                _convert(reader, folder, description)
+                return StoredCollection(folder)
     found = StoredCollection(folder)
-    for what in found.meta["left_out"]:
-        log.warning("%s: %s were left out when it was converted into %s", describe, what, folder)
+    for warning in found.meta["warnings"]:
+        log.warning("%s (said when it was converted into %s)", warning, folder)
     return found
 
 
+def _convert(reader: FileReader, folder: Path, description: str) -> None:
+    log.info("converting %s (once) into %s", description, folder)
+    with unfinished(folder) as new, _warnings() as warnings:
+        streams = isinstance(reader, StreamingReader)
+        meta = write(reader.stream if streams else lambda sink: pour(reader.read(), sink), new)
+        meta |= {"version": VERSION, "reader": description, "warnings": warnings}
+        meta["sources"] = [str(source) for source in reader.sources()]
+        (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """One process at a time: of several ranks the first converts, and the others wait for it."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _convert(reader: StreamingReader, folder: Path, describe: str) -> None:
-    log.info("converting %s (once) into %s", describe, folder)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _warnings() -> Iterator[list[str]]:
+    """What reading warns of, such as lines that are left out: to be said again where the conversion is used."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    readers = logging.getLogger(__package__)
+    readers.addHandler(handler)
     try:
-        meta = _write(reader, unfinished)
-        meta |= {"reader": describe, "sources": [str(source) for source in reader.sources()]}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"data.cache: {folder.parent} cannot be written ({error})") from error
+        yield said
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write(reader: StreamingReader, folder: Path) -> dict[str, Any]:
-    sink = _Writer(folder)
-    with sink:
-        reader.stream(sink)
-    corpus, queries = sink.documents, sink.queries
-    own = np.fromiter((corpus.get(name, -1) for name in queries), dtype=np.int32, count=len(queries))
-    texts, questions = StoredDocuments(folder / "corpus.arrow"), StoredDocuments(folder / "queries.arrow")
-    same = np.zeros(len(queries), dtype=bool)
-    for number in np.flatnonzero(own >= 0).tolist():
-        a, b = texts.row(int(own[number])), questions.row(number)
-        same[number] = (a.title, a.text) == (b.title, b.text)
-    np.save(folder / "own.npy", own)
-    np.save(folder / "same.npy", same)
-    splits = {}
-    for split in sink.judgements:
-        arrays = sink.distinct(split)
-        for name, rows in zip(("queries", "documents", "grades"), arrays, strict=True):
-            np.save(folder / f"{split}.{name}.npy", rows)
-            sink.digest.update(split.encode() + rows.tobytes())
-        splits[split] = len(np.unique(arrays[0]))
-        if split == "train":
-            numbers = np.arange(len(queries), dtype=np.int32)
-            table = ExampleTable.of_judgements(*arrays, numbers, numbers)
-            for name in ("queries", "starts", "documents", "grades"):
-                np.save(folder / f"examples.{name}.npy", getattr(table, name))
-    return {
-        "version": VERSION,
-        "documents": len(corpus),
-        "queries": len(queries),
-        "splits": splits,
-        "left_out": sink.left_out,
-        "fingerprint": sink.digest.hexdigest(),
-    }
-
-
-class _Writer:
-    """The sink: documents go to Arrow files as they come, judgements to arrays of rows.
-
-    documents, queries: id -> row.
-    """
-
-    def __init__(self, folder: Path):
-        self.documents: dict[str, int] = {}
-        self.queries: dict[str, int] = {}
-        self.judgements: dict[str, tuple[array, array, array]] = {}
-        self.left_out: list[str] = []
-        self.keep_first = False
-        self.digest = hashlib.blake2b(digest_size=8)
-        self._files = {
-            "documents": _ArrowFile(folder / "corpus.arrow", self.digest, "documents"),
-            "queries": _ArrowFile(folder / "queries.arrow", self.digest, "queries"),
-        }
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def add_document(self, document: Document) -> None:
-        self._add(self.documents, "documents", document)
-
-    def add_query(self, query: Document) -> None:
-        self._add(self.queries, "queries", query)
-
-    def _add(self, places: dict[str, int], what: str, document: Document) -> None:
-        if document.id in places:
-            raise UserError(f"the id {document.id!r} stands on an earlier line too")
-        places[document.id] = len(places)
-        self._files[what].add(document)
-
-    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
-        if split not in self.judgements:
-            self.judgements[split] = (array("i"), array("i"), array("i"))
-        queries, documents, grades = self.judgements[split]
-        queries.append(self.queries[query])
-        documents.append(self.documents[document])
-        grades.append(grade)
-
-    def leave_out(self, what: str) -> None:
-        self.left_out.append(what)
-
-    def has(self, split: str) -> bool:
-        return split in self.judgements
-
-    def distinct(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A split's judgements by rows, (j,) each, in their order; a pair that comes again is left out.
-
-        Raises UserError if it comes with another grade, unless keep_first.
-        """
-        queries, documents, grades = (np.frombuffer(part, dtype=np.int32) for part in self.judgements[split])
-        pairs = queries.astype(np.int64) << 32 | documents
-        order = np.argsort(pairs, kind="stable")
-        again = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
-        differ = again[grades[order[again]] != grades[order[again + 1]]]
-        if len(differ) and self.keep_first:
-            self.leave_out(f"{len(differ)} judgements of split {split} with another score than the same pair before")
-        elif len(differ):
-            first, second = order[differ[0]], order[differ[0] + 1]
-            names = [
-                next(name for name, row in places.items() if row == wanted)
-                for places, wanted in ((self.queries, queries[first]), (self.documents, documents[first]))
-            ]
-            raise UserError(
-                f"split {split}: query {names[0]!r} and document {names[1]!r} have score {grades[second]} and "
-                f"{grades[first]} ({len(differ)} such pairs)"
-            )
-        kept = np.ones(len(pairs), dtype=bool)
-        kept[order[again + 1]] = False
-        return queries[kept], documents[kept], grades[kept]
-
-
-class _ArrowFile:
-    """Documents on their way into an Arrow file, batch by batch."""
-
-    def __init__(self, path: Path, digest, what: str):
-        import pyarrow as pa
-
-        self._pa, self._digest, self._what = pa, digest, what
-        self._schema = pa.schema([(name, pa.large_string()) for name in FIELDS])
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._file, self._schema)
-        self._columns: tuple[list[str], ...] = ([], [], [])
-        self._count, self._started = 0, 0.0
-        self._told = 0.0
-        self._closing = False
-
-    def add(self, document: Document) -> None:
-        if not self._count:
-            self._started = self._told = time.monotonic()
-        self._count += 1
-        for column, value in zip(self._columns, (document.id, document.title, document.text), strict=True):
-            column.append(value)
-        if len(self._columns[0]) == ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        pa = self._pa
-        batch = pa.record_batch([pa.array(column, pa.large_string()) for column in self._columns], schema=self._schema)
-        for column in batch.columns:
-            for buffer in column.buffers()[1:]:
-                self._digest.update(buffer)
-        self._writer.write_batch(batch)
-        for column in self._columns:
-            column.clear()
-        now = time.monotonic()
-        if now - self._told > 10 and not self._closing:
-            self._told = now
-            rate = self._count / (now - self._started)
-            log.info("  %s %s, %s a second", f"{self._count:,}", self._what, f"{rate:,.0f}")
-
-    def close(self) -> None:
-        self._closing = True  # long after its last document: no rate to tell
-        if self._columns[0]:
-            self._flush()
-        self._writer.close()
-        self._file.close()
+        readers.removeHandler(handler)

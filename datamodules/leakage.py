@@ -3,7 +3,7 @@
 id      the same id in another collection that numbers its documents alike
 title   the same words in the title, whatever their case, accents, punctuation and spaces
 text    the same text but for a few words: Jaccard similarity of its runs of three words of 0.7 or more, found by
-        MinHash (Broder, 1997) with bands, and then computed exactly
+        MinHash (Broder, 1997) with bands, and then computed exactly; queries of less than eight words must be equal
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _SUMMANDS = _draw.integers(0, 2**61, BANDS * ROWS, dtype=np.uint64)
 
 
 class Overlap(NamedTuple):
-    """An evaluation's document and the training document that it was found in. similarity: 1 for ids and titles."""
+    """A training document that is one of an evaluated set. similarity: 1 for ids and titles."""
 
     way: str
+    name: str
     evaluated: Document
     trained: Document
     similarity: float
@@ -46,9 +47,18 @@ def normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", "".join(c for c in plain if not unicodedata.combining(c))))
 
 
+def _words(document: Document) -> str:
+    return normal(f"{document.title} {document.text}")
+
+
+def _short_query(document: Document) -> str:
+    """What a document without title is known by, if it is too short to be known by its shingles."""
+    return "" if document.title else normal(document.text)
+
+
 def shingles(document: Document) -> np.ndarray:
     """Hashes of the distinct runs of RUN words of a document's title and text: (n,) uint64, sorted; none if short."""
-    words = normal(f"{document.title} {document.text}").split()
+    words = _words(document).split()
     if len(words) < MIN_WORDS:
         return np.zeros(0, dtype=np.uint64)
     codes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
@@ -72,38 +82,47 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """Training documents, to be asked which of an evaluation's stand among them."""
+    """What is evaluated on, to be asked which of it a training document is. Training data, maybe large, pass by."""
 
-    def __init__(self, documents: Iterable[Document]):
-        self.documents: list[Document] = []
-        self._ids: dict[str, int] = {}
-        self._titles: dict[str, int] = {}
+    def __init__(self) -> None:
+        self.documents: list[tuple[str, Document]] = []
+        self.ways: dict[str, Sequence[str]] = {}
+        self._ids: dict[str, list[int]] = defaultdict(list)
+        self._titles: dict[str, list[int]] = defaultdict(list)
+        self._short: dict[str, list[int]] = defaultdict(list)
         self._bands: dict[bytes, list[int]] = defaultdict(list)
-        for number, document in enumerate(documents):
-            self.documents.append(document)
-            self._ids.setdefault(document.id, number)
-            title = normal(document.title)
-            if len(title.split()) >= MIN_TITLE:
-                self._titles.setdefault(title, number)
-            runs = shingles(document)
-            if len(runs):
-                for band in signature(runs):
-                    self._bands[band].append(number)
 
-    def overlaps(self, documents: Sequence[Document], ways: Sequence[str] = WAYS) -> Iterator[Overlap]:
-        """Each of the documents that stands in the training data, at most once for each way."""
+    def add(self, name: str, documents: Iterable[Document], ways: Sequence[str] = WAYS) -> None:
+        """A set of evaluated documents. ways: in which they are compared."""
+        self.ways[name] = ways
         for document in documents:
-            if "id" in ways and (number := self._ids.get(document.id)) is not None:
-                yield Overlap("id", document, self.documents[number], 1.0)
-            if "title" in ways and (number := self._titles.get(normal(document.title))) is not None:
-                yield Overlap("title", document, self.documents[number], 1.0)
-            if "text" in ways and (found := self._nearest(document)):
-                yield found
+            number = len(self.documents)
+            self.documents.append((name, document))
+            if "id" in ways:
+                self._ids[document.id].append(number)
+            title = normal(document.title)
+            if "title" in ways and len(title.split()) >= MIN_TITLE:
+                self._titles[title].append(number)
+            runs = shingles(document) if "text" in ways else ()
+            for band in signature(runs) if len(runs) else ():
+                self._bands[band].append(number)
+            if "text" in ways and not len(runs) and (words := _short_query(document)):
+                self._short[words].append(number)
 
-    def _nearest(self, document: Document) -> Overlap | None:
-        runs = shingles(document)
+    def overlaps(self, trained: Document) -> Iterator[Overlap]:
+        """What of the evaluated a training document is, each at most once for each way."""
+        for way, numbers in (("id", self._ids.get(trained.id)), ("title", self._titles.get(normal(trained.title)))):
+            for number in numbers or ():
+                yield Overlap(way, *self.documents[number], trained, 1.0)
+        runs = shingles(trained)
         if not len(runs):
-            return None
+            yield from (
+                Overlap("text", *self.documents[n], trained, 1.0) for n in self._short.get(_short_query(trained), ())
+            )
+            return
         near = {number for band in signature(runs) for number in self._bands.get(band, ())}
-        best = max(((similarity(runs, shingles(self.documents[n])), n) for n in near), default=(0.0, -1))
-        return Overlap("text", document, self.documents[best[1]], best[0]) if best[0] >= THRESHOLD else None
+        for number in sorted(near):
+            name, evaluated = self.documents[number]
+            found = similarity(shingles(evaluated), runs)
+            if found >= THRESHOLD:
+                yield Overlap("text", name, evaluated, trained, found)

@@ -1,18 +1,21 @@
 """The loader that resumes at the exact batch.
 
 A plain iterable and no torch DataLoader by design: Lightning leaves it alone (it would replace the sampler of a
-DataLoader under DDP) and stores its state in every checkpoint. That state is one integer, the same on all ranks.
+DataLoader under DDP) and stores its state in every checkpoint. That state is one integer, the same on all ranks, and
+which hard negatives were mined on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import Collator
 from datamodules.records import ContrastiveBatch, UserError
+from datamodules.rounds import Rounds
 from datamodules.sampler import Schedule
 
 
@@ -25,36 +28,47 @@ class MultiTaskBatches(Dataset):
 
     def __getitem__(self, step: int) -> ContrastiveBatch:
         draws = self.schedule.draws(step, self.rank, self.world_size)
-        return self.collators[self.schedule.task(step)](draws, step)
+        weight = self.schedule.share(step, self.rank, self.world_size)
+        return replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
 
 
 class ResumableLoader:
     """Batches of the steps from the current position to num_batches.
 
-    signature: what the plan depends on besides the step; a state of another plan is refused.
+    signature: what the plan depends on besides the step; a state of another plan is refused. rounds: of mined hard
+    negatives. Workers never prepare batches beyond the next batch at which a round may begin: those after it are made
+    by workers that are started then, and see it.
     """
 
-    def __init__(self, batches: Dataset, num_batches: int, signature: Mapping[str, Any], num_workers: int = 0):
+    def __init__(
+        self,
+        batches: Dataset,
+        num_batches: int,
+        signature: Mapping[str, Any],
+        num_workers: int = 0,
+        rounds: Rounds | None = None,
+    ):
         self.batches, self.num_batches, self.num_workers = batches, num_batches, num_workers
-        self.signature = dict(signature)
+        self.signature, self.rounds = dict(signature), rounds
         self.position = 0  # batches handed out; workers may have prepared more
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[ContrastiveBatch]:
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=range(self.position, self.num_batches),
-            num_workers=self.num_workers,
-        )
-        for batch in loader:
-            self.position = batch.step + 1
-            yield batch
+        while self.position < self.num_batches:
+            boundary = self.rounds.boundary_after(self.position) if self.rounds else None
+            last = min(self.num_batches, boundary or self.num_batches)
+            loader = DataLoader(
+                self.batches, batch_size=None, sampler=range(self.position, last), num_workers=self.num_workers
+            )
+            for batch in loader:
+                self.position = batch.step + 1
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "signature": self.signature}
+        rounds = {"rounds": self.rounds.state()} if self.rounds else {}
+        return {"position": self.position, "signature": self.signature} | rounds
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         changed = [
@@ -69,3 +83,8 @@ class ResumableLoader:
                 + "). Put the former values back, or start a new run with init_from=CHECKPOINT."
             )
         self.position = state["position"]
+        if not self.rounds and state.get("rounds"):
+            last = state["rounds"][-1]["store"]
+            raise UserError(f"the checkpoint was trained with mined hard negatives ({last}): give mining.store")
+        if self.rounds:
+            self.rounds.load(state.get("rounds", ()), self.position)

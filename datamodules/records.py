@@ -7,10 +7,11 @@ query (its words are the text), so that one encoder and one path serve all tasks
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +90,9 @@ class Collection:
 class Sink(Protocol):
     """What a reader that streams gives its documents and judgements to, one by one.
 
-    documents, queries: ids that were given. Documents and queries come before judgements. Raises UserError for an id
-    that was given before, or another grade of the same pair, unless keep_first: then the first one counts.
+    documents, queries: ids that were given. All documents come first; a query comes before its judgements. Raises
+    UserError for an id that was given before, or another grade of the same pair, unless keep_first: then the first one
+    counts.
     """
 
     keep_first: bool
@@ -104,8 +106,8 @@ class Sink(Protocol):
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None: ...
 
-    def leave_out(self, what: str) -> None:
-        """Say what of the data is not given."""
+    def document(self, id: str) -> Document:
+        """A document that was given, once all were."""
         ...
 
     def has(self, split: str) -> bool:
@@ -127,6 +129,47 @@ class Benchmark:
     queries: Mapping[str, Document]
     qrels: Qrels
     exclude_query: bool = False
+
+
+@dataclass(frozen=True)
+class MiningPool:
+    """What hard negatives of one collection are mined from. Q training queries, M documents of its corpus.
+
+    name: of the collection. corpus: M documents. queries: Q documents, one for each example. first_row, first_example:
+    where the corpus and the examples begin in the task's table. own: (Q,) the document that the query itself is, or -1.
+    positives: of query q are documents[starts[q] : starts[q + 1]], for (starts, documents) of (Q + 1,), (P,).
+    revealed: as positives, those that only other splits than train judge relevant: for reports, never for choosing.
+    excluded: documents that are not trained on.
+    """
+
+    task: str
+    name: str
+    corpus: Sequence[Document]
+    queries: Sequence[Document]
+    first_row: int
+    first_example: int
+    own: np.ndarray
+    positives: tuple[np.ndarray, np.ndarray]
+    revealed: tuple[np.ndarray, np.ndarray]
+    excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class MinedNegatives:
+    """Hard negatives of n examples: of example i those from starts[i] to starts[i + 1], best first.
+
+    starts: (n + 1,) int64. documents: (j,) rows, int32. ranks: (j,) place in the miner's ranking, from 0, int32.
+    scores: (j,) the miner's, float32. taken: filter -> how many candidates it took.
+    """
+
+    starts: np.ndarray
+    documents: np.ndarray
+    ranks: np.ndarray
+    scores: np.ndarray
+    taken: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
 
 @dataclass
@@ -161,9 +204,12 @@ class ContrastiveBatch:
     queries          (B,)   row of each query among the U texts
     documents        (M,)   row of each document among the U texts
     document_ids     (M,)   identity of each document, the same on every rank
-    positives        (B,)   index among the M documents of the sampled positive
+    positives        (B, P) indices among the M documents of the sampled positives, at least one; padded with -1
+    hard_negatives   (B, N) indices among the M documents of the query's own hard negatives; padded with -1
     known_positives  (B, K) identities that are no negatives of the query: all its positives, and itself where queries
                             are documents too; padded with -1
+    texts            of the U rows, where another encoder judges the batch, else none
+    weight           of the mean loss of these queries: their number, over the mean of all ranks
     """
 
     step: int
@@ -176,9 +222,12 @@ class ContrastiveBatch:
     documents: Tensor
     document_ids: Tensor
     positives: Tensor
+    hard_negatives: Tensor
     known_positives: Tensor
+    texts: tuple[Document, ...] = ()
+    weight: float = 1.0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
-        names = ("queries", "documents", "document_ids", "positives", "known_positives")
+        names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)

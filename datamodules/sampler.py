@@ -77,25 +77,65 @@ def checked_weights(key: str, weights: Mapping[str, float], tasks: Mapping[str, 
     return {task: float(weights[task]) for task in tasks}
 
 
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Raise UserError unless they begin at step 0 and then at rising steps."""
+    firsts = [phase.first for phase in phases]
+    if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
+        raise UserError(f"data.curriculum: phases begin at steps {firsts}, expected 0 and then rising steps")
+
+
 class Schedule:
     """Which task and which examples, at which step.
 
     sizes: task -> number of examples. batch_sizes: task -> queries of a batch on each rank. phases: shares of the tasks
-    from given steps on, the first from step 0; by default tasks take turns throughout.
+    from given steps on, the first from step 0; by default tasks take turns throughout. costs: tasks whose batch_sizes
+    count tokens -> (examples,) tokens of each example. collections: task -> collection -> number of its examples, in
+    their order, for tasks that have several.
+
+    A batch is of one collection, since a document of another may well be relevant to a query and nobody judged it: a
+    paper has a label in each of several label spaces. A task's turns are shared by its collections in proportion to
+    their examples, in an inner schedule over them.
 
     Each task goes through its examples in passes, every pass in a new order. A small task starts its next pass while a
     large one is still in its first; a batch may span two passes, so that no example is left out.
+
+    By tokens, a pass is a line on which every example is as long as its tokens. The lines of all passes, one after the
+    other, are cut in pieces of batch_sizes tokens, and an example belongs to the piece in which it begins. So batches
+    differ in their number of queries, and yet any step's is found without those before it.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], batch_sizes: Mapping[str, int], seed: int, phases: Sequence[Phase] = (Phase(0),)
+        self,
+        sizes: Mapping[str, int],
+        batch_sizes: Mapping[str, int],
+        seed: int,
+        phases: Sequence[Phase] = (Phase(0),),
+        costs: Mapping[str, np.ndarray] | None = None,
+        collections: Mapping[str, Mapping[str, int]] | None = None,
     ):
         self.sizes, self.batch_sizes, self.seed, self.phases = dict(sizes), dict(batch_sizes), seed, tuple(phases)
-        self.tasks = tuple(sizes)
-        firsts = [phase.first for phase in self.phases]
-        if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
-            raise UserError(f"data.curriculum: phases begin at steps {firsts}, expected 0 and then rising steps")
+        self.tasks, self.costs = tuple(sizes), dict(costs or {})
+        check_phases(self.phases)
+        for task, tokens in self.costs.items():
+            if tokens.max() > self.batch_sizes[task]:
+                raise UserError(
+                    f"data.batch_tokens: got {self.batch_sizes[task]}, but an example of {task} has {tokens.max()} "
+                    "tokens (query, positive and hard negatives)"
+                )
         self._blocks = [self._counts(phase) for phase in self.phases]
+        self._lines: dict[tuple[str, int], np.ndarray] = {}
+        self._inner = {task: self._of_collections(task, parts) for task, parts in (collections or {}).items()}
+
+    def _of_collections(self, task: str, sizes: Mapping[str, int]) -> tuple[Schedule, dict[str, int]]:
+        """The schedule of a task's turns over its collections, and where the examples of each begin."""
+        ends = np.cumsum(list(sizes.values()))
+        starts = dict(zip(sizes, (ends - list(sizes.values())).tolist(), strict=True))
+        costs = {}
+        if task in self.costs:
+            costs = {name: self.costs[task][starts[name] : starts[name] + size] for name, size in sizes.items()}
+        counts = dict.fromkeys(sizes, self.batch_sizes[task])
+        seed = mix(self.seed, "collections", task)
+        return Schedule(sizes, counts, seed, (Phase(0, {n: float(s) for n, s in sizes.items()}),), costs), starts
 
     def _counts(self, phase: Phase) -> dict[str, int]:
         """Every task's steps in a block, at least one; largest remainders get what rounding leaves."""
@@ -141,13 +181,52 @@ class Schedule:
         The global batch is the same for any number of ranks that divide it.
         """
         task = self.task(step)
-        size, count = self.sizes[task], self.batch_sizes[task]
-        first = (self.turns(step, task) * world_size + rank) * count
-        draws = []
-        for position in range(first, first + count):
-            epoch, offset = divmod(position, size)
-            draws.append((int(_order(self.seed, task, size, epoch)[offset]), epoch))
-        return draws
+        if task in self._inner:
+            inner, starts = self._inner[task]
+            turn = self.turns(step, task)
+            start = starts[inner.task(turn)]
+            return [(start + index, epoch) for index, epoch in inner.draws(turn, rank, world_size)]
+        first = (self.turns(step, task) * world_size + rank) * self.batch_sizes[task]
+        positions = self._positions(task, first, first + self.batch_sizes[task])
+        return [(int(_order(self.seed, task, self.sizes[task], e)[place]), e) for e, place in positions]
+
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> float:
+        """The rank's number of queries at a step, over the mean of all ranks: the weight of its mean loss."""
+        task = self.task(step)
+        if task in self._inner:
+            return self._inner[task][0].share(self.turns(step, task), rank, world_size)
+        if task not in self.costs:
+            return 1.0
+        size = self.batch_sizes[task]
+        first = self.turns(step, task) * world_size * size
+        counts = [len(self._positions(task, at, at + size)) for at in range(first, first + world_size * size, size)]
+        return counts[rank] * world_size / sum(counts)
+
+    def passes(self, steps: int, task: str, world_size: int = 1) -> float:
+        """How often a task's examples are gone through in a number of steps."""
+        length = int(self.costs[task].sum()) if task in self.costs else self.sizes[task]
+        return self.turns(steps, task) * self.batch_sizes[task] * world_size / length
+
+    def _positions(self, task: str, first: int, end: int) -> list[tuple[int, int]]:
+        """Pass and place in it of the examples between two points of a task's line."""
+        if task not in self.costs:
+            return [divmod(position, self.sizes[task]) for position in range(first, end)]
+        length = int(self.costs[task].sum())
+        found = []
+        for epoch in range(first // length, (end - 1) // length + 1):
+            begins = self._line(task, epoch)
+            places = np.searchsorted(begins, (first - epoch * length, end - epoch * length))
+            found += [(epoch, place) for place in range(*places.tolist())]
+        return found
+
+    def _line(self, task: str, epoch: int) -> np.ndarray:
+        """Where the examples of a pass begin on their line, in the order of the pass."""
+        if (task, epoch) not in self._lines:
+            for old in [key for key in self._lines if key[0] == task and key[1] < epoch - 1]:
+                del self._lines[old]
+            tokens = self.costs[task][_order(self.seed, task, self.sizes[task], epoch)]
+            self._lines[task, epoch] = np.cumsum(tokens) - tokens
+        return self._lines[task, epoch]
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,10 +3,11 @@
 A training process maps them, and holds no Python object for a document or a judgement. conversion.py makes them.
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
-    FOLDER/own.npy                         (Q,) the document with a query's id, -1 if there is none
+    FOLDER/first.npy                       (M,) the first document with each document's text
+    FOLDER/own.npy                         (Q,) the document with a query's id, by its first; -1 if there is none
     FOLDER/same.npy                        (Q,) whether that has the query's text too
     FOLDER/SPLIT.{queries,documents,grades}.npy    judgements, by rows
-    FOLDER/examples.{queries,starts,documents,grades}.npy    of the train split (datamodules/examples.py)
+    FOLDER/examples.{queries,starts,documents,grades}.npy    of the train split, by first documents (examples.py)
     FOLDER/meta.json                       what it was made from, counts, fingerprint
 """
 

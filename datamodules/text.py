@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from datamodules.records import Document, Tokens
@@ -49,9 +50,12 @@ def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[
         yield chunk
 
 
-def pad(sequences: Iterable[list[int]], pad_id: int) -> Tokens:
+def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
     """Token ids of b texts as (b, L) tensors, L the longest of them."""
-    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return Tokens(input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long())
+    rows = list(sequences)
+    lengths = np.array([len(row) for row in rows])
+    input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = row
+    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    return Tokens(torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64)))

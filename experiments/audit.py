@@ -12,50 +12,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.leakage import WAYS, Index, Overlap
-from datamodules.readers.beir import BeirReader
-from datamodules.records import Document, UserError
-from datamodules.tasks import TaskDataModule
-from experiments.build import build_data
+from datamodules.leakage import WAYS
+from datamodules.records import UserError
+from experiments.build_data import build_data
 from experiments.config import experiments, load_config
 from experiments.console import entry_point, whole_number
 from experiments.files import write_json
+from experiments.leaks import EXAMPLES, find_leaks
 
 log = logging.getLogger(__name__)
-
-
-def trained_texts(task: TaskDataModule) -> Iterator[Document]:
-    """Every text of a task's examples, once."""
-    rows = set()
-    for example in task.examples:
-        rows.update((example.query, *example.positives, *example.hard_negatives))
-    return (task.documents[row] for row in sorted(rows))
-
-
-def trained_queries(task: TaskDataModule) -> Iterator[Document]:
-    return (task.documents[row] for row in task.examples.query_rows())
-
-
-def evaluated_sets(
-    tasks: Sequence[TaskDataModule], folders: Sequence[str]
-) -> Iterator[tuple[str, str, list[Document]]]:
-    """Task or "", name, and documents of everything that is evaluated on."""
-    for task in tasks:
-        for split in ("dev", "test"):
-            for benchmark in task.own_benchmarks(split):
-                yield task.task.name, f"{benchmark.name}, {split} queries", list(benchmark.queries.values())
-    for folder in folders:
-        collection = BeirReader(folder).read()
-        yield "", f"{folder}, queries", list(collection.queries.values())
-        yield "", f"{folder}, corpus", list(collection.corpus.values())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,37 +43,24 @@ def main(arguments: Sequence[str]) -> None:
         else:
             rest.append(argument)
     num_examples = whole_number("examples", own["examples"], 0)
+    if num_examples > EXAMPLES:
+        raise UserError(f"examples: got {num_examples}, allowed are up to {EXAMPLES}")
     data = build_data(load_config(arguments[0], rest))
     started = time.perf_counter()
-    everything = Index(document for task in data.tasks for document in trained_texts(task))
-    queries = {task.task.name: Index(trained_queries(task)) for task in data.tasks}
+    leaks = find_leaks(data.tasks, [f for f in own["beir"].split(",") if f])
     table = Table("evaluated", "documents", *WAYS, title="documents that stand in the training data, by")
-    report: dict[str, Any] = {"trained": len(everything.documents), "evaluated": {}}
-    for task, name, documents in evaluated_sets(data.tasks, [f for f in own["beir"].split(",") if f]):
-        # A task's own splits share documents by design, but no queries.
-        index, ways = (queries[task], WAYS) if task else (everything, ("title", "text"))
-        found = list(index.overlaps(documents, ways))
-        counts = Counter(overlap.way for overlap in found)
-        table.add_row(name, f"{len(documents):,}", *(str(counts[way]) if way in ways else "" for way in WAYS))
-        report["evaluated"][name] = {
-            "documents": len(documents),
-            "overlaps": {way: counts[way] for way in ways},
-            "examples": [_shown(o) for way in ways for o in [f for f in found if f.way == way][:num_examples]],
-        }
+    report: dict[str, Any] = {"trained": leaks.trained, "evaluated": {}}
+    for name, found in leaks.sets.items():
+        table.add_row(name, f"{found.documents:,}", *(str(found.overlaps.get(way, "")) for way in WAYS))
+        examples = [text for way in found.examples.values() for text in way[:num_examples]]
+        report["evaluated"][name] = asdict(found) | {"examples": examples}
     Console().print(table)
     for name, one in report["evaluated"].items():
-        for example in one["examples"][:num_examples]:
+        for example in one["examples"]:
             log.info("%s: %s", name, example)
     write_json(Path(own["output"]), report)
     seconds = time.perf_counter() - started
-    log.info("%s texts of the training in %.1f s; the report is %s", f"{report['trained']:,}", seconds, own["output"])
-
-
-def _shown(overlap: Overlap) -> str:
-    def text(document: Document) -> str:
-        return f"{document.id!r} ({(document.title or document.text)[:60]!r})"
-
-    return f"{text(overlap.evaluated)} is {text(overlap.trained)} by {overlap.way}, similarity {overlap.similarity:.2f}"
+    log.info("%s texts of the training in %.1f s; the report is %s", f"{leaks.trained:,}", seconds, own["output"])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from datamodules.tasks import Reader
 from experiments.schema import Config, TaskConfig, check_ranges
 from experiments.targets import check_target
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.mining.miners import Miner
 
 FOLDER = Path(__file__).parent
 RESERVED = ("base",)  # YAML files beside the experiments that are none
@@ -196,6 +197,7 @@ def _finish(config: DictConfig) -> Config:
         raise UserError(f"tasks: each may be named once, got {', '.join(done.tasks)}")
     for name in done.tasks:
         _one_of("task", name, sorted(done.task))
+        done.task[name].data = {key: node for key, node in done.task[name].data.items() if node is not None}
         if not done.task[name].data:
             raise UserError(
                 f"task {name} has no data at scale {done.scale}: "
@@ -206,6 +208,10 @@ def _finish(config: DictConfig) -> Config:
     given = ("backbone", "tokenizer", "tasks", "instructions", "max_length")
     done.encoder = check_target("encoder", done.encoder, Encoder, given)
     done.callbacks = {name: check_target(f"callbacks.{name}", node, Callback) for name, node in done.callbacks.items()}
+    done.mining.miner = check_target("mining.miner", done.mining.miner, Miner)
+    for name, node in done.mining.miners.items():
+        _one_of("task in mining.miners", name, done.tasks)
+        done.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
     for task, settings in done.task.items():
         settings.data = {
             name: check_target(f"task.{task}.data.{name}", node, Reader) for name, node in settings.data.items()

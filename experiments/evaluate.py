@@ -28,7 +28,7 @@ import torch
 
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, UserError
-from experiments.build import build_data
+from experiments.build_data import build_data
 from experiments.config import from_dict
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import write_json

@@ -16,7 +16,7 @@ from datamodules.records import UserError
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the file and rename: who is killed while writing leaves the file as it was."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

@@ -117,6 +117,9 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     steps = f"{config['trainer']['max_steps']} steps of {config['data']['batch_size']} queries"
     settings = f"learning rate {config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in all"
     whole = f"From {start or 'random weights'}. The whole configuration stands in config.yaml of the run."
+    prefixes = ", ".join(str(prefix) for prefix in config["objective"].get("matryoshka", []))
+    if prefixes:
+        whole += f" The first {prefixes} dimensions of a vector are trained to be used alone (cosine: normalise them)."
     lines = "\n".join(["```", *commands, "```"])
     return f"## Training\n\n{steps}, {settings}. {whole}\n\n{lines}\n\nWith {versions}.{commit}"
 

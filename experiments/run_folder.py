@@ -5,6 +5,7 @@ manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
 checkpoints/      last.ckpt, best.ckpt
 results.json      the final table; its presence says that the run is complete
+negatives/        mined hard negatives, a folder for each mining, with its report
 runs/             TREC run files of the final table
 wandb/            W&B's own files
 """
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 # What may change between the attempts of one run, as prefixes of keys.
 CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
-    "data.cache",
-    "data.batch_size",  # with another number of ranks; the loader sees to it that the global batch stays the same
+    *("data.cache", "mining.memory_mb", "mining.store"),
+    # With another number of ranks; the loader sees to it that the global batch stays the same.
+    *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
 )
 LAST = Path("checkpoints", "last.ckpt")
@@ -139,11 +141,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:
-    then, now = dict(_flat(read_config(path))), dict(_flat(as_dict(config)))
+    then, now = dict(flat(read_config(path))), dict(flat(as_dict(config)))
     changed = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
+        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE) and not _is_batch_size(key)
     ]
     if changed:
         first = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
@@ -153,10 +155,15 @@ def _refuse_other_run(config: Config, path: Path) -> None:
         )
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _is_batch_size(key: str) -> bool:
+    return key.startswith("task.") and key.endswith(".batch_size")
+
+
+def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
     else:
         yield prefix.rstrip("."), node
 

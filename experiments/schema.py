@@ -12,6 +12,8 @@ from omegaconf import MISSING
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.metrics import parse_metric
+from lightning_modules.mining.options import MiningOptions
+from lightning_modules.objective.options import ObjectiveOptions, check_objective
 from lightning_modules.optim import OptimOptions
 
 
@@ -37,11 +39,14 @@ class PhaseConfig:
 
 @dataclass
 class DataConfig:
-    """root: folder of the data, for `${data.root}` in tasks. batch_size: queries on each rank. max_length: tokens of a
-    text, special tokens included. token_budget: padded tokens of one forward. num_hard_negatives: for each query, where
-    it has them. num_workers: processes that prepare batches. cache: folder in which data are kept in a form that is
-    mapped instead of read, made once; null reads them into memory. on_error: of readers, "fail" at the first bad line,
-    or "skip" it, into quarantine.jsonl in the run's folder.
+    """root: folder of the data, for `${data.root}` in tasks. batch_size: queries on each rank. batch_tokens: tokens on
+    each rank (of queries, their positives and hard negatives), instead of batch_size; 0 counts queries. max_length:
+    tokens of a text, special tokens included. token_budget: padded tokens of one forward. num_positives: at most, for
+    each query, sampled by grade. num_hard_negatives: for each query, where it has them. num_workers: processes that
+    prepare batches. cache: folder in which data are kept in a form that is mapped instead of read, made once; null
+    reads them into memory. on_error: of readers, "fail" at the first bad line, or "skip" it, into quarantine.jsonl in
+    the run's folder. on_leak: what becomes of dev and test queries that are trained on too, and of all texts of the
+    folders leaks_in (in BEIR layout) that are: a warning, training without them ("strip"), or an error.
 
     schedule: which task a step has. "round_robin": they take turns. "together": each optimizer step has a batch of
     every task. "proportional" to the numbers of examples; "temperature": to their power 1 / schedule_temperature;
@@ -52,10 +57,14 @@ class DataConfig:
     cache: str | None = "~/.cache/scimult"
     on_error: Literal["fail", "skip"] = "fail"
     batch_size: int = 32
+    batch_tokens: int = 0
     max_length: int = 256
     token_budget: int = 16384
+    num_positives: int = 1
     num_hard_negatives: int = 1
     num_workers: int = 0
+    on_leak: Literal["ignore", "warn", "strip", "error"] = "warn"
+    leaks_in: list[str] = field(default_factory=list)
     schedule: Literal["round_robin", "together", "proportional", "temperature", "weights"] = "round_robin"
     schedule_temperature: float = 2.0
     weights: dict[str, float] = field(default_factory=dict)
@@ -63,20 +72,33 @@ class DataConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """similarity and temperature of InfoNCE; the paper's are dot and 1. mask_known_positives: a document that is a
-    known positive of a query is never its negative.
+class MiningConfig(MiningOptions):
+    """Hard negatives that a model finds. every_n_steps: optimizer steps between two minings with the current model, or
+    every_n_epochs: passes through all examples; 0 for no mining in training. first_step: of the first mining, by
+    default every_n_steps; 0 mines before the first step. stop_at: the share of mined negatives that look like positives
+    above which training stops, null for never. store: folder of `make mine`, whose negatives hold from the start. use:
+    hard negatives "mined" (where an example has some, else those of the data), of the "data", or "both" together.
+
+    miner: a node of lightning_modules/mining/miners.py; miners: task -> its own, or null for a task that is not mined.
+    Further keys: MiningOptions, beside it.
     """
 
-    similarity: Literal["dot", "cosine"] = "dot"
-    temperature: float = 1.0
-    mask_known_positives: bool = True
+    every_n_steps: int = 0
+    every_n_epochs: float = 0.0
+    first_step: int | None = None
+    stop_at: float | None = None
+    store: str | None = None
+    use: Literal["mined", "data", "both"] = "mined"
+    miner: dict[str, Any] = field(default_factory=lambda: {"_target_": "lightning_modules.mining.miners.DenseMiner"})
+    miners: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class TrainerConfig:
     """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
-    for all. gradient_clip_val: largest norm of the gradient, 0 for none.
+    for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
+    optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
+    data.token_budget alone, whatever its size, for a second forward.
     """
 
     max_steps: int = 1000
@@ -87,6 +109,7 @@ class TrainerConfig:
     gradient_clip_val: float = 1.0
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
+    grad_cache: bool = False
     log_every_n_steps: int = 20
 
 
@@ -110,6 +133,13 @@ class EvaluationConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """every_n_steps: gradients, experts and vectors of all tasks are looked at and logged, 0 for never."""
+
+    every_n_steps: int = 0
+
+
+@dataclass
 class WandbConfig:
     """mode: "online" needs an account; when its server cannot be reached the run goes on offline. Offline runs are sent
     later by `wandb sync`. dir of the files is the run's.
@@ -127,8 +157,8 @@ class WandbConfig:
 @dataclass
 class TaskConfig:
     """expert: that serves the task. instruction: a sentence that describes it, for encoders that read one. data:
-    name -> node of a reader; in tasks/*.yaml, one block for each scale. batch_size, max_length, num_hard_negatives: of
-    this task's batches, by default those of data.
+    name -> node of a reader; in tasks/*.yaml, one block for each scale. batch_size, max_length, num_positives,
+    num_hard_negatives: of this task's batches, by default those of data.
     """
 
     kind: Literal["classification", "link_prediction", "search"] = MISSING
@@ -136,6 +166,7 @@ class TaskConfig:
     instruction: str = ""
     batch_size: int | None = None
     max_length: int | None = None
+    num_positives: int | None = None
     num_hard_negatives: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -164,11 +195,13 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     encoder: dict[str, Any] = MISSING
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     task: dict[str, TaskConfig] = field(default_factory=dict)
@@ -180,8 +213,9 @@ def check_ranges(config: Config) -> None:
     above_0 = {
         "data.batch_size": data.batch_size,
         "data.token_budget": data.token_budget,
+        "data.num_positives": data.num_positives,
         "data.schedule_temperature": data.schedule_temperature,
-        "objective.temperature": config.objective.temperature,
+        "objective.gradnorm_lr": config.objective.gradnorm_lr,
         "optim.lr": optim.lr,
         "optim.eps": optim.eps,
         "optim.layer_decay": optim.layer_decay,
@@ -192,17 +226,31 @@ def check_ranges(config: Config) -> None:
         "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
         "backbone.vocab_size": backbone.vocab_size,
         "wandb.init_timeout": config.wandb.init_timeout,
+        "mining.k": config.mining.k,
+        "mining.num_negatives": config.mining.num_negatives,
+        "mining.sampling_temperature": config.mining.sampling_temperature,
+        "mining.memory_mb": config.mining.memory_mb,
     }
     from_0 = {
         "run.seed": config.run.seed,
         "data.num_hard_negatives": data.num_hard_negatives,
         "data.num_workers": data.num_workers,
+        "data.batch_tokens": data.batch_tokens,
+        "objective.gradnorm_alpha": config.objective.gradnorm_alpha,
         "optim.weight_decay": optim.weight_decay,
         "evaluation.every_n_steps": config.evaluation.every_n_steps,
+        "diagnostics.every_n_steps": config.diagnostics.every_n_steps,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "mining.every_n_steps": config.mining.every_n_steps,
+        "mining.every_n_epochs": config.mining.every_n_epochs,
+        "mining.first_step": config.mining.first_step or 0,
+        "mining.first_rank": config.mining.first_rank,
+        "mining.absolute_margin": config.mining.absolute_margin or 0.0,
+        "mining.guide_margin": config.mining.guide_margin,
     }
     for name, task in config.task.items():
         above_0[f"task.{name}.batch_size"] = 1 if task.batch_size is None else task.batch_size
+        above_0[f"task.{name}.num_positives"] = 1 if task.num_positives is None else task.num_positives
         from_0[f"task.{name}.num_hard_negatives"] = task.num_hard_negatives or 0
     shares = {
         "optim.warmup": optim.warmup,
@@ -210,6 +258,8 @@ def check_ranges(config: Config) -> None:
         "optim.beta2": optim.beta2,
         "backbone.dropout": backbone.dropout or 0.0,
         "backbone.attention_dropout": backbone.attention_dropout or 0.0,
+        "mining.relative_margin": config.mining.relative_margin or 0.0,
+        "mining.stop_at": config.mining.stop_at or 0.0,
     }
     for key, value in above_0.items():
         if not 0 < value < math.inf:
@@ -225,13 +275,46 @@ def check_ranges(config: Config) -> None:
     for key, value in lengths.items():
         if value < 3:
             raise UserError(f"{key}: got {value}, allowed is 3 or more ([CLS], a word and [SEP])")
+    balance, schedule = config.objective.balance, config.data.schedule
+    if balance != "none" and len(config.tasks) < 2:
+        raise UserError(f"objective.balance: got {balance}, but there is one task alone ({', '.join(config.tasks)})")
+    if balance in ("gradnorm", "pcgrad") and schedule != "together":
+        raise UserError(
+            f"objective.balance: {balance} compares the gradients of all tasks in each optimizer step, which takes "
+            f"data.schedule=together (got {schedule})"
+        )
     if trainer.devices < 1 and trainer.devices != -1:
         raise UserError(f"trainer.devices: got {trainer.devices}, allowed are numbers above 0, and -1 for all")
     if trainer.devices == -1 and not torch.cuda.is_available():
         raise UserError("trainer.devices: got -1 for all GPUs, and there is none (a number above 0 runs on the CPU)")
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator: got gpu, and there is none (auto takes what there is)")
+    _check_mining(config)
     if not config.evaluation.metrics:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
     for name in config.evaluation.metrics:
         parse_metric(name)
+    check_objective(config.objective, list(config.task))
+
+
+def _check_mining(config: Config) -> None:
+    mining = config.mining
+    if mining.every_n_steps and mining.every_n_epochs:
+        raise UserError("mining.every_n_steps and mining.every_n_epochs: set one of them")
+    repeated = bool(mining.every_n_steps or mining.every_n_epochs)
+    if mining.first_step is not None and not repeated:
+        raise UserError("mining.first_step: is for mining in training (mining.every_n_steps)")
+    if mining.first_step == 0 and mining.store:
+        raise UserError("mining.store and mining.first_step=0: both say which hard negatives hold from the start")
+    if mining.first_rank >= mining.k:
+        raise UserError(f"mining.first_rank: got {mining.first_rank}, allowed are ranks below mining.k, {mining.k}")
+    if not (repeated or mining.store):
+        return
+    if mining.use == "data":
+        raise UserError("mining.use: with data, what is mined would never be used (mined, or both)")
+    counts = [
+        config.data.num_hard_negatives if t.num_hard_negatives is None else t.num_hard_negatives
+        for t in config.task.values()
+    ]
+    if not any(counts):
+        raise UserError("data.num_hard_negatives: is 0, so what is mined would never be used")

@@ -10,7 +10,9 @@ from pathlib import Path
 import lightning as L
 
 from datamodules.records import UserError
-from experiments.build import build_callbacks, build_data, build_loggers, build_module, build_trainer, describe_schedule
+from experiments.build_data import build_data, describe_schedule
+from experiments.build_module import build_module
+from experiments.build_trainer import build_callbacks, build_loggers, build_trainer
 from experiments.config import experiments, load_config
 from experiments.console import entry_point
 from experiments.files import read_json
@@ -34,7 +36,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     if folder.checkpoint:
         read_checkpoint(folder.checkpoint)  # a damaged one is found before the data are read
     L.seed_everything(config.run.seed, verbose=False)
-    data = build_data(config)
+    data = build_data(config, training=True)
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
     write_config(folder, config)

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import lightning as L
 import torch
 from torch import Tensor
 
 from datamodules.records import ContrastiveBatch, UserError
-from lightning_modules.distributed import gather_documents
+from lightning_modules.balance import UncertaintyWeights
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.checkpoints import describe
-from lightning_modules.losses import info_nce, known_positive_mask, mask_scores, similarity_scores
+from lightning_modules.gradcache import embed, embed_cached
+from lightning_modules.objective.frozen import FrozenEncoder
+from lightning_modules.objective.objective import Objective
+from lightning_modules.objective.options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
 
 
 class ContrastiveModule(L.LightningModule):
-    """InfoNCE over in-batch and hard negatives of all ranks (paper, section 3.4).
+    """An encoder, its objective and its optimizer.
 
-    similarity: "dot" or "cosine". temperature: divides the scores; the paper's is 1, with dot. total_steps: optimizer
-    steps of the schedule.
+    tasks: of the batches, by default the encoder's. judges: "guide" and "teacher" of the objective, where it has them.
+    grad_cache: keep the graph of one chunk at a time in memory (gradcache.py). total_steps: optimizer steps of the
+    schedule. objective: fields of ObjectiveOptions.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         *,
-        similarity: str = "dot",
-        temperature: float = 1.0,
-        mask_known_positives: bool = True,
+        tasks: Sequence[str] | None = None,
+        judges: Mapping[str, FrozenEncoder] | None = None,
+        grad_cache: bool = False,
         optim: OptimOptions | None = None,
         total_steps: int = 1000,
+        **objective: Any,
     ):
         super().__init__()
         if any(encoder.document_task(task) != task for task in encoder.tasks):
@@ -37,8 +45,10 @@ class ContrastiveModule(L.LightningModule):
                 "an encoder whose documents have an adapter of their own is for inference, not for training"
             )
         self.encoder = encoder
-        self.similarity, self.temperature = similarity, temperature
-        self.mask_known_positives = mask_known_positives
+        options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
+        self.objective = Objective(options, tasks, encoder.dimension, judges or {})
+        self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
+        self.grad_cache = grad_cache
         self.optim, self.total_steps = optim or OptimOptions(), total_steps
 
     def on_fit_start(self) -> None:
@@ -46,30 +56,31 @@ class ContrastiveModule(L.LightningModule):
 
     def embed(self, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
         """Vectors (U, D) of the batch's distinct texts, in the order of its chunks, and the encoder's mean penalty."""
-        found = [self.encoder.forward_with_penalty(c.input_ids, c.attention_mask, batch.task) for c in batch.chunks]
-        vectors = torch.cat([vectors for vectors, _ in found])
-        return vectors, sum(penalty * (len(part) / len(vectors)) for part, penalty in found)
+        return (embed_cached if self.grad_cache else embed)(self.encoder, batch)
 
     def training_step(self, batch: ContrastiveBatch, batch_idx: int) -> dict[str, Tensor]:
-        # Dropout depends on the step alone: a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed(batch.seed)
         vectors, penalty = self.embed(batch)
-        queries, documents = vectors[batch.queries], vectors[batch.documents]  # (B, D), (M, D)
-        documents, document_ids, offset = gather_documents(documents, batch.document_ids)
-        with torch.autocast(self.device.type, enabled=False):
-            scores = similarity_scores(queries, documents, self.similarity)
-            positives = batch.positives + offset
-            if self.mask_known_positives:
-                scores = mask_scores(scores, positives, known_positive_mask(batch.known_positives, document_ids))
-            loss = info_nce(scores, positives, self.temperature) + penalty
-        return {"loss": loss, "accuracy": (scores.detach().argmax(1) == positives).float().mean()}
+        found = self.objective(vectors, batch)
+        found["loss"] = found["loss"] + penalty
+        if self.uncertainty is not None:
+            found["loss"], found["weight"] = self.uncertainty(found["loss"], batch.task)
+        return found
 
     def configure_optimizers(self):
         options = self.optim
         groups = parameter_groups(self.encoder, options, self.encoder.num_layers)
+        temperatures = list(self.objective.parameters())
+        # Not last: the learning rate of the last group is the one that is logged.
+        if temperatures:
+            lr = self.objective.options.temperature_lr or options.lr
+            groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
+        if self.uncertainty is not None:
+            groups.insert(0, {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
         )
+        if temperatures:
+            optimizer.register_step_post_hook(lambda *_: self.objective.temperature.clamp())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(options.warmup, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -38,6 +38,16 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
+    """Lists (n, k) of all ranks, whose lengths k may differ too, padded to the longest."""
+    if world_size() == 1:
+        return lists
+    longest = torch.tensor(lists.shape[1], device=lists.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    missing = int(longest) - lists.shape[1]
+    return gather_rows(torch.nn.functional.pad(lists, (0, missing), value=padding))
+
+
 def gather_documents(documents: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor, int]:
     """Documents of all ranks with gradients, and their ids.
 

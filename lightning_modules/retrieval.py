@@ -1,4 +1,4 @@
-"""From a benchmark to a run: corpus and queries to vectors, exact top-k, and BM25 as the baseline without vectors.
+"""From a benchmark to a run: corpus and queries to vectors, their exact top-k, and BM25, the baseline without vectors.
 
 With several ranks each embeds its share of the corpus and ranks its share of the queries.
 
@@ -7,7 +7,6 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,29 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from datamodules.records import Benchmark, Document, UserError
-from datamodules.text import input_text
+from lightning_modules.bm25 import Bm25Index
 from lightning_modules.distributed import gather_rows, rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.metrics import MeanOverQueries, Run, judge, parse_metric, sorted_run
+from lightning_modules.top_k import top_k
 
 Advance = Callable[[int], None]
-
-
-def top_k(queries: Tensor, documents: Tensor, k: int, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Exact k best documents of each query by dot product, best first: indices (Q, k) int64 and scores (Q, k).
-
-    queries: (Q, D), documents: (M, D), both float32. k is cut to M. FAISS is used where it is installed, else torch.
-    """
-    k = min(k, len(documents))
-    try:
-        import faiss
-    except ImportError:
-        parts = [(block @ documents.T).topk(k) for block in queries.split(chunk)]
-        indices, scores = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
-        return indices.numpy(), scores.numpy()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    scores, indices = faiss.knn(queries.numpy(), documents.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-    return indices, scores
 
 
 def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
@@ -77,35 +60,17 @@ def rank_benchmark(
     queries = vectors((benchmark.queries[query] for query in ids), benchmark.task)
     if not torch.isfinite(documents).all() or not torch.isfinite(queries).all():
         raise UserError(f"{benchmark.name}: the encoder gives vectors that are not finite (training diverged?)")
-    indices, scores = top_k(queries, documents, k + benchmark.exclude_query)
+    indices, scores = top_k(queries, documents, k + benchmark.exclude_query, device=encoder.device)
     return _finished(benchmark, ids, names, indices, scores, k)
 
 
 def bm25_run(benchmark: Benchmark, k: int) -> Run:
-    """This rank's share of the BM25 ranking (bm25s, Lucene's form, English stop words).
-
-    Documents that share no word with the query are not retrieved.
-    """
-    import bm25s
-
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets it to debug
-
-    def words(documents: Iterable[Document]):
-        texts = [input_text(document, " ") for document in documents]
-        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
-
+    """This rank's share of the BM25 ranking. Documents that share no word with the query are not retrieved."""
     names = list(benchmark.corpus)
     ids = list(benchmark.queries)[rank() :: world_size()]
-    corpus = words(benchmark.corpus.values())
     wanted = min(k + benchmark.exclude_query, len(names))
-    if not ids or not corpus.vocab:  # no query for this rank, or texts in which no word was found
-        indices, scores = np.full((len(ids), wanted), -1), np.zeros((len(ids), wanted))
-    else:
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
-        queries = words(benchmark.queries[query] for query in ids)
-        indices, scores = index.retrieve(queries, k=wanted, show_progress=False, n_threads=1)
-    indices = np.where(scores > 0, indices.astype(np.int64), -1)
+    index = Bm25Index(benchmark.corpus.values())
+    indices, scores = index.top_k((benchmark.queries[query] for query in ids), wanted)
     return _finished(benchmark, ids, names, indices, scores, k)
 
 

@@ -1,20 +1,24 @@
 """A small world for the tests: a random BERT, collections of a few documents, and no network."""
 
 import os
+import shutil
 import socket
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # of data.cache, and of whatever else is written there
 
 import pytest
 import torch
 
+from datamodules.multitask import MultiTaskDataModule
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader
-from datamodules.tasks import BatchOptions
+from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
@@ -23,6 +27,10 @@ TASKS = {"classification": "classification", "link_prediction": "link_prediction
 WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito", "una")]
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HOME"], ignore_errors=True)
 
 
 def text_of(*numbers: int) -> str:
@@ -116,14 +124,33 @@ def make_task(make_backbone):
     return make
 
 
+@pytest.fixture
+def three_tasks(make_backbone, make_task):
+    """Twelve batches of three tasks in turns; what search wants is the opposite of what classification does."""
+    kinds = (ClassificationDataModule, LinkPredictionDataModule, SearchDataModule)
+    agreed = toy_collection()
+    grades = {query: {d: int(grade == 0) for d, grade in own.items()} for query, own in agreed.qrels["train"].items()}
+    opposed = Collection(agreed.corpus, agreed.queries, {"train": grades})
+    collections = (agreed, toy_collection(10, 10, papers=True), opposed)
+    tasks = []
+    for kind, name, collection in zip(kinds, TASKS, collections, strict=True):
+        task = make_task(kind, name, collection)
+        task.readers = {name: task.readers["toy"]}
+        tasks.append(task)
+    options = BatchOptions(batch_size=4, num_batches=12, max_length=32, token_budget=64)
+    found = MultiTaskDataModule(tasks, options, make_backbone()[1])
+    found.setup()
+    return found
+
+
 @pytest.fixture(scope="session")
 def beir_root(tmp_path_factory):
     """The sample's three collections as BEIR folders under the names that the small and paper scales look for."""
     root = tmp_path_factory.mktemp("beir")
     for view, folders in {
-        "topics": ("arxiv_cats", "maple"),
+        "topics": ("arxiv_cats", "maple_cs", "maple_mesh", "maple_coarse"),
         "citations": ("mlcite", "cite_prediction"),
-        "searches": ("scitldr", "scirepeval_search"),
+        "searches": ("scitldr", "scirepeval_search", "scirepeval_search_test"),
     }.items():
         collection = SampleReader(view, num_papers=500).read()
         for folder in folders:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from datamodules.readers import fields
 from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.gathered import gathered
 from datamodules.readers.json_values import as_object
 from datamodules.readers.lines import find_file, lines
 from datamodules.records import Collection, Document, Qrels, Sink, UserError
@@ -36,23 +39,7 @@ class BeirReader:
 
         Raises UserError naming the file, the line and what is wrong with it.
         """
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder (expected corpus.jsonl, queries.jsonl and qrels/ in it)")
-        with BadLines(self.on_error, self.quarantine) as bad:
-            corpus = documents(find_file(self.folder, "corpus.jsonl"), bad)
-            queries = documents(find_file(self.folder, "queries.jsonl"), bad)
-            qrels = {}
-            for split in self.SPLITS:
-                path = find_file(self.folder, f"qrels/{split}.tsv", required=False)
-                if path is not None:
-                    qrels[split] = judgements(path, queries, corpus, bad, "queries.jsonl", "corpus.jsonl")
-        if not qrels:
-            allowed = ", ".join(f"{split}.tsv" for split in self.SPLITS)
-            raise UserError(f"{self.folder / 'qrels'}: holds none of {allowed} (plain, .gz or .zst)")
-        return Collection(corpus, queries, qrels)
-
-    def __repr__(self) -> str:
-        return f"BeirReader({str(self.folder.resolve())!r}, {self.on_error!r})"
+        return gathered(self.stream)
 
     def sources(self) -> list[Path]:
         """The files that it reads."""
@@ -81,25 +68,11 @@ class BeirReader:
             for split in self.SPLITS:
                 path = find_file(self.folder, f"qrels/{split}.tsv", required=False)
                 if path is not None:
-                    found = fields.Judgements(sink.queries, sink.documents, bad, "queries.jsonl", "corpus.jsonl")
-                    found.put = functools.partial(sink.add_judgement, split)
-                    read_judgements(path, found, bad)
-                    found.check_unknown(path)
+                    put = functools.partial(sink.add_judgement, split)
+                    homes = ("queries.jsonl", "corpus.jsonl")
+                    judgements(path, fields.Judgements(sink.queries, sink.documents, bad, *homes, put=put))
                     if not sink.has(split):
                         raise UserError(f"{path}: the split is empty (no judgement below the header)")
-        if bad.by_reason:
-            sink.leave_out(f"{bad.by_reason.total()} bad lines ({bad.summary()})")
-
-
-def documents(path: Path, bad: BadLines) -> dict[str, Document]:
-    """The documents of a file of JSON lines."""
-    found: dict[str, Document] = {}
-    for place in lines(path, bad):
-        with place:
-            fields.add_new(found, document(as_object(place, " with _id, title and text")))
-    if not found:
-        raise UserError(f"{path}: holds no document")
-    return found
 
 
 def document(record: Mapping) -> Document:
@@ -111,20 +84,9 @@ def document(record: Mapping) -> Document:
     return Document(id, title, text)
 
 
-def judgements(
-    path: Path, queries: Mapping[str, Document], corpus: Mapping[str, Document], bad: BadLines, *homes: str
-) -> Qrels:
-    """The judgements of a qrels file; homes: names of the files with the queries and the documents, for errors."""
-    found = fields.Judgements(queries, corpus, bad, *homes)
-    read_judgements(path, found, bad)
-    qrels = found.finished(path)
-    if not qrels:
-        raise UserError(f"{path}: the split is empty (no judgement below the header)")
-    return qrels
-
-
-def read_judgements(path: Path, found: fields.Judgements, bad: BadLines) -> None:
-    for order, place in enumerate(lines(path, bad)):
+def judgements(path: Path, found: fields.Judgements) -> Qrels:
+    """The judgements of a qrels file."""
+    for order, place in enumerate(lines(path, found.bad)):
         columns = place.text.split("\t")
         if order == 0 and columns[-1].strip() == "score":
             continue
@@ -133,14 +95,15 @@ def read_judgements(path: Path, found: fields.Judgements, bad: BadLines) -> None
                 raise UserError(f"expected query-id, corpus-id and score between tabs, got {place.text[:60]!r}")
             query, document, score = (column.strip() for column in columns)
             found.add(query, document, fields.grade(score))
+    return found.finished(path)
 
 
-def write_beir(collection: Collection, folder: Path | str) -> None:
-    """Write a collection as a folder that BeirReader reads."""
+def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
+    """Write a collection as a folder that BeirReader reads. compress: its texts, with gzip."""
     folder = Path(folder)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, texts in (("corpus", collection.corpus), ("queries", collection.queries)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        with _written(folder / f"{name}.jsonl", compress) as file:
             for one in texts.values():
                 record = {"_id": one.id, "title": one.title, "text": one.text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -149,3 +112,9 @@ def write_beir(collection: Collection, folder: Path | str) -> None:
             file.write("query-id\tcorpus-id\tscore\n")
             for query, grades in qrels.items():
                 file.writelines(f"{query}\t{document}\t{grade}\n" for document, grade in grades.items())
+
+
+def _written(path: Path, compress: bool) -> TextIO:
+    if compress:
+        return gzip.open(f"{path}.gz", "wt", compresslevel=3, encoding="utf-8")
+    return open(path, "w", encoding="utf-8")

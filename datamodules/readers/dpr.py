@@ -53,6 +53,10 @@ class DprReader:
         self.on_error, self.quarantine = on_error, quarantine
         BadLines(on_error)
 
+    def sources(self) -> list[Path]:
+        """The files that it reads."""
+        return [find_file(path.parent, path.name) for path in self.files.values()]
+
     def read(self) -> Collection:
         """Raises UserError naming the file, the entry and what is wrong with it."""
         corpus: dict[str, Document] = {}

@@ -109,6 +109,21 @@ def nested(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     return record[key]
 
 
+def hashed(text: str) -> int:
+    """The same on any machine, from 0 to 2**64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def split_of(id: str, dev_percent: int, test_percent: int, year: int | None = None, train_until: int | None = None):
+    """A paper's split: by a hash of its id, or, with train_until, test for later years and else by the hash."""
+    percent = hashed(id) % 100
+    if train_until is not None and year > train_until:
+        return "test"
+    if percent < dev_percent:
+        return "dev"
+    return "test" if train_until is None and percent < dev_percent + test_percent else "train"
+
+
 def allowed(argument: str, values: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
     """An argument of a reader, each of its values one of the choices."""
     for value in values:
@@ -147,12 +162,12 @@ class Judgements:
     """The judgements of one split, as they are read.
 
     homes: where queries and documents should be. Under "fail", ids that are in neither are told together at the end, to
-    show how many they are; under "skip", each is a bad line.
+    show how many they are; under "skip", each is a bad line. put: where judgements go instead of qrels.
     """
 
-    def __init__(self, queries: Container[str], corpus: Container[str], bad: BadLines, *homes: str):
+    def __init__(self, queries: Container[str], corpus: Container[str], bad: BadLines, *homes: str, put=None):
         self.known = (("query", queries, homes[0]), ("document", corpus, homes[1]))
-        self.bad = bad
+        self.bad, self.put = bad, put or self._keep
         self.qrels: dict[str, dict[str, int]] = {}
         self.unknown: dict[str, list[str]] = {"query": [], "document": []}
 
@@ -165,19 +180,14 @@ class Judgements:
                 return
         self.put(query, document, grade)
 
-    def put(self, query: str, document: str, grade: int) -> None:
-        """Where a judgement goes."""
+    def _keep(self, query: str, document: str, grade: int) -> None:
         before = self.qrels.setdefault(query, {}).setdefault(document, grade)
         if before != grade:
             pair = f"query {query!r} and document {document!r}"
             raise UserError(f"{pair} have score {grade} here and {before} above")
 
     def finished(self, path: Any) -> Qrels:
-        self.check_unknown(path)
-        return self.qrels
-
-    def check_unknown(self, path: Any) -> None:
-        """Raise UserError if ids were unknown."""
+        """Raises UserError if ids were unknown."""
         for kind, _, home in self.known:
             if ids := self.unknown[kind]:
                 distinct = list(dict.fromkeys(ids))
@@ -185,9 +195,10 @@ class Judgements:
                 raise UserError(
                     f"{path}: {len(ids)} lines name {len(distinct)} {kind} ids that are not in {home}: {first}"
                 )
+        return self.qrels
 
 
-def all_known(ids: Sequence[str], corpus: Mapping[str, Document], key: str) -> None:
+def all_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
     """For ids that a record names itself."""
     unknown = [id for id in ids if id not in corpus]
     if unknown:

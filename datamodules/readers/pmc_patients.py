@@ -36,23 +36,34 @@ class PmcPatientsReader:
         self.folder, self.task = Path(folder), task
         self.on_error, self.quarantine = on_error, quarantine
 
+    def sources(self) -> list[Path]:
+        """The files that it reads."""
+        splits = self._splits()
+        queries = [find_file(self.folder, f"queries/{split}_queries.jsonl") for split in splits]
+        return [self._corpus(), *queries, *splits.values()]
+
+    def _corpus(self) -> Path:
+        return find_file(self.folder, f"{self.task}/corpus.jsonl", f"{self.task}/{self.task}_corpus.jsonl")
+
+    def _splits(self) -> dict[str, Path]:
+        names = {s: (f"{self.task}/qrels_{s}.tsv", f"{self.task}/{self.task}_{s}_qrels.tsv") for s in fields.SPLITS}
+        found = {split: find_file(self.folder, *both, required=False) for split, both in names.items()}
+        return {split: path for split, path in found.items() if path}
+
     def read(self) -> Collection:
         """Raises UserError naming the file, the line and what is wrong with it."""
-        task = self.task
         corpus: dict[str, Document] = {}
         queries: dict[str, Document] = {}
         qrels = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            path = find_file(self.folder, f"{task}/corpus.jsonl", f"{task}/{task}_corpus.jsonl")
+            path = self._corpus()
             _add(path, corpus, bad)
-            for split in fields.SPLITS:
-                names = (f"{task}/qrels_{split}.tsv", f"{task}/{task}_{split}_qrels.tsv")
-                qrels_path = find_file(self.folder, *names, required=False)
-                if qrels_path is not None:
-                    file = find_file(self.folder, f"queries/{split}_queries.jsonl")
-                    _add(file, queries, bad)
-                    qrels[split] = judgements(qrels_path, queries, corpus, bad, file.name, path.name)
-        return fields.checked(Collection(corpus, queries, qrels), self.folder / task)
+            for split, qrels_path in self._splits().items():
+                file = find_file(self.folder, f"queries/{split}_queries.jsonl")
+                _add(file, queries, bad)
+                found = fields.Judgements(queries, corpus, bad, file.name, path.name)
+                qrels[split] = judgements(qrels_path, found)
+        return fields.checked(Collection(corpus, queries, qrels), self.folder / self.task)
 
 
 def _add(path: Path, documents: dict[str, Document], bad: BadLines) -> None:

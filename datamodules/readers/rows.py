@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,21 @@ def _of_parquet(path: Path, bad: BadLines) -> Iterator[Place]:
     bad.end_of_file(path, number)
 
 
-def hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict[str, Any]]]:
-    """Split -> rows of a data set of the hub, or of a folder that `datasets` can load."""
+def load_hub(dataset: str, config: str | None) -> Mapping[str, Iterable[dict[str, Any]]]:
+    """All splits of a data set, by its own names."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(f"dataset {dataset}: needs the package datasets: pip install datasets") from error
     try:
-        loaded = datasets.load_dataset(dataset, config)
+        return datasets.load_dataset(dataset, config)
     except (OSError, ValueError) as error:
         raise UserError(f"dataset {dataset}, config {config}: cannot be loaded ({error})") from error
+
+
+def hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict[str, Any]]]:
+    """Split -> rows of a data set of the hub, or of a folder that `datasets` can load."""
+    loaded = load_hub(dataset, config)
     known = [name for name in loaded if name in SPLIT_OF]
     found = {SPLIT_OF[name]: loaded[name] for name in known}
     if not found or len(found) < len(known):

@@ -51,26 +51,37 @@ class SciDocsReader:
         self.folder, self.task, self.labels = Path(folder), task, labels
         self.on_error, self.quarantine = on_error, quarantine
 
+    def sources(self) -> list[Path]:
+        """The files that it reads."""
+        return [self._papers_file(), *self._labels_file(), *self._splits().values()]
+
+    def _papers_file(self) -> Path:
+        kind = "mag_mesh" if self.task in CLASSIFICATION else "view_cite_read"
+        return find_file(self.folder, f"paper_metadata_{kind}.json")
+
+    def _labels_file(self) -> list[Path]:
+        path = Path(self.labels or "")
+        return [find_file(path.parent, path.name)] if self.task in CLASSIFICATION and self.labels else []
+
+    def _splits(self) -> dict[str, Path]:
+        ending = "csv" if self.task in CLASSIFICATION else "qrel"
+        names = {split: f"{self.task}/{stem}.{ending}" for split, stem in FILES.items()}
+        found = {split: find_file(self.folder, name, required=False) for split, name in names.items()}
+        return {split: path for split, path in found.items() if path}
+
     def read(self) -> Collection:
         """Raises UserError naming the file, the line and what is wrong with it."""
         classifies = self.task in CLASSIFICATION
-        name = f"paper_metadata_{'mag_mesh' if classifies else 'view_cite_read'}.json"
         with BadLines(self.on_error, self.quarantine) as bad:
             papers: dict[str, Document] = {}
-            for place in entries(find_file(self.folder, name), bad, "object"):
+            for place in entries(self._papers_file(), bad, "object"):
                 with place:
                     fields.add_new(papers, fields.document(as_object(place), ("paper_id",)))
-            corpus = papers
-            if classifies:
-                path = Path(self.labels or "")
-                corpus = read_labels(find_file(path.parent, path.name), bad) if self.labels else {}
-            qrels = {}
-            for split, stem in FILES.items():
-                file = f"{self.task}/{stem}.{'csv' if classifies else 'qrel'}"
-                path = find_file(self.folder, file, required=False)
-                if path is not None:
-                    read = self._labels if classifies else self._links
-                    qrels[split] = read(path, papers, corpus, name, bad)
+            corpus = {} if classifies else papers
+            for path in self._labels_file():
+                corpus = read_labels(path, bad)
+            read, name = self._labels if classifies else self._links, self._papers_file().name
+            qrels = {split: read(path, papers, corpus, name, bad) for split, path in self._splits().items()}
         queries = {id: papers[id] for judged in qrels.values() for id in judged}
         return fields.checked(Collection(corpus, queries, qrels), self.folder / self.task)
 

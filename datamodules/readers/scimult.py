@@ -71,6 +71,16 @@ class SciMultReader:
         self.folder, self.task, self.dataset, self.relation = Path(folder), task, dataset, relation
         self.on_error, self.quarantine = on_error, quarantine
 
+    def sources(self) -> list[Path]:
+        """The files that it reads."""
+        folder = self.folder / self.task
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder (expected {self.dataset}_papers_test.json or the like in it)")
+        return sorted(path for path in folder.rglob("*") if path.is_file() and self._concerns(path.name))
+
+    def _concerns(self, name: str) -> bool:
+        return name.startswith((f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels"))
+
     def read(self) -> Collection:
         """Raises UserError naming the file, the line and what is wrong with it."""
         with BadLines(self.on_error, self.quarantine) as bad:
@@ -153,7 +163,7 @@ class SciMultReader:
         queries = self._documents("queries", "query", bad)
         path = find_file(self.folder / self.task, f"PMCPatients/{task}/{task}_test_qrels.tsv")
         homes = (self._file("queries_test").name, self._file(f"{kind}s_test").name)
-        return Collection(corpus, queries, {"test": judgements(path, queries, corpus, bad, *homes)})
+        return Collection(corpus, queries, {"test": judgements(path, fields.Judgements(queries, corpus, bad, *homes))})
 
 
 def _unnamed(place: Place) -> Document:

@@ -62,6 +62,16 @@ class SciRepEvalReader:
         self.label_key, self.labels = label_key, labels
         self.on_error, self.quarantine = on_error, quarantine
 
+    def sources(self) -> list[Path]:
+        """The files that it reads; none if they are the hub's."""
+        if self.folder is None:
+            return []
+        return [*self._labels_file(), *(path for paths in files_by_split(Path(self.folder)).values() for path in paths)]
+
+    def _labels_file(self) -> list[Path]:
+        path = Path(self.labels or "")
+        return [find_file(path.parent, path.name)] if self.view == "labels" and self.labels else []
+
     def read(self) -> Collection:
         """Raises UserError naming the file, the line and what is wrong with it."""
         add = {"citations": _add_triplet, "search": _add_search, "labels": self._add_labelled}[self.view]
@@ -69,9 +79,8 @@ class SciRepEvalReader:
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, dict[str, int]]] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            if self.view == "labels" and self.labels:
-                path = Path(self.labels)
-                corpus = read_labels(find_file(path.parent, path.name), bad)
+            for path in self._labels_file():
+                corpus = read_labels(path, bad)
             for split, places in self._splits(bad):
                 qrels[split] = {}
                 for place in places:
@@ -94,6 +103,8 @@ class SciRepEvalReader:
             raise UserError(f"{self.label_key} is missing (keys here: {', '.join(record)})")
         values = value if isinstance(value, list) else [value]
         labels = list(dict.fromkeys(fields.as_identifier(one, self.label_key) for one in values))
+        if not labels:
+            raise UserError(f"{self.label_key} is empty")
         if self.labels:
             fields.all_known(labels, corpus, self.label_key)
         elif number := next((label for label in labels if not label.strip() or label.lstrip("-").isdigit()), None):

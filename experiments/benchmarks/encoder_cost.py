@@ -38,9 +38,9 @@ RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
 Run = Callable[[], object]
 
 
-def backbone_of(values: dict[str, int]) -> tuple[nn.Module, object]:
+def backbone_of(values: dict[str, int], num_words: int = 1000) -> tuple[nn.Module, object]:
     torch.manual_seed(0)
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(1000))])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(num_words))])}
     shape = {
         "hidden_size": values["hidden"],
         "num_hidden_layers": values["layers"],

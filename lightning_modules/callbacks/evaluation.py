@@ -60,7 +60,7 @@ class Evaluation(L.Callback):
                     module.encoder,
                     benchmark,
                     depth(self.metrics),
-                    similarity=module.similarity,
+                    similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
                 )
                 for name, value in measure(run, benchmark, self.metrics, module.device).items():

@@ -49,8 +49,8 @@ class TrainingLog(L.Callback):
     ) -> None:
         sums = self.sums[batch.task]
         sums["count"] += 1.0
-        for name in ("loss", "accuracy"):
-            sums[name] += outputs[name].detach()
+        for name, value in outputs.items():
+            sums[name] += value.detach()
         self.tokens += batch.num_tokens
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
@@ -63,18 +63,20 @@ class TrainingLog(L.Callback):
             self._clear()
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
-        tasks = sorted(self.sums)  # the same on every rank
-        table = torch.tensor([[float(self.sums[t][n]) for n in ("count", "loss", "accuracy")] for t in tasks])
-        table = torch.cat([table.flatten(), torch.tensor([float(self.tokens)])]).to(trainer.strategy.root_device)
+        tasks = sorted(self.sums)
+        places = [(task, name) for task in tasks for name in sorted(self.sums[task])]  # the same on every rank
+        table = torch.tensor([float(self.sums[task][name]) for task, name in places] + [float(self.tokens)])
+        table = table.to(trainer.strategy.root_device)
         if world_size() > 1:
             dist.all_reduce(table)
-        means = table[:-1].view(-1, 3).cpu()
+        total = dict(zip(places, table.tolist(), strict=False))
         # Lightning counts loss for accumulation: it is divided there, and multiplied here again.
-        scale = trainer.accumulate_grad_batches
-        values: dict[str, Any] = {}
-        for task, (count, loss, accuracy) in zip(tasks, means.tolist(), strict=True):
-            values[f"train/{task}/loss"] = scale * loss / count
-            values[f"train/{task}/accuracy"] = accuracy / count
+        scale = {"loss": trainer.accumulate_grad_batches}
+        values: dict[str, Any] = {
+            f"train/{task}/{name}": scale.get(name, 1) * value / total[task, "count"]
+            for (task, name), value in total.items()
+            if name != "count"
+        }
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
         values["train/tokens_per_second"] = float(table[-1]) / self.seconds
         values["train/batch"] = batch.fingerprint

@@ -49,9 +49,12 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
     training = module.training
     module.eval()
     with torch.no_grad():
-        losses = {
-            task: sum(float(module.training_step(dataclasses.replace(b, task=task), 0)["loss"]) for b in batches)
-            for task in tasks
-        }
+        losses = {task: sum(_loss_as(module, batch, task) for batch in batches) for task in tasks}
     module.train(training)
     return {task: total / len(batches) for task, total in losses.items()}
+
+
+def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
+    """A batch's loss, by its own task's objective, if its texts were encoded for another task."""
+    vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
+    return float(module.objective(vectors, batch)["loss"] + penalty)

@@ -399,6 +399,7 @@ WORLDS = (
         (
             NO_JSON,
             ('{"doc_id": "z", "title": "t"}', "labels_text is missing"),
+            ('{"doc_id": "z", "title": "t", "labels_text": []}', "labels_text is empty"),
             ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is no name; give the file of names"),
         ),
     ),

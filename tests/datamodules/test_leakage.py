@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from datamodules.leakage import THRESHOLD, Index, normal, shingles, similarity
+from datamodules.leakage import THRESHOLD, WAYS, Index, normal, shingles, similarity
 from datamodules.records import Document
 
 
@@ -30,17 +30,31 @@ def world():
     return trained, other, planted
 
 
+def overlaps(evaluated, trained, **ways):
+    index = Index()
+    index.add("set", evaluated, **ways)
+    return [overlap for document in trained for overlap in index.overlaps(document)]
+
+
 def test_planted_overlaps_are_found_and_nothing_else(world):
     trained, other, planted = world
-    index = Index(trained)
-    assert list(index.overlaps(other)) == []
+    assert overlaps(other, trained) == []
     for way, documents in planted.items():
-        found = list(index.overlaps(documents))
-        assert [overlap.evaluated for overlap in found if overlap.way == way] == documents
-        assert [overlap for overlap in found if overlap.way != way] == []
-    first = next(index.overlaps(planted["text"]))
+        found = overlaps(other + documents, trained)
+        assert {overlap.evaluated.id for overlap in found} == {document.id for document in documents}
+        assert {overlap.way for overlap in found} == {way}
+        assert overlaps(documents, trained, ways=[w for w in WAYS if w != way]) == []
+    first = overlaps(planted["text"], trained)[0]
     assert first.trained == trained[200]
     assert THRESHOLD <= first.similarity < 1
+
+
+def test_sets_are_told_apart_and_one_text_may_stand_in_several():
+    index, text = Index(), "one two three four five six seven eight nine"
+    for name in ("a", "b"):
+        index.add(name, [Document(f"{name}{i}", "", text) for i in range(2)], ["text"])
+    found = index.overlaps(Document("a0", "", text))
+    assert [(o.name, o.evaluated.id, o.way) for o in found] == [(n, f"{n}{i}", "text") for n in "ab" for i in range(2)]
 
 
 def test_similarity_is_that_of_runs_of_words():
@@ -55,6 +69,13 @@ def test_similarity_is_that_of_runs_of_words():
 
 def test_titles_are_compared_by_their_words():
     assert normal("  Étude: deep-learning,\tfor PAPERS ") == "etude deep learning for papers"
-    index = Index([Document("a", "Introduction", ""), Document("b", "A study of something", "")])
-    assert not list(index.overlaps([Document("z", "Introduction", "")]))
-    assert [o.trained.id for o in index.overlaps([Document("z", "a STUDY of (something)", "")])] == ["b"]
+    titles = [Document("a", "Introduction", ""), Document("b", "A study of something", "")]
+    assert not overlaps(titles, [Document("z", "Introduction", "")])
+    assert [o.evaluated.id for o in overlaps(titles, [Document("z", "a STUDY of (something)", "")])] == ["b"]
+
+
+def test_short_texts_count_where_they_are_equal():
+    queries = [Document("a", "", "contrastive learning of papers"), Document("b", "", "deep nets")]
+    assert [(o.evaluated.id, o.way) for o in overlaps(queries, [Document("z", "", "Deep nets!")])] == [("b", "text")]
+    assert not overlaps(queries, [Document("z", "", "deep networks"), Document("y", "", "")])
+    assert not overlaps([Document("c", "", "?")], [Document("z", "", "!")])

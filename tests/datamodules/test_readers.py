@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.readers.beir_hub import BeirHubReader
 from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.readers.maple import MapleReader
@@ -186,7 +187,7 @@ def test_the_documented_nodes_are_readers():
         node for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) for node in yaml.safe_load(block).values()
     ]
     classes = {node["_target_"].rpartition(".")[2] for node in nodes}
-    assert classes == {world.reader[0].__name__ for world in WORLDS}
+    assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
     for node in nodes:
         assert isinstance(instantiate(check_target("data.x", node, base=Reader)), Reader)
 
@@ -296,6 +297,116 @@ def test_maple_raw_texts_are_preferred(tmp_path):
     assert collection.queries["1"] == Document("1", "A, b", "")
 
 
+def test_maple_folders_are_one_set(tmp_path):
+    """The cap holds over both; a paper that both have is one, with the labels of both."""
+    found = list(papers("p", 60).values())
+    put(tmp_path / "Biology" / "labels.txt", "D1\tone", "D2\ttwo")
+    put(tmp_path / "Biology" / "papers.json", *(written(p, label=["D1"]) for p in found[:40]))
+    put(tmp_path / "Medicine" / "papers.json", *(written(p, label=["D1", "D2"]) for p in found[35:]))
+    both = {"folder": str(tmp_path / "Biology"), "further": [str(tmp_path / "Medicine")]}
+    every = MapleReader(**both, max_per_label=0, dev_percent=0, test_percent=0).read()
+    expected = {p.id: {"D1": 1} if i < 35 else {"D1": 1, "D2": 1} for i, p in enumerate(found)}
+    assert every.qrels == {"train": expected}
+    assert every.queries == {p.id: p for p in found}
+    capped = MapleReader(**both, max_per_label=20, dev_percent=0, test_percent=0).read().qrels["train"]
+    for label in ("D1", "D2"):
+        assert sum(label in judged for judged in capped.values()) == 20
+
+
+def test_maple_fields_are_labels_of_their_papers(tmp_path):
+    """Each field has max_per_label papers, drawn by the seed; hard negatives are fields of neighbours."""
+    names = ("Art", "Political_Science", "Physics")
+    for number, name in enumerate(names):
+        rows = (
+            written(p, label=["x"], venue="shared", author=[f"{name}{i}"])
+            for i, p in enumerate(papers(f"{number}-", 50).values())
+        )
+        put(tmp_path / name / "papers.json", *rows, written(Document("both", "of all", "fields"), label=["x"]))
+    arguments = {
+        "folder": str(tmp_path / names[0]),
+        "view": "fields",
+        "further": [str(tmp_path / name) for name in names[1:]],
+        "dev_percent": 0,
+        "test_percent": 0,
+    }
+    collection = MapleReader(**arguments, max_per_label=30).read()
+    assert collection.corpus == {name: Document(name, name.replace("_", " ")) for name in names}
+    for number, name in enumerate(names):
+        chosen = [id for id, judged in collection.qrels["train"].items() if judged.get(name)]
+        assert len(chosen) == 30
+        assert all(id.startswith(f"{number}-") for id in chosen if id != "both")
+    assert collection == MapleReader(**arguments, max_per_label=30).read()
+    other = MapleReader(**arguments, max_per_label=30, seed=1).read()
+    assert other.queries.keys() != collection.queries.keys()
+    every = MapleReader(**arguments, max_per_label=0, negatives=["venue"], num_negatives=2).read().qrels["train"]
+    assert len(every) == 151
+    assert every["both"] == dict.fromkeys(names, 1)
+    for id, judged in every.items():
+        if id != "both":
+            mine = names[int(id[0])]
+            assert judged[mine] == 1
+            assert {name for name, grade in judged.items() if grade == 0} <= set(names) - {mine}
+    assert sum(grade == 0 for judged in every.values() for grade in judged.values()) > 200
+
+
+def test_maple_citations_outside_of_the_training_papers_do_not_cost_negatives(tmp_path):
+    """Of a thousand references one is a training paper: its label is drawn nevertheless."""
+    elsewhere = [f"far{i}" for i in range(1000)]
+    put(tmp_path / "labels.txt", "l0\tzero", "l1\tone")
+    first, second = papers("p", 2).values()
+    put(
+        tmp_path / "papers.json",
+        written(first, label=["l0"], reference=[*elsewhere, second.id]),
+        written(second, label=["l1"], reference=elsewhere),
+    )
+    collection = MapleReader(str(tmp_path), negatives=["cited"], dev_percent=0, test_percent=0).read()
+    assert collection.qrels["train"] == {"p0": {"l0": 1, "l1": 0}, "p1": {"l1": 1}}
+
+
+MESH = """<?xml version="1.0"?>
+<!DOCTYPE DescriptorRecordSet SYSTEM "https://www.nlm.nih.gov/databases/dtd/nlmdescriptorrecordset_20220101.dtd">
+<DescriptorRecordSet LanguageCode = "eng">
+<DescriptorRecord DescriptorClass = "1"><DescriptorUI>D000001</DescriptorUI>
+ <DescriptorName><String>Calcimycin</String></DescriptorName>
+ <PharmacologicalActionList><PharmacologicalAction><DescriptorReferredTo><DescriptorUI>D9</DescriptorUI>
+ </DescriptorReferredTo></PharmacologicalAction></PharmacologicalActionList>
+ <ConceptList><Concept PreferredConceptYN="N"><ScopeNote>Another concept.</ScopeNote></Concept>
+  <Concept PreferredConceptYN="Y"><ScopeNote>An ionophorous, polyether antibiotic
+    </ScopeNote></Concept></ConceptList></DescriptorRecord>
+<DescriptorRecord><DescriptorUI>D000002</DescriptorUI><DescriptorName><String>Temefós</String></DescriptorName>
+</DescriptorRecord>
+</DescriptorRecordSet>
+"""
+
+
+@pytest.mark.parametrize("name", ["desc2022.xml", "desc2022.xml.gz"])
+def test_descriptors_of_mesh_are_labels_with_their_scope_notes(tmp_path, name):
+    content = MESH.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    put(tmp_path / "papers.json", written(Document("p", "t", "a"), label=["D000001"]))
+    collection = MapleReader(str(tmp_path), labels=name, dev_percent=0, test_percent=0).read()
+    assert collection.corpus == {
+        "D000001": Document("D000001", "Calcimycin", "An ionophorous, polyether antibiotic"),
+        "D000002": Document("D000002", "Temefós", ""),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (MESH[:300], "the XML file is damaged"),
+        (MESH.replace("\u00f3", "\udcff"), "the XML file is damaged"),
+        (MESH.replace("DescriptorUI>", "UI>"), "expected descriptors with DescriptorUI and DescriptorName, got none"),
+        (MESH.replace("D000002", "D000001"), "the id 'D000001' stands on an earlier line too"),
+        ("<DescriptorRecordSet></DescriptorRecordSet>", "holds no label"),
+    ],
+)
+def test_damaged_descriptors_are_refused(tmp_path, content, reason):
+    (tmp_path / "labels.xml").write_bytes(content.encode("utf-8", "surrogateescape"))
+    put(tmp_path / "papers.json", written(Document("p", "t", "a"), label=["D000001"]))
+    assert reason in refused(MapleReader(str(tmp_path), labels="labels.xml"))
+
+
 def test_scirepeval_lists_may_lie_the_other_way(tmp_path):
     expected = search(tmp_path)
     for path in files(tmp_path):
@@ -363,6 +474,55 @@ def test_scirepeval_from_the_hub(tmp_path, monkeypatch):
     assert "pip install datasets" in refused(reader)
     with pytest.raises(UserError, match="either folder or dataset"):
         SciRepEvalReader("citations")
+
+
+@pytest.mark.parametrize("qrels", [None, "ours-qrels"])
+def test_beir_from_the_hub(monkeypatch, qrels):
+    corpus = [{"_id": "4", "title": "t", "text": "x"}, {"_id": "5", "title": "", "text": "y"}]
+    judged = {"test": [{"query-id": 1, "corpus-id": 4, "score": 1}], "validation": []}
+    tables = {
+        ("ours", "corpus"): {"corpus": corpus},
+        ("ours", "queries"): {"queries": [{"_id": "1", "title": "", "text": "asks"}]},
+        (qrels or "ours", None if qrels else "default"): judged,
+    }
+    hub = types.SimpleNamespace(load_dataset=lambda name, config: tables[name, config])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    reader = BeirHubReader("ours", qrels)
+    assert f"{qrels or 'ours'}/dev: the split is empty" in refused(reader)
+    judged["validation"].append({"query-id": 1, "corpus-id": 5, "score": 0})
+    documents = {"4": Document("4", "t", "x"), "5": Document("5", "", "y")}
+    queries = {"1": Document("1", "", "asks")}
+    assert reader.read() == Collection(documents, queries, {"test": {"1": {"4": 1}}, "dev": {"1": {"5": 0}}})
+    judged["test"].append({"query-id": 2, "corpus-id": 4, "score": 1})
+    assert "/test, line 2, entry 2: query-id: '2' is not in the data set" in refused(reader)
+    del corpus[0]["_id"]
+    assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in refused(reader)
+
+
+def test_a_text_is_not_taken_for_the_document_that_has_its_name(tmp_path):
+    put(tmp_path / "corpus.jsonl", {"id": "train.1", "title": "a paper"}, {"id": "b", "title": "another"})
+    put(tmp_path / "train.jsonl", {"query": "free words", "positives": ["b"]}, {"query": "train.1", "positives": ["b"]})
+    message = "line 1: the query is a text that would be named 'train.1', which is a document of the corpus"
+    assert message in refused(JsonlReader(str(tmp_path)))
+
+
+def test_citations_of_our_own_lines_are_divided_by_year(tmp_path):
+    years = {f"p{i}": 2000 + i % 20 for i in range(200)}
+    put(tmp_path / "corpus.jsonl", *({"id": id, "title": id, "year": year} for id, year in years.items()))
+    put(tmp_path / "train.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[1:150]))
+    put(tmp_path / "dev.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[150:]))
+    found = JsonlReader(str(tmp_path), train_until=2009, dev_percent=20).read()
+    consistent(found)
+    assert set(found.qrels["test"]) == {id for id, year in years.items() if year > 2009}
+    train, dev = found.qrels["train"], found.qrels["dev"]
+    assert set(train) | set(dev) == {id for id, year in years.items() if year <= 2009 and id != "p0"}
+    assert 8 < len(dev) < 35
+    assert not set(train) & set(dev)
+    assert JsonlReader(str(tmp_path), train_until=2025, dev_percent=0).read().splits == {"train": 199}
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"query": "words", "positives": ["p1"]}\n')
+    message = "train.jsonl, line 150: train_until: the query 'train.150' is no document of the corpus with a year"
+    assert message in refused(JsonlReader(str(tmp_path), train_until=2009))
 
 
 def test_scidocs_labels_without_names(tmp_path):

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from datamodules.records import UserError
@@ -166,3 +167,75 @@ def test_a_step_costs_the_same_anywhere():
     for step in range(10**9, 10**9 + 50):
         schedule.draws(step)
     assert time.perf_counter() - started < 5
+
+
+def by_tokens(batch_tokens=100):
+    costs = {task: np.random.default_rng(i).integers(5, 40, size) for i, (task, size) in enumerate(SIZES.items())}
+    return Schedule(SIZES, dict.fromkeys(SIZES, batch_tokens), 1, PHASES["curriculum"], costs), costs
+
+
+def test_batches_by_tokens_leave_nothing_out_and_keep_near_their_size():
+    schedule, costs = by_tokens()
+    drawn, sizes = {task: [] for task in SIZES}, []
+    for step in range(200):
+        task, draws = schedule.task(step), schedule.draws(step)
+        drawn[task] += draws
+        sizes.append(sum(costs[task][index] for index, _ in draws))
+        assert abs(sizes[-1] - 100) < 40
+    assert abs(np.mean(sizes) - 100) < 1
+    for task, draws in drawn.items():
+        last = draws[-1][1]
+        for epoch in range(last):
+            assert sorted(index for index, e in draws if e == epoch) == list(range(SIZES[task]))
+        assert [e for _, e in draws] == sorted(e for _, e in draws)
+        assert last <= schedule.passes(200, task) <= last + 1
+    assert by_tokens()[0].draws(180) == schedule.draws(180)  # no step needs those before it
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_a_batch_by_tokens_and_their_weights_give_its_mean(ranks):
+    whole, _ = by_tokens(400)
+    parts, _ = by_tokens(400 // ranks)
+    unequal = 0
+    for step in range(50):
+        shares = [parts.draws(step, rank, ranks) for rank in range(ranks)]
+        assert [draw for share in shares for draw in share] == whole.draws(step)
+        unequal += len({len(share) for share in shares}) > 1
+        means = [np.mean([index for index, _ in share]) for share in shares]
+        weighted = [mean * parts.share(step, rank, ranks) for rank, mean in enumerate(means)]
+        assert np.mean(weighted) == pytest.approx(np.mean([index for index, _ in whole.draws(step)]))
+    assert unequal > 25
+
+
+def test_an_example_longer_than_a_batch_is_refused():
+    with pytest.raises(UserError, match=r"data.batch_tokens: got 30, but an example of classification has 38 tokens"):
+        by_tokens(30)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_batch_is_of_one_collection_and_a_task_goes_through_all(tokens):
+    parts = {"first": 30, "second": 12, "third": 8}
+    costs = {"classification": np.random.default_rng(0).integers(5, 40, 50)} if tokens else None
+    sizes = {"classification": 50, "search": 7}
+    batch_sizes = {"classification": 100 if tokens else 4, "search": 4}
+    schedule = Schedule(sizes, batch_sizes, 1, costs=costs, collections={"classification": parts})
+    ends = np.cumsum(list(parts.values()))
+    drawn, of_collections = [], Counter()
+    for step in range(4000):
+        draws = schedule.draws(step)
+        if schedule.task(step) == "classification":
+            (collection,) = {int(np.searchsorted(ends, index, side="right")) for index, _ in draws}
+            of_collections[collection] += 1
+            drawn += draws
+            ranks = [schedule.draws(step, rank, 2) for rank in range(2)]
+            (_one,) = {int(np.searchsorted(ends, index, side="right")) for draws in ranks for index, _ in draws}
+            weights = [schedule.share(step, rank, 2) for rank in range(2)]
+            assert np.mean(weights) == pytest.approx(1)
+        else:
+            assert all(index < 7 for index, _ in draws)
+    share = np.array([of_collections[i] for i in range(3)]) / 2000
+    assert np.allclose(share, [0.6, 0.24, 0.16], atol=2e-3)
+    for begin, end in zip(ends - list(parts.values()), ends, strict=True):
+        its = [(index, epoch) for index, epoch in drawn if begin <= index < end]
+        for epoch in range(max(epoch for _, epoch in its)):
+            assert sorted(index for index, e in its if e == epoch) == list(range(begin, end))

@@ -1,6 +1,8 @@
 """Converted collections: the same examples, texts, batches and benchmarks as in memory, and no conversion twice."""
 
+import json
 import multiprocessing
+import os
 import pickle
 import random
 import time
@@ -8,14 +10,17 @@ import time
 import numpy as np
 import pytest
 
-from datamodules.conversion import StreamingReader, stored
+from datamodules.conversion import FileReader, StreamingReader, describe, stored
 from datamodules.examples import ExampleTable, in_memory
+from datamodules.readers import json_values, lines
 from datamodules.readers.beir import BeirReader, write_beir
-from datamodules.records import Document, Task, UserError
+from datamodules.readers.jsonl import JsonlReader
+from datamodules.records import Collection, Document, Task, UserError
 from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS, BatchOptions
 from tests.conftest import text_of
+from tests.datamodules.reader_worlds import WORLDS
 from tests.datamodules.test_readers import mutated, retyped
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
@@ -25,27 +30,24 @@ class Streamed:
     """A collection as a stream, whose source is a folder."""
 
     def __init__(self, collection, folder):
-        self.collection, self.folder, self.read_count = collection, folder, 0
-
-    def __repr__(self):
-        return f"Streamed({self.folder})"
+        self._collection, self.folder, self._read_count = collection, folder, 0
 
     def read(self):
-        return self.collection
+        return self._collection
 
     def sources(self):
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
-    def corpus(self):
-        return iter(self.collection.corpus.values())
+    def _corpus(self):
+        return iter(self._collection.corpus.values())
 
     def stream(self, sink):
-        self.read_count += 1
-        for document in self.corpus():
+        self._read_count += 1
+        for document in self._corpus():
             sink.add_document(document)
-        for query in self.collection.queries.values():
+        for query in self._collection.queries.values():
             sink.add_query(query)
-        for split, qrels in self.collection.qrels.items():
+        for split, qrels in self._collection.qrels.items():
             for query, grades in qrels.items():
                 for document, grade in grades.items():
                     sink.add_judgement(split, query, document, grade)
@@ -60,7 +62,7 @@ def streamed(request, tmp_path):
 
 def test_it_holds_what_the_reader_gave(streamed, tmp_path):
     _, reader = streamed
-    wanted, found = reader.collection, stored(reader, tmp_path / "cache")
+    wanted, found = reader._collection, stored(reader, tmp_path / "cache")
     assert list(found.corpus) == list(wanted.corpus)
     assert list(found.corpus.values()) == list(wanted.corpus.values())
     assert dict(found.queries) == dict(wanted.queries)
@@ -94,29 +96,29 @@ def test_it_is_converted_once_and_anew_when_a_file_changes(streamed, tmp_path):
     _, reader = streamed
     first = stored(reader, tmp_path / "cache")
     assert stored(reader, tmp_path / "cache").folder == first.folder
-    assert reader.read_count == 1
+    assert reader._read_count == 1
     source = reader.sources()[0]
     source.write_bytes(source.read_bytes() + b"\n")
     again = stored(reader, tmp_path / "cache")
-    assert reader.read_count == 2
+    assert reader._read_count == 2
     assert again.folder != first.folder
     assert again.fingerprint() == first.fingerprint()  # the same content
 
 
 def test_a_failed_conversion_leaves_nothing_and_is_tried_again(streamed, tmp_path):
     _, reader = streamed
-    whole = reader.corpus
+    whole = reader._corpus
 
     def broken():
         yield from list(whole())[:7]
         raise UserError("corpus.jsonl, line 8: is no JSON")
 
-    reader.corpus = broken
+    reader._corpus = broken
     with pytest.raises(UserError, match="line 8"):
         stored(reader, tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
-    reader.corpus = whole
-    assert list(stored(reader, tmp_path / "cache").corpus) == list(reader.collection.corpus)
+    reader._corpus = whole
+    assert list(stored(reader, tmp_path / "cache").corpus) == list(reader._collection.corpus)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: .*file cannot be used"):
         stored(reader, tmp_path / "file")
@@ -128,14 +130,14 @@ def _convert(reader, cache, seen):
 
 def test_several_processes_convert_once(streamed, tmp_path):
     _, reader = streamed
-    whole = reader.corpus
+    whole = reader._corpus
 
     def slow():
         (tmp_path / f"started-{time.monotonic_ns()}").touch()
         time.sleep(0.3)
         return whole()
 
-    reader.corpus = slow
+    reader._corpus = slow
     context = multiprocessing.get_context("fork")
     seen = context.Queue()
     processes = [context.Process(target=_convert, args=(reader, tmp_path / "cache", seen)) for _ in range(3)]
@@ -152,11 +154,11 @@ def test_documents_of_many_batches(tmp_path):
     count = 2 * ROWS + 17
 
     class Many(Streamed):
-        def corpus(self):
-            return (Document(f"d{i}", text_of(i), text_of(i, i + 1)) for i in range(count))
+        def _corpus(self):
+            return (Document(f"d{i}", text_of(i), f"{text_of(i)} {i}") for i in range(count))
 
         def stream(self, sink):
-            for document in self.corpus():
+            for document in self._corpus():
                 sink.add_document(document)
             sink.add_query(Document("q", "", "bara"))
             sink.add_judgement("train", "q", f"d{count - 1}", 1)
@@ -166,7 +168,7 @@ def test_documents_of_many_batches(tmp_path):
     found = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
     assert len(found.corpus) == count
     for i in (0, ROWS - 1, ROWS, 2 * ROWS, count - 1):
-        assert found.corpus.rows[i] == Document(f"d{i}", text_of(i), text_of(i, i + 1))
+        assert found.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
     assert found.corpus.rows[-1].id == f"d{count - 1}"
     with pytest.raises(IndexError):
         found.corpus.rows[count]
@@ -189,6 +191,44 @@ def test_examples_keep_the_order_in_which_queries_come_and_need_a_positive():
     assert (moved.query, moved.positives, moved.not_negatives) == (111, (103, 102), (103, 102, 104))
     assert table[-1] == second
     assert table[:1] == [first]
+
+
+@pytest.mark.parametrize("queries_are_documents", [False, True])
+def test_a_text_that_stands_twice_is_one_document_in_training(tmp_path, queries_are_documents):
+    texts = {"a": "one", "b": "two", "c": "one", "d": "three", "e": "two"}
+    corpus = {id: Document(id, "", text) for id, text in texts.items()}
+    queries = {"q": Document("q", "", "asks"), "e": corpus["e"]}
+    qrels = {"train": {"q": {"c": 1, "a": 0, "d": 0, "e": 2, "b": 1}, "e": {"d": 1, "c": 0}}}
+    collection = Collection(corpus, queries, qrels)
+    write_beir(collection, tmp_path / "data")
+    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
+    for _, examples in (in_memory(collection, queries_are_documents), converted.table(queries_are_documents)):
+        q, e = examples
+        assert dict(zip(q.positives, q.grades, strict=True)) == {0: 1, 1: 2}
+        assert (q.hard_negatives, set(q.not_negatives)) == ((3,), {0, 1})
+        assert (e.positives, e.hard_negatives) == ((3,), (0,))
+        assert (e.query, set(e.not_negatives)) == ((1, {1, 3}) if queries_are_documents else (6, {3}))
+    assert converted.judged("train")[1] == qrels["train"]  # evaluation goes by ids
+
+
+def test_large_grades_stay_what_they_are(tmp_path):
+    corpus = {id: Document(id, "", f"text of {id}") for id in "ab"}
+    qrels = {"train": {"q": {"a": 65536, "b": 10**9}}}
+    collection = Collection(corpus, {"q": Document("q", "", "asks")}, qrels)
+    write_beir(collection, tmp_path / "data")
+    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
+    for _, (example,) in (in_memory(collection, False), converted.table(False)):
+        assert (example.positives, example.grades, example.hard_negatives) == ((0, 1), (65536, 10**9), ())
+
+
+def test_a_file_that_was_changed_behind_its_time_is_converted_anew(streamed, tmp_path):
+    _, reader = streamed
+    first = stored(reader, tmp_path / "cache")
+    source = reader.sources()[0]
+    before, content = source.stat(), source.read_bytes()
+    source.write_bytes(content.replace(b"e", b"i", 1))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stored(reader, tmp_path / "cache").folder != first.folder
 
 
 def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path):
@@ -216,9 +256,9 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
     qrels.write_text(good + "\t".join((query, document, grade)) + "\n")  # the same again does no harm
     assert stored(beir, tmp_path / "cache").judged("train")[1] == wanted.qrels["train"]
     corpus = reader.folder / "corpus.jsonl"
-    lines = corpus.read_text().splitlines()
-    corpus.write_text("\n".join([*lines, lines[0]]) + "\n")
-    with pytest.raises(UserError, match=rf"corpus.jsonl, line {len(lines) + 1}: the id .* stands on an earlier line"):
+    texts = corpus.read_text().splitlines()
+    corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
+    with pytest.raises(UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: the id .* stands on an earlier line"):
         stored(beir, tmp_path / "cache")
 
 
@@ -231,8 +271,8 @@ def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         found = stored(beir, tmp_path / "cache")
-        assert list(found.corpus) == list(reader.collection.corpus)
-        assert "1 bad lines (1 x is no JSON" in caplog.text
+        assert list(found.corpus) == list(reader._collection.corpus)
+        assert "1 bad lines are left out" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
 
@@ -244,16 +284,51 @@ def ending(act):
         return "refused"
 
 
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_what_any_reader_reads_is_kept_and_found_by_its_files(world, tmp_path, monkeypatch):
+    world.write(tmp_path / "data")
+    reader, opened = world.make(tmp_path / "data"), []
+    assert isinstance(reader, FileReader)
+    monkeypatch.setattr(lines, "open_text", lambda path, real=lines.open_text: opened.append(path) or real(path))
+    monkeypatch.setattr(json_values, "open_text", lines.open_text)
+    wanted = reader.read()
+    assert set(opened) == set(reader.sources())
+    found = stored(reader, tmp_path / "cache")
+    assert dict(found.corpus) == dict(wanted.corpus)
+    assert dict(found.queries) == dict(wanted.queries)
+    assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
+    assert stored(world.make(tmp_path / "data"), tmp_path / "cache").folder == found.folder
+    assert describe(world.make(tmp_path / "data", on_error="skip")) != describe(reader)
+
+
+def jsonl_folder(collection, folder):
+    """The collection as JsonlReader reads it; in every split some queries stand on two lines."""
+    folder.mkdir()
+    records = [{"id": d.id, "title": d.title, "text": d.text} for d in collection.corpus.values()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for split, qrels in collection.qrels.items():
+        records = []
+        for query, grades in qrels.items():
+            positives = {id: grade for id, grade in grades.items() if grade > 0}
+            negatives = [id for id, grade in grades.items() if grade == 0]
+            records.append({"query": {"id": query}, "positives": positives, "negatives": negatives})
+            if len(records) % 5 == 0:
+                records.append({"query": query, "positives": positives})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 @pytest.mark.parametrize("policy", ["fail", "skip"])
-def test_streaming_ends_as_reading_does_on_mutated_files(tmp_path, policy):
-    collection = SampleReader("searches", num_papers=500).read()
-    write_beir(collection, tmp_path / "data")
+@pytest.mark.parametrize("kind", ["beir", "jsonl"])
+def test_streaming_ends_as_reading_does_on_mutated_files(tmp_path, kind, policy):
+    collection = SampleReader("citations", num_papers=500).read()
+    (write_beir if kind == "beir" else jsonl_folder)(collection, tmp_path / "data")
+    make = BeirReader if kind == "beir" else JsonlReader
     rng, ends = random.Random(policy), []
     for turn in range(60):
         path = rng.choice([p for p in sorted((tmp_path / "data").rglob("*")) if p.is_file()])
         good = path.read_bytes()
         path.write_bytes(rng.choice((mutated, retyped))(good, rng))
-        reader = BeirReader(str(tmp_path / "data"), on_error=policy, quarantine=str(tmp_path / "quarantine.jsonl"))
+        reader = make(str(tmp_path / "data"), on_error=policy, quarantine=str(tmp_path / "quarantine.jsonl"))
         wanted = ending(reader.read)
         found = ending(lambda reader=reader, turn=turn: stored(reader, tmp_path / f"cache{turn}"))
         ends.append(wanted == "refused")
@@ -277,5 +352,5 @@ def test_another_score_of_the_same_pair_is_left_out_under_skip(streamed, tmp_pat
         file.write(f"{query}\t{document}\t{int(grade) + 1}\n")
     skipping = BeirReader(str(reader.folder), on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl"))
     found = stored(skipping, tmp_path / "cache")
-    assert found.judged("train")[1] == skipping.read().qrels["train"] == reader.collection.qrels["train"]
+    assert found.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
     assert "1 judgements of split train with another score" in caplog.text

@@ -1,10 +1,16 @@
 """From collections to batches: rows, positives, masks, and the modules of the three kinds."""
 
+import itertools
+import math
+import random
+
 import pytest
 import torch
 
+from datamodules.collate import sampled_by_grade
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Collection, Document, Task, UserError
+from datamodules.sampler import mix
 from datamodules.tasks import (
     KINDS,
     BatchOptions,
@@ -13,7 +19,7 @@ from datamodules.tasks import (
     SearchDataModule,
 )
 from datamodules.text import input_text
-from tests.conftest import InMemory, toy_collection
+from tests.conftest import InMemory, text_of, toy_collection
 
 
 def batches(data, steps=3):
@@ -94,6 +100,71 @@ def test_positives_are_drawn_by_grade(make_task):
     assert 0.8 < share < 0.97
 
 
+def test_one_positive_is_drawn_as_ever(make_task):
+    """However many are asked for, the first is the one that is drawn alone; so are a lone one's hard negatives."""
+    data = make_task(SearchDataModule, collection=many_positives(), num_hard_negatives=2)
+    collator = data.train_dataloader().batches.collators["search"]
+    for epoch in range(20):
+        batch = collator([(0, epoch)], step=0)
+        example, rng = data.examples[0], random.Random(mix(0, "draw", "search", 0, epoch))
+        (positive,) = rng.choices(example.positives, weights=example.grades)
+        assert batch.document_ids[batch.positives].tolist() == [[positive]]
+        assert batch.document_ids[batch.hard_negatives].tolist() == [rng.sample(example.hard_negatives, 2)]
+        assert sampled_by_grade(example, 3, random.Random(epoch))[:1] == random.Random(epoch).choices(
+            example.positives, weights=example.grades
+        )
+
+
+def many_positives():
+    corpus = {f"d{i}": Document(f"d{i}", "", text_of(i)) for i in range(12)}
+    queries = {name: Document(name, "", text_of(i + 30)) for i, name in enumerate("ab")}
+    a = {f"d{i}": grade for i, grade in enumerate((1, 2, 9, 1, 0, 0, 0))}
+    return Collection(corpus, queries, {"train": {"a": a, "b": {"d7": 1, "d8": 0}}})
+
+
+def test_several_positives_are_drawn_by_grade_and_none_twice(make_task):
+    data = make_task(SearchDataModule, collection=many_positives(), num_positives=3, num_hard_negatives=2)
+    collator = data.train_dataloader().batches.collators["search"]
+    firsts, left_out = [], []
+    for epoch in range(300):
+        batch = collator([(0, epoch), (1, epoch)], step=0)
+        again = collator([(0, epoch), (1, epoch)], step=7)
+        assert torch.equal(batch.positives, again.positives)
+        drawn = batch.document_ids[batch.positives[0]].tolist()
+        assert len(set(drawn)) == 3
+        assert set(drawn) < {0, 1, 2, 3}
+        assert batch.positives[1, 1:].tolist() == [-1, -1]
+        assert batch.document_ids[batch.positives[1, 0]] == 7
+        assert batch.hard_negatives[1, 1] == -1
+        assert batch.document_ids[batch.hard_negatives[1, 0]] == 8
+        assert {4, 5, 6} > set(batch.document_ids[batch.hard_negatives[0]].tolist())
+        firsts.append(drawn[0])
+        left_out += {0, 1, 2, 3} - set(drawn)
+    assert firsts.count(2) / 300 == pytest.approx(9 / 13, abs=0.08)
+    # Grades 1, 2, 9, 1, without replacement: the chance that a document is the one that is left.
+    grades = {0: 1, 1: 2, 2: 9, 3: 1}
+    for row in grades:
+        others = [r for r in grades if r != row]
+        chance = sum(order_chance(order, grades) for order in itertools.permutations(others))
+        assert left_out.count(row) / 300 == pytest.approx(chance, abs=0.08)
+
+
+def order_chance(order, grades):
+    left, chance = sum(grades.values()), 1.0
+    for row in order:
+        chance *= grades[row] / left
+        left -= grades[row]
+    return chance
+
+
+def test_batches_carry_their_texts_where_they_are_asked_to(make_task):
+    data = make_task(SearchDataModule, carry_texts=True, token_budget=32)
+    for batch in batches(data):
+        read = texts_of(batch, data.tokenizer)
+        assert [input_text(d, " ").split() for d in batch.texts] == [text.split() for text in read]
+    assert batches(make_task(SearchDataModule))[0].texts == ()
+
+
 def test_batches_are_equal_when_made_again_and_carry_a_fingerprint(make_task):
     one, other = batches(make_task(SearchDataModule), 5), batches(make_task(SearchDataModule), 5)
     assert [b.fingerprint for b in one] == [b.fingerprint for b in other]
@@ -161,3 +232,33 @@ def test_multitask_refuses_none_and_doubles(make_task):
         MultiTaskDataModule([])
     with pytest.raises(UserError, match="once"):
         MultiTaskDataModule([make_task(SearchDataModule), make_task(SearchDataModule)])
+
+
+def test_batches_by_tokens_count_query_positive_and_hard_negatives(make_task):
+    data = make_task(SearchDataModule, batch_tokens=60, num_hard_negatives=1, num_batches=6)
+    length = {row: len(data.tokenizer(text_of_row(data, row))["input_ids"]) for row in range(len(data.documents))}
+    costs = data.schedule().costs["search"]
+    for example, cost in zip(data.examples, costs, strict=True):
+        positives, (negative,) = [length[row] for row in example.positives], example.hard_negatives
+        assert cost == math.ceil(length[example.query] + sum(positives) / len(positives) + length[negative])
+    sizes = [len(batch.queries) for batch in data.train_dataloader()]
+    assert len(set(sizes)) > 1
+    assert sum(sizes) == pytest.approx(6 * 60 / costs.mean(), abs=2)
+
+
+def text_of_row(data, row):
+    document = data.documents[row]
+    return f"{document.title} {data.tokenizer.sep_token} {document.text}" if document.title else document.text
+
+
+def test_a_batch_has_documents_of_one_collection(make_backbone):
+    readers = {"one": InMemory(toy_collection()), "two": InMemory(toy_collection(num_queries=5))}
+    options = BatchOptions(batch_size=3, num_batches=12, max_length=32)
+    data = SearchDataModule(Task("search", "search"), readers, options, make_backbone()[1])
+    data.setup()
+    assert data.examples_by_collection() == {"one": 12, "two": 5}
+    boundary = len(toy_collection().corpus) + len(toy_collection().queries)
+    sides = [set((batch.document_ids < boundary).tolist()) for batch in data.train_dataloader()]
+    assert all(len(side) == 1 for side in sides)
+    assert {True} in sides
+    assert {False} in sides

@@ -81,6 +81,54 @@ def test_digest_tells_experiments_apart_and_not_where_they_lie():
         (["moe", "data.num_workers=-1"], ["data.num_workers: got -1, allowed are numbers from 0"]),
         (["moe", "optim.warmup=1.5"], ["optim.warmup: got 1.5", "from 0 to below 1"]),
         (["moe", "objective.similarity=l2"], ["objective.similarity", "'l2'", "dot", "cosine"]),
+        (["moe", "objective.temperature=0"], ["objective.temperature: got 0, allowed are numbers above 0"]),
+        (["moe", "objective.temperature=true"], ["objective.temperature: got True"]),
+        (["moe", "objective.temperature=warm"], ["objective.temperature: got 'warm'"]),
+        (["moe", "objective.temperature={search: 1}"], ["got one for search, expected a number, or one for each of"]),
+        (
+            ["moe", "tasks=[search]", "objective.temperature={search: -1}"],
+            ["objective.temperature.search: got -1, allowed are numbers above 0"],
+        ),
+        (
+            ["moe", "tasks=[search]", "objective.temperature={search: 1}", "objective.learn_temperature=one"],
+            ["objective.learn_temperature: got one", "has a value for each task"],
+        ),
+        (["moe", "objective.learn_temperature=yes"], ["objective.learn_temperature", "one"]),
+        (
+            ["moe", "objective.learn_temperature=one", "objective.temperature_range=[0.1, 1]"],
+            ["objective.temperature: got 0.05, which is out of objective.temperature_range [0.1, 1.0]"],
+        ),
+        (["moe", "objective.temperature_range=[1]"], ["objective.temperature_range: got [1.0]", "two rising numbers"]),
+        (["moe", "objective.temperature_range=[1, 0.5]"], ["objective.temperature_range: got [1.0, 0.5]"]),
+        (["moe", "objective.temperature_lr=0"], ["objective.temperature_lr: got 0"]),
+        (["moe", "objective.positives=sum"], ["objective.positives", "'sum'", "log_mean"]),
+        (["moe", "objective.matryoshka=[0]"], ["objective.matryoshka[0]: got 0"]),
+        (["moe", "objective.matryoshka=[8, 8]"], ["objective.matryoshka: each may be named once, got [8, 8]"]),
+        (
+            ["moe", "objective.matryoshka=[8, 16]", "objective.matryoshka_weights=[1]"],
+            ["objective.matryoshka_weights: expected 2, one for each of matryoshka, got 1"],
+        ),
+        (
+            ["moe", "objective.matryoshka=[8]", "objective.matryoshka_weights=[-1]"],
+            ["objective.matryoshka_weights[0]: got -1"],
+        ),
+        (["moe", "objective.guide.margin=-0.1"], ["objective.guide.margin: got -0.1", "from 0 to below 2"]),
+        (
+            ["moe", "objective.guide.margin=1", "objective.guide.kind=relative"],
+            ["objective.guide.margin: got 1.0", "from 0 to below 1"],
+        ),
+        (["moe", "objective.guide.modle=x"], ["unknown key objective.guide.modle", "objective.guide.model?"]),
+        (["moe", "objective.teacher.weight=0"], ["objective.teacher.weight: got 0"]),
+        (["moe", "objective.teacher.temperature=.nan"], ["objective.teacher.temperature: got nan"]),
+        (["moe", "objective.teacher.loss=mse"], ["objective.teacher.loss", "'mse'", "margin_mse"]),
+        (["moe", "objective.task_weights.search=0"], ["objective.task_weights.search: got 0"]),
+        (
+            ["moe", "objective.task_weights.serach=1"],
+            ["objective.task_weights: the run has no task 'serach', there are classification, link_prediction, search"],
+        ),
+        (["moe", "objective.score_memory=0"], ["objective.score_memory: got 0"]),
+        (["moe", "data.num_positives=0"], ["data.num_positives: got 0"]),
+        (["moe", "task.search.num_positives=0"], ["task.search.num_positives: got 0"]),
         (["moe", "optim.lr"], ["expected key=value, got 'optim.lr'"]),
         (["moe", "=3"], ["expected key=value"]),
         (["moe", "tasks=[serach]"], ["unknown task 'serach'", "did you mean search?"]),
@@ -175,3 +223,11 @@ def test_targets_are_checked_converted_and_built():
     assert check_target("encoder", encoder, given=given) == encoder | {"normalize": False}
     with pytest.raises(UserError, match=r"here\.num_papers"):
         check_target("here", node | {"num_papers": "many"})
+
+
+def test_null_takes_a_reader_out():
+    nodes = "task.search.data.mine={_target_: datamodules.sample.SampleReader, view: searches}"
+    config = load_config("moe", ["tasks=[search]", nodes, "task.search.data.searches=null"])
+    assert list(config.task["search"].data) == ["mine"]
+    with pytest.raises(UserError, match="task search has no data at scale sample"):
+        load_config("moe", ["task.search.data.searches=null"])

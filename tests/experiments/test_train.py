@@ -20,7 +20,8 @@ import yaml
 
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
-from experiments import build as build_module
+from experiments import build_module
+from experiments.build_data import build_data
 from experiments.config import experiments, load_config
 from experiments.export import main as export
 from experiments.run_folder import folder_of
@@ -49,10 +50,10 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_complete(folder, steps=2):
+def check_complete(folder, steps=2, benchmarks=3):
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == steps
-    assert len(results["benchmarks"]) == 3
+    assert len(results["benchmarks"]) == benchmarks
     for result in results["benchmarks"].values():
         assert set(result["systems"]) == {"bm25", "untrained", "trained"}
         assert all(0 <= value <= 1 for means in result["systems"].values() for value in means.values())
@@ -79,7 +80,7 @@ def test_the_paper_scale_takes_two_steps(tmp_path, beir_root, make_backbone):
     folder = tmp_path / "run"
     overrides = ["scale=paper", f"data.root={beir_root}", f"backbone.name={tmp_path / 'bert'}", "data.num_workers=1"]
     train("moe", two_steps(folder, *overrides))
-    check_complete(folder)
+    check_complete(folder, benchmarks=6)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_accumulated_batches_are_logged_as_their_mean(tmp_path):
+def test_accumulated_batches_are_logged_as_their_mean(tmp_path, caplog):
     """Two batches in one optimizer step have the loss of the same two in two steps of nearly no length."""
     losses = []
     for steps, accumulate in ((2, 1), (1, 2)):
@@ -102,6 +103,8 @@ def test_accumulated_batches_are_logged_as_their_mean(tmp_path):
         losses += [row["train/search/loss"] for row in rows(folder) if "train/lr" in row]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    warning = "trainer.accumulate_grad_batches=2 does not enlarge the pool of negatives"
+    assert [warning in record.message for record in caplog.records].count(True) == 1
 
 
 def test_a_runs_folder_holds_what_the_documentation_says(finished):
@@ -291,10 +294,14 @@ LONG = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, workers):
+@pytest.mark.parametrize(
+    "settings",
+    [["data.num_workers=2"], ["data.batch_tokens=700", "data.schedule=proportional"]],
+    ids=["workers", "tokens"],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, settings):
     """kill -9 twice at random steps: the same batches and bit-equal weights, with dropout."""
-    overrides = [*LONG, f"data.num_workers={workers}"]
+    overrides = [*LONG, *settings]
     whole = tmp_path / "whole"
     subprocess.run(command(whole, *overrides), check=True, capture_output=True, cwd=ROOT)
     killed = tmp_path / "killed"
@@ -473,7 +480,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     assert "schedule (weights): search search classification classification" in caplog.text
     assert "search: 2 batches, " in caplog.text
     config = load_config("moe", [*TINY, *overrides])
-    data = build_module.build_data(config)
+    data = build_data(config)
     data.tokenizer = load_encoder(tmp_path).tokenizer
     batches = list(itertools.islice(data.train_dataloader(), 4))
     assert [(batch.task, len(batch.queries)) for batch in batches] == [("search", 5)] * 2 + [("classification", 3)] * 2
@@ -515,3 +522,30 @@ def test_bad_lines_are_skipped_into_the_runs_quarantine(tmp_path, beir_root):
         train("vanilla", two_steps(run, *overrides, "data.on_error=skip", f"data.cache={cache}", "run.resume=never"))
         (bad,) = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
         assert bad["file"].endswith("corpus.jsonl")
+
+
+@pytest.mark.parametrize("balance", ["uncertainty", "gradnorm", "pcgrad"])
+def test_every_balance_takes_two_steps(tmp_path, balance):
+    quick = ["evaluation.baselines=false", "trainer.log_every_n_steps=1", "trainer.grad_cache=true"]
+    settings = [f"objective.balance={balance}", "data.schedule=together", "data.token_budget=256"]
+    train("moe", two_steps(tmp_path, *TINY, *quick, *settings))
+    weights = [row["train/search/weight"] for row in rows(tmp_path) if "train/search/weight" in row]
+    assert len(weights) == (0 if balance == "pcgrad" else 2)
+    if weights:
+        assert weights[0] == 1
+        assert weights[1] != 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.balance=pcgrad"], r"pcgrad compares .* takes data\.schedule=together \(got round_robin\)"),
+        (["objective.balance=gradnorm", "data.schedule=proportional"], "gradnorm compares"),
+        (["objective.balance=uncertainty", "tasks=[search]"], "there is one task alone"),
+        (["objective.balance=mean"], "objective.balance"),
+        (["objective.gradnorm_lr=0"], "objective.gradnorm_lr: got 0"),
+    ],
+)
+def test_a_balance_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("moe", overrides)

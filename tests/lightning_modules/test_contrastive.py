@@ -1,10 +1,4 @@
-"""The training step, and its gradient on several ranks against one process with the whole batch."""
-
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+"""The training step."""
 
 import lightning as L
 import numpy as np
@@ -14,6 +8,7 @@ import torch
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
+from lightning_modules.optim import OptimOptions
 from tests.conftest import toy_collection
 
 
@@ -44,7 +39,7 @@ def test_loss_equals_numpy_with_known_positives_left_out(make_encoder, make_task
     assert outputs["loss"].item() == pytest.approx(np.mean(losses), abs=1e-5)
     assert outputs["accuracy"].item() == pytest.approx(np.mean(hits))
 
-    module.mask_known_positives = False
+    module.objective.options.mask_known_positives = False
     assert module.training_step(batch, 0)["loss"] > outputs["loss"]
 
 
@@ -88,69 +83,30 @@ def test_chunks_do_not_change_the_loss(make_encoder, make_task):
     torch.testing.assert_close(losses[1], losses[2])
 
 
-RANKS = textwrap.dedent(
-    """
-    import sys
-    import torch
-    import torch.distributed as dist
-    from lightning_modules.distributed import gather_documents
-    from lightning_modules.losses import info_nce, known_positive_mask, mask_scores, similarity_scores
+@pytest.mark.parametrize(("lr", "at_bound"), [(0.03, False), (5.0, True)])
+def test_a_learned_temperature_is_saved_resumed_and_held_in_its_range(make_encoder, make_task, tmp_path, lr, at_bound):
+    file = tmp_path / "two.ckpt"
 
-    def batch(world):
-        torch.manual_seed(0)
-        queries = torch.randn(4 * world, 6, dtype=torch.float64)
-        documents = torch.randn(7 * world, 6, dtype=torch.float64)
-        ids = torch.randint(0, 12, (7 * world,))  # the same document on several ranks
-        known = torch.randint(0, 12, (4 * world, 3))
-        weight = torch.eye(6, dtype=torch.float64) + 0.1 * torch.randn(6, 6, dtype=torch.float64)
-        return queries, documents, ids, known, weight.requires_grad_()
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2 and not file.exists():
+                trainer.save_checkpoint(file)
 
-    def loss(queries, documents, ids, known, positives):
-        scores = similarity_scores(queries, documents)
-        return info_nce(mask_scores(scores, positives, known_positive_mask(known, ids)), positives, 0.7)
-
-    def main(rank, world, port):
-        store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        queries, documents, ids, known, weight = batch(world)
-        cuts = [0, 5, 7 * world] if world == 2 else [0, 5, 14, 20, 28]
-        starts = torch.tensor([cuts[r] for r in range(world)]).repeat_interleave(4)
-        positives = starts + torch.arange(4 * world) % 4
-        mine, own = slice(4 * rank, 4 * rank + 4), slice(cuts[rank], cuts[rank + 1])
-        gathered, all_ids, offset = gather_documents(documents[own] @ weight, ids[own])
-        assert torch.equal(all_ids, ids) and offset == cuts[rank]
-        part = loss(queries[mine] @ weight, gathered, all_ids, known[mine], positives[mine] - cuts[rank] + offset)
-        part.backward()
-        gradient = weight.grad / world
-        dist.all_reduce(gradient)  # what DDP does
-        weight.grad = None
-        whole = loss(queries @ weight, documents @ weight, ids, known, positives)
-        whole.backward()
-        error = ((gradient - weight.grad).abs().max() / weight.grad.abs().max()).item()
-        assert error < 1e-12, error
-        print("equal")
-        dist.destroy_process_group()
-
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    """
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_gradient_of_several_ranks_is_that_of_one(world_size, tmp_path, free_port):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world_size), str(free_port)],
-            stdout=subprocess.PIPE,
-            env=environment,
+    def trained(checkpoint):
+        learned = {"learn_temperature": "one", "temperature_range": [0.05, 0.2], "temperature_lr": lr}
+        optim = OptimOptions(warmup=0.0, weight_decay=0.5)
+        module = ContrastiveModule(
+            make_encoder("attention"), similarity="cosine", temperature=0.1, optim=optim, total_steps=8, **learned
         )
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert out.strip() == b"equal"
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            max_steps=4, accelerator="cpu", logger=False, callbacks=[Save()], default_root_dir=tmp_path, **quiet
+        )
+        trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
+        (group,) = [g for g in trainer.optimizers[0].param_groups if g["initial_lr"] == lr]
+        assert group["weight_decay"] == 0
+        return module.objective.temperature("classification").item()
+
+    whole = trained(None)
+    assert trained(file) == whole != pytest.approx(0.1, rel=1e-3)
+    assert (min(abs(whole - 0.05), abs(whole - 0.2)) < 1e-6) == at_bound

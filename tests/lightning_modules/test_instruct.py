@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_authors_code(kind, reference, texts
     vectors = reference(*texts, "1")
     close(vectors[:4], expected["q"])
     close(vectors[4:], expected["ctx"])
-    loss = info_nce(vectors[:4] @ vectors[4:].T, torch.tensor([0, 2, 4, 6]), 1.0)
+    loss = info_nce(vectors[:4] @ vectors[4:].T, torch.tensor([[0], [2], [4], [6]])).mean()
     close(loss, expected["loss"])
     loss.backward()
     ours = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}

@@ -1,93 +1,68 @@
-"""InfoNCE against a few lines of numpy, and masks against sets."""
+"""The losses of a row against a few lines of numpy. (The whole objective: test_objective.py.)"""
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_modules.losses import info_nce, known_positive_mask, mask_scores, similarity_scores
+from lightning_modules.losses import FORMS, comparable, info_nce, kl_divergence, margin_mse
+from tests.lightning_modules.objective_reference import row_loss
 
 
-def numpy_loss(queries, documents, positives, forbidden, temperature, cosine):
-    if cosine:
-        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        documents = documents / np.linalg.norm(documents, axis=1, keepdims=True)
-    losses = []
-    for b, query in enumerate(queries):
-        allowed = [m for m in range(len(documents)) if m == positives[b] or m not in forbidden[b]]
-        scores = np.array([query @ documents[m] for m in allowed]) / temperature
-        losses.append(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[allowed.index(positives[b])])
-    return np.mean(losses)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("in_denominator", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_info_nce_equals_numpy(form, in_denominator, scale):
+    rng = np.random.default_rng(0)
+    scores = scale * rng.normal(size=(20, 9))
+    positives = np.stack([rng.permutation(9)[:3] for _ in range(20)])
+    positives[5:10, 2] = positives[10:, 1:] = -1
+    forbidden = [{c for c in range(9) if rng.random() < 0.3} for _ in range(20)]
+    masked = torch.tensor(scores)
+    for b, columns in enumerate(forbidden):
+        masked[b, [c for c in columns if c not in positives[b]]] = -torch.inf
+    found = info_nce(masked, torch.tensor(positives), form, in_denominator)
+    for b in range(20):
+        wanted = row_loss(scores[b], [p for p in positives[b] if p >= 0], forbidden[b], form, in_denominator)
+        assert found[b].item() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
-@pytest.mark.parametrize("temperature", [1.0, 0.05])
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_numpy(similarity, temperature, seed):
-    rng = np.random.default_rng(seed)
-    queries, documents = rng.normal(size=(5, 8)), rng.normal(size=(11, 8))
-    ids = rng.permutation(50)[:11]
-    positives = rng.integers(0, 11, 5)
-    known = [{int(ids[positives[b]]), *rng.choice(ids, 3).tolist(), 777} for b in range(5)]
-    forbidden = [{m for m in range(11) if ids[m] in known[b]} for b in range(5)]
-    padded = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(sorted(k)) for k in known], batch_first=True, padding_value=-1
-    )
-    scores = similarity_scores(torch.tensor(queries), torch.tensor(documents), similarity)
-    mask = known_positive_mask(padded, torch.tensor(ids))
-    scores = mask_scores(scores, torch.tensor(positives), mask)
-    loss = info_nce(scores, torch.tensor(positives), temperature)
-    wanted = numpy_loss(queries, documents, positives, forbidden, temperature, similarity == "cosine")
-    assert abs(loss.item() - wanted) < 1e-9
-
-
-def test_mask_is_membership():
-    known = torch.tensor([[3, 9, -1], [-1, -1, -1], [7, 7, 100]])
-    ids = torch.tensor([9, 7, 3, 7, 8])
-    wanted = [[True, False, True, False, False], [False] * 5, [False, True, False, True, False]]
-    assert known_positive_mask(known, ids).tolist() == wanted
-
-
-def test_mask_with_ids_beyond_all_documents():
-    assert known_positive_mask(torch.tensor([[10**15, 0]]), torch.tensor([5])).tolist() == [[False]]
-
-
-def test_the_sampled_positive_is_never_masked():
-    scores = mask_scores(torch.zeros(2, 3), torch.tensor([0, 2]), torch.ones(2, 3, dtype=torch.bool))
-    assert torch.isfinite(scores).tolist() == [[True, False, False], [False, False, True]]
-    assert info_nce(scores, torch.tensor([0, 2])).item() == 0
-
-
-def test_masked_documents_get_no_gradient():
-    queries, documents = torch.randn(2, 4), torch.randn(3, 4, requires_grad=True)
-    mask = torch.tensor([[False, True, False], [False, True, False]])
-    positives = torch.tensor([0, 2])
-    info_nce(mask_scores(similarity_scores(queries, documents), positives, mask), positives).backward()
-    assert torch.equal(documents.grad[1], torch.zeros(4))
-    assert (documents.grad[[0, 2]] != 0).all()
-
-
-def test_gradients_in_float64():
+def test_one_positive_is_cross_entropy_in_every_form():
     torch.manual_seed(0)
-    inputs = (
-        torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
-    )
-    positives, mask = torch.tensor([0, 1, 4]), torch.rand(3, 5) < 0.4
-
-    def loss(queries, documents):
-        return info_nce(mask_scores(similarity_scores(queries, documents, "cosine"), positives, mask), positives, 0.5)
-
-    assert torch.autograd.gradcheck(loss, inputs)
+    scores, positives = torch.randn(4, 7), torch.tensor([[3], [0], [6], [6]])
+    wanted = torch.nn.functional.cross_entropy(scores, positives[:, 0], reduction="none")
+    for form in FORMS:
+        for in_denominator in (False, True):
+            assert torch.equal(info_nce(scores, positives, form, in_denominator), wanted)
+    padded = torch.cat([positives, torch.full((4, 2), -1)], 1)
+    for form in FORMS:
+        torch.testing.assert_close(info_nce(scores, padded, form), wanted)
 
 
-def test_half_precision_is_scored_in_float32():
-    queries, documents = torch.randn(2, 768) * 10, torch.randn(3, 768) * 10
-    scores = similarity_scores(queries.bfloat16(), documents.bfloat16())
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, queries.bfloat16().float() @ documents.bfloat16().float().T)
-    assert similarity_scores(queries.double(), documents.double()).dtype == torch.float64
+def test_the_teachers_own_scores_have_no_divergence_and_no_error():
+    torch.manual_seed(0)
+    scores, candidates = torch.randn(4, 7), torch.rand(4, 7) < 0.6
+    positives = torch.tensor([[0, 2], [1, -1], [2, 5], [3, -1]])
+    candidates.scatter_(1, positives.clamp(min=0), True)
+    assert kl_divergence(scores, scores, candidates).abs().max() < 1e-6
+    assert margin_mse(scores, scores + 3.0, positives, candidates).abs().max() < 1e-10
+    assert (kl_divergence(scores, -scores, candidates) > 1e-3).all()
+
+
+def test_a_query_without_negatives_has_no_margins():
+    student = torch.randn(1, 3, requires_grad=True)
+    loss = margin_mse(student, torch.randn(1, 3), torch.tensor([[1]]), torch.tensor([[False, True, False]]))
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros(1, 3))
+
+
+def test_half_precision_is_made_float32():
+    vectors = torch.randn(2, 768) * 10
+    assert comparable(vectors.bfloat16()).dtype == torch.float32
+    assert comparable(vectors.double()).dtype == torch.float64
+    torch.testing.assert_close(comparable(vectors, "cosine").norm(dim=1), torch.ones(2))
 
 
 def test_unknown_similarity_is_refused():
     with pytest.raises(ValueError, match="'l2', allowed are dot, cosine"):
-        similarity_scores(torch.ones(1, 2), torch.ones(1, 2), "l2")
+        comparable(torch.ones(1, 2), "l2")

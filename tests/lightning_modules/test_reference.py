@@ -14,7 +14,7 @@ from datamodules.records import UserError
 from datamodules.text import pad, token_ids
 from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.encoders.reference import EXPERTS, _our_key
-from lightning_modules.losses import info_nce, similarity_scores
+from lightning_modules.losses import comparable, info_nce
 
 GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(
@@ -108,8 +108,8 @@ def test_loss_and_gradients_are_those_of_the_authors_code(bert, tokens, name, si
         load_file(GOLDEN / f"{name}.expected.safetensors"),
     )
     vectors = encoder(*tokens, "link_prediction")
-    scores = similarity_scores(vectors[:4], vectors[4:], similarity)
-    loss = info_nce(scores, torch.tensor([0, 2, 4, 6]), temperature)
+    queries, documents = comparable(vectors, similarity).split([4, len(vectors) - 4])
+    loss = info_nce(queries @ documents.T / temperature, torch.tensor([[0], [2], [4], [6]])).mean()
     prefix = f"train_{similarity[:3]}"
     close(loss.reshape(1), expected[f"{prefix}_loss"])
     loss.backward()

@@ -1,4 +1,3 @@
-import builtins
 import math
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytrec_eval
 import torch
 
 from datamodules.records import Benchmark, Collection, Document, UserError
-from lightning_modules.retrieval import bm25_run, depth, hide_own, measure, rank_benchmark, top_k, write_trec
+from lightning_modules.retrieval import bm25_run, depth, hide_own, measure, rank_benchmark, write_trec
 from tests.conftest import toy_collection
 
 
@@ -15,27 +14,6 @@ def benchmark_of(collection, exclude_query=False, task="search"):
     return Benchmark(
         "toy", task, "test", collection.corpus, collection.queries, collection.qrels["test"], exclude_query
     )
-
-
-@pytest.mark.parametrize("with_faiss", [True, False])
-@pytest.mark.parametrize("k", [1, 7, 100])
-def test_top_k_equals_numpy(monkeypatch, with_faiss, k):
-    if not with_faiss:
-        original = builtins.__import__
-
-        def without_faiss(name, *args, **kwargs):
-            if name == "faiss":
-                raise ImportError(name)
-            return original(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", without_faiss)
-    torch.manual_seed(0)
-    queries, documents = torch.randn(50, 16), torch.randn(90, 16)
-    indices, scores = top_k(queries, documents, k)
-    all_scores = queries.numpy() @ documents.numpy().T
-    wanted = np.argsort(-all_scores, axis=1)[:, :k]
-    assert (indices == wanted).all()
-    np.testing.assert_allclose(scores, np.take_along_axis(all_scores, wanted, 1), atol=1e-5)
 
 
 def test_own_document_is_hidden():

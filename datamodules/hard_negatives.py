@@ -1,0 +1,117 @@
+"""Mined hard negatives on disk.
+
+A store holds those of one mining, of one or more tasks:
+
+    FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives; documents are rows of the task's table
+    FOLDER/meta.json                                   see write_store
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.records import MinedNegatives, UserError
+
+VERSION = 1  # of the layout
+ARRAYS = ("starts", "documents", "ranks", "scores")
+
+
+def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
+    """Write hard negatives, whole or not at all; a store that is there already is replaced.
+
+    meta: what they were made with: "miner" (its class and arguments), "model" (fingerprint, or none), "data" (task ->
+    collection -> fingerprint), "step", "k" and whatever else is to be kept. Added are the layout's version, the numbers
+    of examples and negatives, what the filters took, and a hash of all arrays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        digest = hashlib.blake2b(digest_size=8)
+        for task, negatives in mined.items():
+            for name in ARRAYS:
+                array = np.ascontiguousarray(getattr(negatives, name))
+                digest.update(repr((task, name, array.dtype.str, array.shape)).encode() + array.tobytes())
+                np.save(unfinished / f"{task}.{name}.npy", array)
+        tasks = {
+            task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)}
+            for task, n in mined.items()
+        }
+        about = {"version": VERSION, "hash": digest.hexdigest(), **meta, "tasks": tasks}
+        (unfinished / "meta.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        unfinished.chmod(0o755)
+        for file in unfinished.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return HardNegativeStore(path)
+
+
+class HardNegativeStore:
+    """A store that was written, its arrays memory-mapped. Raises UserError if it is missing or damaged."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            if self.meta["version"] != VERSION:
+                raise UserError(f"{path}: is of layout {self.meta['version']}, this is {VERSION}; mine anew")
+            self._arrays = {task: self._load(task) for task in self.meta["tasks"]}
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: is no whole store of hard negatives ({error})") from error
+
+    def _load(self, task: str) -> MinedNegatives:
+        arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
+        return MinedNegatives(*arrays, self.meta["tasks"][task]["taken"])
+
+    def __getstate__(self) -> Path:  # workers map the files themselves
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+    @property
+    def hash(self) -> str:
+        return self.meta["hash"]
+
+    @property
+    def tasks(self) -> Mapping[str, MinedNegatives]:
+        return self._arrays
+
+    def of(self, task: str, example: int) -> list[int]:
+        """Rows of an example's hard negatives, best first; none for a task that was not mined."""
+        if task not in self._arrays:
+            return []
+        found = self._arrays[task]
+        return found.documents[found.starts[example] : found.starts[example + 1]].tolist()
+
+    def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
+        """Raise UserError unless it was mined from these data: task -> collection -> fingerprint, in their order.
+
+        It may hold further tasks.
+        """
+        common = [task for task in self.tasks if task in data]
+        if not common:
+            raise UserError(f"{self.path}: has hard negatives of {', '.join(self.tasks)}, which the run does not have")
+        for task in common:
+            mined, now = list(self.meta["data"][task].items()), list(data.get(task, {}).items())
+            if mined != now:
+                was, has = (", ".join(f"{name} {mark}" for name, mark in part) or "none" for part in (mined, now))
+                raise UserError(
+                    f"{self.path}: hard negatives of {task} were mined from other data "
+                    f"(fingerprints then: {was}; now: {has}). Mine anew."
+                )

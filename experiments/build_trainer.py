@@ -1,0 +1,157 @@
+"""From a configuration to callbacks, loggers and the trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from datamodules.multitask import MultiTaskDataModule
+from experiments.build_data import batches_per_step
+from experiments.config import as_dict
+from experiments.mining import build_mining_callback
+from experiments.run_folder import LAST
+from experiments.schema import Config
+from experiments.targets import instantiate
+from lightning_modules.callbacks.balance import GradNorm, PCGrad
+from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from lightning_modules.callbacks.diagnostics import Diagnostics
+from lightning_modules.callbacks.evaluation import Evaluation
+from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.loggers import JsonlLogger
+
+log = logging.getLogger(__name__)
+
+
+def on_a_terminal() -> bool:
+    return sys.stdout.isatty() and "CI" not in os.environ and "SLURM_JOB_ID" not in os.environ
+
+
+def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
+    """Evaluation before the last checkpoint, whose state then knows of it; the user's own in between."""
+    callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
+    if config.objective.balance == "pcgrad":
+        callbacks.append(PCGrad(config.tasks))
+    if config.objective.balance == "gradnorm":
+        alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
+        callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
+    if config.diagnostics.every_n_steps:
+        callbacks.append(Diagnostics(config.diagnostics.every_n_steps))
+    if config.evaluation.every_n_steps:
+        benchmarks = data.benchmarks("dev")
+        if not benchmarks:
+            log.warning("no task has a dev split: no evaluation in training (evaluation.every_n_steps=0 silences this)")
+        callbacks.append(
+            Evaluation(
+                benchmarks,
+                config.evaluation.metrics,
+                config.evaluation.every_n_steps,
+                config.data.token_budget,
+                folder / "checkpoints" / "best.ckpt",
+            )
+        )
+    callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
+    callbacks += [instantiate(node) for node in config.callbacks.values()]
+    callbacks.append(LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps))
+    if on_a_terminal():
+        callbacks.append(TrainingBar(refresh_rate=5))
+    return callbacks
+
+
+def build_loggers(config: Config, folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl")]
+    wandb_logger = _wandb_logger(config, folder)
+    return loggers + ([wandb_logger] if wandb_logger else [])
+
+
+def _wandb_logger(config: Config, folder: Path) -> Logger | None:
+    """W&B's logger, offline where its server cannot be reached, or None where it is off or not installed."""
+    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+    except ImportError:
+        log.warning("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)")
+        return None
+    identity = folder / "wandb_id"  # one id for all attempts of a run
+    if L.pytorch.utilities.rank_zero_only.rank == 0 and not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+
+    def start(offline: bool) -> WandbLogger:
+        logger = WandbLogger(
+            save_dir=str(folder),
+            offline=offline,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.wandb.name or folder.name,
+            group=config.wandb.group or f"{config.experiment}-{config.scale}",
+            tags=config.wandb.tags or [config.experiment, config.scale],
+            id=identity.read_text().strip() if identity.exists() else None,
+            resume="allow",
+            config=as_dict(config),
+            settings=wandb.Settings(init_timeout=config.wandb.init_timeout),
+        )
+        logger._wandb_init.pop("anonymous", None)  # Lightning's default for it makes wandb warn at every start
+        logger.experiment  # noqa: B018  connects now, where a failure can still be answered
+        return logger
+
+    try:
+        return start(offline=mode != "online")
+    except wandb.errors.Error as error:
+        log.warning("W&B cannot be reached (%s): logging offline, send it later with `wandb sync`", str(error).strip())
+        wandb.teardown()
+        return start(offline=True)
+
+
+def precision_of(config: Config) -> str:
+    """Lightning's name of the precision; "auto" is bf16 where the hardware computes in it."""
+    wanted = config.trainer.precision
+    if wanted == "auto":
+        on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
+        wanted = "bf16" if native else "fp32"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
+
+
+def build_trainer(
+    config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
+) -> L.Trainer:
+    settings = config.trainer
+    several = settings.num_nodes > 1 or settings.devices != 1
+    learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
+    idle = encoder.has_idle_parameters or learned  # one for each task
+    strategy = ("ddp_find_unused_parameters_true" if idle else "ddp") if several else "auto"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*srun.*")
+        return L.Trainer(
+            default_root_dir=folder,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy=strategy,
+            precision=precision_of(config),
+            gradient_clip_val=settings.gradient_clip_val or None,
+            accumulate_grad_batches=batches_per_step(config),
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=False,  # our own callback does it
+            enable_progress_bar=on_a_terminal(),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            log_every_n_steps=settings.log_every_n_steps,
+        )

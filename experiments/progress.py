@@ -1,0 +1,60 @@
+"""How far a long step is: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
+
+EVERY = 30  # seconds between lines
+
+
+class Progress:
+    """Used as `with Progress(what) as progress:`."""
+
+    def __init__(self, what: str):
+        self.what, self.started = what, time.monotonic()
+        self.told = self.started
+        self.bar: Bar | None = None
+        if (console := Console()).is_terminal:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self.bar = Bar(TextColumn("{task.description}"), *columns, console=console, transient=True)
+            self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        else:
+            log.info("%s ...", self.what)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        if error[0] is None:
+            log.info("%s: %.0f s", self.what, time.monotonic() - self.started)
+
+    def report(self, done: int, total: int | None) -> None:
+        """Bytes."""
+        if self.bar:
+            self.bar.update(self.task, completed=done, total=total)
+        else:
+            share = f" of {total / 1e6:,.0f}" if total else ""
+            self._now_and_then(f"{done / 1e6:,.0f}{share} MB")
+
+    def say(self, what: str) -> None:
+        """What is being done."""
+        if self.bar:
+            self.bar.update(self.task, description=f"{self.what}: {what}")
+        else:
+            self._now_and_then(what)
+
+    def _now_and_then(self, what: str) -> None:
+        if time.monotonic() - self.told >= EVERY:
+            self.told = time.monotonic()
+            log.info("%s: %s", self.what, what)

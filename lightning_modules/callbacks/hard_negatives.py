@@ -1,0 +1,95 @@
+"""Hard negatives that stay hard: mined anew with the current model, again and again (ANCE, Xiong et al., 2021)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from datamodules.records import MiningPool
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.picture import write_svg
+from lightning_modules.mining.pool import Mined
+from lightning_modules.mining.report import TaskReport, gate, logged, plain, report, table
+
+log = logging.getLogger(__name__)
+
+
+class HardNegativeMining(L.Callback):
+    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; what is mined holds from the next batch on.
+
+    Each mining has its folder among the data module's rounds, with report.json and report.svg. Folders of former ones
+    stay, since checkpoints may need them. stop_at: see report.gate.
+    """
+
+    def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
+        self.mining, self.first_step, self.every_n_steps, self.stop_at = mining, first_step, every_n_steps, stop_at
+        self._pools: list[MiningPool] = []
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        batches = trainer.accumulate_grad_batches
+        trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)
+
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        self._mine_if_due(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
+        self._mine_if_due(trainer, module)
+
+    def _mine_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        step = trainer.global_step
+        batch = step * trainer.accumulate_grad_batches
+        rounds = trainer.datamodule.rounds
+        if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
+            with trainer.precision_plugin.forward_context():
+                self._mine(trainer, module, step, batch)
+
+    def _mine(self, trainer: L.Trainer, module: ContrastiveModule, step: int, batch: int) -> None:
+        data, started = trainer.datamodule, time.perf_counter()
+        cache = self.mining.cache(module.encoder)
+        name = f"step-{step:08d}"
+        meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        told = data.rounds.folder / name / "report.json"
+        if told.is_file() and data.rounds.reuse(batch, name, meta):  # of an attempt that ended before its checkpoint
+            log.info("step %d: these hard negatives were mined already", step)
+            gate(values_of(told), self.stop_at)
+            return
+        self._pools = self._pools or data.pools()
+        former = data.rounds.at(batch)
+        mined = self.mining.run(cache, self._pools, step)
+        reports = compare(mined, step, former)
+        for line in table(reports):
+            log.info("%s", line)
+        for logger in trainer.loggers:
+            logger.log_metrics(logged(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
+        trainer.strategy.barrier()  # before vectors are removed that another rank may still read
+        if trainer.is_global_zero:
+            path = data.rounds.write(name, {task: part.negatives for task, part in mined.items()}, meta)
+            write_report(path, reports, f"hard negatives mined at step {step}")
+            cache.remove()
+        trainer.strategy.barrier()
+        gate({task: found.values for task, found in reports.items()}, self.stop_at)
+        data.rounds.begin(batch, name)
+
+
+def compare(mined: Mapping[str, Mined], step: int, former: Any = None) -> dict[str, TaskReport]:
+    """A report for each task. former: the store that held before, if any."""
+    tasks, since = (former.tasks, former.meta["step"]) if former else ({}, 0)
+    return {task: report(part, step, tasks.get(task), since) for task, part in mined.items()}
+
+
+def values_of(told: Path) -> dict[str, dict[str, float]]:
+    """Task -> values of a report.json."""
+    return {task: found["values"] for task, found in json.loads(told.read_text(encoding="utf-8")).items()}
+
+
+def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
+    """report.json and report.svg."""
+    (folder / "report.json").write_text(json.dumps(plain(reports), indent=2), encoding="utf-8")
+    write_svg(folder / "report.svg", reports, title)

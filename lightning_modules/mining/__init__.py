@@ -1,0 +1,1 @@
+"""Hard negatives: ranked, filtered, sampled and reported."""

@@ -1,0 +1,169 @@
+"""What proposes candidates: a miner ranks the documents of a pool for its training queries.
+
+Shapes: Q queries of the pool in part, k candidates of each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from datamodules.records import MiningPool, UserError
+from lightning_modules.bm25 import Bm25Index
+from lightning_modules.top_k import MEMORY, Shards, top_k
+
+
+@dataclass(frozen=True)
+class MiningContext:
+    """What a miner may use. queries, documents: vectors of the pool, where it needs_vectors. pools: of all tasks."""
+
+    queries: Shards | None = None
+    documents: Shards | None = None
+    pools: Sequence[MiningPool] = ()
+    memory: int = MEMORY
+    device: torch.device | str = "cpu"
+    kept: dict[str, Any] = field(default_factory=dict)  # what a miner makes once for a pool
+
+
+class Miner(ABC):
+    """Ranks documents for queries. Its scores are the model's where it needs_vectors, else on a scale of its own."""
+
+    needs_vectors: ClassVar[bool] = False
+
+    def __init__(self) -> None:  # noqa: B027  a signature, which configurations are checked against
+        pass
+
+    @abstractmethod
+    def rank(self, pool: MiningPool, part: range, k: int, context: MiningContext) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents, best first, of the queries in part: rows (Q, k) int64, -1 for none, and scores (Q, k).
+
+        Raises UserError if it cannot rank this pool.
+        """
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its class and arguments."""
+        return {"miner": f"{type(self).__module__}.{type(self).__name__}"} | vars(self)
+
+
+class DenseMiner(Miner):
+    """The nearest by the model's vectors (ANCE, Xiong et al., 2021)."""
+
+    needs_vectors = True
+
+    def rank(self, pool, part, k, context):
+        queries = context.queries.gather(np.arange(part.start, part.stop))
+        return top_k(queries, context.documents, k, memory=context.memory, device=context.device)
+
+
+class RankBandMiner(DenseMiner):
+    """The nearest of a band of ranks, [first, last): hard, yet not the nearest (SciNCL, Ostendorff et al., 2022)."""
+
+    def __init__(self, first: int, last: int):
+        if not 0 <= first < last:
+            raise UserError(f"first, last: got {first} and {last}, expected 0 <= first < last")
+        self.first, self.last = first, last
+
+    def rank(self, pool, part, k, context):
+        rows, scores = super().rank(pool, part, self.last, context)
+        if rows.shape[1] <= self.first:
+            raise UserError(
+                f"{pool.name}: ranks from {self.first} on are asked for, and it has {rows.shape[1]} documents"
+            )
+        rows[:, : self.first] = -1  # ranks stay those of the whole ranking
+        return rows, scores
+
+
+class RandomMiner(Miner):
+    """Any documents, drawn by the seed: what others are to be compared with. Scores are 0."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def rank(self, pool, part, k, context):
+        count, k = len(pool.corpus), min(k, len(pool.corpus))
+        rows = np.stack([np.random.default_rng([self.seed, q]).choice(count, k, replace=False) for q in part])
+        return rows.astype(np.int64), np.zeros(rows.shape)
+
+
+class BM25Miner(Miner):
+    """The nearest by words; documents that share none are none."""
+
+    def rank(self, pool, part, k, context):
+        if "bm25" not in context.kept:
+            context.kept["bm25"] = Bm25Index(pool.corpus)
+        return context.kept["bm25"].top_k(pool.queries[part.start : part.stop], min(k, len(pool.corpus)))
+
+
+class TwoHopMiner(Miner):
+    """Documents that are two links away, those on most ways first. Scores are the numbers of ways.
+
+    Which links, a subclass says.
+    """
+
+    @abstractmethod
+    def links(self, pool: MiningPool, context: MiningContext) -> tuple[Sequence[np.ndarray], Mapping[int, np.ndarray]]:
+        """From each query to what it is linked with, and from there to documents of the pool."""
+
+    def rank(self, pool, part, k, context):
+        if "links" not in context.kept:
+            context.kept["links"] = self.links(pool, context)
+        first, second = context.kept["links"]
+        k = min(k, len(pool.corpus))
+        rows, scores = np.full((len(part), k), -1, dtype=np.int64), np.zeros((len(part), k))
+        for i, query in enumerate(part):
+            ends = [second[middle] for middle in first[query].tolist() if middle in second]
+            if ends:
+                found, ways = np.unique(np.concatenate(ends), return_counts=True)
+                best = np.lexsort((found, -ways))[:k]
+                rows[i, : len(best)], scores[i, : len(best)] = found[best], ways[best]
+        return rows, scores
+
+
+def positives_of(pool: MiningPool) -> list[np.ndarray]:
+    """Each query's positives."""
+    starts, documents = pool.positives
+    return np.split(documents, starts[1:-1])
+
+
+class CitedByCitedMiner(TwoHopMiner):
+    """What the papers that a paper cites cite themselves (SPECTER, Cohan et al., 2020; paper, section 3.4).
+
+    For pools whose queries are documents of the corpus.
+    """
+
+    def links(self, pool, context):
+        if (pool.own < 0).all():
+            raise UserError(f"{pool.name}: CitedByCitedMiner is for papers that cite papers (kind: link_prediction)")
+        positives = positives_of(pool)
+        return positives, {int(own): found for own, found in zip(pool.own, positives, strict=True) if own >= 0}
+
+
+class LabelsOfCitedMiner(TwoHopMiner):
+    """Labels of papers that the paper cites (paper, section 3.4).
+
+    Who cites whom it knows from the pools of link prediction, in which papers have the same ids.
+    """
+
+    def links(self, pool, context):
+        cited: dict[str, list[str]] = {}
+        for other in context.pools:
+            for query, own, found in zip(other.queries, other.own, positives_of(other), strict=True):
+                if own >= 0:
+                    cited.setdefault(query.id, []).extend(other.corpus[row].id for row in found.tolist())
+        number = {query.id: i for i, query in enumerate(pool.queries)}
+        first = [
+            np.array([number[name] for name in cited.get(query.id, ()) if name in number], dtype=np.int64)
+            for query in pool.queries
+        ]
+        if not any(len(found) for found in first):
+            raise UserError(
+                f"{pool.name}: LabelsOfCitedMiner knows citations from tasks of the kind link_prediction, and none of "
+                "theirs is between this collection's papers"
+            )
+        return first, dict(enumerate(positives_of(pool)))

@@ -1,0 +1,129 @@
+"""Vectors of texts, kept in shards on disk: what was embedded before is not embedded again.
+
+    FOLDER/<fingerprint of the model>/<hash of task, similarity, precision and the shard's texts>.npy    (n, D) float32
+
+A shard is written whole or not at all, so embedding that was killed goes on at the first shard that is missing. Ranks
+share the shards; the folder must be one that all of them see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from datamodules.records import Document
+from datamodules.text import input_text
+from lightning_modules.distributed import rank, world_size
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.top_k import Shards, check_finite
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Of an encoder's weights, arguments and vocabulary: equal for equal vectors, on any machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    about = {name: str(value) for name, value in encoder.config.items()}
+    shape = encoder.backbone.config  # what weights alone do not tell
+    about |= {name: str(getattr(shape, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")}
+    digest.update(json.dumps([type(encoder).__name__, about], sort_keys=True).encode())
+    digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def text_hash(documents: Iterable[Document], *keys: str) -> str:
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=12)
+    for document in documents:
+        digest.update(repr((document.title, document.text)).encode())
+    return digest.hexdigest()
+
+
+class VectorCache:
+    """An encoder's vectors of texts, through a folder.
+
+    similarity: "cosine" keeps them normalised. shard_size: texts of a shard. token_budget: padded tokens of a forward.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        folder: Path,
+        *,
+        similarity: str = "dot",
+        shard_size: int = 16384,
+        token_budget: int = 16384,
+    ):
+        self.encoder, self.similarity = encoder, similarity
+        self.shard_size, self.token_budget = shard_size, token_budget
+        self.fingerprint = fingerprint(encoder)
+        self.folder = Path(folder) / self.fingerprint
+
+    def vectors(self, documents: Sequence[Document], task: str, what: str) -> Shards:
+        """Vectors of documents, encoded for a task. what: their name in errors. All ranks call it together.
+
+        Raises UserError for vectors that are not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = max(1, min(self.shard_size, -(-len(documents) // world_size())))  # every rank has a share
+        paths = []
+        for number, first in enumerate(range(0, len(documents), size)):
+            part = documents[first : first + size]
+            path = self.folder / f"{text_hash(part, task, self.similarity, self._precision())}.npy"
+            paths.append(path)
+            if number % world_size() == rank() and not path.is_file():
+                vectors = self._encode(part, task)
+                check_finite(vectors, what, first)
+                _save(path, vectors)
+        if world_size() > 1:
+            dist.barrier()
+        # Copy on write, since torch warns of arrays that cannot be written to.
+        return Shards([np.load(path, mmap_mode="c") for path in paths])
+
+    def _precision(self) -> str:
+        kind = self.encoder.device.type
+        return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+
+    def _encode(self, documents: Sequence[Document], task: str) -> np.ndarray:
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget)
+        if self.similarity == "cosine":
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.numpy()
+
+    def remove(self) -> None:
+        """Forget the vectors of this model."""
+        if rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _save(path: Path, vectors: np.ndarray) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+        np.save(file, vectors)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the texts of M documents and Q queries: equal where the texts are, but for case and spaces."""
+
+    def hashed(documents: Iterable[Document]) -> np.ndarray:
+        texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
+        return np.fromiter((int.from_bytes(_digest(text), "big", signed=True) for text in texts), dtype=np.int64)
+
+    of_documents, of_queries = hashed(corpus), hashed(queries)
+    numbers = np.unique(np.concatenate([of_documents, of_queries]), return_inverse=True)[1]
+    return numbers[: len(of_documents)], numbers[len(of_documents) :]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

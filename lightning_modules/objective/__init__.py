@@ -1,0 +1,1 @@
+"""The loss of every path, and what its options bring."""

@@ -1,0 +1,276 @@
+"""Mined hard negatives: the store, and when which of them are drawn."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from datamodules.hard_negatives import HardNegativeStore, write_store
+from datamodules.pools import joined
+from datamodules.records import Collection, Document, MinedNegatives, UserError
+from datamodules.rounds import Rounds
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from tests.conftest import toy_collection
+
+META = {"miner": "any", "model": "aaaa", "step": 0, "k": 10}
+
+
+def mined_of(lists) -> MinedNegatives:
+    starts, rows = joined(lists)
+    return MinedNegatives(starts, rows, np.arange(len(rows), dtype=np.int32), np.linspace(1, 0, len(rows)), {"any": 3})
+
+
+def written(path, data, lists, **meta):
+    return write_store(path, {"search": mined_of(lists)}, META | {"data": data.fingerprints()} | meta)
+
+
+def with_rounds(make_task, folder, source="mined", **options):
+    """A task of twelve queries over ten documents, and rounds that may begin at batches 3, 6, ..."""
+    data = make_task(SearchDataModule, **{"num_batches": 12, "batch_size": 4} | options)
+    data.rounds = Rounds(folder, source, data.fingerprints())
+    data.rounds.plan(3, 3)
+    return data
+
+
+def negatives(batch):
+    """Rows of the documents that are no query's positive."""
+    return set(batch.document_ids.tolist()) - set(batch.document_ids[batch.positives].flatten().tolist())
+
+
+def test_a_store_gives_what_was_written(make_task, tmp_path):
+    data = make_task(SearchDataModule)
+    lists = [[1, 2], [], [7, 3, 5], *[[i] for i in range(9)]]
+    store = written(tmp_path / "store", data, lists)
+    for again in (store, HardNegativeStore(tmp_path / "store"), pickle.loads(pickle.dumps(store))):
+        assert [again.of("search", i) for i in range(12)] == lists
+        assert again.of("classification", 0) == []
+        assert again.hash == store.hash
+    meta = json.loads((tmp_path / "store" / "meta.json").read_text())
+    assert meta["tasks"]["search"] == {"examples": 12, "negatives": 14, "taken": {"any": 3}}
+    assert (meta["model"], meta["k"], meta["version"]) == ("aaaa", 10, 1)
+    store.check(data.fingerprints())
+
+
+def test_a_store_that_cannot_be_written_leaves_nothing_and_keeps_the_old_one(make_task, tmp_path):
+    data = make_task(SearchDataModule)
+    written(tmp_path / "store", data, [[1]] * 12)
+    with pytest.raises(TypeError):
+        written(tmp_path / "store", data, [[2]] * 12, model=object())
+    assert HardNegativeStore(tmp_path / "store").of("search", 0) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("damage", ["meta.json", "search.documents.npy"])
+def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
+    written(tmp_path / "store", make_task(SearchDataModule), [[1]] * 12)
+    (tmp_path / "store" / damage).write_bytes(b"{")
+    with pytest.raises(UserError, match="no whole store of hard negatives"):
+        HardNegativeStore(tmp_path / "store")
+
+
+def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_path):
+    data = make_task(SearchDataModule)
+    store = written(tmp_path / "store", data, [[1]] * 12)
+    collection = toy_collection()
+    corpus = dict(collection.corpus) | {"d0": Document("d0", "another", "text")}
+    other = make_task(SearchDataModule, collection=Collection(corpus, collection.queries, collection.qrels))
+    then, now = (d.fingerprints()["search"]["toy"] for d in (data, other))
+    with pytest.raises(UserError, match=f"mined from other data .fingerprints then: toy {then}, .*; now: toy {now}, "):
+        Rounds(tmp_path, "mined", other.fingerprints()).begin(0, "store")
+    with pytest.raises(UserError, match="which the run does not have"):
+        store.check({})
+
+
+def test_rounds_hold_from_their_batch_on(make_task, tmp_path):
+    data = with_rounds(make_task, tmp_path)
+    for name in ("one", "two"):
+        written(tmp_path / name, data, [[1]] * 12, step=name)
+    rounds = data.rounds
+    rounds.begin(3, "one")
+    rounds.begin(9, "two")
+    names = [store.path.name if (store := rounds.at(step)) else None for step in range(12)]
+    assert names == [None] * 3 + ["one"] * 6 + ["two"] * 3
+    assert [rounds.boundary_after(step) for step in range(7)] == [3, 3, 3, 6, 6, 6, 9]
+    assert [step for step in range(12) if rounds.is_planned(step)] == [3, 6, 9]
+    assert Rounds(tmp_path).boundary_after(5) is None
+    assert not Rounds(tmp_path).is_planned(0)
+
+
+def test_drawn_are_mined_ones_or_those_of_the_data_or_both(make_task, tmp_path):
+    lists = [[9, 8, 7], [], *[[6]] * 10]
+    for source in ("mined", "data", "both"):
+        data = with_rounds(make_task, tmp_path, source)
+        written(tmp_path / "store", data, lists)
+        data.rounds.begin(3, "store")
+        draw = data.rounds.of("search")
+        for i in range(3):
+            example = data.examples[i]
+            own = list(example.hard_negatives)
+            assert len(own) == 1
+            assert list(draw(i, example, 2)) == own
+            wanted = {"mined": lists[i] or own, "data": own, "both": list(dict.fromkeys(lists[i] + own))}[source]
+            assert list(draw(i, example, 3)) == wanted
+    with pytest.raises(UserError, match="mining.use: got 'mind', allowed are mined, data, both"):
+        Rounds(tmp_path, "mind")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_worker_sees_a_round_from_its_first_batch_on_and_not_before(make_task, tmp_path, num_workers):
+    """Each round has one document as the negative of all, which no positive is at the same time."""
+    data = with_rounds(make_task, tmp_path, num_workers=num_workers, batch_size=1)
+    seen = {}
+    for batch in data.train_dataloader():
+        seen[batch.step] = negatives(batch)
+        after = batch.step + 1
+        if data.rounds.is_planned(after):  # as the callback does, at the end of the step
+            written(tmp_path / f"{after}", data, [[9 - after // 3]] * 12)
+            data.rounds.begin(after, f"{after}")
+    assert sorted(seen) == list(range(12))
+    for step, found in seen.items():
+        example = data.examples[data.schedule().draws(step)[0][0]]
+        if step < 3:
+            assert found == set(example.hard_negatives)
+        elif 9 - step // 3 not in example.positives:
+            assert found == {9 - step // 3}
+
+
+class Rank:
+    def __init__(self, rank, world_size):
+        self.global_rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize("stop", [2, 3, 7])
+def test_resumed_at_any_step_on_any_number_of_ranks_the_batches_are_the_same(make_task, tmp_path, stop):
+    """Rounds at 3, 6 and 9, each with other negatives; a resumed run finds those that were mined before it."""
+
+    def run(world_size, num_workers, state=None, until=12):
+        found, loaders = {}, []
+        for rank in range(world_size):
+            data = with_rounds(make_task, tmp_path, batch_size=8 // world_size, num_workers=num_workers)
+            data.trainer = Rank(rank, world_size)
+            loaders.append((data.train_dataloader(), data))
+            if state:
+                loaders[-1][0].load_state_dict(state)
+        for batches in zip(*(loader for loader, _ in loaders), strict=True):
+            step = batches[0].step
+            drawn = [row for batch in batches for row in batch.document_ids.tolist()]
+            found[step] = sorted(set(drawn))
+            for _, data in loaders:
+                if data.rounds.is_planned(step + 1) and not data.rounds.has(step + 1):
+                    rng = np.random.default_rng(step)
+                    written(tmp_path / f"{step + 1}", data, [rng.permutation(10)[:3].tolist() for _ in range(12)])
+                    data.rounds.begin(step + 1, f"{step + 1}")
+            if step + 1 == until:
+                break
+        return found, loaders[0][0].state_dict()
+
+    whole, _ = run(2, 0)
+    assert sorted(whole) == list(range(12))
+    _, state = run(2, 2, until=stop)
+    assert [r["batch"] for r in state["rounds"]] == list(range(3, stop + 1, 3))
+    for world_size in (1, 2, 4):
+        rest, _ = run(world_size, 2 if world_size == 2 else 0, json.loads(json.dumps(state)))
+        assert rest == {step: rows for step, rows in whole.items() if step >= stop}
+
+
+def test_a_checkpoint_whose_store_is_gone_or_another_is_refused(make_task, tmp_path):
+    data = with_rounds(make_task, tmp_path)
+    store = written(tmp_path / "one", data, [[1]] * 12)
+    data.rounds.begin(3, "one")
+    loader = data.train_dataloader()
+    loader.position = 4
+    state = loader.state_dict()
+
+    def resumed():
+        return with_rounds(make_task, tmp_path).train_dataloader()
+
+    resumed().load_state_dict(state)
+    other = written(tmp_path / "one", data, [[2]] * 12, model="bbbb")
+    both = f"hash {store.hash}, mined by model aaaa; here: hash {other.hash}, model bbbb"
+    with pytest.raises(UserError, match=both):
+        resumed().load_state_dict(state)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"one: the hard negatives that hold from batch 3 on are gone.*{store.hash}"):
+        resumed().load_state_dict(state)
+    state["position"] = 2  # before the round: it will be mined again
+    resumed().load_state_dict(state)
+
+
+def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_path):
+    data = with_rounds(make_task, tmp_path)
+    written(tmp_path / "given", data, [[1]] * 12)
+    data.rounds.begin(0, str(tmp_path / "given"))
+    state = data.train_dataloader().state_dict()
+    (tmp_path / "given").rename(tmp_path / "moved")
+    again = with_rounds(make_task, tmp_path)
+    again.rounds.begin(0, str(tmp_path / "moved"))
+    again.train_dataloader().load_state_dict(state)
+    assert again.rounds.at(0).path == tmp_path / "moved"
+    written(tmp_path / "moved", data, [[2]] * 12, model="bbbb")
+    other = with_rounds(make_task, tmp_path)
+    other.rounds.begin(0, str(tmp_path / "moved"))
+    with pytest.raises(
+        UserError, match="mining.store: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"
+    ):
+        other.train_dataloader().load_state_dict(state)
+    without = make_task(SearchDataModule, num_batches=12)
+    with pytest.raises(UserError, match="was trained with mined hard negatives .*given.: give mining.store"):
+        without.train_dataloader().load_state_dict(state)
+
+
+def test_only_what_was_mined_alike_is_taken_again(make_task, tmp_path):
+    data = with_rounds(make_task, tmp_path)
+    meta = META | {"data": data.fingerprints()}
+    assert not data.rounds.reuse(3, "one", meta)
+    data.rounds.write("one", {"search": mined_of([[1]] * 12)}, meta)
+    assert not data.rounds.reuse(3, "one", meta | {"model": "bbbb"})
+    assert not data.rounds.has(3)
+    assert data.rounds.reuse(3, "one", meta)
+    assert data.rounds.at(3).of("search", 0) == [1]
+
+
+@pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
+def test_pools_tell_what_the_collection_does(make_task, kind):
+    papers = kind is LinkPredictionDataModule
+    collection = toy_collection(6, 10, papers=papers)
+    qrels = {"train": collection.qrels["train"], "dev": {next(iter(collection.qrels["train"])): {"d9": 1, "d1": 1}}}
+    data = make_task(kind, collection=Collection(collection.corpus, collection.queries, qrels))
+    (pool,) = data.pools()
+    assert [d.id for d in pool.corpus] == list(collection.corpus)
+    assert [q.id for q in pool.queries] == list(qrels["train"])
+    assert pool.own.tolist() == (list(range(6)) if papers else [-1] * 6)
+    for i, grades in enumerate(qrels["train"].values()):
+        positives = pool.positives[1][pool.positives[0][i] : pool.positives[0][i + 1]]
+        assert {pool.corpus[row].id for row in positives} == {d for d, grade in grades.items() if grade > 0}
+        assert [row + pool.first_row for row in positives] == sorted(data.examples[i].positives)
+    known = set(qrels["train"][pool.queries[0].id])
+    starts, revealed = pool.revealed
+    assert [pool.corpus[row].id for row in revealed[starts[0] : starts[1]]] == [
+        d for d in ("d1", "d9") if d not in known or not qrels["train"][pool.queries[0].id][d]
+    ]
+    assert starts[-1] == starts[1]
+
+
+def test_pools_of_several_collections_begin_where_their_rows_do(make_task):
+    data = make_task(SearchDataModule)
+    data.collections, data.readers = {}, {"one": data.readers["toy"], "two": data.readers["toy"]}
+    data.documents, data.examples = type(data.documents)(), type(data.examples)()
+    data.setup()
+    one, two = data.pools()
+    assert (one.first_row, one.first_example, two.first_row, two.first_example) == (0, 0, 22, 12)
+    assert data.documents[two.first_row] == two.corpus[0]
+    assert data.documents[data.examples[two.first_example].query] == two.queries[0]
+
+
+def test_what_is_stripped_is_no_example_and_no_candidate(make_task, tmp_path):
+    data = make_task(SearchDataModule)
+    store = written(tmp_path / "store", data, [[1]] * 12)
+    queries = [data.examples[i].query for i in (0, 5)]
+    data.strip(np.array(queries), np.array([4, 7]))
+    (pool,) = data.pools()
+    assert len(pool.queries) == len(data.examples) < 12
+    assert [q.id for q in pool.queries] == [data.documents[example.query].id for example in data.examples]
+    assert pool.excluded.tolist() == [4, 7]
+    with pytest.raises(UserError, match="hard negatives of search were mined from other data"):
+        store.check(data.fingerprints())

@@ -1,0 +1,97 @@
+"""A file server on this machine alone, which fails as one likes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Loopback:
+    """files: path -> bytes. requests: (path, Range) in their order. ranges, tags, lengths: what the server can.
+
+    dies_after: bytes of an answer after which the connection ends, and status: to answer with, each for one request.
+    waits: seconds after each 64 KiB. headers: further ones of every answer.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    ranges: bool = True
+    tags: bool = True
+    lengths: bool = True
+    dies_after: list[int] = field(default_factory=list)
+    status: list[int] = field(default_factory=list)
+    waits: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path, wanted = request.path.lstrip("/"), request.headers.get("Range")
+        self.requests.append((path, wanted))
+        if self.status or path not in self.files:
+            request.send_response(self.status.pop(0) if self.status else 404)
+            self._end_headers(request)
+            return
+        content = self.files[path]
+        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        start = 0
+        if wanted and self.ranges and request.headers.get("If-Range", tag) == tag:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                request.send_response(416)
+                request.send_header("Content-Range", f"bytes */{len(content)}")
+                self._end_headers(request)
+                return
+        request.send_response(206 if start else 200)
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if self.tags:
+            request.send_header("ETag", tag)
+        if self.lengths:
+            request.send_header("Content-Length", str(len(content) - start))
+        self._end_headers(request)
+        self._send(request, content[start:])
+
+    def _end_headers(self, request: BaseHTTPRequestHandler) -> None:
+        for name, value in self.headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+
+    def _send(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+        if self.dies_after:
+            content = content[: self.dies_after.pop(0)]
+        for at in range(0, len(content), 1 << 16):
+            request.wfile.write(content[at : at + (1 << 16)])
+            request.wfile.flush()
+            if self.waits:
+                time.sleep(self.waits)
+        request.close_connection = True
+
+
+@contextmanager
+def loopback() -> Iterator[Loopback]:
+    state = Loopback()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
+                state.answer(self)
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,129 @@
+"""data.on_leak: what becomes of evaluation that stands in the training data."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from datamodules.readers.beir import BeirReader, write_beir
+from datamodules.records import Collection, Document, Task, UserError
+from datamodules.tasks import BatchOptions, LinkPredictionDataModule, SearchDataModule
+from experiments import leaks
+from experiments.build_data import build_data
+from experiments.config import load_config
+from experiments.schema import DataConfig
+from tests.experiments.test_train import TINY
+
+TEXT = "in which {} a question is asked at some length about the matter of {}"
+
+
+@pytest.fixture
+def leaking(tmp_path, beir_root):
+    """Searches of which three training queries are, word by word or nearly, test queries; their rows."""
+    source = BeirReader(str(beir_root / "scitldr")).read()
+    train, test = list(source.qrels["train"])[:3], list(source.qrels["test"])[:3]
+    queries = dict(source.queries)
+    for i, (a, b) in enumerate(zip(train, test, strict=True)):
+        queries[a] = Document(a, "", TEXT.format("indeed", i))
+        queries[b] = Document(b, "", TEXT.format("indeed", i) + " today" * (i == 2))
+    write_beir(Collection(source.corpus, queries, source.qrels), tmp_path / "leaking")
+    return tmp_path / "leaking", train
+
+
+def configured(folder, tmp_path, *settings):
+    reader = f"task.search.data.searches={{_target_: datamodules.readers.beir.BeirReader, folder: {folder}}}"
+    return load_config("moe", [*TINY, "tasks=[search]", reader, f"data.cache={tmp_path / 'cache'}", *settings])
+
+
+def built(config):
+    (task,) = build_data(config, training=True).tasks
+    return task
+
+
+def test_leaks_are_told_stripped_or_refused(leaking, tmp_path, caplog):
+    folder, train = leaking
+    told = "searches, test queries: 3 by text"
+    task = built(configured(folder, tmp_path, "data.on_leak=warn"))
+    before = {task.documents[row].id for row in task.examples.query_rows()}
+    assert before >= set(train)
+    assert any(told in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    task = built(configured(folder, tmp_path, "data.on_leak=strip"))
+    assert {task.documents[row].id for row in task.examples.query_rows()} == before - set(train)
+    with pytest.raises(UserError, match=f"{told}.*data.on_leak=strip trains without them"):
+        built(configured(folder, tmp_path, "data.on_leak=error"))
+    caplog.clear()
+    built(configured(folder, tmp_path, "data.on_leak=ignore"))
+    assert told not in caplog.text
+    build_data(configured(folder, tmp_path, "data.on_leak=error"))  # for evaluation
+
+
+def test_texts_of_other_folders_leave_the_positives_too(leaking, tmp_path, monkeypatch):
+    folder, _ = leaking
+    config = configured(folder, tmp_path, "data.on_leak=ignore")
+    task = built(config)
+    example = task.examples[5]
+    document = task.documents[example.positives[0]]
+    other = Collection({"x": replace(document, id="x")}, {"y": Document("y", "", "nothing")}, {"test": {"y": {"x": 1}}})
+    write_beir(other, tmp_path / "other")
+    settings = ("data.on_leak=strip", f"data.leaks_in=[{tmp_path / 'other'}]")
+    left = built(configured(folder, tmp_path, *settings))
+    row = example.positives[0]
+    assert row not in left.examples.judged_rows()
+    assert row in task.examples.judged_rows()
+    assert len(left.examples) >= len(task.examples) - 3 - 1
+    monkeypatch.setattr(leaks, "find_leaks", None)  # found once for the same data
+    assert list(built(configured(folder, tmp_path, *settings)).examples) == list(left.examples)
+
+
+def test_nothing_left_is_an_error(leaking, tmp_path):
+    folder, _ = leaking
+    with pytest.raises(UserError, match="without what is in the evaluation no example is left"):
+        built(configured(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
+
+
+def two(tmp_path, kind=SearchDataModule):
+    """A task of two collections that number their queries alike; one test query of each is a training query of it."""
+    readers = {}
+    for name in ("first", "second"):
+        corpus = {f"d{i}": Document(f"d{i}", "", f"{name} document {i} of some words") for i in range(6)}
+        queries = {f"q{i}": Document(f"q{i}", "", f"{name} asks {i}") for i in range(6)}
+        train, test = (range(3), range(2, 4)) if name == "first" else (range(2, 6), range(2))
+        qrels = {s: {f"q{i}": {f"d{i}": 1} for i in its} for s, its in (("train", train), ("test", test))}
+        write_beir(Collection(corpus, queries, qrels), tmp_path / name)
+        readers[name] = BeirReader(str(tmp_path / name))
+    task = kind(Task("search", "search"), readers, BatchOptions(batch_size=2))
+    task.setup()
+    return task
+
+
+def test_ids_are_compared_within_a_collection(tmp_path):
+    (found,) = [leaks.find_leaks([two(tmp_path)])]
+    counts = {name: one.overlaps for name, one in found.sets.items()}
+    assert counts["first, test queries"] == {"id": 1, "title": 0, "text": 1}  # q2, which is trained on too
+    assert counts["second, test queries"] == {"id": 0, "title": 0, "text": 0}
+    assert len(found.queries["search"]) == 1
+
+
+def test_what_is_kept_is_of_the_same_kind_of_task(tmp_path):
+    config = DataConfig(cache=str(tmp_path / "cache"), on_leak="strip")
+    left = []
+    for kind in (SearchDataModule, LinkPredictionDataModule):
+        task = two(tmp_path, kind)
+        leaks.answer_leaks(config, [task])
+        left.append(sorted(task.documents[row].text for row in task.examples.query_rows()))
+    assert left[0] == left[1]
+    assert len(left[0]) == 6
+
+
+def test_documents_that_are_only_mined_are_stripped_and_what_is_left_is_fingerprinted(tmp_path):
+    task, other = two(tmp_path), Document("x", "", "second document 0 of some words")
+    write_beir(Collection({"x": other}, {"y": Document("y", "", "no")}, {"test": {"y": {"x": 1}}}), tmp_path / "other")
+    before, signature = task.fingerprints(), len(task.examples)
+    leaks.answer_leaks(DataConfig(cache=None, on_leak="strip", leaks_in=[str(tmp_path / "other")]), [task])
+    (row,) = task.stripped.tolist()
+    assert task.documents[row] == Document("d0", "", other.text)
+    assert row not in two(tmp_path).examples.judged_rows()
+    assert len(task.examples) == signature - 1  # the query of the first test
+    assert task.fingerprints() != before
+    with pytest.raises(UserError, match="data.leaks_in.*nowhere: no such folder"):
+        leaks.answer_leaks(DataConfig(cache=None, leaks_in=["nowhere"]), [task])

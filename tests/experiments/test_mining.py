@@ -1,0 +1,278 @@
+"""Hard negatives in a run: mined in training, or beforehand, and still there after a kill."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.hard_negatives import HardNegativeStore
+from datamodules.records import UserError
+from datamodules.sampler import STRATEGIES
+from experiments.build_data import build_data
+from experiments.config import load_config
+from experiments.mine import mine
+from experiments.mining import steps_between
+from experiments.train import train
+from lightning_modules.encoders.checkpoints import load_encoder
+from tests.experiments.test_train import ROOT, TINY, command, rows
+
+SMALL = [*TINY, "trainer.log_every_n_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
+MINED = ["mining.every_n_steps=2", "mining.relative_margin=null", "mining.use=mined", "mining.k=40"]
+
+
+def negatives_of_batches(config, tokenizer, store=None):
+    """Of the first batches: whether all that is no positive was mined, where the example has some."""
+    data = build_data(config, training=True)
+    data.tokenizer = tokenizer
+    found = []
+    for batch in data.train_dataloader():
+        drawn = set(batch.document_ids.tolist()) - set(batch.document_ids[batch.positives].flatten().tolist())
+        mined = set(store.tasks[batch.task].documents.tolist()) if store else set()
+        found.append((batch.fingerprint, drawn <= mined))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps, mined before the first and every second."""
+    folder = tmp_path_factory.mktemp("mined") / "run"
+    train("moe_mined", [f"run.dir={folder}", *SMALL, *MINED, "mining.first_step=0", "trainer.max_steps=6"])
+    return folder
+
+
+def test_every_mining_leaves_a_store_with_its_report(run):
+    folders = sorted(path.name for path in (run / "negatives").iterdir())
+    assert folders == ["step-00000000", "step-00000002", "step-00000004", "vectors"]
+    assert not list((run / "negatives" / "vectors").rglob("*.npy"))  # of models that are gone
+    models = set()
+    for name in folders[:3]:
+        store = HardNegativeStore(run / "negatives" / name)
+        assert store.meta["step"] == int(name[-8:])
+        assert set(store.tasks) == {"classification", "link_prediction", "search"}
+        models.add(store.meta["model"])
+        told = json.loads((store.path / "report.json").read_text())
+        assert sum(told["search"]["histogram"]["counts"]) == len(store.tasks["search"].documents)
+        ElementTree.parse(store.path / "report.svg")
+    assert len(models) == 3
+
+
+def test_every_mining_is_logged_for_every_task(run):
+    logged = [row for row in rows(run) if "mine/seconds" in row]
+    assert [row["step"] for row in logged] == [0, 2, 4]
+    for row in logged:
+        for task in ("classification", "link_prediction", "search"):
+            assert 0 <= row[f"mine/{task}/false_negative_rate"] <= 1
+            assert (row.get(f"mine/{task}/age") == 2) == (row["step"] > 0)
+
+
+def test_what_is_mined_holds_what_the_data_say_of_it(run):
+    data = build_data(load_config("moe_mined", [*SMALL, *MINED]))
+    store = HardNegativeStore(run / "negatives" / "step-00000004")
+    store.check(data.fingerprints())
+    for task in data.tasks:
+        corpus = task.corpus_rows()
+        for i in range(0, len(task.examples), 7):
+            drawn = store.of(task.task.name, i)
+            assert len(drawn) == 8
+            assert corpus[drawn].all()
+            assert not set(drawn) & set(task.examples[i].not_negatives)
+
+
+def test_batches_are_those_of_the_rounds(run, tmp_path):
+    """Each logged batch is what the data give with the store that held, and not what they give without."""
+    logged = {row["step"] - 1: row["train/batch"] for row in rows(run) if "train/batch" in row}
+    tokenizer = load_encoder(run).tokenizer
+    overrides = [*SMALL, "trainer.max_steps=6", "mining.use=mined"]
+    plain = negatives_of_batches(load_config("moe", overrides), tokenizer)
+    for step in (0, 2, 4):
+        store = HardNegativeStore(run / "negatives" / f"step-{step:08d}")
+        config = load_config("moe", [*overrides, f"mining.store={store.path}"])
+        found = negatives_of_batches(config, tokenizer, store)
+        for batch in (step, step + 1):
+            assert found[batch] == (logged[batch], True)
+            assert plain[batch][0] != logged[batch]
+
+
+def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, caplog):
+    """With the weights as they were at the start of the last round: the same negatives."""
+    caplog.set_level("INFO")
+    output = tmp_path / "store"
+    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    mine("moe", given)
+    assert "false_negative_rate" in caplog.text
+    store = HardNegativeStore(output)
+    encoder = load_encoder(run)
+    data = build_data(load_config("moe", SMALL))
+    (task,) = (task for task in data.tasks if task.task.name == "search")
+    documents = encoder.encode(list(task.collections["searches"].corpus.values()), "search").double()
+    documents = torch.nn.functional.normalize(documents, dim=-1)
+    for i in range(0, len(task.examples), 50):
+        example = task.examples[i]
+        query = encoder.encode([task.documents[example.query]], "search").double()
+        order = (torch.nn.functional.normalize(query, dim=-1) @ documents.T)[0].argsort(descending=True, stable=True)
+        assert store.of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
+    mine("moe", given)
+    assert "were mined already" in caplog.text
+    trained = tmp_path / "trained"
+    train("moe", [f"run.dir={trained}", *SMALL, f"mining.store={output}", "trainer.max_steps=2"])
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]
+    (rounds,) = [loader["rounds"] for loader in state["combined_loader"]]
+    assert [(r["batch"], r["store"], r["hash"]) for r in rounds] == [(0, str(output), store.hash)]
+
+
+def test_a_store_of_another_model_is_not_overwritten(run, tmp_path, make_encoder):
+    output, other = tmp_path / "store", tmp_path / "other"
+    tasks = dict.fromkeys(("classification", "link_prediction", "search"), "one")
+    make_encoder("shared", tasks=tasks).save_pretrained(other)
+    given = [*SMALL, *MINED[1:], f"output={output}"]
+    mine("moe", [*given, f"model={run}"])
+    with pytest.raises(UserError, match="mined otherwise .model: [0-9a-f]{16} there, [0-9a-f]{16} now"):
+        mine("moe", [*given, f"model={other}"])
+    with pytest.raises(UserError, match=r"miner\.options\.k: 40 there, 30 now"):
+        mine("moe", [*given, f"model={run}", "mining.k=30"])
+
+
+def test_a_store_of_other_data_is_refused_before_training(run, tmp_path):
+    store = run / "negatives" / "step-00000002"
+    changed = [*SMALL, "task.search.data.searches.num_papers=501", f"mining.store={store}"]
+    with pytest.raises(UserError, match="hard negatives of search were mined from other data .fingerprints then: "):
+        train("moe", [f"run.dir={tmp_path / 'run'}", *changed])
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_stops_where_negatives_look_like_positives(tmp_path):
+    short = ["mining.first_step=2", "trainer.max_steps=4"]
+    for _ in range(2):  # and again, where the store lies there already
+        with pytest.raises(UserError, match="of the mined hard negatives look like positives"):
+            train("moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, "mining.stop_at=0.2", *short])
+    assert (tmp_path / "negatives" / "step-00000002" / "report.svg").is_file()
+
+
+def test_structural_miners_by_task_without_a_model(tmp_path):
+    node = "{{_target_: lightning_modules.mining.miners.{}}}"
+    kinds = {"classification": "LabelsOfCitedMiner", "link_prediction": "CitedByCitedMiner"}
+    miners = ", ".join(f"{task}: {node.format(kind)}" for task, kind in kinds.items())
+    output = tmp_path / "store"
+    mine(
+        "moe", [*SMALL, "mining.relative_margin=null", f"mining.miners={{{miners}, search: null}}", f"output={output}"]
+    )
+    store = HardNegativeStore(output)
+    assert set(store.tasks) == set(kinds)
+    assert store.meta["model"] is None
+    data = build_data(load_config("moe", SMALL))
+    for task in data.tasks[:2]:  # the sample's own hard negatives are by the same rules
+        agree = [
+            set(store.of(task.task.name, i)) <= set(task.examples[i].hard_negatives) for i in range(len(task.examples))
+        ]
+        assert np.mean(agree) == 1.0
+
+
+def test_data_in_the_cache_are_mined_as_data_in_memory(tmp_path, beir_root):
+    stores = []
+    for cache in ("null", tmp_path / "cache"):
+        node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {beir_root / 'mlcite'}}}"
+        given = ["tasks=[link_prediction]", f"task.link_prediction.data={{cite: {node}}}", f"data.cache={cache}"]
+        miner = "mining.miner._target_=lightning_modules.mining.miners.CitedByCitedMiner"
+        output = tmp_path / f"store{len(stores)}"
+        mine("moe", [*SMALL[3:], *given, miner, "mining.relative_margin=null", f"output={output}"])
+        stores.append(HardNegativeStore(output))
+    one, other = stores
+    assert len(one.tasks["link_prediction"].documents) > 20
+    for name in ("starts", "documents", "ranks", "scores"):
+        assert (getattr(one.tasks["link_prediction"], name) == getattr(other.tasks["link_prediction"], name)).all()
+
+
+def test_a_store_that_moved_is_given_again(run, tmp_path):
+    store, moved, folder = tmp_path / "store", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(run / "negatives" / "step-00000002", store)
+    given = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
+    train("moe", [*given, f"mining.store={store}"])
+    store.rename(moved)
+    train("moe", [*given, f"mining.store={moved}", "trainer.max_steps=3"])
+    assert [row["step"] for row in rows(folder) if "train/lr" in row] == [1, 2, 3]
+    with pytest.raises(UserError, match="was trained with mined hard negatives"):
+        train("moe", [*given, "trainer.max_steps=4"])
+
+
+def test_epochs_are_passes_through_all_examples():
+    config = load_config("moe", [*SMALL, "mining.every_n_epochs=0.5"])
+    data = build_data(config)
+    batches = sum(-(-len(task.examples) // 8) for task in data.tasks)
+    assert steps_between(config, data, 1) == round(batches / 2)
+    assert steps_between(config, data, 3) == round(batches / 6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mining.every_n_steps=-1"], "mining.every_n_steps: got -1"),
+        (["mining.every_n_steps=2", "mining.every_n_epochs=1"], "set one of them"),
+        (["mining.first_step=2"], "mining.first_step: is for mining in training"),
+        (["mining.store=x", "mining.every_n_steps=2", "mining.first_step=0"], "both say which hard negatives hold"),
+        (["mining.first_rank=100"], "mining.first_rank: got 100, allowed are ranks below mining.k, 100"),
+        (["mining.every_n_steps=2", "mining.use=data"], "mining.use: with data, what is mined would never be used"),
+        (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so what is mined would never be used"),
+        (["mining.relative_margin=1.5"], "mining.relative_margin: got 1.5"),
+        (["mining.sampling=best"], "mining.sampling"),
+        (["mining.store=/no/where"], "/no/where: is no whole store of hard negatives"),
+        (["mining.miner._target_=lightning_modules.mining.miners.BM25"], "has no class 'BM25', it has BM25Miner"),
+        (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch': did you mean search"),
+        (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train("moe", [f"run.dir={tmp_path / 'run'}", *SMALL, "trainer.max_steps=4", *overrides])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def killed_and_resumed(tmp_path, strategy, stop_at=None):
+    """Batches, states and stores of a whole run on two ranks with two workers, and of one that was killed."""
+    weights = ["data.weights={classification: 2, link_prediction: 1, search: 2}"] if strategy == "weights" else []
+    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", f"data.schedule={strategy}", *weights]
+    overrides += [
+        "trainer.max_steps=12",
+        "checkpoint.every_n_steps=3",
+        "backbone.dropout=0.3",
+        "mining.every_n_steps=4",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(whole, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stop_at = stop_at or random.Random().randint(4, 11)
+    process = subprocess.Popen(command(killed, *overrides), stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True)
+    while process.poll() is None:
+        seen = rows(killed) if (killed / "metrics.jsonl").is_file() else []
+        if any(row["step"] >= stop_at for row in seen):
+            os.killpg(process.pid, signal.SIGKILL)  # all ranks and workers
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL, "the run was to be killed and was not"
+    done = subprocess.run(command(killed, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def batches(folder):
+        return {row["step"]: row["train/batch"] for row in rows(folder) if "train/batch" in row}
+
+    assert len(batches(whole)) == 12
+    assert batches(killed) == batches(whole), (strategy, stop_at)
+    for step in (4, 8):
+        one, two = (HardNegativeStore(f / "negatives" / f"step-{step:08d}") for f in (whole, killed))
+        assert (one.hash, one.meta["model"]) == (two.hash, two.meta["model"])
+    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, killed))
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), (strategy, stop_at, name)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_with_the_hard_negatives_that_it_had(tmp_path):
+    """Two ranks, two workers, rounds at steps 4 and 8: batches, stores and weights are those of the whole run."""
+    killed_and_resumed(tmp_path, random.Random().choice(STRATEGIES))

@@ -1,0 +1,106 @@
+"""Runs whose objective is more than the default, from their configuration to their checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.records import UserError
+from experiments.config import load_config
+from experiments.export import main as export
+from experiments.train import train
+from lightning_modules.encoders.checkpoints import load_encoder
+from tests.experiments.test_train import ROOT, TINY
+
+QUICK = [
+    *TINY,
+    "trainer.accelerator=cpu",
+    "evaluation.every_n_steps=0",
+    "evaluation.baselines=false",
+    "trainer.log_every_n_steps=3",
+]
+EVERYTHING = [
+    "data.num_positives=3",
+    "task.search.num_positives=1",
+    "objective.positives=log_mean",
+    "objective.symmetric=true",
+    "objective.temperature={classification: 0.05, link_prediction: 0.1, search: 0.2}",
+    "objective.learn_temperature=per_task",
+    "objective.temperature_lr=0.1",
+    "objective.matryoshka=[8, 16]",
+    "objective.task_weights.search=2",
+    "objective.guide.kind=relative",
+    "objective.teacher.candidates=own",
+    "objective.score_memory=1",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A small run, whose encoder may be a guide or teacher."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train("vanilla", [f"run.dir={folder}", "trainer.max_steps=3", *QUICK])
+    return folder
+
+
+def logged(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/lr" in row]
+
+
+def test_everything_at_once(plain, tmp_path):
+    judges = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
+    train("moe", [f"run.dir={tmp_path}", "trainer.max_steps=6", *QUICK, *EVERYTHING, *judges])
+    first, last = logged(tmp_path)
+    for task, start in (("classification", 0.05), ("link_prediction", 0.1), ("search", 0.2)):
+        assert first[f"train/{task}/temperature"] == pytest.approx(start)  # one step of each task: before its change
+        assert 1e-4 < abs(last[f"train/{task}/temperature"] - start) < 0.5 * start
+        assert last[f"train/{task}/distillation"] > 0
+        assert last[f"train/{task}/contrastive"] > 0
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    others = {key for key in checkpoint["state_dict"] if not key.startswith("encoder.")}
+    tasks = ("classification", "link_prediction", "search")
+    assert others == {f"objective.temperature.log.{task}" for task in tasks}
+    (group,) = [g for g in checkpoint["optimizer_states"][0]["param_groups"] if g["initial_lr"] == 0.1]
+    assert (len(group["params"]), group["weight_decay"]) == (3, 0.0)
+    assert load_encoder(tmp_path).encode(["some words"], "search").shape == (1, 32)
+    export([f"model={tmp_path}", "task=search"])
+    card = (tmp_path / "export" / "search" / "README.md").read_text()
+    assert "The first 8, 16 dimensions of a vector are trained to be used alone" in card
+
+
+def test_each_task_samples_its_number_of_positives(tmp_path):
+    from experiments.build_data import build_data
+    from experiments.build_module import build_module
+
+    config = load_config("moe", [f"run.dir={tmp_path}", *QUICK, *EVERYTHING])
+    data = build_data(config)
+    build_module(config, data)
+    widths = {batch.task: batch.positives.shape[1] for _, batch in zip(range(3), data.train_dataloader(), strict=False)}
+    assert widths["search"] == 1
+    assert 1 < widths["link_prediction"] <= 3
+
+
+def test_a_judge_must_know_the_tasks(plain, tmp_path, make_encoder):
+    other = make_encoder("shared", tasks={"cite": "cite"}).save_pretrained(tmp_path / "other")
+    for name in ("guide", "teacher"):
+        with pytest.raises(UserError, match=rf"objective\.{name}\.model: has no task .*search .it has cite"):
+            train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model={other}"])
+        with pytest.raises(UserError, match=rf"objective\.{name}\.model: '/no/where'"):
+            train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model=/no/where"])
+    with pytest.raises(UserError, match="objective.matryoshka: got 32, allowed are numbers below 32"):
+        train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, "objective.matryoshka=[32]"])
+
+
+@pytest.mark.slow
+def test_two_ranks(plain, tmp_path):
+    """Parameters that one task alone has are idle in the steps of the others, whatever the encoder."""
+    judges = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
+    overrides = ["trainer.max_steps=3", "trainer.devices=2", *QUICK, *EVERYTHING, *judges]
+    command = [sys.executable, "-m", "experiments.train", "vanilla", f"run.dir={tmp_path}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path(tmp_path / "results.json").is_file()

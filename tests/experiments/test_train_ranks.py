@@ -1,0 +1,95 @@
+"""Whole runs on two ranks: what a step's task does not use stays as it is, and GradCache trains as the plain pass."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from tests.experiments.test_train import ROOT, command
+
+QUICK = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.devices=2", "trainer.precision=fp32"]
+
+
+def run(folder, *overrides):
+    """State of the last checkpoint."""
+    done = subprocess.run(command(folder, *QUICK, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def of_expert(state, name):
+    return {key.replace(name, "EXPERT"): value for key, value in state.items() if f".experts.{name}." in key}
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
+    """Neither by weight decay (never used), nor by momentum (used at first, idle later)."""
+    overrides = [
+        f"trainer.grad_cache={cache}",
+        "data.token_budget=256",
+        "optim.weight_decay=0.5",
+        "data.schedule=weights",
+        "data.weights={classification: 1, link_prediction: 1, search: 998}",
+        "data.curriculum=[{from_step: 2, weights: {classification: 998, link_prediction: 1, search: 1}}]",
+        "trainer.log_every_n_steps=1",
+    ]
+    before = run(tmp_path, *overrides, "trainer.max_steps=2")
+    after = run(tmp_path, *overrides, "trainer.max_steps=4")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tasks = [key.split("/")[1] for line in lines for key in line if key.startswith("train/") and key.endswith("/loss")]
+    assert tasks == ["search", "search", "classification", "classification"]
+    unused = of_expert(before, "link_prediction")
+    assert unused
+    assert equal(unused, of_expert(before, "classification"))  # both as they began
+    assert not equal(unused, of_expert(before, "search"))
+    assert equal(unused, of_expert(after, "link_prediction"))
+    assert equal(of_expert(before, "search"), of_expert(after, "search"))
+    assert not equal(unused, of_expert(after, "classification"))
+
+
+@pytest.mark.slow
+def test_grad_cache_trains_as_the_plain_pass_on_two_ranks(tmp_path):
+    """With dropout, every task in each step, accumulation and clipping."""
+    overrides = [
+        "trainer.max_steps=3",
+        "data.schedule=together",
+        "trainer.accumulate_grad_batches=2",
+        "data.token_budget=256",
+        "backbone.dropout=0.3",
+        "trainer.gradient_clip_val=0.1",
+        "optim.eps=1e-4",
+    ]
+    plain, cached = (run(tmp_path / str(cache), *overrides, f"trainer.grad_cache={cache}") for cache in (False, True))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(cached[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+def test_weights_of_one_change_nothing_on_two_ranks(tmp_path):
+    """GradNorm, whose weights begin as 1, averages the gradients over ranks as DDP does, experts included."""
+    overrides = ["trainer.max_steps=1", "data.schedule=together", "trainer.accumulate_grad_batches=2", "optim.eps=1e-4"]
+    plain, balanced = (run(tmp_path / name, *overrides, f"objective.balance={name}") for name in ("none", "gradnorm"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(
+            balanced[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.slow
+def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
+    """Three tasks in two steps: the weight of the third has no gradient, and stays. Diagnostics go with it."""
+    overrides = ["trainer.max_steps=2", "objective.balance=uncertainty", "diagnostics.every_n_steps=2"]
+    state = run(tmp_path, *overrides)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [line for line in lines if "diag/seconds" in line]
+    assert -1 <= row["diag/link_prediction/gradient_cosine/classification"] <= 1
+    assert row["diag/link_prediction/effective_negatives"] > 1
+    moved = {key.split(".")[-1]: bool(value) for key, value in state.items() if key.startswith("uncertainty.")}
+    assert moved == {"classification": True, "link_prediction": True, "search": False}

@@ -1,0 +1,153 @@
+"""What test_ranks.py starts on every rank: the gradient of an optimizer step under DDP, against that of one process.
+
+    python -m tests.lightning_modules.gradient_on_ranks RANK WORLD_SIZE PORT
+
+One process has the whole batch in one chunk, without GradCache. Float64, experts in attention and feed-forward, hard
+negatives that several ranks draw, documents that are known positives of other ranks' queries, a learned temperature and
+both directions of the loss.
+"""
+
+import contextlib
+import dataclasses
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from datamodules.records import Collection, Document, Task
+from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.balance import TaskGradients
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
+from lightning_modules.encoders.moe import MoEEncoder
+from tests.conftest import TASKS, WORDS, InMemory, text_of
+
+QUERIES = 16  # of the global batch
+KINDS = {
+    "classification": ClassificationDataModule,
+    "link_prediction": LinkPredictionDataModule,
+    "search": SearchDataModule,
+}
+
+
+class Step(nn.Module):
+    """What Lightning gives to DDP: a module whose forward is the training step."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return self.module.training_step(batch, 0)["loss"]
+
+
+def collection():
+    """Query i has document i as positive; hard negatives are shared, so that several ranks draw the same."""
+    numbers = [*range(80), *range(100, 107)]
+    corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(*range(i, i + 1 + i % 9))) for i in numbers}
+    queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(80)}
+    return Collection(corpus, queries, {"train": {f"q{i}": {f"d{i}": 1, f"d{100 + i % 7}": 0} for i in range(80)}})
+
+
+def encoder_and_tokenizer():
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
+    set_dropout(backbone, 0.0, 0.0)
+    return MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32).double()
+
+
+def batches(tokenizer, tasks, rank, world_size, token_budget):
+    """This rank's batches, one for each of the tasks."""
+    found = []
+    for step, task in enumerate(tasks):
+        options = BatchOptions(batch_size=QUERIES // world_size, max_length=32, token_budget=token_budget)
+        data = KINDS[task](Task(task, task), {"toy": InMemory(collection())}, options, tokenizer)
+        data.setup()
+        source = data.train_dataloader().batches
+        source.rank, source.world_size = rank, world_size
+        batch = source[step]
+        own = batch.document_ids[batch.positives.flatten()]
+        near = torch.stack([own, own + 1, own + 2, own + 5], 1)  # mostly documents of other ranks
+        found.append(dataclasses.replace(batch, known_positives=near))
+    return found
+
+
+def gradients(module):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def accumulated(step, own, synchronised):
+    """The gradients after one optimizer step's batches, as Lightning accumulates them."""
+    step.zero_grad(set_to_none=True)
+    for i, batch in enumerate(own):
+        last = i == len(own) - 1
+        with contextlib.nullcontext() if last or not synchronised else step.no_sync():
+            (step(batch) / len(own)).backward()
+    return gradients(step.module.module if synchronised else step.module)
+
+
+def by_task(step, own, plan, synchronised):
+    """The tasks' gradients (T, P) of an optimizer step, as GradientBalance takes them."""
+    step.zero_grad(set_to_none=True)
+    found = TaskGradients(list(step.parameters()), sorted(set(plan)))
+    for task, batch in zip(plan, own, strict=True):
+        with step.no_sync() if synchronised else contextlib.nullcontext():
+            (step(batch) / len(own)).backward()
+        found.take(task)
+    found.average_over_ranks()
+    return found
+
+
+def check(ours, whole, used):
+    for name, gradient in whole.items():
+        assert (gradient is None) == (ours[name] is None), name
+        expert = name.split(".experts.")[1].split(".")[0] if ".experts." in name else None
+        assert (gradient is None) == (expert is not None and expert not in used), name
+    pairs = [(ours[name], gradient) for name, gradient in whole.items() if gradient is not None]
+    error = max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)
+    assert error < 1e-12, error
+    assert max(b.abs().max() for _, b in pairs) > 1e-3
+    norms = [torch.nn.utils.get_total_norm([pair[i] for pair in pairs]) for i in (0, 1)]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)  # so clipping means the same
+
+
+def main(rank, world_size, port):
+    encoder = encoder_and_tokenizer()
+    options = {"similarity": "cosine", "temperature": 0.1, "learn_temperature": "one", "symmetric": True}
+    module = ContrastiveModule(encoder, **options).double()
+    plans = (["search"], ["search", "classification"], ["link_prediction", "search", "link_prediction"])
+    wholes = [
+        accumulated(Step(module), batches(encoder.tokenizer, plan, 0, 1, 100_000), synchronised=False) for plan in plans
+    ]
+    whole_by_task = by_task(Step(module), batches(encoder.tokenizer, plans[2], 0, 1, 100_000), plans[2], False)
+    dist.init_process_group(
+        "gloo", store=dist.TCPStore("127.0.0.1", port, world_size, rank == 0), rank=rank, world_size=world_size
+    )
+    step = nn.parallel.DistributedDataParallel(Step(module), find_unused_parameters=encoder.has_idle_parameters)
+    for cache in (False, True):
+        module.grad_cache = cache
+        for plan, whole in zip(plans, wholes, strict=True):
+            own = batches(encoder.tokenizer, plan, rank, world_size, 32)
+            assert all(len(batch.chunks) > 1 for batch in own)
+            check(accumulated(step, own, synchronised=True), whole, plan)
+            print("equal", flush=True)
+    for cache in (False, True):  # last, because DDP takes it amiss when gradients go before it has exchanged them
+        module.grad_cache = cache
+        found = by_task(step, own, plans[2], synchronised=True)
+        assert torch.equal(found.used, whole_by_task.used)
+        torch.testing.assert_close(found.products(), whole_by_task.products(), rtol=1e-12, atol=1e-12)
+    del step  # else DDP ends the process group while it holds the lock that the group's thread may be waiting for
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

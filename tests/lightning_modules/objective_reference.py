@@ -1,0 +1,119 @@
+"""The objective again, in plain loops of numpy over one query after the other, and random batches to compare it on."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from datamodules.records import ContrastiveBatch
+
+
+def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives=3, num_negatives=2, task="search"):
+    """Queries with 1 to num_positives positives and 0 to num_negatives hard negatives; known positives among others."""
+    ids = rng.permutation(num_ids)[:num_documents]
+    positives = np.full((num_queries, num_positives), -1)
+    negatives = np.full((num_queries, num_negatives), -1)
+    known = np.full((num_queries, num_positives + 3), -1)
+    for b in range(num_queries):
+        columns = rng.permutation(num_documents)
+        count = rng.integers(1, num_positives + 1)
+        positives[b, :count] = columns[:count]
+        others = rng.integers(0, num_negatives + 1) if num_negatives else 0
+        negatives[b, :others] = columns[num_positives : num_positives + others]
+        known[b, :count] = ids[columns[:count]]
+        known[b, num_positives] = ids[columns[-1]]  # a positive that was not sampled
+        known[b, num_positives + 1] = num_ids + 5  # and one that is not in the batch
+    return ContrastiveBatch(
+        step=0,
+        task=task,
+        seed=0,
+        fingerprint="",
+        num_tokens=0,
+        chunks=(),
+        queries=torch.arange(num_queries),
+        documents=torch.tensor(num_queries + rng.permutation(num_documents)),
+        document_ids=torch.tensor(ids),
+        positives=torch.tensor(positives),
+        hard_negatives=torch.tensor(negatives),
+        known_positives=torch.tensor(known),
+    )
+
+
+def normalized(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def log_sum_exp(values):
+    values = np.array(values)
+    return values.max() + np.log(np.exp(values - values.max()).sum())
+
+
+def row_loss(scores, positives, forbidden, form, in_denominator):
+    """Of one row. scores: (C,), divided by the temperature. forbidden: columns that are no negatives."""
+    negatives = [c for c in range(len(scores)) if c not in forbidden and c not in positives]
+    log_q = []
+    for p in positives:
+        beside = positives if in_denominator else [p]
+        log_q.append(scores[p] - log_sum_exp([scores[c] for c in [*beside, *negatives]]))
+    return -np.mean(log_q) if form == "mean_log" else np.log(len(log_q)) - log_sum_exp(log_q)
+
+
+def guided(scores, positives, margin, kind):
+    own = np.mean([scores[p] for p in positives])
+    limit = own - (margin if kind == "absolute" else abs(own) * margin)
+    return {c for c in range(len(scores)) if scores[c] > limit}
+
+
+def distilled(student, teacher, positives, candidates, temperature, options):
+    """Of one row. student, teacher: (C,) scores."""
+    if options.loss == "kl":
+        s = np.array([student[c] for c in candidates]) / temperature
+        t = np.array([teacher[c] for c in candidates]) / options.temperature
+        s, t = s - log_sum_exp(s), t - log_sum_exp(t)
+        return (np.exp(t) * (t - s)).sum()
+    pairs = [(p, n) for p, n in itertools.product(positives, candidates) if n not in positives]
+    errors = [(student[p] - student[n] - teacher[p] + teacher[n]) ** 2 for p, n in pairs]
+    return np.mean(errors) if errors else 0.0
+
+
+def reference(vectors, batch, options, temperature, guide=None, teacher=None):
+    """Loss of vectors (U, D) in float64. guide, teacher: (queries, documents) vectors, compared by dot product."""
+    total = 0.0
+    weights = [1.0, *(options.matryoshka_weights or [1.0] * len(options.matryoshka))]
+    for prefix, weight in zip([None, *options.matryoshka], weights, strict=True):
+        total += weight * _at(vectors[:, :prefix], batch, options, temperature, guide, teacher)
+    return options.task_weights.get(batch.task, 1.0) * total
+
+
+def _at(vectors, batch, options, temperature, guide, teacher):
+    queries, documents = vectors[batch.queries.numpy()], vectors[batch.documents.numpy()]
+    if options.similarity == "cosine":
+        queries, documents = normalized(queries), normalized(documents)
+    scores, ids = queries @ documents.T, batch.document_ids.tolist()
+    known = [set(row) for row in batch.known_positives.tolist()]
+    positives = [[c for c in row if c >= 0] for row in batch.positives.tolist()]
+    negatives = [[c for c in row if c >= 0] for row in batch.hard_negatives.tolist()]
+    seen = None if guide is None else guide[0] @ guide[1].T
+    judged = None if teacher is None else teacher[0] @ teacher[1].T
+    margin = (options.guide.margin, options.guide.kind)
+    rule = (options.positives, options.positives_in_denominator)
+    forward, backward, distillation = [], [], []
+    for b in range(len(queries)):
+        forbidden = {c for c in range(len(ids)) if options.mask_known_positives and ids[c] in known[b]}
+        if seen is not None:
+            forbidden |= guided(seen[b], positives[b], *margin)
+        forward.append(row_loss(scores[b] / temperature, positives[b], forbidden, *rule))
+        if judged is not None:
+            allowed = [c for c in range(len(ids)) if c in positives[b] or c not in forbidden]
+            if options.teacher.candidates == "own":
+                allowed = [c for c in positives[b] + negatives[b] if c in allowed]
+            distillation.append(distilled(scores[b], judged[b], positives[b], allowed, temperature, options.teacher))
+        terms = []
+        for p in positives[b]:
+            others = {q for q in range(len(queries)) if options.mask_known_positives and ids[p] in known[q]}
+            if seen is not None:
+                others |= guided(seen[:, p], [b], *margin)
+            terms.append(row_loss(scores[:, p] / temperature, [b], others, *rule))
+        backward.append(np.mean(terms))
+    loss = (np.mean(forward) + np.mean(backward)) / 2 if options.symmetric else np.mean(forward)
+    return loss + (options.teacher.weight * np.mean(distillation) if judged is not None else 0.0)

@@ -1,0 +1,367 @@
+"""Mining as a whole: cached vectors, filters in their order, what is told of it."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.pools import joined
+from datamodules.records import Collection, Document, MinedNegatives, UserError
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
+from lightning_modules.mining.options import MiningOptions
+from lightning_modules.mining.picture import svg
+from lightning_modules.mining.pool import Mined
+from lightning_modules.mining.report import gate, logged, report, table
+from lightning_modules.mining.vectors import VectorCache, fingerprint, text_numbers
+from tests.conftest import toy_collection
+
+
+def mining_of(tmp_path, miner=None, tasks=("search",), similarity="cosine", guide=None, **options):
+    given = MiningOptions(**{"k": 10, "relative_margin": None, "num_negatives": 10} | options)
+    return Mining(
+        given, dict.fromkeys(tasks, miner or DenseMiner()), tmp_path, similarity=similarity, guide=guide, seed=3
+    )
+
+
+def lists_of(mined):
+    negatives = mined.negatives
+    return [row.tolist() for row in np.split(negatives.documents, negatives.starts[1:-1])]
+
+
+def ranking(encoder, data, similarity="cosine"):
+    """Of each example, all documents best first and their scores, by the encoder's own vectors."""
+    task = data.task.name
+    documents = encoder.encode(list(data.collections["toy"].corpus.values()), task)
+    queries = encoder.encode([data.documents[example.query] for example in data.examples], task)
+    if similarity == "cosine":
+        documents, queries = (torch.nn.functional.normalize(v, dim=-1) for v in (documents, queries))
+    scores = (queries.double() @ documents.double().T).numpy()
+    return np.argsort(-scores, axis=1, kind="stable"), scores
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
+@pytest.mark.parametrize("block", [5, 8192])
+def test_mined_are_the_nearest_below_the_margin(
+    make_task, make_encoder, tmp_path, monkeypatch, kind, similarity, block
+):
+    monkeypatch.setattr(pool_module, "BLOCK", block)
+    papers = kind is LinkPredictionDataModule
+    data = make_task(kind, collection=toy_collection(10, 10, papers=papers))
+    encoder = make_encoder("attention")
+    mining = mining_of(
+        tmp_path, similarity=similarity, k=8, first_rank=1, relative_margin=0.01, num_negatives=3, positive="highest"
+    )
+    mined = mining.run(mining.cache(encoder), data.pools())["search"]
+    order, scores = ranking(encoder, data, similarity)
+    wanted, margins = [], []
+    for q, example in enumerate(data.examples):
+        best = max(scores[q][list(example.positives)])
+        limit = best - 0.01 * abs(best)
+        left = [r for r in order[q][1:8] if r not in example.not_negatives and scores[q][r] < limit][:3]
+        wanted.append(left)
+        margins += [best - scores[q][row] for row in left]
+    assert sum(map(len, wanted)) > 5
+    assert lists_of(mined) == wanted
+    np.testing.assert_allclose(mined.margins, margins, atol=1e-5)
+    flat = [(q, row) for q, rows in enumerate(wanted) for row in rows]
+    assert mined.negatives.ranks.tolist() == [order[q].tolist().index(row) for q, row in flat]
+    np.testing.assert_allclose(mined.negatives.scores, [scores[q][row] for q, row in flat], atol=1e-5)
+
+
+def test_a_structural_miner_is_filtered_by_the_models_scores(make_task, make_encoder, tmp_path):
+    data, encoder = make_task(SearchDataModule), make_encoder("attention")
+    mining = mining_of(tmp_path, RandomMiner(), absolute_margin=0.05, positive="lowest")
+    mined = mining.run(mining.cache(encoder), data.pools())["search"]
+    _, scores = ranking(encoder, data)
+    for q, example in enumerate(data.examples):
+        limit = min(scores[q][list(example.positives)]) - 0.05
+        left = {r for r in range(10) if r not in example.not_negatives and scores[q][r] < limit}
+        assert set(lists_of(mined)[q]) == left
+
+
+def test_a_guide_takes_what_it_finds_as_good_as_the_positive(make_task, make_encoder, tmp_path):
+    data, encoder, guide = make_task(SearchDataModule), make_encoder("attention"), make_encoder("shared", seed=7)
+    plain, guided = (mining_of(tmp_path, guide=g) for g in (None, guide))
+    before, after = (lists_of(mining.run(mining.cache(encoder), data.pools())["search"]) for mining in (plain, guided))
+    _, scores = ranking(guide, data)
+    for q, example in enumerate(data.examples):
+        limit = np.mean(scores[q][list(example.positives)])
+        assert after[q] == [row for row in before[q] if scores[q][row] < limit]
+    assert before != after
+
+
+def test_texts_that_stand_twice_are_mined_once_and_never_where_they_are_positives(make_task, make_encoder, tmp_path):
+    collection = toy_collection()
+    copies = {f"x{i}": Document(f"x{i}", d.title.upper(), d.text) for i, d in enumerate(collection.corpus.values())}
+    data = make_task(
+        SearchDataModule, collection=Collection(dict(collection.corpus) | copies, collection.queries, collection.qrels)
+    )
+    for same_text in (True, False):
+        mining = mining_of(tmp_path, k=20, num_negatives=20, same_text=same_text)
+        mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
+        for q, example in enumerate(data.examples):
+            clean = set(range(10)) - set(example.positives)
+            wanted = clean if same_text else clean | set(range(10, 20))
+            assert set(lists_of(mined)[q]) == wanted
+        assert (report(mined, 0).values["duplicates"] > 0) != same_text
+        assert mined.negatives.taken.get("copies", 0) == (120 if same_text else 0)
+
+
+def test_rows_and_examples_of_several_collections(make_task, make_encoder, tmp_path):
+    data = make_task(SearchDataModule)
+    data.collections, data.readers = {}, {"one": data.readers["toy"], "two": data.readers["toy"]}
+    data.documents, data.examples = type(data.documents)(), type(data.examples)()
+    data.setup()
+    mining = mining_of(tmp_path)
+    mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
+    lists = lists_of(mined)
+    assert len(lists) == 24
+    for q, rows in enumerate(lists):
+        assert set(rows).isdisjoint(data.examples[q].positives)
+        assert {row // 22 for row in rows} == {q // 12}
+    assert [[row + 22 for row in rows] for rows in lists[:12]] == lists[12:]
+    assert len(mined.texts) == len(mined.negatives.documents)
+
+
+def test_embedding_that_was_killed_goes_on_with_the_shards_that_are_there(make_encoder, tmp_path, monkeypatch):
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+    embedded = []
+    original = encoder.encode
+
+    def counted(documents, task, **options):
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(len(documents))
+        return original(documents, task, **options)
+
+    monkeypatch.setattr(encoder, "encode", counted)
+    cache = VectorCache(encoder, tmp_path, shard_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        cache.vectors(texts, "search", "documents")
+    assert embedded == [3, 3]
+    (cache.folder / ".half.npy.1").write_bytes(b"what a killed process left")
+    embedded[:] = [0]
+    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: embedded.append(len(d)) or original(d, t, **o))
+    vectors = VectorCache(encoder, tmp_path, shard_size=3).vectors(texts, "search", "documents")
+    assert embedded == [0, 3, 1]
+    np.testing.assert_allclose(np.concatenate(list(vectors)), original(texts, "search").numpy(), atol=1e-5)
+    cache.remove()
+    assert not cache.folder.exists()
+
+
+def test_vectors_are_found_again_for_the_same_model_task_texts_and_similarity_alone(make_encoder, tmp_path):
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+
+    def shards():
+        return {path.name for path in tmp_path.rglob("*.npy")}
+
+    cache = VectorCache(encoder, tmp_path)
+    cache.vectors(texts, "search", "d")
+    seen = shards()
+    assert len(seen) == 1
+    VectorCache(make_encoder("attention"), tmp_path).vectors(texts, "search", "d")
+    assert shards() == seen
+    cache.vectors(texts, "classification", "d")
+    VectorCache(encoder, tmp_path, similarity="cosine").vectors(texts, "search", "d")
+    cache.vectors([*texts[:-1], Document("d9", "other", "words")], "search", "d")
+    assert len(shards()) == 4
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1e-3)
+    assert fingerprint(encoder) != cache.fingerprint
+
+
+def test_vectors_that_are_not_finite_are_refused_and_not_kept(make_task, make_encoder, tmp_path):
+    encoder = make_encoder("shared")
+    with torch.no_grad():
+        encoder.backbone.embeddings.word_embeddings.weight.fill_(float("nan"))
+    mining = mining_of(tmp_path)
+    with pytest.raises(UserError, match="documents of toy: 10 of 10 vectors are not finite, the first is number 0"):
+        mining.run(mining.cache(encoder), make_task(SearchDataModule).pools())
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_corpus_smaller_than_k_is_ranked_whole_and_one_smaller_than_the_first_rank_refused(
+    make_task, make_encoder, tmp_path, caplog
+):
+    pools, encoder = make_task(SearchDataModule).pools(), make_encoder("shared")
+    mining = mining_of(tmp_path, k=500)
+    mined = mining.run(mining.cache(encoder), pools)["search"]
+    assert {len(rows) for rows in lists_of(mined)} == {8}  # ten documents less two positives
+    assert "mining.k: toy has 10 documents" in caplog.text
+    mining = mining_of(tmp_path, k=500, first_rank=10)
+    with pytest.raises(UserError, match="first_rank: ranks from 10 on are asked for, and toy has 10 documents"):
+        mining.run(mining.cache(encoder), pools)
+
+
+def test_a_task_without_negatives_says_which_filter_took_how_many(make_task, make_encoder, tmp_path):
+    pools = make_task(SearchDataModule).pools()
+    mining = mining_of(tmp_path, first_rank=2, absolute_margin=5.0)
+    with pytest.raises(UserError) as error:
+        mining.run(mining.cache(make_encoder("shared")), pools)
+    told = str(error.value)
+    assert told.startswith("search: no hard negative is left. The filters took: known positives 24, first ranks ")
+    counts = [int(word.strip(".,")) for word in told.split("mining.k")[0].split() if word.strip(".,").isdecimal()]
+    assert sum(counts) == 12 * 10
+
+
+def test_without_a_model_some_miners_do_and_others_say_so(make_task, tmp_path):
+    pools = make_task(SearchDataModule).pools()
+    assert mining_of(tmp_path, BM25Miner()).run(None, pools)["search"].negatives.documents.size
+    for mining in (mining_of(tmp_path), mining_of(tmp_path, BM25Miner(), relative_margin=0.05)):
+        with pytest.raises(UserError, match="needs a model: give model="):
+            mining.run(None, pools)
+
+
+def test_text_numbers_are_equal_where_texts_are():
+    corpus = [Document("a", "One", "two"), Document("b", "one", " Two "), Document("c", "", "one two three")]
+    documents, queries = text_numbers(corpus, [Document("q", "", "ONE  two"), Document("p", "", "new")])
+    assert documents[0] == documents[1] != documents[2]
+    assert queries[0] == documents[0]
+    assert queries[1] not in documents
+
+
+def made_up(margins, lists, revealed=None, texts=None):
+    starts, rows = joined(lists)
+    margins = np.array(margins, dtype=np.float32)
+    revealed = np.zeros(len(rows), bool) if revealed is None else np.array(revealed)
+    texts = rows.astype(np.int64) if texts is None else np.array(texts)
+    negatives = MinedNegatives(starts, rows, np.zeros(len(rows), np.int32), -margins, {"known positives": 4})
+    return Mined(negatives, margins, revealed, texts, candidates=20, above=5)
+
+
+def test_the_report_counts_what_it_says():
+    mined = made_up([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
+    former = MinedNegatives(*joined([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
+    values = report(mined, 60, former, 40).values
+    assert values == {
+        "negatives": 4 / 3,
+        "without": 1 / 3,
+        "false_negative_rate": 0.5,
+        "above_positive": 0.25,
+        "revealed": 0.5,
+        "candidates_above": 0.25,
+        "margin_p10": pytest.approx(np.percentile([0.2, -0.1, 0.3, 0.4], 10), abs=1e-6),
+        "margin_p50": pytest.approx(0.25, abs=1e-6),
+        "margin_p90": pytest.approx(np.percentile([0.2, -0.1, 0.3, 0.4], 90), abs=1e-6),
+        "duplicates": 0.25,
+        "distinct": 0.75,
+        "age": 20.0,
+        "kept": 0.5,
+    }
+    found = report(mined, 60)
+    assert "age" not in found.values
+    assert found.histogram[0].sum() == 4
+    assert logged({"search": found})["mine/search/duplicates"] == 0.25
+    told = "\n".join(table({"search": found, "classification": found}))
+    assert "false_negative_rate" in told
+    assert "taken: known positives" in told
+
+
+def test_without_scores_there_are_no_margins_in_the_report():
+    found = report(made_up([np.nan] * 2, [[1], [2]], [True, False]), 0)
+    assert found.values["false_negative_rate"] == 0.5
+    assert not {"above_positive", "candidates_above", "margin_p50"} & set(found.values)
+    assert "no model scored them" in svg({"search": found}, "none")
+
+
+def test_the_gate_stops_where_negatives_look_like_positives():
+    found = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0).values}
+    for open_at in (None, 0.5):
+        gate(found, open_at)
+    with pytest.raises(
+        UserError, match=r"search: 50.0% of the mined .* mining.stop_at is 49.0%\. Set mining.relative_margin"
+    ):
+        gate(found, 0.49)
+
+
+def test_the_picture_is_an_svg_with_bars_of_the_histogram():
+    found = {name: report(made_up([0.2, -0.1, 0.3], [[1], [2, 3]]), 0) for name in ("search", "a & b")}
+    root = ElementTree.fromstring(svg(found, "at <step> 3"))
+    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("fill") != "white"]
+    assert len(bars) == 2 * len(found["search"].histogram[0])
+    assert sum(float(bar.get("height")) > 0 for bar in bars) == 6
+    red = [bar for bar in bars if bar.get("fill") == "#c0392b" and float(bar.get("height")) > 0]
+    assert len(red) == 2
+    assert any("a & b" in (e.text or "") for e in root.iter())
+
+
+RANKS = """
+import sys
+from types import SimpleNamespace
+import numpy as np, torch
+import torch.distributed as dist
+from datamodules.records import Document, MiningPool
+from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.miners import DenseMiner
+from lightning_modules.mining.options import MiningOptions
+
+pool_module.BLOCK = 7
+rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if world > 1:
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+embedded = []
+
+def encode(documents, task, **options):
+    embedded.extend(documents)
+    rows = [np.random.default_rng(int(d.text)).standard_normal(8) for d in documents]
+    return torch.tensor(np.array(rows), dtype=torch.float32)
+
+encoder = SimpleNamespace(
+    config={}, tokenizer=SimpleNamespace(get_vocab=dict), backbone=SimpleNamespace(config=None), state_dict=dict,
+    device=torch.device("cpu"), encode=encode, document_task=lambda task: task,
+)
+nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
+pool = MiningPool(
+    "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
+    [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
+    (np.arange(31), np.arange(30, dtype=np.int32)), nothing,
+)
+mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
+mined = mining.run(mining.cache(encoder), [pool])["search"]
+assert len(embedded) <= -(-80 // world) + 1, len(embedded)
+print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.above)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    told = []
+    for world in (1, 2):
+        folder = str(tmp_path / f"vectors{world}")
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world), str(free_port), folder],
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            for rank in range(world)
+        ]
+        for process in ranks:
+            out, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            told.append(out)
+    assert len(told[0]) > 300
+    assert told[1] == told[0] == told[2]
+
+
+def test_documents_that_are_not_trained_on_are_not_mined(make_task, make_encoder, tmp_path):
+    data = make_task(SearchDataModule)
+    data.strip(np.zeros(0, dtype=np.int64), np.array([4, 7]))
+    mining = mining_of(tmp_path)
+    mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
+    for q, example in enumerate(data.examples):
+        assert set(lists_of(mined)[q]) == set(range(10)) - {4, 7} - set(example.positives)

@@ -1,0 +1,125 @@
+"""Loss and gradient of several ranks against one process with the whole batch."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+RANKS = textwrap.dedent(
+    """
+    import random
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    from datamodules.collate import padded
+    from datamodules.records import ContrastiveBatch
+    from lightning_modules.objective.objective import Objective
+    from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
+
+    SIZES, IDS = [4, 3, 5, 2], 14  # queries of each rank
+    COSINE = {"similarity": "cosine", "temperature": 0.3}
+    CASES = [
+        {"temperature": 0.7},
+        {"temperature": 0.7, "mask_known_positives": False},
+        COSINE | {"symmetric": True},
+        COSINE | {"symmetric": True, "mask_known_positives": False},
+        COSINE | {"symmetric": True, "positives": "log_mean", "learn_temperature": "one", "matryoshka": [3]},
+        COSINE | {"symmetric": True, "guide": GuideOptions("x", 0.1), "score_memory": 1e-6},
+        COSINE | {"teacher": TeacherOptions("x", "kl", "batch"), "positives_in_denominator": True},
+        COSINE | {"teacher": TeacherOptions("x", "margin_mse", "own"), "guide": GuideOptions("x", 0.1)},
+    ]
+
+    def examples(world):
+        \"\"\"(query, positives, hard negatives, known positives); few documents, so that ranks share some.\"\"\"
+        rng, found = random.Random(0), []
+        for rank in range(world):
+            for query in range(SIZES[rank]):
+                ids = rng.sample(range(IDS), 7)
+                known = ids[: rng.randint(1, 3 + rank)]  # lists of other lengths on other ranks
+                positives = known[: rng.randint(1, min(3, len(known)))]
+                found.append((IDS + len(found), positives, ids[6 : 6 + query % 2], known))
+        return found
+
+    def batch_of(examples, weight=1.0):
+        documents = list(dict.fromkeys(d for _, positives, negatives, _ in examples for d in positives + negatives))
+        place = {d: i for i, d in enumerate(documents)}
+        queries = [query for query, *_ in examples]
+        return ContrastiveBatch(
+            step=0, task="search", seed=0, fingerprint="", num_tokens=0, chunks=(),
+            queries=torch.arange(len(queries)),
+            documents=torch.arange(len(queries), len(queries) + len(documents)),
+            document_ids=torch.tensor(documents),
+            positives=padded([[place[d] for d in positives] for _, positives, _, _ in examples]),
+            hard_negatives=padded([[place[d] for d in negatives] for _, _, negatives, _ in examples]),
+            known_positives=padded([known for *_, known in examples]),
+            texts=tuple(queries + documents), weight=weight,
+        )
+
+    class Judge:
+        def __init__(self, features):
+            self.vectors_of = torch.nn.functional.normalize(features, dim=1)
+
+        def vectors(self, batch):
+            vectors = self.vectors_of[list(batch.texts)]
+            return vectors[batch.queries], vectors[batch.documents]
+
+    def gradient(objective, features, weight, batch):
+        vectors = features[list(batch.texts)] @ weight
+        loss = objective(vectors, batch)["loss"]
+        leaves = [weight, *objective.parameters()]
+        return torch.cat([x.flatten() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))])
+
+    def main(rank, world, port):
+        store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+        everything = examples(world)
+        torch.manual_seed(0)
+        features = torch.randn(IDS + len(everything), 6, dtype=torch.float64)
+        weight = (torch.eye(6) + 0.1 * torch.randn(6, 6)).double().requires_grad_()
+        judges = {name: Judge(torch.randn(len(features), 5).double()) for name in ("guide", "teacher")}
+        objectives = []
+        for case in CASES:
+            options = ObjectiveOptions(**case)
+            used = {name: judges[name] for name in judges if getattr(options, name).model}
+            objectives.append(Objective(options, ["search"], 6, used).double())
+        wanted = [gradient(objective, features, weight, batch_of(everything)) for objective in objectives]
+
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        start, size = sum(SIZES[:rank]), SIZES[rank]
+        mine = batch_of(everything[start : start + size], weight=size * world / len(everything))
+        for objective, whole in zip(objectives, wanted):
+            found = gradient(objective, features, weight, mine) / world
+            dist.all_reduce(found)  # what DDP does
+            error = ((found - whole).abs().max() / whole.abs().max()).item()
+            assert error < 1e-12, (objective.options, error)
+        print("equal")
+        dist.destroy_process_group()
+
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    """
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_equal_one_process(world_size, tmp_path, free_port):
+    """Though they draw the same documents, and other numbers of queries, documents and known positives."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(world_size), str(free_port)],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert out.strip() == b"equal"

@@ -1,0 +1,107 @@
+"""Top-k against a loop in numpy, for every backend, shards and memory."""
+
+import sys
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from datamodules.records import UserError
+from lightning_modules.top_k import Shards, pair_scores, top_k
+
+BACKENDS = ("faiss", "torch")
+
+
+def loop(queries, documents, k):
+    """The k best of each query by score and then row, with scores in float64."""
+    found = []
+    for query in queries.astype(np.float64):
+        scores = np.array([(query * document).sum() for document in documents.astype(np.float64)])
+        best = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[:k]
+        found.append(([*best], scores[best]))
+    return np.array([rows for rows, _ in found]), np.array([scores for _, scores in found])
+
+
+def world(num_queries=30, num_documents=300, dimension=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((n, dimension)).astype(np.float32) for n in (num_queries, num_documents)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", [1 << 12, 1 << 29])
+@pytest.mark.parametrize("k", [1, 7, 90, 500])
+def test_backends_agree_with_a_loop(backend, memory, k):
+    queries, documents = world()
+    rows, scores = top_k(queries, documents, k, backend=backend, memory=memory)
+    wanted, values = loop(queries, documents, k)
+    assert (rows == wanted).all()
+    np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pieces", [[300], [100, 1, 199], [50] * 6])
+def test_ties_go_to_the_first_document_however_it_is_sharded(backend, pieces):
+    """Forty copies of each vector: the k-th place is always tied, with more copies than are looked at beyond k."""
+    queries, documents = world(num_documents=8)
+    documents = np.concatenate([documents] * 40)[:300]
+    shards = Shards(np.split(documents, np.cumsum(pieces)[:-1]))
+    rows, _ = top_k(queries, shards, 50, backend=backend, memory=1 << 14)
+    assert (rows == loop(queries, documents, 50)[0]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
+    """All documents are nearly one, as of an encoder that has collapsed."""
+    queries, documents = world(num_documents=400, dimension=64)
+    documents = (1.0 + 1e-5 * documents).astype(np.float32)
+    rows, _ = top_k(queries, documents, 20, backend=backend)
+    assert (rows == loop(queries, documents, 20)[0]).all()
+
+
+def test_without_faiss_torch_is_taken(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it now fails
+    queries, documents = world()
+    assert (top_k(queries, documents, 9)[0] == loop(queries, documents, 9)[0]).all()
+    with pytest.raises(UserError, match="faiss is not installed"):
+        top_k(queries, documents, 9, backend="faiss")
+
+
+def test_faiss_is_taken_where_it_is_installed(monkeypatch):
+    asked = []
+    original = faiss.knn
+    monkeypatch.setattr(faiss, "knn", lambda *a, **k: asked.append(1) or original(*a, **k))
+    top_k(*world(), 9)
+    assert asked
+
+
+def test_autocast_does_not_reach_the_ranking():
+    queries, documents = world(num_documents=2000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows, _ = top_k(queries, documents, 10, backend="torch")
+    assert (rows == loop(queries, documents, 10)[0]).all()
+
+
+def test_scores_of_pairs_and_of_none():
+    queries, documents = world()
+    rows = np.array([[3, -1, 299]] * len(queries))
+    shards = Shards(np.split(documents, [100, 250]))
+    for memory in (1, 1 << 20):
+        scores = pair_scores(queries, shards, rows, memory)
+        np.testing.assert_allclose(scores[:, [0, 2]], queries @ documents[[3, 299]].T, atol=1e-4)
+        assert (scores[:, 1] == -np.inf).all()
+
+
+def test_vectors_that_are_not_finite_are_refused():
+    queries, documents = world()
+    documents[[17, 40]] = np.nan
+    with pytest.raises(UserError, match="documents: 2 of 300 vectors are not finite, the first is number 17"):
+        top_k(queries, documents, 5)
+    documents[[17, 40]] = 0
+    documents[200] = np.inf
+    with pytest.raises(UserError, match="documents: 1 of 50 vectors are not finite, the first is number 200"):
+        top_k(queries, Shards(np.split(documents, [200, 250])), 5)
+    queries[2, 3] = np.nan
+    with pytest.raises(UserError, match="queries: 1 of 30"):
+        top_k(queries, documents[:17], 5)
