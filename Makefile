@@ -75,7 +75,7 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff check .
 
 bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
-	@$(PY) -m experiments.benchmarks.$(BENCH) $(OVERRIDES)
+	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay
 	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Cost of every variant against the dense encoder of the same shape, and of several tasks against one, in one run.
 
-    python -m experiments.benchmarks.encoder_cost [layers=12] [hidden=768] [texts=8] [tokens=256] [backward=no]
+    python -m experiments.timing.encoder_cost [layers=12] [hidden=768] [texts=8] [tokens=256] [backward=no]
 
 The defaults are BERT-base, and an instruction of 16 tokens. Each variant is timed beside the dense encoder, a pair at a
 time, in one process; a figure is the median of the pairs' ratios.

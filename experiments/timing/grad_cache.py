@@ -1,6 +1,6 @@
 """Memory and time of a large batch with GradCache against a small one without, in one run.
 
-    python -m experiments.benchmarks.grad_cache [pairs=1024] [small=64] [tokens=128] [layers=6] [hidden=384]
+    python -m experiments.timing.grad_cache [pairs=1024] [small=64] [tokens=128] [layers=6] [hidden=384]
 
 The defaults are MiniLM's size. A step is forward, backward and AdamW; the token budget is the small batch, which is one
 chunk. Memory is the peak of two steps above that of the model, each measured in a process of its own: resident
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from datamodules.collate import Collator
 from datamodules.records import ContrastiveBatch, Example
-from experiments.benchmarks.encoder_cost import backbone_of, seconds
+from experiments.timing.encoder_cost import backbone_of, seconds
 from experiments.console import entry_point, key_values, whole_number
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder

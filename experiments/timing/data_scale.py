@@ -1,4 +1,4 @@
-"""Data of any size: python -m experiments.benchmarks.data_scale folder=FOLDER [documents=3000000] [pairs=10000000]
+"""Data of any size: python -m experiments.timing.data_scale folder=FOLDER [documents=3000000] [pairs=10000000]
 
 Makes a collection in BEIR layout in FOLDER (kept, and used again), converts and tokenises it (once), and then measures
 in a new process, as training would: seconds from its start to the first batch, at step 0 and at a late step, its memory
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     table.add_row("texts a second", f"{(documents + pairs // 10) / seconds:,.0f}")
     for at in (0, step):
         code = (
-            "import sys, json; from pathlib import Path; from experiments.benchmarks.data_scale import first_batches; "
+            "import sys, json; from pathlib import Path; from experiments.timing.data_scale import first_batches; "
         )
         code += "print(json.dumps(first_batches(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))))"
         command = [sys.executable, "-c", code, str(data), str(cache), str(at), str(batches), str(workers)]
