@@ -22,7 +22,7 @@ EVERY = 30  # seconds between lines
 
 
 class Progress:
-    """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for things that are counted.
+    """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for what is counted.
 
     On a terminal only the first of several ranks shows a bar.
     """

@@ -22,6 +22,7 @@ import torch
 
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.matrix import beside, read_about, write_ids, write_json
 from lightning_modules.top_k import check_finite
 from lightning_modules.vectors import text_hash, whole_file
 
@@ -118,11 +119,6 @@ class ShardFolder:
         return [number for number in range(count) if not (self.folder / f"{number:05d}.json").is_file()]
 
 
-def write_json(path: Path, content: Any) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps(content, ensure_ascii=False).encode())
-
-
 def hash_of(documents: Sequence[Document]) -> str:
     return text_hash(documents)
 
@@ -159,50 +155,28 @@ def embed_shard(
 
 
 def merge(shards: ShardFolder, task: str, count: int, path: Path, about: Mapping[str, Any]) -> int:
-    """One matrix (M, D) of a task's vectors in all count shards, in path, and its ids and description beside it.
+    """A task's vectors in all count shards as one matrix (M, D) in path, with ids and description beside it.
 
     Returns M. One shard is in memory at a time. Raises UserError for a shard that is missing or damaged.
     """
     notes = [shards.note(number) for number in range(count)]
     if None in notes:
         raise UserError(f"{shards.folder}: shard {notes.index(None)} is missing")
-    total = sum(len(note["ids"]) for note in notes)
-    wanted = dict(about) | {"task": task, "count": total, "shards": [note["vectors"][task] for note in notes]}
-    if path.is_file() and read_about(path, required=False) == wanted:
-        return total
+    ids = [id for note in notes for id in note["ids"]]
+    wanted = dict(about) | {"task": task, "count": len(ids), "shards": [note["vectors"][task] for note in notes]}
+    if path.is_file() and beside(path, ".json").is_file() and read_about(path) == wanted:
+        return len(ids)
     try:
-        path.with_suffix(".json").unlink(missing_ok=True)  # of other vectors
+        beside(path, ".json").unlink(missing_ok=True)  # of other vectors
         with whole_file(path) as file:
             for number, note in enumerate(notes):
                 vectors = shards.vectors(number, task, note)
                 if number == 0:
-                    header = {"descr": vectors.dtype.str, "fortran_order": False, "shape": (total, vectors.shape[1])}
+                    header = {"descr": vectors.dtype.str, "fortran_order": False, "shape": (len(ids), vectors.shape[1])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(vectors.data)
-        with whole_file(path.with_suffix(".ids.txt")) as file:
-            for note in notes:
-                file.write("".join(f"{id}\n" for id in note["ids"]).encode())
-        write_json(path.with_suffix(".json"), wanted)
+        write_ids(path, ids)
+        write_json(beside(path, ".json"), wanted)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    return total
-
-
-def read_about(path: Path, required: bool = True) -> dict[str, Any] | None:
-    """What stands beside a merged matrix. Raises UserError if it cannot be read, unless it is not required."""
-    note = path.with_suffix(".json")
-    try:
-        return json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if required:
-            raise UserError(f"{note}: cannot be read ({error})") from error
-        return None
-
-
-def read_ids(path: Path) -> list[str]:
-    """The ids of the rows of a merged matrix or an index. Raises UserError."""
-    ids = path.with_suffix(".ids.txt")
-    try:
-        return ids.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{ids}: cannot be read ({error})") from error
+    return len(ids)

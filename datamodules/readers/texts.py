@@ -6,7 +6,8 @@ A shard is lines, not documents, so that who wants only some of them need not pa
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from datamodules.readers import fields
@@ -60,3 +61,15 @@ def _document(place: Place) -> Document:
     if "\n" in document.id or "\r" in document.id:
         raise UserError(f"the id {document.id!r} has a line end")
     return document
+
+
+def documents_at(path: Path, lines: Iterable[int]) -> dict[int, Document]:
+    """The documents of some lines, counted from 0, of a file without bad ones; of those that are none now, nothing."""
+    found, wanted = {}, set(lines)
+    for line, place in enumerate(rows_of_files([path], BadLines())):
+        if line in wanted:
+            with suppress(UserError):
+                found[line] = _document(place)
+            if len(wanted) == len(found):
+                break
+    return found

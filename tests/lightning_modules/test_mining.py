@@ -21,6 +21,7 @@ from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import gate, logged, report, table
 from lightning_modules.mining.vectors import VectorCache, text_numbers
+from lightning_modules.vectors import fingerprint
 from tests.conftest import toy_collection
 
 
