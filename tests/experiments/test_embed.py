@@ -77,8 +77,9 @@ def test_several_tasks_cosine_and_half_precision(embed, model, capsys):
 
 def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch):
     whole = embed("whole.npy")
+    parts = whole.with_name("parts.npy")
     for part in ("2/3", "3/3", "1/3"):
-        assert not (parts := whole.with_name("parts.npy")).exists()
+        assert not parts.exists()
         embed("parts.npy", f"part={part}")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "4")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "5")
