@@ -128,7 +128,7 @@ def embed(job: Job) -> None:
     _embed_shards(job, encoder, shards, mine, sum(min(job.size, num_lines - n * job.size) for n in mine))
     missing = shards.missing(count)
     if missing:
-        log.info("shard %d and %d others are still missing: whose part they are makes them", *missing[:1], len(missing))
+        log.info("%d of %d shards are still missing, the first is %d: not this part's", len(missing), count, missing[0])
         return
     for task in job.tasks:
         path = job.matrix(task)
