@@ -26,6 +26,7 @@ class MiningContext:
     documents: Shards | None = None
     pools: Sequence[MiningPool] = ()
     memory: int = MEMORY
+    backend: str = "auto"
     device: torch.device | str = "cpu"
     kept: dict[str, Any] = field(default_factory=dict)  # what a miner makes once for a pool
 
@@ -58,7 +59,8 @@ class DenseMiner(Miner):
 
     def rank(self, pool, part, k, context):
         queries = context.queries.gather(np.arange(part.start, part.stop))
-        return top_k(queries, context.documents, k, memory=context.memory, device=context.device)
+        how = {"backend": context.backend, "memory": context.memory, "device": context.device}
+        return top_k(queries, context.documents, k, **how)
 
 
 class RankBandMiner(DenseMiner):

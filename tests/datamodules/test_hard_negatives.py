@@ -222,12 +222,11 @@ def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_p
 def test_only_what_was_mined_alike_is_taken_again(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     meta = META | {"data": data.fingerprints()}
-    assert not data.rounds.reuse(3, "one", meta)
+    assert not data.rounds.has_made("one", meta)
     data.rounds.write("one", {"search": mined_of([[1]] * 12)}, meta)
-    assert not data.rounds.reuse(3, "one", meta | {"model": "bbbb"})
+    assert not data.rounds.has_made("one", meta | {"model": "bbbb"})
+    assert data.rounds.has_made("one", meta)
     assert not data.rounds.has(3)
-    assert data.rounds.reuse(3, "one", meta)
-    assert data.rounds.at(3).of("search", 0) == [1]
 
 
 @pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
