@@ -139,6 +139,7 @@ class MiningPool:
     where the corpus and the examples begin in the task's table. own: (Q,) the document that the query itself is, or -1.
     positives: of query q are documents[starts[q] : starts[q + 1]], for (starts, documents) of (Q + 1,), (P,).
     revealed: as positives, those that only other splits than train judge relevant: for reports, never for choosing.
+    shown: as positives, those that the train split judges irrelevant (grade 0).
     excluded: documents that are not trained on.
     """
 
@@ -151,6 +152,7 @@ class MiningPool:
     own: np.ndarray
     positives: tuple[np.ndarray, np.ndarray]
     revealed: tuple[np.ndarray, np.ndarray]
+    shown: tuple[np.ndarray, np.ndarray]
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 

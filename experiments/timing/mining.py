@@ -54,6 +54,7 @@ def generated_pool(num_queries: int, num_documents: int, cluster: np.ndarray, of
     starts = np.searchsorted(cluster[by_cluster], np.arange(cluster.max() + 2))
     size = np.diff(starts)[of_query]
     positives = by_cluster[starts[of_query][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
+    nothing = (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
     return MiningPool(
         "search",
         "generated",
@@ -63,7 +64,8 @@ def generated_pool(num_queries: int, num_documents: int, cluster: np.ndarray, of
         0,
         np.full(num_queries, -1),
         (np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
-        (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)),
+        nothing,
+        nothing,
     )
 
 

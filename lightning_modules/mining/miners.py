@@ -102,6 +102,18 @@ class BM25Miner(Miner):
         return context.kept["bm25"].top_k(pool.queries[part.start : part.stop], min(k, len(pool.corpus)))
 
 
+class ShownMiner(Miner):
+    """What the data themselves name, shown and not clicked (grade 0 in the train split), so that filters reach it."""
+
+    def rank(self, pool, part, k, context):
+        starts, documents = pool.shown
+        rows = np.full((len(part), k), -1, dtype=np.int64)
+        for i, query in enumerate(part):
+            found = documents[starts[query] : starts[query + 1]][:k]
+            rows[i, : len(found)] = found
+        return rows, np.zeros(rows.shape)
+
+
 class TwoHopMiner(Miner):
     """Documents that are two links away, those on most ways first. Scores are the numbers of ways.
 

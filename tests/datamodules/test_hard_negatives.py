@@ -243,6 +243,8 @@ def test_pools_tell_what_the_collection_does(make_task, kind):
         positives = pool.positives[1][pool.positives[0][i] : pool.positives[0][i + 1]]
         assert {pool.corpus[row].id for row in positives} == {d for d, grade in grades.items() if grade > 0}
         assert [row + pool.first_row for row in positives] == sorted(data.examples[i].positives)
+        shown = pool.shown[1][pool.shown[0][i] : pool.shown[0][i + 1]]
+        assert [pool.corpus[row].id for row in shown] == [d for d, grade in grades.items() if grade == 0]
     known = set(qrels["train"][pool.queries[0].id])
     starts, revealed = pool.revealed
     assert [pool.corpus[row].id for row in revealed[starts[0] : starts[1]]] == [
