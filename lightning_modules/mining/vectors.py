@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from datamodules.records import Document
 from datamodules.text import input_text
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.top_k import Shards, check_finite
 
@@ -75,16 +74,18 @@ class VectorCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         size = max(1, min(self.shard_size, -(-len(documents) // world_size())))  # every rank has a share
         paths = []
-        for number, first in enumerate(range(0, len(documents), size)):
-            part = documents[first : first + size]
-            path = self.folder / f"{text_hash(part, task, self.similarity, self._precision())}.npy"
-            paths.append(path)
-            if number % world_size() == rank() and not path.is_file():
-                vectors = self._encode(part, task)
-                check_finite(vectors, what, first)
-                _save(path, vectors)
-        if world_size() > 1:
-            dist.barrier()
+
+        def embed() -> None:
+            for number, first in enumerate(range(0, len(documents), size)):
+                part = documents[first : first + size]
+                path = self.folder / f"{text_hash(part, task, self.similarity, self._precision())}.npy"
+                paths.append(path)
+                if number % world_size() == rank() and not path.is_file():
+                    vectors = self._encode(part, task)
+                    check_finite(vectors, what, first)
+                    _save(path, vectors)
+
+        together(embed)
         # Copy on write, since torch warns of arrays that cannot be written to.
         return Shards([np.load(path, mmap_mode="c") for path in paths])
 

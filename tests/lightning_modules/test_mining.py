@@ -325,7 +325,7 @@ nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
     [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
-    (np.arange(31), np.arange(30, dtype=np.int32)), nothing,
+    (np.arange(31), np.arange(30, dtype=np.int32)), nothing, nothing,
 )
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]
