@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.top_k import Shards, pair_scores, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores, top_k
 
 BACKENDS = ("faiss", "torch")
 
@@ -94,7 +95,7 @@ def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
     asked, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
-        def setTempMemory(self, size):  # noqa: N802
+        def setTempMemory(self, size):
             assert size == 1 << 20
 
     def knn_gpu(*given, **named):
