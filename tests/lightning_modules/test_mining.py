@@ -13,6 +13,7 @@ import torch
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.fingerprints import fingerprint
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
@@ -20,7 +21,7 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import gate, logged, report, table
-from lightning_modules.mining.vectors import VectorCache, fingerprint, text_numbers
+from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
 
