@@ -40,8 +40,8 @@ from experiments.run_folder import read_config
 from experiments.workers import Share, run_processes, share_of
 from lightning_modules.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import fingerprint
 from lightning_modules.losses import SIMILARITIES
-from lightning_modules.vectors import fingerprint
 
 log = logging.getLogger(__name__)
 

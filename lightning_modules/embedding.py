@@ -22,9 +22,9 @@ import torch
 
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import text_hash, whole_file
 from lightning_modules.matrix import beside, read_about, write_ids, write_json
-from lightning_modules.top_k import check_finite
-from lightning_modules.vectors import text_hash, whole_file
+from lightning_modules.shards import check_finite
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.top_k import Shards, pair_scores, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores, top_k
 
 KINDS = ("flat", "ivf", "pq", "ivfpq")
 BLOCK = 65536  # vectors that are added at once

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import UserError
-from lightning_modules.top_k import Shards
-from lightning_modules.vectors import whole_file
+from lightning_modules.fingerprints import whole_file
+from lightning_modules.shards import Shards
 
 
 class Matrix:

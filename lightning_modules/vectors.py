@@ -1,59 +1,64 @@
-"""What vectors on disk are known by: the model, the texts, the precision; and files that are whole or not there."""
+"""Vectors for benchmarks: in memory, or in shards on disk; texts that several benchmarks share are encoded once."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from datamodules.records import Document
+from lightning_modules.distributed import gather_rows, rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import text_hash
+from lightning_modules.mining.vectors import VectorCache
+from lightning_modules.shards import Advance, Shards, check_finite
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """Of an encoder's weights, arguments and vocabulary: equal for equal vectors, on any machine."""
-    digest = hashlib.blake2b(digest_size=8)
-    about = {name: str(value) for name, value in encoder.config.items()}
-    shape = encoder.backbone.config  # what weights alone do not tell
-    about |= {name: str(getattr(shape, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")}
-    digest.update(json.dumps([type(encoder).__name__, about], sort_keys=True).encode())
-    digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+class Vectors:
+    """An encoder's vectors of texts, as they are (see similarity.py for what they are compared by).
 
+    folder: where documents' are kept on disk, also for the next time; by default they stand in memory. The last corpus
+    and the last queries of this rank are remembered.
+    """
 
-def text_hash(documents: Iterable[Document], *keys: str) -> str:
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=12)
-    for document in documents:
-        digest.update(repr((document.title, document.text)).encode())
-    return digest.hexdigest()
+    def __init__(self, encoder: Encoder, *, token_budget: int = 16384, folder: Path | None = None):
+        self.encoder, self.token_budget = encoder, token_budget
+        self.cache = VectorCache(encoder, folder, token_budget=token_budget) if folder else None
+        self.kept: dict[str, tuple[str, Shards]] = {}
 
+    def of_all_ranks(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (M, D) of documents, of which each rank encodes its share."""
 
-def precision_of(encoder: Encoder) -> str:
-    """What the encoder computes in, under the autocast that is on."""
-    kind = encoder.device.type
-    return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+        def made() -> Shards:
+            if self.cache:
+                return self.cache.vectors(documents, task, what, advance)
+            size, mine = world_size(), rank()
+            # Round-robin shares, so that ranks get texts of similar length; gathered, they are sorted back.
+            encoded = self._encode(documents[mine::size], task, what, advance)
+            if size == 1:
+                return Shards([encoded])
+            gathered = gather_rows(torch.from_numpy(encoded).to(self.encoder.device)).cpu().numpy()
+            order = np.concatenate([np.arange(r, len(documents), size) for r in range(size)])
+            sorted_back = np.empty_like(gathered)
+            sorted_back[order] = gathered
+            return Shards([sorted_back])
 
+        return self._once("documents", documents, task, made)
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of path when all of it is on the disk. On an error nothing is left."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    def of_this_rank(self, queries: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (q, D) float32 of this rank's queries."""
+        return self._once("queries", queries, task, lambda: Shards([self._encode(queries, task, what, advance)]))[0]
+
+    def _encode(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None) -> np.ndarray:
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance).numpy()
+        check_finite(vectors, what)
+        return vectors
+
+    def _once(self, kind: str, documents: Sequence[Document], task: str, made) -> Shards:
+        key = text_hash(documents, task)
+        if self.kept.get(kind, ("",))[0] != key:
+            self.kept.pop(kind, None)
+            self.kept[kind] = (key, made())
+        return self.kept[kind][1]

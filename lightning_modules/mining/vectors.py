@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from datamodules.records import Document
 from datamodules.text import input_text
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.top_k import Shards, check_finite
-from lightning_modules.vectors import fingerprint, precision_of, text_hash, whole_file
+from lightning_modules.fingerprints import fingerprint, precision, text_hash, whole_file
+from lightning_modules.shards import Advance, Shards, check_finite
 
 
 class VectorCache:
@@ -45,30 +44,34 @@ class VectorCache:
         self.fingerprint = fingerprint(encoder)
         self.folder = Path(folder) / self.fingerprint
 
-    def vectors(self, documents: Sequence[Document], task: str, what: str) -> Shards:
-        """Vectors of documents, encoded for a task. what: their name in errors. All ranks call it together.
+    def vectors(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None) -> Shards:
+        """Vectors of documents, encoded for a task. All ranks call it together.
+
+        what: their name in errors. advance: called with the number of texts that were encoded.
 
         Raises UserError for vectors that are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = max(1, min(self.shard_size, -(-len(documents) // world_size())))  # every rank has a share
         paths = []
-        for number, first in enumerate(range(0, len(documents), size)):
-            part = documents[first : first + size]
-            path = self.folder / f"{text_hash(part, task, self.similarity, precision_of(self.encoder))}.npy"
-            paths.append(path)
-            if number % world_size() == rank() and not path.is_file():
-                vectors = self._encode(part, task)
-                check_finite(vectors, what, first)
-                with whole_file(path) as file:
-                    np.save(file, vectors)
-        if world_size() > 1:
-            dist.barrier()
+
+        def embed() -> None:
+            for number, first in enumerate(range(0, len(documents), size)):
+                part = documents[first : first + size]
+                path = self.folder / f"{text_hash(part, task, self.similarity, precision(self.encoder))}.npy"
+                paths.append(path)
+                if number % world_size() == rank() and not path.is_file():
+                    vectors = self._encode(part, task, advance)
+                    check_finite(vectors, what, first)
+                    with whole_file(path) as file:
+                        np.save(file, vectors)
+
+        together(embed)
         # Copy on write, since torch warns of arrays that cannot be written to.
         return Shards([np.load(path, mmap_mode="c") for path in paths])
 
-    def _encode(self, documents: Sequence[Document], task: str) -> np.ndarray:
-        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget)
+    def _encode(self, documents: Sequence[Document], task: str, advance: Advance | None) -> np.ndarray:
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance)
         if self.similarity == "cosine":
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.numpy()
