@@ -16,7 +16,7 @@ from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments import embed as embed_entry
 from experiments.embed import main
-from experiments.workers import share_of
+from experiments.workers import Share, run_processes, share_of
 from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.matrix import open_matrix
 from tests.conftest import text_of, toy_collection
@@ -168,6 +168,18 @@ def test_shares_that_are_none():
         share_of("", array)
 
 
+def test_processes_of_one_machine_divide_its_share_and_failures_are_named(tmp_path, monkeypatch):
+    probe = "import os, sys; open(sys.argv[-1][5:].replace('/', '-'), 'w').write(os.environ['LOCAL_RANK'])"
+    (tmp_path / "probe.py").write_text(probe)
+    (tmp_path / "failing.py").write_text("import os, sys; sys.exit(int(os.environ['LOCAL_RANK']) * 3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "7")
+    run_processes("probe", ["task=search"], Share(1, 3), devices=2)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*-6")} == {"3-6": "0", "4-6": "1"}
+    with pytest.raises(UserError, match=r"of 2 processes failed: 2 \(status 3\); the same command goes on"):
+        run_processes("failing", [], Share(), devices=2)
+
+
 @pytest.mark.slow
 def test_two_killed_workers_leave_no_trace_in_the_bits(embed, model, papers, tmp_path):
     """kill -9 while they write their shards; the others end, and the killed ones' shards are made later."""
@@ -187,8 +199,7 @@ def test_two_killed_workers_leave_no_trace_in_the_bits(embed, model, papers, tmp
     codes = [worker.wait(timeout=120) for worker in workers]
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
     assert not (tmp_path / "parts" / "search.npy").exists()
-    done = subprocess.run([*command, "devices=2"], cwd=ROOT, timeout=200)
-    assert done.returncode == 0
+    embed("parts", "shard_size=50")
     whole = embed("whole", "shard_size=50")
     assert (tmp_path / "parts" / "search.npy").read_bytes() == (whole / "search.npy").read_bytes()
     assert open_matrix(whole).ids == [paper["id"] for paper in many]
