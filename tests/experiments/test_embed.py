@@ -151,7 +151,8 @@ def test_sources_and_bad_lines(embed, papers, tmp_path):
         ("", {}, (0, 1, 0)),
         ("3/8", {}, (2, 8, 0)),
         ("", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-        ("", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ("", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
         ("2/2", {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}, (4, 6, 1)),
     ],
 )
