@@ -135,6 +135,7 @@ def embed(job: Job) -> None:
         path = job.matrix(task)
         about = shards.about | {"input": str(job.source.absolute()), "name": job.values["model"]}
         log.info("%s: %s vectors", path, f"{merge(shards, task, count, path, about):,}")
+    log.info("Next: make find embeddings=%s task=%s query='...'", job.output, next(iter(job.tasks)))
 
 
 def _embed_shards(job: Job, encoder: Encoder, shards: ShardFolder, mine: range, total: int) -> None:

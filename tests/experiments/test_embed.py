@@ -118,6 +118,7 @@ def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(e
     assert made[3:] == ["p5", "p20"]
     assert open_matrix(output).ids[6] == "new"
     assert len(open_matrix(output).ids) == 24
+    assert "1 ids stand more than once" in caplog.text
 
 
 def test_what_would_mix_vectors_is_refused(embed, model, make_encoder):
