@@ -56,9 +56,7 @@ def reads_the_same(batch: ContrastiveBatch, document_keys: Tensor) -> Mask:
     return lambda part: known_positive_mask(own[part], document_keys)
 
 
-def query_side(
-    vectors: Tensor, batch: ContrastiveBatch, options: ObjectiveOptions, guide: Judge | None = None
-) -> Side:
+def query_side(vectors: Tensor, batch: ContrastiveBatch, options: ObjectiveOptions, guide: Judge | None = None) -> Side:
     """Queries among the documents of all ranks.
 
     A document that several ranks drew counts once, as it would on one process: this rank's copy, else the first.

@@ -3,8 +3,8 @@
     python -m tests.lightning_modules.gradient_on_ranks RANK WORLD_SIZE PORT
 
 One process has the whole batch in one chunk, without GradCache. Float64, experts in attention and feed-forward, two
-positives of a query, hard negatives that several ranks draw, documents that are known positives of other ranks' queries,
-a learned temperature and both directions of the loss.
+positives of a query, hard negatives that several ranks draw, documents that are known positives of other ranks'
+queries, a learned temperature and both directions of the loss.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Step(nn.Module):
 
 
 def collection():
-    """Query i has documents i and i + 3 as positives; hard negatives are shared, so that several ranks draw the same."""
+    """Query i has documents i and i + 3 as positives; hard negatives are shared, so that ranks draw the same."""
     numbers = [*range(80), *range(100, 107)]
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(*range(i, i + 1 + i % 9))) for i in numbers}
     queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(80)}

@@ -177,9 +177,7 @@ def test_papers_that_share_a_value(make_task, tmp_path):
 def test_labels_of_papers_that_share_a_value(make_task, tmp_path):
     labels = {f"l{i}": Document(f"l{i}", f"label {i}") for i in range(5)}
     judged = {f"d{i}": {f"l{i % 5}": 1, f"l{(i + 1) % 5}": 1} for i in range(10)}
-    pool = pool_of(
-        make_task, ClassificationDataModule, collection=Collection(labels, PAPERS.corpus, {"train": judged})
-    )
+    pool = pool_of(make_task, ClassificationDataModule, collection=Collection(labels, PAPERS.corpus, {"train": judged}))
     file = papers_file(tmp_path / "papers.jsonl", AUTHORS)
     rows, _ = SharingMiner(file, "author").rank(pool, range(10), 5, context_of(pool))
     for q in range(10):

@@ -128,7 +128,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_matrix_of_all_scores_ever_stands(case):
-    """256 queries, 512 documents: nothing that is made, of scores, masks or gradients, is larger than a part's budget."""
+    """256 queries, 512 documents: nothing that is made, scores, masks or gradients, is larger than a part's budget."""
     rng = np.random.default_rng(0)
     batch = random_batch(rng, num_queries=256, num_documents=512, num_ids=2000)
     options = ObjectiveOptions(**(CASES[case] | {"score_memory": 0.25}))

@@ -94,7 +94,7 @@ def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
     asked, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
-        def setTempMemory(self, size):  # noqa: N802
+        def setTempMemory(self, size):
             assert size == 1 << 20
 
     def knn_gpu(*given, **named):
