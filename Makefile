@@ -74,7 +74,7 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, data_scale
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay
