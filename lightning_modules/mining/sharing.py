@@ -71,9 +71,8 @@ def values_of(path: Path, id: str, field: str, wanted: set[str]) -> dict[str, li
             for number, line in enumerate(lines, start=1):
                 record = _record(line)
                 if id not in record:
-                    raise UserError(
-                        f"papers: {path}, line {number}: expected a JSON object with {id!r}, got {line[:60]!r}"
-                    )
+                    got = f"got {line[:60]!r}"
+                    raise UserError(f"papers: {path}, line {number}: expected a JSON object with {id!r}, {got}")
                 if str(record[id]) in wanted:
                     values = record.get(field) or []
                     values = values if isinstance(values, list) else [values]

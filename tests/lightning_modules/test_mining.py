@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.fingerprints import fingerprint
 from lightning_modules.loggers import JsonlLogger, log_histograms
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
@@ -23,7 +24,7 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import gate, histograms, logged, report, table
-from lightning_modules.mining.vectors import VectorCache, fingerprint, text_numbers
+from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
 
