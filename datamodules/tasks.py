@@ -160,6 +160,7 @@ class TaskDataModule(ContrastiveDataModule):
     """
 
     queries_are_documents: ClassVar[bool] = False  # a query's own id, among the documents, is the query itself
+    corpus_is_evaluated: ClassVar[bool] = True  # to have trained on documents that are only evaluated is a leak
 
     def __init__(self, task: Task, readers: Mapping[str, Reader], options: BatchOptions | None = None, tokenizer=None):
         super().__init__()
@@ -288,6 +289,8 @@ class TaskDataModule(ContrastiveDataModule):
 
 class ClassificationDataModule(TaskDataModule):
     """Paper -> label. The corpus is the label space; a paper's other labels are never its negatives."""
+
+    corpus_is_evaluated = False  # labels are known to all
 
 
 class LinkPredictionDataModule(TaskDataModule):

@@ -23,7 +23,7 @@ from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import Reader
 from experiments.targets import check_target, instantiate
-from tests.datamodules.reader_worlds import WORLDS, World, maple, papers, put, search, triplets, written
+from tests.datamodules.reader_worlds import WORLDS, World, beir, maple, papers, put, search, triplets, written
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SEPARATED = {"dpr": ","}  # what stands between records
@@ -497,6 +497,31 @@ def test_beir_from_the_hub(monkeypatch, qrels):
     assert "/test, line 2, entry 2: query-id: '2' is not in the data set" in refused(reader)
     del corpus[0]["_id"]
     assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in refused(reader)
+
+
+def test_datasets_itself_loads_what_the_hub_readers_read(tmp_path):
+    """Folders stand in for the hub; what `datasets` raises of its own is told as all else."""
+    pytest.importorskip("datasets")
+    expected = triplets(tmp_path / "triplets")
+    reader = SciRepEvalReader("citations", dataset=str(tmp_path / "triplets"))
+    assert reader.read() == expected
+
+    home, expected = tmp_path / "beir", beir(tmp_path / "beir")
+    for split, qrels in expected.qrels.items():
+        rows = ({"query-id": q, "corpus-id": d, "score": g} for q, its in qrels.items() for d, g in its.items())
+        put(home / "judged" / f"{split}.jsonl", *rows)
+    places = {"corpus": {"corpus": "corpus.jsonl"}, "queries": {"queries": "queries.jsonl"}}
+    places["default"] = {split: f"judged/{split}.jsonl" for split in expected.qrels}
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
+        for name, files in places.items()
+    ]
+    put(home / "README.md", "---", json.dumps({"configs": configs}), "---")
+    assert BeirHubReader(str(home)).read() == expected
+
+    put(tmp_path / "triplets" / "train.jsonl", '{"query": ')
+    assert "cannot be loaded (JSON parse error" in refused(reader)
+    assert "config nope: cannot be loaded" in refused(SciRepEvalReader("citations", dataset=str(home), config="nope"))
 
 
 def test_a_text_is_not_taken_for_the_document_that_has_its_name(tmp_path):
