@@ -21,7 +21,7 @@ from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS, BatchOptions
 from tests.conftest import text_of
 from tests.datamodules.reader_worlds import WORLDS
-from tests.datamodules.test_readers import mutated, retyped
+from tests.datamodules.test_fuzz import mutated, retyped
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
 
