@@ -188,8 +188,11 @@ class TaskDataModule(ContrastiveDataModule):
         for collection in self.collections.values():
             self._add(collection)
         if not self.examples:
-            names = ", ".join(self.collections)
-            raise UserError(f"task {self.task.name}: no query of the train split of {names} has a positive document")
+            names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
+            raise UserError(
+                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has dev or "
+                "test alone is measured beside a collection that is trained on"
+            )
 
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
