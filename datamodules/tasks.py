@@ -199,8 +199,8 @@ class TaskDataModule(ContrastiveDataModule):
         if not self.examples:
             names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
             raise UserError(
-                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has dev or "
-                "test alone is measured beside a collection that is trained on"
+                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has "
+                "dev or test alone is measured beside a collection that is trained on"
             )
 
     def _read(self, name: str) -> Collection | StoredCollection:
