@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class TrainingLog(L.Callback):
-    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself.
+    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself, and
+    the number of its batches.
 
     Tasks take turns, so the values of one step alone would show one task, or with an unlucky n always the same.
 
@@ -77,6 +78,7 @@ class TrainingLog(L.Callback):
             for (task, name), value in total.items()
             if name != "count"
         }
+        values |= {f"train/{task}/batches": total[task, "count"] / world_size() for task in tasks}
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
         values["train/tokens_per_second"] = float(table[-1]) / self.seconds
         values["train/batch"] = batch.fingerprint

@@ -243,7 +243,7 @@ def test_several_collections_of_one_task_share_no_identity(make_backbone):
 def test_a_task_without_positives_is_refused(make_task):
     collection = toy_collection()
     nothing = {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["train"].items()}
-    with pytest.raises(UserError, match="task search: no query of the train split of toy has a positive"):
+    with pytest.raises(UserError, match="task search: no query of the train split of toy .train. has a positive"):
         make_task(SearchDataModule, collection=Collection(collection.corpus, collection.queries, {"train": nothing}))
 
 

@@ -260,8 +260,11 @@ def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):
 
 def killed_and_resumed(tmp_path, strategy, stop_at=None):
     """Batches, states and stores of a whole run on two ranks with two workers, and of one that was killed."""
-    weights = ["data.weights={classification: 2, link_prediction: 1, search: 2}"] if strategy == "weights" else []
-    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", f"data.schedule={strategy}", *weights]
+    schedule = {
+        "weights": ["data.schedule=weights", "data.weights={classification: 2, link_prediction: 1, search: 2}"],
+        "curriculum": ["data.curriculum=[{from_step: 5, weights: {classification: 1, link_prediction: 1, search: 5}}]"],
+    }.get(strategy, [f"data.schedule={strategy}"])
+    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", *schedule]
     overrides += [
         "trainer.max_steps=12",
         "checkpoint.every_n_steps=3",
@@ -299,4 +302,4 @@ def killed_and_resumed(tmp_path, strategy, stop_at=None):
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_hard_negatives_that_it_had(tmp_path):
     """Two ranks, two workers, rounds at steps 4 and 8: batches, stores and weights are those of the whole run."""
-    killed_and_resumed(tmp_path, random.Random().choice(STRATEGIES))
+    killed_and_resumed(tmp_path, random.Random().choice((*STRATEGIES, "curriculum")))
