@@ -176,6 +176,9 @@ def test_a_suite_of_ones_own(root, tmp_path):
     result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["split"], result["queries"]) == ("train+test", 1)
     assert result["protocol"] == "mine/test/first-1-queries"
+    main([*arguments, "benchmarks=all", "max_documents=3"])
+    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
     with pytest.raises(UserError, match=r"benchmarks: unknown 'mines'; did you mean mine\?"):
         main([*arguments, "benchmarks=mines"])
 
