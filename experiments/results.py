@@ -157,6 +157,7 @@ def evaluate_encoder(
             "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
             "precision": precision(encoder),
             "device": device_name(encoder.device),
+            "texts": len(benchmark.corpus) + len(benchmark.queries),
             "seconds": seconds,
         }
 
