@@ -192,7 +192,7 @@ def write_manifest(
         "python": platform.python_version(),
         "machine": platform.platform(),
         "versions": versions(),
-        "git": _git(),
+        "git": git_state(),
         "parameters": num_parameters,
         "schedule": dict(schedule),
         "data": {
@@ -221,7 +221,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
+    """The commit of this code, and whether it was changed since; None where it is in no repository."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
