@@ -42,7 +42,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What a column measures. queries, documents: how many there are, where it is known. similarity: of the protocol."""
+    """What a column measures.
+
+    queries, documents: how many there are, where it is known. similarity: of the protocol, if it has one.
+    """
 
     protocol: str
     metric: str

@@ -78,7 +78,7 @@ def _related(column: Column, benchmarks: Mapping[str, Any], ours: str) -> Iterat
 
 def _data(protocol: str) -> str:
     """Whose second word names the data: scimult/scifact/all-splits, beir/scifact/test."""
-    return (protocol.split("/") + [""])[1]
+    return [*protocol.split("/"), ""][1]
 
 
 def _differences(column: Column, result: Mapping[str, Any], measured: Mapping[str, Any], system: str) -> Iterator[str]:

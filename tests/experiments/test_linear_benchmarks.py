@@ -45,7 +45,9 @@ def test_figures_are_those_of_the_harness(scidocs, make_encoder, tmp_path, caplo
     main([models, "benchmarks=mag_linear", f"data.root={scidocs.parent}", f"output={tmp_path / 'out'}"])
 
     papers = json.loads((scidocs / "paper_metadata_mag_mesh.json").read_text())
-    splits = {s: list(csv.reader(open(scidocs / "mag" / f"{s}.csv")))[1:] for s in ("train", "test")}
+    splits = {
+        s: list(csv.reader((scidocs / "mag" / f"{s}.csv").read_text().splitlines()))[1:] for s in ("train", "test")
+    }
     vectors, labels = {}, {}
     for split, rows in splits.items():
         texts = [Document(id, papers[id]["title"], papers[id]["abstract"]) for id, _ in rows]

@@ -58,7 +58,8 @@ def test_a_run_has_each_querys_class():
     train, classes, queries = drawn()
     run = classify(benchmark(["abc"[c] for c in classes]), list(range(40)), queries, train)
     assert run.indices[:, 0].tolist() == predict(train, classes, queries)[0].tolist()
-    assert run.documents == ["a", "b", "c"] and run.indices.shape == (40, 1)
+    assert run.documents == ["a", "b", "c"]
+    assert run.indices.shape == (40, 1)
 
 
 @pytest.mark.parametrize(
