@@ -180,6 +180,7 @@ class MiningPool:
     where the corpus and the examples begin in the task's table. own: (Q,) the document that the query itself is, or -1.
     positives: of query q are documents[starts[q] : starts[q + 1]], for (starts, documents) of (Q + 1,), (P,).
     revealed: as positives, those that only other splits than train judge relevant: for reports, never for choosing.
+    shown: as positives, those that the train split judges irrelevant (grade 0).
     excluded: documents that are not trained on.
     """
 
@@ -192,6 +193,7 @@ class MiningPool:
     own: np.ndarray
     positives: tuple[np.ndarray, np.ndarray]
     revealed: tuple[np.ndarray, np.ndarray]
+    shown: tuple[np.ndarray, np.ndarray]
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -249,6 +251,7 @@ class ContrastiveBatch:
     hard_negatives   (B, N) indices among the M documents of the query's own hard negatives; padded with -1
     known_positives  (B, K) identities that are no negatives of the query: all its positives, and itself where queries
                             are documents too; padded with -1
+    text_keys        (U,)   equal for texts that the encoder reads alike; none where that is not known
     texts            of the U rows, where another encoder judges the batch, else none
     weight           of the mean loss of these queries: their number, over the mean of all ranks
     """
@@ -267,8 +270,11 @@ class ContrastiveBatch:
     known_positives: Tensor
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
+    text_keys: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
         names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        if self.text_keys is not None:
+            moved["text_keys"] = self.text_keys.to(device, non_blocking=non_blocking)
         return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)

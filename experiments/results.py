@@ -19,6 +19,7 @@ from experiments.schema import Config
 from experiments.table import show
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import fingerprint, precision
 from lightning_modules.measure import (
     depth,
     means,
@@ -30,7 +31,6 @@ from lightning_modules.measure import (
     write_trec,
 )
 from lightning_modules.metrics import Run
-from lightning_modules.mining.vectors import fingerprint, precision
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
 from lightning_modules.vectors import Vectors
 
