@@ -53,7 +53,7 @@ data: $(STAMP) ## build training data from public downloads: make data RECIPE=sc
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-eval: $(STAMP) ## measure a model: make eval model=M [run=RUN] [split=dev] [beir=FOLDER task=search]
+eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
 
 reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]
@@ -83,7 +83,7 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale, evaluation
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay

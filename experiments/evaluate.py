@@ -1,7 +1,7 @@
 """Measure models: python -m experiments.evaluate model=M [benchmarks=all data.root=FOLDER | beir=FOLDER task=search]
 
-model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder or hub name), or bm25; several, with
-             commas between, stand in one table
+model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder, hub name, or package:NAME of an
+             installed package), or bm25; several, with commas between, stand in one table
 benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scidocs*), with commas between; list shows
              them
 suite        a file of benchmarks of your own, instead of these
@@ -22,7 +22,8 @@ precision    what encoders compute in: float32 or bfloat16; scores are in float3
              bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
-max_queries  of each benchmark, the first ones alone, which makes another protocol; 0 for all
+max_queries, max_documents    for a first look: of each benchmark the first queries alone, and a corpus of their
+             relevant documents and the first others; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
@@ -47,7 +48,7 @@ from experiments.models import MODEL_KEYS, run_of
 from experiments.results import Results, combine
 from experiments.run_folder import read_config, versions
 from experiments.schema import Config, EvaluationConfig
-from experiments.suite import Collections, build, choose, load_suite
+from experiments.suite import Collections, Limits, build, choose, load_suite
 from experiments.systems import PRECISIONS, load_systems, models_of, short_name
 from experiments.table import show, show_suite
 from lightning_modules.metrics import parse_metric
@@ -66,6 +67,7 @@ KEYS = MODEL_KEYS | {
     "suite": "",
     "data.root": "",
     "max_queries": "0",
+    "max_documents": "0",
     "task": "",
     "similarity": "",
     "precision": "float32",
@@ -103,9 +105,9 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
     log.info("%d benchmarks; for want of data without %s", len(there), ", ".join(missing) or "none")
     for source in dict.fromkeys(suite[name].source for name in missing):
         log.info("  to get: %s", source or "see the suite's file")
-    max_queries = whole_number("max_queries", values["max_queries"], least=0)
+    limits = Limits(*(whole_number(key, values[key], least=0) for key in ("max_queries", "max_documents")))
     for name, config in there.items():
-        benchmark = build(name, config, collections, max_queries)
+        benchmark = build(name, config, collections, limits)
         if similarities and benchmark.similarity:
             benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
         yield benchmark
