@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datamodules.readers import fields
 from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object, parse, records
-from datamodules.readers.lines import find_file, open_text, read
+from datamodules.readers.json_values import as_object, records, whole
+from datamodules.readers.lines import find_file
 from datamodules.records import Collection, Document, Qrels, UserError
 
 
@@ -57,11 +57,8 @@ def _paper(record) -> Document:
 
 
 def _judgements(path: Path, papers: dict[str, Document]) -> Qrels:
-    with open_text(path) as stream:
-        text = read(stream, path, 0, -1)
-    qrels = {}
+    content, qrels = whole(path), {}
     try:
-        content = parse(text)
         if not isinstance(content, dict):
             raise UserError("expected an object of queries")
         for query in content:
