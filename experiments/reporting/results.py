@@ -1,0 +1,117 @@
+"""What the model reached: beside BM25, beside its own start, and query by query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.reporting.charts import intervals
+from experiments.reporting.html import Html, figure, join, missing, pointer, scrolling, section, table, tag
+from experiments.reporting.run_files import FIGURES, RunFiles
+
+TONES = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
+
+
+def results(run: RunFiles) -> Html:
+    """The final table, how far it is beyond chance, and the tables of `make eval`."""
+    content, name = run.results, "results.json"
+    parts: list[Any] = []
+    if content is None:
+        target = run.config.get("trainer", {}).get("max_steps")
+        parts.append(
+            missing(
+                "No results yet: training has reached step ",
+                figure(run.last_step, pointer(FIGURES, "last_step"), ","),
+                " of ",
+                figure(target, pointer("config.yaml", "trainer", "max_steps"), ","),
+                ". The same command goes on with it.",
+            )
+        )
+        content, name = run.json("baselines.json"), "baselines.json"
+    files = [name] if content else []
+    if content:
+        parts += [_picture(content, name), _table(content, name)]
+        parts += _beyond_chance(run)
+    for path, other in run.evaluations.items():
+        parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path)]
+        files.append(path)
+    return section("results", "Results", *parts, files=[*files, *([FIGURES] if run.figures.get("differences") else [])])
+
+
+def _metrics(of: Mapping[str, Any], content: Mapping[str, Any]) -> Sequence[str]:
+    return of.get("metrics") or content["metrics"]
+
+
+def _picture(content: Mapping[str, Any], name: str) -> Html:
+    """The main metric of each benchmark, one dot a system."""
+    rows = []
+    for benchmark, of in content["benchmarks"].items():
+        metric = _metrics(of, content)[0]
+        dots = []
+        for number, (system, means) in enumerate(of["systems"].items()):
+            source = pointer(name, "benchmarks", benchmark, "systems", system, metric)
+            told = tag("title", f"{system}: {means[metric]:.4f}", data_source=source)
+            dots.append((system, TONES.get(system, 2 + number), means[metric], told))
+        rows.append((f"{benchmark}, {metric}", dots))
+    return tag("div", intervals("Each benchmark's main metric", rows, 1.0), class_="charts")
+
+
+def _table(content: Mapping[str, Any], name: str) -> Html:
+    """A block for each benchmark, a row for each system; blocks of the same metrics share a table."""
+    tables: dict[tuple[str, ...], list[Html]] = {}
+    for benchmark, of in content["benchmarks"].items():
+        metrics = tuple(_metrics(of, content))
+        rows = tables.setdefault(metrics, [])
+        count = figure(of["queries"], pointer(name, "benchmarks", benchmark, "queries"), ",")
+        documents = figure(of["documents"], pointer(name, "benchmarks", benchmark, "documents"), ",")
+        about = tag("small", f" {of['task']}, {of['split']}: ", count, " queries, ", documents, " documents",
+                    class_="note")  # fmt: skip
+        rows.append(tag("tr", tag("th", benchmark, about, colspan=len(metrics) + 1, scope="rowgroup"), class_="group"))
+        for system, means in of["systems"].items():
+            cells = (
+                figure(means.get(m), pointer(name, "benchmarks", benchmark, "systems", system, m), ".4f")
+                for m in metrics
+            )
+            rows.append(
+                tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells),
+                    class_="best" if system in ("trained", "encoder") else None)
+            )  # fmt: skip
+    return join(_framed(metrics, rows) for metrics, rows in tables.items())
+
+
+def _framed(metrics: Sequence[str], rows: Sequence[Html]) -> Html:
+    head = tag("thead", tag("tr", tag("th", "system", scope="col"), *(tag("th", m, scope="col") for m in metrics)))
+    caption = tag("caption", "Means over queries; 1 is best.")
+    return scrolling(tag("table", caption, head, tag("tbody", *rows)), "Results")
+
+
+def _beyond_chance(run: RunFiles) -> list[Html]:
+    """The trained encoder against the others, with intervals and tests."""
+    found = run.figures.get("differences", {})
+    if not found:
+        return []
+    level = figure(run.figures["level"], pointer(FIGURES, "level"), ".0%")
+    rows = []
+    for name, against in found.items():
+        for system, of in against.items():
+
+            def at(key: str, form: str, name: str = name, system: str = system, of: Mapping[str, Any] = of) -> Html:
+                return figure(of[key], pointer(FIGURES, "differences", name, system, key), form)
+
+            rows.append(
+                [
+                    join([name, ", against ", system]),
+                    join([at("difference", "+.4f")]),
+                    join([at("low", "+.4f"), " to ", at("high", "+.4f")]),
+                    at("p_holm", ".4f"),
+                    join([at("wins", ","), " / ", at("ties", ","), " / ", at("losses", ",")]),
+                ]
+            )
+    head = ("benchmark", "difference", join([level, " interval"]), "p (Holm)", "won / tied / lost")
+    note = tag(
+        "p",
+        "Query by query, in each benchmark's main metric: interval by a paired bootstrap over queries, p by a paired "
+        "randomisation test, corrected for the number of rows. Seeds of training vary too: make compare takes several.",
+        class_="note",
+    )
+    return [tag("h3", "Is it more than chance?"), table(head, rows, "The trained encoder's lead"), note]
