@@ -115,11 +115,24 @@ class Sink(Protocol):
         ...
 
 
+def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
+    """The id of ranking a split's whole corpus."""
+    return f"{name}/{split}" + ("/without-own" if exclude_query else "")
+
+
+WITHOUT_RELEVANT = ("skip", "zero", "error")
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One split of a collection, to be ranked by one task's expert.
+    """Queries of a collection, to be ranked by one task's expert, and how.
 
+    split: of the collection; several that are merged have a + between. protocol: id of all that follows; scores of
+    different ids cannot be compared. metrics: its own, the main one first; none where those of a run are taken.
     exclude_query: leave the document with the query's own id out of its ranking (papers that are queries and corpus).
+    candidates: query -> the documents that are ranked for it; none where all are. first: query -> documents that
+    stand before all others. similarity: "dot", "cosine" or "l2"; none for the model's own. without_relevant: queries
+    without any relevant document are left out of the means ("skip"), count 0 ("zero"), or are an error.
     """
 
     name: str
@@ -129,6 +142,25 @@ class Benchmark:
     queries: Mapping[str, Document]
     qrels: Qrels
     exclude_query: bool = False
+    protocol: str = ""
+    metrics: tuple[str, ...] = ()
+    candidates: Mapping[str, Sequence[str]] | None = None
+    first: Mapping[str, Sequence[str]] | None = None
+    similarity: str = ""
+    without_relevant: str = "skip"
+
+    def fingerprint(self) -> str:
+        """Of its texts, judgements, candidates and what stands first: equal for equal data, on any machine."""
+        digest = hashlib.blake2b(digest_size=8)
+        for documents in (self.corpus, self.queries):
+            for document in documents.values():
+                digest.update(repr((document.id, document.title, document.text)).encode())
+        for of_queries in (self.qrels, self.candidates or {}, self.first or {}):
+            for query, documents in of_queries.items():
+                digest.update(repr((query, list(documents))).encode())
+        for grades in self.qrels.values():
+            digest.update(repr(list(grades.values())).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import logging
 import time
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
@@ -58,3 +66,35 @@ class Progress:
         if time.monotonic() - self.told >= EVERY:
             self.told = time.monotonic()
             log.info("%s: %s", self.what, what)
+
+
+class Counter:
+    """How many of a known number are done, by rank 0: a bar on a terminal, else a line now and then.
+
+    Used as `with Counter(what, unit, total) as counter: ... counter.advance(n)`.
+    """
+
+    def __init__(self, what: str, unit: str, total: int):
+        self.what, self.unit, self.total, self.done = what, unit, total, 0
+        self.told = self.started = time.monotonic()
+        self.silent = rank_zero_only.rank > 0
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Bar(*columns, transient=True, disable=self.silent or not Console().is_terminal or not total)
+
+    def __enter__(self) -> Counter:
+        self.bar.start()
+        self.task = self.bar.add_task(self.what, total=self.total or None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        self.bar.advance(self.task, count)
+        now = time.monotonic()
+        if self.bar.disable and not self.silent and now - self.told >= EVERY:
+            self.told = now
+            left = (self.total - self.done) * (now - self.started) / max(1, self.done)
+            done = f"{self.done:,} of {self.total:,} {self.unit}"
+            log.info("%s: %s, about %.0f s to go", self.what, done, max(0.0, left))

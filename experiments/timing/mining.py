@@ -21,7 +21,8 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.pool import mine_pool
 from lightning_modules.mining.report import report, table
 from lightning_modules.mining.vectors import text_numbers
-from lightning_modules.top_k import BACKENDS, Shards, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import BACKENDS, top_k
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.pool import Mined, joined_pools, mine_pool
 from lightning_modules.mining.vectors import VectorCache, text_numbers
-from lightning_modules.top_k import Shards
+from lightning_modules.shards import Shards
 
 log = logging.getLogger(__name__)
 

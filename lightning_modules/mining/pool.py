@@ -30,7 +30,8 @@ from lightning_modules.mining.filters import (
 )
 from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
-from lightning_modules.top_k import Shards, pair_scores
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores
 
 BLOCK = 8192  # queries at once
 

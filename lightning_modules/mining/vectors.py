@@ -23,7 +23,7 @@ from datamodules.records import Document
 from datamodules.text import input_text
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.top_k import Shards, check_finite
+from lightning_modules.shards import Advance, Shards, check_finite
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -38,6 +38,13 @@ def fingerprint(encoder: Encoder) -> str:
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def precision(encoder: Encoder) -> str:
+    """What the encoder computes in, here and now."""
+    kind = encoder.device.type
+    used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return str(used).removeprefix("torch.")
 
 
 def text_hash(documents: Iterable[Document], *keys: str) -> str:
@@ -67,8 +74,10 @@ class VectorCache:
         self.fingerprint = fingerprint(encoder)
         self.folder = Path(folder) / self.fingerprint
 
-    def vectors(self, documents: Sequence[Document], task: str, what: str) -> Shards:
-        """Vectors of documents, encoded for a task. what: their name in errors. All ranks call it together.
+    def vectors(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None) -> Shards:
+        """Vectors of documents, encoded for a task. All ranks call it together.
+
+        what: their name in errors. advance: called with the number of texts that were encoded.
 
         Raises UserError for vectors that are not finite.
         """
@@ -77,10 +86,10 @@ class VectorCache:
         paths = []
         for number, first in enumerate(range(0, len(documents), size)):
             part = documents[first : first + size]
-            path = self.folder / f"{text_hash(part, task, self.similarity, self._precision())}.npy"
+            path = self.folder / f"{text_hash(part, task, self.similarity, precision(self.encoder))}.npy"
             paths.append(path)
             if number % world_size() == rank() and not path.is_file():
-                vectors = self._encode(part, task)
+                vectors = self._encode(part, task, advance)
                 check_finite(vectors, what, first)
                 _save(path, vectors)
         if world_size() > 1:
@@ -88,12 +97,8 @@ class VectorCache:
         # Copy on write, since torch warns of arrays that cannot be written to.
         return Shards([np.load(path, mmap_mode="c") for path in paths])
 
-    def _precision(self) -> str:
-        kind = self.encoder.device.type
-        return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
-
-    def _encode(self, documents: Sequence[Document], task: str) -> np.ndarray:
-        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget)
+    def _encode(self, documents: Sequence[Document], task: str, advance: Advance | None) -> np.ndarray:
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance)
         if self.similarity == "cosine":
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.numpy()

@@ -19,7 +19,7 @@ from lightning_modules.mining.miners import (
     RandomMiner,
     RankBandMiner,
 )
-from lightning_modules.top_k import Shards
+from lightning_modules.shards import Shards
 from tests.conftest import toy_collection
 
 

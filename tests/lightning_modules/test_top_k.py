@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.top_k import Shards, pair_scores, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores, top_k
 
 BACKENDS = ("faiss", "torch")
 
