@@ -10,7 +10,7 @@ from datamodules.records import Benchmark, UserError
 from experiments.build_data import build_data
 from experiments.config import from_dict
 from experiments.console import key_values
-from experiments.evaluate import KEYS, benchmarks_of
+from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.files import read_json
 from experiments.measured import Measured
 from experiments.models import run_of
@@ -21,26 +21,31 @@ log = logging.getLogger(__name__)
 
 def benchmark_of(measured: Measured, name: str) -> Benchmark | None:
     """The benchmark that was measured; None, with a warning, where its data are no longer there or have changed."""
-    found = _benchmarks(measured.folder.resolve()).get(name)
-    then = measured.results["benchmarks"][name].get("data")
-    if found is not None and then and hasattr(found, "fingerprint") and found.fingerprint() != then:
-        log.warning("%s: the data have changed since it was measured: ids are shown without their texts", name)
+    try:
+        found = _benchmark(measured.folder.resolve(), name)
+    except UserError as error:
+        log.warning("%s: ids are shown without their texts (%s)", name, error)
+        return None
+    if found and found.fingerprint() != measured.benchmarks[name].get("data"):
+        log.warning("%s: its data have changed since: ids are shown without their texts", name)
         return None
     return found
 
 
-@functools.lru_cache(maxsize=4)
-def _benchmarks(folder: Path) -> dict[str, Benchmark]:
-    try:
-        if (folder / "config.yaml").is_file():
-            config = from_dict(read_config(folder), str(folder / "config.yaml"))
-            found = build_data(config).benchmarks(config.evaluation.split)
-        else:
-            values = key_values(read_json(folder / "results.json")["command"][1:], KEYS)
-            run = Path(values["run"]) if values["run"] else run_of(values["model"])
-            config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-            found = benchmarks_of(values, config)
-    except (UserError, KeyError) as error:
-        log.warning("%s: ids are shown without their texts (%s)", folder, error)
-        return {}
-    return {benchmark.name: benchmark for benchmark in found}
+@functools.lru_cache(maxsize=2)
+def _benchmark(folder: Path, name: str) -> Benchmark | None:
+    if (folder / "config.yaml").is_file():
+        return _of_run(folder).get(name)
+    values = key_values(read_json(folder / "results.json").get("command", ()), KEYS)
+    if values["benchmarks"]:
+        similarities = list(filter(None, values["similarity"].split(",")))
+        return next(suite_of(values | {"benchmarks": name}, similarities), None)
+    run = Path(values["run"]) if values["run"] else run_of(values["model"])
+    config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
+    return next((benchmark for benchmark in benchmarks_of(values, config) if benchmark.name == name), None)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_run(folder: Path) -> dict[str, Benchmark]:
+    config = from_dict(read_config(folder), str(folder / "config.yaml"))
+    return {benchmark.name: benchmark for benchmark in build_data(config).benchmarks(config.evaluation.split)}

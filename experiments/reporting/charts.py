@@ -16,7 +16,7 @@ from experiments.reporting.html import Html, figure, join, pointer, shown, tag
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
-MOST_POINTS, MOST_MARKS = 400, 60
+MOST_POINTS, MOST_MARKS, FEW_POINTS = 400, 60, 5
 NUM_TONES = 8  # colours of the style
 
 
@@ -61,7 +61,7 @@ def span(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
     if low == high:
         low, high = low - 0.5, high + 0.5
     room = 0.05 * (high - low)
-    return (low if zero and low == 0 else low - room), high + room
+    return (low - room if low < 0 else max(0.0, low - room)), high + room
 
 
 def frame(title: str, *marks: Any, legend: Any = "", below: Any = "", size: tuple[int, int], told: str) -> Html:
@@ -70,16 +70,17 @@ def frame(title: str, *marks: Any, legend: Any = "", below: Any = "", size: tupl
     return tag("figure", tag("figcaption", title), legend, drawing, below)
 
 
-def grid(x: Axis, y: Axis, x_label: str = "") -> Html:
-    """Axes with ticks and horizontal lines."""
+def grid(x: Axis, y: Axis, form: str) -> Html:
+    """Steps across and values upwards, with ticks and horizontal lines. form: of the values."""
     marks = []
     for value in y.ticks(4):
         at = f"{y(value):.1f}"
         marks.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-        marks.append(tag("text", tick(value), x=x.start - 5, y=at, dy="0.32em", text_anchor="end", class_="tick"))
-    ticks = x.ticks(4)
-    for value in ticks:
-        label = f"{tick(value)} {x_label}" if value == ticks[-1] else tick(value)
+        label = f"{tick(100 * value)}%" if form.endswith("%") else tick(value)
+        marks.append(tag("text", label, x=x.start - 5, y=at, dy="0.32em", text_anchor="end", class_="tick"))
+    marks.append(tag("text", "step", x=0, y=y.start + 17, class_="tick"))
+    for value in x.ticks(4):
+        label = tick(value)
         marks.append(
             tag("text", label, x=f"{x(value):.1f}", y=y.start + 17, text_anchor=_anchor(x, value), class_="tick")
         )
@@ -104,8 +105,8 @@ def lines(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = 
         return Html("")
     y = Axis(*span([v for one in series for v in one.values], zero), HEIGHT - BOTTOM, TOP)
     x = Axis(0, max(1, *(one.steps[-1] for one in series)), LEFT, WIDTH - RIGHT)
-    marks = [grid(x, y, "steps")]
-    if y.low < 0 < y.high:
+    marks = [grid(x, y, form)]
+    if y.low < 0:
         marks.append(tag("line", x1=x.start, x2=x.end, y1=f"{y(0):.1f}", y2=f"{y(0):.1f}", class_="axis"))
     for one in series:
         points = [(x(s), y(v), s, v) for s, v in zip(one.steps, one.values, strict=True) if math.isfinite(v)]
@@ -114,7 +115,8 @@ def lines(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = 
         for px, py, step, value in points if len(points) <= MOST_MARKS else ():
             words = f"{one.label}, step {step}: {shown(value, form)}"
             told = tag("title", words, data_source=pointer("metrics.jsonl", one.key, step=step))
-            marks.append(tag("circle", told, cx=f"{px:.1f}", cy=f"{py:.1f}", r=3, class_=f"mark s{one.tone}"))
+            kind = "dot" if len(points) <= FEW_POINTS else "mark"
+            marks.append(tag("circle", told, cx=f"{px:.1f}", cy=f"{py:.1f}", r=3.2, class_=f"{kind} s{one.tone}"))
     key = [
         (one.label, one.tone, figure(one.values[-1], pointer("metrics.jsonl", one.key, step=one.steps[-1]), form))
         for one in series

@@ -87,7 +87,12 @@ def _data(run: RunFiles) -> Html:
         documents = figure(of["documents"], pointer(*where, "documents"), ",")
         rows.append([name, of["task"], documents, join(queries, ", "), tag("code", of["fingerprint"])])
     return (
-        table(("data", "task", "documents", "queries", "fingerprint"), rows, "What it was trained and measured on")
+        table(
+            ("data", "task", "documents", "queries", "fingerprint"),
+            rows,
+            "What it was trained and measured on",
+            "texts",
+        )
         if rows
         else Html("")
     )

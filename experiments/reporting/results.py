@@ -30,7 +30,7 @@ def results(run: RunFiles) -> Html:
         content, name = run.json("baselines.json"), "baselines.json"
     files = [name] if content else []
     if content:
-        parts += [_picture(content, name), _table(content, name)]
+        parts.append(tag("div", _table(content, name), _picture(content, name), class_="beside"))
         parts += _beyond_chance(run)
     for path, other in run.evaluations.items():
         parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path)]
@@ -53,7 +53,7 @@ def _picture(content: Mapping[str, Any], name: str) -> Html:
             told = tag("title", f"{system}: {means[metric]:.4f}", data_source=source)
             dots.append((system, TONES.get(system, 2 + number), means[metric], told))
         rows.append((f"{benchmark}, {metric}", dots))
-    return tag("div", intervals("Each benchmark's main metric", rows, 1.0), class_="charts")
+    return intervals("Each benchmark's main metric", rows, 1.0)
 
 
 def _table(content: Mapping[str, Any], name: str) -> Html:
@@ -64,9 +64,10 @@ def _table(content: Mapping[str, Any], name: str) -> Html:
         rows = tables.setdefault(metrics, [])
         count = figure(of["queries"], pointer(name, "benchmarks", benchmark, "queries"), ",")
         documents = figure(of["documents"], pointer(name, "benchmarks", benchmark, "documents"), ",")
-        about = tag("small", f" {of['task']}, {of['split']}: ", count, " queries, ", documents, " documents",
-                    class_="note")  # fmt: skip
-        rows.append(tag("tr", tag("th", benchmark, about, colspan=len(metrics) + 1, scope="rowgroup"), class_="group"))
+        where = of.get("protocol") or f"{of['task']}, {of['split']}"
+        about = tag("small", f" {where}: ", count, " queries, ", documents, " documents", class_="note")
+        told = tag("span", benchmark, about, class_="sticky")
+        rows.append(tag("tr", tag("th", told, colspan=len(metrics) + 1, scope="rowgroup"), class_="group"))
         for system, means in of["systems"].items():
             cells = (
                 figure(means.get(m), pointer(name, "benchmarks", benchmark, "systems", system, m), ".4f")
@@ -76,7 +77,7 @@ def _table(content: Mapping[str, Any], name: str) -> Html:
                 tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells),
                     class_="best" if system in ("trained", "encoder") else None)
             )  # fmt: skip
-    return join(_framed(metrics, rows) for metrics, rows in tables.items())
+    return tag("div", *(_framed(metrics, rows) for metrics, rows in tables.items()))
 
 
 def _framed(metrics: Sequence[str], rows: Sequence[Html]) -> Html:

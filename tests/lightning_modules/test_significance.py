@@ -51,7 +51,8 @@ def test_equal_systems_differ_no_more_often_than_the_level_and_a_better_one_is_f
 
     assert significant(0.0)[0] <= 20
     ours, theirs = significant(0.1)
-    assert ours >= 180 and abs(ours - theirs) <= 4
+    assert ours >= 180
+    assert abs(ours - theirs) <= 4
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -69,8 +70,11 @@ def test_seeds_that_disagree_widen_the_interval_and_average_in_p():
     disagreeing = agreeing + np.array([[-0.1], [0.0], [0.1]])
     one, other = compare(agreeing, b), compare(disagreeing, b)
     assert other.high - other.low > 1.5 * (one.high - one.low)
-    assert other.mean_a == pytest.approx(one.mean_a) and other.p == one.p  # by query, the means of seeds are the same
-    assert one.spread_a == pytest.approx(0.0) and other.spread_a == pytest.approx(0.1) and one.spread_b is None
+    assert other.mean_a == pytest.approx(one.mean_a)
+    assert other.p == one.p
+    assert one.spread_a == pytest.approx(0.0)
+    assert other.spread_a == pytest.approx(0.1)
+    assert one.spread_b is None
 
 
 def test_wins_ties_losses_and_what_is_equal():
