@@ -18,19 +18,20 @@ def papers_map(run: RunFiles) -> Html:
     if not found:
         told = "No map: it needs a checkpoint, the run's data, and papers of classification or link prediction."
         return section("map", title, missing(told))
-    titles = [quoted(words, pointer(FIGURES, "map", "titles", i)) for i, words in enumerate(found["titles"])]
+    titles = [
+        tag("title", words, data_source=pointer(FIGURES, "map", "titles", i)) for i, words in enumerate(found["titles"])
+    ]
     names, labelled = found["labels"], bool(found["labels"])
     key = legend([(name, i, "") for i, name in enumerate(names)]) if labelled else ""
     pictures = []
     for task, of in found["tasks"].items():
         tones = found["groups"]
-        marks = [tag("title", words) for words in titles]
         told = [figure(of["variance"], pointer(FIGURES, "map", "tasks", task, "variance"), ".0%"), " of the variance"]
         if labelled:
             same = figure(of["same_label"], pointer(FIGURES, "map", "tasks", task, "same_label"), ".0%")
             told += ["; nearest paper has the same label: ", same]
         below = tag("p", *told, class_="note")
-        pictures.append(scatter(task.replace("_", " "), np.array(of["places"]), tones, marks, below))
+        pictures.append(scatter(task.replace("_", " "), np.array(of["places"]), tones, titles, below))
     count = figure(found["papers"], pointer(FIGURES, "map", "papers"), ",")
     chance = figure(found["chance"], pointer(FIGURES, "map", "chance"), ".0%") if labelled else ""
     note = tag(

@@ -82,7 +82,7 @@ def _table(content: Mapping[str, Any], name: str) -> Html:
 
 def _framed(metrics: Sequence[str], rows: Sequence[Html]) -> Html:
     head = tag("thead", tag("tr", tag("th", "system", scope="col"), *(tag("th", m, scope="col") for m in metrics)))
-    caption = tag("caption", "Means over queries; 1 is best.")
+    caption = tag("caption", "Means over queries; the highest is best.")
     return scrolling(tag("table", caption, head, tag("tbody", *rows)), "Results")
 
 

@@ -65,7 +65,7 @@ def mining(run: RunFiles) -> Html:
     for task, found in run.rounds[last].items():
         if found["histogram"]["counts"]:
             pictures.append(histogram(f"Margins, {task}", found["histogram"]["counts"], found["histogram"]["edges"]))
-    note = tag("p", "Margins of the last mining: score of the positive minus the negative's. Below 0, in red, the "
+    note = tag("p", "Margins of the last mining: score of the positive minus the negative's. Below zero, in red, the "
                "negative looks better than the positive.", class_="note")  # fmt: skip
     head = ("task and mining", *(words for words, _ in MINED.values()))
     return section(
@@ -107,8 +107,8 @@ def experts(run: RunFiles) -> Html:
     ]
     notes = tag(
         "p",
-        "A cosine below 0: two tasks pull the shared parameters in opposite directions. Distance: of two experts' "
-        "parameters, over the length of their mean; copies have 0. Mean cosine of texts: near 1 all vectors point "
+        "A cosine below zero: two tasks pull the shared parameters in opposite directions. Distance: of two experts' "
+        "parameters, over the length of their mean; copies have none. Mean cosine of texts: near one all vectors point "
         "one way.",
         class_="note",
     )
