@@ -37,7 +37,7 @@ def work_out(run: RunFiles, num_papers: int) -> dict[str, Any]:
     }
     if run.results:
         trained = Measured(run.path, "trained", run.results)
-        found["mean"] = _means(run)
+        found["mean"] = run.means()
         found["differences"] = _differences(trained)
         found["queries"] = {name: part for name in trained.benchmarks if (part := _queries(trained, name))}
     if num_papers:
@@ -51,16 +51,6 @@ def in_words(seconds: float) -> dict[str, Any]:
         if seconds >= 2 * size:
             return {"value": seconds / size, "unit": unit}
     return {"value": seconds, "unit": "seconds"}
-
-
-def _means(run: RunFiles) -> dict[str, float]:
-    """System -> mean over benchmarks of the first metric."""
-    metric = run.results["metrics"][0]
-    found: dict[str, list[float]] = {}
-    for of in run.results["benchmarks"].values():
-        for system, means in of["systems"].items():
-            found.setdefault(system, []).append(means[metric])
-    return {system: float(np.mean(values)) for system, values in found.items()}
 
 
 def _differences(trained: Measured) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,15 @@ class RunFiles:
             found.setdefault(row["step"], {}).update(row)
         return dict(sorted(found.items()))
 
+    def means(self) -> dict[str, float]:
+        """System that was measured on all benchmarks -> mean of the first metric over them; none without results."""
+        if not self.results:
+            return {}
+        metric, benchmarks = self.results["metrics"][0], self.results["benchmarks"].values()
+        systems = dict.fromkeys(system for of in benchmarks for system in of["systems"])
+        values = {s: [of["systems"][s][metric] for of in benchmarks if s in of["systems"]] for s in systems}
+        return {s: sum(of) / len(of) for s, of in values.items() if len(of) == len(benchmarks)}
+
     @property
     def last_step(self) -> int:
         """The last step of which anything was logged."""
