@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -23,14 +24,18 @@ EVERY = 30  # seconds between lines
 
 
 class Progress:
-    """Used as `with Progress(what) as progress:`."""
+    """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for what is counted.
 
-    def __init__(self, what: str):
-        self.what, self.started = what, time.monotonic()
+    On a terminal only the first of several ranks shows a bar.
+    """
+
+    def __init__(self, what: str, unit: str = "bytes"):
+        self.what, self.unit, self.started = what, unit, time.monotonic()
         self.told = self.started
         self.bar: Bar | None = None
-        if (console := Console()).is_terminal:
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        if (console := Console()).is_terminal and log.isEnabledFor(logging.INFO):
+            amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+            columns = (BarColumn(), *amounts, TimeRemainingColumn())
             self.bar = Bar(TextColumn("{task.description}"), *columns, console=console, transient=True)
             self.task = self.bar.add_task(what, total=None)
 
@@ -48,9 +53,13 @@ class Progress:
             log.info("%s: %.0f s", self.what, time.monotonic() - self.started)
 
     def report(self, done: int, total: int | None) -> None:
-        """Bytes."""
+        """So many bytes, or things, are done."""
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
+        elif self.unit != "bytes":
+            rate = done / (time.monotonic() - self.started)
+            left = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
+            self._now_and_then(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{left}")
         else:
             share = f" of {total / 1e6:,.0f}" if total else ""
             self._now_and_then(f"{done / 1e6:,.0f}{share} MB")

@@ -19,6 +19,7 @@ from experiments.schema import Config
 from experiments.table import show
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import fingerprint, precision
 from lightning_modules.measure import (
     depth,
     means,
@@ -30,7 +31,6 @@ from lightning_modules.measure import (
     write_trec,
 )
 from lightning_modules.metrics import Run
-from lightning_modules.mining.vectors import fingerprint, precision
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
 from lightning_modules.vectors import Vectors
 
@@ -141,11 +141,14 @@ def evaluate_encoder(
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
         chosen, started = benchmark.similarity or similarity, time.monotonic()
-        texts = (len(benchmark.corpus) + len(benchmark.queries)) // world_size()
+        if benchmark.training is not None:
+            chosen = "svm"
+        texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
         with Counter(f"{system} encodes {benchmark.name}", "texts", texts) as counter:
             ids, queries, documents = encoded(encoder, benchmark, vectors, counter.advance)
         between = time.monotonic()
-        pairs = len(queries) * documents.count if benchmark.candidates is None else 0
+        searched = benchmark.candidates is None and benchmark.training is None
+        pairs = len(queries) * documents.count if searched else 0
         with Counter(f"{system} ranks {benchmark.name}", "pairs", pairs) as counter:
             run = rank_vectors(
                 benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=counter.advance

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+from datamodules.records import UserError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -14,6 +21,25 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What work gives on this rank, once it is done on all.
+
+    A UserError of one rank is raised on all of them: else the others would wait for one that is gone.
+    """
+    if world_size() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    for first in filter(None, errors):
+        raise UserError(first)
+    return result
 
 
 def _counts(rows: Tensor) -> list[int]:

@@ -12,6 +12,8 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from lightning_modules.shards import Advance, Array, Shards, check_finite, shard
 
 BACKENDS = ("auto", "faiss", "torch")
 PAD = 16  # candidates beyond k
+GPU_K = 2048  # the most that FAISS finds on a GPU
 DEEP = 2048  # documents a query
 MEMORY = 1 << 29  # bytes of scores and vectors at once, by default
 
@@ -114,6 +117,11 @@ def _candidates(
 def _by_faiss(queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device):
     import faiss
 
+    if device.type == "cuda" and k <= GPU_K and hasattr(faiss, "StandardGpuResources"):  # of faiss-gpu
+        resources, where = faiss.StandardGpuResources(), {"device": device.index or 0}
+        resources.setTempMemory(memory)
+        scores, rows = faiss.knn_gpu(resources, queries, block, k, metric=faiss.METRIC_INNER_PRODUCT, **where)
+        return rows, scores
     faiss.omp_set_num_threads(torch.get_num_threads())
     scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return rows, scores
@@ -122,8 +130,7 @@ def _by_faiss(queries: np.ndarray, block: np.ndarray, k: int, memory: int, devic
 def _by_torch(queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device):
     documents = torch.from_numpy(block).to(device)
     step = max(1, min(1024, memory // (8 * len(block))))
-    # Training's lower precisions are not for ranking.
-    with torch.autocast(device.type, enabled=False):
+    with _full_precision(device):
         parts = [
             (part.to(device) @ documents.T).topk(k, sorted=False) for part in torch.from_numpy(queries).split(step)
         ]
@@ -131,6 +138,18 @@ def _by_torch(queries: np.ndarray, block: np.ndarray, k: int, memory: int, devic
         torch.cat([p.indices.cpu() for p in parts]).numpy(),
         torch.cat([p.values.cpu() for p in parts]).numpy(),
     )
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 as it is: the lower precisions of training (autocast, TF32) are not for ranking."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _search_again(queries: np.ndarray, shards: Shards, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ import torch
 from datamodules.records import Document
 from lightning_modules.distributed import gather_rows, rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.mining.vectors import VectorCache, text_hash
+from lightning_modules.fingerprints import text_hash
+from lightning_modules.mining.vectors import VectorCache
 from lightning_modules.shards import Advance, Shards, check_finite
 
 

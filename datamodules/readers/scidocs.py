@@ -31,7 +31,8 @@ class SciDocsReader:
 
     task: "mag", "mesh" (queries are papers, the corpus is the label space), "cite", "cocite", "coview" or "coread"
     (queries and corpus are papers; each query's own candidates have grades, 0 if not relevant; there is no train
-    split). labels: the file with the labels' names (see read_labels); it is needed where the labels are numbers.
+    split). labels: the file with the labels' names (see read_labels); it is needed where the labels are numbers, unless
+    unnamed: then numbers stand for themselves, for a classifier that does not read them.
 
     Every file may end in .gz or .zst. on_error, quarantine: see BadLines.
     """
@@ -43,12 +44,13 @@ class SciDocsReader:
         folder: str,
         task: str,
         labels: str | None = None,
+        unnamed: bool = False,
         on_error: str = "fail",
         quarantine: str | None = None,
     ):
         fields.allowed("task", [task], self.TASKS)
         BadLines(on_error)
-        self.folder, self.task, self.labels = Path(folder), task, labels
+        self.folder, self.task, self.labels, self.unnamed = Path(folder), task, labels, unnamed
         self.on_error, self.quarantine = on_error, quarantine
 
     def sources(self) -> list[Path]:
@@ -93,7 +95,7 @@ class SciDocsReader:
                 if order == 0 and paper not in papers and not any(map(str.isdigit, paper)):
                     continue  # the header: pid,class_label
                 if not self.labels:
-                    if label.isdigit():
+                    if label.isdigit() and not self.unnamed:
                         raise UserError(f"label {label!r} is no name; give the file of names as the argument labels")
                     corpus.setdefault(label, Document(label, label))
                 found.add(paper, label, 1)

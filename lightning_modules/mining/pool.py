@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from datamodules.records import MinedNegatives, MiningPool
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.mining.filters import (
     Lists,
     Sieve,
@@ -84,10 +84,12 @@ def mine_pool(
     """
     parts = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     original = originals(texts[0])
-    blocks = [
-        _mine_block(pool, part, miner, options, context, texts, original, guide, seeds)
-        for part in parts[rank() :: world_size()]
-    ]
+    blocks = together(
+        lambda: [
+            _mine_block(pool, part, miner, options, context, texts, original, guide, seeds)
+            for part in parts[rank() :: world_size()]
+        ]
+    )
     if world_size() > 1:
         shares: list[list[Block]] = [blocks] * world_size()
         dist.all_gather_object(shares, blocks)
