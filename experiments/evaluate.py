@@ -1,7 +1,7 @@
 """Measure models: python -m experiments.evaluate model=M [benchmarks=all data.root=FOLDER | beir=FOLDER task=search]
 
-model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder or hub name), or bm25; several, with
-             commas between, stand in one table
+model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder, hub name, or package:NAME of an
+             installed package), or bm25; several, with commas between, stand in one table
 benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scidocs*), with commas between; list shows
              them
 suite        a file of benchmarks of your own, instead of these

@@ -15,6 +15,7 @@ from datamodules.records import Benchmark, UserError
 from experiments.models import default_similarity, load_model
 from experiments.results import Results, evaluate_bm25, evaluate_encoder
 from experiments.schema import Config
+from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.vectors import Vectors
 
@@ -62,7 +63,7 @@ def short_name(model: str) -> str:
     """A name of a model's path, or of a hub's: its end, and a few digits that tell it from others of that end."""
     path = Path(model)
     if not path.exists():
-        return model.replace("/", "-").replace(":", "-")
+        return model.removeprefix(PACKAGE).replace("/", "-")
     digits = hashlib.blake2b(str(path.resolve()).encode(), digest_size=3).hexdigest()
     return f"{path.stem}-{digits}"
 
