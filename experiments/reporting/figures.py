@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from datamodules.records import UserError
+from experiments import paper
 from experiments.differences import told, words
 from experiments.measured import Measured, aligned
 from experiments.reporting.paper_map import paper_map
@@ -35,6 +36,7 @@ def work_out(run: RunFiles, num_papers: int) -> dict[str, Any]:
         "attempts": len(attempts),
         "level": LEVEL,
     }
+    found["paper"] = {path: of_paper(content) for path, content in run.evaluations.items()}
     if run.results:
         trained = Measured(run.path, "trained", run.results)
         found["mean"] = run.means()
@@ -51,6 +53,25 @@ def in_words(seconds: float) -> dict[str, Any]:
         if seconds >= 2 * size:
             return {"value": seconds / size, "unit": unit}
     return {"value": seconds, "unit": "seconds"}
+
+
+def of_paper(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Benchmark -> what the paper has under its protocol: figures as shares, or why they cannot stand beside ours."""
+    found = {}
+    for name, of in content["benchmarks"].items():
+        columns = [c for t in paper.tables() for c in t.columns if c.protocol == of.get("protocol")]
+        if not columns:
+            continue
+        sizes = {"queries": columns[0].queries, "documents": columns[0].documents}
+        if any(size not in (None, of[key]) for key, size in sizes.items()):
+            found[name] = {"sizes": sizes}
+            continue
+        systems: dict[str, dict[str, float]] = {}
+        for metric in of["metrics"]:
+            for system, cell in paper.figures(of["protocol"], metric).items():
+                systems.setdefault(system, {})[metric] = cell.value / 100
+        found[name] = {"systems": systems}
+    return found
 
 
 def _differences(trained: Measured) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,11 @@ def pointer(file: str, *keys: Any, step: int | None = None) -> str:
     return f"{file}#{path}" if step is None else f"{file}#step={step}{path}"
 
 
+def below(source: str, *keys: Any) -> str:
+    """The place of keys below a pointer."""
+    return source + pointer("", *keys).removeprefix("#")
+
+
 def shown(value: Any, form: str = ".3f") -> str:
     """A figure as people read it: form as of str.format, with a true minus. What is no number stays as it is."""
     if value is None or value != value:  # NaN

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reporting.charts import intervals
-from experiments.reporting.html import Html, figure, join, missing, pointer, scrolling, section, table, tag
+from experiments.reporting.html import Html, below, figure, join, missing, pointer, scrolling, section, table, tag
 from experiments.reporting.run_files import FIGURES, RunFiles
 
+PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # those of its tables that are shown
 TONES = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 
 
@@ -30,10 +31,11 @@ def results(run: RunFiles) -> Html:
         content, name = run.json("baselines.json"), "baselines.json"
     files = [name] if content else []
     if content:
-        parts.append(tag("div", _table(content, name), _picture(content, name), class_="beside"))
+        parts.append(tag("div", _table(content, name, {}), _picture(content, name), class_="beside"))
         parts += _beyond_chance(run)
+    papers = run.figures.get("paper", {})
     for path, other in run.evaluations.items():
-        parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path)]
+        parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path, papers.get(path, {}))]
         files.append(path)
     return section("results", "Results", *parts, files=[*files, *([FIGURES] if run.figures.get("differences") else [])])
 
@@ -56,28 +58,48 @@ def _picture(content: Mapping[str, Any], name: str) -> Html:
     return intervals("Each benchmark's main metric", rows, 1.0)
 
 
-def _table(content: Mapping[str, Any], name: str) -> Html:
-    """A block for each benchmark, a row for each system; blocks of the same metrics share a table."""
+def _table(content: Mapping[str, Any], name: str, paper: Mapping[str, Any]) -> Html:
+    """A block for each benchmark, a row for each system; blocks of the same metrics share a table.
+
+    paper: what the paper has under the same protocols, from report.json.
+    """
     tables: dict[tuple[str, ...], list[Html]] = {}
     for benchmark, of in content["benchmarks"].items():
         metrics = tuple(_metrics(of, content))
         rows = tables.setdefault(metrics, [])
-        count = figure(of["queries"], pointer(name, "benchmarks", benchmark, "queries"), ",")
-        documents = figure(of["documents"], pointer(name, "benchmarks", benchmark, "documents"), ",")
         where = of.get("protocol") or f"{of['task']}, {of['split']}"
-        about = tag("small", f" {where}: ", count, " queries, ", documents, " documents", class_="note")
-        told = tag("span", benchmark, about, class_="sticky")
+        sizes = _sizes(of, pointer(name, "benchmarks", benchmark))
+        told = tag("span", benchmark, tag("small", f" {where}: ", sizes, class_="note"), class_="sticky")
         rows.append(tag("tr", tag("th", told, colspan=len(metrics) + 1, scope="rowgroup"), class_="group"))
         for system, means in of["systems"].items():
-            cells = (
-                figure(means.get(m), pointer(name, "benchmarks", benchmark, "systems", system, m), ".4f")
-                for m in metrics
-            )
-            rows.append(
-                tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells),
-                    class_="best" if system in ("trained", "encoder") else None)
-            )  # fmt: skip
+            best = "best" if system in ("trained", "encoder") else None
+            rows.append(_row(system, means, metrics, pointer(name, "benchmarks", benchmark, "systems", system), best))
+        if benchmark in paper:
+            rows += _paper_rows(paper[benchmark], metrics, pointer(FIGURES, "paper", name, benchmark))
     return tag("div", *(_framed(metrics, rows) for metrics, rows in tables.items()))
+
+
+def _sizes(of: Mapping[str, Any], source: str) -> Html:
+    counted = (join([figure(of[key], below(source, key), ","), f" {key}"]) for key in ("queries", "documents"))
+    return join(counted, ", ")
+
+
+def _row(system: str, means: Mapping[str, float], metrics: Sequence[str], source: str, class_: str | None) -> Html:
+    cells = (figure(means.get(metric), below(source, metric), ".4f") for metric in metrics)
+    return tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells), class_=class_)
+
+
+def _paper_rows(found: Mapping[str, Any], metrics: Sequence[str], source: str) -> list[Html]:
+    """The paper's figures; not where it measured on other data, whatever they are called."""
+    if "systems" not in found:
+        sizes = _sizes(found["sizes"], below(source, "sizes"))
+        told = tag("span", "The paper's figures are of other data: ", sizes, class_="sticky")
+        return [tag("tr", tag("th", told, colspan=len(metrics) + 1, scope="row"), class_="paper")]
+    return [
+        _row(f"{system} (paper)", means, metrics, below(source, "systems", system), "paper")
+        for system, means in found["systems"].items()
+        if system.startswith(PAPER_SYSTEMS)
+    ]
 
 
 def _framed(metrics: Sequence[str], rows: Sequence[Html]) -> Html:

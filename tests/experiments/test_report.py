@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def is_rounded(shown: str, value) -> bool:
     return abs(float(digits) - exact) <= 0.5001 * 10.0 ** (power - decimals)
 
 
-def test_every_figure_stands_in_a_file_of_the_run(run):
+def check_figures(run: Path) -> int:
+    """How many figures of the report were found in the run's files; all have to be."""
     checked = 0
     for text, source, within in Texts((run / "report.html").read_text(encoding="utf-8")).found:
         numbers = NUMBER.findall(METRIC.sub("", text))
@@ -108,7 +110,11 @@ def test_every_figure_stands_in_a_file_of_the_run(run):
             known = [x for x in (value, step) if x is not None and not isinstance(x, dict)]
             assert any(is_rounded(number, x) for x in known), (text, source, known)
         checked += 1
-    assert checked > 200
+    return checked
+
+
+def test_every_figure_stands_in_a_file_of_the_run(run):
+    assert check_figures(run) > 200
 
 
 def test_a_changed_figure_would_be_noticed(run):
@@ -156,6 +162,23 @@ def test_the_map_is_scikit_learns_pca_and_neighbours_are_counted_right():
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     nearest = [max((j for j in range(40) if j != i), key=lambda j, i=i: unit[i] @ unit[j]) for i in range(40)]
     assert same_label(vectors, groups) == np.mean([groups[i] == groups[j] for i, j in enumerate(nearest)])
+
+
+def test_the_papers_figures_stand_beside_those_of_its_protocol_and_data(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluation" / "search").mkdir(parents=True)
+    about = {"task": "search", "split": "test", "metrics": ["ndcg@10"], "systems": {"encoder": {"ndcg@10": 0.5}}}
+    same = about | {"protocol": "scimult/scifact/all-splits", "queries": 1109, "documents": 5183}
+    fewer = same | {"queries": 300}
+    content = {"metrics": ["ndcg@10"], "benchmarks": {"scifact": same, "scifact_part": fewer}}
+    (tmp_path / "run" / "evaluation" / "search" / "results.json").write_text(json.dumps(content))
+    main([f"RUN={tmp_path / 'run'}", "map=0"])
+    rows = re.findall(r"<tr.*?</tr>", (tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    told = [unescape(re.sub(r"<[^>]+>", "", row.replace("</th>", " "))) for row in rows if "paper" in row]
+    assert "SciMult-MHAExpert (paper) 0.7067" in told  # table 8
+    assert "The paper's figures are of other data: 1,109 queries, 5,183 documents " in told
+    assert len(told) == 8  # five of SciMult's, BM25, SPECTER 2.0, and the line
+    check_figures(tmp_path / "run")
 
 
 def test_words_are_never_markup():
