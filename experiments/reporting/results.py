@@ -84,7 +84,9 @@ def _sizes(of: Mapping[str, Any], source: str) -> Html:
     return join(counted, ", ")
 
 
-def _row(system: str, means: Mapping[str, float], metrics: Sequence[str], source: str, class_: str | None) -> Html:
+def _row(
+    system: str | Html, means: Mapping[str, float], metrics: Sequence[str], source: str, class_: str | None
+) -> Html:
     cells = (figure(means.get(metric), below(source, metric), ".4f") for metric in metrics)
     return tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells), class_=class_)
 
@@ -96,7 +98,7 @@ def _paper_rows(found: Mapping[str, Any], metrics: Sequence[str], source: str) -
         told = tag("span", "The paper's figures are of other data: ", sizes, class_="sticky")
         return [tag("tr", tag("th", told, colspan=len(metrics) + 1, scope="row"), class_="paper")]
     return [
-        _row(f"{system} (paper)", means, metrics, below(source, "systems", system), "paper")
+        _row(join([tag("cite", system), " (paper)"]), means, metrics, below(source, "systems", system), "paper")
         for system, means in found["systems"].items()
         if system.startswith(PAPER_SYSTEMS)
     ]

@@ -23,7 +23,7 @@ from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY
 
 VOID = ("meta", "link", "line", "circle", "rect", "path", "polyline", "br")
-UNSOURCED = ("style", "script", "pre", "code", "title-of-page")  # words, and figures that are their own source
+UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names, and what is its own source
 NUMBER = re.compile(r"(?<![\w.])[−+]?\d[\d,]*(?:\.\d+)?(?:e[−+]?\d+)?%?")
 METRIC = re.compile(r"\b[a-z_]+@\d+")
 
