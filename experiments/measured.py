@@ -9,7 +9,7 @@ runs/BENCHMARK.qrels                the judgements
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,16 @@ class Measured:
             if query in wanted and int(grade) > 0:
                 found[query][document] = int(grade)
         return dict(found)
+
+    def first_ranks(self, benchmark: str, queries: Sequence[str]) -> dict[str, int | None]:
+        """The rank of each query's first relevant document, None if none was retrieved."""
+        relevant, ranks = self.judgements(benchmark, queries), Counter()
+        found: dict[str, int | None] = dict.fromkeys(queries)
+        for query, _, document, *_ in _fields(self.file(benchmark, "trec"), 6):
+            ranks[query] += 1
+            if document in relevant.get(query, ()) and found[query] is None:
+                found[query] = ranks[query]
+        return found
 
 
 def _fields(path: Path, count: int) -> Iterator[list[str]]:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def benchmark_of(measured: Measured, name: str) -> Benchmark | None:
     """The benchmark that was measured; None, with a warning, where its data are no longer there or have changed."""
     try:
-        found = _benchmark(measured.folder.resolve(), name)
+        found = _benchmark(measured.folder.resolve(), name, measured.benchmarks[name]["split"])
     except UserError as error:
         log.warning("%s: ids are shown without their texts (%s)", name, error)
         return None
@@ -33,9 +33,9 @@ def benchmark_of(measured: Measured, name: str) -> Benchmark | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _benchmark(folder: Path, name: str) -> Benchmark | None:
+def _benchmark(folder: Path, name: str, split: str) -> Benchmark | None:
     if (folder / "config.yaml").is_file():
-        return _of_run(folder).get(name)
+        return benchmarks_of_run(folder, split).get(name)
     values = key_values(read_json(folder / "results.json").get("command", ()), KEYS)
     if values["benchmarks"]:
         similarities = list(filter(None, values["similarity"].split(",")))
@@ -46,6 +46,7 @@ def _benchmark(folder: Path, name: str) -> Benchmark | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _of_run(folder: Path) -> dict[str, Benchmark]:
+def benchmarks_of_run(folder: Path, split: str) -> dict[str, Benchmark]:
+    """What a run is measured on, by name. Raises UserError if its data cannot be read."""
     config = from_dict(read_config(folder), str(folder / "config.yaml"))
-    return {benchmark.name: benchmark for benchmark in build_data(config).benchmarks(config.evaluation.split)}
+    return {benchmark.name: benchmark for benchmark in build_data(config).benchmarks(split)}

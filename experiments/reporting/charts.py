@@ -15,7 +15,7 @@ import numpy as np
 from experiments.reporting.html import Html, figure, join, pointer, shown, tag
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
 MOST_POINTS, MOST_MARKS, FEW_POINTS = 400, 60, 5
 NUM_TONES = 8  # colours of the style
 
@@ -59,7 +59,7 @@ def span(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
     if zero:
         low = min(0.0, low)
     if low == high:
-        low, high = low - 0.5, high + 0.5
+        low, high = (0.0, 1.0) if zero and low == 0 else (low - 0.5, high + 0.5)
     room = 0.05 * (high - low)
     return (low - room if low < 0 else max(0.0, low - room)), high + room
 
@@ -81,15 +81,8 @@ def grid(x: Axis, y: Axis, form: str) -> Html:
     marks.append(tag("text", "step", x=0, y=y.start + 17, class_="tick"))
     for value in x.ticks(4):
         label = tick(value)
-        marks.append(
-            tag("text", label, x=f"{x(value):.1f}", y=y.start + 17, text_anchor=_anchor(x, value), class_="tick")
-        )
+        marks.append(tag("text", label, x=f"{x(value):.1f}", y=y.start + 17, text_anchor="middle", class_="tick"))
     return join(marks)
-
-
-def _anchor(x: Axis, value: float) -> str:
-    """Labels at the ends of an axis stay within the drawing."""
-    return "end" if x(value) > x.end - 25 else "middle"
 
 
 def tick(value: float) -> str:
@@ -144,7 +137,7 @@ def thinned(one: Series) -> Series:
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Html:
     """Bars; those below 0 in another colour, with a line at 0."""
     height = 130
-    x = Axis(*_around_zero(edges), 8, WIDTH - 8)
+    x = Axis(*_around_zero(edges), RIGHT, WIDTH - RIGHT)
     y = Axis(0, max(1, *counts), height - BOTTOM, 8)
     bars = [
         tag("rect", x=f"{x(low):.1f}", y=f"{y(count):.1f}", width=f"{max(0.5, x(high) - x(low) - 1):.1f}",
@@ -153,7 +146,7 @@ def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Html
     ]  # fmt: skip
     zero = tag("line", x1=f"{x(0):.1f}", x2=f"{x(0):.1f}", y1=4, y2=y(0), class_="axis")
     ticks = [
-        tag("text", tick(value), x=f"{x(value):.1f}", y=height - 9, text_anchor=_anchor(x, value), class_="tick")
+        tag("text", tick(value), x=f"{x(value):.1f}", y=height - 9, text_anchor="middle", class_="tick")
         for value in x.ticks(5)
     ]
     return frame(title, *bars, zero, *ticks, size=(WIDTH, height), told=f"Histogram: {title}")

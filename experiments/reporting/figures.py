@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def _queries(trained: Measured, name: str) -> dict[str, Any]:
     try:
         values = trained.values(name, metric)
         ids = list(values)
-        hits = first_ranks(trained, name, ids)
+        hits = trained.first_ranks(name, ids)
     except UserError as error:
         log.warning("%s", error)
         return {}
@@ -136,13 +136,3 @@ def _queries(trained: Measured, name: str) -> dict[str, Any]:
         "typical": [described(query) for query in typical],
         "hardest": [described(query) for query in hardest],
     }
-
-
-def first_ranks(measured: Measured, name: str, queries: Sequence[str]) -> dict[str, int | None]:
-    """The rank of each query's first relevant document, None if it was not retrieved."""
-    grades = measured.judgements(name, queries)
-    found: dict[str, int | None] = dict.fromkeys(queries)
-    for query, ranked in measured.ranking(name, queries).items():
-        judged = grades.get(query, {})
-        found[query] = next((i for i, (document, _) in enumerate(ranked, 1) if document in judged), None)
-    return found

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import Benchmark, UserError
-from experiments.build_data import build_data
 from experiments.config import from_dict
 from experiments.differences import words
 from experiments.reporting.charts import NUM_TONES
 from experiments.reporting.run_files import RunFiles
+from experiments.texts import benchmarks_of_run
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
     """Test papers with their labels and places, for each task's expert; None where it cannot be drawn."""
     try:
         config = from_dict(run.config, str(run.path / "config.yaml"))
-        benchmarks = build_data(config).benchmarks(config.evaluation.split)
+        benchmarks = benchmarks_of_run(run.path.resolve(), config.evaluation.split).values()
         checkpoint = checkpoint_of(run.path)
         encoder = load_encoder(checkpoint)
     except (UserError, OSError) as error:
