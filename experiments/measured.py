@@ -97,7 +97,10 @@ def open_measured(key: str, name: str) -> list[Measured]:
 
     By default a run's trained encoder, or what an evaluation measured. Raises UserError for what is not there.
     """
-    return [_one(key, part) for part in name.split(",")]
+    found = [_one(key, part) for part in name.split(",")]
+    if len({(part.folder.resolve(), part.system) for part in found}) < len(found):
+        raise UserError(f"{key}: the same system is named twice: {name}")
+    return found
 
 
 def _one(key: str, name: str) -> Measured:

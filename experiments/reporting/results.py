@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.reporting.charts import intervals
+from experiments.reporting.charts import NUM_TONES, intervals
 from experiments.reporting.html import Html, below, figure, join, missing, pointer, scrolling, section, table, tag
 from experiments.reporting.run_files import FIGURES, RunFiles
 
@@ -15,29 +15,25 @@ TONES = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 
 def results(run: RunFiles) -> Html:
     """The final table, how far it is beyond chance, and the tables of `make eval`."""
-    content, name = run.results, "results.json"
-    parts: list[Any] = []
-    if content is None:
-        target = run.config.get("trainer", {}).get("max_steps")
-        parts.append(
-            missing(
-                "No results yet: training has reached step ",
-                figure(run.last_step, pointer(FIGURES, "last_step"), ","),
-                " of ",
-                figure(target, pointer("config.yaml", "trainer", "max_steps"), ","),
-                ". The same command goes on with it.",
-            )
-        )
-        content, name = run.json("baselines.json"), "baselines.json"
-    files = [name] if content else []
-    if content:
-        parts.append(tag("div", _table(content, name, {}), _picture(content, name), class_="beside"))
-        parts += _beyond_chance(run)
-    papers = run.figures.get("paper", {})
+    name = "results.json" if run.results else "baselines.json"
+    parts: list[Any] = [] if run.results else [_unfinished(run)]
+    files = []
+    if content := run.json(name):
+        parts += [tag("div", _table(content, name, {}), _picture(content, name), class_="beside"), *_beyond_chance(run)]
+        files.append(name)
     for path, other in run.evaluations.items():
-        parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path, papers.get(path, {}))]
+        paper = run.figures["paper"][path]
+        parts += [tag("h3", "Evaluation ", tag("code", path.split("/")[1])), _table(other, path, paper)]
         files.append(path)
-    return section("results", "Results", *parts, files=[*files, *([FIGURES] if run.figures.get("differences") else [])])
+    return section("results", "Results", *parts, files=[*files, FIGURES])
+
+
+def _unfinished(run: RunFiles) -> Html:
+    reached = figure(run.last_step, pointer(FIGURES, "last_step"), ",")
+    wanted = figure(run.config["trainer"]["max_steps"], pointer("config.yaml", "trainer", "max_steps"), ",")
+    return missing(
+        "No results yet: training has reached step ", reached, " of ", wanted, ". Its command goes on with it."
+    )
 
 
 def _metrics(of: Mapping[str, Any], content: Mapping[str, Any]) -> Sequence[str]:
@@ -53,7 +49,7 @@ def _picture(content: Mapping[str, Any], name: str) -> Html:
         for number, (system, means) in enumerate(of["systems"].items()):
             source = pointer(name, "benchmarks", benchmark, "systems", system, metric)
             told = tag("title", f"{system}: {means[metric]:.4f}", data_source=source)
-            dots.append((system, TONES.get(system, 2 + number), means[metric], told))
+            dots.append((system, TONES.get(system, (2 + number) % NUM_TONES), means[metric], told))
         rows.append((f"{benchmark}, {metric}", dots))
     return intervals("Each benchmark's main metric", rows, 1.0)
 

@@ -10,7 +10,7 @@ from experiments.reporting.run_files import RunFiles
 def of_tasks(run: RunFiles, before: str, after: str) -> list[Series]:
     """A line for each task: of the names BEFORE/TASK/AFTER."""
     named = [(task, f"{before}/{task}/{after}") for task in run.tasks]
-    return [run.series(key, task, tone) for tone, (task, key) in enumerate(named) if key in run.keys]
+    return [run.series(key, task, tone % NUM_TONES) for tone, (task, key) in enumerate(named) if key in run.keys]
 
 
 def curves(run: RunFiles) -> Html:

@@ -148,6 +148,7 @@ def test_other_queries_are_not_compared(tmp_path):
         (["A={a}:bm25", "B={a}"], "A: which system of .*There are .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: other was not measured, there are generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),
+        (["A={a},{a}", "B={a}"], "A: the same system is named twice"),
         (["A={a}", "B={a}", "level=95"], "level: got '95'"),
         (["A={a}", "B={a}", "draws=0"], "draws: got '0'"),
     ],

@@ -15,6 +15,9 @@ import yaml
 from sklearn.decomposition import PCA
 
 from datamodules.records import UserError
+from datamodules.sample import science
+from experiments.compare import main as compare
+from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.html import tag
 from experiments.reporting.paper_map import same_label, two_components
@@ -210,6 +213,23 @@ def test_incomplete_runs_say_what_is_missing(run, tmp_path):
     told = incomplete(cut, tmp_path / "killed", "results.json")
     assert "incomplete, at step 3 of 9" in told
     assert "untrained" in told  # the baselines are there
+
+
+def test_compare_tells_the_words_of_queries_of_runs_and_of_evaluations(run, beir_root, tmp_path):
+    for name, model in (("a", run), ("b", "bm25")):
+        evaluate(
+            [f"model={model}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path / name}"]
+        )
+    pairs = {"of_runs": (run, f"{run}:bm25", "citations"), "of_evaluations": (tmp_path / "a", tmp_path / "b", "mlcite")}
+    papers = {paper.document.title for paper in science(0, 500).papers}
+    for output, (a, b, benchmark) in pairs.items():
+        compare(
+            [f"A={a}", f"B={b}", f"output={tmp_path / output}", "examples=2", f"benchmark={benchmark}", "draws=100"]
+        )
+        found = json.loads((tmp_path / output / "compare.json").read_text())["benchmarks"][benchmark]
+        assert len(found["examples"]["B"]) == 2
+        for example in found["examples"]["B"]:
+            assert {example["text"], example["first_B"]["text"]} <= papers
 
 
 @pytest.mark.parametrize(
