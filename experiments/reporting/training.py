@@ -141,6 +141,6 @@ def transplants(run: RunFiles) -> list[Html]:
     head = tag("thead", tag("tr", tag("th", "loss of"), *(tag("th", f"with {t}", scope="col") for t in run.tasks)))
     at = tag("span", f"step {step}", data_source=pointer("metrics.jsonl", step=step))
     caption = tag("caption", "Each task's loss with its own expert (framed) and with those of the others, at ", at,
-                  "; darker is worse than its own.")  # fmt: skip
+                  "; the more colour, the worse than its own.")  # fmt: skip
     matrix = tag("table", caption, head, tag("tbody", *rows), class_="heat")
     return [tag("h3", "Whose expert does it need?"), scrolling(matrix, "Transplant matrix")]
