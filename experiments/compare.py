@@ -104,7 +104,8 @@ def show(content: Mapping[str, Any]) -> None:
             *(f"{of['difference']:+.4f}{mark}", interval, f"{of['p']:.4f}", f"{of['p_holm']:.4f}"),
             f"{of['wins']}/{of['ties']}/{of['losses']}",
         )
-    console.print(table)
+    if content["benchmarks"]:
+        console.print(table)
     for name, of in content["benchmarks"].items():
         for side, examples in of["examples"].items():
             for example in examples:
