@@ -17,7 +17,7 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train eval reproduce mteb harness mine audit export test check bench clean
+.PHONY: help install data train eval reproduce mteb harness mine audit compare report runs export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -70,6 +70,15 @@ mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, 
 
 audit: $(STAMP) ## is an evaluation in the training data? make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+compare: $(STAMP) ## two systems query by query, with tests: make compare A=RUN B=RUN [metric=ndcg@10]
+	@$(PY) -m experiments.compare $(OVERRIDES) $(ARGS)
+
+report: $(STAMP) ## a run as one HTML page: make report RUN=FOLDER
+	@$(PY) -m experiments.report $(OVERRIDES) $(ARGS)
+
+runs: $(STAMP) ## the runs that there are, with their results
+	@$(PY) -m experiments.runs $(OVERRIDES) $(ARGS)
 
 export: $(STAMP) ## write a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
 	@$(PY) -m experiments.export $(OVERRIDES) $(ARGS)
