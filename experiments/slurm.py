@@ -135,23 +135,24 @@ def seconds(time: str) -> int:
 
 def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) -> list[Run]:
     """All trainings of the job, each with its configuration checked here, before it waits in a queue."""
-    ranks = [
-        f"trainer.num_nodes={values['NODES']}",
-        f"trainer.devices={values['GPUS'] or values['TASKS']}",
-    ]
+    said = {
+        "trainer.num_nodes": str(values["NODES"]),
+        "trainer.devices": str(values["GPUS"] or values["TASKS"]),
+        "trainer.accelerator": "gpu" if values["GPUS"] else "cpu",
+    }
     for text in overrides:
-        key = text.partition("=")[0]
-        if key in ("trainer.num_nodes", "trainer.devices", "trainer.accelerator"):
-            raise UserError(f"{text}: is said by NODES, GPUS and TASKS")
+        key, _, value = text.partition("=")
+        if said.get(key, value) != value:
+            raise UserError(f"{text}: NODES, GPUS and TASKS say that it is {said[key]}")
+    ranks = [f"{key}={value}" for key, value in said.items()]
     names = values["EXPS"].split(",") if values["EXPS"] else [experiment]
     seeds = [f"run.seed={seed}" for seed in values["SEEDS"].split(",")] if values["SEEDS"] else [None]
-    kind = "trainer.accelerator=gpu" if values["GPUS"] else "trainer.accelerator=cpu"
     runs = []
     for name, seed in itertools.product(names, seeds):
-        given = [*overrides, *ranks, *([seed] if seed else [])]
+        given = [*overrides, *([seed] if seed else []), *ranks]
         config = load_config(name, [*given, "trainer.accelerator=cpu"])  # there may be no GPU on this machine
-        config.trainer.accelerator = kind.partition("=")[2]
-        runs.append(Run(name, (*given, kind), folder_of(config)))
+        config.trainer.accelerator = said["trainer.accelerator"]
+        runs.append(Run(name, tuple(given), folder_of(config)))
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
         raise UserError("run.dir: the jobs of an array need a folder each; leave it out, and each finds its own")
