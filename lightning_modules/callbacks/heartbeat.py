@@ -69,6 +69,13 @@ class Heartbeat(L.Callback):
         """The ranks that are lost, by name, after something has failed that ranks do together. Takes some seconds."""
         if self._store is None:
             return []
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.extend(self._ask()), daemon=True)
+        asking.start()
+        asking.join(3 * SILENCE)
+        return ["rank 0"] if asking.is_alive() else found  # it has the store, which does not answer
+
+    def _ask(self) -> list[str]:
         try:
             before = self._beats()
             time.sleep(SILENCE)

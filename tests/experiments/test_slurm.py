@@ -97,7 +97,7 @@ def test_times_are_read_as_slurm_does(time, expected):
         ([], "TIME: how long"),
         (["TIME=4h"], "TIME: got '4h', allowed are minutes"),
         (["TIME=01:99:00"], "TIME: got '01:99:00'"),
-        (["TIME=3"], "TIME: 3 leaves no time to train before GRACE, 120 seconds"),
+        (["TIME=2"], "TIME: 2 leaves no time to train before GRACE, 120 seconds"),
         (["TIME=60", "GPUS=two"], "GPUS: got 'two', allowed are whole numbers from 0"),
         (["TIME=60", "NODE=2"], "got 'NODE=2', allowed are NODES"),
         (["TIME=60", "AT_ONCE=0", "SEEDS=0,1"], "AT_ONCE: got '0'"),

@@ -29,8 +29,8 @@ def test_the_last_few_are_kept(tmp_path, keep):
         write_checkpoint(checkpoint(step), path, keep)
         assert steps(path) == list(range(step, max(step - keep, 0), -1))
     write_checkpoint(checkpoint(7), path, 2)  # fewer than before
-    assert steps(path) == [7, 6][:keep]
-    assert len(list(tmp_path.iterdir())) == min(keep, 2)
+    assert steps(path) == [7, 6]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
