@@ -4,7 +4,8 @@ Every attempt is a process, forked from this one, which has imported everything.
 
     anywhere    by SIGKILL, at a random moment
     writing     by SIGKILL, at a random point of writing a checkpoint
-    full        by SIGKILL, when the disk has been full (or files limited in size) for some steps
+    full        by SIGKILL, when the disk has been full (or files limited in size) for some steps; or it ends, since
+                there is no room for what it mines
     asked       by SIGUSR1, SIGTERM or SIGINT
 
 and at the end one attempt is left alone. No attempt may lose steps that were saved, or repeat a step with another
@@ -13,6 +14,7 @@ batch, and the weights are in the end, bit for bit, those of a run that nobody k
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -66,6 +68,9 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
+    except OSError as error:  # mining needs room
+        status = 2 if error.errno in (errno.ENOSPC, errno.EFBIG) else 1
+        logging.exception("the attempt failed")
     except BaseException:
         logging.exception("the attempt failed")
     finally:
@@ -183,9 +188,9 @@ def kill_once(kind: str, folder: Path, steps: int) -> str:
             due = max(before, (logged - 1) // EVERY * EVERY)
             assert now >= due or (kind == "writing" and now >= due - EVERY), f"{kind}: at {logged}, {now} is saved"
     else:
-        expected = STATUS[asked] if kind == "asked" else 0
+        expected = {"asked": STATUS[asked], "full": 2}.get(kind, 0)
         assert os.WEXITSTATUS(status) in (expected, 0), f"{kind}, {asked!r}: status {os.WEXITSTATUS(status)}"
-        assert now == logged, f"{kind}: at step {logged}, {now} is saved"
+        assert now == logged or full, f"{kind}: at step {logged}, {now} is saved"
     return f"{kind}: from step {before} to {logged}, saved {now}"
 
 

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
@@ -80,36 +79,41 @@ def test_without_slurm_the_status_says_that_the_command_goes_on(tmp_path, scontr
     assert not told.exists()
 
 
-HOLD = "import sys, time; from pathlib import Path; from experiments.run_lock import only_job\n"
-HOLD += "with only_job(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+def holder_of(folder):
+    """A process that holds the folder's lock until it is killed; forked, so that it need not import."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with only_job(folder):
+            os.write(told, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 4) == b"held"
+    return pid
 
 
 def test_a_second_job_is_refused_and_a_killed_one_blocks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
     folder = tmp_path / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    holder = holder_of(folder)
     try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"run is in use by process {holder.pid} on .* since 20"), only_job(folder):
+        with pytest.raises(UserError, match=rf"run is in use by process {holder} on .* since 20"), only_job(folder):
             pass
         with only_job(tmp_path / "other"):
             pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        started = time.monotonic()
-        with only_job(folder):
-            assert time.monotonic() - started < 0.3
     finally:
-        holder.kill()
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+    with only_job(folder):
+        pass
     assert not list(tmp_path.iterdir())  # locks leave nothing
 
 
 def test_the_next_attempt_waits_for_the_end_of_the_former(tmp_path, caplog):
-    folder = tmp_path / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    holder.stdout.readline()
-    subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
     caplog.set_level("INFO")
-    with only_job(folder):
-        assert holder.wait(timeout=5) == -signal.SIGKILL
+    holder = holder_of(tmp_path / "run")
+    threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
+    with only_job(tmp_path / "run"):
+        assert os.waitpid(holder, os.WNOHANG) == (holder, signal.SIGKILL)
     assert "waiting up to 30 seconds for its end" in caplog.text
