@@ -22,7 +22,16 @@ from datamodules.conversion import FileReader, stored
 from datamodules.examples import Joined, in_memory
 from datamodules.loader import MultiTaskBatches, ResumableLoader
 from datamodules.pools import pool_of
-from datamodules.records import Benchmark, Collection, Document, Example, MiningPool, Task, UserError
+from datamodules.records import (
+    Benchmark,
+    Collection,
+    Document,
+    Example,
+    MiningPool,
+    Task,
+    UserError,
+    plain_protocol,
+)
 from datamodules.rounds import Rounds, negatives_of_data
 from datamodules.sampler import Phase, Schedule
 from datamodules.store import StoredCollection
@@ -279,6 +288,7 @@ class TaskDataModule(ContrastiveDataModule):
                 queries=judged[0],
                 qrels=judged[1],
                 exclude_query=self.queries_are_documents,
+                protocol=plain_protocol(name, split, self.queries_are_documents),
             )
             for name, collection in self.collections.items()
             if collection.splits.get(split)

@@ -50,7 +50,6 @@ VERSIONS = (
     "torch",
     "lightning",
     "transformers",
-    "torchmetrics",
     "omegaconf",
     "wandb",
     "faiss-cpu",
@@ -214,7 +213,7 @@ def write_manifest(
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: version for name in VERSIONS if (version := _version(name))},
+        "versions": versions(),
         "git": _git(),
         "parameters": num_parameters,
         "schedule": dict(schedule),
@@ -230,6 +229,11 @@ def write_manifest(
         },
     }
     write_json(path, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a figure may depend on."""
+    return {name: version for name in VERSIONS if (version := _version(name))}
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every logged row of a run as one line of JSON, whatever other loggers do."""
+"""What a run logs: metrics.jsonl, one line of JSON for every row, and the plots that W&B makes besides."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+import numpy as np
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
@@ -63,3 +64,15 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def log_histograms(
+    loggers: Iterable[Logger], histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int
+) -> None:
+    """Plots for W&B, where it is on. histograms: name -> counts (n,) and edges (n + 1,)."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and histograms:
+            import wandb
+
+            found = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms.items()}
+            logger.log_metrics(found, step=step)

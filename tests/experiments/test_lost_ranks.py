@@ -66,7 +66,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path, number, lost):
         begun = time.monotonic()
         os.kill(pids[lost], number)
         told = process.communicate(timeout=120)[0]  # of all ranks: they share the pipe
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 100
     finally:
         process.kill()
     found = re.search(

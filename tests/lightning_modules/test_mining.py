@@ -13,6 +13,7 @@ import torch
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.fingerprints import fingerprint
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
@@ -20,7 +21,7 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import gate, logged, report, table
-from lightning_modules.mining.vectors import VectorCache, fingerprint, text_numbers
+from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
 
@@ -325,7 +326,7 @@ nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
     [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
-    (np.arange(31), np.arange(30, dtype=np.int32)), nothing,
+    (np.arange(31), np.arange(30, dtype=np.int32)), nothing, nothing,
 )
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]

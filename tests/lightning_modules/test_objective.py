@@ -20,6 +20,7 @@ CASES = {
     "default": {},
     "cosine": COSINE,
     "unmasked": {"mask_known_positives": False},
+    "texts_unmasked": {"symmetric": True, "mask_same_text": False},
     "log_mean": COSINE | {"positives": "log_mean"},
     "supcon_out": COSINE | {"positives_in_denominator": True},
     "supcon_in": COSINE | {"positives": "log_mean", "positives_in_denominator": True},
