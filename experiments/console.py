@@ -19,6 +19,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning at every fork of a data worker
     for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Tells which rank has ended before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         r".*does not have many workers.*",
         r".*srun.*",
