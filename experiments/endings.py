@@ -103,7 +103,7 @@ def naming_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _ended_children(trainer: L.Trainer) -> list[str]:
-    """Of the ranks that Lightning started from this one, those that failed. At once, for it kills this one after them."""
+    """Of the ranks that Lightning started from here, those that failed. At once, for it kills this one after them."""
     children = getattr(trainer.strategy.launcher, "procs", [])
     deadline = time.monotonic() + 0.5  # connections close before the process has ended
     while children and time.monotonic() < deadline and not any(child.poll() for child in children):
