@@ -1,6 +1,6 @@
 """Jobs for SLURM: what is written, what is refused, and a real SLURM on loopback that preempts a run of two ranks.
 
-The longer ways to be preempted: LONG_SLURM=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
+Longer ways to be preempted: LONG_SLURM=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
 evaluation after each, must take longer than two attempts of a job with a limit of three minutes.
 """
 
