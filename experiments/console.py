@@ -9,9 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from datamodules.records import UserError
+from lightning_modules import launch
 
 
 def quiet_libraries() -> None:
@@ -36,7 +35,7 @@ def quiet_libraries() -> None:
 
 def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point with the command line's arguments. Errors that the user can mend end it with status 2."""
-    level = logging.INFO if rank_zero_only.rank == 0 else logging.ERROR
+    level = logging.INFO if launch.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     logging.captureWarnings(True)
     quiet_libraries()

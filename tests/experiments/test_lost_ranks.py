@@ -48,7 +48,8 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
     assert [node.returncode for node in nodes] == [0, 0], told
     assert "rank 1 (cpu on" in told[0]
     assert "a query has up to" in told[0]
-    assert "rank" not in told[1]  # the second node leaves the talking to the first
+    assert "step 6/6" in told[0]
+    assert "step 6/6" not in told[1]  # the second node leaves the talking to the first
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (one, two)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
