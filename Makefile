@@ -17,7 +17,7 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train eval reproduce mteb harness mine audit compare report runs export test check bench clean
+.PHONY: help install data train slurm eval reproduce mteb harness mine audit compare report runs export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -52,6 +52,9 @@ data: $(STAMP) ## build training data from public downloads: make data RECIPE=sc
 
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
+	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
 eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)

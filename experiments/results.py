@@ -32,6 +32,7 @@ from lightning_modules.measure import (
 )
 from lightning_modules.metrics import Run
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
+from lightning_modules.signals import leave_if_asked
 from lightning_modules.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,12 @@ def evaluate_encoder(
             chosen = "svm"
         texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
         with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
-            ids, queries, documents = encoded(encoder, benchmark, vectors, progress.advance)
+
+            def advance(count: int) -> None:
+                progress.advance(count)
+                leave_if_asked()
+
+            ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
         between = time.monotonic()
         searched = benchmark.candidates is None and benchmark.training is None
         pairs = len(queries) * documents.count if searched else 0
