@@ -15,17 +15,19 @@ from lightning_modules.fingerprints import text_hash
 from lightning_modules.mining.vectors import VectorCache
 from lightning_modules.shards import Advance, Shards, check_finite
 
+SHARD = 2048  # texts of a file: what an interruption costs
+
 
 class Vectors:
     """An encoder's vectors of texts, as they are (see similarity.py for what they are compared by).
 
-    folder: where documents' are kept on disk, also for the next time; by default they stand in memory. The last corpus
-    and the last queries of this rank are remembered.
+    folder: where they are kept on disk, also for the next time; by default they stand in memory. The last corpus and
+    the last queries of this rank are remembered.
     """
 
     def __init__(self, encoder: Encoder, *, token_budget: int = 16384, folder: Path | None = None):
         self.encoder, self.token_budget = encoder, token_budget
-        self.cache = VectorCache(encoder, folder, token_budget=token_budget) if folder else None
+        self.cache = VectorCache(encoder, folder, shard_size=SHARD, token_budget=token_budget) if folder else None
         self.kept: dict[str, tuple[str, Shards]] = {}
 
     def of_all_ranks(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None):
@@ -48,8 +50,14 @@ class Vectors:
         return self._once("documents", documents, task, made)
 
     def of_this_rank(self, queries: Sequence[Document], task: str, what: str, advance: Advance | None = None):
-        """Vectors (q, D) float32 of this rank's queries."""
-        return self._once("queries", queries, task, lambda: Shards([self._encode(queries, task, what, advance)]))[0]
+        """Vectors (q, D) float32 of this rank's queries; they are kept on disk where one process has all of them."""
+
+        def made() -> Shards:
+            if self.cache and world_size() == 1:
+                return Shards([np.concatenate(self.cache.vectors(queries, task, what, advance).parts)])
+            return Shards([self._encode(queries, task, what, advance)])
+
+        return self._once("queries", queries, task, made)[0]
 
     def _encode(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None) -> np.ndarray:
         vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance).numpy()

@@ -558,6 +558,7 @@ def test_scidocs_labels_without_names(tmp_path):
     assert collection.corpus == {"Heart, failing": Document("Heart, failing", "Heart, failing")}
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", "a1,3")
     assert "label '3' is no name; give the file of names" in refused(SciDocsReader(str(tmp_path), "mesh"))
+    assert list(SciDocsReader(str(tmp_path), "mesh", unnamed=True).read().corpus) == ["3"]
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", *(f"b{i},x" for i in range(7)))
     assert "7 lines name 7 query ids that are not in paper_metadata_mag_mesh.json: 'b0'" in refused(
         SciDocsReader(str(tmp_path), "mesh")

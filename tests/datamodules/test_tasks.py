@@ -165,6 +165,26 @@ def test_batches_carry_their_texts_where_they_are_asked_to(make_task):
     assert batches(make_task(SearchDataModule))[0].texts == ()
 
 
+def test_texts_that_the_encoder_reads_alike_have_one_key(make_task):
+    """Though they stand in another case, under another id."""
+    collection = toy_collection()
+    shouted = {f"x{i}": Document(f"x{i}", d.title.upper(), d.text) for i, d in enumerate(collection.corpus.values())}
+    judged = {q: dict(own) | {f"x{i % 10}": 1} for i, (q, own) in enumerate(collection.qrels["train"].items())}
+    corpus = dict(collection.corpus) | shouted
+    data = make_task(
+        SearchDataModule,
+        collection=Collection(corpus, collection.queries, {"train": judged}),
+        batch_size=12,
+        num_positives=3,
+        carry_texts=True,
+    )
+    batch = data.train_dataloader().batches[0]
+    texts, keys = [(d.title.lower(), d.text) for d in batch.texts], batch.text_keys.tolist()
+    assert 12 < len(set(texts)) < len(texts)
+    assert len(set(keys)) == len(set(texts)) == len(set(zip(texts, keys, strict=True)))
+    assert torch.equal(batch.to("cpu").text_keys, batch.text_keys)
+
+
 def test_batches_are_equal_when_made_again_and_carry_a_fingerprint(make_task):
     one, other = batches(make_task(SearchDataModule), 5), batches(make_task(SearchDataModule), 5)
     assert [b.fingerprint for b in one] == [b.fingerprint for b in other]

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
@@ -126,6 +127,29 @@ def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, ca
     state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]
     (rounds,) = [loader["rounds"] for loader in state["combined_loader"]]
     assert [(r["batch"], r["store"], r["hash"]) for r in rounds] == [(0, str(output), store.hash)]
+
+
+@pytest.mark.slow
+def test_mining_that_was_killed_goes_on_without_embedding_anew(run, tmp_path):
+    """SIGKILL while it embeds: shards that were finished stay as they are, and the store is that of a whole mining."""
+    output, vectors = tmp_path / "store", tmp_path / "store.vectors"
+    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *given], cwd=ROOT)
+    while process.poll() is None and len(list(vectors.glob("*/*.npy"))) < 2:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was to be killed and was not"
+    assert not output.exists()
+
+    def shards():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in vectors.glob("*/*.npy")}
+
+    finished = shards()
+    mine("moe", given)
+    assert 2 <= len(finished) < len(shards())
+    assert finished.items() <= shards().items()
+    mine("moe", [*given[:-1], f"output={tmp_path / 'whole'}"])
+    assert HardNegativeStore(output).hash == HardNegativeStore(tmp_path / "whole").hash
 
 
 def test_a_store_of_another_model_is_not_overwritten(run, tmp_path, make_encoder):

@@ -369,7 +369,7 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     endless = command(tmp_path, *LONG, "trainer.max_steps=100000")  # so that it cannot end before the signal
     process = subprocess.Popen(
         endless,
@@ -387,7 +387,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert re.search(rb"interrupted at step \d+: the same command goes on from step \d+", errors)
+    told = re.search(rb"interrupted: the same command goes on from step (\d+)", errors)
+    assert told, errors
+    assert rows(tmp_path)[-1]["step"] == int(told[1])  # nothing is lost
 
 
 @pytest.mark.slow
