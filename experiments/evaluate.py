@@ -18,6 +18,7 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
              search.documents:FOLDER where documents have another one than queries
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
+max_length   tokens of a text, by default the model's own; the paper evaluates with 512
 precision    what encoders compute in: float32 or bfloat16; scores are in float32. The final table of a run trained in
              bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
@@ -46,7 +47,7 @@ from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
 from experiments.models import MODEL_KEYS, run_of
 from experiments.results import Results, combine
-from experiments.run_folder import read_config, versions
+from experiments.run_folder import git_state, read_config, versions
 from experiments.schema import Config, EvaluationConfig
 from experiments.suite import Collections, Limits, build, choose, load_suite
 from experiments.systems import PRECISIONS, load_systems, models_of, short_name
@@ -70,6 +71,7 @@ KEYS = MODEL_KEYS | {
     "max_documents": "0",
     "task": "",
     "similarity": "",
+    "max_length": "",
     "precision": "float32",
     "vectors": "",
     "metrics": ",".join(EvaluationConfig().metrics),
@@ -190,6 +192,7 @@ def main(arguments: Sequence[str]) -> None:
         "similarity": values["similarity"] or ",".join(dict.fromkeys(system.similarity for system in systems)),
         "metrics": metrics,
         "versions": {"python": platform.python_version()} | versions(),
+        "git": git_state(),
         "command": list(arguments),
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

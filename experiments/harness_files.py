@@ -27,7 +27,7 @@ from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError
 from experiments.console import choice
-from experiments.progress import Counter
+from experiments.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.measure import whole_run
 from lightning_modules.retrieval import rank_benchmark
@@ -72,8 +72,8 @@ class Job:
 
     def encode(self, texts: Sequence[Document], task: str, what: str) -> Iterator[list[float]]:
         """A vector for each text, in their order; all are encoded before the first one comes."""
-        with Counter(f"encoding {what}", "texts", len(texts)) as counter:
-            shards = self.vectors.of_all_ranks(texts, task, what, counter.advance)
+        with Progress(f"encoding {what}", "texts", len(texts)) as progress:
+            shards = self.vectors.of_all_ranks(texts, task, what, progress.advance)
         for _, block in shards.blocks(1024):
             yield from block.astype(np.float64).tolist()
 
@@ -162,14 +162,14 @@ def write_pmc_patients(job: Job, split: str) -> list[Path]:
         choice("split", split, list(collection.qrels))
         queries, qrels = collection.judged(split)
         benchmark = Benchmark(name, "link_prediction", split, collection.corpus, queries, qrels)
-        with Counter(f"encoding {name}", "texts", len(queries) + len(collection.corpus)) as counter:
+        with Progress(f"encoding {name}", "texts", len(queries) + len(collection.corpus)) as progress:
             run = whole_run(
                 rank_benchmark(
                     job.encoder,
                     benchmark,
                     min(job.depth, len(collection.corpus)),
                     similarity=job.similarity,
-                    advance=counter.advance,
+                    advance=progress.advance,
                     vectors=job.vectors,
                 )
             )

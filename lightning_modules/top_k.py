@@ -43,9 +43,9 @@ def top_k(
     """The k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k) float32.
 
     queries: (Q, D). documents: (M, D). k is cut to M. order: (M,) the place of each document among documents of equal
-    score; by default its row. backend: "auto" is torch on a GPU, else FAISS where it is
-    installed, else torch. memory: bytes beyond the vectors themselves and the result. advance: called with the number
-    of pairs that were compared. Raises UserError for vectors that are not finite.
+    score; by default its row. backend: "auto" is torch on a GPU, else FAISS where it is installed, else torch. memory:
+    bytes beyond the vectors themselves and the result. advance: called with the number of pairs that were compared.
+    Raises UserError for vectors that are not finite.
     """
     queries = np.ascontiguousarray(shards_of(queries)[0], dtype=np.float32)
     shards, device = shards_of(documents), torch.device(device)

@@ -25,7 +25,7 @@ from datamodules.matching import NameMatcher
 from datamodules.records import Benchmark, Document
 from datamodules.text import input_text
 from experiments.console import choice, entry_point, key_values, whole_number
-from experiments.progress import Counter
+from experiments.progress import Progress
 from experiments.results import evaluate_encoder
 from experiments.timing.encoder_cost import backbone_of
 from lightning_modules.encoders.base import Encoder
@@ -150,8 +150,8 @@ def large(values: dict[str, int], folder: Path) -> None:
     )
     before = peak()
     started = time.perf_counter()
-    with Counter("ranking", "pairs", count * len(ids)) as counter:
-        run = rank_vectors(benchmark, ids, queries, documents, values["k"], advance=counter.advance)
+    with Progress("ranking", "pairs", count * len(ids)) as progress:
+        run = rank_vectors(benchmark, ids, queries, documents, values["k"], advance=progress.advance)
     ranked = time.perf_counter() - started
     figures = measure(run, benchmark, ["mrr@10000", "precision@10", "ndcg@10", "recall@1000"])
     log.info("ranking %.0f s, measuring %.0f s", ranked, time.perf_counter() - started - ranked)

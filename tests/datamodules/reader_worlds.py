@@ -340,6 +340,7 @@ WORLDS = (
             ('{"query": "d0", "positives": []}', "positives is empty"),
             ('{"query": "d0", "positives": ["d1", "x"]}', "positives: 1 of 2 ids are not in the corpus, first 'x'"),
             ('{"query": "d0", "positives": ["d1"], "negatives": ["d1"]}', "'d1' is among the positives and the neg"),
+            ('{"query": "d0", "positives": ["d1", "d0"]}', "'d0' is the query itself, and among its positives"),
             ('{"query": {"id": "x"}, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first 'x'"),
             ('{"query": 7, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first '7'"),
             ('{"query": " ", "positives": ["d1"]}', "query is empty"),
