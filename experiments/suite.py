@@ -122,6 +122,8 @@ def _check(where: str, config: BenchmarkConfig) -> None:
             raise UserError("metrics and splits: name at least one")
         for metric in config.metrics:
             parse_metric(metric)
+        if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
+            raise UserError("names_first: got published, which SciMultReader alone has (words finds them)")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -153,6 +155,8 @@ class Collections:
         """Why the data cannot be read, if they are not there."""
         try:
             files = self.reader(config).sources()
+            if config.names_first == "published":
+                self.reader(config).named_labels_file()
         except UserError as error:
             return str(error)
         return None if files else f"{config.reader.get('folder')}: holds no file of it"
