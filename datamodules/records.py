@@ -133,6 +133,8 @@ class Benchmark:
     candidates: query -> the documents that are ranked for it; none where all are. first: query -> documents that
     stand before all others. similarity: "dot", "cosine" or "l2"; none for the model's own. without_relevant: queries
     without any relevant document are left out of the means ("skip"), count 0 ("zero"), or are an error.
+    training: papers with their classes, whom a linear SVM learns from that then classifies the queries, instead of a
+    ranking of the corpus; none where that is ranked.
     """
 
     name: str
@@ -148,14 +150,21 @@ class Benchmark:
     first: Mapping[str, Sequence[str]] | None = None
     similarity: str = ""
     without_relevant: str = "skip"
+    training: tuple[Mapping[str, Document], Qrels] | None = None
+
+    @property
+    def encoded_documents(self) -> Mapping[str, Document]:
+        """What queries are compared with: the corpus, or the papers that an SVM learns from."""
+        return self.corpus if self.training is None else self.training[0]
 
     def fingerprint(self) -> str:
         """Of its texts, judgements, candidates and what stands first: equal for equal data, on any machine."""
         digest = hashlib.blake2b(digest_size=8)
-        for documents in (self.corpus, self.queries):
+        papers, classes = self.training or ({}, {})
+        for documents in (self.corpus, self.queries, papers):
             for document in documents.values():
                 digest.update(repr((document.id, document.title, document.text)).encode())
-        for of_queries in (self.qrels, self.candidates or {}, self.first or {}):
+        for of_queries in (self.qrels, self.candidates or {}, self.first or {}, classes):
             for query, documents in of_queries.items():
                 digest.update(repr((query, list(documents))).encode())
         for grades in self.qrels.values():

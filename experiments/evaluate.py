@@ -203,6 +203,9 @@ def main(arguments: Sequence[str]) -> None:
             if system.encoder and benchmark.task not in system.encoder.tasks and values["benchmarks"]:
                 log.warning("%s has no expert for %s: the table is without it", system.name, benchmark.name)
                 continue
+            if benchmark.training is not None and not system.encoder:
+                log.warning("%s has no vectors for an SVM: the table is without it for %s", system.name, benchmark.name)
+                continue
             if system.encoder:
                 system.encoder.expert_of(benchmark.task)
             found = system.evaluate([benchmark], metrics, folder / "runs", budget, values["precision"])

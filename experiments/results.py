@@ -32,6 +32,7 @@ from lightning_modules.measure import (
 )
 from lightning_modules.metrics import Run
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
+from lightning_modules.signals import leave_if_asked
 from lightning_modules.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -141,11 +142,19 @@ def evaluate_encoder(
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
         chosen, started = benchmark.similarity or similarity, time.monotonic()
-        texts = (len(benchmark.corpus) + len(benchmark.queries)) // world_size()
+        if benchmark.training is not None:
+            chosen = "svm"
+        texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
         with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
-            ids, queries, documents = encoded(encoder, benchmark, vectors, progress.advance)
+
+            def advance(count: int) -> None:
+                progress.advance(count)
+                leave_if_asked()
+
+            ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
         between = time.monotonic()
-        pairs = len(queries) * documents.count if benchmark.candidates is None else 0
+        searched = benchmark.candidates is None and benchmark.training is None
+        pairs = len(queries) * documents.count if searched else 0
         with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
             run = rank_vectors(
                 benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=progress.advance

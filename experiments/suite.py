@@ -52,6 +52,7 @@ class BenchmarkConfig:
     metrics: list[str] = MISSING  # the main one first
     candidates: str = "corpus"  # what is ranked for a query: the corpus, or its own judged documents (own)
     exclude_query: bool = False  # leave the document with the query's id out of its ranking
+    train_on: list[str] = field(default_factory=list)  # splits for a linear SVM, which then classifies; none to rank
     names_first: str = "no"  # labels that are named in the paper stand first: as published, or found by words
     documents: str = "whole"  # title and text, or the title alone
     similarity: str = ""  # dot, cosine or l2; by default the model's own
@@ -124,6 +125,8 @@ def _check(where: str, config: BenchmarkConfig) -> None:
             parse_metric(metric)
         if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
             raise UserError("names_first: got published, which SciMultReader alone has (words finds them)")
+        if both := set(config.splits) & set(config.train_on):
+            raise UserError(f"train_on: {min(both)} is measured on, and cannot be trained on too")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -188,8 +191,9 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, limits: 
             queries = dict(list(queries.items())[: limits.queries])
             qrels = {query: qrels[query] for query in queries}
             protocol += f"/first-{limits.queries}-queries"
+        training = merged(collection, config.train_on) if config.train_on else None
         corpus, candidates = _candidates(config, collection.corpus, queries, qrels)
-        if candidates is None and 0 < limits.documents < len(corpus):
+        if candidates is None and training is None and 0 < limits.documents < len(corpus):
             corpus = smaller(corpus, qrels, limits.documents)
             protocol += f"/{len(corpus)}-documents"
         first = _first(config, collections, corpus, queries)
@@ -211,6 +215,7 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, limits: 
         first=first,
         similarity=config.similarity,
         without_relevant=config.without_relevant,
+        training=training,
     )
 
 

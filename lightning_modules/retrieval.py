@@ -16,6 +16,7 @@ from datamodules.records import Benchmark, UserError
 from lightning_modules.bm25 import Bm25Index
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.linear import classify
 from lightning_modules.metrics import Run, id_order, sorted_run
 from lightning_modules.shards import Advance, Shards
 from lightning_modules.similarity import SIMILARITIES, of_documents, of_queries, scores_of
@@ -52,10 +53,9 @@ def rank_benchmark(
 def encoded(
     encoder: Encoder, benchmark: Benchmark, vectors: Vectors, advance: Advance | None = None
 ) -> tuple[list[str], np.ndarray, Shards]:
-    """This rank's queries by id, their vectors (q, D), and those of all documents (M, D)."""
-    documents = vectors.of_all_ranks(
-        list(benchmark.corpus.values()), encoder.document_task(benchmark.task), benchmark.name, advance
-    )
+    """This rank's queries by id, their vectors (q, D), and those of all documents (M, D), or all training papers."""
+    task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
+    documents = vectors.of_all_ranks(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
     ids = list(benchmark.queries)[rank() :: world_size()]
     queries = [benchmark.queries[query] for query in ids]
     return ids, vectors.of_this_rank(queries, benchmark.task, benchmark.name, advance), documents
@@ -74,8 +74,11 @@ def rank_vectors(
 ) -> Run:
     """The run of some queries, by vectors. ids: of the queries (q, D). documents: (M, D) in the corpus's order.
 
-    advance: called with the number of documents that were searched.
+    advance: called with the number of documents that were searched. Where an SVM classifies, documents are its training
+    papers.
     """
+    if benchmark.training is not None:
+        return classify(benchmark, ids, queries, documents.gather(np.arange(documents.count)))
     similarity = benchmark.similarity or similarity
     if similarity not in SIMILARITIES:
         raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
