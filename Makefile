@@ -17,7 +17,7 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train eval mine audit compare report runs export test check bench clean
+.PHONY: help install data train slurm eval reproduce mteb harness mine audit compare report runs export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -38,7 +38,7 @@ help: ## this page
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: minilm, onnx, zst, dev)
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -53,8 +53,20 @@ data: $(STAMP) ## build training data from public downloads: make data RECIPE=sc
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-eval: $(STAMP) ## measure a model: make eval model=M [run=RUN] [split=dev] [beir=FOLDER task=search]
+slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
+	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+
+reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]
+	@$(PY) -m experiments.reproduce $(OVERRIDES) $(ARGS)
+
+mteb: $(STAMP) ## have mteb measure a model: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
+	@$(PY) -m experiments.mteb $(OVERRIDES) $(ARGS)
+
+harness: $(STAMP) ## files for other evaluations: make harness format=scidocs model=M data=FOLDER output=FOLDER
+	@$(PY) -m experiments.harness $(OVERRIDES) $(ARGS)
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
@@ -83,7 +95,7 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay

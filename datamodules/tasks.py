@@ -169,6 +169,7 @@ class TaskDataModule(ContrastiveDataModule):
     """
 
     queries_are_documents: ClassVar[bool] = False  # a query's own id, among the documents, is the query itself
+    corpus_is_evaluated: ClassVar[bool] = True  # to have trained on documents that are only evaluated is a leak
 
     def __init__(self, task: Task, readers: Mapping[str, Reader], options: BatchOptions | None = None, tokenizer=None):
         super().__init__()
@@ -196,8 +197,11 @@ class TaskDataModule(ContrastiveDataModule):
         for collection in self.collections.values():
             self._add(collection)
         if not self.examples:
-            names = ", ".join(self.collections)
-            raise UserError(f"task {self.task.name}: no query of the train split of {names} has a positive document")
+            names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
+            raise UserError(
+                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has "
+                "dev or test alone is measured beside a collection that is trained on"
+            )
 
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
@@ -298,6 +302,8 @@ class TaskDataModule(ContrastiveDataModule):
 
 class ClassificationDataModule(TaskDataModule):
     """Paper -> label. The corpus is the label space; a paper's other labels are never its negatives."""
+
+    corpus_is_evaluated = False  # labels are known to all
 
 
 class LinkPredictionDataModule(TaskDataModule):

@@ -18,11 +18,13 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
              search.documents:FOLDER where documents have another one than queries
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
+max_length   tokens of a text, by default the model's own; the paper evaluates with 512
 precision    what encoders compute in: float32 or bfloat16; scores are in float32. The final table of a run trained in
              bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
-max_queries  of each benchmark, the first ones alone, which makes another protocol; 0 for all
+max_queries, max_documents    for a first look: of each benchmark the first queries alone, and a corpus of their
+             relevant documents and the first others; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
@@ -45,9 +47,9 @@ from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
 from experiments.models import MODEL_KEYS, run_of
 from experiments.results import Results, combine
-from experiments.run_folder import read_config, versions
+from experiments.run_folder import git_state, read_config, versions
 from experiments.schema import Config, EvaluationConfig
-from experiments.suite import Collections, build, choose, load_suite
+from experiments.suite import Collections, Limits, build, choose, load_suite
 from experiments.systems import PRECISIONS, load_systems, models_of, short_name
 from experiments.table import show, show_suite
 from lightning_modules.metrics import parse_metric
@@ -66,8 +68,10 @@ KEYS = MODEL_KEYS | {
     "suite": "",
     "data.root": "",
     "max_queries": "0",
+    "max_documents": "0",
     "task": "",
     "similarity": "",
+    "max_length": "",
     "precision": "float32",
     "vectors": "",
     "metrics": ",".join(EvaluationConfig().metrics),
@@ -103,9 +107,9 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
     log.info("%d benchmarks; for want of data without %s", len(there), ", ".join(missing) or "none")
     for source in dict.fromkeys(suite[name].source for name in missing):
         log.info("  to get: %s", source or "see the suite's file")
-    max_queries = whole_number("max_queries", values["max_queries"], least=0)
+    limits = Limits(*(whole_number(key, values[key], least=0) for key in ("max_queries", "max_documents")))
     for name, config in there.items():
-        benchmark = build(name, config, collections, max_queries)
+        benchmark = build(name, config, collections, limits)
         if similarities and benchmark.similarity:
             benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
         yield benchmark
@@ -188,6 +192,7 @@ def main(arguments: Sequence[str]) -> None:
         "similarity": values["similarity"] or ",".join(dict.fromkeys(system.similarity for system in systems)),
         "metrics": metrics,
         "versions": {"python": platform.python_version()} | versions(),
+        "git": git_state(),
         "command": list(arguments),
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

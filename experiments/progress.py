@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -26,11 +24,13 @@ EVERY = 30  # seconds between lines
 class Progress:
     """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for what is counted.
 
-    On a terminal only the first of several ranks shows a bar.
+    On a terminal only the first of several ranks shows a bar. brief: tell of nothing that takes less than EVERY
+    seconds. total: of what advance counts.
     """
 
-    def __init__(self, what: str, unit: str = "bytes"):
+    def __init__(self, what: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
         self.what, self.unit, self.started = what, unit, time.monotonic()
+        self.total, self.done, self.brief = total, 0, brief
         self.told = self.started
         self.bar: Bar | None = None
         if (console := Console()).is_terminal and log.isEnabledFor(logging.INFO):
@@ -42,15 +42,20 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.bar:
             self.bar.start()
-        else:
+        elif not self.brief:
             log.info("%s ...", self.what)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        if error[0] is None:
+        if error[0] is None and not (self.brief and self.told == self.started):
             log.info("%s: %.0f s", self.what, time.monotonic() - self.started)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        self.report(self.done, self.total)
 
     def report(self, done: int, total: int | None) -> None:
         """So many bytes, or things, are done."""
@@ -75,35 +80,3 @@ class Progress:
         if time.monotonic() - self.told >= EVERY:
             self.told = time.monotonic()
             log.info("%s: %s", self.what, what)
-
-
-class Counter:
-    """How many of a known number are done, by rank 0: a bar on a terminal, else a line now and then.
-
-    Used as `with Counter(what, unit, total) as counter: ... counter.advance(n)`.
-    """
-
-    def __init__(self, what: str, unit: str, total: int):
-        self.what, self.unit, self.total, self.done = what, unit, total, 0
-        self.told = self.started = time.monotonic()
-        self.silent = rank_zero_only.rank > 0
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.bar = Bar(*columns, transient=True, disable=self.silent or not Console().is_terminal or not total)
-
-    def __enter__(self) -> Counter:
-        self.bar.start()
-        self.task = self.bar.add_task(self.what, total=self.total or None)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        self.bar.advance(self.task, count)
-        now = time.monotonic()
-        if self.bar.disable and not self.silent and now - self.told >= EVERY:
-            self.told = now
-            left = (self.total - self.done) * (now - self.started) / max(1, self.done)
-            done = f"{self.done:,} of {self.total:,} {self.unit}"
-            log.info("%s: %s, about %.0f s to go", self.what, done, max(0.0, left))

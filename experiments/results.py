@@ -13,7 +13,7 @@ import torch
 
 from datamodules.records import Benchmark, UserError
 from experiments.files import read_json, write_json
-from experiments.progress import Counter
+from experiments.progress import Progress
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.table import show
@@ -32,6 +32,7 @@ from lightning_modules.measure import (
 )
 from lightning_modules.metrics import Run
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
+from lightning_modules.signals import leave_if_asked
 from lightning_modules.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -144,14 +145,19 @@ def evaluate_encoder(
         if benchmark.training is not None:
             chosen = "svm"
         texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
-        with Counter(f"{system} encodes {benchmark.name}", "texts", texts) as counter:
-            ids, queries, documents = encoded(encoder, benchmark, vectors, counter.advance)
+        with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
+
+            def advance(count: int) -> None:
+                progress.advance(count)
+                leave_if_asked()
+
+            ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
         between = time.monotonic()
         searched = benchmark.candidates is None and benchmark.training is None
         pairs = len(queries) * documents.count if searched else 0
-        with Counter(f"{system} ranks {benchmark.name}", "pairs", pairs) as counter:
+        with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
             run = rank_vectors(
-                benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=counter.advance
+                benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=progress.advance
             )
         seconds = {"encode": between - started, "rank": time.monotonic() - between}
         return run, about | {
@@ -160,6 +166,7 @@ def evaluate_encoder(
             "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
             "precision": precision(encoder),
             "device": device_name(encoder.device),
+            "texts": len(benchmark.corpus) + len(benchmark.queries),
             "seconds": seconds,
         }
 

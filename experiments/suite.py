@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.matching import NameMatcher
-from datamodules.records import WITHOUT_RELEVANT, Benchmark, Collection, Document, UserError
+from datamodules.records import WITHOUT_RELEVANT, Benchmark, Collection, Document, Qrels, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice
 from experiments.targets import check_target, instantiate
@@ -169,21 +169,29 @@ class Collections:
         return self.collection
 
 
-def build(name: str, config: BenchmarkConfig, collections: Collections, max_queries: int = 0) -> Benchmark:
-    """A benchmark with its data.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """For a first look: of each benchmark the first queries alone, and a smaller corpus; 0 for all."""
 
-    max_queries: the first ones alone, by a protocol of its own; 0 for all. Raises UserError.
-    """
+    queries: int = 0
+    documents: int = 0
+
+
+def build(name: str, config: BenchmarkConfig, collections: Collections, limits: Limits = Limits()) -> Benchmark:
+    """A benchmark with its data. What limits cut makes a protocol of its own. Raises UserError."""
     try:
         collection = collections.of(config)
         queries, qrels = merged(collection, config.splits)
         protocol = config.protocol
-        if max_queries and len(queries) > max_queries:
-            queries = dict(list(queries.items())[:max_queries])
+        if 0 < limits.queries < len(queries):
+            queries = dict(list(queries.items())[: limits.queries])
             qrels = {query: qrels[query] for query in queries}
-            protocol += f"/first-{max_queries}-queries"
+            protocol += f"/first-{limits.queries}-queries"
         training = merged(collection, config.train_on) if config.train_on else None
         corpus, candidates = _candidates(config, collection.corpus, queries, qrels)
+        if candidates is None and training is None and 0 < limits.documents < len(corpus):
+            corpus = smaller(corpus, qrels, limits.documents)
+            protocol += f"/{len(corpus)}-documents"
         first = _first(config, collections, corpus, queries)
         if config.documents == "title":
             corpus = {id: Document(id, document.title) for id, document in corpus.items()}
@@ -205,6 +213,14 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, max_quer
         without_relevant=config.without_relevant,
         training=training,
     )
+
+
+def smaller(corpus: Mapping[str, Document], qrels: Qrels, count: int) -> dict[str, Document]:
+    """The relevant documents, and as many of the first others as make count together, in the corpus's order."""
+    relevant = {id for grades in qrels.values() for id, grade in grades.items() if grade > 0 and id in corpus}
+    others = [id for id in corpus if id not in relevant]
+    kept = relevant.union(others[: max(0, count - len(relevant))])
+    return {id: document for id, document in corpus.items() if id in kept}
 
 
 def merged(collection: Collection, splits: Sequence[str]):
@@ -239,7 +255,8 @@ def _first(config: BenchmarkConfig, collections: Collections, corpus, queries):
     named = collections.reader(config).named_labels()
     if strange := next((query for query in queries if query not in named), None):
         raise UserError(f"names_first: no names are published for query {strange!r}")
-    unknown = [id for query in queries for id in named[query] if id not in corpus]
+    labels = collections.of(config).corpus
+    unknown = [id for query in queries for id in named[query] if id not in labels]
     if unknown:
         raise UserError(f"names_first: {len(unknown)} ids are no labels, first {unknown[0]!r}")
-    return {query: named[query] for query in queries}
+    return {query: [id for id in named[query] if id in corpus] for query in queries}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from datamodules.records import Benchmark, UserError
+from experiments.console import whole_number
 from experiments.models import default_similarity, load_model
 from experiments.results import Results, evaluate_bm25, evaluate_encoder
 from experiments.schema import Config
@@ -81,6 +82,8 @@ def load_systems(
             systems.append(System("bm25", model, None, "bm25"))
             continue
         encoder = load_model({**values, "model": model}, config)
+        if values["max_length"]:
+            encoder.max_length = _checked_length(values["max_length"], model, encoder)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(values["vectors"]) if values["vectors"] else None
         vectors = Vectors(encoder, token_budget=int(values["token_budget"]), folder=folder)
@@ -89,6 +92,13 @@ def load_systems(
             name = names[model] + (f"-{similarity}" if len(similarities) > 1 else "")
             systems.append(System(name, model, encoder, similarity, vectors))
     return systems
+
+
+def _checked_length(length: str, model: str, encoder: Encoder) -> int:
+    longest = encoder.family.max_positions
+    if (tokens := whole_number("max_length", length, least=3)) > longest:
+        raise UserError(f"max_length: got {tokens} tokens, but {model} has positions for {longest}")
+    return tokens
 
 
 def models_of(values: Mapping[str, str]) -> list[str]:

@@ -12,14 +12,23 @@ from torch import Tensor
 from lightning_modules.shards import Advance, Shards, check_finite
 
 
-def ordered(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best by score, and by row among equals."""
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+def ordered(
+    rows: np.ndarray, scores: np.ndarray, k: int, order: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best by score, and among equals by row, or by the place of the row in order (M,)."""
+    among_equals = rows if order is None else np.where(rows < 0, -1, order[rows])
+    best = np.lexsort((among_equals, -scores), axis=1)[:, :k]
+    return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
 
 def deep_top_k(
-    queries: np.ndarray, shards: Shards, k: int, memory: int, device: torch.device, advance: Advance | None
+    queries: np.ndarray,
+    shards: Shards,
+    k: int,
+    order: np.ndarray | None,
+    memory: int,
+    device: torch.device,
+    advance: Advance | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """top_k for large k: the products themselves are in float64, and a document counts as soon as it is better than the
     k-th best so far. Of equal documents at the last place any may stand. queries: (Q, D)."""
@@ -37,7 +46,7 @@ def deep_top_k(
                 if advance is not None:
                     advance(len(part) * len(block))
         best.merge()
-        found, values = ordered(best.rows.cpu().numpy(), best.scores.cpu().numpy(), k)
+        found, values = ordered(best.rows.cpu().numpy(), best.scores.cpu().numpy(), k, order)
         rows[first : first + group], scores[first : first + group] = found, values
     return rows, scores
 

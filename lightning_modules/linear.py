@@ -9,6 +9,7 @@ Shapes: n training papers, q queries, D dimensions.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ def predict(train: np.ndarray, classes: np.ndarray, queries: np.ndarray) -> tupl
     Raises UserError if scikit-learn is not there.
     """
     try:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.model_selection import GridSearchCV
         from sklearn.svm import LinearSVC
     except ImportError as error:
@@ -36,7 +38,9 @@ def predict(train: np.ndarray, classes: np.ndarray, queries: np.ndarray) -> tupl
     svm = LinearSVC(loss="squared_hinge", fit_intercept=False, random_state=42)
     jobs = -1 if train.size > ALONE else 1  # processes, one a core
     search = GridSearchCV(svm, {"C": CS}, cv=FOLDS, n_jobs=jobs)
-    search.fit(train.astype(np.float64), classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the largest Cs end at the limit of iterations, there too
+        search.fit(train.astype(np.float64), classes)
     return search.predict(queries.astype(np.float64)), float(search.best_params_["C"])
 
 

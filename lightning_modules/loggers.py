@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
 
 
 class JsonlLogger(Logger):
@@ -23,6 +28,7 @@ class JsonlLogger(Logger):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
+        self._waiting: list[str] = []  # lines that the disk had no room for
 
     @property
     def name(self) -> str:
@@ -35,12 +41,29 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {"step": step, "time": round(time.time(), 3), **metrics}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        self._waiting.append(json.dumps(row) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _append(self.path, "".join(self._waiting).encode())
+            self._waiting.clear()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written (%s): its rows wait until it can", self.path, error.strerror)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in the run's config.yaml."""
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append to a file, all or nothing. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def log_histograms(

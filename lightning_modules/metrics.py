@@ -39,18 +39,29 @@ class Run:
         return Run(self.queries[start:stop], self.documents, self.indices[start:stop], self.scores[start:stop])
 
 
-def sorted_run(queries: Sequence[str], documents: Sequence[str], indices: np.ndarray, scores: np.ndarray) -> Run:
-    """A run from top documents in any order. indices (Q, K), -1 for none; scores (Q, K)."""
-    by_id = np.empty(len(documents) + 1, dtype=np.int64)
-    by_id[np.argsort(np.array(documents, dtype=object))] = np.arange(len(documents))
-    by_id[-1] = -1  # what index -1 reads: none, which comes last
+def id_order(documents: Sequence[str]) -> np.ndarray:
+    """(M,) the place of each document where they stand by descending id."""
+    order = np.empty(len(documents), dtype=np.int64)
+    order[np.argsort(np.array(documents, dtype=object))[::-1]] = np.arange(len(documents))
+    return order
+
+
+def sorted_run(
+    queries: Sequence[str],
+    documents: Sequence[str],
+    indices: np.ndarray,
+    scores: np.ndarray,
+    order: np.ndarray | None = None,
+) -> Run:
+    """A run from top documents in any order. indices (Q, K), -1 for none; scores (Q, K). order: id_order, if known."""
+    by_id = np.append(id_order(documents) if order is None else order, len(documents))  # the last: what -1 reads
     indices, scores = indices.copy(), scores.copy()
     step = max(1, 2**22 // max(1, indices.shape[1]))
     for start in range(0, len(indices), step):
         rows, values = indices[start : start + step], scores[start : start + step]
-        order = np.lexsort((-by_id[rows], np.where(rows < 0, np.inf, -values)), axis=1)
-        indices[start : start + step] = np.take_along_axis(rows, order, axis=1)
-        scores[start : start + step] = np.take_along_axis(values, order, axis=1)
+        best = np.lexsort((by_id[rows], np.where(rows < 0, np.inf, -values)), axis=1)
+        indices[start : start + step] = np.take_along_axis(rows, best, axis=1)
+        scores[start : start + step] = np.take_along_axis(values, best, axis=1)
     return Run(queries, documents, indices, scores)
 
 

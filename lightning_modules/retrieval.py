@@ -17,7 +17,7 @@ from lightning_modules.bm25 import Bm25Index
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.linear import classify
-from lightning_modules.metrics import Run, sorted_run
+from lightning_modules.metrics import Run, id_order, sorted_run
 from lightning_modules.shards import Advance, Shards
 from lightning_modules.similarity import SIMILARITIES, of_documents, of_queries, scores_of
 from lightning_modules.top_k import pair_scores, top_k
@@ -84,9 +84,10 @@ def rank_vectors(
         raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
     prepared, documents = of_queries(queries, similarity), of_documents(documents, similarity)
     place = {name: i for i, name in enumerate(benchmark.corpus)}
+    order = id_order(list(place))
     if benchmark.candidates is None:
         wanted = k + benchmark.exclude_query
-        indices, scores = top_k(prepared, documents, wanted, device=device, advance=advance)
+        indices, scores = top_k(prepared, documents, wanted, order=order, device=device, advance=advance)
     else:
         indices = _rows([benchmark.candidates[query] for query in ids], place)
         scores = pair_scores(prepared, documents, indices)
@@ -95,7 +96,7 @@ def rank_vectors(
         first = _rows([benchmark.first.get(query, ()) for query in ids], place)
         of_first = pair_scores(prepared, documents, first)
         indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([of_first, scores], axis=1)
-    return _finished(benchmark, ids, place, indices, scores_of(scores, queries, similarity), k, first)
+    return _finished(benchmark, ids, place, indices, scores_of(scores, queries, similarity), k, first, order)
 
 
 def _rows(lists: Sequence[Sequence[str]], place: Mapping[str, int]) -> np.ndarray:
@@ -134,6 +135,7 @@ def _finished(
     scores: np.ndarray,
     k: int,
     first: np.ndarray | None,
+    order: np.ndarray | None = None,
 ) -> Run:
     """The run of retrieved documents, k for each query.
 
@@ -142,7 +144,7 @@ def _finished(
     """
     if benchmark.exclude_query:
         indices = hide_own(indices, [place.get(query, -2) for query in ids])
-    run = sorted_run(ids, list(place), indices, scores.astype(np.float32))
+    run = sorted_run(ids, list(place), indices, scores.astype(np.float32), order)
     if first is not None:
         run = _first_in_front(run, first)
     return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])

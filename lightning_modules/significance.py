@@ -108,7 +108,7 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, so that none is below the level by chance more often than the level says (Holm 1979)."""
+    """p-values of several tests, raised so that any is below a level by chance no more often than that (Holm, 1979)."""
     order = np.argsort(p_values, kind="stable")
     raised = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))

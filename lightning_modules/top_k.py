@@ -3,8 +3,8 @@
 FAISS or torch find somewhat more than k candidates in float32, shard by shard. Their scores are computed again in
 float64, and queries whose k-th place is within float32's rounding of what was left out are searched again in float64.
 So the result is that of a loop in float64, whatever the backend, shards, threads and memory; ties go to the document
-that comes first. Above DEEP documents a query this would gather more than it saves: deep_top_k.py then searches in
-float64 at once.
+that comes first, in the corpus or in an order that is given. Above DEEP documents a query this would gather more than
+it saves: deep_top_k.py then searches in float64 at once.
 
 Shapes: Q queries, M documents, D dimensions, k documents a query.
 """
@@ -34,6 +34,7 @@ def top_k(
     documents: Array | Shards,
     k: int,
     *,
+    order: np.ndarray | None = None,
     backend: str = "auto",
     memory: int = MEMORY,
     device: torch.device | str = "cpu",
@@ -41,9 +42,10 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k) float32.
 
-    queries: (Q, D). documents: (M, D). k is cut to M. backend: "auto" is torch on a GPU, else FAISS where it is
-    installed, else torch. memory: bytes beyond the vectors themselves and the result. advance: called with the number
-    of pairs that were compared. Raises UserError for vectors that are not finite.
+    queries: (Q, D). documents: (M, D). k is cut to M. order: (M,) the place of each document among documents of equal
+    score; by default its row. backend: "auto" is torch on a GPU, else FAISS where it is installed, else torch. memory:
+    bytes beyond the vectors themselves and the result. advance: called with the number of pairs that were compared.
+    Raises UserError for vectors that are not finite.
     """
     queries = np.ascontiguousarray(shards_of(queries)[0], dtype=np.float32)
     shards, device = shards_of(documents), torch.device(device)
@@ -52,15 +54,15 @@ def top_k(
     check_finite(queries, "queries")
     backend = _backend(backend, device)
     if k > DEEP:
-        return deep_top_k(queries, shards, k, memory, device, advance)
+        return deep_top_k(queries, shards, k, order, memory, device, advance)
     rows, scores, longest = _candidates(queries, shards, wanted, backend, memory, device, advance)
     exact = pair_scores(queries, shards, rows, memory)
     worst = scores.min(axis=1, initial=np.inf)  # what was left out has no more, in float32
-    rows, exact = ordered(rows, exact, k)
+    rows, exact = ordered(rows, exact, k, order)
     if wanted < shards.count:
         rounding = queries.shape[1] * 2.0**-23 * np.linalg.norm(queries, axis=1) * longest
         unsure = np.flatnonzero(exact[:, -1] <= worst + rounding)
-        rows[unsure], exact[unsure] = _search_again(queries[unsure], shards, k, memory)
+        rows[unsure], exact[unsure] = _search_again(queries[unsure], shards, k, order, memory)
     return rows, exact.astype(np.float32)
 
 
@@ -152,7 +154,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _search_again(queries: np.ndarray, shards: Shards, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_again(
+    queries: np.ndarray, shards: Shards, k: int, order: np.ndarray | None, memory: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Top-k in float64, rows and scores (Q, k)."""
     rows = np.zeros((len(queries), k), dtype=np.int64)
     scores = np.zeros((len(queries), k))
@@ -166,6 +170,6 @@ def _search_again(queries: np.ndarray, shards: Shards, k: int, memory: int) -> t
         for i, query in enumerate(part):
             near = np.flatnonzero(every[i] >= least[i] - slack[i])
             exact = pair_scores(query[None], shards, near[None], memory)
-            best, values = ordered(near[None], exact, k)
+            best, values = ordered(near[None], exact, k, order)
             rows[first + i], scores[first + i] = best[0], values[0]
     return rows, scores

@@ -75,10 +75,7 @@ class SciDocsReader:
         """Raises UserError naming the file, the line and what is wrong with it."""
         classifies = self.task in CLASSIFICATION
         with BadLines(self.on_error, self.quarantine) as bad:
-            papers: dict[str, Document] = {}
-            for place in entries(self._papers_file(), bad, "object"):
-                with place:
-                    fields.add_new(papers, fields.document(as_object(place), ("paper_id",)))
+            papers = read_papers(self._papers_file(), bad)
             corpus = {} if classifies else papers
             for path in self._labels_file():
                 corpus = read_labels(path, bad)
@@ -110,6 +107,15 @@ class SciDocsReader:
                     raise UserError(f"expected query, 0, document and grade between spaces, got {place.text[:60]!r}")
                 found.add(columns[0], columns[2], fields.grade(columns[3], "grade"))
         return found.finished(path)
+
+
+def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
+    """The papers of a file paper_metadata_*.json."""
+    papers: dict[str, Document] = {}
+    for place in entries(path, bad, "object"):
+        with place:
+            fields.add_new(papers, fields.document(as_object(place), ("paper_id",)))
+    return papers
 
 
 def _columns(line: str) -> tuple[str, str]:

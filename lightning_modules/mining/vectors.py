@@ -22,6 +22,7 @@ from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint, precision, text_hash, whole_file
 from lightning_modules.shards import Advance, Shards, check_finite
+from lightning_modules.signals import leave_if_asked
 
 
 class VectorCache:
@@ -71,7 +72,13 @@ class VectorCache:
         return Shards([np.load(path, mmap_mode="c") for path in paths])
 
     def _encode(self, documents: Sequence[Document], task: str, advance: Advance | None) -> np.ndarray:
-        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance)
+        def encoded(count: int) -> None:
+            if advance:
+                advance(count)
+            if world_size() == 1:
+                leave_if_asked()
+
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=encoded)
         if self.similarity == "cosine":
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.numpy()

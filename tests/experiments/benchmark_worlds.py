@@ -43,6 +43,20 @@ def coarse_classification(root: Path) -> None:
         put(home / f"{name}_papers_test.json", *({"title": f"{n}", "abstract": "", "label": c} for n, c in papers))
 
 
+def linear_classification(root: Path) -> None:
+    """Below 0 is class 0, above it class 1; one test paper is of the other class."""
+    home = root / "scidocs"
+    numbers = {"train": (-3, -2, -1, 1, 2, 3), "test": (5, 7, -5, 4)}
+    classes = {"train": (0, 0, 0, 1, 1, 1), "test": (1, 1, 0, 0)}
+    papers = {}
+    for split, its in numbers.items():
+        papers |= {f"{split}{n}": {"paper_id": f"{split}{n}", "title": f"{n}", "abstract": ""} for n in its}
+        for task in ("mag", "mesh"):
+            rows = (f"{split}{n},{c}" for n, c in zip(its, classes[split], strict=True))
+            put(home / task / f"{split}.csv", "pid,class_label", *rows)
+    put(home / "paper_metadata_mag_mesh.json", *one_object(papers))
+
+
 def link_retrieval(root: Path) -> None:
     """p29 cites p9, the 20th after itself."""
     home = root / "scimult" / "link_prediction_retrieval"
@@ -118,15 +132,27 @@ def scirepeval(root: Path) -> None:
         put(root / "scirepeval" / name / "evaluation.jsonl", row)
 
 
+def literature(root: Path) -> None:
+    """LitSearch's answers are at places 2 and 25. CSFCube's query is 10, and of 8, 9 and 20 the first is relevant."""
+    put(root / "litsearch" / "corpus_clean" / "full.jsonl", *numbered("corpusid", "p"))
+    put(root / "litsearch" / "query" / "full.jsonl", {"query": "1", "corpusids": ["p28", "p5"]})
+    papers = ({"paper_id": f"p{i}", "title": f"{i}", "abstract": ["words"]} for i in range(30))
+    put(root / "csfcube" / "abstracts-csfcube-preds.jsonl", *papers)
+    judged = {"p10": {"cands": ["p8", "p9", "p20"], "relevance_adju": [1, 0, 0]}}
+    for facet in ("background", "method", "result"):
+        put(root / "csfcube" / f"test-pid2anns-csfcube-{facet}.json", judged)
+
+
 WORLDS = (
     *(fine_classification, coarse_classification, link_retrieval, pmc_patients, scidocs_reranking),
-    *(recommendation, search, beir, scirepeval),
+    *(recommendation, search, beir, scirepeval, linear_classification, literature),
 )
 
 _recall = dict(zip(("recall@20", "recall@50", "recall@100"), (0.5, 1, 1), strict=True))
 _first = dict.fromkeys(_recall, 1)
 _own_counts = _recall | {"recall@20": 0}
 _coarse = {"macro_f1": (2 / 3 + 0 + 1 / 2) / 3, "micro_f1": 1 / 2, "precision@1": 1 / 2}
+_linear = {"macro_f1": (4 / 5 + 2 / 3) / 2, "micro_f1": 3 / 4}
 _pmc = {"mrr@10000": 1 / 2, "precision@10": 1 / 10, "ndcg@10": SECOND / (1 + SECOND), "recall@1000": 1}
 _rerank = {"map": 1 / 2, "ndcg": SECOND}
 _graded = (5 * SECOND + 3 * THIRD) / (5 + 3 * SECOND)
@@ -141,6 +167,12 @@ FIGURES: dict[str, dict[str, float]] = {
     **dict.fromkeys(("mag_nearest", "mesh_nearest"), _coarse),
     **dict.fromkeys(("scidocs_cite", "scidocs_cocite"), _own_counts),
     **dict.fromkeys(("scidocs_cite_without_own", "scidocs_cocite_without_own"), _first),
+    **dict.fromkeys(("mag_linear", "mesh_linear"), _linear),
+    "litsearch": {"recall@5": 1 / 2, "recall@20": 1 / 2, "ndcg@10": SECOND / (1 + SECOND)},
+    **{
+        f"csfcube_{facet}": {"ndcg@20": THIRD, "ndcg": THIRD, "r_precision": 0}
+        for facet in ("background", "method", "result")
+    },
     "ppr_zero_shot": _recall,
     **dict.fromkeys(("par", "ppr", "par_recds", "ppr_recds"), _pmc),
     **{f"{task}_rerank": _rerank for task in ("coview", "coread", "cite", "cocite")},

@@ -97,6 +97,10 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model={run}", "split=none"], "split: the data has no 'none'"),
         (["model={run}", "beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
         (["model={run}", "token_budget=many"], "token_budget: got 'many'"),
+        (["model={run}", "max_length=2"], "max_length: got '2'"),
+        (["model={run}", "max_length=9999"], "max_length: got 9999 tokens, but .* has positions for"),
+        (["model={run},{run}"], "model: each may be named once"),
+        (["model=bm25", "benchmarks=all"], "benchmarks and data.root: give both"),
     ],
 )
 def test_bad_input_is_refused(run, beir_root, tmp_path, arguments, message):

@@ -49,7 +49,8 @@ def test_a_benchmark_gives_the_figures_by_hand(name, root, encoder, tmp_path):
     result = evaluated(encoder, benchmark, tmp_path)
     assert result["systems"]["numbers"] == pytest.approx(FIGURES[name])
     assert result["protocol"] == SUITE[name].protocol
-    assert result["measured"]["numbers"]["similarity"] == (SUITE[name].similarity or "dot")
+    way = "svm" if SUITE[name].train_on else SUITE[name].similarity or "dot"
+    assert result["measured"]["numbers"]["similarity"] == way
 
 
 def test_protocols_have_ids_of_their_own():
@@ -79,7 +80,7 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
         for part in make_backbone():
             part.save_pretrained(tmp_path / name)
     models = f"bm25,{tmp_path / 'one'},{tmp_path / 'two'}"
-    chosen = ["benchmarks=scifact_all,recommendation,mag*", f"data.root={root}", f"output={tmp_path / 'out'}"]
+    chosen = ["benchmarks=scifact_all,recommendation,mag_nearest", f"data.root={root}", f"output={tmp_path / 'out'}"]
     with caplog.at_level("INFO"):
         main([f"model={models}", "similarity=dot,cosine", "precision=bfloat16", *chosen])
     content = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -155,6 +156,7 @@ GOOD = """
         (f"benchmarks:\n  mine:{GOOD}    candidates: all", "candidates: got 'all', allowed are corpus, own"),
         (f"benchmarks:\n  mine:{GOOD}    metrics: [f1]", "metric 'f1'"),
         (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
+        (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is measured on"),
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
     ],
 )
@@ -176,6 +178,9 @@ def test_a_suite_of_ones_own(root, tmp_path):
     result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["split"], result["queries"]) == ("train+test", 1)
     assert result["protocol"] == "mine/test/first-1-queries"
+    main([*arguments, "benchmarks=all", "max_documents=3"])
+    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
     with pytest.raises(UserError, match=r"benchmarks: unknown 'mines'; did you mean mine\?"):
         main([*arguments, "benchmarks=mines"])
 

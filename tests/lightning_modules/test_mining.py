@@ -5,22 +5,25 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.fingerprints import fingerprint
+from lightning_modules.loggers import JsonlLogger, log_histograms
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import gate, logged, report, table
+from lightning_modules.mining.report import gate, histograms, logged, report, table
 from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
@@ -274,6 +277,25 @@ def test_without_scores_there_are_no_margins_in_the_report():
     assert "no model scored them" in svg({"search": found}, "none")
 
 
+def test_margins_are_plotted_by_wandb_and_by_no_other_logger(tmp_path, monkeypatch):
+    class Offline(WandbLogger):
+        """Without the process that a real one starts."""
+
+        logged = []
+        experiment = property(lambda self: SimpleNamespace(log=self.logged.append))
+
+    reports = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0), "other": report(made_up([np.nan], [[1]]), 0)}
+    found, file = histograms(reports), JsonlLogger(tmp_path / "metrics.jsonl")
+    log_histograms([file, Offline(offline=True, save_dir=tmp_path)], found, 7)
+    (row,) = Offline.logged
+    assert set(row) == {"mine/search/margins", "trainer/global_step"}
+    assert row["mine/search/margins"].histogram == found["mine/search/margins"][0].tolist()
+    assert row["mine/search/margins"].bins == found["mine/search/margins"][1].tolist()
+    assert not file.path.exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
+    log_histograms([file], found, 7)
+
+
 def test_the_gate_stops_where_negatives_look_like_positives():
     found = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0).values}
     for open_at in (None, 0.5):
@@ -300,7 +322,7 @@ import sys
 from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
-from datamodules.records import Document, MiningPool
+from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
@@ -332,6 +354,28 @@ mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"
 mined = mining.run(mining.cache(encoder), [pool])["search"]
 assert len(embedded) <= -(-80 // world) + 1, len(embedded)
 print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.above)
+
+class Failing(DenseMiner):
+    def rank(self, pool, part, k, context):
+        if part.start == 28:  # the last block, which the first rank has, and not the second
+            raise UserError("this cannot be ranked")
+        return super().rank(pool, part, k, context)
+
+def infinite(documents, task, **options):
+    return encode(documents, task) / (0.0 if documents[-1].text == "49" else 1.0)
+
+def told(miner):
+    mining = Mining(MiningOptions(k=20), {"search": miner}, folder + ".other")
+    try:
+        mining.run(mining.cache(encoder), [pool])
+    except UserError as error:
+        print(error)
+
+told(Failing())
+encoder.encode, folder = infinite, folder + ".infinite"
+told(DenseMiner())
+if world > 1:
+    dist.destroy_process_group()
 """
 
 
@@ -355,8 +399,12 @@ def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0
             told.append(out)
-    assert len(told[0]) > 300
-    assert told[1] == told[0] == told[2]
+    lines = [out.decode().splitlines() for out in told]
+    assert len(lines[0][0]) > 300
+    assert lines[0][0] == lines[1][0] == lines[2][0]
+    for _, cannot, infinite in lines:  # a rank whose own share is fine does not wait for the other
+        assert cannot == "this cannot be ranked"
+        assert "vectors are not finite" in infinite
 
 
 def test_documents_that_are_not_trained_on_are_not_mined(make_task, make_encoder, tmp_path):

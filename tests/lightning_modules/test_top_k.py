@@ -61,6 +61,30 @@ def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
     assert (rows == loop(queries, documents, 20)[0]).all()
 
 
+@pytest.mark.parametrize("memory", [1 << 13, 1 << 29])
+@pytest.mark.parametrize("k", [40, 290, 300])
+def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
+    """Few queries and documents at a time, so that documents wait to be merged, and float16 as on a disk."""
+    monkeypatch.setattr("lightning_modules.top_k.DEEP", 30)
+    queries, documents = world()
+    documents = documents.astype(np.float16)
+    compared = []
+    shards = Shards(np.split(documents, [3, 150, 151]))
+    rows, scores = top_k(queries, shards, k, memory=memory, advance=compared.append)
+    wanted, values = loop(queries, documents.astype(np.float32), k)
+    assert (rows == wanted).all()
+    np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
+    assert sum(compared) == queries.shape[0] * len(documents)
+
+
+def test_progress_counts_all_pairs():
+    queries, documents = world()
+    compared = []
+    top_k(queries, documents, 5, memory=1 << 12, advance=compared.append)
+    assert len(compared) > 5
+    assert sum(compared) == len(queries) * len(documents)
+
+
 def test_without_faiss_torch_is_taken(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it now fails
