@@ -48,11 +48,11 @@ def _transplants(run: RunFiles) -> list[Html]:
     rows = [row for task in run.tasks if (row := _row(run, steps[-1], task))] if steps else []
     if not rows:
         return []
-    head = tag("thead", tag("tr", tag("th", "loss of"), *(tag("th", f"with {t}", scope="col") for t in run.tasks)))
-    told = "Each task's loss with its own expert (framed) and with those of the others, at "
+    head = tag("thead", tag("tr", tag("th", "loss of"), *(tag("th", task, scope="col") for task in run.tasks)))
+    told = "Each task's loss (rows) with the expert of each (columns; its own is framed), at "
     step = run.row(steps[-1]).told(f"step {steps[-1]}")
-    caption = tag("caption", told, step, "; the more colour, the worse than its own.")
-    matrix = tag("table", caption, head, tag("tbody", *rows), class_="heat")
+    words = tag("span", told, step, "; the more colour, the worse than its own.", class_="sticky")
+    matrix = tag("table", tag("caption", words), head, tag("tbody", *rows), class_="heat")
     return [tag("h3", "Whose expert does it need?"), scrolling(matrix, "Transplant matrix")]
 
 
