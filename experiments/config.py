@@ -67,9 +67,7 @@ def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
     for name in names(FOLDER / "tasks"):
         path = FOLDER / "tasks" / f"{name}.yaml"
         try:
-            layer = OmegaConf.create({"task": {name: _data_at(scale, _read(path), _shown(path))}})
-            _merge(OmegaConf.structured(Config), layer, _shown(path))
-            layers.append((_shown(path), layer))
+            layers.append((_shown(path), OmegaConf.create({"task": {name: _task(path, scale)}})))
         except UserError as error:
             broken[name] = error
     path = FOLDER / f"{experiment}.yaml"
@@ -140,13 +138,19 @@ def _read(path: Path) -> DictConfig:
     return node
 
 
-def _data_at(scale: str, task: DictConfig, source: str) -> DictConfig:
+def _task(path: Path, scale: str) -> DictConfig:
     """A task's file with the data of one scale; a scale that the file does not know may bring its own."""
+    task, source, prefix = _read(path), _shown(path), f"task.{path.stem}."
     blocks = task.pop("data", None) or {}
     if not isinstance(blocks, DictConfig | dict):
-        raise UserError(f"{source}: data: expected a block for each scale, got {blocks!r}")
+        raise UserError(f"{source}: {prefix}data: expected a block for each scale, got {blocks!r}")
     if scale in blocks:
         task["data"] = blocks[scale]
+    _refuse_unknown_keys(TaskConfig, task, prefix, source)
+    try:
+        OmegaConf.merge(OmegaConf.structured(TaskConfig), task)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {prefix}{error.full_key}: {_first_line(error)}") from error
     return task
 
 

@@ -90,11 +90,12 @@ def evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[str
     """mteb task -> its main score. Raises UserError if the data of one cannot be had."""
     import mteb
 
-    scores, cache = {}, mteb.ResultCache(output)
+    scores, cache, bar = {}, mteb.ResultCache(output), Console().is_terminal
+    batches = {"batch_size": 1024, "show_progress_bar": bar}  # how mteb hands texts over; the encoder has its own
     for task in tasks:
         name = task.metadata.name
         try:
-            found = mteb.evaluate(model, task, cache=cache, show_progress_bar=Console().is_terminal)
+            found = mteb.evaluate(model, task, cache=cache, encode_kwargs=batches, show_progress_bar=bar)
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{name}: its data cannot be had ({reason}). What was measured is in {output}") from error

@@ -67,8 +67,10 @@ class Table:
 
 @cache
 def tables() -> tuple[Table, ...]:
-    """All tables. Raises UserError for a file that is not as above."""
-    return tuple(_table(path) for path in sorted(FOLDER.glob("*.yaml")))
+    """All tables, those of the paper first. Raises UserError for a file that is not as above."""
+    return tuple(
+        _table(path) for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: ("table" not in path.name, path.name))
+    )
 
 
 def figures(protocol: str, metric: str) -> dict[str, Cell]:

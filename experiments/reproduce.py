@@ -1,7 +1,8 @@
 """Is the paper reproduced? python -m experiments.reproduce results=FOLDER [system=SciMult-MHAExpert] [ours=NAME]
 
 results      a folder with results.json, of make eval model=... benchmarks=all data.root=FOLDER
-system       the row of the paper's tables that it is put beside
+system       the row of the paper's tables that it is put beside; in table 6, whose models were trained on its own
+             data, "DPR (SciMult-MHAExpert)"
 ours         the system in results.json; it may be left out if there is one
 """
 
@@ -64,6 +65,7 @@ def show(cells: Sequence[Comparison], title: str) -> None:
     for number, cell in enumerate(cells):
         if number and cell.table != cells[number - 1].table:
             grid.add_section()
+        again = number and cell.column.protocol == cells[number - 1].column.protocol
         mark = f" ({cell.paper.mark})" if cell.paper.mark else ""
         comparable = cell.ours is not None and cell.verdict != "not comparable"
         grid.add_row(
@@ -73,7 +75,7 @@ def show(cells: Sequence[Comparison], title: str) -> None:
             "" if cell.ours is None else f"{cell.ours:.2f}",
             f"{cell.paper}{mark}",
             f"{cell.difference:+.2f}" if comparable else "",
-            f"{cell.verdict}: {cell.remark}" if cell.remark else cell.verdict,
+            f"{cell.verdict}: {cell.remark}" if cell.remark and not again else cell.verdict,
         )
     console.print(grid)
 

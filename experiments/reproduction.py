@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.paper import Cell, Column, Table, tables
+from experiments.paper import Cell, Column, tables
 
 LENGTH = 512  # tokens of a text in the paper's evaluation
 STEPS = (0.1, 0.5)  # points of a percentage
@@ -42,16 +42,10 @@ def compare(benchmarks: Mapping[str, Any], ours: str, system: str) -> list[Compa
     """
     found = []
     for table in tables():
-        row = row_of(table, system)
-        for column, cell in zip(table.columns, table.rows[row] if row else (), strict=bool(row)):
+        for column, cell in zip(table.columns, table.rows.get(system, ()), strict=False):
             if cell is not None:
                 found.append(_compared(table.name, column, cell, benchmarks, ours, system))
     return found
-
-
-def row_of(table: Table, system: str) -> str | None:
-    """The system's row: table 6 has it as trained by DPR on the table's data."""
-    return next((name for name in (system, f"DPR ({system})") if name in table.rows), None)
 
 
 def _compared(table: str, column: Column, cell: Cell, benchmarks: Mapping[str, Any], ours: str, system: str):

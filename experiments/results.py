@@ -19,7 +19,7 @@ from experiments.schema import Config
 from experiments.table import show
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import fingerprint, precision
+from lightning_modules.fingerprints import precision
 from lightning_modules.measure import (
     depth,
     means,
@@ -138,7 +138,7 @@ def evaluate_encoder(
     what the encoder was loaded from, to be noted. vectors: where the encoder's come from.
     """
     vectors = vectors or Vectors(encoder, token_budget=token_budget)
-    about = {"model": model or system, "fingerprint": fingerprint(encoder), "max_length": encoder.max_length}
+    about = {"model": model or system, "fingerprint": vectors.fingerprint, "max_length": encoder.max_length}
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
         chosen, started = benchmark.similarity or similarity, time.monotonic()

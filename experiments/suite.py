@@ -123,6 +123,8 @@ def _check(where: str, config: BenchmarkConfig) -> None:
             raise UserError("metrics and splits: name at least one")
         for metric in config.metrics:
             parse_metric(metric)
+        if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
+            raise UserError("names_first: got published, which SciMultReader alone has (words finds them)")
         if both := set(config.splits) & set(config.train_on):
             raise UserError(f"train_on: {min(both)} is measured on, and cannot be trained on too")
     except UserError as error:
@@ -156,6 +158,8 @@ class Collections:
         """Why the data cannot be read, if they are not there."""
         try:
             files = self.reader(config).sources()
+            if config.names_first == "published":
+                self.reader(config).named_labels_file()
         except UserError as error:
             return str(error)
         return None if files else f"{config.reader.get('folder')}: holds no file of it"

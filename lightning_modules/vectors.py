@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from datamodules.records import Document
 from lightning_modules.distributed import gather_rows, rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import text_hash
+from lightning_modules.fingerprints import fingerprint, text_hash
 from lightning_modules.mining.vectors import VectorCache
 from lightning_modules.shards import Advance, Shards, check_finite
 
@@ -29,6 +30,11 @@ class Vectors:
         self.encoder, self.token_budget = encoder, token_budget
         self.cache = VectorCache(encoder, folder, shard_size=SHARD, token_budget=token_budget) if folder else None
         self.kept: dict[str, tuple[str, Shards]] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        return self.cache.fingerprint if self.cache else fingerprint(self.encoder)
 
     def of_all_ranks(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None):
         """Vectors (M, D) of documents, of which each rank encodes its share."""

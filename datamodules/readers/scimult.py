@@ -104,10 +104,14 @@ class SciMultReader:
         """Paper -> the labels whose names occur in it, as the authors found them (classification_fine alone)."""
         found = {}
         with BadLines("fail") as bad:
-            for place in records(self._file("matched"), bad):
+            for place in records(self.named_labels_file(), bad):
                 with place:
                     found[f"test.{place.ordinal}"] = fields.identifiers(as_object(place), "candidate", required=True)
         return found
+
+    def named_labels_file(self) -> Path:
+        """Raises UserError if it is not there."""
+        return self._file("matched")
 
     def _file(self, kind: str) -> Path:
         return find_file(self.folder / self.task, f"{self.dataset}_{kind}.json")

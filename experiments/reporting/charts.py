@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting.html import Html, figure, join, pointer, shown, tag
+from experiments.reporting.html import Html, join, shown, tag
+from experiments.reporting.source import Source
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
@@ -22,12 +23,11 @@ NUM_TONES = 8  # colours of the style
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, points, and the key of its rows in metrics.jsonl. tone: number of its colour."""
+    """A line: its name, and where its values at some steps stand. tone: number of its colour."""
 
     label: str
     steps: Sequence[int]
-    values: Sequence[float]
-    key: str
+    values: Sequence[Source]
     tone: int
 
 
@@ -96,24 +96,21 @@ def lines(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = 
     series = [thinned(one) for one in series if len(one.steps)]
     if not series:
         return Html("")
-    y = Axis(*span([v for one in series for v in one.values], zero), HEIGHT - BOTTOM, TOP)
+    y = Axis(*span([v.value for one in series for v in one.values], zero), HEIGHT - BOTTOM, TOP)
     x = Axis(0, max(1, *(one.steps[-1] for one in series)), LEFT, WIDTH - RIGHT)
     marks = [grid(x, y, form)]
     if y.low < 0:
         marks.append(tag("line", x1=x.start, x2=x.end, y1=f"{y(0):.1f}", y2=f"{y(0):.1f}", class_="axis"))
     for one in series:
-        points = [(x(s), y(v), s, v) for s, v in zip(one.steps, one.values, strict=True) if math.isfinite(v)]
+        pairs = zip(one.steps, one.values, strict=True)
+        points = [(x(s), y(v.value), s, v) for s, v in pairs if math.isfinite(v.value)]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
         marks.append(tag("polyline", points=line, class_=f"line s{one.tone}"))
         for px, py, step, value in points if len(points) <= MOST_MARKS else ():
-            words = f"{one.label}, step {step}: {shown(value, form)}"
-            told = tag("title", words, data_source=pointer("metrics.jsonl", one.key, step=step))
+            told = value.told(f"{one.label}, step {step}: {shown(value.value, form)}", "title")
             kind = "dot" if len(points) <= FEW_POINTS else "mark"
             marks.append(tag("circle", told, cx=f"{px:.1f}", cy=f"{py:.1f}", r=3.2, class_=f"{kind} s{one.tone}"))
-    key = [
-        (one.label, one.tone, figure(one.values[-1], pointer("metrics.jsonl", one.key, step=one.steps[-1]), form))
-        for one in series
-    ]
+    key = [(one.label, one.tone, one.values[-1].figure(form)) for one in series]
     told = f"{title}, over steps: {', '.join(one.label for one in series)}"
     return frame(title, *marks, legend=legend(key), size=(WIDTH, HEIGHT), told=told)
 
@@ -131,7 +128,7 @@ def thinned(one: Series) -> Series:
     """At most MOST_POINTS of its points, the last among them."""
     every = math.ceil(len(one.steps) / MOST_POINTS)
     kept = slice((len(one.steps) - 1) % every, None, every)
-    return Series(one.label, one.steps[kept], one.values[kept], one.key, one.tone)
+    return Series(one.label, one.steps[kept], one.values[kept], one.tone)
 
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Html:

@@ -36,7 +36,7 @@ def work_out(run: RunFiles, num_papers: int) -> dict[str, Any]:
         "attempts": len(attempts),
         "level": LEVEL,
     }
-    found["paper"] = {path: of_paper(content) for path, content in run.evaluations.items()}
+    found["paper"] = {path: of_paper(content.value) for path, content in run.evaluations.items()}
     if run.results:
         trained = Measured(run.path, "trained", run.results)
         found["mean"] = run.means()

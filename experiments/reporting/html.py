@@ -30,17 +30,6 @@ def join(children: Iterable[Any], between: str = "") -> Html:
     return Html(between.join(child if isinstance(child, Html) else escape(str(child)) for child in children))
 
 
-def pointer(file: str, *keys: Any, step: int | None = None) -> str:
-    """Where a figure stands: FILE#/KEY/KEY as RFC 6901 has it, and for a row of JSON lines FILE#step=STEP/KEY."""
-    path = "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in keys)
-    return f"{file}#{path}" if step is None else f"{file}#step={step}{path}"
-
-
-def below(source: str, *keys: Any) -> str:
-    """The place of keys below a pointer."""
-    return source + pointer("", *keys).removeprefix("#")
-
-
 def shown(value: Any, form: str = ".3f") -> str:
     """A figure as people read it: form as of str.format, with a true minus. What is no number stays as it is."""
     if value is None or value != value:  # NaN
@@ -48,16 +37,6 @@ def shown(value: Any, form: str = ".3f") -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return format(value, form).replace("-", "−") if math.isfinite(value) else str(value)
-
-
-def figure(value: Any, source: str, form: str = ".3f") -> Html:
-    """A number with where it was read."""
-    return tag("data", shown(value, form), value=repr(value), data_source=source)
-
-
-def quoted(text: str, source: str) -> Html:
-    """Words out of a file."""
-    return tag("span", text, data_source=source)
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "", class_: str | None = None) -> Html:

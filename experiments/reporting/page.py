@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.reporting.experts import experts
 from experiments.reporting.html import Html, tag
 from experiments.reporting.identity import head, identity, title
 from experiments.reporting.papers import failures, papers_map, queries
 from experiments.reporting.results import results
 from experiments.reporting.run_files import RunFiles
-from experiments.reporting.training import curves, experts, mining
+from experiments.reporting.training import curves, mining
 
 SECTIONS = {
     "results": ("Results", results),

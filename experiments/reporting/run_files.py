@@ -10,9 +10,11 @@ from typing import Any
 
 from datamodules.records import UserError
 from experiments.files import read_json
-from experiments.reporting.charts import Series
+from experiments.reporting.charts import NUM_TONES, Series
+from experiments.reporting.source import Source
 from experiments.run_folder import read_config
 
+CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page
 
 
@@ -34,6 +36,17 @@ class RunFiles:
         """The content of a JSON file of the run, None where it has none."""
         path = self.path / name
         return read_json(path) if path.is_file() else None
+
+    def at(self, name: str) -> Source | None:
+        """The content of a file with its place; of report.json, what will stand in it."""
+        if name == FIGURES:
+            return Source(self.figures, f"{FIGURES}#")
+        content = self.config if name == CONFIG else self.json(name)
+        return None if content is None else Source(content, f"{name}#")
+
+    def row(self, step: int) -> Source:
+        """What was logged at a step."""
+        return Source(self.metrics[step], f"metrics.jsonl#step={step}")
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -77,21 +90,24 @@ class RunFiles:
 
     def series(self, key: str, label: str, tone: int) -> Series:
         """The values of a name over steps."""
-        rows = [(step, row[key]) for step, row in self.metrics.items() if isinstance(row.get(key), int | float)]
-        return Series(label, [step for step, _ in rows], [value for _, value in rows], key, tone)
+        steps = [step for step, row in self.metrics.items() if isinstance(row.get(key), int | float)]
+        return Series(label, steps, [self.row(step)[key] for step in steps], tone % NUM_TONES)
 
     @cached_property
     def tasks(self) -> list[str]:
         return list(self.config.get("tasks", ()))
 
-    @cached_property
-    def rounds(self) -> Mapping[str, Mapping[str, Any]]:
-        """Path of each mining's report.json, in order of steps -> its content."""
-        found = sorted(self.path.glob("negatives/*/report.json"))
-        return {str(path.relative_to(self.path)): read_json(path) for path in found}
+    def each(self, pattern: str) -> dict[str, Source]:
+        """Path -> content of the JSON files of a pattern, in order of their names."""
+        paths = sorted(str(path.relative_to(self.path)) for path in self.path.glob(pattern))
+        return {path: self.at(path) for path in paths}
 
     @cached_property
-    def evaluations(self) -> Mapping[str, Mapping[str, Any]]:
-        """Path of the results.json of each `make eval` in the run's folder -> its content."""
-        found = sorted(self.path.glob("evaluation/*/results.json"))
-        return {str(path.relative_to(self.path)): read_json(path) for path in found}
+    def rounds(self) -> Mapping[str, Source]:
+        """The report of each mining."""
+        return self.each("negatives/*/report.json")
+
+    @cached_property
+    def evaluations(self) -> Mapping[str, Source]:
+        """The results of each `make eval` in the run's folder."""
+        return self.each("evaluation/*/results.json")

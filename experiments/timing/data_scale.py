@@ -106,23 +106,25 @@ def trained(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> 
     return num_texts(batches[1:]) / (time.perf_counter() - started)
 
 
-def first_batches(folder: Path, cache: Path, step: int, batches: int, workers: int) -> dict[str, float]:
-    """What a training process meets, measured in this one."""
+def first_batches(folder: str, cache: str, step: int, batches: int, workers: int, launched: float) -> dict[str, float]:
+    """What a training process meets, measured in this one. launched: when it was, in seconds of the clock."""
     given = tokenizer()
     before, started = memory(), time.perf_counter()
-    task = task_of(folder, cache, step + batches + 1, workers)
+    task = task_of(Path(folder), Path(cache), step + batches + 1, workers)
     task.tokenizer = given
     loader = task.train_dataloader()
     loader.position = step
     stream = iter(loader)
     next(stream)
-    found = {"first batch, s": time.perf_counter() - started}
+    found = {"first batch, s": time.perf_counter() - started, "with all imports, s": time.time() - launched}
     started, some, count = time.perf_counter(), [], 0
     for batch in itertools.islice(stream, batches):
         count += num_texts([batch])
         some = [*some, batch][: STEPS + 1]
     rate = count / (time.perf_counter() - started)
     found |= {"memory of the data, GB": memory() - before, "texts a second of the loader": rate}
+    if not step:
+        return found
     needed = trained(some, given.get_vocab())
     return found | {"texts a second of training MiniLM": needed, "loader over training": rate / needed}
 
@@ -150,15 +152,13 @@ def main(arguments: Sequence[str]) -> None:
     table.add_row("tokenised (or found), s", f"{seconds:.1f}")
     table.add_row("texts a second", f"{(documents + pairs // 10) / seconds:,.0f}")
     for at in (0, step):
-        code = "import sys, json; from pathlib import Path; from experiments.timing.data_scale import first_batches; "
-        code += "print(json.dumps(first_batches(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))))"
-        command = [sys.executable, "-c", code, str(data), str(cache), str(at), str(batches), str(workers)]
-        started = time.perf_counter()
+        given = (str(data), str(cache), at, batches, workers, time.time())
+        code = "import json; from experiments.timing.data_scale import first_batches; "
+        code += f"print(json.dumps(first_batches(*{given!r})))"
+        command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        whole = time.perf_counter() - started
         for name, figure in json.loads(done.stdout.splitlines()[-1]).items():
             table.add_row(f"step {at:,}: {name}", f"{figure:,.2f}")
-        table.add_row(f"step {at:,}: the whole process, s", f"{whole:.1f}")
     Console().print(table)
 
 

@@ -76,9 +76,9 @@ def test_over_200_pairs_of_equal_models_no_more_are_told_apart_than_the_level_sa
         return query_values(ranked(benchmark, noise, seed), benchmark, METRICS[:1]).values.T
 
     models = [values(0.5, seed) for seed in range(400)]
-    equal = [compare(a, b, draws=999).p < 0.05 for a, b in zip(models[::2], models[1::2], strict=True)]
+    equal = [compare(a, b, draws=499).p < 0.05 for a, b in zip(models[::2], models[1::2], strict=True)]
     assert sum(equal) <= 20
-    better = [compare(values(0.3, 1000 + i), a, draws=999).p < 0.05 for i, a in enumerate(models[:200])]
+    better = [compare(values(0.3, 1000 + i), a, draws=499).p < 0.05 for i, a in enumerate(models[:200])]
     assert sum(better) > 100
 
 

@@ -218,7 +218,7 @@ def test_a_new_task_and_a_new_scale_are_one_file_each(own_folder):
         ("kidn: search\n", "tasks/mine.yaml: unknown key task.mine.kidn"),
         ("kind: ranking\n", "tasks/mine.yaml: task.mine.kind"),
         ("- search\n", "tasks/mine.yaml: expected keys with values"),
-        ("data: [search]\n", "tasks/mine.yaml: data: expected a block for each scale"),
+        ("data: [search]\n", "tasks/mine.yaml: task.mine.data: expected a block for each scale"),
         ("expert: ${nowhere}\n", "nowhere"),
         ("kind: search\n", "no value for task.mine.expert"),
     ],

@@ -58,8 +58,8 @@ def made_up(system="SciMult-MHAExpert", similarity="dot", max_length=512):
     benchmarks = {}
     for table in tables():
         for place, column in enumerate(table.columns):
-            cells = [table.rows[row][place] for row in (system, f"DPR ({system})") if row in table.rows]
-            if not cells or cells[0] is None:
+            cell = table.rows.get(system, {place: None})[place]
+            if cell is None:
                 continue
             result = benchmarks.setdefault(
                 column.protocol,
@@ -71,14 +71,16 @@ def made_up(system="SciMult-MHAExpert", similarity="dot", max_length=512):
                     "measured": {"ours": {"similarity": column.similarity or similarity, "max_length": max_length}},
                 },
             )
-            result["systems"]["ours"][column.metric] = cells[0].value / 100
+            result["systems"]["ours"][column.metric] = cell.value / 100
     return benchmarks
 
 
 def test_the_same_figures_are_reproduced():
     cells = compare(made_up(), "ours", "SciMult-MHAExpert")
-    assert len(cells) == 12 + 12 + 6 + 4 + 9 + 4 * 4 + 11 + 5
+    assert len(cells) == 12 + 12 + 6 + 4 + 9 + 11 + 5
     assert {cell.verdict for cell in cells} == {"reproduced"}
+    trained = "DPR (SciMult-MHAExpert)"  # another checkpoint: of PAR's and PPR's training data
+    assert len(compare(made_up(trained), "ours", trained)) == 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_command(tmp_path, capsys, caplog):
     assert [part.strip() for part in line.split("│")[2:7]] == [
         "scimult/scifact/all-splits", "ndcg@10", "70.00", "70.67", "-0.67",
     ]  # fmt: skip
-    assert "75 cells: 73 reproduced, 1 differs, 1 not measured" in caplog.text
+    assert "59 cells: 57 reproduced, 1 differs, 1 not measured" in caplog.text
 
 
 def test_bad_arguments(tmp_path):

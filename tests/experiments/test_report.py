@@ -21,6 +21,7 @@ from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.html import tag
 from experiments.reporting.paper_map import same_label, two_components
+from experiments.runs import main as list_runs
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY
@@ -230,6 +231,23 @@ def test_compare_tells_the_words_of_queries_of_runs_and_of_evaluations(run, beir
         assert len(found["examples"]["B"]) == 2
         for example in found["examples"]["B"]:
             assert {example["text"], example["first_B"]["text"]} <= papers
+
+
+def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "done")
+    shutil.copytree(run, tmp_path / "begun")
+    (tmp_path / "begun" / "results.json").unlink()
+    (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "damaged" / "config.yaml").write_text("experiment: x\n")
+    list_runs([f"root={tmp_path}"])
+    told = capsys.readouterr().out
+    mean = json.loads((run / "report.json").read_text())["mean"]["trained"]
+    assert "2 runs in" in told
+    assert "complete, 9 steps" in told
+    assert "at step 9 of 9" in told
+    assert f"{mean:.4f}" in told
+    with pytest.raises(UserError, match="there are no runs"):
+        list_runs([f"root={tmp_path / 'done' / 'runs'}"])
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,16 @@ def test_data_that_are_not_there_are_told(root, tmp_path, caplog):
     partly = tmp_path / "partly"
     partly.mkdir()
     (partly / "beir").symlink_to(root / "beir")
+    fine = partly / "scimult" / "classification_fine"
+    fine.mkdir(parents=True)
+    for kind in ("label", "papers_test"):  # without the names
+        name = f"Geography_{kind}.json"
+        (fine / name).symlink_to(root / "scimult" / "classification_fine" / name)
     with caplog.at_level("INFO"):
         main(["model=bm25", "benchmarks=all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
     assert "to get: search of the evaluation data of SciMult's authors" in caplog.text
     measured = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
-    assert set(measured) == {name for name in SUITE if SUITE[name].protocol.startswith("beir/")}
+    assert set(measured) == {"geography", *(n for n in SUITE if SUITE[n].protocol.startswith("beir/"))}
     with pytest.raises(UserError, match="scifact_all needs search of the evaluation data"):
         main(["model=bm25", "benchmarks=scifact_all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
     with pytest.raises(UserError, match="has the data of none"):
@@ -155,6 +160,7 @@ GOOD = """
         ("benchmarks:\n  mine: {task: search}", "mine: no value for metrics, protocol, reader"),
         (f"benchmarks:\n  mine:{GOOD}    candidates: all", "candidates: got 'all', allowed are corpus, own"),
         (f"benchmarks:\n  mine:{GOOD}    metrics: [f1]", "metric 'f1'"),
+        (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: got published, which SciMultReader"),
         (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
         (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is measured on"),
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
