@@ -58,12 +58,14 @@ class FinalTable:
         return {"split": self.config.evaluation.split, "metrics": self.config.evaluation.metrics}
 
     def _measured_before(self) -> Results:
-        """The baselines, if they were measured on the same split with the same metrics."""
+        """The baselines, if they were measured on the same split and data with the same metrics and protocols."""
         if not self.kept.is_file():
             return {}
         before = read_json(self.kept)
-        if self._protocol() | {"benchmarks": before.get("benchmarks")} != before:
-            log.warning("the baselines were measured on another split or with other metrics: the table is without them")
+        now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
+        then = {name: (of.get("protocol"), of.get("data")) for name, of in before["benchmarks"].items()}
+        if self._protocol() | {"benchmarks": before["benchmarks"]} != before or then != now:
+            log.warning("the baselines were measured on other data or by other rules: the table is without them")
             return {}
         return before["benchmarks"]
 
