@@ -39,11 +39,9 @@ PREEMPTED = 75
 def how_to_go_on(folder: Path) -> str:
     """What the same command does, by the run's last checkpoint."""
     newest = next(iter(candidates(folder / LAST)), None)
-    return (
-        f"the same command goes on from step {read_checkpoint(newest)['global_step']}"
-        if newest
-        else ("the same command starts anew")
-    )
+    if newest is None:
+        return "the same command starts anew"
+    return f"the same command goes on from step {read_checkpoint(newest)['global_step']}"
 
 
 def raise_if_preempted(trainer: L.Trainer) -> None:

@@ -49,35 +49,41 @@ def _locked(path: Path, folder: Path) -> IO[str]:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+            lock, holder = _take(path)
         except OSError as error:
             raise UserError(f"run.dir: {folder} cannot be used ({error})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = path.read_text(encoding="utf-8") or "another process"
-            lock.close()
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run.dir: {folder} is in use by {holder}. Wait for it, end it, or choose another run.dir."
-                ) from None
-            if not told:
-                log.info("%s is in use by %s: waiting up to %.0f seconds for its end", folder, holder, PATIENCE)
-                told = True
-            leave_if_asked()
-            time.sleep(0.2)
-            continue
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(f"run.dir: {path} cannot be locked ({error})") from error
-            log.warning("%s cannot be locked here (%s): see to it that one job alone trains in it", folder, error)
-        if _is_there(lock, path):
-            break
-        lock.close()  # who held it has removed it
+        if lock:
+            return lock
+        if holder and time.monotonic() > deadline:
+            raise UserError(f"run.dir: {folder} is in use by {holder}. Wait for it, end it, or choose another run.dir.")
+        if holder and not told:
+            log.info("%s is in use by %s: waiting up to %.0f seconds for its end", folder, holder, PATIENCE)
+            told = True
+        leave_if_asked()
+        time.sleep(0.2)
+
+
+def _take(path: Path) -> tuple[IO[str] | None, str]:
+    """The lock; or none and who holds it, or "" if the file has just been removed."""
+    lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read()
+        lock.close()
+        return None, holder or "another process"
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s cannot be locked here (%s): see to it that one job alone trains there", path, error)
+    if not _is_there(lock, path):
+        lock.close()
+        return None, ""
     lock.truncate(0)
     lock.write(_this_process())
     lock.flush()
-    return lock
+    return lock, ""
 
 
 def _is_there(lock: IO[str], path: Path) -> bool:
