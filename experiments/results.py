@@ -96,6 +96,16 @@ class FinalTable:
             for metric, value in result["systems"]["trained"].items()
         }
 
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows of the table, for loggers."""
+        metrics = self.content["metrics"]
+        rows = [
+            [result["task"], name, system, *(means.get(metric) for metric in metrics)]
+            for name, result in self.content["benchmarks"].items()
+            for system, means in result["systems"].items()
+        ]
+        return ["task", "benchmark", "system", *metrics], rows
+
     @staticmethod
     def show(content: dict[str, Any]) -> None:
         """Print what stands in a results.json."""

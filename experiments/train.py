@@ -12,12 +12,13 @@ import lightning as L
 from datamodules.records import UserError
 from experiments.build_data import build_data, describe_schedule
 from experiments.build_module import build_module
-from experiments.build_trainer import build_callbacks, build_loggers, build_trainer
+from experiments.build_trainer import build_callbacks, build_trainer
 from experiments.config import experiments, load_config
 from experiments.console import entry_point
 from experiments.files import read_json
 from experiments.results import FinalTable
 from experiments.run_folder import LAST, open_run, write_config, write_manifest
+from experiments.tracking import build_loggers
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
 
@@ -62,7 +63,10 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     if trainer.is_global_zero:
         for logger in loggers:
             logger.log_metrics(table.flat(), step=trainer.global_step)
-            logger.finalize("success")
+            logger.log_table("results", *table.rows(), step=trainer.global_step)
+            if config.wandb.checkpoints:
+                logger.log_model([chosen, folder.path / "config.yaml"])
+            logger.close()
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
         other = "moe" if config.experiment == "vanilla" else "vanilla"

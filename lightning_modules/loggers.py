@@ -1,10 +1,10 @@
-"""metrics.jsonl: every logged row of a run as one line of JSON, whatever other loggers do."""
+"""What is logged besides metrics, and metrics.jsonl: every row of a run as a line of JSON, whatever other loggers do."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,28 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class JsonlLogger(Logger):
+class RunLogger(Logger):
+    """A logger that may also take tables, pictures and the model; none does by itself."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        """path: an SVG or PNG file."""
+
+    def log_model(self, files: Sequence[Path]) -> None: ...
+
+    def close(self) -> None:
+        """The run is over, and has succeeded."""
+
+
+def log_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
+    """Give an SVG or PNG file to those loggers that take it."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_picture(name, path, step)
+
+
+class JsonlLogger(RunLogger):
     """Appends {"step": ..., "time": ..., name: value, ...} lines to a file, each written out at once.
 
     A resumed run does the steps since its checkpoint again, and logs them again: of two rows with the same step and
