@@ -7,6 +7,7 @@ which hard negatives were mined on the way.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,15 @@ class MultiTaskBatches(Dataset):
         draws = self.schedule.draws(step, self.rank, self.world_size)
         weight = self.schedule.share(step, self.rank, self.world_size)
         return replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """What asks a whole process group to end lets workers go on until their parent has made its last step.
+
+    They end when it is done with them, and watch whether it lives.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ResumableLoader:
@@ -60,7 +70,11 @@ class ResumableLoader:
             boundary = self.rounds.boundary_after(self.position) if self.rounds else None
             last = min(self.num_batches, boundary or self.num_batches)
             loader = DataLoader(
-                self.batches, batch_size=None, sampler=range(self.position, last), num_workers=self.num_workers
+                self.batches,
+                batch_size=None,
+                sampler=range(self.position, last),
+                num_workers=self.num_workers,
+                worker_init_fn=leave_signals_to_parent,
             )
             for batch in loader:
                 self.position = batch.step + 1

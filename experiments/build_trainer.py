@@ -6,22 +6,30 @@ import logging
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.multitask import MultiTaskDataModule
+from datamodules.records import UserError
 from experiments.build_data import batches_per_step
 from experiments.mining import build_mining_callback
 from experiments.run_folder import LAST
 from experiments.schema import Config
 from experiments.targets import instantiate
+from lightning_modules import launch
 from lightning_modules.callbacks.balance import GradNorm, PCGrad
-from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
+from lightning_modules.callbacks.heartbeat import Heartbeat
+from lightning_modules.callbacks.preemption import Preemption
+from lightning_modules.callbacks.rank_report import RankReport
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.encoders.base import Encoder
 
@@ -57,7 +65,8 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
         )
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
     callbacks += [instantiate(node) for node in config.callbacks.values()]
-    callbacks.append(LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps))
+    last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
+    callbacks += [RankReport(), Heartbeat(), last, Preemption(last)]
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
@@ -73,6 +82,24 @@ def precision_of(config: Config) -> str:
     return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
 
 
+def _environment(config: Config) -> list[ClusterEnvironment]:
+    """How ranks find one another, where Lightning would see something else, or do more than we ask for.
+
+    Raises UserError if srun started another number of processes than the configuration has ranks.
+    """
+    if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
+        return []
+    settings, tasks = config.trainer, launch.num_tasks()
+    if not launch.under_srun() or (tasks == 1 and settings.num_nodes == 1):
+        return [LightningEnvironment()]  # a shell inside an allocation, where Lightning starts the other ranks
+    if settings.devices != -1 and tasks != settings.devices * settings.num_nodes:
+        raise UserError(
+            f"srun started {tasks} processes, and trainer.devices={settings.devices} with trainer.num_nodes="
+            f"{settings.num_nodes} needs {settings.devices * settings.num_nodes} (--nodes, --ntasks-per-node)"
+        )
+    return [SLURMEnvironment(auto_requeue=False)]  # its own checkpoints would be saved inside a signal handler
+
+
 def build_trainer(
     config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
 ) -> L.Trainer:
@@ -80,7 +107,8 @@ def build_trainer(
     several = settings.num_nodes > 1 or settings.devices != 1
     learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
     idle = encoder.has_idle_parameters or learned  # one for each task
-    strategy = ("ddp_find_unused_parameters_true" if idle else "ddp") if several else "auto"
+    timeout = timedelta(seconds=settings.timeout)
+    strategy = DDPStrategy(find_unused_parameters=idle, timeout=timeout) if several else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
         return L.Trainer(
@@ -96,7 +124,7 @@ def build_trainer(
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,
             logger=loggers,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)],
             enable_checkpointing=False,  # our own callback does it
             enable_progress_bar=on_a_terminal(),
             enable_model_summary=False,

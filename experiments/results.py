@@ -19,6 +19,7 @@ from lightning_modules.distributed import rank
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.metrics import Run
 from lightning_modules.retrieval import bm25_run, depth, measure, rank_benchmark, whole_run, write_trec
+from lightning_modules.signals import leave_if_asked
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]
@@ -132,13 +133,18 @@ def evaluate_encoder(
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, disable=not Console().is_terminal or rank() > 0) as progress:
             bar = progress.add_task(f"{system} on {benchmark.name}", total=total)
+
+            def advance(count: int) -> None:
+                progress.advance(bar, count)
+                leave_if_asked()
+
             return rank_benchmark(
                 encoder,
                 benchmark,
                 depth(metrics),
                 similarity=similarity,
                 token_budget=token_budget,
-                advance=lambda count: progress.advance(bar, count),
+                advance=advance,
             )
 
     return _evaluate(system, ranked, benchmarks, metrics, folder)

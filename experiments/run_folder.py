@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
-checkpoints/      last.ckpt, best.ckpt
+checkpoints/      last.ckpt, those before it (last.1.ckpt, ...), best.ckpt
 results.json      the final table; its presence says that the run is complete
 negatives/        mined hard negatives, a folder for each mining, with its report
 runs/             TREC run files of the final table
@@ -31,6 +31,8 @@ from datamodules.records import UserError
 from experiments.config import as_dict, digest
 from experiments.files import read_json, write_atomically, write_json
 from experiments.schema import Config
+from lightning_modules import launch
+from lightning_modules.checkpoint_files import candidates, newest_intact
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ CHANGEABLE = (
     # With another number of ranks; the loader sees to it that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
+    "trainer.timeout",
 )
 LAST = Path("checkpoints", "last.ckpt")
 VERSIONS = (
@@ -59,7 +62,9 @@ VERSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """path: of the run. checkpoint: to resume from, or None. complete: the run has its results already."""
+    """path: of the run. checkpoint: to resume from, or None; ranks take the first one's. complete: the run has its
+    results already.
+    """
 
     path: Path
     checkpoint: Path | None
@@ -78,26 +83,42 @@ def folder_of(config: Config) -> Path:
 
 
 def open_run(config: Config) -> RunFolder:
-    """Find the run's folder. Nothing is made or changed, but for resume "never", which renames the old one.
+    """Find the run's folder. Nothing is made or changed, but the first rank renames the old one for resume "never", and
+    damaged checkpoints newer than the one to go on from.
 
-    Raises UserError if the folder holds a run of another configuration or something that is no run.
+    Raises UserError if the folder holds a run of another configuration or something that is no run, or if all of its
+    checkpoints are damaged.
     """
-    path = folder_of(config)
-    if rank_zero_only.rank == 0:
+    path, first = folder_of(config), rank_zero_only.rank == 0
+    anew = config.run.resume == "never" and not _begun_by_this_job(path)
+    if first:
         try:
-            _prepare(config, path)
+            _prepare(config, path, anew)
         except OSError as error:
             raise UserError(f"run.dir: {path} cannot be used ({error})") from error
-    last = path / LAST
-    return RunFolder(path, last if last.is_file() else None, _is_complete(path, config))
+    if anew:  # other ranks do not look: the first may be renaming the old run just now
+        return RunFolder(path, None, False)
+    checkpoint = newest_intact(path / LAST) if first else next(iter(candidates(path / LAST)), None)
+    return RunFolder(path, checkpoint, _is_complete(path, config))
 
 
-def _prepare(config: Config, path: Path) -> None:
+def _begun_by_this_job(path: Path) -> bool:
+    """Whether the run is that of this SLURM job, before it was put into the queue again."""
+    job, manifest = launch.slurm_job(), path / "manifest.json"
+    if job is None or not manifest.is_file():
+        return False
+    try:
+        return any(attempt.get("job") == job for attempt in read_json(manifest)["attempts"])
+    except UserError:
+        return False
+
+
+def _prepare(config: Config, path: Path, anew: bool) -> None:
     if path.is_file():
         raise UserError(f"run.dir: {path} is a file")
     if (path / "config.yaml").exists() and not (path / "checkpoints").is_dir():
         raise UserError(f"run.dir: {path} has a config.yaml and is no run; choose another folder")
-    if config.run.resume == "never" and (path / "config.yaml").exists():
+    if anew and (path / "config.yaml").exists():
         path = path.resolve()
         kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
         path.rename(kept)
@@ -184,8 +205,9 @@ def write_manifest(
     path = folder.path / "manifest.json"
     manifest = read_json(path) if path.is_file() else {"attempts": []}
     if seconds is None:
+        job = {"job": launch.slurm_job()} if launch.slurm_job() else {}
         manifest["attempts"].append(
-            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": None}
+            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": None} | job
         )
     else:
         manifest["attempts"][-1]["seconds"] = round(seconds, 1)

@@ -98,7 +98,8 @@ class TrainerConfig:
     """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
     for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
     optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
-    data.token_budget alone, whatever its size, for a second forward.
+    data.token_budget alone, whatever its size, for a second forward. timeout: seconds after which ranks no longer wait
+    for one that does not answer.
     """
 
     max_steps: int = 1000
@@ -110,14 +111,16 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
     grad_cache: bool = False
+    timeout: int = 1800
     log_every_n_steps: int = 20
 
 
 @dataclass
 class CheckpointConfig:
-    """every_n_steps: the last checkpoint is renewed that often."""
+    """every_n_steps: the last checkpoint is renewed that often. keep: so many of them stay, the last included."""
 
     every_n_steps: int = 200
+    keep: int = 2
 
 
 @dataclass
@@ -225,8 +228,10 @@ def check_ranges(config: Config) -> None:
         "trainer.max_steps": trainer.max_steps,
         "trainer.num_nodes": trainer.num_nodes,
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.timeout": trainer.timeout,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
         "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
+        "checkpoint.keep": config.checkpoint.keep,
         "backbone.vocab_size": backbone.vocab_size,
         "mining.k": config.mining.k,
         "mining.num_negatives": config.mining.num_negatives,

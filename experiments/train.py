@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from lightning_modules import signals
+
+if __name__ == "__main__":
+    signals.catch()  # before the other imports, which take ten seconds
+
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.build_data import build_data, describe_schedule
@@ -15,29 +22,47 @@ from experiments.build_module import build_module
 from experiments.build_trainer import build_callbacks, build_trainer
 from experiments.config import experiments, load_config
 from experiments.console import entry_point
+from experiments.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.files import read_json
 from experiments.results import FinalTable
-from experiments.run_folder import LAST, open_run, write_config, write_manifest
+from experiments.run_folder import LAST, folder_of, open_run, write_config, write_manifest
+from experiments.run_lock import only_job
+from experiments.schema import Config
 from experiments.tracking import build_loggers
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
+from lightning_modules.signals import Preempted, leave_if_asked
 
 log = logging.getLogger(__name__)
 
 
 def train(experiment: str, overrides: Sequence[str] = ()) -> None:
-    """Train an experiment, or go on with it, and measure it. A complete run is only shown."""
+    """Train an experiment, or go on with it, and measure it. A complete run is only shown.
+
+    Asked by a signal to end, it saves and leaves the program, with a status of endings.py.
+    """
     config = load_config(experiment, overrides)
+    rank_zero_only.rank = launch.rank(max(config.trainer.devices, 1))
+    try:
+        with only_job(folder_of(config)):
+            train_in_folder(config)
+    except Preempted as preempted:
+        sys.exit(answer(preempted, folder_of(config)))
+    finally:
+        signals.ignore()
+
+
+def train_in_folder(config: Config) -> None:
+    """Train, or go on, in the run's folder, which no other job uses. Raises Preempted."""
     folder = open_run(config)
     if folder.complete:
         FinalTable.show(read_json(folder.results))
         log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
         return
 
-    if folder.checkpoint:
-        read_checkpoint(folder.checkpoint)  # a damaged one is found before the data are read
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
+    leave_if_asked()
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
     write_config(folder, config)
@@ -53,13 +78,14 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     schedule = describe_schedule(config, data)
     write_manifest(folder, data, num_parameters, schedule)
     started = time.perf_counter()
-    fit(trainer, module, data, folder.checkpoint)
-    write_manifest(folder, data, num_parameters, schedule, seconds=time.perf_counter() - started)
-
-    with trainer.precision_plugin.forward_context():
-        chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
-        step = read_checkpoint(chosen)["global_step"]
-        table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
+    with naming_lost_ranks(trainer):
+        fit(trainer, module, data, folder.checkpoint)
+        write_manifest(folder, data, num_parameters, schedule, seconds=time.perf_counter() - started)
+        raise_if_preempted(trainer)
+        with trainer.precision_plugin.forward_context():
+            chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
+            step = read_checkpoint(chosen)["global_step"]
+            table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
         for logger in loggers:
             logger.log_metrics(table.flat(), step=trainer.global_step)
@@ -80,9 +106,8 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
     except SystemExit as leaving:
         if not trainer.interrupted:
             raise
-        last = Path(trainer.default_root_dir) / LAST
-        begins = f"goes on from step {read_checkpoint(last)['global_step']}" if last.is_file() else "starts anew"
-        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}: the same command {begins}") from leaving
+        told = how_to_go_on(Path(trainer.default_root_dir))
+        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}: {told}") from leaving
 
 
 def main(arguments: Sequence[str]) -> None:

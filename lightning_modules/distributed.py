@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,24 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on one of the ranks."""
+    if world_size() == 1:
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return bool(count)
 
 
 def _counts(rows: Tensor) -> list[int]:

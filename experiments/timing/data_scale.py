@@ -117,9 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     table.add_row("tokenised (or found), s", f"{seconds:.1f}")
     table.add_row("texts a second", f"{(documents + pairs // 10) / seconds:,.0f}")
     for at in (0, step):
-        code = (
-            "import sys, json; from pathlib import Path; from experiments.timing.data_scale import first_batches; "
-        )
+        code = "import sys, json; from pathlib import Path; from experiments.timing.data_scale import first_batches; "
         code += "print(json.dumps(first_batches(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))))"
         command = [sys.executable, "-c", code, str(data), str(cache), str(at), str(batches), str(workers)]
         started = time.perf_counter()

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from datamodules.collate import Collator
 from datamodules.records import ContrastiveBatch, Example
-from experiments.timing.encoder_cost import backbone_of, seconds
 from experiments.console import entry_point, key_values, whole_number
+from experiments.timing.encoder_cost import backbone_of, seconds
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder
 

@@ -1,28 +1,50 @@
-"""The last checkpoint, renewed at fixed steps, and never half-written."""
+"""The last checkpoints, renewed at fixed steps, and never half-written."""
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from datamodules.records import UserError
+from lightning_modules.checkpoint_files import write_checkpoint
+from lightning_modules.distributed import from_first_rank
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames: a run that dies while it writes keeps the checkpoint before."""
+log = logging.getLogger(__name__)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes as write_checkpoint does, and reads on all ranks what the first one chose.
+
+    last: of this file `keep` checkpoints are kept, of others one. error: what the disk said when the last one could not
+    be written, which ends no training by itself; or None.
+    """
+
+    def __init__(self, last: Path, keep: int):
+        self.last, self.keep = last, keep
+        self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        partial = f"{path}.partial"
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        path = Path(path)
+        try:
+            write_checkpoint(checkpoint, path, self.keep if path == self.last else 1)
+            self.error = None
+        except OSError as error:
+            self.error = error.strerror or str(error)
+            log.warning("%s of step %d could not be written: %s", path, checkpoint["global_step"], self.error)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return super().load_checkpoint(from_first_rank(str(path)), *arguments, **options)
 
 
 class LastCheckpoint(L.Callback):
-    """Saves the run's state to one file every n optimizer steps and after the last."""
+    """Saves the run's state every n optimizer steps and after the last.
+
+    If it cannot be written the training goes on, for the former checkpoint is still there; but not after the last step.
+    """
 
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
@@ -33,7 +55,24 @@ class LastCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and step > self.saved_at:
+        last = step == trainer.max_steps
+        if (last or step % self.every_n_steps == 0) and step > self.saved_at:
+            self.save(trainer, must=last)
+
+    def save(self, trainer: L.Trainer, must: bool) -> None:
+        """Save this step, if it is not saved. must: raise UserError on all ranks if it cannot be written."""
+        step = trainer.global_step
+        if step == self.saved_at:
+            return
+        trainer.save_checkpoint(self.path)
+        error = from_first_rank(trainer.strategy.checkpoint_io.error)
+        if error is None:
             self.saved_at = step
-            trainer.save_checkpoint(self.path)
+            return
+        stays = f"that of step {self.saved_at} stays" if self.saved_at else "there is none yet"
+        if must:
+            raise UserError(
+                f"{self.path}: the checkpoint of step {step} could not be written ({error}); {stays}. Make room, and "
+                "run the same command: it goes on from there."
+            )
+        log.warning("The training goes on; of its checkpoints %s. Make room before the next one is due.", stays)

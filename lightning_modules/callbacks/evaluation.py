@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import lightning as L
 
 from datamodules.records import Benchmark
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.distributed import on_any_rank, world_size
 from lightning_modules.retrieval import depth, measure, rank_benchmark
+from lightning_modules.signals import Preempted, leave_if_asked, noted
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +30,15 @@ class Evaluation(L.Callback):
     ):
         self.benchmarks, self.metrics = list(benchmarks), list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
-        self.best, self.best_step, self.evaluated_at = float("-inf"), 0, 0
+        self.best, self.best_step = float("-inf"), 0
+        self.evaluated_at: int | None = None  # the last step at which nothing is left to evaluate
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "measure": self._measure()}
+        state = {"best": self.best, "best_step": self.best_step, "measure": self._measure()}
+        return state | {"evaluated_at": self.evaluated_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluated_at = state.get("evaluated_at")
         if state["measure"] == self._measure():
             self.best, self.best_step = state["best"], state["best_step"]
         else:
@@ -43,25 +49,37 @@ class Evaluation(L.Callback):
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.evaluated_at = trainer.global_step
+        if self.evaluated_at is None:
+            self.evaluated_at = trainer.global_step
+        self._evaluate_if_due(trainer, module)  # a preempted run left it to this one
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
+        self._evaluate_if_due(trainer, module)
+
+    def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step > self.evaluated_at and self.benchmarks:
-            self.evaluated_at = step
-            self._evaluate(trainer, module, step)
+            with contextlib.suppress(Preempted):
+                self._evaluate(trainer, module, step)
+                self.evaluated_at = step
 
     def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
+        """Raises Preempted if the run is asked to end before it is done, but not after the last step."""
         values: dict[str, float] = {}
+        may_leave = step < trainer.max_steps
         with trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
+                asked = noted()
+                if may_leave and on_any_rank(asked is not None, module.device):
+                    raise Preempted(asked)
                 run = rank_benchmark(
                     module.encoder,
                     benchmark,
                     depth(self.metrics),
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
+                    advance=leave_if_asked if may_leave and world_size() == 1 else None,
                 )
                 for name, value in measure(run, benchmark, self.metrics, module.device).items():
                     values[f"val/{benchmark.name}/{name}"] = value

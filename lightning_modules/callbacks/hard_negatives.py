@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.picture import write_svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import TaskReport, gate, logged, plain, report, table
+from lightning_modules.signals import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            with trainer.precision_plugin.forward_context():
+            # A run that is asked to end leaves the mining to the one that goes on, which finds the vectors made so far.
+            with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
     def _mine(self, trainer: L.Trainer, module: ContrastiveModule, step: int, batch: int) -> None:

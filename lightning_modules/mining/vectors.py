@@ -23,6 +23,7 @@ from datamodules.records import Document
 from datamodules.text import input_text
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.signals import leave_if_asked
 from lightning_modules.top_k import Shards, check_finite
 
 
@@ -93,7 +94,8 @@ class VectorCache:
         return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
 
     def _encode(self, documents: Sequence[Document], task: str) -> np.ndarray:
-        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget)
+        leave = leave_if_asked if world_size() == 1 else None
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=leave)
         if self.similarity == "cosine":
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.numpy()

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from experiments.benchmarks import data_scale, encoder_cost
 
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
 from experiments import sample
-from experiments.benchmarks import data_scale, encoder_cost
 from experiments.evaluate import main
 from experiments.train import train
 from lightning_modules.encoders.checkpoints import load_encoder

@@ -1,0 +1,91 @@
+"""One job at a time trains in a run's folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.records import UserError
+from lightning_modules import launch
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 30.0  # seconds for the processes of a former attempt to end
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def only_job(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, on the first rank, by a lock on the file .NAME.lock beside it.
+
+    The system gives it back when the process ends, however it ends, so none is ever stale; on NFS it holds over
+    machines. Raises UserError if another process still holds it after PATIENCE seconds.
+    """
+    if rank_zero_only.rank > 0:
+        yield
+        return
+    path = folder.absolute().parent / f".{folder.absolute().name}.lock"
+    lock = _locked(path, folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
+        lock.close()
+
+
+def _locked(path: Path, folder: Path) -> IO[str]:
+    deadline, told = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+        except OSError as error:
+            raise UserError(f"run.dir: {folder} cannot be used ({error})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8") or "another process"
+            lock.close()
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.dir: {folder} is in use by {holder}. Wait for it, end it, or choose another run.dir."
+                ) from None
+            if not told:
+                log.info("%s is in use by %s: waiting up to %.0f seconds for its end", folder, holder, PATIENCE)
+                told = True
+            time.sleep(0.2)
+            continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"run.dir: {path} cannot be locked ({error})") from error
+            log.warning("%s cannot be locked here (%s): see to it that one job alone trains in it", folder, error)
+        if _is_there(lock, path):
+            break
+        lock.close()  # who held it has removed it
+    lock.truncate(0)
+    lock.write(_this_process())
+    lock.flush()
+    return lock
+
+
+def _is_there(lock: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> str:
+    job = launch.slurm_job()
+    of_job = f" (job {job})" if job else ""
+    return f"process {os.getpid()} on {platform.node()}{of_job} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -1,0 +1,42 @@
+"""How this process was started, and which of all ranks it is, by the environment alone: before Lightning knows."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank(devices: int = 1) -> int:
+    """The global rank. devices: on each node; where it counts on one not given only 0 is sure to be right."""
+    if "RANK" in os.environ:  # torchrun
+        return int(os.environ["RANK"])
+    if "LOCAL_RANK" not in os.environ and under_srun():
+        return int(os.environ["SLURM_PROCID"])
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return int(node) * devices + int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def under_srun() -> bool:
+    """Whether srun started this process, and not only the shell around it."""
+    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and not by_torchrun()
+
+
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def num_tasks() -> int:
+    """Processes that srun started together."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def alone() -> bool:
+    """Whether there is no other rank, or none yet that waits for this one."""
+    if under_srun() and num_tasks() > 1:
+        return False
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 and "NODE_RANK" not in os.environ
+
+
+def slurm_job() -> str | None:
+    """The job, as scontrol knows it: 12, or 12_3 for a task of an array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
