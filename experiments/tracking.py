@@ -17,6 +17,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config import as_dict
+from experiments.endings import PREEMPTED
+from experiments.results import FinalTable
 from experiments.schema import Config
 from experiments.sender import is_sent
 from lightning_modules.loggers import JsonlLogger, RunLogger
@@ -46,6 +48,16 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
         "config": as_dict(config),
     }
     return [*loggers, WandbLogger(folder, arguments, mode == "online", run.finish_timeout)]
+
+
+def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, model: Sequence[Path]) -> None:
+    """Tell of what a run came to. model: the files that are it."""
+    for logger in loggers:
+        logger.log_metrics(table.flat(), step=step)
+        logger.log_table("results", *table.rows(), step=step)
+        if table.config.wandb.checkpoints:
+            logger.log_model(model)
+        logger.close()
 
 
 def _harmless(method: Callable) -> Callable:
@@ -156,9 +168,11 @@ class WandbLogger(RunLogger):
         """The configuration was given at the start, once."""
 
     @_harmless
-    def mark_preempting(self) -> None:
-        """A sweep gives a run that ends by preemption to the next agent, with its id and parameters."""
+    def preempted(self) -> None:
+        """A sweep gives the run to its next agent, with its id and parameters."""
         self.run.mark_preempting()
+        self.run.finish(exit_code=PREEMPTED)
+        self._wait()
 
     @_harmless
     def close(self) -> None:

@@ -28,7 +28,8 @@ from experiments.results import FinalTable
 from experiments.run_folder import LAST, folder_of, open_run, write_config, write_manifest
 from experiments.run_lock import only_job
 from experiments.schema import Config
-from experiments.tracking import build_loggers
+from experiments.tracking import build_loggers, log_end
+from lightning_modules import launch
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
 from lightning_modules.signals import Preempted, leave_if_asked
@@ -87,12 +88,7 @@ def train_in_folder(config: Config) -> None:
             step = read_checkpoint(chosen)["global_step"]
             table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
-        for logger in loggers:
-            logger.log_metrics(table.flat(), step=trainer.global_step)
-            logger.log_table("results", *table.rows(), step=trainer.global_step)
-            if config.wandb.checkpoints:
-                logger.log_model([chosen, folder.path / "config.yaml"])
-            logger.close()
+        log_end(loggers, table, trainer.global_step, [chosen, folder.path / "config.yaml"])
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
         other = "moe" if config.experiment == "vanilla" else "vanilla"

@@ -22,6 +22,9 @@ class RunLogger(Logger):
 
     def log_model(self, files: Sequence[Path]) -> None: ...
 
+    def preempted(self) -> None:
+        """The run ends, and goes on later."""
+
     def close(self) -> None:
         """The run is over, and has succeeded."""
 
