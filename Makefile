@@ -11,13 +11,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 # What is given as key=value, less make's own variables, each quoted for the shell as it was written.
-OWN := EXP SCALE RECIPE EXTRAS BENCH PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
+OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
 given = $(filter command,$(origin $(1)))
 quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train eval mine audit export test check bench clean
+.PHONY: help install data train sweep agent sync eval mine audit export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -31,6 +31,10 @@ help: ## this page
 	@echo "scales (SCALE=)"
 	@for f in $(wildcard experiments/scale/*.yaml); do \
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	@echo
+	@echo "sweeps (SWEEP=)"
+	@for f in $(wildcard experiments/sweeps/*.yaml); do \
+		printf '  %-16s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 	@echo
 	@echo "recipes (RECIPE=)"
 	@for f in $(wildcard experiments/recipes/*.yaml); do \
@@ -53,6 +57,15 @@ data: $(STAMP) ## build training data from public downloads: make data RECIPE=sc
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
+sweep: $(STAMP) ## try values: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0]; wandb.mode=online registers it with W&B
+	@$(PY) -m experiments.sweep $(EXP) sweep=$(SWEEP) scale=$(SCALE) $(if $(PARALLEL),parallel=$(PARALLEL)) $(if $(TRIAL),trial=$(TRIAL)) $(OVERRIDES) $(ARGS)
+
+agent: $(STAMP) ## run trials of a sweep that W&B leads: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
+	@$(PY) -m experiments.agent sweep_id=$(SWEEP_ID) $(if $(COUNT),count=$(COUNT)) $(OVERRIDES) $(ARGS)
+
+sync: $(STAMP) ## send to W&B what was logged offline: make sync [folder=RUN]
+	@$(PY) -m experiments.sync $(OVERRIDES) $(ARGS)
+
 eval: $(STAMP) ## measure a model: make eval model=M [run=RUN] [split=dev] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
 
@@ -69,10 +82,11 @@ test: ## the tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 $(TESTS) $(ARGS)
 
-check: ## formatting and lint
+check: ## formatting, lint, and the sweeps' files
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@$(PY) -m experiments.sweeping.check
 
 bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)

@@ -3,8 +3,8 @@
 folder      a run, or a folder with runs at any depth; by default runs
 dry_run     yes only tells what would be sent
 
-What was sent already is not sent again, so the command may be repeated; attempts of one run are sent in their order, to one
-run of W&B. A run that is still trained is left out.
+What was sent already is not sent again, so the command may be repeated. Attempts of one run are sent in their order, to
+one run of W&B. A run that is still trained is left out.
 """
 
 from __future__ import annotations

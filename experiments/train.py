@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
+from experiments.agent import tell_other_ranks
 from experiments.build_data import build_data, describe_schedule
 from experiments.build_module import build_module
 from experiments.build_trainer import build_callbacks, build_trainer
@@ -44,6 +45,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     """
     config = load_config(experiment, overrides)
     rank_zero_only.rank = launch.rank(max(config.trainer.devices, 1))
+    tell_other_ranks(experiment, overrides, folder_of(config))
     try:
         with only_job(folder_of(config)):
             train_in_folder(config)

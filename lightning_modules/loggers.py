@@ -1,4 +1,4 @@
-"""What is logged besides metrics, and metrics.jsonl: every row of a run as a line of JSON, whatever other loggers do."""
+"""Loggers of runs. metrics.jsonl: every row as a line of JSON, whatever other loggers do."""
 
 from __future__ import annotations
 
