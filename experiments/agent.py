@@ -2,7 +2,7 @@
 
 count       trials until it ends, by default all that the sweep has
 
-Under srun, one agent is started on every rank: that of the first one alone speaks to W&B, and the others train with what
+Under srun, an agent is started on every rank: that of the first one alone speaks to W&B, and the others train with what
 it was given. A trial that was preempted is given to the sweep's next agent, with its id and parameters, so the same
 command goes on.
 """
@@ -10,7 +10,6 @@ command goes on.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import signal

@@ -16,6 +16,12 @@ from pathlib import Path
 
 PATIENCE = 20  # seconds until a server that does not answer is spoken of
 PAUSE = 30  # seconds until the next attempt
+NOT_OURS = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_MODE")  # of the training: the first would join its own process
+
+
+def environment() -> dict[str, str]:
+    """In which W&B's command sends."""
+    return {key: value for key, value in os.environ.items() if key not in NOT_OURS} | {"PYTHONUNBUFFERED": "1"}
 
 
 def is_sent(file: Path) -> bool:
@@ -23,60 +29,62 @@ def is_sent(file: Path) -> bool:
     return file.with_name(f"{file.name}.synced").exists()
 
 
-def send(file: Path) -> None:
-    """Send what is written to the file until its run is over, whatever the server does."""
-    told = threading.Event()
-    late = threading.Timer(PATIENCE, lambda: say("is not reached; the run is logged offline meanwhile", told))
-    late.daemon = True
-    late.start()
-    while not is_sent(file):
-        _attempt(file, told)
-        if not is_sent(file):
-            time.sleep(PAUSE)
+class Sender:
+    """Sends what is written to a file until its run is over, whatever the server does."""
 
+    def __init__(self, file: Path):
+        self.file, self.parent = file, os.getppid()
+        self.told = threading.Event()
+        self.process: subprocess.Popen | None = None
 
-def say(what: str, told: threading.Event) -> None:
-    if not told.is_set():
-        told.set()
-        print(f"W&B {what}", flush=True)
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self.leave())
+        threading.Thread(target=self._watch, daemon=True).start()
+        while not is_sent(self.file):
+            self._attempt()
+            if not is_sent(self.file):
+                time.sleep(PAUSE)
 
+    def say(self, what: str) -> None:
+        """One line, the first that there is reason for."""
+        if not self.told.is_set():
+            self.told.set()
+            print(f"W&B {what}", flush=True)
 
-def _attempt(file: Path, told: threading.Event) -> None:
-    """One `wandb sync`, which reads on as the file grows."""
-    command = [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", str(file)]
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_SILENT"} | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    threading.Thread(target=_end_with_parent, args=(process, os.getppid()), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: _leave(process))
-    last = ""
-    for line in process.stdout:
-        last = line.strip() or last
-        if "View run" in line:
-            say(f"shows the run at {line.split(' at ')[-1].strip()}", told)
-    if process.wait() != 0:
-        say(f"cannot be sent to ({last}); the run is logged offline meanwhile", told)
+    def leave(self) -> None:
+        if self.process:
+            self.process.kill()  # its own process, wandb-core, ends with it
+        os._exit(1)
 
+    def _watch(self) -> None:
+        """Leave with the parent, and speak of a server that does not answer."""
+        began = time.monotonic()
+        while os.getppid() == self.parent:
+            if time.monotonic() - began > PATIENCE:
+                self.say("is not reached; the run is logged offline meanwhile")
+            time.sleep(1)
+        self.leave()
 
-def _end_with_parent(process: subprocess.Popen, parent: int) -> None:
-    while process.poll() is None:
-        if os.getppid() != parent:
-            _leave(process)
-        time.sleep(1)
-
-
-def _leave(process: subprocess.Popen) -> None:
-    process.kill()  # its own process, wandb-core, ends with it
-    os._exit(1)
+    def _attempt(self) -> None:
+        """One `wandb sync`, which reads on as the file grows."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", str(self.file)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        last = ""
+        for line in self.process.stdout:
+            last = line.strip() or last
+            if "View run" in line:
+                self.say(f"shows the run at {line.split(' at ')[-1].strip()}")
+        if self.process.wait() != 0:
+            self.say(f"cannot be sent to ({last}); the run is logged offline meanwhile")
 
 
 if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGUSR1):  # they are meant for the training, which ends this process
         signal.signal(ignored, signal.SIG_IGN)
-    send(Path(sys.argv[1]))
+    Sender(Path(sys.argv[1])).run()

@@ -10,7 +10,6 @@ one run of W&B. A run that is still trained is left out.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import urllib.error
@@ -21,7 +20,7 @@ from pathlib import Path
 from datamodules.records import UserError
 from experiments.console import choice, entry_point, key_values
 from experiments.run_lock import is_in_use
-from experiments.sender import PATIENCE, is_sent
+from experiments.sender import PATIENCE, environment, is_sent
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,7 @@ def _ask_server() -> None:
 def _send(files: Sequence[Path]) -> str:
     """Send the attempts of one run. Returns what went wrong, or nothing."""
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--yes", *map(str, files)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("WANDB_SILENT", "WANDB_MODE")}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment())
     if done.returncode == 0 and all(map(is_sent, files)):
         return ""
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

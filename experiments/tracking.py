@@ -69,7 +69,7 @@ def _harmless(method: Callable) -> Callable:
             return
         try:
             method(self, *given, **named)
-        except Exception as error:  # a foreign process, which may die of anything
+        except (Exception, SystemExit) as error:  # a foreign process, which may die of anything
             self.failed = True
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("W&B failed (%s): from here on metrics go to metrics.jsonl alone", why)
@@ -171,12 +171,17 @@ class WandbLogger(RunLogger):
     def preempted(self) -> None:
         """A sweep gives the run to its next agent, with its id and parameters."""
         self.run.mark_preempting()
-        self.run.finish(exit_code=PREEMPTED)
-        self._wait()
+        self._finish(PREEMPTED)
 
     @_harmless
     def close(self) -> None:
-        self.run.finish()
+        self._finish(0)
+
+    def _finish(self, status: int) -> None:
+        import wandb
+
+        self.run.finish(exit_code=status)
+        wandb.teardown()  # only then all is on the disk
         self._wait()
 
     def _wait(self) -> None:
