@@ -109,9 +109,10 @@ def _register(found: Sweep, config: Config) -> None:
         name = wandb.sweep(content, entity=config.wandb.entity, project=config.wandb.project)
     except wandb.errors.Error as error:
         raise UserError(f"W&B did not take the sweep ({error}); without wandb.mode=online it runs here") from error
-    settings = wandb.setup().settings
-    place = "/".join(filter(None, (settings.entity or config.wandb.entity, settings.project or config.wandb.project)))
-    log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s/%s", place, name)
+    place = [
+        os.environ[f"WANDB_{part}"] for part in ("ENTITY", "PROJECT") if f"WANDB_{part}" in os.environ
+    ]  # as it was taken
+    log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s", "/".join([*place, name]))
 
 
 def main(arguments: Sequence[str]) -> None:

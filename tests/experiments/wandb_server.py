@@ -29,7 +29,6 @@ class WandbServer:
     artifacts: list[str] = field(default_factory=list)
     sweeps: dict[str, str] = field(default_factory=dict)
     commands: list[dict[str, Any]] = field(default_factory=list)
-    states: list[dict[str, bool]] = field(default_factory=list)
     silent: threading.Event = field(default_factory=threading.Event)
     close: Callable[[], None] = lambda: None
     over: threading.Event = field(default_factory=threading.Event)
@@ -101,8 +100,8 @@ class WandbServer:
         return {"createAgent": {"agent": {"id": "a1"}}}
 
     def _Heartbeat(self, given):
-        self.states.append(json.loads(given["runState"]))
-        commands = [self.commands.pop(0)] if self.commands else [{"type": "exit"}]
+        running = json.loads(given["runState"])
+        commands = [] if running else [self.commands.pop(0)] if self.commands else [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(commands)}}
 
     def file_stream(self, run: str, sent: dict[str, Any]) -> None:
