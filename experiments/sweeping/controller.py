@@ -89,7 +89,9 @@ class Controller:
                 if lock is None:
                     return False
                 state = self.states().get(trial.number, {}).get("state")
-                if state != "finished" and (state != "failed" or self.retry_failed):
+                if trial.has_results and state != "finished":  # by a task of an array, or what a controller left
+                    self._note(trial, "finished", value=trial.value(self.sweep.metric, self.sweep.maximize))
+                elif state != "finished" and (state != "failed" or self.retry_failed):
                     self._to_its_end(trial, slot, lock)
             return True
         finally:

@@ -19,8 +19,6 @@ def ranked(controller: Controller) -> list[dict[str, Any]]:
     sweep, states, rows = controller.sweep, controller.states(), []
     for trial in controller.trials:
         state = states.get(trial.number, {}).get("state", "waiting")
-        if trial.has_results:
-            state = "finished"  # maybe by make sweep TRIAL=, which notes nothing
         value = trial.value(sweep.metric, sweep.maximize)
         row = {"trial": trial.number, "parameters": dict(trial.parameters), "state": state, "value": value}
         rows.append(row | {"run": str(trial.folder)})

@@ -54,7 +54,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {f"train/{batch.task}/loss": float(loss), "train/lr": 1e-4, "train/batch": batch.fingerprint}
+        return {f"train/{batch.task}/loss": loss.item(), "train/lr": 1e-4, "train/batch": batch.fingerprint}
 
 
 def measure(
