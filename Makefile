@@ -17,7 +17,7 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train sweep agent sync eval mine audit export test check bench clean
+.PHONY: help install data train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -42,7 +42,7 @@ help: ## this page
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: minilm, onnx, zst, dev)
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -66,14 +66,35 @@ agent: $(STAMP) ## run trials of a sweep that W&B leads: make agent SWEEP_ID=ENT
 sync: $(STAMP) ## send to W&B what was logged offline: make sync [folder=RUN]
 	@$(PY) -m experiments.sync $(OVERRIDES) $(ARGS)
 
-eval: $(STAMP) ## measure a model: make eval model=M [run=RUN] [split=dev] [beir=FOLDER task=search]
+slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
+	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+
+reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]
+	@$(PY) -m experiments.reproduce $(OVERRIDES) $(ARGS)
+
+mteb: $(STAMP) ## have mteb measure a model: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
+	@$(PY) -m experiments.mteb $(OVERRIDES) $(ARGS)
+
+harness: $(STAMP) ## files for other evaluations: make harness format=scidocs model=M data=FOLDER output=FOLDER
+	@$(PY) -m experiments.harness $(OVERRIDES) $(ARGS)
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
 audit: $(STAMP) ## is an evaluation in the training data? make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
+compare: $(STAMP) ## two systems query by query, with tests: make compare A=RUN B=RUN [metric=ndcg@10]
+	@$(PY) -m experiments.compare $(OVERRIDES) $(ARGS)
+
+report: $(STAMP) ## a run as one HTML page: make report RUN=FOLDER
+	@$(PY) -m experiments.report $(OVERRIDES) $(ARGS)
+
+runs: $(STAMP) ## the runs that there are, with their results
+	@$(PY) -m experiments.runs $(OVERRIDES) $(ARGS)
 
 export: $(STAMP) ## write a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
 	@$(PY) -m experiments.export $(OVERRIDES) $(ARGS)
@@ -88,7 +109,7 @@ check: ## formatting, lint, and the sweeps' files
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweeping.check
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, data_scale
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay

@@ -31,6 +31,12 @@ def padded(lists: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
+def text_key(ids: np.ndarray) -> int:
+    """Of a text's token ids: equal for texts that the encoder reads alike, on every rank."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.uint32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: below 0 are no keys
+
+
 class Collator:
     """Makes batches of one task's examples.
 
@@ -87,6 +93,7 @@ class Collator:
             positives=padded([[column[row] for row in rows] for rows in positives]),
             hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
             known_positives=padded(known),
+            text_keys=torch.tensor([text_key(self.tokens[row]) for row in place]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in place),
         )
 

@@ -6,12 +6,15 @@ Rows are those of the task's document table: all corpora and queries of its coll
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, overload
 
 import numpy as np
 
 from datamodules.records import Collection, Document, Example
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -77,6 +80,19 @@ class ExampleTable(Sequence[Example]):
         example = np.repeat(np.arange(len(self)), counts)
         kept = ~np.isin(self.queries, queries)[example] & ~np.isin(self.documents, documents)
         judgements = (example[kept], np.asarray(self.documents)[kept], np.asarray(self.grades)[kept])
+        return ExampleTable.of_judgements(*judgements, np.asarray(self.queries), np.asarray(self.own))
+
+    def without_itself(self) -> ExampleTable:
+        """Without judgements of the document that the query itself is. Examples without a positive left are dropped."""
+        example = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        kept = self.own[example] != self.documents
+        if kept.all():
+            return self
+        judgements = (example[kept], np.asarray(self.documents)[kept], np.asarray(self.grades)[kept])
+        log.warning(
+            "%d of %d judgements say that a paper is relevant, or not, to itself or to one of the same text: left out",
+            *(len(kept) - int(kept.sum()), len(kept)),
+        )
         return ExampleTable.of_judgements(*judgements, np.asarray(self.queries), np.asarray(self.own))
 
     @classmethod
@@ -221,4 +237,5 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
         for document, grade in grades.items()
     ]
     numbers, judged, grades = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
-    return documents, ExampleTable.of_judgements(numbers, first[judged], grades, rows, itself)
+    table = ExampleTable.of_judgements(numbers, first[judged], grades, rows, itself)
+    return documents, table.without_itself() if queries_are_documents else table

@@ -43,7 +43,7 @@ def pool_of(
     num_documents = len(collection.corpus)
     corpus = Picked(documents, np.arange(first_row, first_row + num_documents))
     queries = Picked(documents, np.asarray(table.queries, dtype=np.int64) + first_row)
-    positives = _positives(table)
+    positives = _judged(table, np.asarray(table.grades) > 0)
     return MiningPool(
         task,
         name,
@@ -54,6 +54,7 @@ def pool_of(
         np.asarray(table.own),
         positives,
         _revealed(collection, corpus, queries, positives),
+        _judged(table, np.asarray(table.grades) == 0),
     )
 
 
@@ -65,10 +66,10 @@ def joined(lists: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.concatenate([*parts, np.zeros(0, dtype=np.int32)])
 
 
-def _positives(table: ExampleTable) -> tuple[np.ndarray, np.ndarray]:
-    relevant = np.asarray(table.grades) > 0
-    before = np.concatenate([[0], np.cumsum(relevant)])
-    return before[np.asarray(table.starts)], np.asarray(table.documents)[relevant]
+def _judged(table: ExampleTable, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of each example, as (starts, documents), of judgements that are chosen."""
+    before = np.concatenate([[0], np.cumsum(chosen)])
+    return before[np.asarray(table.starts)], np.asarray(table.documents)[chosen]
 
 
 def _revealed(

@@ -115,11 +115,26 @@ class Sink(Protocol):
         ...
 
 
+def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
+    """The id of ranking a split's whole corpus."""
+    return f"{name}/{split}" + ("/without-own" if exclude_query else "")
+
+
+WITHOUT_RELEVANT = ("skip", "zero", "error")
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One split of a collection, to be ranked by one task's expert.
+    """Queries of a collection, to be ranked by one task's expert, and how.
 
+    split: of the collection; several that are merged have a + between. protocol: id of all that follows; scores of
+    different ids cannot be compared. metrics: its own, the main one first; none where those of a run are taken.
     exclude_query: leave the document with the query's own id out of its ranking (papers that are queries and corpus).
+    candidates: query -> the documents that are ranked for it; none where all are. first: query -> documents that
+    stand before all others. similarity: "dot", "cosine" or "l2"; none for the model's own. without_relevant: queries
+    without any relevant document are left out of the means ("skip"), count 0 ("zero"), or are an error.
+    training: papers with their classes, whom a linear SVM learns from that then classifies the queries, instead of a
+    ranking of the corpus; none where that is ranked.
     """
 
     name: str
@@ -129,6 +144,32 @@ class Benchmark:
     queries: Mapping[str, Document]
     qrels: Qrels
     exclude_query: bool = False
+    protocol: str = ""
+    metrics: tuple[str, ...] = ()
+    candidates: Mapping[str, Sequence[str]] | None = None
+    first: Mapping[str, Sequence[str]] | None = None
+    similarity: str = ""
+    without_relevant: str = "skip"
+    training: tuple[Mapping[str, Document], Qrels] | None = None
+
+    @property
+    def encoded_documents(self) -> Mapping[str, Document]:
+        """What queries are compared with: the corpus, or the papers that an SVM learns from."""
+        return self.corpus if self.training is None else self.training[0]
+
+    def fingerprint(self) -> str:
+        """Of its texts, judgements, candidates and what stands first: equal for equal data, on any machine."""
+        digest = hashlib.blake2b(digest_size=8)
+        papers, classes = self.training or ({}, {})
+        for documents in (self.corpus, self.queries, papers):
+            for document in documents.values():
+                digest.update(repr((document.id, document.title, document.text)).encode())
+        for of_queries in (self.qrels, self.candidates or {}, self.first or {}, classes):
+            for query, documents in of_queries.items():
+                digest.update(repr((query, list(documents))).encode())
+        for grades in self.qrels.values():
+            digest.update(repr(list(grades.values())).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,6 +180,7 @@ class MiningPool:
     where the corpus and the examples begin in the task's table. own: (Q,) the document that the query itself is, or -1.
     positives: of query q are documents[starts[q] : starts[q + 1]], for (starts, documents) of (Q + 1,), (P,).
     revealed: as positives, those that only other splits than train judge relevant: for reports, never for choosing.
+    shown: as positives, those that the train split judges irrelevant (grade 0).
     excluded: documents that are not trained on.
     """
 
@@ -151,6 +193,7 @@ class MiningPool:
     own: np.ndarray
     positives: tuple[np.ndarray, np.ndarray]
     revealed: tuple[np.ndarray, np.ndarray]
+    shown: tuple[np.ndarray, np.ndarray]
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -208,6 +251,7 @@ class ContrastiveBatch:
     hard_negatives   (B, N) indices among the M documents of the query's own hard negatives; padded with -1
     known_positives  (B, K) identities that are no negatives of the query: all its positives, and itself where queries
                             are documents too; padded with -1
+    text_keys        (U,)   equal for texts that the encoder reads alike; none where that is not known
     texts            of the U rows, where another encoder judges the batch, else none
     weight           of the mean loss of these queries: their number, over the mean of all ranks
     """
@@ -226,8 +270,11 @@ class ContrastiveBatch:
     known_positives: Tensor
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
+    text_keys: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
         names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        if self.text_keys is not None:
+            moved["text_keys"] = self.text_keys.to(device, non_blocking=non_blocking)
         return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)

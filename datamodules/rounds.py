@@ -74,16 +74,13 @@ class Rounds:
         """Write a store into the folder (write_store)."""
         return write_store(self.folder / name, mined, meta).path
 
-    def reuse(self, batch: int, name: str, meta: Mapping[str, Any]) -> bool:
-        """Let a store of the folder hold from a batch on, if it is there and was made with just this."""
+    def has_made(self, name: str, meta: Mapping[str, Any]) -> bool:
+        """Whether a store of this name is in the folder, and was made with just this."""
         try:
             store = HardNegativeStore(self.folder / name)
         except UserError:
             return False
-        if any(store.meta.get(key) != value for key, value in json.loads(json.dumps(meta)).items()):
-            return False
-        self.begin(batch, name)
-        return True
+        return all(store.meta.get(key) == value for key, value in json.loads(json.dumps(meta)).items())
 
     def at(self, step: int) -> HardNegativeStore | None:
         """The store that holds at a step."""

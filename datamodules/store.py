@@ -129,4 +129,5 @@ class StoredCollection:
         parts = [self.array(f"examples.{n}") for n in ("starts", "documents", "grades")] if len(numbers) else None
         parts = parts or [np.zeros(1, dtype=np.int64), numbers, numbers]
         rows, own = query_rows(numbers, len(self.corpus), self.array("own"), self.array("same"), queries_are_documents)
-        return [self.corpus.rows, self.queries.rows], ExampleTable(rows, own, *parts)
+        table = ExampleTable(rows, own, *parts)
+        return [self.corpus.rows, self.queries.rows], table.without_itself() if queries_are_documents else table

@@ -22,7 +22,16 @@ from datamodules.conversion import FileReader, stored
 from datamodules.examples import Joined, in_memory
 from datamodules.loader import MultiTaskBatches, ResumableLoader
 from datamodules.pools import pool_of
-from datamodules.records import Benchmark, Collection, Document, Example, MiningPool, Task, UserError
+from datamodules.records import (
+    Benchmark,
+    Collection,
+    Document,
+    Example,
+    MiningPool,
+    Task,
+    UserError,
+    plain_protocol,
+)
 from datamodules.rounds import Rounds, negatives_of_data
 from datamodules.sampler import Phase, Schedule
 from datamodules.store import StoredCollection
@@ -160,6 +169,7 @@ class TaskDataModule(ContrastiveDataModule):
     """
 
     queries_are_documents: ClassVar[bool] = False  # a query's own id, among the documents, is the query itself
+    corpus_is_evaluated: ClassVar[bool] = True  # to have trained on documents that are only evaluated is a leak
 
     def __init__(self, task: Task, readers: Mapping[str, Reader], options: BatchOptions | None = None, tokenizer=None):
         super().__init__()
@@ -187,8 +197,11 @@ class TaskDataModule(ContrastiveDataModule):
         for collection in self.collections.values():
             self._add(collection)
         if not self.examples:
-            names = ", ".join(self.collections)
-            raise UserError(f"task {self.task.name}: no query of the train split of {names} has a positive document")
+            names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
+            raise UserError(
+                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has "
+                "dev or test alone is measured beside a collection that is trained on"
+            )
 
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
@@ -279,6 +292,7 @@ class TaskDataModule(ContrastiveDataModule):
                 queries=judged[0],
                 qrels=judged[1],
                 exclude_query=self.queries_are_documents,
+                protocol=plain_protocol(name, split, self.queries_are_documents),
             )
             for name, collection in self.collections.items()
             if collection.splits.get(split)
@@ -288,6 +302,8 @@ class TaskDataModule(ContrastiveDataModule):
 
 class ClassificationDataModule(TaskDataModule):
     """Paper -> label. The corpus is the label space; a paper's other labels are never its negatives."""
+
+    corpus_is_evaluated = False  # labels are known to all
 
 
 class LinkPredictionDataModule(TaskDataModule):

@@ -1,9 +1,10 @@
 """Does an evaluation stand in the training data? python -m experiments.audit EXPERIMENT [beir=FOLDER,...] [key=value]
 
 The texts that the experiment trains on (queries, positives and hard negatives of the train splits) are compared with
-the queries of its dev and test splits, and with queries and corpus of further folders in BEIR layout (beir=). Documents
-that a task's splits share are no leak; a query of the test split that is trained on is one. The report goes to output
-(leakage.json), by default in the working directory; examples=5 are shown of each kind.
+the queries of its dev and test splits, with the corpora of those of its collections that have no train split, and with
+queries and corpus of further folders in BEIR layout (beir=). Documents that a collection's splits share are no leak; a
+query of the test split that is trained on is one. The report goes to output (leakage.json), by default in the working
+directory; examples=5 are shown of each kind.
 
 Ids are compared within a collection alone, since two collections may number other documents alike.
 """
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"examples: got {num_examples}, allowed are up to {EXAMPLES}")
     data = build_data(load_config(arguments[0], rest))
     started = time.perf_counter()
-    leaks = find_leaks(data.tasks, [f for f in own["beir"].split(",") if f])
+    leaks = find_leaks(data.tasks, [f for f in own["beir"].split(",") if f], corpora=True)
+    if not leaks.sets:
+        raise UserError("nothing is evaluated: no task has a dev or test split. Name what is, as beir=FOLDER")
     table = Table("evaluated", "documents", *WAYS, title="documents that stand in the training data, by")
     report: dict[str, Any] = {"trained": leaks.trained, "evaluated": {}}
     for name, found in leaks.sets.items():

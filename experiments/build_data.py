@@ -95,9 +95,12 @@ def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, di
         told[task] = {"batches": turns, "passes": round(schedule.passes(batches, task, ranks), 2)}
     first = " ".join(schedule.task(step) for step in range(min(batches, 2 * len(schedule.tasks) + 2)))
     log.info("schedule (%s): %s%s", config.data.schedule, first, " ..." if batches > 2 * len(told) + 2 else "")
-    for task, counts in told.items():
-        examples = schedule.sizes[task]
+    for task in data.tasks:
+        counts, parts = told[task.task.name], task.examples_by_collection()
+        of = ", ".join(f"{name} ({size})" if len(parts) > 1 else name for name, size in parts.items())
+        size, passes = len(task.examples), counts["passes"]
         log.info(
-            "  %s: %d batches, %.2f passes through %d examples", task, counts["batches"], counts["passes"], examples
+            "  %s: %d batches, %.2f passes through %d examples of %s",
+            *(task.task.name, counts["batches"], passes, size, of),
         )
     return told

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -66,7 +65,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
     callbacks += [instantiate(node) for node in config.callbacks.values()]
     last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
-    callbacks += [RankReport(), Heartbeat(), last, Preemption(last)]
+    callbacks += [RankReport(), Heartbeat(config.trainer.timeout), last, Preemption(last)]
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
@@ -107,8 +106,7 @@ def build_trainer(
     several = settings.num_nodes > 1 or settings.devices != 1
     learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
     idle = encoder.has_idle_parameters or learned  # one for each task
-    timeout = timedelta(seconds=settings.timeout)
-    strategy = DDPStrategy(find_unused_parameters=idle, timeout=timeout) if several else "auto"
+    strategy = DDPStrategy(find_unused_parameters=idle) if several else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
         return L.Trainer(

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from experiments.schema import Config, TaskConfig, check_ranges
 from experiments.targets import check_target
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 RESERVED = ("base",)  # YAML files beside the experiments that are none
@@ -60,9 +63,13 @@ def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
     layers = [("the schema", OmegaConf.create({"experiment": experiment, "scale": scale}))]
     for path in (FOLDER / "base.yaml", FOLDER / "scale" / f"{scale}.yaml"):
         layers.append((_shown(path), _read(path)))
+    broken: dict[str, UserError] = {}  # tasks whose files cannot be used, which matters to who names them alone
     for name in names(FOLDER / "tasks"):
         path = FOLDER / "tasks" / f"{name}.yaml"
-        layers.append((_shown(path), OmegaConf.create({"task": {name: _data_at(scale, _read(path))}})))
+        try:
+            layers.append((_shown(path), OmegaConf.create({"task": {name: _task(path, scale)}})))
+        except UserError as error:
+            broken[name] = error
     path = FOLDER / f"{experiment}.yaml"
     layers.append((_shown(path), _read(path)))
     layers += [(f"the command line ({text})", _parsed(text)) for text in overrides]
@@ -70,6 +77,10 @@ def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.structured(Config)
     for source, layer in layers:
         config = _merge(config, layer, source)
+    for name, error in broken.items():
+        if OmegaConf.is_missing(config, "tasks") or name in config.tasks:
+            raise error
+        log.warning("task %s is left out: %s", name, error)
     return _finish(config)
 
 
@@ -136,11 +147,19 @@ def _read(path: Path) -> DictConfig:
     return node
 
 
-def _data_at(scale: str, task: DictConfig) -> DictConfig:
+def _task(path: Path, scale: str) -> DictConfig:
     """A task's file with the data of one scale; a scale that the file does not know may bring its own."""
+    task, source, prefix = _read(path), _shown(path), f"task.{path.stem}."
     blocks = task.pop("data", None) or {}
+    if not isinstance(blocks, DictConfig | dict):
+        raise UserError(f"{source}: {prefix}data: expected a block for each scale, got {blocks!r}")
     if scale in blocks:
         task["data"] = blocks[scale]
+    _refuse_unknown_keys(TaskConfig, task, prefix, source)
+    try:
+        OmegaConf.merge(OmegaConf.structured(TaskConfig), task)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {prefix}{error.full_key}: {_first_line(error)}") from error
     return task
 
 
@@ -190,8 +209,11 @@ def _forget_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
 
 
 def _finish(config: DictConfig) -> Config:
-    """Resolved and checked, as dataclasses."""
+    """Resolved and checked, as dataclasses. Of tasks that are not named nothing is wanted, so nothing may be wrong."""
+    known = sorted(config.task)
     try:
+        for name in [] if OmegaConf.is_missing(config, "tasks") else set(known) - set(config.tasks):
+            del config.task[name]
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config)
         if missing:
@@ -205,7 +227,7 @@ def _finish(config: DictConfig) -> Config:
     if len(set(done.tasks)) < len(done.tasks):
         raise UserError(f"tasks: each may be named once, got {', '.join(done.tasks)}")
     for name in done.tasks:
-        _one_of("task", name, sorted(done.task))
+        _one_of("task", name, known)
         done.task[name].data = {key: node for key, node in done.task[name].data.items() if node is not None}
         if not done.task[name].data:
             raise UserError(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from datamodules.records import UserError
+from lightning_modules import launch
 
 
 def quiet_libraries() -> None:
@@ -18,6 +18,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning at every fork of a data worker
     for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Tells which rank has ended before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         r".*does not have many workers.*",
         r".*srun.*",
@@ -33,7 +35,7 @@ def quiet_libraries() -> None:
 
 def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point with the command line's arguments. Errors that the user can mend end it with status 2."""
-    level = logging.INFO if rank_zero_only.rank == 0 else logging.ERROR
+    level = logging.INFO if launch.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     logging.captureWarnings(True)
     quiet_libraries()
@@ -41,6 +43,11 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error}. Make room, and run the same command again.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,7 @@ def naming_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # as gloo and NCCL call it
-        lost = heartbeat.lost()
+        lost = _ended_children(trainer) or heartbeat.lost()
         if not lost:
             raise
         if trainer.strategy.launcher:
@@ -103,3 +104,13 @@ def naming_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
         ) from error
     finally:
         heartbeat.stop()
+
+
+def _ended_children(trainer: L.Trainer) -> list[str]:
+    """Of the ranks that Lightning started from here, those that failed. At once, for it kills this one after them."""
+    children = getattr(trainer.strategy.launcher, "procs", [])
+    deadline = time.monotonic() + 0.5  # connections close before the process has ended
+    while children and time.monotonic() < deadline and not any(child.poll() for child in children):
+        time.sleep(0.02)
+    names = (f"rank {trainer.global_rank + i} (process {child.pid})" for i, child in enumerate(children, start=1))
+    return [name for name, child in zip(names, children, strict=True) if child.poll()]

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 TELL = 10.0  # seconds between two lines of the log
 EXAMPLES = 20  # of each way and set that are kept for a report
-VERSION = 2  # of what is kept
+VERSION = 3  # of what is kept
 
 
 @dataclass
@@ -50,22 +50,25 @@ class Leaks:
         return any(any(found.overlaps.values()) for found in self.sets.values())
 
 
-def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = ()) -> Leaks:
+def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), corpora: bool = False) -> Leaks:
     """Compare what the tasks train on with what is evaluated.
 
     A task's own dev and test queries are compared with its training queries, since its splits share documents by
     design; by id within a collection alone, since two may number other documents alike. folders: in BEIR layout, whose
     queries and corpus are compared with all texts of the tasks, also those that are not trained on but may be mined.
+    corpora: so are those of the tasks' own collections that have no train split, but for labels, which are not secret.
     """
     index, owners, sizes = Index(), {}, {}
-    for owner, name, documents in _evaluated(tasks, folders):
+    for owner, name, documents in _evaluated(tasks, folders, corpora):
         index.add(name, documents, ("title", "text") if owner is None else ("id", "title", "text"))
         owners[name], sizes[name] = owner, len(documents)
+    if not index.documents:  # nothing is evaluated: no text of the training has to be looked at
+        return Leaks()
     best: dict[tuple[str, str], dict[str, Overlap]] = {(n, way): {} for n in sizes for way in index.ways[n]}
     leaks, told = Leaks(), time.monotonic()
     for task in tasks:
         name, queries = task.task.name, set(task.examples.query_rows())
-        rows = range(len(task.documents)) if folders else sorted(queries)
+        rows = sorted({*queries, *_minable(task)} if None in owners.values() else queries)
         leaks.queries[name], leaks.documents[name] = [], []
         for row in rows:
             found = [
@@ -93,6 +96,12 @@ def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = ()) -> 
     return leaks
 
 
+def _minable(task: TaskDataModule) -> Iterator[int]:
+    """Rows of the corpora of collections that are trained on."""
+    for collection, (table, first) in zip(task.collections.values(), task.examples.parts, strict=True):
+        yield from range(first, first + len(collection.corpus) if len(table) else first)
+
+
 def _is_own(overlap: Overlap, owner: tuple[str, str], task: TaskDataModule, row: int) -> bool:
     """Whether an evaluated query is of the task, and, for an id, of the collection of its row."""
     name, collection = owner
@@ -100,7 +109,7 @@ def _is_own(overlap: Overlap, owner: tuple[str, str], task: TaskDataModule, row:
 
 
 def _evaluated(
-    tasks: Sequence[TaskDataModule], folders: Sequence[str]
+    tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora: bool
 ) -> Iterator[tuple[tuple[str, str] | None, str, list[Document]]]:
     """Task and collection, or None, name, and documents of everything that is evaluated on."""
     for task in tasks:
@@ -108,6 +117,10 @@ def _evaluated(
             for benchmark in task.own_benchmarks(split):
                 owner = task.task.name, benchmark.name
                 yield owner, f"{benchmark.name}, {split} queries", list(benchmark.queries.values())
+        trained = task.examples_by_collection()
+        for name, collection in task.collections.items() if corpora and task.corpus_is_evaluated else ():
+            if name not in trained:
+                yield None, f"{name}, corpus", list(collection.corpus.values())
     for folder in folders:
         collection = _folder(folder).read()
         yield None, f"{folder}, queries", list(collection.queries.values())

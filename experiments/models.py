@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datamodules.records import UserError
 from experiments.schema import Config
+from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.checkpoints import DEFAULT_TASKS, load_encoder
 
@@ -28,7 +29,7 @@ def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
             raise UserError(f"adapters: got {part!r}, expected task:FOLDER, and a comma between several")
         adapters[task] = folder
     encoder = load_encoder(
-        values["model"],
+        located(values["model"]),
         tasks,
         backbone=values["backbone"] or None,
         pooling=pooling,
@@ -38,6 +39,15 @@ def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
     if values["pooling"] and encoder.pooling != values["pooling"]:
         raise UserError(f"pooling: is for plain models; this one has its own, {encoder.pooling}")
     return encoder
+
+
+def located(model: str) -> str:
+    """A model's folder where it is named as an installed package (package:NAME), else as it is. Raises UserError."""
+    if not model.startswith(PACKAGE):
+        return model
+    if folder := package_folder(model):
+        return folder
+    raise UserError(f"model: the package {model.removeprefix(PACKAGE)} is not installed (or has no get_model_path)")
 
 
 def default_similarity(values: Mapping[str, str], config: Config | None) -> str:

@@ -6,7 +6,14 @@ import logging
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
@@ -15,34 +22,49 @@ EVERY = 30  # seconds between lines
 
 
 class Progress:
-    """Used as `with Progress(what) as progress:`."""
+    """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for what is counted.
 
-    def __init__(self, what: str):
-        self.what, self.started = what, time.monotonic()
+    On a terminal only the first of several ranks shows a bar. brief: tell of nothing that takes less than EVERY
+    seconds. total: of what advance counts.
+    """
+
+    def __init__(self, what: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
+        self.what, self.unit, self.started = what, unit, time.monotonic()
+        self.total, self.done, self.brief = total, 0, brief
         self.told = self.started
         self.bar: Bar | None = None
-        if (console := Console()).is_terminal:
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        if (console := Console()).is_terminal and log.isEnabledFor(logging.INFO):
+            amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+            columns = (BarColumn(), *amounts, TimeRemainingColumn())
             self.bar = Bar(TextColumn("{task.description}"), *columns, console=console, transient=True)
             self.task = self.bar.add_task(what, total=None)
 
     def __enter__(self) -> Progress:
         if self.bar:
             self.bar.start()
-        else:
+        elif not self.brief:
             log.info("%s ...", self.what)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        if error[0] is None:
+        if error[0] is None and not (self.brief and self.told == self.started):
             log.info("%s: %.0f s", self.what, time.monotonic() - self.started)
 
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        self.report(self.done, self.total)
+
     def report(self, done: int, total: int | None) -> None:
-        """Bytes."""
+        """So many bytes, or things, are done."""
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
+        elif self.unit != "bytes":
+            rate = done / (time.monotonic() - self.started)
+            left = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
+            self._now_and_then(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{left}")
         else:
             share = f" of {total / 1e6:,.0f}" if total else ""
             self._now_and_then(f"{done / 1e6:,.0f}{share} MB")

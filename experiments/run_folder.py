@@ -51,7 +51,6 @@ VERSIONS = (
     "torch",
     "lightning",
     "transformers",
-    "torchmetrics",
     "omegaconf",
     "wandb",
     "faiss-cpu",
@@ -217,8 +216,8 @@ def write_manifest(
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: version for name in VERSIONS if (version := _version(name))},
-        "git": _git(),
+        "versions": versions(),
+        "git": git_state(),
         "parameters": num_parameters,
         "schedule": dict(schedule),
         "data": {
@@ -235,6 +234,11 @@ def write_manifest(
     write_json(path, manifest)
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that a figure may depend on."""
+    return {name: version for name in VERSIONS if (version := _version(name))}
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -242,7 +246,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
+    """The commit of this code, and whether it was changed since; None where it is in no repository."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from lightning_modules import launch
+from lightning_modules.signals import leave_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def _locked(path: Path, folder: Path) -> IO[str]:
             if not told:
                 log.info("%s is in use by %s: waiting up to %.0f seconds for its end", folder, holder, PATIENCE)
                 told = True
+            leave_if_asked()
             time.sleep(0.2)
             continue
         except OSError as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config import as_dict
@@ -153,6 +154,12 @@ class WandbLogger(RunLogger):
         else:
             shown = f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         self.run.log({name: wandb.Html(shown, inject=False), STEP: step})
+
+    @_harmless
+    def log_histograms(self, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int) -> None:
+        import wandb
+
+        self.log_metrics({name: wandb.Histogram(np_histogram=counted) for name, counted in histograms.items()}, step)
 
     @_harmless
     def log_model(self, files: Sequence[Path]) -> None:

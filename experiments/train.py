@@ -94,7 +94,7 @@ def train_in_folder(config: Config) -> None:
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
         other = "moe" if config.experiment == "vanilla" else "vanilla"
-        log.info("Next: make eval model=%s split=dev, or another encoder: make train EXP=%s", folder.path, other)
+        log.info("Next: make report RUN=%s, or another encoder: make train EXP=%s", folder.path, other)
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+from datamodules.records import UserError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -34,6 +39,25 @@ def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     count = torch.tensor(int(flag), device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return bool(count)
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What work gives on this rank, once it is done on all.
+
+    A UserError of one rank is raised on all of them: else the others would wait for one that is gone.
+    """
+    if world_size() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    for first in filter(None, errors):
+        raise UserError(first)
+    return result
 
 
 def _counts(rows: Tensor) -> list[int]:

@@ -1,23 +1,24 @@
-"""Retrieval metrics as pure functions over runs, and the torchmetrics.Metric that averages them over ranks.
+"""Metrics over rankings, as pure functions of arrays.
 
 torchmetrics' own retrieval metrics are not used: they take a score of 0 or less for "not relevant", and do not see
 relevant documents that were not retrieved.
 
-Shapes: Q queries, K retrieved documents. Every function gives one value a query, float64 (Q,); 1 is best.
+Shapes: Q queries, K retrieved documents, M documents. A metric of METRICS gives one value a query, float64 (Q,); one of
+AGGREGATES a single value for all queries together. 1 is best.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics import Metric
 
 from datamodules.records import Qrels, UserError
+
+WHOLE = sys.maxsize  # the cut-off of a metric over the whole ranking
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +34,42 @@ class Run:
     indices: np.ndarray
     scores: np.ndarray
 
+    def part(self, start: int, stop: int) -> Run:
+        """The rankings of some queries."""
+        return Run(self.queries[start:stop], self.documents, self.indices[start:stop], self.scores[start:stop])
 
-def sorted_run(queries: Sequence[str], documents: Sequence[str], indices: np.ndarray, scores: np.ndarray) -> Run:
-    """A run from top documents in any order. indices (Q, K), -1 for none; scores (Q, K)."""
-    by_id = np.empty(len(documents) + 1, dtype=np.int64)
-    by_id[np.argsort(np.array(documents, dtype=object))] = np.arange(len(documents))
-    by_id[-1] = -1  # what index -1 reads: none, which comes last
-    key = np.where(indices < 0, -np.inf, scores)
-    order = np.lexsort((-by_id[indices], -key), axis=1)
-    return Run(
-        queries, documents, np.take_along_axis(indices, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    )
+
+def id_order(documents: Sequence[str]) -> np.ndarray:
+    """(M,) the place of each document where they stand by descending id."""
+    order = np.empty(len(documents), dtype=np.int64)
+    order[np.argsort(np.array(documents, dtype=object))[::-1]] = np.arange(len(documents))
+    return order
+
+
+def sorted_run(
+    queries: Sequence[str],
+    documents: Sequence[str],
+    indices: np.ndarray,
+    scores: np.ndarray,
+    order: np.ndarray | None = None,
+) -> Run:
+    """A run from top documents in any order. indices (Q, K), -1 for none; scores (Q, K). order: id_order, if known."""
+    by_id = np.append(id_order(documents) if order is None else order, len(documents))  # the last: what -1 reads
+    indices, scores = indices.copy(), scores.copy()
+    step = max(1, 2**22 // max(1, indices.shape[1]))
+    for start in range(0, len(indices), step):
+        rows, values = indices[start : start + step], scores[start : start + step]
+        best = np.lexsort((by_id[rows], np.where(rows < 0, np.inf, -values)), axis=1)
+        indices[start : start + step] = np.take_along_axis(rows, best, axis=1)
+        scores[start : start + step] = np.take_along_axis(values, best, axis=1)
+    return Run(queries, documents, indices, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A run with its judgements. gains: (Q, K) grade of each retrieved document, 0 if unjudged. ideal: (Q, J) grades of
-    all relevant documents, highest first, padded with 0.
+    """What metrics need of Q queries: gains (Q, K) of the ranking, and of the best one (Q, R), at least one column.
+
+    A gain is the grade of a document, 0 if it is not relevant.
     """
 
     gains: np.ndarray
@@ -57,22 +77,36 @@ class Judged:
 
     @property
     def num_relevant(self) -> np.ndarray:
+        """(Q,) relevant documents of each query, retrieved or not."""
         return (self.ideal > 0).sum(1)
 
 
-def judge(run: Run, qrels: Qrels) -> Judged:
-    """Grades of a run's documents. Negative grades count as 0."""
-    place = {document: i for i, document in enumerate(run.documents)}
-    gains = np.zeros(run.indices.shape)
-    grades = [{d: max(0, g) for d, g in qrels.get(query, {}).items()} for query in run.queries]
-    for row, judged in enumerate(grades):
-        lookup = {place[d]: g for d, g in judged.items() if d in place}
-        gains[row] = [lookup.get(i, 0) for i in run.indices[row].tolist()]
-    longest = max((len(judged) for judged in grades), default=0)
-    ideal = np.zeros((len(grades), max(1, longest)))
-    for row, judged in enumerate(grades):
-        ideal[row, : len(judged)] = sorted(judged.values(), reverse=True)
-    return Judged(gains, ideal)
+def places(run: Run) -> dict[str, int]:
+    """Document id -> its position among the run's documents."""
+    return {document: i for i, document in enumerate(run.documents)}
+
+
+def judge(run: Run, qrels: Qrels, place: Mapping[str, int] | None = None) -> Judged:
+    """The gains of a run. place: of its documents, if it is known."""
+    place = places(run) if place is None else place
+    judged = [qrels.get(query, {}) for query in run.queries]
+    counts = np.array([len(grades) for grades in judged], dtype=np.int64)
+    rows = np.repeat(np.arange(len(judged)), counts)
+    columns = np.fromiter((place.get(d, -1) for grades in judged for d in grades), np.int64, len(rows))
+    grades = np.fromiter((max(0, g) for grades in judged for g in grades.values()), np.float64, len(rows))
+
+    best = np.lexsort((-grades, rows))
+    ideal = np.zeros((len(judged), max(1, counts.max(initial=0))))
+    ideal[rows, np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)] = grades[best]
+
+    width = len(run.documents) + 1  # column -1, of documents that are not in the corpus, is no pair of the run
+    known = columns >= 0
+    keys = (rows * width + columns)[known]
+    order = np.argsort(keys)
+    keys, grades = np.append(keys[order], -1), np.append(grades[known][order], 0.0)
+    pairs = np.arange(len(judged))[:, None] * width + np.where(run.indices < 0, width - 1, run.indices)
+    found = np.searchsorted(keys[:-1], pairs)
+    return Judged(np.where(keys[found] == pairs, grades[found], 0.0), ideal)
 
 
 def _share(value: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -91,18 +125,23 @@ def precision(judged: Judged, k: int) -> np.ndarray:
 
 def ndcg(judged: Judged, k: int) -> np.ndarray:
     """Discounted cumulative gain of the first k over that of the best ranking; the gain is the grade."""
+    return _share(_dcg(judged.gains, k), _dcg(judged.ideal, k))
 
-    def dcg(gains: np.ndarray) -> np.ndarray:
-        gains = gains[:, :k]
-        return (gains / np.log2(np.arange(gains.shape[1]) + 2)).sum(1)
 
-    return _share(dcg(judged.gains), dcg(judged.ideal))
+def ndcg_exp(judged: Judged, k: int) -> np.ndarray:
+    """The same with the gain 2^grade - 1 (Burges et al., 2005)."""
+    return _share(_dcg(np.exp2(judged.gains) - 1, k), _dcg(np.exp2(judged.ideal) - 1, k))
+
+
+def _dcg(gains: np.ndarray, k: int) -> np.ndarray:
+    gains = gains[:, :k]
+    return (gains / np.log2(np.arange(gains.shape[1]) + 2)).sum(1)
 
 
 def mrr(judged: Judged, k: int) -> np.ndarray:
     """1 / rank of the first relevant document among the first k, else 0."""
     hits = judged.gains[:, :k] > 0
-    return np.where(hits.any(1), 1 / (hits.argmax(1) + 1), 0.0)
+    return np.where(hits.any(1), 1 / (hits.argmax(1) + 1), 0.0) if hits.shape[1] else np.zeros(len(hits))
 
 
 def average_precision(judged: Judged, k: int) -> np.ndarray:
@@ -112,51 +151,57 @@ def average_precision(judged: Judged, k: int) -> np.ndarray:
     return _share((at * hits).sum(1), judged.num_relevant)
 
 
+def r_precision(judged: Judged, k: int) -> np.ndarray:
+    """Share of the first R that is relevant, for R relevant documents."""
+    wanted = judged.num_relevant
+    hits = (judged.gains > 0) & (np.arange(judged.gains.shape[1]) < wanted[:, None])
+    return _share(hits.sum(1).astype(float), wanted)
+
+
 METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
     "recall": recall,
     "precision": precision,
     "ndcg": ndcg,
+    "ndcg_exp": ndcg_exp,
     "mrr": mrr,
     "map": average_precision,
+    "r_precision": r_precision,
 }
+OF_WHOLE = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")  # may stand without a cut-off
 
 
-def parse_metric(name: str) -> tuple[Callable[[Judged, int], np.ndarray], int]:
-    """ "ndcg@10" -> the function and 10. Raises UserError for another form or an unknown metric."""
-    match = re.fullmatch(r"([a-z]+)@([1-9]\d*)", name)
-    if not match or match[1] not in METRICS:
-        allowed = ", ".join(f"{metric}@K" for metric in METRICS)
-        raise UserError(f"metric {name!r}: allowed are {allowed}, with K a whole number above 0")
-    return METRICS[match[1]], int(match[2])
+def macro_f1(counts: np.ndarray) -> float:
+    """Mean of the F1 of all classes that are predicted or true of some query."""
+    hits, both = counts[0], counts[1] + counts[2]
+    return float((2 * hits[both > 0] / both[both > 0]).mean())
 
 
-class MeanOverQueries(Metric):
-    """Means of several metrics over all queries of all ranks, each query once however often it was seen.
+def micro_f1(counts: np.ndarray) -> float:
+    """F1 of all decisions together; where each query has one class, the share that is right."""
+    return float(2 * counts[0].sum() / (counts[1] + counts[2]).sum())
 
-    names: such as "ndcg@10". Queries without any relevant document are left out of the mean.
+
+AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1}
+
+
+def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """(3, num_classes): how often each class is predicted rightly, is predicted, and is true.
+
+    predicted: (Q,) the class of each query, -1 for none. queries, classes: (n,) pairs that are true.
     """
+    right = classes[predicted[queries] == classes]
+    made = predicted[predicted >= 0]
+    return np.stack([np.bincount(part, minlength=num_classes) for part in (right, made, classes)])
 
-    full_state_update = False
 
-    def __init__(self, names: Sequence[str]):
-        super().__init__()
-        self.names = tuple(names)
-        self.functions = [parse_metric(name) for name in names]
-        self.add_state("queries", default=[], dist_reduce_fx="cat")  # positions among the benchmark's queries
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-
-    def update(self, positions: Tensor, judged: Judged) -> None:
-        """positions: (q,) int64, of the judged queries among all queries of the benchmark."""
-        values = np.stack([function(judged, k) for function, k in self.functions], axis=1)
-        keep = torch.from_numpy(judged.num_relevant > 0)
-        self.queries.append(positions[keep])
-        self.values.append(torch.from_numpy(values)[keep])
-
-    def compute(self) -> Mapping[str, float]:
-        if not len(self.queries):
-            return dict.fromkeys(self.names, 0.0)
-        queries = torch.cat(self.queries) if isinstance(self.queries, list) else self.queries
-        values = torch.cat(self.values) if isinstance(self.values, list) else self.values
-        _, first = np.unique(queries.cpu().numpy(), return_index=True)
-        means = values.cpu().numpy()[first].mean(0) if len(first) else np.zeros(len(self.names))
-        return {name: float(mean) for name, mean in zip(self.names, means, strict=True)}
+def parse_metric(name: str) -> tuple[str, int]:
+    """ "ndcg@10" -> its name and 10, "ndcg" -> WHOLE, "macro_f1" -> 1. Raises UserError for others."""
+    match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
+    metric, cut = match.groups() if match else ("", None)
+    if metric in METRICS and (metric in OF_WHOLE if cut is None else metric != "r_precision"):
+        return metric, int(cut or WHOLE)
+    if name in AGGREGATES:
+        return name, 1
+    cut = ", ".join(f"{metric}@K" for metric in METRICS if metric != "r_precision")
+    whole = ", ".join((*OF_WHOLE, *AGGREGATES))
+    raise UserError(f"metric {name!r}: allowed are {cut}, with K a whole number above 0, and {whole}")

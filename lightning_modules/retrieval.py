@@ -7,22 +7,21 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from datamodules.records import Benchmark, Document, UserError
+from datamodules.records import Benchmark, UserError
 from lightning_modules.bm25 import Bm25Index
-from lightning_modules.distributed import gather_rows, rank, world_size
+from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.metrics import MeanOverQueries, Run, judge, parse_metric, sorted_run
-from lightning_modules.top_k import top_k
-
-Advance = Callable[[int], None]
+from lightning_modules.linear import classify
+from lightning_modules.metrics import Run, id_order, sorted_run
+from lightning_modules.shards import Advance, Shards
+from lightning_modules.similarity import SIMILARITIES, of_documents, of_queries, scores_of
+from lightning_modules.top_k import pair_scores, top_k
+from lightning_modules.vectors import Vectors
 
 
 def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
@@ -38,92 +37,127 @@ def rank_benchmark(
     similarity: str = "dot",
     token_budget: int = 16384,
     advance: Advance | None = None,
+    vectors: Vectors | None = None,
 ) -> Run:
     """This rank's share of a benchmark's run: queries rank, rank + world size, ...
 
-    k: documents kept for each query. similarity: "dot" or "cosine".
+    k: documents kept for each query. similarity: "dot", "cosine" or "l2", where the benchmark has none of its own.
+    advance: called with the number of texts that were encoded. vectors: where they come from, by default the encoder.
+    Raises UserError for vectors that are not finite.
     """
-    size, mine = world_size(), rank()
+    vectors = vectors or Vectors(encoder, token_budget=token_budget)
+    ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
+    return rank_vectors(benchmark, ids, queries, documents, k, similarity, device=encoder.device)
 
-    def vectors(documents: Iterable[Document], task: str) -> Tensor:
-        encoded = encoder.encode(list(documents), task, token_budget=token_budget, advance=advance)
-        return torch.nn.functional.normalize(encoded, dim=-1) if similarity == "cosine" else encoded
 
-    names, corpus = list(benchmark.corpus), list(benchmark.corpus.values())
-    # Round-robin shares, so that ranks get texts of similar length; gathered, they are sorted back.
-    gathered = gather_rows(vectors(corpus[mine::size], encoder.document_task(benchmark.task)).to(encoder.device)).cpu()
-    order = torch.cat([torch.arange(r, len(corpus), size) for r in range(size)])
-    documents = torch.empty_like(gathered)
-    documents[order] = gathered
+def encoded(
+    encoder: Encoder, benchmark: Benchmark, vectors: Vectors, advance: Advance | None = None
+) -> tuple[list[str], np.ndarray, Shards]:
+    """This rank's queries by id, their vectors (q, D), and those of all documents (M, D), or all training papers."""
+    task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
+    documents = vectors.of_all_ranks(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
+    ids = list(benchmark.queries)[rank() :: world_size()]
+    queries = [benchmark.queries[query] for query in ids]
+    return ids, vectors.of_this_rank(queries, benchmark.task, benchmark.name, advance), documents
 
-    ids = list(benchmark.queries)[mine::size]
-    queries = vectors((benchmark.queries[query] for query in ids), benchmark.task)
-    if not torch.isfinite(documents).all() or not torch.isfinite(queries).all():
-        raise UserError(f"{benchmark.name}: the encoder gives vectors that are not finite (training diverged?)")
-    indices, scores = top_k(queries, documents, k + benchmark.exclude_query, device=encoder.device)
-    return _finished(benchmark, ids, names, indices, scores, k)
+
+def rank_vectors(
+    benchmark: Benchmark,
+    ids: Sequence[str],
+    queries: np.ndarray,
+    documents: Shards,
+    k: int,
+    similarity: str = "dot",
+    *,
+    device: torch.device | str = "cpu",
+    advance: Advance | None = None,
+) -> Run:
+    """The run of some queries, by vectors. ids: of the queries (q, D). documents: (M, D) in the corpus's order.
+
+    advance: called with the number of documents that were searched. Where an SVM classifies, documents are its training
+    papers.
+    """
+    if benchmark.training is not None:
+        return classify(benchmark, ids, queries, documents.gather(np.arange(documents.count)))
+    similarity = benchmark.similarity or similarity
+    if similarity not in SIMILARITIES:
+        raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
+    prepared, documents = of_queries(queries, similarity), of_documents(documents, similarity)
+    place = {name: i for i, name in enumerate(benchmark.corpus)}
+    order = id_order(list(place))
+    if benchmark.candidates is None:
+        wanted = k + benchmark.exclude_query
+        indices, scores = top_k(prepared, documents, wanted, order=order, device=device, advance=advance)
+    else:
+        indices = _rows([benchmark.candidates[query] for query in ids], place)
+        scores = pair_scores(prepared, documents, indices)
+    first = None
+    if benchmark.first is not None:
+        first = _rows([benchmark.first.get(query, ()) for query in ids], place)
+        of_first = pair_scores(prepared, documents, first)
+        indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([of_first, scores], axis=1)
+    return _finished(benchmark, ids, place, indices, scores_of(scores, queries, similarity), k, first, order)
+
+
+def _rows(lists: Sequence[Sequence[str]], place: Mapping[str, int]) -> np.ndarray:
+    """Lists of ids as rows (Q, longest), padded with -1."""
+    rows = np.full((len(lists), max(map(len, lists), default=0)), -1, dtype=np.int64)
+    for row, ids in zip(rows, lists, strict=True):
+        row[: len(ids)] = [place[id] for id in ids]
+    return rows
 
 
 def bm25_run(benchmark: Benchmark, k: int) -> Run:
-    """This rank's share of the BM25 ranking. Documents that share no word with the query are not retrieved."""
-    names = list(benchmark.corpus)
+    """This rank's share of the BM25 ranking. Documents that share no word with the query are not retrieved.
+
+    Own candidates and what stands first are ranked by the scores of the whole corpus.
+    """
+    place = {name: i for i, name in enumerate(benchmark.corpus)}
     ids = list(benchmark.queries)[rank() :: world_size()]
-    wanted = min(k + benchmark.exclude_query, len(names))
-    index = Bm25Index(benchmark.corpus.values())
-    indices, scores = index.top_k((benchmark.queries[query] for query in ids), wanted)
-    return _finished(benchmark, ids, names, indices, scores, k)
+    index, first = Bm25Index(benchmark.corpus.values()), None
+    queries = (benchmark.queries[query] for query in ids)
+    if benchmark.candidates is not None:
+        indices = _rows([benchmark.candidates[query] for query in ids], place)
+        scores = index.scores(queries, indices)
+    elif benchmark.first is not None:
+        first = _rows([benchmark.first.get(query, ()) for query in ids], place)
+        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), beside=first)
+    else:
+        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)))
+    return _finished(benchmark, ids, place, indices, scores, k, first)
 
 
 def _finished(
-    benchmark: Benchmark, ids: list[str], names: list[str], indices: np.ndarray, scores: np.ndarray, k: int
+    benchmark: Benchmark,
+    ids: Sequence[str],
+    place: Mapping[str, int],
+    indices: np.ndarray,
+    scores: np.ndarray,
+    k: int,
+    first: np.ndarray | None,
+    order: np.ndarray | None = None,
 ) -> Run:
-    """The run of retrieved documents, a query's own document left out where the benchmark says so, k for each query."""
+    """The run of retrieved documents, k for each query.
+
+    A query's own document is left out where the benchmark says so. What is first stands before all others; as no
+    similarity orders such a ranking, its scores count the places from its end.
+    """
     if benchmark.exclude_query:
-        place = {name: i for i, name in enumerate(names)}
         indices = hide_own(indices, [place.get(query, -2) for query in ids])
-    run = sorted_run(ids, names, indices, scores)
+    run = sorted_run(ids, list(place), indices, scores.astype(np.float32), order)
+    if first is not None:
+        run = _first_in_front(run, first)
     return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])
 
 
-def whole_run(run: Run) -> Run:
-    """All ranks' shares of a run as one."""
-    if world_size() == 1:
-        return run
-    shares: list[Run] = [run] * world_size()
-    dist.all_gather_object(shares, run)
-    return Run(
-        [query for share in shares for query in share.queries],
-        run.documents,
-        np.concatenate([share.indices for share in shares]),
-        np.concatenate([share.scores for share in shares]),
-    )
-
-
-def depth(metrics: Sequence[str]) -> int:
-    """Documents to keep for each query: the deepest cut-off of the metrics."""
-    return max(parse_metric(name)[1] for name in metrics)
-
-
-def measure(
-    run: Run, benchmark: Benchmark, metrics: Sequence[str], device: torch.device | str = "cpu"
-) -> Mapping[str, float]:
-    """Means over all queries of all ranks. run: this rank's share of the benchmark's queries.
-
-    Raises UserError if no query has a relevant document.
-    """
-    if not any(grade > 0 for grades in benchmark.qrels.values() for grade in grades.values()):
-        raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
-    means = MeanOverQueries(metrics).to(device)
-    place = {query: i for i, query in enumerate(benchmark.queries)}
-    means.update(torch.tensor([place[query] for query in run.queries], device=device), judge(run, benchmark.qrels))
-    return means.compute()
-
-
-def write_trec(run: Run, path: Path, tag: str) -> None:
-    """Write a run as trec_eval reads it: query Q0 document rank score tag."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as lines:
-        for query, indices, scores in zip(run.queries, run.indices.tolist(), run.scores.tolist(), strict=True):
-            for position, (index, score) in enumerate(zip(indices, scores, strict=True), start=1):
-                if index >= 0:
-                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.9g} {tag}\n")
+def _first_in_front(run: Run, first: np.ndarray) -> Run:
+    """Each row's documents once, those in first (Q, f) in front, each part in the order that it has."""
+    indices = np.full_like(run.indices, -1)
+    for row, (ranked, front) in enumerate(zip(run.indices, first, strict=True)):
+        _, once = np.unique(ranked, return_index=True)
+        ranked = ranked[np.sort(once)]
+        ranked = ranked[ranked >= 0]
+        in_front = np.isin(ranked, front)
+        indices[row, : len(ranked)] = np.concatenate([ranked[in_front], ranked[~in_front]])
+    counted = np.arange(indices.shape[1], 0, -1, dtype=np.float32)
+    return Run(run.queries, run.documents, indices, np.where(indices < 0, -np.inf, counted).astype(np.float32))

@@ -3,7 +3,8 @@
 FAISS or torch find somewhat more than k candidates in float32, shard by shard. Their scores are computed again in
 float64, and queries whose k-th place is within float32's rounding of what was left out are searched again in float64.
 So the result is that of a loop in float64, whatever the backend, shards, threads and memory; ties go to the document
-that comes first.
+that comes first, in the corpus or in an order that is given. Above DEEP documents a query this would gather more than
+it saves: deep_top_k.py then searches in float64 at once.
 
 Shapes: Q queries, M documents, D dimensions, k documents a query.
 """
@@ -11,68 +12,21 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datamodules.records import UserError
+from lightning_modules.deep_top_k import deep_top_k, ordered
+from lightning_modules.shards import Advance, Array, Shards, check_finite, shards_of
 
 BACKENDS = ("auto", "faiss", "torch")
 PAD = 16  # candidates beyond k
+GPU_K = 2048  # the most that FAISS finds on a GPU
+DEEP = 2048  # documents a query
 MEMORY = 1 << 29  # bytes of scores and vectors at once, by default
-
-Array = np.ndarray | Tensor
-
-
-class Shards(Sequence[np.ndarray]):
-    """Vectors (M, D) in several arrays, which may be memory-mapped. As a sequence: the arrays."""
-
-    def __init__(self, parts: Sequence[Array]):
-        self.parts = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index):
-        return self.parts[index]
-
-    @property
-    def count(self) -> int:
-        return int(self.starts[-1])
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors (n, D) float32 of rows (n,)."""
-        if len(self.parts) == 1:
-            return np.asarray(self.parts[0][rows], dtype=np.float32)
-        found = np.empty((len(rows), self.parts[0].shape[1]), dtype=np.float32)
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        for i in np.unique(place):
-            found[place == i] = self.parts[i][rows[place == i] - self.starts[i]]
-        return found
-
-    def blocks(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Blocks of at most count vectors, contiguous float32, and the row at which each begins."""
-        for start, part in zip(self.starts, self.parts, strict=False):
-            for first in range(0, len(part), count):
-                yield int(start) + first, np.ascontiguousarray(part[first : first + count], dtype=np.float32)
-
-
-def shards_of(vectors: Array | Shards) -> Shards:
-    return vectors if isinstance(vectors, Shards) else Shards([vectors])
-
-
-def check_finite(vectors: np.ndarray, what: str, first: int = 0) -> None:
-    """Raise UserError if a vector (n, D) has a value that is no finite number. first: the number of the first one."""
-    wrong = ~np.isfinite(vectors).all(axis=1)
-    if wrong.any():
-        number = first + int(wrong.argmax())
-        raise UserError(
-            f"{what}: {int(wrong.sum())} of {len(vectors)} vectors are not finite, the first is number {number} "
-            "(training diverged?)"
-        )
 
 
 def top_k(
@@ -80,29 +34,35 @@ def top_k(
     documents: Array | Shards,
     k: int,
     *,
+    order: np.ndarray | None = None,
     backend: str = "auto",
     memory: int = MEMORY,
     device: torch.device | str = "cpu",
+    advance: Advance | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k) float32.
 
-    queries: (Q, D). documents: (M, D). k is cut to M. backend: "auto" is torch on a GPU, else FAISS where it is
-    installed, else torch. memory: bytes beyond the vectors themselves and the result. Raises UserError for vectors that
-    are not finite.
+    queries: (Q, D). documents: (M, D). k is cut to M. order: (M,) the place of each document among documents of equal
+    score; by default its row. backend: "auto" is torch on a GPU, else FAISS where it is installed, else torch. memory:
+    bytes beyond the vectors themselves and the result. advance: called with the number of pairs that were compared.
+    Raises UserError for vectors that are not finite.
     """
     queries = np.ascontiguousarray(shards_of(queries)[0], dtype=np.float32)
     shards, device = shards_of(documents), torch.device(device)
     k = min(k, shards.count)
     wanted = min(k + PAD, shards.count)
     check_finite(queries, "queries")
-    rows, scores, longest = _candidates(queries, shards, wanted, _backend(backend, device), memory, device)
+    backend = _backend(backend, device)
+    if k > DEEP:
+        return deep_top_k(queries, shards, k, order, memory, device, advance)
+    rows, scores, longest = _candidates(queries, shards, wanted, backend, memory, device, advance)
     exact = pair_scores(queries, shards, rows, memory)
     worst = scores.min(axis=1, initial=np.inf)  # what was left out has no more, in float32
-    rows, exact = _ordered(rows, exact, k)
+    rows, exact = ordered(rows, exact, k, order)
     if wanted < shards.count:
         rounding = queries.shape[1] * 2.0**-23 * np.linalg.norm(queries, axis=1) * longest
         unsure = np.flatnonzero(exact[:, -1] <= worst + rounding)
-        rows[unsure], exact[unsure] = _search_again(queries[unsure], shards, k, memory)
+        rows[unsure], exact[unsure] = _search_again(queries[unsure], shards, k, order, memory)
     return rows, exact.astype(np.float32)
 
 
@@ -130,7 +90,13 @@ def _backend(name: str, device: torch.device) -> str:
 
 
 def _candidates(
-    queries: np.ndarray, shards: Shards, wanted: int, backend: str, memory: int, device: torch.device
+    queries: np.ndarray,
+    shards: Shards,
+    wanted: int,
+    backend: str,
+    memory: int,
+    device: torch.device,
+    advance: Advance | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The wanted best in float32, in any order: rows and scores (Q, wanted); and the longest document's length."""
     rows = np.zeros((len(queries), 0), dtype=np.int64)
@@ -145,12 +111,19 @@ def _candidates(
         if rows.shape[1] > wanted:
             best = np.argpartition(-scores, wanted - 1, axis=1)[:, :wanted]
             rows, scores = np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+        if advance is not None:
+            advance(len(queries) * len(block))
     return rows, scores, longest
 
 
 def _by_faiss(queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device):
     import faiss
 
+    if device.type == "cuda" and k <= GPU_K and hasattr(faiss, "StandardGpuResources"):  # of faiss-gpu
+        resources, where = faiss.StandardGpuResources(), {"device": device.index or 0}
+        resources.setTempMemory(memory)
+        scores, rows = faiss.knn_gpu(resources, queries, block, k, metric=faiss.METRIC_INNER_PRODUCT, **where)
+        return rows, scores
     faiss.omp_set_num_threads(torch.get_num_threads())
     scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return rows, scores
@@ -159,8 +132,7 @@ def _by_faiss(queries: np.ndarray, block: np.ndarray, k: int, memory: int, devic
 def _by_torch(queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device):
     documents = torch.from_numpy(block).to(device)
     step = max(1, min(1024, memory // (8 * len(block))))
-    # Training's lower precisions are not for ranking.
-    with torch.autocast(device.type, enabled=False):
+    with _full_precision(device):
         parts = [
             (part.to(device) @ documents.T).topk(k, sorted=False) for part in torch.from_numpy(queries).split(step)
         ]
@@ -170,13 +142,21 @@ def _by_torch(queries: np.ndarray, block: np.ndarray, k: int, memory: int, devic
     )
 
 
-def _ordered(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best by score, and by row among equals."""
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 as it is: the lower precisions of training (autocast, TF32) are not for ranking."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def _search_again(queries: np.ndarray, shards: Shards, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_again(
+    queries: np.ndarray, shards: Shards, k: int, order: np.ndarray | None, memory: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Top-k in float64, rows and scores (Q, k)."""
     rows = np.zeros((len(queries), k), dtype=np.int64)
     scores = np.zeros((len(queries), k))
@@ -190,6 +170,6 @@ def _search_again(queries: np.ndarray, shards: Shards, k: int, memory: int) -> t
         for i, query in enumerate(part):
             near = np.flatnonzero(every[i] >= least[i] - slack[i])
             exact = pair_scores(query[None], shards, near[None], memory)
-            best, values = _ordered(near[None], exact, k)
+            best, values = ordered(near[None], exact, k, order)
             rows[first + i], scores[first + i] = best[0], values[0]
     return rows, scores

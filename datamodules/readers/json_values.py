@@ -41,6 +41,16 @@ def _reason(error: Exception, start: int = 0) -> str:
     return "holds a number that is too long"  # Python's limit of 4,300 digits
 
 
+def whole(path: Path) -> Any:
+    """The JSON value that a file is, if it is small. Raises UserError naming it."""
+    with open_text(path) as stream:
+        text = read(stream, path, 0, -1)
+    try:
+        return parse(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def as_object(place: Place, expected: str = "") -> dict[str, Any]:
     """The JSON object of a line or an entry. Raises UserError."""
     value = parse(place.text) if place.entry is None else place.value

@@ -126,6 +126,8 @@ def _example(place: Place, split: str, sink: Sink) -> tuple[Document, dict[str, 
     query = _query(record, f"{split}.{place.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
         raise UserError(f"the query is a text that would be named {query.id!r}, which is a document of the corpus")
+    if query.id in positives | negatives:
+        raise UserError(f"{query.id!r} is the query itself, and among its positives or negatives")
     return query, positives | negatives
 
 

@@ -72,8 +72,9 @@ def load_hub(dataset: str, config: str | None) -> Mapping[str, Iterable[dict[str
         raise UserError(f"dataset {dataset}: needs the package datasets: pip install datasets") from error
     try:
         return datasets.load_dataset(dataset, config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"dataset {dataset}, config {config}: cannot be loaded ({error})") from error
+    except Exception as error:  # its own of many kinds, pyarrow's, and those of the network
+        reason = f"{error.__cause__}; {error}" if error.__cause__ else error
+        raise UserError(f"dataset {dataset}, config {config}: cannot be loaded ({reason})") from error
 
 
 def hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict[str, Any]]]:

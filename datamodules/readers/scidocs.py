@@ -31,7 +31,8 @@ class SciDocsReader:
 
     task: "mag", "mesh" (queries are papers, the corpus is the label space), "cite", "cocite", "coview" or "coread"
     (queries and corpus are papers; each query's own candidates have grades, 0 if not relevant; there is no train
-    split). labels: the file with the labels' names (see read_labels); it is needed where the labels are numbers.
+    split). labels: the file with the labels' names (see read_labels); it is needed where the labels are numbers, unless
+    unnamed: then numbers stand for themselves, for a classifier that does not read them.
 
     Every file may end in .gz or .zst. on_error, quarantine: see BadLines.
     """
@@ -43,12 +44,13 @@ class SciDocsReader:
         folder: str,
         task: str,
         labels: str | None = None,
+        unnamed: bool = False,
         on_error: str = "fail",
         quarantine: str | None = None,
     ):
         fields.allowed("task", [task], self.TASKS)
         BadLines(on_error)
-        self.folder, self.task, self.labels = Path(folder), task, labels
+        self.folder, self.task, self.labels, self.unnamed = Path(folder), task, labels, unnamed
         self.on_error, self.quarantine = on_error, quarantine
 
     def sources(self) -> list[Path]:
@@ -73,10 +75,7 @@ class SciDocsReader:
         """Raises UserError naming the file, the line and what is wrong with it."""
         classifies = self.task in CLASSIFICATION
         with BadLines(self.on_error, self.quarantine) as bad:
-            papers: dict[str, Document] = {}
-            for place in entries(self._papers_file(), bad, "object"):
-                with place:
-                    fields.add_new(papers, fields.document(as_object(place), ("paper_id",)))
+            papers = read_papers(self._papers_file(), bad)
             corpus = {} if classifies else papers
             for path in self._labels_file():
                 corpus = read_labels(path, bad)
@@ -93,7 +92,7 @@ class SciDocsReader:
                 if order == 0 and paper not in papers and not any(map(str.isdigit, paper)):
                     continue  # the header: pid,class_label
                 if not self.labels:
-                    if label.isdigit():
+                    if label.isdigit() and not self.unnamed:
                         raise UserError(f"label {label!r} is no name; give the file of names as the argument labels")
                     corpus.setdefault(label, Document(label, label))
                 found.add(paper, label, 1)
@@ -108,6 +107,15 @@ class SciDocsReader:
                     raise UserError(f"expected query, 0, document and grade between spaces, got {place.text[:60]!r}")
                 found.add(columns[0], columns[2], fields.grade(columns[3], "grade"))
         return found.finished(path)
+
+
+def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
+    """The papers of a file paper_metadata_*.json."""
+    papers: dict[str, Document] = {}
+    for place in entries(path, bad, "object"):
+        with place:
+            fields.add_new(papers, fields.document(as_object(place), ("paper_id",)))
+    return papers
 
 
 def _columns(line: str) -> tuple[str, str]:

@@ -48,8 +48,9 @@ class SciMultReader:
 
     All are JSON lines. Where each query has its own candidates (Recommendation, Search, TRECCOVID_SciRepEval), these
     are the documents with a grade, 0 included: what else is in the corpus is not to be ranked for it. A query without
-    an id is named by its line. The lists of labels whose names occur in a paper (D_matched.json) are not read, and the
-    folder scidocs is SciDocsReader's. Every file may end in .gz or .zst. on_error, quarantine: see BadLines.
+    an id is named by its line. The labels whose names occur in a paper are in classification_fine/D_matched.json,
+    {"candidate": [id]}, a line a paper. The folder scidocs is SciDocsReader's. Every file may end in .gz or .zst.
+    on_error, quarantine: see BadLines.
     """
 
     TASKS = tuple(DATASETS)
@@ -98,6 +99,19 @@ class SciMultReader:
             else:
                 collection = self._queries(bad, self._documents("papers", "paper", bad), _search, _scored)
         return fields.checked(collection, self.folder / self.task / self.dataset)
+
+    def named_labels(self) -> dict[str, list[str]]:
+        """Paper -> the labels whose names occur in it, as the authors found them (classification_fine alone)."""
+        found = {}
+        with BadLines("fail") as bad:
+            for place in records(self.named_labels_file(), bad):
+                with place:
+                    found[f"test.{place.ordinal}"] = fields.identifiers(as_object(place), "candidate", required=True)
+        return found
+
+    def named_labels_file(self) -> Path:
+        """Raises UserError if it is not there."""
+        return self._file("matched")
 
     def _file(self, kind: str) -> Path:
         return find_file(self.folder / self.task, f"{self.dataset}_{kind}.json")

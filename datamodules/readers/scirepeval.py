@@ -115,6 +115,29 @@ class SciRepEvalReader:
             corpus.update({label: Document(label, label) for label in labels})
 
 
+def read_texts(folder: Path, bad: BadLines) -> tuple[dict[str, Document], dict[str, Document]]:
+    """Queries and papers by id that SciRepEval's own program embeds of a config: those of the split "evaluation".
+
+    Judgements are not read; they are in another data set.
+    """
+    queries: dict[str, Document] = {}
+    papers: dict[str, Document] = {}
+    splits = files_by_split(folder)
+    if "test" not in splits:
+        raise UserError(f"{folder}: has no file of the split evaluation (evaluation.jsonl or test.jsonl, or .parquet)")
+    for place in rows_of_files(splits["test"], bad):
+        with place:
+            record = as_object(place)
+            if "query" not in record:
+                fields.add_same(papers, [fields.document(record, IDS)])
+                continue
+            query = _query(record, f"test.{place.ordinal}")
+            _check_same(queries, query)
+            fields.add_same(papers, [fields.document(candidate, IDS) for candidate in _candidates(record)])
+            queries[query.id] = query
+    return queries, papers
+
+
 def _add_triplet(record: Mapping[str, Any], id: str, corpus, queries, qrels) -> None:
     query, positive, negative = (
         _of(record, key, lambda paper: fields.document(paper, IDS)) for key in ("query", "pos", "neg")
@@ -130,14 +153,7 @@ def _add_triplet(record: Mapping[str, Any], id: str, corpus, queries, qrels) -> 
 
 
 def _add_search(record: Mapping[str, Any], id: str, corpus, queries, qrels) -> None:
-    if isinstance(record.get("query"), dict):
-        query = _of(record, "query", lambda paper: fields.document(paper, IDS))
-    else:
-        words = fields.text(record, "query", required=True)
-        if not words.strip():
-            raise UserError("query is empty")
-        given = next((record[key] for key in ("query_id", *IDS) if isinstance(record.get(key), str | int)), id)
-        query = Document(fields.as_identifier(given, "doc_id"), "", words)
+    query = _query(record, id)
     papers, judged = [], {}
     for number, candidate in enumerate(_candidates(record), start=1):
         try:
@@ -153,6 +169,17 @@ def _add_search(record: Mapping[str, Any], id: str, corpus, queries, qrels) -> N
     fields.add_same(corpus, papers)
     fields.judge(qrels, query.id, judged)
     queries[query.id] = query
+
+
+def _query(record: Mapping[str, Any], id: str) -> Document:
+    """A paper, or words. id: of words that have none."""
+    if isinstance(record.get("query"), dict):
+        return _of(record, "query", lambda paper: fields.document(paper, IDS))
+    words = fields.text(record, "query", required=True)
+    if not words.strip():
+        raise UserError("query is empty")
+    given = next((record[key] for key in ("query_id", *IDS) if isinstance(record.get(key), str | int)), id)
+    return Document(fields.as_identifier(given, "doc_id"), "", words)
 
 
 def _of(record: Mapping[str, Any], key: str, read) -> Document:

@@ -21,7 +21,8 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.pool import mine_pool
 from lightning_modules.mining.report import report, table
 from lightning_modules.mining.vectors import text_numbers
-from lightning_modules.top_k import BACKENDS, Shards, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import BACKENDS
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +37,6 @@ KEYS = {
     "backend": "auto",
 }
 SHARD = 16384
-
-
-class Backend(DenseMiner):
-    """The dense miner with a given backend."""
-
-    def __init__(self, backend: str):
-        self.backend = backend
-
-    def rank(self, pool, part, k, context):
-        queries = context.queries.gather(np.arange(part.start, part.stop))
-        return top_k(queries, context.documents, k, memory=context.memory, backend=self.backend)
 
 
 def generated(count: int, centres: np.ndarray, cluster: np.ndarray, seed: int) -> Shards:
@@ -65,6 +55,7 @@ def generated_pool(num_queries: int, num_documents: int, cluster: np.ndarray, of
     starts = np.searchsorted(cluster[by_cluster], np.arange(cluster.max() + 2))
     size = np.diff(starts)[of_query]
     positives = by_cluster[starts[of_query][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
+    nothing = (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
     return MiningPool(
         "search",
         "generated",
@@ -74,7 +65,8 @@ def generated_pool(num_queries: int, num_documents: int, cluster: np.ndarray, of
         0,
         np.full(num_queries, -1),
         (np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
-        (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)),
+        nothing,
+        nothing,
     )
 
 
@@ -96,9 +88,9 @@ def main(arguments: Sequence[str]) -> None:
     pool = generated_pool(given["queries"], given["documents"], cluster, of_query)
     before, started, cpu = megabytes(), time.perf_counter(), time.process_time()
     options = MiningOptions(k=given["k"], memory_mb=given["memory_mb"])
-    context = MiningContext(queries, documents, memory=options.memory_mb << 20)
+    context = MiningContext(queries, documents, memory=options.memory_mb << 20, backend=backend)
     texts = text_numbers(pool.corpus, pool.queries)
-    mined = mine_pool(pool, Backend(backend), options, context, texts)
+    mined = mine_pool(pool, DenseMiner(), options, context, texts)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     for line in table({"generated": report(mined, step=0)}):
         log.info("%s", line)

@@ -18,6 +18,7 @@ from lightning_modules.diagnostics import anisotropy, effective_negatives, exper
 from lightning_modules.distributed import gather_rows, world_size
 from lightning_modules.losses import comparable
 from lightning_modules.masks import known_positive_mask, repeated
+from lightning_modules.objective.sides import reads_the_same
 
 
 class Diagnostics(L.Callback):
@@ -26,7 +27,7 @@ class Diagnostics(L.Callback):
         diag/<task>/gradient_norm               of the parameters that all tasks share
         diag/<task>/gradient_cosine/<other>     of two tasks' gradients of them; below 0 they conflict
         diag/<task>/transplant/<other>          loss of the task with the other's expert, prompt or adapter
-        diag/<task>/masked_share                documents that are masked, for being known positives
+        diag/<task>/masked_share                documents that are masked, as known positives or for their text
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative, and /cosine, of their parameters
@@ -107,15 +108,18 @@ def _of_batch(module: ContrastiveModule, vectors: torch.Tensor, batch: Contrasti
     first = ~repeated(ids)
     documents, ids = documents[first], ids[first]
     own = torch.where(batch.positives < 0, -1, batch.document_ids[batch.positives.clamp(min=0)])  # (B, P) ids
-    own, known = known_positive_mask(own, ids), known_positive_mask(batch.known_positives, ids)
-    if not options.mask_known_positives:
-        known = torch.zeros_like(own)
+    own, masked = known_positive_mask(own, ids), torch.zeros(len(own), len(ids), dtype=torch.bool, device=own.device)
+    if options.mask_known_positives:
+        masked |= known_positive_mask(batch.known_positives, ids)
+    if options.mask_same_text and batch.text_keys is not None:
+        keys = gather_rows(batch.text_keys[batch.documents])[first]
+        masked |= reads_the_same(batch, keys)(slice(None))
     with torch.autocast(module.device.type, enabled=False):
         queries, documents = (comparable(x, options.similarity) for x in (vectors[batch.queries], documents))
         mean_cosine, first_share = anisotropy(vectors)
         return {
-            "masked_share": masked_share(own, known),
-            "effective_negatives": effective_negatives(queries @ documents.T / temperature, own | known),
+            "masked_share": masked_share(own, masked),
+            "effective_negatives": effective_negatives(queries @ documents.T / temperature, own | masked),
             "mean_cosine": mean_cosine,
             "first_share": first_share,
         }

@@ -13,7 +13,8 @@ import lightning as L
 from datamodules.records import Benchmark
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed import on_any_rank, world_size
-from lightning_modules.retrieval import depth, measure, rank_benchmark
+from lightning_modules.measure import depth, measure
+from lightning_modules.retrieval import rank_benchmark
 from lightning_modules.signals import Preempted, leave_if_asked, noted
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,12 @@ class Evaluation(L.Callback):
                 run = rank_benchmark(
                     module.encoder,
                     benchmark,
-                    depth(self.metrics),
+                    depth(self.metrics, benchmark),
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
                     advance=leave_if_asked if may_leave and world_size() == 1 else None,
                 )
-                for name, value in measure(run, benchmark, self.metrics, module.device).items():
+                for name, value in measure(run, benchmark, self.metrics).items():
                     values[f"val/{benchmark.name}/{name}"] = value
         first = self.metrics[0]
         mean = sum(values[f"val/{b.name}/{first}"] for b in self.benchmarks) / len(self.benchmarks)

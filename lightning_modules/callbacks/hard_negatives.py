@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,11 @@ import lightning as L
 
 from datamodules.records import MiningPool
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.loggers import log_picture
+from lightning_modules.loggers import log_histograms, log_picture
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.picture import write_svg
 from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import TaskReport, gate, logged, plain, report, table
+from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table
 from lightning_modules.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,11 @@ class HardNegativeMining(L.Callback):
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         told = data.rounds.folder / name / "report.json"
-        if told.is_file() and data.rounds.reuse(batch, name, meta):  # of an attempt that ended before its checkpoint
+        # Of an attempt that ended before its checkpoint. One rank looks, so that all do the same.
+        if trainer.strategy.broadcast(trainer.is_global_zero and told.is_file() and data.rounds.has_made(name, meta)):
             log.info("step %d: these hard negatives were mined already", step)
             gate(values_of(told), self.stop_at)
+            data.rounds.begin(batch, name)
             return
         self._pools = self._pools or data.pools()
         former = data.rounds.at(batch)
@@ -72,6 +75,7 @@ class HardNegativeMining(L.Callback):
             log.info("%s", line)
         for logger in trainer.loggers:
             logger.log_metrics(logged(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
+        log_histograms(trainer.loggers, histograms(reports), step)
         trainer.strategy.barrier()  # before vectors are removed that another rank may still read
         if trainer.is_global_zero:
             path = data.rounds.write(name, {task: part.negatives for task, part in mined.items()}, meta)
@@ -95,6 +99,8 @@ def values_of(told: Path) -> dict[str, dict[str, float]]:
 
 
 def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    """report.json and report.svg."""
-    (folder / "report.json").write_text(json.dumps(plain(reports), indent=2), encoding="utf-8")
+    """report.svg, and then report.json, whole: where it lies, the mining was finished."""
     write_svg(folder / "report.svg", reports, title)
+    partial = folder / ".report.json"
+    partial.write_text(json.dumps(plain(reports), indent=2), encoding="utf-8")
+    os.replace(partial, folder / "report.json")

@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 import time
+from datetime import timedelta
 
 import lightning as L
 import torch.distributed as dist
@@ -21,9 +22,13 @@ WARNING = 60.0  # seconds without one, after which it is told though nothing has
 
 
 class Heartbeat(L.Callback):
-    """Every rank beats in a thread, into a store of the first one; a rank that is killed or stopped does not."""
+    """Every rank beats in a thread, into a store of the first one; a rank that is killed or stopped does not.
 
-    def __init__(self) -> None:
+    timeout: seconds that ranks wait for one that does not answer, once all of them are there.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timedelta(seconds=timeout)
         self._store: dist.TCPStore | None = None
         self._world, self._rank = 1, 0
         self._stop = threading.Event()
@@ -39,6 +44,7 @@ class Heartbeat(L.Callback):
         self._store.set(f"name/{self._rank}", f"rank {self._rank} (process {os.getpid()} on {platform.node()})")
         self._store.add(f"beats/{self._rank}", 1)
         dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(self.timeout)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
     def _beat(self) -> None:
@@ -69,6 +75,13 @@ class Heartbeat(L.Callback):
         """The ranks that are lost, by name, after something has failed that ranks do together. Takes some seconds."""
         if self._store is None:
             return []
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.extend(self._ask()), daemon=True)
+        asking.start()
+        asking.join(3 * SILENCE)
+        return ["rank 0"] if asking.is_alive() else found  # it has the store, which does not answer
+
+    def _ask(self) -> list[str]:
         try:
             before = self._beats()
             time.sleep(SILENCE)

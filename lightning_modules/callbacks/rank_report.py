@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
 from typing import Any
 
 import lightning as L
@@ -55,6 +56,6 @@ def memory(device: torch.device) -> str:
         return f"{used / GIB:.1f} of {there / GIB:.1f} GiB of the GPU"
     import resource
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"{used / GIB:.1f} of {there / GIB:.1f} GiB"

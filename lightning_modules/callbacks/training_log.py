@@ -9,18 +9,17 @@ from collections import defaultdict
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
+from torchmetrics import MeanMetric, SumMetric
 
 from datamodules.records import ContrastiveBatch, UserError
-from lightning_modules.distributed import world_size
 
 log = logging.getLogger(__name__)
 
 
 class TrainingLog(L.Callback):
-    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself.
+    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself, and
+    the number of its batches.
 
     Tasks take turns, so the values of one step alone would show one task, or with an unlucky n always the same.
 
@@ -33,9 +32,8 @@ class TrainingLog(L.Callback):
         self._clear()
 
     def _clear(self) -> None:
-        # task -> name -> sum, and the number of batches under "count"
-        self.sums: dict[str, dict[str, torch.Tensor | float]] = defaultdict(lambda: defaultdict(float))
-        self.tokens, self.seconds = 0, 0.0  # of training steps alone
+        self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
+        self.tokens, self.seconds = SumMetric(), 0.0  # of training steps alone
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clear()
@@ -47,11 +45,12 @@ class TrainingLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
     ) -> None:
-        sums = self.sums[batch.task]
-        sums["count"] += 1.0
+        means = self.means[batch.task]
         for name, value in outputs.items():
-            sums[name] += value.detach()
-        self.tokens += batch.num_tokens
+            if name not in means:
+                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # a loss that is no number shows
+            means[name].update(value.detach())
+        self.tokens.to(outputs["loss"].device).update(batch.num_tokens)
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
         if due:
@@ -63,22 +62,17 @@ class TrainingLog(L.Callback):
             self._clear()
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
-        tasks = sorted(self.sums)
-        places = [(task, name) for task in tasks for name in sorted(self.sums[task])]  # the same on every rank
-        table = torch.tensor([float(self.sums[task][name]) for task, name in places] + [float(self.tokens)])
-        table = table.to(trainer.strategy.root_device)
-        if world_size() > 1:
-            dist.all_reduce(table)
-        total = dict(zip(places, table.tolist(), strict=False))
+        tasks = sorted(self.means)  # the same on every rank, as are the names
         # Lightning counts loss for accumulation: it is divided there, and multiplied here again.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
-            f"train/{task}/{name}": scale.get(name, 1) * value / total[task, "count"]
-            for (task, name), value in total.items()
-            if name != "count"
+            f"train/{task}/{name}": scale.get(name, 1) * float(self.means[task][name].compute())
+            for task in tasks
+            for name in sorted(self.means[task])
         }
+        values |= {f"train/{task}/batches": self.means[task]["loss"].update_count for task in tasks}
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
-        values["train/tokens_per_second"] = float(table[-1]) / self.seconds
+        values["train/tokens_per_second"] = float(self.tokens.compute()) / self.seconds
         values["train/batch"] = batch.fingerprint
         for task in tasks:
             if not math.isfinite(values[f"train/{task}/loss"]):

@@ -16,7 +16,7 @@ from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.pool import Mined, joined_pools, mine_pool
 from lightning_modules.mining.vectors import VectorCache, text_numbers
-from lightning_modules.top_k import Shards
+from lightning_modules.shards import Shards
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Mining:
     @property
     def about(self) -> dict[str, Any]:
         """What decides, beside model and data, which negatives are mined; plain containers."""
-        names = (f.name for f in dataclasses.fields(MiningOptions) if f.name != "memory_mb")
+        names = (f.name for f in dataclasses.fields(MiningOptions) if f.name not in ("memory_mb", "backend"))
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.about for task, miner in self.miners.items()}
         return {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
@@ -83,7 +83,10 @@ class Mining:
         if name not in self._texts:
             self._texts[name] = text_numbers(pool.corpus, pool.queries)
         context = MiningContext(
-            pools=pools, memory=options.memory_mb << 20, kept=self._kept.setdefault(name, {}), device="cpu"
+            pools=pools,
+            memory=options.memory_mb << 20,
+            backend=options.backend,
+            kept=self._kept.setdefault(name, {}),
         )
         if miner.needs_vectors or options.compares:
             if cache is None:

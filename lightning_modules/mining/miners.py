@@ -15,7 +15,8 @@ import torch
 
 from datamodules.records import MiningPool, UserError
 from lightning_modules.bm25 import Bm25Index
-from lightning_modules.top_k import MEMORY, Shards, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import MEMORY, top_k
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MiningContext:
     documents: Shards | None = None
     pools: Sequence[MiningPool] = ()
     memory: int = MEMORY
+    backend: str = "auto"
     device: torch.device | str = "cpu"
     kept: dict[str, Any] = field(default_factory=dict)  # what a miner makes once for a pool
 
@@ -58,7 +60,8 @@ class DenseMiner(Miner):
 
     def rank(self, pool, part, k, context):
         queries = context.queries.gather(np.arange(part.start, part.stop))
-        return top_k(queries, context.documents, k, memory=context.memory, device=context.device)
+        how = {"backend": context.backend, "memory": context.memory, "device": context.device}
+        return top_k(queries, context.documents, k, **how)
 
 
 class RankBandMiner(DenseMiner):
@@ -98,6 +101,18 @@ class BM25Miner(Miner):
         if "bm25" not in context.kept:
             context.kept["bm25"] = Bm25Index(pool.corpus)
         return context.kept["bm25"].top_k(pool.queries[part.start : part.stop], min(k, len(pool.corpus)))
+
+
+class ShownMiner(Miner):
+    """What the data themselves name, shown and not clicked (grade 0 in the train split), so that filters reach it."""
+
+    def rank(self, pool, part, k, context):
+        starts, documents = pool.shown
+        rows = np.full((len(part), k), -1, dtype=np.int64)
+        for i, query in enumerate(part):
+            found = documents[starts[query] : starts[query + 1]][:k]
+            rows[i, : len(found)] = found
+        return rows, np.zeros(rows.shape)
 
 
 class TwoHopMiner(Miner):

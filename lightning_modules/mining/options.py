@@ -17,7 +17,7 @@ class MiningOptions:
     must find a candidate worse than the positive by guide_margin, in cosine.
 
     sampling: of those that are left, the "top", "random" ones, or by "softmax" of their scores / sampling_temperature.
-    memory_mb: for scores, beside the vectors.
+    memory_mb: for scores, beside the vectors. backend: of the exact search (top_k.py), which all find the same.
     """
 
     k: int = 100
@@ -32,6 +32,7 @@ class MiningOptions:
     sampling: Literal["top", "random", "softmax"] = "top"
     sampling_temperature: float = 0.05
     memory_mb: int = 512
+    backend: Literal["auto", "faiss", "torch"] = "auto"
 
     @property
     def compares(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from datamodules.records import MinedNegatives, MiningPool
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.mining.filters import (
     Lists,
     Sieve,
@@ -30,7 +30,8 @@ from lightning_modules.mining.filters import (
 )
 from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
-from lightning_modules.top_k import Shards, pair_scores
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores
 
 BLOCK = 8192  # queries at once
 
@@ -83,10 +84,12 @@ def mine_pool(
     """
     parts = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     original = originals(texts[0])
-    blocks = [
-        _mine_block(pool, part, miner, options, context, texts, original, guide, seeds)
-        for part in parts[rank() :: world_size()]
-    ]
+    blocks = together(
+        lambda: [
+            _mine_block(pool, part, miner, options, context, texts, original, guide, seeds)
+            for part in parts[rank() :: world_size()]
+        ]
+    )
     if world_size() > 1:
         shares: list[list[Block]] = [blocks] * world_size()
         dist.all_gather_object(shares, blocks)

@@ -91,6 +91,11 @@ def logged(reports: Mapping[str, TaskReport]) -> dict[str, float]:
     return {f"mine/{task}/{name}": x for task, found in reports.items() for name, x in found.values.items()}
 
 
+def histograms(reports: Mapping[str, TaskReport]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> counts and edges, of the tasks that a model scored."""
+    return {f"mine/{task}/margins": found.histogram for task, found in reports.items() if len(found.histogram[0])}
+
+
 def plain(reports: Mapping[str, TaskReport]) -> dict[str, Any]:
     """For JSON."""
     return {

@@ -45,11 +45,10 @@ class Objective(nn.Module):
         """
         options, temperature = self.options, self.temperature(batch.task)
         guide, teacher = (self._judged(name, batch) for name in ("guide", "teacher"))
-        rules = (options.mask_known_positives, guide, {"margin": options.guide.margin, "kind": options.guide.kind})
         with torch.autocast(vectors.device.type, enabled=False):
-            sides = [query_side(vectors, batch, *rules)]
+            sides = [query_side(vectors, batch, options, guide)]
             if options.symmetric:
-                sides.append(document_side(vectors, batch, *rules))
+                sides.append(document_side(vectors, batch, options, guide))
             loss, found = self._loss(sides, temperature, None, teacher)
             weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
             for prefix, weight in zip(options.matryoshka, weights, strict=True):

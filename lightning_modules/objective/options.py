@@ -42,8 +42,8 @@ class TeacherOptions:
 @dataclass
 class ObjectiveOptions:
     """similarity and temperature of InfoNCE; the paper's are dot and 1. mask_known_positives: a document that is a
-    known positive of a query is never its negative. symmetric: documents find their queries too, with half of the
-    weight.
+    known positive of a query is never its negative. mask_same_text: nor is what reads as its positive or as itself,
+    whatever its id. symmetric: documents find their queries too, with half of the weight.
 
     temperature: a number, or task -> number; where it is learned, the first value. learn_temperature: "one" for all
     tasks, or "per_task". temperature_range: that it stays in. temperature_lr: its peak learning rate, by default
@@ -69,6 +69,7 @@ class ObjectiveOptions:
     temperature_range: list[float] = field(default_factory=lambda: [0.01, 100.0])
     temperature_lr: float | None = None
     mask_known_positives: bool = True
+    mask_same_text: bool = True
     positives: Literal["mean_log", "log_mean"] = "mean_log"
     positives_in_denominator: bool = False
     symmetric: bool = False

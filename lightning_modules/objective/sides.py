@@ -14,7 +14,8 @@ from torch import Tensor
 
 from datamodules.records import ContrastiveBatch
 from lightning_modules.distributed import gather_documents, gather_lists, gather_rows, world_size
-from lightning_modules.masks import guide_mask, known_positive_mask, repeated
+from lightning_modules.masks import guide_mask, known_positive_mask, padded_by_first, repeated
+from lightning_modules.objective.options import GuideOptions, ObjectiveOptions
 
 Mask = Callable[[slice], Tensor]  # rows -> (rows, C) bool: no negatives
 
@@ -48,26 +49,38 @@ def shifted(columns: Tensor, offset: int) -> Tensor:
     return torch.where(columns < 0, columns, columns + offset)
 
 
-def query_side(vectors: Tensor, batch: ContrastiveBatch, known: bool, guide: Judge | None, margin: dict) -> Side:
-    """Queries among the documents of all ranks. known: mask known positives. margin: arguments of guide_mask.
+def reads_the_same(batch: ContrastiveBatch, document_keys: Tensor) -> Mask:
+    """Documents, of whose texts the keys (C,) are, that read as one of a query's positives or as the query itself."""
+    own = batch.text_keys[batch.documents][padded_by_first(batch.positives)]  # (B, P)
+    own = torch.cat([own, batch.text_keys[batch.queries][:, None]], dim=1)
+    return lambda part: known_positive_mask(own[part], document_keys)
+
+
+def query_side(vectors: Tensor, batch: ContrastiveBatch, options: ObjectiveOptions, guide: Judge | None = None) -> Side:
+    """Queries among the documents of all ranks.
 
     A document that several ranks drew counts once, as it would on one process: this rank's copy, else the first.
     """
     queries, documents = vectors[batch.queries], vectors[batch.documents]
     documents, ids, offset = gather_documents(documents, batch.document_ids)
     positives, masks = shifted(batch.positives, offset), []
-    if known:
+    if options.mask_known_positives:
         masks.append(lambda part: known_positive_mask(batch.known_positives[part], ids))
+    if options.mask_same_text and batch.text_keys is not None:
+        masks.append(reads_the_same(batch, gather_rows(batch.text_keys[batch.documents])))
     if world_size() > 1:
         again = repeated(ids.roll(-offset)).roll(offset)  # this rank's own come first
         masks.append(lambda part: again.expand(len(positives[part]), -1))
     if guide is not None:
+        margin = _margin(options.guide)
         masks.append(lambda part: guide_mask(guide.queries[part] @ guide.gathered.T, positives[part], **margin))
     shares = torch.full_like(batch.queries, len(queries))
     return Side(queries, documents, positives, shifted(batch.hard_negatives, offset), shares, tuple(masks))
 
 
-def document_side(vectors: Tensor, batch: ContrastiveBatch, known: bool, guide: Judge | None, margin: dict) -> Side:
+def document_side(
+    vectors: Tensor, batch: ContrastiveBatch, options: ObjectiveOptions, guide: Judge | None = None
+) -> Side:
     """This rank's positives, each for the query that it is of, among the queries of all ranks.
 
     A query that knows the document as one of its positives is no negative.
@@ -76,11 +89,20 @@ def document_side(vectors: Tensor, batch: ContrastiveBatch, known: bool, guide: 
     document = batch.positives[query, place]
     queries, _, offset = gather_documents(vectors[batch.queries], batch.queries)
     positives, masks = (query + offset)[:, None], []
-    if known:
+    if options.mask_known_positives:
         all_known, ids = gather_lists(batch.known_positives), batch.document_ids[document]
         masks.append(lambda part: known_positive_mask(all_known, ids[part]).T)
+    if options.mask_same_text and batch.text_keys is not None:
+        own = torch.stack([batch.text_keys[batch.queries[query]], batch.text_keys[batch.documents[document]]], dim=1)
+        keys = gather_rows(batch.text_keys[batch.queries])
+        masks.append(lambda part: known_positive_mask(own[part], keys))
     if guide is not None:
+        margin = _margin(options.guide)
         rows, columns = guide.documents[document], gather_rows(guide.queries)
         masks.append(lambda part: guide_mask(rows[part] @ columns.T, positives[part], **margin))
     shares = len(batch.queries) * (batch.positives >= 0).sum(1)[query]  # a query counts once, whatever its positives
     return Side(vectors[batch.documents[document]], queries, positives, positives[:, :0], shares, tuple(masks))
+
+
+def _margin(options: GuideOptions) -> dict[str, float | str]:
+    return {"margin": options.margin, "kind": options.kind}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.readers.beir import BeirReader
+from datamodules.readers.csfcube import CsfCubeReader
 from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
+from datamodules.readers.litsearch import LitSearchReader
 from datamodules.readers.maple import MapleReader
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import SciDocsReader
@@ -295,6 +297,26 @@ def pmc_patients(folder: Path) -> Collection:
     return Collection(corpus, queries, qrels)
 
 
+def litsearch(folder: Path) -> Collection:
+    found = papers("20")
+    put(folder / "corpus_clean" / "full.jsonl", *(written(p, "corpusid", citations=[]) for p in found.values()))
+    rows = [{"query_set": "inline_acl", "query": f"papers on {i}?", "corpusids": [f"20{i}", "207"]} for i in range(4)]
+    put(folder / "query" / "full.jsonl", *rows)
+    queries = {f"test.{i + 1}": Document(f"test.{i + 1}", "", f"papers on {i}?") for i in range(4)}
+    return Collection(found, queries, {"test": {f"test.{i + 1}": {f"20{i}": 1, "207": 1} for i in range(4)}})
+
+
+def csfcube(folder: Path) -> Collection:
+    found = papers("30")
+    rows = (written(p, "paper_id", pred_labels=[]) | {"abstract": p.text.split(" of ")} for p in found.values())
+    put(folder / "abstracts-csfcube-preds.jsonl", *rows)
+    grades = {"300": {"301": 3, "302": 0}, "305": {"306": 1, "307": 2, "300": 0}}
+    judged = {q: {"cands": list(own), "relevance_adju": list(own.values())} for q, own in grades.items()}
+    put(folder / "test-pid2anns-csfcube-method.json", judged)
+    found = {id: Document(id, paper.title, paper.text.replace(" of ", " ")) for id, paper in found.items()}
+    return Collection(found, {id: found[id] for id in grades}, {"test": grades})
+
+
 NO_JSON = ('{"paper": ', "is no JSON")
 NO_OBJECT = ("[1, 2]", "expected an object")
 F = {"folder": "FOLDER"}
@@ -318,6 +340,7 @@ WORLDS = (
             ('{"query": "d0", "positives": []}', "positives is empty"),
             ('{"query": "d0", "positives": ["d1", "x"]}', "positives: 1 of 2 ids are not in the corpus, first 'x'"),
             ('{"query": "d0", "positives": ["d1"], "negatives": ["d1"]}', "'d1' is among the positives and the neg"),
+            ('{"query": "d0", "positives": ["d1", "d0"]}', "'d0' is the query itself, and among its positives"),
             ('{"query": {"id": "x"}, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first 'x'"),
             ('{"query": 7, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first '7'"),
             ('{"query": " ", "positives": ["d1"]}', "query is empty"),
@@ -419,6 +442,32 @@ WORLDS = (
             ("0a1 0a2 1", "expected query, 0, document and grade"),
             ("0a1 0 0a7 x", "the grade must be an integer, got 'x'"),
             ("0a1 0 0a3 1", "have score 1 here and 0 above"),
+        ),
+    ),
+    World(
+        "litsearch",
+        litsearch,
+        (LitSearchReader, F),
+        "query/full.jsonl",
+        (
+            NO_JSON,
+            NO_OBJECT,
+            ('{"query": "w", "corpusids": []}', "query or corpusids is empty"),
+            ('{"query": "w", "corpusids": [9]}', "corpusids: 1 of 1 ids are not in the corpus"),
+            ('{"corpusids": [200]}', "query is missing"),
+        ),
+    ),
+    World(
+        "csfcube",
+        csfcube,
+        (CsfCubeReader, F | {"facet": "method"}),
+        "abstracts-csfcube-preds.jsonl",
+        (
+            NO_JSON,
+            NO_OBJECT,
+            ('{"paper_id": "x", "abstract": ["s", 1]}', "abstract must be a list of sentences"),
+            ('{"paper_id": "x", "abstract": "s"}', "abstract must be a list, got 's'"),
+            ('{"paper_id": "x"}', "neither title nor abstract"),
         ),
     ),
     World(

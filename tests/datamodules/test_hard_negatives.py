@@ -222,12 +222,11 @@ def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_p
 def test_only_what_was_mined_alike_is_taken_again(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     meta = META | {"data": data.fingerprints()}
-    assert not data.rounds.reuse(3, "one", meta)
+    assert not data.rounds.has_made("one", meta)
     data.rounds.write("one", {"search": mined_of([[1]] * 12)}, meta)
-    assert not data.rounds.reuse(3, "one", meta | {"model": "bbbb"})
+    assert not data.rounds.has_made("one", meta | {"model": "bbbb"})
+    assert data.rounds.has_made("one", meta)
     assert not data.rounds.has(3)
-    assert data.rounds.reuse(3, "one", meta)
-    assert data.rounds.at(3).of("search", 0) == [1]
 
 
 @pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
@@ -244,6 +243,8 @@ def test_pools_tell_what_the_collection_does(make_task, kind):
         positives = pool.positives[1][pool.positives[0][i] : pool.positives[0][i + 1]]
         assert {pool.corpus[row].id for row in positives} == {d for d, grade in grades.items() if grade > 0}
         assert [row + pool.first_row for row in positives] == sorted(data.examples[i].positives)
+        shown = pool.shown[1][pool.shown[0][i] : pool.shown[0][i + 1]]
+        assert [pool.corpus[row].id for row in shown] == [d for d, grade in grades.items() if grade == 0]
     known = set(qrels["train"][pool.queries[0].id])
     starts, revealed = pool.revealed
     assert [pool.corpus[row].id for row in revealed[starts[0] : starts[1]]] == [

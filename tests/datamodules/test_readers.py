@@ -2,10 +2,8 @@
 
 import gzip
 import json
-import random
 import re
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import Reader
 from experiments.targets import check_target, instantiate
-from tests.datamodules.reader_worlds import WORLDS, World, maple, papers, put, search, triplets, written
+from tests.datamodules.reader_worlds import WORLDS, World, beir, maple, papers, put, search, triplets, written
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SEPARATED = {"dpr": ","}  # what stands between records
@@ -499,6 +497,31 @@ def test_beir_from_the_hub(monkeypatch, qrels):
     assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in refused(reader)
 
 
+def test_datasets_itself_loads_what_the_hub_readers_read(tmp_path):
+    """Folders stand in for the hub; what `datasets` raises of its own is told as all else."""
+    pytest.importorskip("datasets")
+    expected = triplets(tmp_path / "triplets")
+    reader = SciRepEvalReader("citations", dataset=str(tmp_path / "triplets"))
+    assert reader.read() == expected
+
+    home, expected = tmp_path / "beir", beir(tmp_path / "beir")
+    for split, qrels in expected.qrels.items():
+        rows = ({"query-id": q, "corpus-id": d, "score": g} for q, its in qrels.items() for d, g in its.items())
+        put(home / "judged" / f"{split}.jsonl", *rows)
+    places = {"corpus": {"corpus": "corpus.jsonl"}, "queries": {"queries": "queries.jsonl"}}
+    places["default"] = {split: f"judged/{split}.jsonl" for split in expected.qrels}
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
+        for name, files in places.items()
+    ]
+    put(home / "README.md", "---", json.dumps({"configs": configs}), "---")
+    assert BeirHubReader(str(home)).read() == expected
+
+    put(tmp_path / "triplets" / "train.jsonl", '{"query": ')
+    assert "cannot be loaded (JSON parse error" in refused(reader)
+    assert "config nope: cannot be loaded" in refused(SciRepEvalReader("citations", dataset=str(home), config="nope"))
+
+
 def test_a_text_is_not_taken_for_the_document_that_has_its_name(tmp_path):
     put(tmp_path / "corpus.jsonl", {"id": "train.1", "title": "a paper"}, {"id": "b", "title": "another"})
     put(tmp_path / "train.jsonl", {"query": "free words", "positives": ["b"]}, {"query": "train.1", "positives": ["b"]})
@@ -535,6 +558,7 @@ def test_scidocs_labels_without_names(tmp_path):
     assert collection.corpus == {"Heart, failing": Document("Heart, failing", "Heart, failing")}
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", "a1,3")
     assert "label '3' is no name; give the file of names" in refused(SciDocsReader(str(tmp_path), "mesh"))
+    assert list(SciDocsReader(str(tmp_path), "mesh", unnamed=True).read().corpus) == ["3"]
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", *(f"b{i},x" for i in range(7)))
     assert "7 lines name 7 query ids that are not in paper_metadata_mag_mesh.json: 'b0'" in refused(
         SciDocsReader(str(tmp_path), "mesh")
@@ -564,133 +588,3 @@ def test_scimult_links_to_unknown_papers(tmp_path):
     assert "p0" not in collection.qrels["test"]
     assert len(collection.qrels["test"]) == 7
     assert len(quarantine.read_text().splitlines()) == 1
-
-
-# --- fuzz ---
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to three changes: bytes flipped, cut, repeated, swapped for what JSON and tables are made of."""
-    pieces = [
-        b'"',
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b",",
-        b":",
-        b"\n",
-        b"\r",
-        b"\t",
-        b"\\",
-        b"\0",
-        b"\xff",
-        b"\xed\xa0\x80",
-        b"0",
-    ]
-    pieces += [
-        b"null",
-        b"NaN",
-        b"-",
-        b"1e999",
-        b"9" * 5000,
-        b"[" * 3000,
-        b"\\ud800",
-        b"\xef\xbb\xbf",
-        b"true",
-        b'""',
-        b" ",
-    ]
-    for _ in range(rng.randint(1, 3)):
-        start = rng.randrange(len(content) + 1)
-        end = min(len(content), start + rng.choice((0, 1, 1, 2, 8, 60)))
-        kind = rng.randrange(5)
-        if kind == 0:
-            content = content[:start] + bytes([rng.randrange(256)]) + content[start + 1 :]
-        elif kind == 1:
-            content = content[:start] + content[end:]
-        elif kind == 2:
-            content = content[:end] + content[start:end] * rng.choice((1, 2, 50)) + content[end:]
-        elif kind == 3:
-            content = content[:start] + rng.choice(pieces) + content[end:]
-        else:
-            content = content[:start] if rng.random() < 0.3 else content[:start] + rng.choice(pieces) + content[start:]
-    return content
-
-
-ODD_VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1.5,
-    float("nan"),
-    "",
-    " ",
-    "p1",
-    "d1",
-    "\ud800",
-    [],
-    [None],
-    [[]],
-    ["p1"],
-    {},
-    {"p1": 1},
-)
-
-
-def retyped(content: bytes, rng: random.Random) -> bytes:
-    """One value in a JSON line, at any depth, is another or gone; JSON and its brackets stay whole."""
-    rows = content.decode().splitlines()
-    at = rng.randrange(len(rows))
-    comma = "," if rows[at].endswith(",") else ""
-    try:
-        row = json.loads(rows[at].removesuffix(","))
-    except ValueError:
-        return mutated(content, rng)
-    place, node = None, row
-    while isinstance(node, dict | list) and node and (place is None or rng.random() < 0.6):
-        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        place, node = (node, key), node[key]
-    if place is None:
-        return mutated(content, rng)
-    if rng.random() < 0.2:
-        del place[0][place[1]]
-    else:
-        place[0][place[1]] = rng.choice(ODD_VALUES)
-    rows[at] = json.dumps(row) + comma
-    return "\n".join(rows).encode()
-
-
-def fuzz(world: World, folder: Path, seed: int) -> str:
-    """One mutated file of the world's folder (which is as it was afterwards): how reading it ends."""
-    rng = random.Random(f"{world.name}/{seed}")
-    path = rng.choice(files(folder))
-    content = path.read_bytes()
-    quarantine = folder.with_suffix(".quarantine")
-    quarantine.unlink(missing_ok=True)
-    policy = rng.choice(("fail", "skip"))
-    target, bad = path, rng.choice((mutated, retyped))(content, rng)
-    if rng.random() < 0.1:
-        target, bad = Path(f"{path}.gz"), mutated(gzip.compress(content), rng)
-    try:
-        path.unlink()
-        target.write_bytes(bad)
-        start = time.monotonic()
-        consistent(world.make(folder, on_error=policy, quarantine=str(quarantine)).read())
-        assert time.monotonic() - start < 20
-        return "quarantine" if quarantine.exists() else "read"
-    except UserError:
-        return "refused"
-    finally:
-        target.unlink()
-        path.write_bytes(content)
-
-
-def test_mutated_files_are_read_set_aside_or_refused(tmp_path):
-    for world in WORLDS:
-        world.write(tmp_path / world.name)
-    ends = [fuzz(world, tmp_path / world.name, seed) for seed in range(17) for world in WORLDS]
-    assert len(ends) > 300
-    assert set(ends) == {"read", "quarantine", "refused"}

@@ -21,7 +21,7 @@ from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS, BatchOptions
 from tests.conftest import text_of
 from tests.datamodules.reader_worlds import WORLDS
-from tests.datamodules.test_readers import mutated, retyped
+from tests.datamodules.test_fuzz import mutated, retyped
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
 
@@ -209,6 +209,28 @@ def test_a_text_that_stands_twice_is_one_document_in_training(tmp_path, queries_
         assert (e.positives, e.hard_negatives) == ((3,), (0,))
         assert (e.query, set(e.not_negatives)) == ((1, {1, 3}) if queries_are_documents else (6, {3}))
     assert converted.judged("train")[1] == qrels["train"]  # evaluation goes by ids
+
+
+@pytest.mark.parametrize("queries_are_documents", [False, True])
+def test_a_paper_is_not_relevant_to_itself(tmp_path, queries_are_documents, caplog):
+    """Where queries are documents: by its id (a), or as a copy under another id (b cites its preprint c)."""
+    texts = {"a": "one", "b": "two", "c": "two", "d": "three"}
+    corpus = {id: Document(id, "", text) for id, text in texts.items()}
+    queries = {id: corpus[id] for id in "abd"}
+    qrels = {"train": {"a": {"a": 1, "d": 1}, "b": {"c": 1}, "d": {"a": 1, "d": 0}}}
+    collection = Collection(corpus, queries, qrels)
+    write_beir(collection, tmp_path / "data")
+    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
+    for _, examples in (in_memory(collection, queries_are_documents), converted.table(queries_are_documents)):
+        found = [(example.positives, example.hard_negatives) for example in examples]
+        if queries_are_documents:
+            assert found == [((3,), ()), ((0,), ())]
+            assert [example.query for example in examples] == [0, 3]
+        else:
+            assert found == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
+    assert caplog.text.count("3 of 5 judgements say that a paper is relevant, or not, to itself") == (
+        2 if queries_are_documents else 0
+    )
 
 
 def test_large_grades_stay_what_they_are(tmp_path):

@@ -165,6 +165,26 @@ def test_batches_carry_their_texts_where_they_are_asked_to(make_task):
     assert batches(make_task(SearchDataModule))[0].texts == ()
 
 
+def test_texts_that_the_encoder_reads_alike_have_one_key(make_task):
+    """Though they stand in another case, under another id."""
+    collection = toy_collection()
+    shouted = {f"x{i}": Document(f"x{i}", d.title.upper(), d.text) for i, d in enumerate(collection.corpus.values())}
+    judged = {q: dict(own) | {f"x{i % 10}": 1} for i, (q, own) in enumerate(collection.qrels["train"].items())}
+    corpus = dict(collection.corpus) | shouted
+    data = make_task(
+        SearchDataModule,
+        collection=Collection(corpus, collection.queries, {"train": judged}),
+        batch_size=12,
+        num_positives=3,
+        carry_texts=True,
+    )
+    batch = data.train_dataloader().batches[0]
+    texts, keys = [(d.title.lower(), d.text) for d in batch.texts], batch.text_keys.tolist()
+    assert 12 < len(set(texts)) < len(texts)
+    assert len(set(keys)) == len(set(texts)) == len(set(zip(texts, keys, strict=True)))
+    assert torch.equal(batch.to("cpu").text_keys, batch.text_keys)
+
+
 def test_batches_are_equal_when_made_again_and_carry_a_fingerprint(make_task):
     one, other = batches(make_task(SearchDataModule), 5), batches(make_task(SearchDataModule), 5)
     assert [b.fingerprint for b in one] == [b.fingerprint for b in other]
@@ -223,7 +243,7 @@ def test_several_collections_of_one_task_share_no_identity(make_backbone):
 def test_a_task_without_positives_is_refused(make_task):
     collection = toy_collection()
     nothing = {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["train"].items()}
-    with pytest.raises(UserError, match="task search: no query of the train split of toy has a positive"):
+    with pytest.raises(UserError, match="task search: no query of the train split of toy .train. has a positive"):
         make_task(SearchDataModule, collection=Collection(collection.corpus, collection.queries, {"train": nothing}))
 
 

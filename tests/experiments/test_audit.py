@@ -32,6 +32,11 @@ def test_planted_documents_are_reported(tmp_path, beir_root, capsys):
         assert report[f"{name}, test queries"]["overlaps"]["id"] == 0
     assert len(report[f"{tmp_path / 'other'}, corpus"]["examples"]) == 4
     assert "documents that stand in the training data" in capsys.readouterr().out
+    node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {tmp_path / 'other'}}}"
+    write_beir(Collection(corpus, query, {"train": {"q": {"p0": 1}}}), tmp_path / "other")
+    (tmp_path / "other" / "qrels" / "test.tsv").unlink()
+    with pytest.raises(UserError, match="nothing is evaluated: no task has a dev or test split"):
+        main(["moe", *TINY[3:], "tasks=[search]", f"task.search.data={{searches: null, x: {node}}}"])
     with pytest.raises(UserError, match="which experiment"):
         main([])
     with pytest.raises(UserError, match="examples: got 'x'"):

@@ -211,6 +211,26 @@ def test_a_new_task_and_a_new_scale_are_one_file_each(own_folder):
     assert load_config("moe", ["scale=mine"]).task["search"].data["own"]["folder"] == "x"
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("kind: [", "tasks/mine.yaml"),
+        ("kidn: search\n", "tasks/mine.yaml: unknown key task.mine.kidn"),
+        ("kind: ranking\n", "tasks/mine.yaml: task.mine.kind"),
+        ("- search\n", "tasks/mine.yaml: expected keys with values"),
+        ("data: [search]\n", "tasks/mine.yaml: task.mine.data: expected a block for each scale"),
+        ("expert: ${nowhere}\n", "nowhere"),
+        ("kind: search\n", "no value for task.mine.expert"),
+    ],
+)
+def test_a_broken_task_stops_who_names_it_and_no_other(own_folder, content, reason, caplog):
+    (own_folder / "tasks" / "mine.yaml").write_text(content)
+    assert list(load_config("moe").task) == ["classification", "link_prediction", "search"]
+    if "tasks/mine.yaml" in reason:
+        assert "task mine is left out: " in caplog.text
+    assert reason in refused("moe", "tasks=[search,mine]")
+
+
 def test_targets_are_checked_converted_and_built():
     node = {"_target_": "datamodules.sample.SampleReader", "view": "topics", "num_papers": "500"}
     checked = check_target("here", node)

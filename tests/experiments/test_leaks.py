@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, Task, UserError
-from datamodules.tasks import BatchOptions, LinkPredictionDataModule, SearchDataModule
+from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from experiments import leaks
 from experiments.build_data import build_data
 from experiments.config import load_config
@@ -102,6 +102,29 @@ def test_ids_are_compared_within_a_collection(tmp_path):
     assert counts["first, test queries"] == {"id": 1, "title": 0, "text": 1}  # q2, which is trained on too
     assert counts["second, test queries"] == {"id": 0, "title": 0, "text": 0}
     assert len(found.queries["search"]) == 1
+
+
+def test_corpora_that_are_only_evaluated_are_compared_with_all_that_is_trained_on(tmp_path):
+    """But not with themselves, nor with queries of test splits; labels are no secret."""
+    trained = two(tmp_path).collections["first"]
+    query = {"q": Document("q", "", "second asks 5 and more")}
+    corpus = {"x": Document("x", "", trained.corpus["d5"].text), "y": Document("y", "", trained.queries["q3"].text)}
+    write_beir(Collection(corpus, query, {"test": {"q": {"x": 1}}}), tmp_path / "tested")
+    readers = {name: BeirReader(str(tmp_path / name)) for name in ("first", "tested")}
+    for kind, counts in ((SearchDataModule, {"title": 0, "text": 1}), (ClassificationDataModule, None)):
+        task = kind(Task("search", "search"), readers, BatchOptions(batch_size=2))
+        task.setup()
+        found = leaks.find_leaks([task], corpora=True).sets
+        assert (found["tested, corpus"].overlaps if counts else found.get("tested, corpus")) == counts
+        assert found["tested, test queries"].overlaps == {"id": 0, "title": 0, "text": 0}
+        assert "tested, corpus" not in leaks.find_leaks([task]).sets
+
+
+def test_where_nothing_is_evaluated_nothing_is_compared(tmp_path, monkeypatch):
+    task = two(tmp_path)
+    monkeypatch.setattr(task, "own_benchmarks", lambda split: [])
+    monkeypatch.setattr(leaks.Index, "overlaps", None)
+    assert not leaks.find_leaks([task])
 
 
 def test_what_is_kept_is_of_the_same_kind_of_task(tmp_path):

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
@@ -128,6 +129,29 @@ def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, ca
     assert [(r["batch"], r["store"], r["hash"]) for r in rounds] == [(0, str(output), store.hash)]
 
 
+@pytest.mark.slow
+def test_mining_that_was_killed_goes_on_without_embedding_anew(run, tmp_path):
+    """SIGKILL while it embeds: shards that were finished stay as they are, and the store is that of a whole mining."""
+    output, vectors = tmp_path / "store", tmp_path / "store.vectors"
+    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *given], cwd=ROOT)
+    while process.poll() is None and len(list(vectors.glob("*/*.npy"))) < 2:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was to be killed and was not"
+    assert not output.exists()
+
+    def shards():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in vectors.glob("*/*.npy")}
+
+    finished = shards()
+    mine("moe", given)
+    assert 2 <= len(finished) < len(shards())
+    assert finished.items() <= shards().items()
+    mine("moe", [*given[:-1], f"output={tmp_path / 'whole'}"])
+    assert HardNegativeStore(output).hash == HardNegativeStore(tmp_path / "whole").hash
+
+
 def test_a_store_of_another_model_is_not_overwritten(run, tmp_path, make_encoder):
     output, other = tmp_path / "store", tmp_path / "other"
     tasks = dict.fromkeys(("classification", "link_prediction", "search"), "one")
@@ -236,8 +260,11 @@ def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):
 
 def killed_and_resumed(tmp_path, strategy, stop_at=None):
     """Batches, states and stores of a whole run on two ranks with two workers, and of one that was killed."""
-    weights = ["data.weights={classification: 2, link_prediction: 1, search: 2}"] if strategy == "weights" else []
-    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", f"data.schedule={strategy}", *weights]
+    schedule = {
+        "weights": ["data.schedule=weights", "data.weights={classification: 2, link_prediction: 1, search: 2}"],
+        "curriculum": ["data.curriculum=[{from_step: 5, weights: {classification: 1, link_prediction: 1, search: 5}}]"],
+    }.get(strategy, [f"data.schedule={strategy}"])
+    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", *schedule]
     overrides += [
         "trainer.max_steps=12",
         "checkpoint.every_n_steps=3",
@@ -275,4 +302,4 @@ def killed_and_resumed(tmp_path, strategy, stop_at=None):
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_hard_negatives_that_it_had(tmp_path):
     """Two ranks, two workers, rounds at steps 4 and 8: batches, stores and weights are those of the whole run."""
-    killed_and_resumed(tmp_path, random.Random().choice(STRATEGIES))
+    killed_and_resumed(tmp_path, random.Random().choice((*STRATEGIES, "curriculum")))

@@ -60,6 +60,7 @@ def test_a_runs_file_holds_configuration_curves_table_picture_and_model(server, 
     (tmp_path / "report.svg").write_text("<svg>margins</svg>")
     logger.log_picture("mine/report", tmp_path / "report.svg", step=40)
     logger.log_table("results", ["system", "ndcg@10"], [["bm25", 0.1], ["trained", None]], step=40)
+    logger.log_histograms({"mine/search/margins": (np.array([1, 3]), np.array([0.0, 0.5, 1.0]))}, step=40)
     (tmp_path / "best.ckpt").write_bytes(b"weights")
     logger.log_model([tmp_path / "best.ckpt"])
     logger.close()
@@ -70,7 +71,9 @@ def test_a_runs_file_holds_configuration_curves_table_picture_and_model(server, 
     config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
     assert config == json.loads(json.dumps(as_dict(load_config("moe", ["wandb.finish_timeout=15", "run.seed=3"]))))
     rows = history(path)
-    assert [row[STEP] for row in rows] == [20, 40, 40, 40]
+    assert [row[STEP] for row in rows] == [20, 40, 40, 40, 40]
+    histogram = rows[-1]["mine/search/margins"]
+    assert (histogram["values"], histogram["bins"]) == ([1, 3], [0.0, 0.5, 1.0])
     assert rows[0]["train/search/loss"] == 0.5
     metrics = {metric.name or metric.glob_name: metric.step_metric for metric in kinds(path, "metric")}
     assert metrics["*"] == STEP

@@ -128,6 +128,7 @@ def test_metrics_are_logged_for_every_task(finished):
     for row in training:
         for task in ("classification", "link_prediction", "search"):
             assert np.isfinite(row[f"train/{task}/loss"])
+            assert row[f"train/{task}/batches"] == 1
             assert 0 <= row[f"train/{task}/accuracy"] <= 1
     assert [row["step"] for row in logged if "val/mean/ndcg@10" in row] == [3, 6]
     assert [row["step"] for row in logged if "test/searches/ndcg@10" in row] == [6]
@@ -368,7 +369,7 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     endless = command(tmp_path, *LONG, "trainer.max_steps=100000")  # so that it cannot end before the signal
     process = subprocess.Popen(
         endless,
@@ -386,7 +387,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert re.search(rb"interrupted at step \d+: the same command goes on from step \d+", errors)
+    told = re.search(rb"interrupted: the same command goes on from step (\d+)", errors)
+    assert told, errors
+    assert rows(tmp_path)[-1]["step"] == int(told[1])  # nothing is lost
 
 
 @pytest.mark.slow
@@ -478,7 +481,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     ]
     train("moe", [*two_steps(tmp_path, *TINY, *overrides), "trainer.max_steps=4"])
     assert "schedule (weights): search search classification classification" in caplog.text
-    assert "search: 2 batches, " in caplog.text
+    assert re.search(r"search: 2 batches, [0-9.]+ passes through \d+ examples of searches\n", caplog.text)
     config = load_config("moe", [*TINY, *overrides])
     data = build_data(config)
     data.tokenizer = load_encoder(tmp_path).tokenizer

@@ -1,6 +1,7 @@
 """Whole runs on two ranks: what a step's task does not use stays as it is, and GradCache trains as the plain pass."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -93,3 +94,20 @@ def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
     assert row["diag/link_prediction/effective_negatives"] > 1
     moved = {key.split(".")[-1]: bool(value) for key, value in state.items() if key.startswith("uncertainty.")}
     assert moved == {"classification": True, "link_prediction": True, "search": False}
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_as_one_with_the_same_global_batches(tmp_path):
+    """Without dropout, which differs by rank, the weights are those of two. Four ranks: test_loader.py."""
+    overrides = ["data.schedule=proportional", "backbone.dropout=0", "optim.eps=1e-4", "checkpoint.every_n_steps=3"]
+    before = run(tmp_path / "two", *overrides, "trainer.max_steps=3")
+    found = {}
+    for ranks in (1, 2):
+        folder = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
+        given = [*overrides, f"trainer.devices={ranks}", f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
+        found[ranks] = run(folder, *given)
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(
+            found[2][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in found[1].items())

@@ -2,9 +2,9 @@
 
     python -m tests.lightning_modules.gradient_on_ranks RANK WORLD_SIZE PORT
 
-One process has the whole batch in one chunk, without GradCache. Float64, experts in attention and feed-forward, hard
-negatives that several ranks draw, documents that are known positives of other ranks' queries, a learned temperature and
-both directions of the loss.
+One process has the whole batch in one chunk, without GradCache. Float64, experts in attention and feed-forward, two
+positives of a query, hard negatives that several ranks draw, documents that are known positives of other ranks'
+queries, a learned temperature and both directions of the loss.
 """
 
 import contextlib
@@ -43,11 +43,12 @@ class Step(nn.Module):
 
 
 def collection():
-    """Query i has document i as positive; hard negatives are shared, so that several ranks draw the same."""
+    """Query i has documents i and i + 3 as positives; hard negatives are shared, so that ranks draw the same."""
     numbers = [*range(80), *range(100, 107)]
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(*range(i, i + 1 + i % 9))) for i in numbers}
     queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(80)}
-    return Collection(corpus, queries, {"train": {f"q{i}": {f"d{i}": 1, f"d{100 + i % 7}": 0} for i in range(80)}})
+    judged = {f"q{i}": {f"d{i}": 1, f"d{(i + 3) % 80}": 1, f"d{100 + i % 7}": 0} for i in range(80)}
+    return Collection(corpus, queries, {"train": judged})
 
 
 def encoder_and_tokenizer():
@@ -69,14 +70,15 @@ def batches(tokenizer, tasks, rank, world_size, token_budget):
     """This rank's batches, one for each of the tasks."""
     found = []
     for step, task in enumerate(tasks):
-        options = BatchOptions(batch_size=QUERIES // world_size, max_length=32, token_budget=token_budget)
+        size = QUERIES // world_size
+        options = BatchOptions(batch_size=size, num_positives=2, max_length=32, token_budget=token_budget)
         data = KINDS[task](Task(task, task), {"toy": InMemory(collection())}, options, tokenizer)
         data.setup()
         source = data.train_dataloader().batches
         source.rank, source.world_size = rank, world_size
         batch = source[step]
-        own = batch.document_ids[batch.positives.flatten()]
-        near = torch.stack([own, own + 1, own + 2, own + 5], 1)  # mostly documents of other ranks
+        own = batch.document_ids[batch.positives]  # (B, 2)
+        near = torch.cat([own, own + 1, own + 2, own + 5], 1)  # mostly documents of other ranks
         found.append(dataclasses.replace(batch, known_positives=near))
     return found
 

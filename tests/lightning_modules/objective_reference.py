@@ -9,7 +9,10 @@ from datamodules.records import ContrastiveBatch
 
 
 def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives=3, num_negatives=2, task="search"):
-    """Queries with 1 to num_positives positives and 0 to num_negatives hard negatives; known positives among others."""
+    """Queries with 1 to num_positives positives and 0 to num_negatives hard negatives; known positives among others.
+
+    Some texts read alike.
+    """
     ids = rng.permutation(num_ids)[:num_documents]
     positives = np.full((num_queries, num_positives), -1)
     negatives = np.full((num_queries, num_negatives), -1)
@@ -36,6 +39,7 @@ def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives
         positives=torch.tensor(positives),
         hard_negatives=torch.tensor(negatives),
         known_positives=torch.tensor(known),
+        text_keys=torch.tensor(rng.integers(0, 3 * num_documents, num_queries + num_documents)),
     )
 
 
@@ -91,6 +95,8 @@ def _at(vectors, batch, options, temperature, guide, teacher):
         queries, documents = normalized(queries), normalized(documents)
     scores, ids = queries @ documents.T, batch.document_ids.tolist()
     known = [set(row) for row in batch.known_positives.tolist()]
+    keys = batch.text_keys.numpy()
+    query_keys, document_keys = keys[batch.queries.numpy()], keys[batch.documents.numpy()]
     positives = [[c for c in row if c >= 0] for row in batch.positives.tolist()]
     negatives = [[c for c in row if c >= 0] for row in batch.hard_negatives.tolist()]
     seen = None if guide is None else guide[0] @ guide[1].T
@@ -100,6 +106,9 @@ def _at(vectors, batch, options, temperature, guide, teacher):
     forward, backward, distillation = [], [], []
     for b in range(len(queries)):
         forbidden = {c for c in range(len(ids)) if options.mask_known_positives and ids[c] in known[b]}
+        if options.mask_same_text:
+            texts = {query_keys[b]} | {document_keys[p] for p in positives[b]}
+            forbidden |= {c for c in range(len(ids)) if document_keys[c] in texts}
         if seen is not None:
             forbidden |= guided(seen[b], positives[b], *margin)
         forward.append(row_loss(scores[b] / temperature, positives[b], forbidden, *rule))
@@ -111,6 +120,8 @@ def _at(vectors, batch, options, temperature, guide, teacher):
         terms = []
         for p in positives[b]:
             others = {q for q in range(len(queries)) if options.mask_known_positives and ids[p] in known[q]}
+            if options.mask_same_text:
+                others |= {q for q in range(len(queries)) if query_keys[q] in (query_keys[b], document_keys[p])}
             if seen is not None:
                 others |= guided(seen[:, p], [b], *margin)
             terms.append(row_loss(scores[:, p] / temperature, [b], others, *rule))

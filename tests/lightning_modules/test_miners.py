@@ -1,6 +1,7 @@
 """Miners: what they propose, against a loop."""
 
 import inspect
+import json
 
 import bm25s
 import numpy as np
@@ -18,8 +19,10 @@ from lightning_modules.mining.miners import (
     MiningContext,
     RandomMiner,
     RankBandMiner,
+    ShownMiner,
 )
-from lightning_modules.top_k import Shards
+from lightning_modules.mining.sharing import SharingMiner
+from lightning_modules.shards import Shards
 from tests.conftest import toy_collection
 
 
@@ -44,6 +47,7 @@ ALL = {
     BM25Miner: BM25Miner,
     CitedByCitedMiner: CitedByCitedMiner,
     LabelsOfCitedMiner: LabelsOfCitedMiner,
+    ShownMiner: ShownMiner,
 }
 
 
@@ -132,6 +136,72 @@ def test_cited_by_cited(make_task):
         assert ways[q][rows[q] >= 0].tolist() == [count[d] for d in wanted]
     with pytest.raises(UserError, match="CitedByCitedMiner is for papers that cite papers"):
         CitedByCitedMiner().rank(pool_of(make_task), range(3), 3, context_of(pool))
+
+
+def test_shown_and_not_clicked(make_task):
+    pool = pool_of(make_task)
+    rows, _ = ShownMiner().rank(pool, range(2, 12), 3, context_of(pool))
+    shown = [[int(d[1:]) for d, g in grades.items() if g == 0] for grades in toy_collection().qrels["train"].values()]
+    assert [row[row >= 0].tolist() for row in rows] == shown[2:]
+
+
+def papers_file(path, values):
+    path.write_text("".join(json.dumps({"id": f"d{i}", "author": own}) + "\n" for i, own in enumerate(values)))
+    return str(path)
+
+
+AUTHORS = [["a"], ["a", "b"], "b", ["b"], None, ["c"], [], ["a", "b"], ["d"], ["d"]]
+
+
+def sharing(q):
+    """Other papers with the number of authors that they share with paper q."""
+    own = [set(value if isinstance(value, list) else [value]) if value else set() for value in AUTHORS]
+    return {p: len(own[p] & own[q]) for p in range(10) if p != q and own[p] & own[q]}
+
+
+def test_papers_that_share_a_value(make_task, tmp_path):
+    pool = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS)
+    file = papers_file(tmp_path / "papers.jsonl", AUTHORS)
+    rows, ways = SharingMiner(file, "author").rank(pool, range(10), 9, context_of(pool))
+    for q in range(10):
+        there = rows[q] >= 0
+        assert dict(zip(rows[q][there].tolist(), ways[q][there].tolist(), strict=True)) == sharing(q)
+        assert (np.diff(ways[q]) <= 0).all()
+    part, _ = SharingMiner(file, "author").rank(pool, range(4, 10), 9, context_of(pool))
+    assert (part == rows[4:]).all()
+    few, _ = SharingMiner(file, "author", most=2).rank(pool, range(10), 9, context_of(pool))
+    assert 0 < (few >= 0).sum() < (rows >= 0).sum()
+    assert (SharingMiner(file, "author", seed=1).rank(pool, range(10), 9, context_of(pool))[0] != rows).any()
+
+
+def test_labels_of_papers_that_share_a_value(make_task, tmp_path):
+    labels = {f"l{i}": Document(f"l{i}", f"label {i}") for i in range(5)}
+    judged = {f"d{i}": {f"l{i % 5}": 1, f"l{(i + 1) % 5}": 1} for i in range(10)}
+    pool = pool_of(make_task, ClassificationDataModule, collection=Collection(labels, PAPERS.corpus, {"train": judged}))
+    file = papers_file(tmp_path / "papers.jsonl", AUTHORS)
+    rows, _ = SharingMiner(file, "author").rank(pool, range(10), 5, context_of(pool))
+    for q in range(10):
+        wanted = {label % 5 for p in sharing(q) for label in (p, p + 1)}
+        assert set(rows[q][rows[q] >= 0].tolist()) == wanted
+
+
+def test_files_that_tell_nothing_of_papers_are_refused(make_task, tmp_path):
+    pool, file = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS), tmp_path / "papers.jsonl"
+
+    def mined(field="author"):
+        return SharingMiner(str(file), field).rank(pool, range(10), 9, context_of(pool))
+
+    with pytest.raises(UserError, match="papers.jsonl cannot be read"):
+        mined()
+    papers_file(file, AUTHORS)
+    with pytest.raises(UserError, match="toy: no two of its papers share a value of 'venue' in .*papers.jsonl"):
+        mined("venue")
+    for line in ("{", "[1]", '{"paper": 3}'):
+        file.write_text('{"id": "d0"}\n' + line)
+        with pytest.raises(UserError, match="papers.jsonl, line 2: expected a JSON object with 'id', got"):
+            mined()
+    with pytest.raises(UserError, match="most: got 0"):
+        SharingMiner("x", "author", most=0)
 
 
 def test_labels_of_cited(make_task):

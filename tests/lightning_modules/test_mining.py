@@ -13,14 +13,16 @@ import torch
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.fingerprints import fingerprint
+from lightning_modules.loggers import JsonlLogger, log_histograms
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import gate, logged, report, table
-from lightning_modules.mining.vectors import VectorCache, fingerprint, text_numbers
+from lightning_modules.mining.report import gate, histograms, logged, report, table
+from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
 
@@ -273,6 +275,21 @@ def test_without_scores_there_are_no_margins_in_the_report():
     assert "no model scored them" in svg({"search": found}, "none")
 
 
+def test_margins_are_plotted_by_loggers_that_take_them(tmp_path):
+    class Plots(JsonlLogger):
+        taken = None
+
+        def log_histograms(self, histograms, step):
+            self.taken = histograms, step
+
+    reports = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0), "other": report(made_up([np.nan], [[1]]), 0)}
+    found, file, plots = histograms(reports), JsonlLogger(tmp_path / "a.jsonl"), Plots(tmp_path / "b.jsonl")
+    log_histograms([file, plots], found, 7)
+    assert set(found) == {"mine/search/margins"}
+    assert plots.taken == (found, 7)
+    assert not file.path.exists()
+
+
 def test_the_gate_stops_where_negatives_look_like_positives():
     found = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0).values}
     for open_at in (None, 0.5):
@@ -299,7 +316,7 @@ import sys
 from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
-from datamodules.records import Document, MiningPool
+from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
@@ -325,12 +342,34 @@ nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
     [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
-    (np.arange(31), np.arange(30, dtype=np.int32)), nothing,
+    (np.arange(31), np.arange(30, dtype=np.int32)), nothing, nothing,
 )
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]
 assert len(embedded) <= -(-80 // world) + 1, len(embedded)
 print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.above)
+
+class Failing(DenseMiner):
+    def rank(self, pool, part, k, context):
+        if part.start == 28:  # the last block, which the first rank has, and not the second
+            raise UserError("this cannot be ranked")
+        return super().rank(pool, part, k, context)
+
+def infinite(documents, task, **options):
+    return encode(documents, task) / (0.0 if documents[-1].text == "49" else 1.0)
+
+def told(miner):
+    mining = Mining(MiningOptions(k=20), {"search": miner}, folder + ".other")
+    try:
+        mining.run(mining.cache(encoder), [pool])
+    except UserError as error:
+        print(error)
+
+told(Failing())
+encoder.encode, folder = infinite, folder + ".infinite"
+told(DenseMiner())
+if world > 1:
+    dist.destroy_process_group()
 """
 
 
@@ -354,8 +393,12 @@ def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0
             told.append(out)
-    assert len(told[0]) > 300
-    assert told[1] == told[0] == told[2]
+    lines = [out.decode().splitlines() for out in told]
+    assert len(lines[0][0]) > 300
+    assert lines[0][0] == lines[1][0] == lines[2][0]
+    for _, cannot, infinite in lines:  # a rank whose own share is fine does not wait for the other
+        assert cannot == "this cannot be ranked"
+        assert "vectors are not finite" in infinite
 
 
 def test_documents_that_are_not_trained_on_are_not_mined(make_task, make_encoder, tmp_path):

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from datamodules.records import UserError
 from lightning_modules.objective.objective import Objective
@@ -20,6 +22,7 @@ CASES = {
     "default": {},
     "cosine": COSINE,
     "unmasked": {"mask_known_positives": False},
+    "texts_unmasked": {"symmetric": True, "mask_same_text": False},
     "log_mean": COSINE | {"positives": "log_mean"},
     "supcon_out": COSINE | {"positives_in_denominator": True},
     "supcon_in": COSINE | {"positives": "log_mean", "positives_in_denominator": True},
@@ -106,6 +109,35 @@ def test_parts_equal_the_whole(case, memory, monkeypatch):
     assert any(at_once < num_rows for num_rows, at_once in sizes)
     for whole, parts in zip(*found, strict=True):
         assert (whole - parts).abs().max() <= 1e-12 * whole.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and not function._schema.name.startswith("aten::expand"):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_matrix_of_all_scores_ever_stands(case):
+    """256 queries, 512 documents: nothing that is made, scores, masks or gradients, is larger than a part's budget."""
+    rng = np.random.default_rng(0)
+    batch = random_batch(rng, num_queries=256, num_documents=512, num_ids=2000)
+    options = ObjectiveOptions(**(CASES[case] | {"score_memory": 0.25}))
+    named = {"guide": options.guide.model, "teacher": options.teacher.model}
+    judges = {name: Fixed(rng, batch) for name, model in named.items() if model}
+    vectors = torch.tensor(rng.normal(size=(768, 8)), requires_grad=True)
+    with Largest() as largest:
+        Objective(options, ["search"], 8, judges).double()(vectors, batch)["loss"].backward()
+    assert largest.bytes <= 2**18 < 256 * 512 * 8
 
 
 def test_parts_without_gradients():

@@ -28,6 +28,7 @@ RANKS = textwrap.dedent(
         {"temperature": 0.7, "mask_known_positives": False},
         COSINE | {"symmetric": True},
         COSINE | {"symmetric": True, "mask_known_positives": False},
+        COSINE | {"symmetric": True, "mask_same_text": False},
         COSINE | {"symmetric": True, "positives": "log_mean", "learn_temperature": "one", "matryoshka": [3]},
         COSINE | {"symmetric": True, "guide": GuideOptions("x", 0.1), "score_memory": 1e-6},
         COSINE | {"teacher": TeacherOptions("x", "kl", "batch"), "positives_in_denominator": True},
@@ -58,6 +59,7 @@ RANKS = textwrap.dedent(
             hard_negatives=padded([[place[d] for d in negatives] for _, _, negatives, _ in examples]),
             known_positives=padded([known for *_, known in examples]),
             texts=tuple(queries + documents), weight=weight,
+            text_keys=torch.tensor([number % 11 for number in queries + documents]),
         )
 
     class Judge:

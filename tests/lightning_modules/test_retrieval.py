@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import pytrec_eval
 import torch
 
 from datamodules.records import Benchmark, Collection, Document, UserError
-from lightning_modules.retrieval import bm25_run, depth, hide_own, measure, rank_benchmark, write_trec
+from lightning_modules.measure import depth, measure, write_trec
+from lightning_modules.retrieval import bm25_run, hide_own, rank_benchmark
 from tests.conftest import toy_collection
 
 
@@ -98,4 +100,8 @@ def test_vectors_that_are_not_finite_are_refused(make_encoder):
 
 
 def test_depth_is_the_deepest_cut_off():
-    assert depth(["ndcg@10", "recall@100", "map@20"]) == 100
+    benchmark = benchmark_of(toy_collection(4, 10))
+    assert depth(["ndcg@3", "recall@7", "map@5"], benchmark) == 7
+    assert depth(["recall@100"], benchmark) == depth(["ndcg"], benchmark) == 10
+    assert depth(["r_precision"], benchmark) == 2  # the most relevant documents of a query
+    assert depth(["ndcg"], replace(benchmark, candidates={"q": ["a", "b"]})) == 2

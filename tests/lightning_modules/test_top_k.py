@@ -1,5 +1,6 @@
 """Top-k against a loop in numpy, for every backend, shards and memory."""
 
+import inspect
 import sys
 
 import faiss
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.top_k import Shards, pair_scores, top_k
+from lightning_modules.shards import Shards
+from lightning_modules.top_k import pair_scores, top_k
 
 BACKENDS = ("faiss", "torch")
 
@@ -59,6 +61,30 @@ def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
     assert (rows == loop(queries, documents, 20)[0]).all()
 
 
+@pytest.mark.parametrize("memory", [1 << 13, 1 << 29])
+@pytest.mark.parametrize("k", [40, 290, 300])
+def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
+    """Few queries and documents at a time, so that documents wait to be merged, and float16 as on a disk."""
+    monkeypatch.setattr("lightning_modules.top_k.DEEP", 30)
+    queries, documents = world()
+    documents = documents.astype(np.float16)
+    compared = []
+    shards = Shards(np.split(documents, [3, 150, 151]))
+    rows, scores = top_k(queries, shards, k, memory=memory, advance=compared.append)
+    wanted, values = loop(queries, documents.astype(np.float32), k)
+    assert (rows == wanted).all()
+    np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
+    assert sum(compared) == queries.shape[0] * len(documents)
+
+
+def test_progress_counts_all_pairs():
+    queries, documents = world()
+    compared = []
+    top_k(queries, documents, 5, memory=1 << 12, advance=compared.append)
+    assert len(compared) > 5
+    assert sum(compared) == len(queries) * len(documents)
+
+
 def test_without_faiss_torch_is_taken(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it now fails
@@ -76,11 +102,39 @@ def test_faiss_is_taken_where_it_is_installed(monkeypatch):
     assert asked
 
 
-def test_autocast_does_not_reach_the_ranking():
+def test_lower_precisions_do_not_reach_the_ranking():
     queries, documents = world(num_documents=2000)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows, _ = top_k(queries, documents, 10, backend="torch")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rows, _ = top_k(queries, documents, 10, backend="torch")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert (rows == loop(queries, documents, 10)[0]).all()
+
+
+def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
+    """There is no GPU here: that it is called as its signature wants, and what comes of its answer."""
+    asked, signature = [], inspect.signature(faiss.knn_gpu)
+
+    class Resources:
+        def setTempMemory(self, size):
+            assert size == 1 << 20
+
+    def knn_gpu(*given, **named):
+        found = signature.bind(*given, **named).arguments
+        assert (found["metric"], found["device"], type(found["res"])) == (faiss.METRIC_INNER_PRODUCT, 1, Resources)
+        asked.append(found["k"])
+        return faiss.knn(found["xq"], found["xb"], found["k"], metric=found["metric"])
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
+    queries, documents = world(num_documents=3000)
+    for k, on_gpu in ((9, [25]), (2040, [])):  # with those beyond k more than it finds there
+        asked.clear()
+        rows, _ = top_k(queries, documents, k, backend="faiss", memory=1 << 21, device="cuda:1")
+        assert (asked, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
 
 
 def test_scores_of_pairs_and_of_none():

@@ -1,0 +1,78 @@
+"""Vectors for benchmarks: in memory, or in shards on disk; texts that several benchmarks share are encoded once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datamodules.records import Document
+from lightning_modules.distributed import gather_rows, rank, world_size
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.fingerprints import fingerprint, text_hash
+from lightning_modules.mining.vectors import VectorCache
+from lightning_modules.shards import Advance, Shards, check_finite
+
+SHARD = 2048  # texts of a file: what an interruption costs
+
+
+class Vectors:
+    """An encoder's vectors of texts, as they are (see similarity.py for what they are compared by).
+
+    folder: where they are kept on disk, also for the next time; by default they stand in memory. The last corpus and
+    the last queries of this rank are remembered.
+    """
+
+    def __init__(self, encoder: Encoder, *, token_budget: int = 16384, folder: Path | None = None):
+        self.encoder, self.token_budget = encoder, token_budget
+        self.cache = VectorCache(encoder, folder, shard_size=SHARD, token_budget=token_budget) if folder else None
+        self.kept: dict[str, tuple[str, Shards]] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        return self.cache.fingerprint if self.cache else fingerprint(self.encoder)
+
+    def of_all_ranks(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (M, D) of documents, of which each rank encodes its share."""
+
+        def made() -> Shards:
+            if self.cache:
+                return self.cache.vectors(documents, task, what, advance)
+            size, mine = world_size(), rank()
+            # Round-robin shares, so that ranks get texts of similar length; gathered, they are sorted back.
+            encoded = self._encode(documents[mine::size], task, what, advance)
+            if size == 1:
+                return Shards([encoded])
+            gathered = gather_rows(torch.from_numpy(encoded).to(self.encoder.device)).cpu().numpy()
+            order = np.concatenate([np.arange(r, len(documents), size) for r in range(size)])
+            sorted_back = np.empty_like(gathered)
+            sorted_back[order] = gathered
+            return Shards([sorted_back])
+
+        return self._once("documents", documents, task, made)
+
+    def of_this_rank(self, queries: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (q, D) float32 of this rank's queries; they are kept on disk where one process has all of them."""
+
+        def made() -> Shards:
+            if self.cache and world_size() == 1:
+                return Shards([np.concatenate(self.cache.vectors(queries, task, what, advance).parts)])
+            return Shards([self._encode(queries, task, what, advance)])
+
+        return self._once("queries", queries, task, made)[0]
+
+    def _encode(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None) -> np.ndarray:
+        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance).numpy()
+        check_finite(vectors, what)
+        return vectors
+
+    def _once(self, kind: str, documents: Sequence[Document], task: str, made) -> Shards:
+        key = text_hash(documents, task)
+        if self.kept.get(kind, ("",))[0] != key:
+            self.kept.pop(kind, None)
+            self.kept[kind] = (key, made())
+        return self.kept[kind][1]

@@ -1,0 +1,159 @@
+"""Comparing systems whose difference is known: the same model, and with noise added to its vectors."""
+
+import json
+
+import numpy as np
+import pytest
+
+from datamodules.records import Benchmark, Document, UserError
+from experiments.compare import main
+from lightning_modules.measure import means, query_values, write_qrels, write_query_values, write_trec
+from lightning_modules.retrieval import rank_vectors
+from lightning_modules.shards import Shards
+from lightning_modules.significance import compare
+
+METRICS = ("ndcg@10", "recall@20")
+DIMENSIONS = 16
+
+
+def world(num_queries: int = 150, num_documents: int = 300) -> Benchmark:
+    """Query i is relevant to documents i (grade 2) and i + 1."""
+    corpus = {f"d{i}": Document(f"d{i}", f"paper {i}") for i in range(num_documents)}
+    queries = {f"q{i}": Document(f"q{i}", "", f"query {i}") for i in range(num_queries)}
+    qrels = {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 1} for i in range(num_queries)}
+    return Benchmark("generated", "search", "test", corpus, queries, qrels, protocol="generated/test", metrics=METRICS)
+
+
+def ranked(benchmark: Benchmark, noise: float, seed: int):
+    """What a model ranks whose vectors have that much noise."""
+    truth, own = np.random.default_rng(0), np.random.default_rng([1, seed])
+    documents = truth.normal(size=(len(benchmark.corpus), DIMENSIONS))
+    queries = documents[: len(benchmark.queries)] + 0.7 * truth.normal(size=(len(benchmark.queries), DIMENSIONS))
+    documents, queries = (x + noise * own.normal(size=x.shape) for x in (documents, queries))
+    return rank_vectors(
+        benchmark, list(benchmark.queries), queries.astype(np.float32), Shards([documents.astype(np.float32)]), 50
+    )
+
+
+def measured(folder, noise: float, seed: int, benchmark: Benchmark | None = None, system: str = "encoder"):
+    """A folder as make eval leaves it."""
+    benchmark = benchmark or world()
+    values = query_values(run := ranked(benchmark, noise, seed), benchmark, METRICS)
+    name = benchmark.name
+    write_trec(run, folder / "runs" / f"{name}.{system}.trec", system)
+    write_query_values(values, benchmark, folder / "runs" / f"{name}.{system}.queries.tsv")
+    write_qrels(benchmark, folder / "runs" / f"{name}.qrels")
+    about = {key: getattr(benchmark, key) for key in ("task", "split", "protocol")} | {"metrics": list(METRICS)}
+    about |= {"data": benchmark.fingerprint(), "systems": {system: means(values, benchmark, METRICS)}}
+    (folder / "results.json").write_text(json.dumps({"benchmarks": {name: about}}))
+    return folder
+
+
+def compared(tmp_path, a, b, *arguments):
+    main([f"A={a}", f"B={b}", f"output={tmp_path / 'out'}", "draws=2000", *arguments])
+    return json.loads((tmp_path / "out" / "compare.json").read_text())
+
+
+def test_noise_in_the_vectors_is_found_and_equal_models_are_not_told_apart(tmp_path, capsys):
+    model, twin = (measured(tmp_path / f"noise{seed}", 0.3, seed) for seed in (1, 2))
+    worse = measured(tmp_path / "worse", 0.6, 3)
+    found = compared(tmp_path, model, worse)["benchmarks"]["generated"]
+    assert found["low"] > 0
+    assert found["p"] == found["p_holm"] < 0.01
+    assert found["wins"] > found["losses"] > 0
+    assert found["wins"] + found["ties"] + found["losses"] == found["queries"] == 150
+    assert "*" in capsys.readouterr().out.split("generated")[1]
+    same = compared(tmp_path, model, twin)["benchmarks"]["generated"]
+    assert same["low"] < 0 < same["high"]
+    assert same["p"] > 0.05
+
+
+def test_over_200_pairs_of_equal_models_no_more_are_told_apart_than_the_level_says():
+    """At a level of 5 % more than 20 of 200 have a chance of 0.1 %; of unequal ones most are found."""
+    benchmark = world(60, 100)
+
+    def values(noise: float, seed: int) -> np.ndarray:
+        return query_values(ranked(benchmark, noise, seed), benchmark, METRICS[:1]).values.T
+
+    models = [values(0.5, seed) for seed in range(400)]
+    equal = [compare(a, b, draws=499).p < 0.05 for a, b in zip(models[::2], models[1::2], strict=True)]
+    assert sum(equal) <= 20
+    better = [compare(values(0.3, 1000 + i), a, draws=499).p < 0.05 for i, a in enumerate(models[:200])]
+    assert sum(better) > 100
+
+
+def test_seeds_are_averaged_query_by_query(tmp_path):
+    a = [measured(tmp_path / f"a{seed}", 0.3, seed) for seed in range(3)]
+    b = [measured(tmp_path / f"b{seed}", 0.6, 10 + seed) for seed in range(2)]
+    found = compared(tmp_path, ",".join(map(str, a)), ",".join(map(str, b)))["benchmarks"]["generated"]
+    figures = [json.loads((folder / "results.json").read_text())["benchmarks"]["generated"] for folder in (*a, *b)]
+    values = [of["systems"]["encoder"]["ndcg@10"] for of in figures]
+    assert found["mean_a"] == pytest.approx(np.mean(values[:3]))
+    assert found["spread_a"] == pytest.approx(np.std(values[:3], ddof=1))
+    assert found["difference"] == pytest.approx(np.mean(values[:3]) - np.mean(values[3:]))
+
+
+def test_the_largest_differences_are_told(tmp_path):
+    a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.9, 2)
+    found = compared(tmp_path, a, b, "examples=2", "metric=recall@20")["benchmarks"]["generated"]
+    assert found["metric"] == "recall@20"
+    first = found["examples"]["A"][0]
+    assert first["A"] - first["B"] == 1.0  # all relevant documents against none
+    query = int(first["query"][1:])
+    assert [document["id"] for document in first["relevant"]] == [f"d{query}", f"d{query + 1}"]
+    lines = (a / "runs" / "generated.encoder.trec").read_text().splitlines()
+    assert first["first_A"]["id"] == next(line.split()[2] for line in lines if line.startswith(first["query"] + " "))
+    assert len(found["examples"]["B"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"protocol": "generated/all"}, "other protocols: generated/test and generated/all"),
+        ({"data": "0123"}, "other data"),
+        ({"split": "dev"}, "other splits: test and dev"),
+        ({"protocol": None}, "measure it again"),
+        ({"systems": {}}, "which system"),
+    ],
+)
+def test_what_was_measured_otherwise_is_left_out(tmp_path, change, reason):
+    a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
+    content = json.loads((b / "results.json").read_text())
+    content["benchmarks"]["generated"] |= change
+    (b / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="nothing could be compared|which system") as error:
+        compared(tmp_path, a, b)
+    if "nothing" in str(error.value):
+        told = json.loads((tmp_path / "out" / "compare.json").read_text())
+        assert told["benchmarks"] == {}
+        assert reason in told["left_out"]["generated"]
+
+
+def test_other_queries_are_not_compared(tmp_path):
+    a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
+    table = b / "runs" / "generated.encoder.queries.tsv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="nothing could be compared"):
+        compared(tmp_path, a, b)
+    told = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert "has measured other queries" in told["left_out"]["generated"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "A: which folder"),
+        (["A={a}"], "B: which folder"),
+        (["A={a}", "B=nowhere"], "nowhere has no results.json"),
+        (["A={a}:bm25", "B={a}"], "A: which system of .*There are .*:encoder"),
+        (["A={a}", "B={a}", "benchmark=other"], "benchmark: other was not measured, there are generated"),
+        (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),
+        (["A={a},{a}", "B={a}"], "A: the same system is named twice"),
+        (["A={a}", "B={a}", "level=95"], "level: got '95'"),
+        (["A={a}", "B={a}", "draws=0"], "draws: got '0'"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, arguments, message):
+    a = measured(tmp_path / "a", 0.3, 1)
+    with pytest.raises(UserError, match=message):
+        main([*(argument.format(a=a) for argument in arguments), f"output={tmp_path / 'out'}"])

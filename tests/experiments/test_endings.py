@@ -1,0 +1,119 @@
+"""How a run ends that is asked to, and that one job alone trains in a folder."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from datamodules.records import UserError
+from experiments import run_lock
+from experiments.endings import answer
+from experiments.run_lock import only_job
+from lightning_modules.signals import Preempted
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A scontrol that writes down how it was called. Returns where, and sets its status."""
+    for key in [key for key in os.environ if key.startswith("SLURM_")]:
+        monkeypatch.delenv(key)
+    told = tmp_path / "scontrol.txt"
+
+    def put(status=0):
+        program = tmp_path / "scontrol"
+        program.write_text(
+            f'#!/bin/sh\necho "$@" >> {told}\n[ {status} = 0 ] || echo "not allowed" >&2\nexit {status}\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return told
+
+    return put
+
+
+def job(monkeypatch, **more):
+    for key, value in ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"} | more).items():
+        monkeypatch.setenv(key, value)
+
+
+def test_usr1_puts_the_job_into_the_queue_again(tmp_path, monkeypatch, scontrol):
+    told = scontrol()
+    job(monkeypatch)
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    assert told.read_text() == "requeue 12\nrequeue 10_3\n"
+
+
+def test_only_the_first_rank_asks_slurm(tmp_path, monkeypatch, scontrol):
+    told = scontrol()
+    job(monkeypatch, SLURM_PROCID="1")
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    assert not told.exists()
+
+
+def test_scontrol_that_fails_or_is_missing_ends_with_75(tmp_path, monkeypatch, scontrol, caplog):
+    scontrol(status=1)
+    job(monkeypatch)
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
+    assert "job 12 cannot be put into the queue again from here (not allowed): ending with status 75" in caplog.text
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
+
+
+def test_a_cancelled_job_stays_cancelled(tmp_path, monkeypatch, scontrol):
+    told = scontrol()
+    job(monkeypatch)
+    assert answer(Preempted(signal.SIGTERM), tmp_path) == 143
+    assert not told.exists()
+
+
+def test_without_slurm_the_status_says_that_the_command_goes_on(tmp_path, scontrol, capsys):
+    told = scontrol()
+    assert answer(Preempted(signal.SIGTERM), tmp_path) == 75
+    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
+    assert answer(Preempted(signal.SIGINT), tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted: the same command starts anew\n"
+    assert not told.exists()
+
+
+def holder_of(folder):
+    """A process that holds the folder's lock until it is killed; forked, so that it need not import."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with only_job(folder):
+            os.write(told, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 4) == b"held"
+    return pid
+
+
+def test_a_second_job_is_refused_and_a_killed_one_blocks_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
+    folder = tmp_path / "run"
+    holder = holder_of(folder)
+    try:
+        with pytest.raises(UserError, match=rf"run is in use by process {holder} on .* since 20"), only_job(folder):
+            pass
+        with only_job(tmp_path / "other"):
+            pass
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+    with only_job(folder):
+        pass
+    assert not list(tmp_path.iterdir())  # locks leave nothing
+
+
+def test_the_next_attempt_waits_for_the_end_of_the_former(tmp_path, caplog):
+    caplog.set_level("INFO")
+    holder = holder_of(tmp_path / "run")
+    threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
+    with only_job(tmp_path / "run"):
+        assert os.waitpid(holder, os.WNOHANG) == (holder, signal.SIGKILL)
+    assert "waiting up to 30 seconds for its end" in caplog.text

@@ -1,0 +1,16 @@
+"""A run that is killed in every way loses nothing that was saved (python -m tests.experiments.kills 30 for more)."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.experiments.test_train import ROOT
+
+
+@pytest.mark.slow
+def test_no_kill_loses_or_changes_anything(tmp_path):
+    command = [sys.executable, "-m", "tests.experiments.kills", "4", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "4 kills, {'anywhere': 1, 'writing': 1, 'full': 1, 'asked': 1}" in done.stdout

@@ -1,0 +1,87 @@
+"""Ranks on several nodes, and ranks that are lost."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.experiments.test_train import LONG, ROOT, command, rows
+
+SETTINGS = [*LONG, "evaluation.every_n_steps=0", "trainer.timeout=20"]
+
+
+def children(pid):
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def started(folder, *overrides, **environment):
+    return subprocess.Popen(
+        command(folder, *SETTINGS, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+def wait_for_step(folder, step, process):
+    while not (folder / "metrics.jsonl").is_file() or rows(folder)[-1]["step"] < step:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
+    """Bit for bit. Both run the same command; what one alone may do in the run's folder, the first does."""
+    steps = "trainer.max_steps=6"
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(command(one, *SETTINGS, steps, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    nodes = [started(two, steps, "trainer.num_nodes=2", NODE_RANK=str(node), **address) for node in range(2)]
+    told = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert "rank 1 (cpu on" in told[0]
+    assert "a query has up to" in told[0]
+    assert "step 6/6" in told[0]
+    assert "step 6/6" not in told[1]  # the second node leaves the talking to the first
+    states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert [row.get("train/batch") for row in rows(one)] == [row.get("train/batch") for row in rows(two)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path, number, lost):
+    """Killed, the others see it at once; stopped, after trainer.timeout."""
+    process = started(tmp_path, "trainer.max_steps=100000", "trainer.devices=2")
+    try:
+        wait_for_step(tmp_path, 12, process)
+        pids = [process.pid, next(pid for pid in children(process.pid) if b"experiments.train" in cmdline(pid))]
+        begun = time.monotonic()
+        os.kill(pids[lost], number)
+        told = process.communicate(timeout=120)[0]  # of all ranks: they share the pipe
+        assert time.monotonic() - begun < 100
+    finally:
+        process.kill()
+    found = re.search(
+        rf"error: rank {lost}\b.* ended or no longer answers; the same command goes on from step (\d+)", told
+    )
+    assert found, told[-3000:]
+    assert "Traceback" not in told
+    step = int(found[1])
+    process = started(tmp_path, f"trainer.max_steps={step + 2}", "trainer.devices=2")
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, told[-3000:]
+    assert f"from {tmp_path}/checkpoints/last.ckpt" in told
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 2
+
+
+def cmdline(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -1,0 +1,150 @@
+"""The paper's figures as data, and a results folder beside them."""
+
+import json
+
+import pytest
+
+from datamodules.records import UserError
+from experiments.paper import figures, tables
+from experiments.reproduce import main
+from experiments.reproduction import compare
+from experiments.suite import load_suite
+
+TABLES = {table.name: table for table in tables()}
+
+
+def test_every_average_is_the_mean_of_its_row():
+    """The paper prints averages: a figure that was copied wrongly would move one."""
+    averages = [(row, table.averages.get(system)) for table in tables() for system, row in table.rows.items()]
+    averages = [(row, average) for row, average in averages if average]
+    assert len(averages) == 14 + 15 + 14 + 15 + 14 + 15
+    for row, average in averages:
+        assert sum(cell.value for cell in row) / len(row) == pytest.approx(average.value, abs=0.00501)
+
+
+def test_relative_changes_are_those_of_table_9():
+    changes = {
+        "3": (3.15, -0.95, -0.51, 0.68),
+        "4": (1.02, 0.33, 1.50, 0.93),
+        "5": (4.06, 4.91, 3.46, 0.95),
+        "7": (0.07, -0.37, -0.08, -0.95),
+        "8": (0.86, -9.28, -1.25, -3.32),
+    }
+    for name, expected in changes.items():
+        means = {system: cell.value for system, cell in TABLES[name].averages.items() if cell}
+        variants = [means[f"SciMult-{kind}"] for kind in ("MHAExpert", "FFNExpert", "Prefix", "Instruction")]
+        found = [100 * (value / means["SciMult-Vanilla"] - 1) for value in variants]
+        assert found == pytest.approx(expected, abs=0.012)  # the means are rounded too
+
+
+def test_every_column_is_a_benchmark_of_the_suite():
+    suite = {config.protocol: config.metrics for config in load_suite().values()}
+    for table in tables():
+        for column in table.columns:
+            assert column.metric in suite[column.protocol], (table.name, column)
+
+
+def test_figures_of_a_metric():
+    found = figures("scidocs/mag/linear", "macro_f1")
+    assert (str(found["SciBERT"]), found["SciBERT"].mark) == ("79.7", "quoted")
+    assert "BM25" not in found
+    assert len(found) == 14
+    assert {cell.mark for cell in figures("scimult/recommendation", "ndcg").values()} == {"", "computed"}
+    assert figures("scimult/scifact/all-splits", "recall@100") == {}
+
+
+def made_up(system="SciMult-MHAExpert", similarity="dot", max_length=512):
+    """What results.json would say if the paper were reproduced exactly."""
+    benchmarks = {}
+    for table in tables():
+        for place, column in enumerate(table.columns):
+            cell = table.rows.get(system, {place: None})[place]
+            if cell is None:
+                continue
+            result = benchmarks.setdefault(
+                column.protocol,
+                {
+                    "protocol": column.protocol,
+                    "queries": column.queries or 7,
+                    "documents": column.documents or 7,
+                    "systems": {"ours": {}},
+                    "measured": {"ours": {"similarity": column.similarity or similarity, "max_length": max_length}},
+                },
+            )
+            result["systems"]["ours"][column.metric] = cell.value / 100
+    return benchmarks
+
+
+def test_the_same_figures_are_reproduced():
+    cells = compare(made_up(), "ours", "SciMult-MHAExpert")
+    assert len(cells) == 12 + 12 + 6 + 4 + 9 + 11 + 5
+    assert {cell.verdict for cell in cells} == {"reproduced"}
+    trained = "DPR (SciMult-MHAExpert)"  # another checkpoint: of PAR's and PPR's training data
+    assert len(compare(made_up(trained), "ours", trained)) == 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("points", "verdict"),
+    [(0.004, "reproduced"), (-0.006, "within 0.1"), (0.1, "within 0.1"), (-0.3, "within 0.5"), (0.51, "differs")],
+)
+def test_how_far_a_figure_is(points, verdict):
+    benchmarks = made_up()
+    benchmarks["scimult/trec-covid/beir"]["systems"]["ours"]["ndcg@10"] += points / 100
+    found = {cell.column.protocol: cell for cell in compare(benchmarks, "ours", "SciMult-MHAExpert")}
+    cell = found["scimult/trec-covid/beir"]
+    assert (cell.verdict, cell.difference) == (verdict, pytest.approx(points))
+    assert found["scimult/scifact/all-splits"].verdict == "reproduced"
+
+
+def test_a_quoted_figure_is_compared_to_the_digits_that_it_has():
+    benchmarks = made_up("SPECTER", "cosine")
+    benchmarks["scidocs/cite/rerank"]["systems"]["ours"]["map"] += 0.0004
+    found = {(c.column.protocol, c.column.metric): c for c in compare(benchmarks, "ours", "SPECTER")}
+    assert found["scidocs/cite/rerank", "map"].verdict == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        (
+            {"protocol": "beir/scifact/test", "queries": 300},
+            "protocol beir/scifact/test; 300 queries, the paper has 1,109",
+        ),
+        ({"protocol": "scimult/scifact/all-splits/first-100-queries"}, "protocol scimult/scifact/all-splits/first-100"),
+        ({"documents": 5000}, "5,000 documents, the paper has 5,183"),
+        ({"measured": {"ours": {"similarity": "cosine", "max_length": 512}}}, "similarity cosine, the paper's is dot"),
+        ({"measured": {"ours": {"similarity": "dot", "max_length": 256}}}, "texts of 256 tokens, the paper's of 512"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(change, remark):
+    benchmarks = made_up()
+    benchmarks["scimult/scifact/all-splits"] |= change
+    cells = compare(benchmarks, "ours", "SciMult-MHAExpert")
+    other = [cell for cell in cells if cell.verdict != "reproduced"]
+    assert [cell.column.protocol for cell in other] == ["scimult/scifact/all-splits"]
+    assert other[0].verdict == "not comparable"
+    assert other[0].remark.startswith(remark)
+
+
+def test_the_command(tmp_path, capsys, caplog):
+    benchmarks = made_up()
+    del benchmarks["scimult/nfcorpus/all-splits"]
+    benchmarks["scimult/scifact/all-splits"]["systems"]["ours"]["ndcg@10"] = 0.7
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    caplog.set_level("INFO")
+    main([f"results={tmp_path}"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "scifact" in line)
+    assert [part.strip() for part in line.split("│")[2:7]] == [
+        "scimult/scifact/all-splits", "ndcg@10", "70.00", "70.67", "-0.67",
+    ]  # fmt: skip
+    assert "59 cells: 57 reproduced, 1 differs, 1 not measured" in caplog.text
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(UserError, match="expected a folder with results.json"):
+        main([f"results={tmp_path}"])
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"x": {"systems": {"a": {}, "b": {}}}}}))
+    with pytest.raises(UserError, match="which one\\? The results are of a, b"):
+        main([f"results={tmp_path}"])
+    with pytest.raises(UserError, match="system: got 'GPT'"):
+        main([f"results={tmp_path}", "ours=a", "system=GPT"])

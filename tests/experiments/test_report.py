@@ -1,0 +1,325 @@
+"""The report of a run: every figure stands in a file of the run, and a browser shows it as it should be."""
+
+import asyncio
+import json
+import re
+import shutil
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+import yaml
+from sklearn.decomposition import PCA
+
+from datamodules.records import UserError
+from datamodules.sample import science
+from experiments.compare import main as compare
+from experiments.evaluate import main as evaluate
+from experiments.report import main
+from experiments.reporting.html import tag
+from experiments.reporting.paper_map import same_label, two_components
+from experiments.runs import main as list_runs
+from experiments.train import train
+from tests.experiments.browser import CHROMIUM, chromium
+from tests.experiments.test_train import TINY
+
+VOID = ("meta", "link", "line", "circle", "rect", "path", "polyline", "br")
+UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names, and what is its own source
+NUMBER = re.compile(r"(?<![\w.])[−+]?\d[\d,]*(?:\.\d+)?(?:e[−+]?\d+)?%?")
+METRIC = re.compile(r"\b[a-z_]+@\d+")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with all that a report shows: mining, diagnostics, results, and an evaluation."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    mining = ["mining.every_n_steps=3", "mining.first_step=3", "mining.relative_margin=null", "mining.k=40"]
+    steps = ["trainer.max_steps=9", "trainer.log_every_n_steps=3", "diagnostics.every_n_steps=3"]
+    train("moe_mined", [f"run.dir={folder}", *TINY, *mining, *steps])
+    main([f"RUN={folder}", "map=30"])
+    return folder
+
+
+class Texts(HTMLParser):
+    """All texts of a page, each with the data-source that it stands under and the names of what it stands in."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(page)
+
+    def handle_starttag(self, name, attributes):
+        if name not in VOID or name == "circle":
+            attributes = dict(attributes)
+            if name == "title" and not any(of[0] == "svg" for of in self.open):
+                name = "title-of-page"
+            self.open.append((name, attributes.get("data-source"), attributes.get("class") or ""))
+
+    def handle_startendtag(self, name, attributes):
+        pass
+
+    def handle_endtag(self, name):
+        self.open.pop()
+
+    def handle_data(self, text):
+        source = next((source for _, source, _ in reversed(self.open) if source), None)
+        self.found.append((text, source, {name for name, _, _ in self.open} | {c for _, _, c in self.open}))
+
+
+def resolve(run: Path, source: str):
+    """What stands at a data-source, and the step of its row."""
+    name, _, where = source.partition("#")
+    step, _, keys = where.partition("/")
+    keys = [key.replace("~1", "/").replace("~0", "~") for key in keys.split("/")] if keys else []
+    if not where:
+        return None, int(re.search(r"\d+", name)[0])
+    text = (run / name).read_text(encoding="utf-8")
+    if name.endswith(".jsonl"):
+        step, value = int(step.removeprefix("step=")), {}
+        for row in map(json.loads, text.splitlines()):
+            if row["step"] == step:
+                value |= row
+    else:
+        step, value = None, yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+    for key in keys:
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value, step
+
+
+def is_rounded(shown: str, value) -> bool:
+    """Whether a number as it is shown is a value, up to its last digit."""
+    digits = shown.replace("−", "-").replace(",", "").rstrip("%")
+    decimals = len(digits.partition("e")[0].partition(".")[2])
+    power = int(digits.partition("e")[2] or 0)
+    exact = value * (100 if shown.endswith("%") else 1)
+    return abs(float(digits) - exact) <= 0.5001 * 10.0 ** (power - decimals)
+
+
+def check_figures(run: Path) -> int:
+    """How many figures of the report were found in the run's files; all have to be."""
+    checked = 0
+    for text, source, within in Texts((run / "report.html").read_text(encoding="utf-8")).found:
+        numbers = NUMBER.findall(METRIC.sub("", text))
+        if not numbers or within & {*UNSOURCED, "tick"}:
+            continue
+        assert source, text
+        value, step = resolve(run, source)
+        if isinstance(value, str):
+            assert text == value or value.startswith(text), (text, source, value)
+            continue
+        for number in numbers:
+            known = [x for x in (value, step) if x is not None and not isinstance(x, dict)]
+            assert any(is_rounded(number, x) for x in known), (text, source, known)
+        checked += 1
+    return checked
+
+
+def test_every_figure_stands_in_a_file_of_the_run(run):
+    assert check_figures(run) > 200
+
+
+def test_a_changed_figure_would_be_noticed(run):
+    value, _ = resolve(run, "results.json#/benchmarks/topics/systems/trained/ndcg@10")
+    assert is_rounded(f"{value:.4f}", value)
+    assert not is_rounded(f"{value + 0.0001:.4f}", value)
+    assert is_rounded("12.3%", 0.1234)
+    assert not is_rounded("12.4%", 0.1234)
+
+
+def test_what_the_report_works_out_itself_is_right(run):
+    """Single queries by pytrec_eval and from the ranking's lines."""
+    figures = json.loads((run / "report.json").read_text())
+    for name, of in figures["queries"].items():
+        qrels, ranking = {}, {}
+        for line in (run / "runs" / f"{name}.qrels").read_text().splitlines():
+            query, _, document, grade = line.split()
+            qrels.setdefault(query, {})[document] = max(0, int(grade))
+        for line in (run / "runs" / f"{name}.trained.trec").read_text().splitlines():
+            query, _, document, _, score, _ = line.split()
+            ranking.setdefault(query, {})[document] = float(score)
+        values = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10"}).evaluate(ranking)
+        lowest = sorted(value["ndcg_cut_10"] for value in values.values())
+        assert [query["ndcg@10"] for query in of["hardest"]] == pytest.approx(lowest[: len(of["hardest"])])
+        for query in (*of["typical"], *of["hardest"]):
+            id = query["query"]
+            assert query["ndcg@10"] == pytest.approx(values[id]["ndcg_cut_10"])
+            hits = [i for i, document in enumerate(ranking[id], 1) if qrels[id].get(document, 0) > 0]
+            assert query["first_relevant"] == (hits[0] if hits else None)
+            assert [document["id"] for document in query["top"]] == list(ranking[id])[:5]
+        means = {system: figures["differences"][name][system]["mean_b"] for system in ("bm25", "untrained")}
+        results = json.loads((run / "results.json").read_text())["benchmarks"][name]["systems"]
+        assert means == pytest.approx({system: results[system]["ndcg@10"] for system in means})
+
+
+def test_the_map_is_scikit_learns_pca_and_neighbours_are_counted_right():
+    rng = np.random.default_rng(0)
+    vectors, groups = rng.normal(size=(40, 12)) * np.arange(1, 13), rng.integers(3, size=40)
+    places, shares = two_components(vectors)
+    theirs = PCA(2).fit(vectors)
+    assert shares[:2] == pytest.approx(theirs.explained_variance_ratio_)
+    their_places = theirs.transform(vectors)
+    their_places *= np.sign((their_places * places).sum(0)) / np.abs(their_places).max()
+    assert places == pytest.approx(their_places)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    nearest = [max((j for j in range(40) if j != i), key=lambda j, i=i: unit[i] @ unit[j]) for i in range(40)]
+    assert same_label(vectors, groups) == np.mean([groups[i] == groups[j] for i, j in enumerate(nearest)])
+
+
+def test_the_papers_figures_stand_beside_those_of_its_protocol_and_data(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluation" / "search").mkdir(parents=True)
+    about = {"task": "search", "split": "test", "metrics": ["ndcg@10"], "systems": {"encoder": {"ndcg@10": 0.5}}}
+    same = about | {"protocol": "scimult/scifact/all-splits", "queries": 1109, "documents": 5183}
+    fewer = same | {"queries": 300}
+    content = {"metrics": ["ndcg@10"], "benchmarks": {"scifact": same, "scifact_part": fewer}}
+    (tmp_path / "run" / "evaluation" / "search" / "results.json").write_text(json.dumps(content))
+    main([f"RUN={tmp_path / 'run'}", "map=0"])
+    rows = re.findall(r"<tr.*?</tr>", (tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    told = [unescape(re.sub(r"<[^>]+>", "", row.replace("</th>", " "))) for row in rows if "paper" in row]
+    assert "SciMult-MHAExpert (paper) 0.7067" in told  # table 8
+    assert "The paper's figures are of other data: 1,109 queries, 5,183 documents " in told
+    assert len(told) == 8  # five of SciMult's, BM25, SPECTER 2.0, and the line
+    check_figures(tmp_path / "run")
+
+
+def test_words_are_never_markup():
+    assert tag("p", "<script>&", title='"') == '<p title="&quot;">&lt;script&gt;&amp;</p>'
+
+
+def incomplete(run: Path, folder: Path, *removed: str) -> str:
+    """The report of a run of which some files are not there."""
+    shutil.copytree(run, folder)
+    for name in removed:
+        for path in folder.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    main([f"RUN={folder}", "map=0"])
+    return re.sub(r"<[^>]+>", "", (folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_incomplete_runs_say_what_is_missing(run, tmp_path):
+    begun = incomplete(run, tmp_path / "begun", "*.json", "*.jsonl", "checkpoints/*", "negatives", "runs")
+    assert "No results yet: training has reached step 0 of 9" in begun
+    assert "Nothing was logged yet" in begun
+    assert "diagnostics.every_n_steps=100 turns it on" in begun
+    assert "mining.every_n_steps=500 mines them" in begun
+    assert "No queries to show before there are results" in begun
+
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    rows = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(rows[:3]) + rows[3][:20])  # killed while writing
+    told = incomplete(cut, tmp_path / "killed", "results.json")
+    assert "incomplete, at step 3 of 9" in told
+    assert "untrained" in told  # the baselines are there
+
+
+def test_compare_tells_the_words_of_queries_of_runs_and_of_evaluations(run, beir_root, tmp_path):
+    for name, model in (("a", run), ("b", "bm25")):
+        evaluate(
+            [f"model={model}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path / name}"]
+        )
+    pairs = {"of_runs": (run, f"{run}:bm25", "citations"), "of_evaluations": (tmp_path / "a", tmp_path / "b", "mlcite")}
+    papers = {paper.document.title for paper in science(0, 500).papers}
+    for output, (a, b, benchmark) in pairs.items():
+        compare(
+            [f"A={a}", f"B={b}", f"output={tmp_path / output}", "examples=2", f"benchmark={benchmark}", "draws=100"]
+        )
+        found = json.loads((tmp_path / output / "compare.json").read_text())["benchmarks"][benchmark]
+        assert len(found["examples"]["B"]) == 2
+        for example in found["examples"]["B"]:
+            assert {example["text"], example["first_B"]["text"]} <= papers
+
+
+def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "done")
+    shutil.copytree(run, tmp_path / "begun")
+    (tmp_path / "begun" / "results.json").unlink()
+    (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "damaged" / "config.yaml").write_text("experiment: x\n")
+    list_runs([f"root={tmp_path}"])
+    told = capsys.readouterr().out
+    mean = json.loads((run / "report.json").read_text())["mean"]["trained"]
+    assert "2 runs in" in told
+    assert "complete, 9 steps" in told
+    assert "at step 9 of 9" in told
+    assert f"{mean:.4f}" in told
+    with pytest.raises(UserError, match="there are no runs"):
+        list_runs([f"root={tmp_path / 'done' / 'runs'}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "RUN: which run"), (["RUN=nowhere"], "nowhere is no run's folder"), (["RUN={run}", "map=x"], "map: got 'x'")],
+)
+def test_bad_input_is_refused(run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        main([argument.format(run=run) for argument in arguments])
+
+
+# Text whose contrast with what is behind it is below 4.5, as WCAG 2 has it for text of this size.
+CONTRAST = """
+(() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgb = colour => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = rgb(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const poor = [];
+  for (const element of document.querySelectorAll('body *')) {
+    if (['TITLE', 'title', 'SCRIPT'].includes(element.tagName)) continue;
+    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [light(rgb(element.closest('svg') ? style.fill : style.color)), light(behind(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) poor.push([element.textContent.slice(0, 40), contrast]);
+  }
+  return poor;
+})()
+"""
+TROUBLE = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+WIDER = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
+def test_a_browser_shows_it_at_phone_and_desk_width_in_light_and_dark(run, tmp_path):
+    url = (run / "report.html").resolve().as_uri()
+    backgrounds = {}
+
+    async def look():
+        async with chromium(tmp_path / "profile") as page:
+            for width in (360, 1280):
+                for scheme in ("light", "dark"):
+                    await page.open(url, width, scheme)
+                    content, window = await page.run(WIDER)
+                    assert content <= window, f"{content} pixels of page in a window of {window}"
+                    assert await page.run(CONTRAST) == []
+                    assert await page.run("document.querySelectorAll('figure svg').length") > 10
+                    backgrounds[scheme] = await page.run("getComputedStyle(document.body).backgroundColor")
+                    await page.screenshot(tmp_path / f"{width}-{scheme}.png")
+            told = "document.querySelector('#map circle').dispatchEvent(new Event('click', {bubbles: true})), "
+            title = await page.run(told + "document.querySelector('#map output').textContent")
+            assert title in json.loads((run / "report.json").read_text())["map"]["titles"]
+            return page.events
+
+    events = asyncio.run(look())
+    asked = {event["request"]["url"] for name, event in events if name == "Network.requestWillBeSent"}
+    assert {address for address in asked if not address.startswith("data:")} == {url}
+    assert [
+        e for e in events if e[0] in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    ] == []
+    assert backgrounds["light"] != backgrounds["dark"]

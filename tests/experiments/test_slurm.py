@@ -1,0 +1,214 @@
+"""Jobs for SLURM: what is written, what is refused, and a real SLURM on loopback that preempts a run of two ranks.
+
+Longer ways to be preempted: LONG_SLURM=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
+evaluation after each, must take longer than two attempts of a job with a limit of three minutes.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.records import UserError
+from experiments.slurm import seconds, slurm
+from tests import slurm_loopback
+from tests.experiments.test_train import LONG, ROOT, TINY, command, rows
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_job_asks_for_what_was_said_and_runs_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    script = slurm("moe", ["NODES=2", "GPUS=8", "TIME=04:00:00", "PARTITION=gpu", "optim.lr=3e-5", "wandb.name=it's 1"])
+    text = script.read_text()
+    for line in (
+        *("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=04:00:00", "--partition=gpu"),
+        *("--requeue", "--open-mode=append", "--signal=USR1@120", "--cpus-per-task=8"),
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert not any(f"--{absent}" in text for absent in ("account", "array", "mem", "qos"))
+    assert "{{" not in text
+    assert f"in runs/{script.stem}" in caplog.text
+    assert ran(tmp_path, script) == [
+        *("-m", "experiments.train", "moe", "optim.lr=3e-5", "wandb.name=it's 1", "trainer.num_nodes=2"),
+        *("trainer.devices=8", "trainer.accelerator=gpu"),
+    ]
+
+
+def ran(tmp_path, script, status=0, **environment):
+    """Run the script with a srun that writes down what it would start. Returns the arguments of python."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir(exist_ok=True)
+    srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/told\nexit {status}\n')
+    scontrol = srun.with_name("scontrol")
+    scontrol.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/requeued\n')
+    for program in (srun, scontrol):
+        program.chmod(0o755)
+    given = {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["bash", str(script)], env=os.environ | given | environment, check=False)
+    told = (tmp_path / "told").read_text().split("\n")[:-1]
+    assert done.returncode == (0 if status == 75 else status)
+    assert told[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
+    return told[told.index(sys.executable) + 1 :]
+
+
+def test_an_array_has_a_job_for_every_experiment_and_seed(tmp_path):
+    script = slurm("moe", ["TIME=60", "GPUS=0", "TASKS=2", "EXPS=vanilla,moe", "SEEDS=0,7", "AT_ONCE=2"])
+    text = script.read_text()
+    assert "#SBATCH --array=0-3%2\n" in text
+    assert "%A_%a.out" in text
+    assert "gpus" not in text
+    told = [ran(tmp_path, script, SLURM_ARRAY_TASK_ID=str(i)) for i in range(4)]
+    assert [(line[2], line[3]) for line in told] == [
+        *(("vanilla", "run.seed=0"), ("vanilla", "run.seed=7"), ("moe", "run.seed=0"), ("moe", "run.seed=7"))
+    ]
+
+
+def test_the_script_requeues_a_run_that_could_not_do_it_itself(tmp_path):
+    script = slurm("moe", ["TIME=60", "LAUNCH=apptainer exec --nv image.sif", "SETUP=export COLOUR=red"])
+    assert "  apptainer exec --nv image.sif " in script.read_text()
+    assert "\nexport COLOUR=red\n" in script.read_text()
+    ran(tmp_path, script, status=2)
+    assert not (tmp_path / "requeued").exists()
+    ran(tmp_path, script, status=75)
+    assert (tmp_path / "requeued").read_text() == "requeue 12\n"
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("90:30", 5430), ("04:00:00", 14400), ("2-12", 216000), ("1-00:30", 88200), ("1-2:03:04", 93784)],
+)
+def test_times_are_read_as_slurm_does(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "TIME: how long"),
+        (["TIME=4h"], "TIME: got '4h', allowed are minutes"),
+        (["TIME=01:99:00"], "TIME: got '01:99:00'"),
+        (["TIME=2"], "TIME: 2 leaves no time to train before GRACE, 120 seconds"),
+        (["TIME=60", "GPUS=two"], "GPUS: got 'two', allowed are whole numbers from 0"),
+        (["TIME=60", "NODE=2"], "got 'NODE=2', allowed are NODES"),
+        (["TIME=60", "AT_ONCE=0", "SEEDS=0,1"], "AT_ONCE: got '0'"),
+        (["TIME=60", "optim.lrr=1"], "did you mean optim.lr"),
+        (["TIME=60", "EXPS=moe,mo"], "unknown experiment 'mo'"),
+        (["TIME=60", "SEEDS=0,1", "run.dir=x"], "run.dir: the jobs of an array need a folder each"),
+        (["TIME=60", "trainer.devices=4"], "trainer.devices=4: NODES, GPUS and TASKS say that it is 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_waits_in_a_queue(arguments, message):
+    with pytest.raises(UserError, match=message):
+        slurm("moe", arguments)
+    assert not Path("slurm").exists()
+
+
+def test_where_there_is_no_slurm_the_script_is_written_and_named(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"SUBMIT: sbatch cannot be run here .* the job lies in .*moe.*\.sbatch"):
+        slurm("moe", ["TIME=60", "SUBMIT=1"])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := slurm_loopback.why_not():
+        pytest.skip(reason)
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0)), two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    with slurm_loopback.slurm(tmp_path_factory.mktemp("slurm"), ports) as environment:
+        yield environment
+
+
+STEPS = 40
+WAYS = {
+    "steps": ["step"],
+    "imports": ["imports", "step", "step"],
+    "time": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [way for way in WAYS if way == "steps" or "LONG_SLURM" in os.environ])
+def test_a_preempted_job_ends_as_if_it_had_not_been(tmp_path, monkeypatch, caplog, cluster, way):
+    """SIGUSR1 during imports, at random steps, by the time limit, and after the end: the same batches, bit-equal
+    weights, and no attempt fails."""
+    settings = [*LONG, "data.num_workers=1", f"trainer.max_steps={STEPS}"]
+    if way == "time":
+        settings += [f"trainer.max_steps={os.environ['LONG_SLURM']}", "evaluation.every_n_steps=1"]
+    whole, folder = tmp_path / "whole", tmp_path / "preempted"
+    subprocess.run(command(whole, *settings, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
+
+    for key in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(key, cluster[key])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    caplog.set_level("INFO")
+    limits = ["TIME=3", "GRACE=60"] if way == "time" else ["TIME=20"]
+    script = slurm("moe", ["GPUS=0", "TASKS=2", "CPUS=1", *limits, "SUBMIT=1", f"run.dir={folder}", *TINY, *settings])
+    number = next(r.args[0] for r in caplog.records if r.msg.startswith("job %s:"))
+    output = script.with_name(f"{script.stem}-{number}.out")
+    for kind in WAYS[way]:
+        preempt(cluster, number, kind, folder)
+    state = wait(cluster, number, lambda: (folder / "results.json").is_file() or None, until=("COMPLETED",))
+    scancel(cluster, number)  # the run ends just now, and is not disturbed
+    state = wait(cluster, number, until=("COMPLETED",))
+    told = output.read_text()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), told[-3000:]
+    assert int(state["Restarts"]) >= max(len(WAYS[way]), 2 if way == "time" else 1), told[-3000:]
+    assert told.count("preempted by SIGUSR1: the same command") == int(state["Restarts"])
+    assert not list(folder.rglob("hpc_ckpt*"))
+    check_equal(whole, folder)
+
+
+def check_equal(whole, folder):
+    batches = {row["step"]: row["train/batch"] for row in rows(whole) if "train/batch" in row}
+    made = [(row["step"], row["train/batch"]) for row in rows(folder) if "train/batch" in row]
+    assert made == sorted(batches.items())  # no step is made twice
+    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, folder))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), name
+
+
+def preempt(cluster, number, kind, folder):
+    """Sends SIGUSR1 to all tasks of a job: while they import, or after a random number of further steps."""
+    restarts = int(wait(cluster, number, until=("RUNNING",))["Restarts"])
+    seen = len(rows(folder)) if (folder / "metrics.jsonl").is_file() else 0
+    more = random.randint(1, 8)
+
+    def made():
+        return (folder / "metrics.jsonl").is_file() and len(rows(folder)) >= seen + more
+
+    if kind == "imports":
+        time.sleep(random.uniform(1, 4))
+    else:
+        wait(cluster, number, made, until=())
+    scancel(cluster, number)
+    wait(cluster, number, lambda: int(slurm_loopback.job(cluster, number)["Restarts"]) > restarts, until=())
+
+
+def scancel(cluster, number):
+    subprocess.run(["scancel", f"--signal={signal.SIGUSR1.name[3:]}", number], env=cluster, capture_output=True)
+
+
+def wait(cluster, number, what=None, until=()):
+    """The job's state, when it is one of some, or something else has come about."""
+    deadline = time.monotonic() + 1200
+    while time.monotonic() < deadline:
+        state = slurm_loopback.job(cluster, number)
+        assert state["JobState"] not in ("FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"), state
+        if state["JobState"] in until or (what is not None and what()):
+            return state
+        time.sleep(0.05)
+    raise AssertionError(state)

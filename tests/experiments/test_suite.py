@@ -1,0 +1,199 @@
+"""Every benchmark on data in its published format, against figures by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import pytrec_eval
+import torch
+
+from datamodules.records import UserError
+from experiments.evaluate import main
+from experiments.results import combine, evaluate_encoder
+from experiments.suite import Collections, build, load_suite
+from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of
+
+SUITE = load_suite()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for world in WORLDS:
+        world(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(make_encoder, monkeypatch):
+    """Vectors of one number, that of the text."""
+    found = make_encoder("shared")
+
+    def encode(documents, task, **_):
+        found.expert_of(task)
+        return torch.tensor([[float(number_of(d.title, d.text))] for d in documents]).reshape(-1, 1)
+
+    monkeypatch.setattr(found, "encode", encode)
+    return found
+
+
+def evaluated(encoder, benchmark, folder):
+    arguments = {"similarity": "dot", "token_budget": 1000}
+    return evaluate_encoder("numbers", encoder, [benchmark], ["ndcg@1"], folder, **arguments)[benchmark.name]
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_a_benchmark_gives_the_figures_by_hand(name, root, encoder, tmp_path):
+    encoder.tasks = {SUITE[name].task: SUITE[name].task}
+    benchmark = build(name, SUITE[name], Collections(root))
+    result = evaluated(encoder, benchmark, tmp_path)
+    assert result["systems"]["numbers"] == pytest.approx(FIGURES[name])
+    assert result["protocol"] == SUITE[name].protocol
+    way = "svm" if SUITE[name].train_on else SUITE[name].similarity or "dot"
+    assert result["measured"]["numbers"]["similarity"] == way
+
+
+def test_protocols_have_ids_of_their_own():
+    assert set(FIGURES) == set(SUITE)
+    assert len({config.protocol for config in SUITE.values()}) == len(SUITE)
+
+
+@pytest.mark.parametrize("name", ["cs_conference_names", "recommendation", "scidocs_cite_without_own", "par"])
+def test_figures_follow_from_the_files_beside_them(name, root, encoder, tmp_path):
+    """Also where scores are not the similarity's."""
+    result = evaluated(encoder, build(name, SUITE[name], Collections(root)), tmp_path)
+    with open(tmp_path / f"{name}.numbers.trec") as run, open(tmp_path / f"{name}.qrels") as qrels:
+        evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(qrels), {"recall.20", "ndcg", "ndcg_cut.10"})
+        (values,) = evaluator.evaluate(pytrec_eval.parse_run(run)).values()
+    trec = {"recall@20": "recall_20", "ndcg": "ndcg", "ndcg@10": "ndcg_cut_10"}
+    header, line = (tmp_path / f"{name}.numbers.queries.tsv").read_text().splitlines()
+    written = dict(zip(header.split("\t")[1:], map(float, line.split("\t")[1:]), strict=True))
+    shared = [metric for metric in result["metrics"] if metric in trec]
+    assert shared
+    for metric in shared:
+        assert values[trec[metric]] == pytest.approx(result["systems"]["numbers"][metric], abs=1e-9)
+        assert written[metric] == result["systems"]["numbers"][metric]
+
+
+def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, caplog):
+    for name in ("one", "two"):
+        for part in make_backbone():
+            part.save_pretrained(tmp_path / name)
+    models = f"bm25,{tmp_path / 'one'},{tmp_path / 'two'}"
+    chosen = ["benchmarks=scifact_all,recommendation,mag_nearest", f"data.root={root}", f"output={tmp_path / 'out'}"]
+    with caplog.at_level("INFO"):
+        main([f"model={models}", "similarity=dot,cosine", "precision=bfloat16", *chosen])
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(content["benchmarks"]) == ["scifact_all", "recommendation", "mag_nearest"]
+    systems = ["bm25", "one-dot", "one-cosine", "two-dot", "two-cosine"]
+    for result in content["benchmarks"].values():
+        assert list(result["systems"]) == list(result["measured"]) == systems
+    about = content["benchmarks"]["scifact_all"]["measured"]
+    assert about["one-dot"]["similarity"] == "dot"
+    assert about["one-dot"]["precision"] == "bfloat16"
+    assert about["one-dot"]["fingerprint"] == about["one-cosine"]["fingerprint"]
+    assert "scifact_all" in capsys.readouterr().out
+
+    main(["model=bm25", *chosen, "add=yes"])
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(again["benchmarks"]["scifact_all"]["systems"]) == systems
+    with pytest.raises(UserError, match="protocol cannot stand side by side .*/first-1-quer"):
+        main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
+
+
+def test_vectors_on_disk_give_the_same_and_are_used_again(root, tmp_path, make_backbone, monkeypatch):
+    for part in make_backbone():
+        part.save_pretrained(tmp_path / "model")
+    arguments = [f"model={tmp_path / 'model'}", "benchmarks=scidocs_c*", f"data.root={root}"]
+    main([*arguments, f"output={tmp_path / 'a'}"])
+    for folder in "bc":
+        main([*arguments, f"output={tmp_path / folder}", f"vectors={tmp_path / 'vectors'}"])
+    read = [json.loads((tmp_path / f / "results.json").read_text())["benchmarks"] for f in "abc"]
+    figures = [{name: result["systems"] for name, result in part.items()} for part in read]
+    assert figures[0] == figures[1] == figures[2]
+    assert len(list((tmp_path / "vectors").rglob("*.npy"))) == 2  # four benchmarks, one corpus, the same queries
+
+
+def test_data_that_are_not_there_are_told(root, tmp_path, caplog):
+    partly = tmp_path / "partly"
+    partly.mkdir()
+    (partly / "beir").symlink_to(root / "beir")
+    fine = partly / "scimult" / "classification_fine"
+    fine.mkdir(parents=True)
+    for kind in ("label", "papers_test"):  # without the names
+        name = f"Geography_{kind}.json"
+        (fine / name).symlink_to(root / "scimult" / "classification_fine" / name)
+    with caplog.at_level("INFO"):
+        main(["model=bm25", "benchmarks=all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
+    assert "to get: search of the evaluation data of SciMult's authors" in caplog.text
+    measured = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    assert set(measured) == {"geography", *(n for n in SUITE if SUITE[n].protocol.startswith("beir/"))}
+    with pytest.raises(UserError, match="scifact_all needs search of the evaluation data"):
+        main(["model=bm25", "benchmarks=scifact_all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
+    with pytest.raises(UserError, match="has the data of none"):
+        main(["model=bm25", "benchmarks=sci*", f"data.root={tmp_path}", f"output={tmp_path / 'out'}"])
+
+
+def test_another_similarity_is_another_protocol(root, tmp_path):
+    arguments = ["model=bm25", f"data.root={root}", "benchmarks=cite_rerank", f"output={tmp_path}"]
+    main([*arguments, "similarity=dot"])
+    result = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["cite_rerank"]
+    assert result["protocol"] == "scidocs/cite/rerank/similarity-of-the-command"
+
+
+GOOD = """
+    protocol: mine/test
+    task: search
+    reader: {_target_: datamodules.readers.beir.BeirReader, folder: beir/scifact}
+    metrics: [ndcg@10]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("benchmarks: [1]", "expected keys with values, benchmarks among them"),
+        (f"benchmark:\n  mine:{GOOD}", "expected keys with values, benchmarks among them"),
+        (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources, allowed are source, defaults, benchmarks"),
+        (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': names are of a to z"),
+        (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric, allowed are protocol, task"),
+        ("benchmarks:\n  mine: {task: search}", "mine: no value for metrics, protocol, reader"),
+        (f"benchmarks:\n  mine:{GOOD}    candidates: all", "candidates: got 'all', allowed are corpus, own"),
+        (f"benchmarks:\n  mine:{GOOD}    metrics: [f1]", "metric 'f1'"),
+        (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: got published, which SciMultReader"),
+        (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
+        (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is measured on"),
+        (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
+    ],
+)
+def test_a_bad_suite_is_refused(text, message, tmp_path):
+    if text.count("    metrics:") == 2 or text.count("    reader:") == 2:  # the last one counts
+        key = "metrics" if text.count("    metrics:") == 2 else "reader"
+        lines = text.splitlines()
+        del lines[next(i for i, line in enumerate(lines) if line.startswith(f"    {key}:"))]
+        text = "\n".join(lines)
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"suite.yaml: .*{message}"):
+        load_suite([tmp_path / "suite.yaml"])
+
+
+def test_a_suite_of_ones_own(root, tmp_path):
+    (tmp_path / "suite.yaml").write_text(f"benchmarks:\n  mine:{GOOD}    splits: [train, test]\n")
+    arguments = ["model=bm25", f"suite={tmp_path / 'suite.yaml'}", f"data.root={root}", f"output={tmp_path}"]
+    main([*arguments, "benchmarks=all", "max_queries=1"])
+    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    assert (result["split"], result["queries"]) == ("train+test", 1)
+    assert result["protocol"] == "mine/test/first-1-queries"
+    main([*arguments, "benchmarks=all", "max_documents=3"])
+    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
+    with pytest.raises(UserError, match=r"benchmarks: unknown 'mines'; did you mean mine\?"):
+        main([*arguments, "benchmarks=mines"])
+
+
+def test_results_of_other_data_are_not_combined():
+    one = {"set": {"protocol": "a", "data": "1", "systems": {"x": {}}, "measured": {}}}
+    other = {"set": {"protocol": "a", "data": "2", "systems": {"y": {}}, "measured": {}}}
+    assert list(combine(one, one | {"more": other["set"]})) == ["set", "more"]
+    with pytest.raises(UserError, match="set: figures of different data cannot stand side by side"):
+        combine(one, other)

@@ -1,0 +1,90 @@
+"""Checkpoints on disk: the last few are kept, every damage is found, and a full disk costs none of them."""
+
+import random
+import resource
+
+import pytest
+import torch
+
+from datamodules.records import UserError
+from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
+from lightning_modules.checkpoint_files import candidates, damage, newest_intact, write_checkpoint
+
+
+def checkpoint(step):
+    weights = {"weight": torch.full((100, 100), float(step))}
+    return {"global_step": step, "state_dict": weights, "optimizer_states": [], "loops": {}}
+
+
+def steps(path):
+    return [torch.load(file, weights_only=True)["global_step"] for file in candidates(path)]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_last_few_are_kept(tmp_path, keep):
+    path = tmp_path / "last.ckpt"
+    for step in range(1, 7):
+        write_checkpoint(checkpoint(step), path, keep)
+        assert steps(path) == list(range(step, max(step - keep, 0), -1))
+    write_checkpoint(checkpoint(7), path, 2)  # fewer than before
+    assert steps(path) == [7, 6]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    path, chance = tmp_path / "last.ckpt", random.Random(0)
+    write_checkpoint(checkpoint(1), path)
+    good = path.read_bytes()
+    assert damage(path) is None
+    for _ in range(100):
+        place = chance.randrange(len(good))
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1 :])
+        if damage(path) is None:  # it stands where nothing is read, between two records
+            assert torch.equal(torch.load(path)["state_dict"]["weight"], checkpoint(1)["state_dict"]["weight"])
+        path.write_bytes(good[:place])
+        assert damage(path)
+
+
+def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+    path = tmp_path / "last.ckpt"
+    for step in (1, 2, 3):
+        write_checkpoint(checkpoint(step), path, 3)
+    for damaged in (path, tmp_path / "last.1.ckpt"):
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+    assert newest_intact(path) == tmp_path / "last.2.ckpt"
+    assert "last.ckpt is damaged (File is not a zip file): the run goes on from the one before, last.2" in caplog.text
+    write_checkpoint(checkpoint(2), path, 3)  # the good one is not pushed out by damaged ones
+    assert steps(path) == [2, 1]
+    assert len(list(tmp_path.glob("*.damaged"))) == 2
+
+
+def test_when_all_are_damaged_all_are_named(tmp_path):
+    path = tmp_path / "last.ckpt"
+    assert newest_intact(path) is None
+    for step in (1, 2):
+        write_checkpoint(checkpoint(step), path, 2)
+    path.write_bytes(b"")
+    write_checkpoint({"global_step": 1}, tmp_path / "last.1.ckpt")
+    with pytest.raises(
+        UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*run\.resume=never"
+    ):
+        newest_intact(path)
+    assert path.exists()
+
+
+def test_a_full_disk_leaves_the_former_ones_and_ends_nothing(tmp_path, caplog):
+    path, io = tmp_path / "last.ckpt", SafeCheckpointIO(tmp_path / "last.ckpt", 2)
+    io.save_checkpoint(checkpoint(1), path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond 20 kB
+    try:
+        io.save_checkpoint(checkpoint(2), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert io.error == "File too large"
+    assert "last.ckpt of step 2 could not be written: File too large" in caplog.text
+    assert steps(path) == [1]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    io.save_checkpoint(checkpoint(3), path)
+    assert io.error is None
+    assert steps(path) == [3, 1]

@@ -1,0 +1,91 @@
+"""Significance tests against scipy, and on values whose truth is known."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_modules.significance import bootstrap_interval, compare, holm, sign_flip_p
+
+
+def values(num_queries: int, better: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two systems (1, Q) with nDCG-like values, the first better by about that much."""
+    rng = np.random.default_rng(seed)
+    queries = rng.beta(0.6, 0.8, num_queries)
+    a, b = (np.clip(queries + shift + rng.normal(0, 0.2, num_queries), 0, 1) for shift in (better, 0.0))
+    return a[None], b[None]
+
+
+def test_p_is_scipys_exactly_where_all_assignments_are_counted():
+    for seed in range(20):
+        a, b = values(9, 0.05, seed)
+        b[0, :2] = a[0, :2]  # ties
+        scipy = stats.permutation_test(
+            (a[0], b[0]), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=np.inf
+        )
+        assert sign_flip_p((a - b)[0]) == pytest.approx(scipy.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize("better", [0.0, 0.02, 0.05])
+def test_p_and_interval_are_scipys_up_to_chance(better):
+    a, b = values(300, better, seed=3)
+    found = compare(a, b)
+    scipy = stats.permutation_test(
+        (a[0], b[0]), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=10_000, rng=1
+    )
+    deviation = np.sqrt(2 * max(scipy.pvalue, 1e-4) / 10_000)  # of the difference of two such estimates
+    assert found.p == pytest.approx(scipy.pvalue, abs=4 * deviation)
+    differences = (a - b)[0]
+    theirs = stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=10_000, rng=1)
+    error = differences.std() / np.sqrt(len(differences))
+    assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.1 * error)
+    assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.1 * error)
+
+
+def test_equal_systems_differ_no_more_often_than_the_level_and_a_better_one_is_found_as_by_the_t_test():
+    """Over 200 draws. At a level of 5 % more than 20 false alarms in 200 have a chance of 0.1 %."""
+
+    def significant(better: float) -> tuple[int, int]:
+        pairs = [values(150, better, seed) for seed in range(200)]
+        ours = sum(compare(a, b, draws=499, seed=i).p < 0.05 for i, (a, b) in enumerate(pairs))
+        return ours, sum(stats.ttest_rel(a[0], b[0]).pvalue < 0.05 for a, b in pairs)
+
+    assert significant(0.0)[0] <= 20
+    ours, theirs = significant(0.1)
+    assert ours >= 180
+    assert abs(ours - theirs) <= 4
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    inside = 0
+    for seed in range(200):
+        a = np.random.default_rng(seed).normal(0.3, 1.0, (1, 100))
+        low, high = bootstrap_interval(a, np.zeros((1, 100)), draws=1000, seed=seed)
+        inside += low <= 0.3 <= high
+    assert 180 <= inside <= 199  # 190 are expected, and 99.9 % of all sets of 200 are in this range
+
+
+def test_seeds_that_disagree_widen_the_interval_and_average_in_p():
+    a, b = values(200, 0.0, seed=5)
+    agreeing = np.repeat(a, 3, axis=0)
+    disagreeing = agreeing + np.array([[-0.1], [0.0], [0.1]])
+    one, other = compare(agreeing, b), compare(disagreeing, b)
+    assert other.high - other.low > 1.5 * (one.high - one.low)
+    assert other.mean_a == pytest.approx(one.mean_a)
+    assert other.p == one.p
+    assert one.spread_a == pytest.approx(0.0)
+    assert other.spread_a == pytest.approx(0.1)
+    assert one.spread_b is None
+
+
+def test_wins_ties_losses_and_what_is_equal():
+    a, b = np.array([[1.0, 0.5, 0.1 + 0.2, 0.0]]), np.array([[0.0, 0.7, 0.3, 0.0]])
+    found = compare(a, b)
+    assert (found.wins, found.ties, found.losses) == (1, 2, 1)
+    same = compare(a, a)
+    assert (same.p, same.difference, same.low, same.high) == (1.0, 0.0, 0.0, 0.0)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
