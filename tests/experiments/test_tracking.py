@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
