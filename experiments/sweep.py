@@ -11,8 +11,6 @@ key=value      of the experiment, for all trials; with wandb.mode=online the swe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import sys
@@ -51,19 +49,13 @@ def sweep(experiment: str, arguments: Sequence[str]) -> None:
     if online:
         _register(found, config)
         return
-    folder = Path(values["output"]) if values["output"] else folder_of(found)
+    folder = Path(values["output"]).absolute() if values["output"] else found.folder
     retry = choice("retry_failed", values["retry_failed"], ("yes", "no")) == "yes"
-    controller = Controller(found, folder.absolute(), whole_number("parallel", values["parallel"]), retry)
+    controller = Controller(found, folder, whole_number("parallel", values["parallel"]), retry)
     if values["trial"]:
         _one(controller, whole_number("trial", values["trial"], least=0))
     else:
         _all(controller)
-
-
-def folder_of(found: Sweep) -> Path:
-    """A folder that the same file, experiment and overrides find again."""
-    said = json.dumps([found.content, found.experiment, found.overrides, found.run_cap], sort_keys=True)
-    return Path("runs") / f"sweep-{found.name}-{hashlib.blake2b(said.encode(), digest_size=3).hexdigest()}"
 
 
 def _all(controller: Controller) -> None:

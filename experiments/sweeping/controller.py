@@ -20,7 +20,7 @@ from datamodules.records import UserError
 from experiments.config import FOLDER
 from experiments.endings import PREEMPTED
 from experiments.sweeping.file import Sweep
-from experiments.sweeping.trial import Trial, environment
+from experiments.sweeping.trial import Trial, environment, trials_of
 from lightning_modules.signals import ASKING, Preempted
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Controller:
 
     def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
         self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
-        self.trials = [Trial(i, values, folder / f"t{i:03}") for i, values in enumerate(sweep.trials())]
+        self.trials = trials_of(sweep, folder)
         self.asked: signal.Signals | None = None  # that ends the sweep here
         self._failed: list[Trial] = []
         self._succeeded = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,12 @@ class Sweep:
     @property
     def maximize(self) -> bool:
         return self.content["metric"].get("goal", "minimize") == "maximize"
+
+    @property
+    def folder(self) -> Path:
+        """Of its trials' runs: one that the same file, experiment and overrides find again."""
+        said = json.dumps([self.content, self.experiment, self.overrides, self.run_cap], sort_keys=True)
+        return Path("runs", f"sweep-{self.name}-{hashlib.blake2b(said.encode(), digest_size=3).hexdigest()}").absolute()
 
     def trials(self, seed: int = 0) -> list[dict[str, Any]]:
         if self.method == "bayes":

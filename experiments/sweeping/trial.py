@@ -84,6 +84,11 @@ class Trial:
             os.close(lock)
 
 
+def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
+    """All trials of a sweep, with their folders in one."""
+    return [Trial(number, values, folder / f"t{number:03}") for number, values in enumerate(sweep.trials())]
+
+
 def _locked(lock: int, wait: Callable[[], bool]) -> bool:
     while True:
         try:

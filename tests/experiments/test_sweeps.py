@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from datamodules.records import UserError
 from experiments.config import load_config
+from experiments.slurm import slurm
 from experiments.sweep import main as sweep
 from experiments.sweeping import file
 from experiments.sweeping.controller import Controller
@@ -311,6 +312,19 @@ def test_a_signal_reaches_the_trials_and_the_sweep_goes_on_later(make_sweep, tmp
     os.kill(controller, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(controller, 0)[1]) == 75
     assert [(row["trial"], row["state"]) for row in states_in(output)] == [(0, "started"), (0, "preempted")]
+
+
+def test_a_job_array_has_a_trial_in_each_task_where_make_sweep_finds_it(make_sweep, tmp_path, monkeypatch):
+    path = make_sweep("method: grid\nparameters: {optim.lr: {values: [0.1, 0.2]}, wandb.entity: {value: null}}\n")
+    monkeypatch.chdir(tmp_path)
+    script = slurm("moe", ["TIME=60", "GPUS=0", f"SWEEP={path}", "run.seed=1"]).read_text()
+    found = read_sweep(path, "moe", ["run.seed=1"])
+    assert "#SBATCH --array=0-1" in script
+    for number, lr in enumerate((0.1, 0.2)):
+        given = f"run moe run.seed=1 optim.lr={lr} wandb.entity=null run.dir={found.folder / f't00{number}'}"
+        assert f"{number}) {given}" in script
+    with pytest.raises(UserError, match="SWEEP: its trials are the array"):
+        slurm("moe", ["TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
 
 
 def test_the_status_of_a_training_comes_through_make(tmp_path):

@@ -73,8 +73,8 @@ def test_a_runs_file_holds_configuration_curves_table_picture_and_model(server, 
     assert config == json.loads(json.dumps(as_dict(load_config("moe", ["wandb.finish_timeout=15", "run.seed=3"]))))
     rows = history(path)
     assert [row[STEP] for row in rows] == [20, 40, 40, 40, 40]
-    histogram = rows[-1]["mine/search/margins"]
-    assert (histogram["values"], histogram["bins"]) == ([1, 3], [0.0, 0.5, 1.0])
+    histogram = [rows[-1][f"mine/search/margins.{part}"] for part in ("_type", "values", "bins")]
+    assert histogram == ["histogram", [1, 3], [0.0, 0.5, 1.0]]
     assert rows[0]["train/search/loss"] == 0.5
     metrics = {metric.name or metric.glob_name: metric.step_metric for metric in kinds(path, "metric")}
     assert metrics["*"] == STEP
