@@ -11,13 +11,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 # What is given as key=value, less make's own variables, each quoted for the shell as it was written.
-OWN := EXP SCALE RECIPE EXTRAS BENCH PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
+OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
 given = $(filter command,$(origin $(1)))
 quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor data dry-run train slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
+.PHONY: help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -31,6 +31,10 @@ help: ## this page
 	@echo "scales (SCALE=)"
 	@for f in $(wildcard experiments/scale/*.yaml); do \
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	@echo
+	@echo "sweeps (SWEEP=)"
+	@for f in $(wildcard experiments/sweeps/*.yaml); do \
+		printf '  %-16s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 	@echo
 	@echo "recipes (RECIPE=)"
 	@for f in $(wildcard experiments/recipes/*.yaml); do \
@@ -59,8 +63,17 @@ dry-run: $(STAMP) ## memory and time of an experiment, from a few of its steps: 
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
+sweep: $(STAMP) ## try values: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0]; wandb.mode=online registers it with W&B
+	@$(PY) -m experiments.sweep $(EXP) sweep=$(SWEEP) scale=$(SCALE) $(if $(PARALLEL),parallel=$(PARALLEL)) $(if $(TRIAL),trial=$(TRIAL)) $(OVERRIDES) $(ARGS)
+
+agent: $(STAMP) ## run trials of a sweep that W&B leads: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
+	@$(PY) -m experiments.agent sweep_id=$(SWEEP_ID) $(if $(COUNT),count=$(COUNT)) $(OVERRIDES) $(ARGS)
+
+sync: $(STAMP) ## send to W&B what was logged offline: make sync [folder=RUN]
+	@$(PY) -m experiments.sync $(OVERRIDES) $(ARGS)
+
 slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
-	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(if $(SWEEP),SWEEP=$(SWEEP)) $(OVERRIDES) $(ARGS)
 
 eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
@@ -105,10 +118,11 @@ test: ## the tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 $(TESTS) $(ARGS)
 
-check: ## formatting and lint
+check: ## formatting, lint, and the sweeps' files
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@$(PY) -m experiments.sweeping.check
 
 bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)

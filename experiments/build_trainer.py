@@ -1,10 +1,9 @@
-"""From a configuration to callbacks, loggers and the trainer."""
+"""From a configuration to callbacks and the trainer."""
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build_data import batches_per_step
-from experiments.config import as_dict
 from experiments.mining import build_mining_callback
 from experiments.run_folder import LAST
 from experiments.schema import Config
@@ -33,7 +31,6 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.rank_report import RankReport
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.loggers import JsonlLogger
 
 log = logging.getLogger(__name__)
 
@@ -72,54 +69,6 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
-
-
-def build_loggers(config: Config, folder: Path) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl")]
-    wandb_logger = _wandb_logger(config, folder)
-    return loggers + ([wandb_logger] if wandb_logger else [])
-
-
-def _wandb_logger(config: Config, folder: Path) -> Logger | None:
-    """W&B's logger, offline where its server cannot be reached, or None where it is off or not installed."""
-    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
-    if mode == "disabled":
-        return None
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-    except ImportError:
-        log.warning("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)")
-        return None
-    identity = folder / "wandb_id"  # one id for all attempts of a run
-    if L.pytorch.utilities.rank_zero_only.rank == 0 and not identity.exists():
-        identity.write_text(secrets.token_hex(4))
-
-    def start(offline: bool) -> WandbLogger:
-        logger = WandbLogger(
-            save_dir=str(folder),
-            offline=offline,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=config.wandb.name or folder.name,
-            group=config.wandb.group or f"{config.experiment}-{config.scale}",
-            tags=config.wandb.tags or [config.experiment, config.scale],
-            id=identity.read_text().strip() if identity.exists() else None,
-            resume="allow",
-            config=as_dict(config),
-            settings=wandb.Settings(init_timeout=config.wandb.init_timeout),
-        )
-        logger._wandb_init.pop("anonymous", None)  # Lightning's default for it makes wandb warn at every start
-        logger.experiment  # noqa: B018  connects now, where a failure can still be answered
-        return logger
-
-    try:
-        return start(offline=mode != "online")
-    except wandb.errors.Error as error:
-        log.warning("W&B cannot be reached (%s): logging offline, send it later with `wandb sync`", str(error).strip())
-        wandb.teardown()
-        return start(offline=True)
 
 
 def precision_of(config: Config) -> str:

@@ -123,9 +123,18 @@ def _checked_override(text: str) -> str:
 
 def _parsed(text: str) -> DictConfig:
     try:
-        return OmegaConf.from_dotlist([text])
+        return OmegaConf.create(_without_none(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"the command line: {text!r} is not readable ({_first_line(error)})") from error
+
+
+def _without_none(node: Any) -> Any:
+    """None means null: W&B's agent writes values as Python prints them."""
+    if isinstance(node, dict):
+        return {key: _without_none(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_none(value) for value in node]
+    return None if node == "None" else node
 
 
 def _read(path: Path) -> DictConfig:

@@ -29,6 +29,7 @@ from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates
 from lightning_modules.encoders.checkpoints import read_checkpoint
+from lightning_modules.loggers import RunLogger
 from lightning_modules.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ def raise_if_preempted(trainer: L.Trainer) -> None:
     """Raise Preempted if the training was stopped by a signal."""
     preemption = next(callback for callback in trainer.callbacks if isinstance(callback, Preemption))
     if preemption.asked:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.preempted()
         raise Preempted(preemption.asked)
 
 

@@ -85,12 +85,21 @@ class FinalTable:
             write_json(self.folder.results, self.content)
 
     def flat(self) -> dict[str, float]:
-        """The trained encoder's figures for loggers: <split>/<benchmark>/<metric>."""
-        return {
-            f"{result['split']}/{name}/{metric}": value
+        """The trained encoder's figures for loggers: <split>/<benchmark>/<metric>, and the mean of the first metric."""
+        split, first = self.content["split"], self.content["metrics"][0]
+        trained = {name: result["systems"]["trained"] for name, result in self.content["benchmarks"].items()}
+        values = {f"{split}/{name}/{metric}": x for name, means in trained.items() for metric, x in means.items()}
+        return values | {f"{split}/mean/{first}": sum(means[first] for means in trained.values()) / len(trained)}
+
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows of the table, for loggers."""
+        metrics = self.content["metrics"]
+        rows = [
+            [result["task"], name, system, *(means.get(metric) for metric in metrics)]
             for name, result in self.content["benchmarks"].items()
-            for metric, value in result["systems"]["trained"].items()
-        }
+            for system, means in result["systems"].items()
+        ]
+        return ["task", "benchmark", "system", *metrics], rows
 
     @staticmethod
     def show(content: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -75,9 +76,11 @@ class RunFolder:
 
 
 def folder_of(config: Config) -> Path:
-    """run.dir, by default a name that the same configuration finds again."""
+    """run.dir, by default a name that the same configuration finds again, or the id of a trial of W&B's."""
     if config.run.dir:
         return Path(config.run.dir)
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        return Path("runs") / f"sweep-{os.environ['WANDB_SWEEP_ID']}" / os.environ["WANDB_RUN_ID"]
     return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
 
 

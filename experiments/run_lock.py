@@ -35,13 +35,17 @@ def only_job(folder: Path) -> Iterator[None]:
     if rank_zero_only.rank > 0:
         yield
         return
-    path = folder.absolute().parent / f".{folder.absolute().name}.lock"
+    path = _path(folder)
     lock = _locked(path, folder)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
         lock.close()
+
+
+def _path(folder: Path) -> Path:
+    return folder.absolute().parent / f".{folder.absolute().name}.lock"
 
 
 def _locked(path: Path, folder: Path) -> IO[str]:
@@ -97,3 +101,18 @@ def _this_process() -> str:
     job = launch.slurm_job()
     of_job = f" (job {job})" if job else ""
     return f"process {os.getpid()} on {platform.node()}{of_job} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a job trains in a run's folder just now."""
+    path = _path(folder)
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # it cannot be locked here, so nobody holds it
+            return False
+    return False

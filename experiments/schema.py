@@ -144,8 +144,10 @@ class DiagnosticsConfig:
 
 @dataclass
 class WandbConfig:
-    """mode: "online" needs an account; when its server cannot be reached the run goes on offline. Offline runs are sent
-    later by `wandb sync`. dir of the files is the run's.
+    """mode: "offline" writes W&B's files into the run's folder, to be sent by `make sync`; "online", which needs an
+    account, has a process beside the training send them at once, and the end of the run wait for it finish_timeout
+    seconds at most. group: by default experiment and scale; tags: experiment, scale and seed. checkpoints: the best
+    one becomes an artifact.
     """
 
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -154,7 +156,8 @@ class WandbConfig:
     name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    init_timeout: int = 20
+    checkpoints: bool = False
+    finish_timeout: int = 30
 
 
 @dataclass
@@ -230,7 +233,6 @@ def check_ranges(config: Config) -> None:
         "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "backbone.vocab_size": backbone.vocab_size,
-        "wandb.init_timeout": config.wandb.init_timeout,
         "mining.k": config.mining.k,
         "mining.num_negatives": config.mining.num_negatives,
         "mining.sampling_temperature": config.mining.sampling_temperature,
@@ -252,6 +254,7 @@ def check_ranges(config: Config) -> None:
         "mining.first_rank": config.mining.first_rank,
         "mining.absolute_margin": config.mining.absolute_margin or 0.0,
         "mining.guide_margin": config.mining.guide_margin,
+        "wandb.finish_timeout": config.wandb.finish_timeout,
     }
     for name, task in config.task.items():
         above_0[f"task.{name}.batch_size"] = 1 if task.batch_size is None else task.batch_size

@@ -6,6 +6,7 @@ TASKS     ranks on each node of a job on CPUs (1)
 TIME      longest time of one attempt: minutes, hours:minutes:seconds, days-hours; a longer run goes on in the next one
 SEEDS     an array of jobs with run.seed: 0,1,2
 EXPS      an array of jobs, one an experiment: vanilla,moe; with SEEDS, each with every seed
+SWEEP     an array of jobs, one a trial of a sweep (grid or random); make sweep then shows its table
 AT_ONCE   so many jobs of the array run at the same time
 SUBMIT    1 submits the job; else the command that does is told
 PARTITION, ACCOUNT, QOS, CONSTRAINT, CPUS, MEM, GRACE, SETUP, LAUNCH, PYTHON    as in experiments/slurm/cluster.yaml
@@ -34,11 +35,23 @@ from experiments.config import FOLDER, experiments, load_config
 from experiments.console import entry_point, whole_number
 from experiments.files import write_atomically
 from experiments.run_folder import folder_of
+from experiments.sweeping.file import read_sweep
+from experiments.sweeping.trial import trials_of
 
 log = logging.getLogger(__name__)
 
 TEMPLATE, DEFAULTS = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "cluster.yaml"
-OWN = {"NODES": "1", "GPUS": "1", "TASKS": "1", "TIME": "", "SEEDS": "", "EXPS": "", "AT_ONCE": "", "SUBMIT": ""}
+OWN = {
+    "NODES": "1",
+    "GPUS": "1",
+    "TASKS": "1",
+    "TIME": "",
+    "SEEDS": "",
+    "EXPS": "",
+    "SWEEP": "",
+    "AT_ONCE": "",
+    "SUBMIT": "",
+}
 LEAST_TRAINING = 60  # seconds of TIME that must be left before the signal
 
 
@@ -147,9 +160,10 @@ def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) 
     ranks = [f"{key}={value}" for key, value in said.items()]
     names = values["EXPS"].split(",") if values["EXPS"] else [experiment]
     seeds = [f"run.seed={seed}" for seed in values["SEEDS"].split(",")] if values["SEEDS"] else [None]
+    trials = _trials(experiment, overrides, values)
     runs = []
-    for name, seed in itertools.product(names, seeds):
-        given = [*overrides, *([seed] if seed else []), *ranks]
+    for name, seed, trial in itertools.product(names, seeds, trials):
+        given = [*overrides, *([seed] if seed else []), *trial, *ranks]
         config = load_config(name, [*given, "trainer.accelerator=cpu"])  # there may be no GPU on this machine
         config.trainer.accelerator = said["trainer.accelerator"]
         runs.append(Run(name, tuple(given), folder_of(config)))
@@ -157,6 +171,16 @@ def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) 
     if len(set(folders)) < len(folders):
         raise UserError("run.dir: the jobs of an array need a folder each; leave it out, and each finds its own")
     return runs
+
+
+def _trials(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) -> list[list[str]]:
+    """The key=value of each trial of SWEEP, or a single one of no sweep."""
+    if not values["SWEEP"]:
+        return [[]]
+    if values["EXPS"] or values["SEEDS"]:
+        raise UserError("SWEEP: its trials are the array; EXPS and SEEDS make another one")
+    found = read_sweep(values["SWEEP"], experiment, overrides)
+    return [trial.arguments(found) for trial in trials_of(found, found.folder)]
 
 
 def _fields(values: Mapping[str, Any], runs: Sequence[Run], script: Path) -> dict[str, str]:

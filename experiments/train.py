@@ -17,9 +17,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
+from experiments.agent import tell_other_ranks
 from experiments.build_data import build_data, describe_schedule
 from experiments.build_module import build_module
-from experiments.build_trainer import build_callbacks, build_loggers, build_trainer
+from experiments.build_trainer import build_callbacks, build_trainer
 from experiments.config import experiments, load_config
 from experiments.console import entry_point
 from experiments.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
@@ -28,6 +29,7 @@ from experiments.final_table import FinalTable
 from experiments.run_folder import LAST, folder_of, open_run, write_config, write_manifest
 from experiments.run_lock import only_job
 from experiments.schema import Config
+from experiments.tracking import build_loggers, log_end
 from lightning_modules import launch
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
@@ -43,6 +45,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     """
     config = load_config(experiment, overrides)
     rank_zero_only.rank = launch.rank(max(config.trainer.devices, 1))
+    tell_other_ranks(experiment, overrides, folder_of(config))
     try:
         with only_job(folder_of(config)):
             train_in_folder(config)
@@ -87,9 +90,7 @@ def train_in_folder(config: Config) -> None:
             step = read_checkpoint(chosen)["global_step"]
             table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
-        for logger in loggers:
-            logger.log_metrics(table.flat(), step=trainer.global_step)
-            logger.finalize("success")
+        log_end(loggers, table, trainer.global_step, [chosen, folder.path / "config.yaml"])
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
         other = "moe" if config.experiment == "vanilla" else "vanilla"

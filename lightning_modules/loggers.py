@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl, one line of JSON for every row, and the plots that W&B makes besides."""
+"""Loggers of runs: what they may take besides metrics, and metrics.jsonl, one line of JSON for every row."""
 
 from __future__ import annotations
 
@@ -7,18 +7,54 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
 
 
-class JsonlLogger(Logger):
+class RunLogger(Logger):
+    """A logger that may also take tables, pictures, histograms and the model; by itself it takes none."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        """path: an SVG or PNG file."""
+
+    def log_histograms(self, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int) -> None:
+        """histograms: name -> counts (n,) and edges (n + 1,)."""
+
+    def log_model(self, files: Sequence[Path]) -> None: ...
+
+    def preempted(self) -> None:
+        """The run ends, and goes on later."""
+
+    def close(self) -> None:
+        """The run is over, and has succeeded."""
+
+
+def log_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
+    """Give an SVG or PNG file to those loggers that take it."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_picture(name, path, step)
+
+
+def log_histograms(
+    loggers: Iterable[Logger], histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int
+) -> None:
+    """Give histograms to those loggers that take them. histograms: name -> counts (n,) and edges (n + 1,)."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger) and histograms:
+            logger.log_histograms(histograms, step)
+
+
+class JsonlLogger(RunLogger):
     """Appends {"step": ..., "time": ..., name: value, ...} lines to a file, each written out at once.
 
     A resumed run does the steps since its checkpoint again, and logs them again: of two rows with the same step and
@@ -64,15 +100,3 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def log_histograms(
-    loggers: Iterable[Logger], histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int
-) -> None:
-    """Plots for W&B, where it is on. histograms: name -> counts (n,) and edges (n + 1,)."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and histograms:
-            import wandb
-
-            found = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms.items()}
-            logger.log_metrics(found, step=step)

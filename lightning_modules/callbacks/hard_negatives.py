@@ -15,7 +15,7 @@ import lightning as L
 
 from datamodules.records import MiningPool
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.loggers import log_histograms
+from lightning_modules.loggers import log_histograms, log_picture
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.picture import write_svg
 from lightning_modules.mining.pool import Mined
@@ -80,6 +80,7 @@ class HardNegativeMining(L.Callback):
         if trainer.is_global_zero:
             path = data.rounds.write(name, {task: part.negatives for task, part in mined.items()}, meta)
             write_report(path, reports, f"hard negatives mined at step {step}")
+            log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
         gate({task: found.values for task, found in reports.items()}, self.stop_at)

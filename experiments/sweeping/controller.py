@@ -1,0 +1,157 @@
+"""Runs the trials of a sweep on this machine: each a process, several beside each other, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from datamodules.records import UserError
+from experiments.config import FOLDER
+from experiments.endings import PREEMPTED
+from experiments.sweeping.file import Sweep
+from experiments.sweeping.trial import Trial, environment, trials_of
+from lightning_modules.signals import ASKING, Preempted
+
+log = logging.getLogger(__name__)
+
+HOPELESS = 3  # trials that fail before any has succeeded end the sweep
+
+
+class Controller:
+    """Runs the trials of a sweep, whose folder holds their runs and trials.jsonl, which says what became of each.
+
+    Several controllers may share a folder, on one machine or on several: a trial is run by one at a time.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
+        self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
+        self.trials = trials_of(sweep, folder)
+        self.asked: signal.Signals | None = None  # that ends the sweep here
+        self._failed: list[Trial] = []
+        self._succeeded = False
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._writing = threading.Lock()
+        self._slots: SimpleQueue[int] = SimpleQueue()
+
+    def states(self) -> dict[int, dict[str, Any]]:
+        """Trial -> the last line of trials.jsonl on it."""
+        path = self.folder / "trials.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {row["trial"]: row for row in map(json.loads, lines)}
+
+    def run(self) -> None:
+        """Run what is left.
+
+        Raises Preempted when a signal asks for the end: trials then have saved. Raises UserError if the first all fail.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in ASKING:
+            signal.signal(number, self._pass_on)
+        for slot in range(self.parallel):
+            self._slots.put(slot)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            free = list(pool.map(lambda trial: self._run(trial, lambda: False), self.trials))
+            others = [trial for trial, was_free in zip(self.trials, free, strict=True) if not was_free]
+            if others and self.asked is None:
+                log.info("%d trials are run by another controller, or by what one left: waiting for them", len(others))
+            list(pool.map(lambda trial: self._run(trial, self._wait), others))
+        if self.asked is not None:
+            raise Preempted(self.asked)
+        if self._is_hopeless():
+            told = self._failed[-1].end_of_log()
+            raise UserError(f"the first {len(self._failed)} trials failed; the last one's log ends with\n{told}")
+
+    def _is_hopeless(self) -> bool:
+        return len(self._failed) >= HOPELESS and not self._succeeded
+
+    def _wait(self) -> bool:
+        time.sleep(1)
+        return self.asked is None
+
+    def _run(self, trial: Trial, wait: Callable[[], bool]) -> bool:
+        """Run a trial if that is left to do. Returns whether nobody else had it."""
+        if self.asked is not None or self._is_hopeless():
+            return True
+        slot = self._slots.get()
+        try:
+            with trial.alone(wait) as lock:
+                if lock is None:
+                    return False
+                state = self.states().get(trial.number, {}).get("state")
+                if trial.has_results and state != "finished":  # by a task of an array, or what a controller left
+                    self._note(trial, "finished", value=trial.value(self.sweep.metric, self.sweep.maximize))
+                elif state != "finished" and (state != "failed" or self.retry_failed):
+                    self._to_its_end(trial, slot, lock)
+            return True
+        finally:
+            self._slots.put(slot)
+
+    def _to_its_end(self, trial: Trial, slot: int, lock: int) -> None:
+        """Run a trial until it is finished or failed: again whenever it was preempted."""
+        state = "preempted"
+        while state == "preempted" and self.asked is None:
+            log.info("trial %d of %d: %s", trial.number, len(self.trials), trial.shown)
+            self._note(trial, "started")
+            began = time.monotonic()
+            status = self._once(trial, slot, lock)
+            state, value = self._state_after(trial, status), trial.value(self.sweep.metric, self.sweep.maximize)
+            self._note(trial, state, status=status, seconds=round(time.monotonic() - began, 1), value=value)
+            if state == "finished":
+                self._succeeded = True
+                log.info("trial %d: %s %s", trial.number, self.sweep.metric, value)
+            elif state == "failed":
+                self._failed.append(trial)
+                log.error("trial %d failed with status %d; its log is %s", trial.number, status, trial.log)
+            else:
+                log.info("trial %d was preempted, and goes on%s", trial.number, " later" if self.asked else "")
+
+    def _once(self, trial: Trial, slot: int, lock: int) -> int:
+        command = trial.command(self.sweep)
+        with open(trial.log, "a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=FOLDER.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(slot, self.parallel),
+                process_group=0,  # signals reach it through this process alone
+                pass_fds=[lock],  # if this process is killed, the trial stays locked until its own end
+            )
+            self._processes[trial.number] = process
+            if self.asked is not None:
+                self._send(process)
+            status = process.wait()
+            del self._processes[trial.number]
+        return trial.status(command[0], status)
+
+    def _state_after(self, trial: Trial, status: int) -> str:
+        if status == 0 and trial.has_results:
+            return "finished"
+        in_queue_again = status == 0 and "SLURM_JOB_ID" in os.environ  # with the job, and so with this process
+        return "preempted" if status == PREEMPTED or in_queue_again or self.asked is not None else "failed"
+
+    def _note(self, trial: Trial, state: str, **more: Any) -> None:
+        row = {"trial": trial.number, "state": state, "parameters": trial.parameters, "time": round(time.time(), 1)}
+        with self._writing, open(self.folder / "trials.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row | more) + "\n")
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self.asked = signal.Signals(number)
+        for process in list(self._processes.values()):
+            self._send(process)
+
+    def _send(self, process: subprocess.Popen) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, self.asked)

@@ -1,0 +1,111 @@
+"""Sweeps that W&B leads: registered, run by its agent, on one process and on the ranks of a SLURM job."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+import wandb
+from experiments.agent import tell_other_ranks
+from experiments.config import load_config
+from experiments.run_folder import folder_of
+from experiments.sweep import main as sweep
+from tests.experiments.test_train import TINY
+from tests.experiments.wandb_server import wandb_server
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with wandb_server() as found:
+        for name in ("MODE", "ENTITY", "PROJECT"):
+            monkeypatch.setenv(f"WANDB_{name}", "")
+            monkeypatch.delenv(f"WANDB_{name}")  # both are undone, also what is set meanwhile
+        monkeypatch.setenv("WANDB_BASE_URL", found.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()
+        yield found
+        wandb.teardown()
+
+
+def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog):
+    caplog.set_level("INFO")
+    sweep(["moe", "sweep=lr_temperature", "scale=sample", "wandb.mode=online", "run_cap=5"])
+    told = yaml.safe_load(server.sweeps["s1"])
+    shared = ["EXP=moe", "SCALE=sample", "wandb.mode=online"]
+    assert told["command"] == ["make", "train", *shared, "${args_no_hyphens}"]
+    assert told["parameters"]["objective.temperature"]["values"] == [0.02, 0.05, 0.1]
+    assert told["run_cap"] == 5
+    assert "make agent SWEEP_ID=me/p/s1" in caplog.text
+
+
+def test_a_trial_of_wandb_lies_in_a_folder_by_its_id(monkeypatch):
+    config = load_config("moe")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    assert folder_of(config) == Path("runs/sweep-s1/r1")
+
+
+def test_a_process_without_waiting_ranks_tells_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("SCIMULT_TRIALS", str(tmp_path))
+    tell_other_ranks("moe", ["a=1"], tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    tell_other_ranks("moe", ["a=1"], tmp_path / "run")
+    assert json.loads((tmp_path / "0.json").read_text()) == ["moe", "a=1", f"run.dir={tmp_path / 'run'}"]
+
+
+@pytest.mark.slow
+def test_ranks_of_a_job_train_what_the_first_one_was_given(server, tmp_path, free_port):
+    """Two ranks as srun starts them; W&B gives one trial, and then no more."""
+    run = tmp_path / "run"
+    quick = ["trainer.max_steps=2", "evaluation.every_n_steps=0", "evaluation.baselines=false", "tasks=[search]"]
+    training = [*TINY[2:], *quick, "trainer.devices=2", f"run.dir={run}", "wandb.mode=online"]
+    command = [sys.executable, "-m", "experiments.train", "moe", *training, "${args_no_hyphens}"]
+    server.sweeps["s1"] = yaml.safe_dump({"method": "random", "parameters": {}, "command": command})
+    given = {"optim.lr": {"value": 0.0125}, "wandb.entity": {"value": None}, "encoder.layers": {"value": [0, 1]}}
+    server.commands = [{"type": "run", "run_id": "trial001", "args": given, "program": None}]
+    job = {
+        "SLURM_JOB_ID": f"{os.getpid()}",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NAME": "trial",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+    }
+    agent = [sys.executable, "-m", "experiments.agent", "sweep_id=me/p/s1", "count=1"]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        out = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115
+        ranks.append(
+            subprocess.Popen(agent, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0)
+        )
+    try:
+        statuses = [process.wait(300) for process in ranks]
+    finally:
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    told = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
+    assert statuses == [0, 0], told
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["optim"]["lr"], config["wandb"]["entity"], config["encoder"]["layers"]) == (0.0125, None, [0, 1])
+    assert json.loads((run / "results.json").read_text())["steps"] == 2
+    assert list(server.runs) == ["trial001"]  # one run, and that of the trial
+    assert server.runs["trial001"]["sweep"] == "s1"
+    assert server.exits["trial001"] == 0

@@ -1,0 +1,171 @@
+"""A stub of W&B's server on this machine alone: it keeps what it is sent, and fails as one likes."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class WandbServer:
+    """runs: id -> what was said of it. history: id -> rows by their offset. uploads: names of files that were sent.
+
+    commands: what agents are told next, one a heartbeat. silent: set, it accepts every connection and never answers.
+    close(): it is gone, and its port refuses connections.
+    """
+
+    url: str = ""
+    runs: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    history: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
+    exits: dict[str, int] = field(default_factory=dict)
+    uploads: list[str] = field(default_factory=list)
+    artifacts: list[str] = field(default_factory=list)
+    sweeps: dict[str, str] = field(default_factory=dict)
+    commands: list[dict[str, Any]] = field(default_factory=list)
+    silent: threading.Event = field(default_factory=threading.Event)
+    close: Callable[[], None] = lambda: None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        return [row for _, row in sorted(self.history[run].items())]
+
+    def graphql(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
+        name = re.match(r"\s*(?:query|mutation)\s+(\w+)", query)
+        answer = getattr(self, f"_{name[1]}", None) if name else None
+        return answer(given) if answer else {}
+
+    def _Viewer(self, given):
+        entity = {"id": "RQ==", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+        return {"viewer": entity}
+
+    def _RunResumeStatus(self, given):
+        run, rows = given["name"], self.rows(given["name"])
+        if run not in self.runs:
+            return {"model": {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}, "bucket": None}}
+        bucket = {
+            "id": "Qg==",
+            "name": run,
+            "summaryMetrics": "{}",
+            "displayName": run,
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsTail": "[]",
+            "config": "{}",
+            "tags": [],
+            "notes": "",
+            "wandbConfig": json.dumps({"t": 1}),
+        }
+        return {"model": {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}, "bucket": bucket}}
+
+    def _UpsertBucket(self, given):
+        self.runs[given["name"]] |= {key: value for key, value in given.items() if value is not None}
+        project = {"id": "UA==", "name": given.get("project") or "p", "entity": {"id": "RQ==", "name": "me"}}
+        bucket = {"id": "Qg==", "name": given["name"], "displayName": given["name"], "description": "", "config": "{}"}
+        bucket |= {"sweepName": given.get("sweep"), "project": project, "historyLineCount": 0}
+        return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+
+    def _CreateRunFiles(self, given):
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
+        return {"createRunFiles": {"runID": "Qg==", "uploadHeaders": [], "files": files}}
+
+    def _ArtifactType(self, given):
+        return {"project": {"artifact": None}}
+
+    def _CreateArtifact(self, given):
+        self.artifacts.append(given["input"]["artifactCollectionName"])
+        sequence = {"id": "UQ==", "latestArtifact": {"id": "QQ==", "versionIndex": 0}}
+        return {"createArtifact": {"artifact": {"id": "QQ==", "state": "COMMITTED", "artifactSequence": sequence}}}
+
+    def _UpsertSweep(self, given):
+        self.sweeps["s1"] = given["config"]
+        project = {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}}
+        return {"upsertSweep": {"sweep": {"name": "s1", "project": project}, "configValidationWarnings": []}}
+
+    def _SweepWithRuns(self, given):
+        if given["sweep"] not in self.sweeps:
+            return {"project": {"sweep": None}}
+        config = self.sweeps[given["sweep"]]
+        return {"project": {"sweep": {"id": "s", "name": "s1", "config": config, "runs": {"edges": []}}}}
+
+    def _CreateAgent(self, given):
+        return {"createAgent": {"agent": {"id": "a1"}}}
+
+    def _Heartbeat(self, given):
+        running = json.loads(given["runState"])
+        commands = [] if running else [self.commands.pop(0)] if self.commands else [{"type": "exit"}]
+        return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(commands)}}
+
+    def file_stream(self, run: str, sent: dict[str, Any]) -> None:
+        stream = sent.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+        for number, line in enumerate(stream["content"], stream["offset"]):
+            self.history[run][number] = json.loads(line)
+        if "exitcode" in sent:
+            self.exits[run] = sent["exitcode"]
+
+    def answer(self, request: BaseHTTPRequestHandler) -> bytes:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        if self.silent.is_set():
+            self.over.wait()  # accepted, and never answered
+        if request.path == "/graphql":
+            asked = json.loads(body)
+            return json.dumps({"data": self.graphql(asked["query"], asked.get("variables") or {})}).encode()
+        if stream := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
+            self.file_stream(stream[1], json.loads(body))
+        elif request.path.startswith("/upload/"):
+            self.uploads.append(request.path.removeprefix("/upload/"))
+        return b"{}"
+
+
+@contextmanager
+def wandb_server() -> Iterator[WandbServer]:
+    state = WandbServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
+                content = state.answer(self)
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *arguments) -> None:
+            pass  # who asked is gone
+
+    server = Server(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+
+    def close() -> None:
+        state.over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    state.close = close
+    try:
+        yield state
+    finally:
+        if not state.over.is_set():
+            close()
