@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 
-import wandb
 from experiments.agent import tell_other_ranks
 from experiments.config import load_config
 from experiments.run_folder import folder_of

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from lightning.pytorch.utilities import rank_zero_only
 
-import wandb
 from datamodules.records import UserError
 from experiments import sync as sync_module
 from experiments.config import as_dict, load_config
