@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.config import FOLDER
 from experiments.console import entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
+from experiments.settings.config import FOLDER
 from lightning_modules import launch
 from lightning_modules.signals import ASKING
 

@@ -23,11 +23,11 @@ from rich.table import Table
 
 from datamodules.leakage import WAYS
 from datamodules.records import UserError
-from experiments.build_data import build_data
-from experiments.config import experiments, load_config
+from experiments.building.data import build_data
+from experiments.building.leaks import EXAMPLES, find_leaks
 from experiments.console import entry_point, whole_number
 from experiments.files import write_json
-from experiments.leaks import EXAMPLES, find_leaks
+from experiments.settings.config import experiments, load_config
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from rich.table import Table
 
 from datamodules.records import UserError
 from experiments.console import entry_point, key_values, whole_number
-from experiments.differences import largest
 from experiments.files import write_json
-from experiments.measured import Measured, aligned, open_measured, why_not
+from experiments.measuring.differences import largest
+from experiments.measuring.measured import Measured, aligned, open_measured, why_not
 from lightning_modules.significance import compare, holm
 
 log = logging.getLogger(__name__)

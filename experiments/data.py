@@ -31,11 +31,21 @@ from datamodules.readers.fields import allowed
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice, entry_point, key_values
+from experiments.downloading.recipe import (
+    COUNTS,
+    FOLDER,
+    OutputSpec,
+    Recipe,
+    load_recipe,
+    needed,
+    node,
+    recipes,
+    with_folders,
+)
+from experiments.downloading.sources import Sources
 from experiments.files import read_json, write_json
 from experiments.progress import Progress
-from experiments.recipe import COUNTS, FOLDER, OutputSpec, Recipe, load_recipe, needed, node, recipes, with_folders
-from experiments.sources import Sources
-from experiments.targets import check_target, instantiate, taken
+from experiments.settings.targets import check_target, instantiate, taken
 
 log = logging.getLogger(__name__)
 

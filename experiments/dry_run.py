@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.build_data import build_data, describe_schedule
-from experiments.build_module import build_module
-from experiments.build_trainer import precision_of
-from experiments.config import experiments, load_config
+from experiments.building.data import build_data, describe_schedule
+from experiments.building.module import build_module
+from experiments.building.trainer import precision_of
 from experiments.console import entry_point
-from experiments.predict import Prediction, predict, ranks_of
-from experiments.schema import Config
+from experiments.running.predict import Prediction, predict, ranks_of
+from experiments.settings.config import experiments, load_config
+from experiments.settings.schema import Config
 
 log = logging.getLogger(__name__)
 

@@ -32,13 +32,13 @@ import torch
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
-from experiments.config import from_dict
+from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
+from experiments.building.systems import PRECISIONS
 from experiments.console import choice, entry_point, key_values, whole_number
-from experiments.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.progress import Progress
-from experiments.run_folder import read_config
-from experiments.systems import PRECISIONS
-from experiments.workers import Share, run_processes, share_of
+from experiments.running.folder import read_config
+from experiments.running.workers import Share, run_processes, share_of
+from experiments.settings.config import from_dict
 from lightning_modules.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint

@@ -40,17 +40,17 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.records import Benchmark, UserError
-from experiments.build_benchmarks import benchmarks_of, suite_of
-from experiments.config import from_dict
+from experiments.building.benchmarks import benchmarks_of, suite_of
+from experiments.building.models import MODEL_KEYS, run_of
+from experiments.building.suite import load_suite
+from experiments.building.systems import PRECISIONS, System, load_systems, models_of, short_name
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
-from experiments.models import MODEL_KEYS, run_of
-from experiments.results import Results, combine
-from experiments.run_folder import git_state, read_config, versions
-from experiments.schema import EvaluationConfig
-from experiments.suite import load_suite
-from experiments.systems import PRECISIONS, System, load_systems, models_of, short_name
-from experiments.table import show, show_suite
+from experiments.measuring.results import Results, combine
+from experiments.measuring.table import show, show_suite
+from experiments.running.folder import git_state, read_config, versions
+from experiments.settings.config import from_dict
+from experiments.settings.schema import EvaluationConfig
 from lightning_modules.metrics import parse_metric
 from lightning_modules.similarity import SIMILARITIES
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
+from experiments.building.models import MODEL_KEYS, load_model
 from experiments.console import entry_point, key_values, whole_number
-from experiments.models import MODEL_KEYS, load_model
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint
 from lightning_modules.index import read_index, search_index

@@ -26,12 +26,12 @@ import torch
 
 from datamodules.readers.bad_lines import BadLines
 from datamodules.records import UserError
-from experiments.config import from_dict
+from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import whole_folder
-from experiments.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
-from experiments.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.run_folder import read_config
+from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
+from experiments.running.folder import read_config
+from experiments.settings.config import from_dict
 from lightning_modules.similarity import SIMILARITIES
 from lightning_modules.vectors import Vectors
 

@@ -20,12 +20,12 @@ import torch
 
 from datamodules.hard_negatives import HardNegativeStore, write_store
 from datamodules.records import UserError
-from experiments.build_data import build_data
-from experiments.config import experiments, load_config
+from experiments.building.data import build_data
+from experiments.building.mining import build_mining
+from experiments.building.models import load_model
 from experiments.console import entry_point, key_values
-from experiments.mining import build_mining
-from experiments.models import load_model
-from experiments.run_folder import flat
+from experiments.running.folder import flat
+from experiments.settings.config import experiments, load_config
 from lightning_modules.callbacks.hard_negatives import compare, write_report
 from lightning_modules.mining.report import gate, table
 

@@ -2,7 +2,7 @@
 
 model        as for evaluate: a run's folder, a checkpoint, an exported folder, a plain model
 tasks        of mteb, with commas between; NAME:TASK has the expert of TASK encode, where it should be another one than
-             experiments/mteb_encoder.py says. By default its scientific ones
+             experiments/interop/mteb_encoder.py says. By default its scientific ones
 output       where mteb keeps its results; what stands there of the same model is not measured again
 similarity   dot or cosine; by default that of the run, dot with backbone=, else cosine
 token_budget, backbone, pooling, tower, adapters    as for evaluate
@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.config import from_dict
+from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
+from experiments.building.systems import short_name
 from experiments.console import choice, entry_point, key_values, whole_number
-from experiments.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.mteb_encoder import MtebEncoder
-from experiments.run_folder import read_config
-from experiments.systems import short_name
+from experiments.interop.mteb_encoder import MtebEncoder
+from experiments.running.folder import read_config
+from experiments.settings.config import from_dict
 
 log = logging.getLogger(__name__)
 

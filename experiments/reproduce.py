@@ -20,8 +20,8 @@ from rich.table import Table
 from datamodules.records import UserError
 from experiments.console import choice, entry_point, key_values
 from experiments.files import read_json
-from experiments.paper import tables
-from experiments.reproduction import Comparison, compare
+from experiments.measuring.paper import tables
+from experiments.measuring.reproduction import Comparison, compare
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from typing import Any
 import yaml
 
 from datamodules.records import UserError
-from experiments.config import FOLDER, experiments, load_config
 from experiments.console import entry_point, whole_number
 from experiments.files import write_atomically
-from experiments.run_folder import folder_of
+from experiments.running.folder import folder_of
+from experiments.settings.config import FOLDER, experiments, load_config
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of
 

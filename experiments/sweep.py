@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.config import experiments, load_config
 from experiments.console import choice, entry_point, key_values, whole_number
-from experiments.endings import PREEMPTED
-from experiments.schema import Config
+from experiments.running.endings import PREEMPTED
+from experiments.settings.config import experiments, load_config
+from experiments.settings.schema import Config
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.sweeping.table import ranked, show, write_table

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from datamodules.records import UserError
 from experiments.console import choice, entry_point, key_values
-from experiments.run_lock import is_in_use
-from experiments.sender import PATIENCE, environment, is_sent
+from experiments.running.lock import is_in_use
+from experiments.running.sender import PATIENCE, environment, is_sent
 
 log = logging.getLogger(__name__)
 

@@ -18,18 +18,18 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
-from experiments.build_data import build_data, describe_schedule
-from experiments.build_module import build_module
-from experiments.build_trainer import build_callbacks, build_trainer
-from experiments.config import experiments, load_config
+from experiments.building.data import build_data, describe_schedule
+from experiments.building.module import build_module
+from experiments.building.trainer import build_callbacks, build_trainer
 from experiments.console import entry_point
-from experiments.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.files import read_json
-from experiments.final_table import FinalTable
-from experiments.run_folder import LAST, folder_of, open_run, write_config, write_manifest
-from experiments.run_lock import only_job
-from experiments.schema import Config
-from experiments.tracking import build_loggers, log_end
+from experiments.running.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
+from experiments.running.final_table import FinalTable
+from experiments.running.folder import LAST, folder_of, open_run, write_config, write_manifest
+from experiments.running.lock import only_job
+from experiments.running.tracking import build_loggers, log_end
+from experiments.settings.config import experiments, load_config
+from experiments.settings.schema import Config
 from lightning_modules import launch
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import UserError
-from experiments import paper
-from experiments.differences import told, words
-from experiments.measured import Measured, aligned
+from experiments.measuring import paper
+from experiments.measuring.differences import told, words
+from experiments.measuring.measured import Measured, aligned
+from experiments.measuring.texts import benchmark_of
 from experiments.reporting.paper_map import paper_map
 from experiments.reporting.run_files import RunFiles
-from experiments.texts import benchmark_of
 from lightning_modules.significance import compare, holm
 
 log = logging.getLogger(__name__)

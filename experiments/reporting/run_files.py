@@ -12,7 +12,7 @@ from datamodules.records import UserError
 from experiments.files import read_json
 from experiments.reporting.charts import NUM_TONES, Series
 from experiments.reporting.source import Source
-from experiments.run_folder import read_config
+from experiments.running.folder import read_config
 
 CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page

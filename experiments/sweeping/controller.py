@@ -17,8 +17,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.config import FOLDER
-from experiments.endings import PREEMPTED
+from experiments.running.endings import PREEMPTED
+from experiments.settings.config import FOLDER
 from experiments.sweeping.file import Sweep
 from experiments.sweeping.trial import Trial, environment, trials_of
 from lightning_modules.signals import ASKING, Preempted

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
-from experiments.config import FOLDER, load_config, names
-from experiments.schema import Config
+from experiments.settings.config import FOLDER, load_config, names
+from experiments.settings.schema import Config
 from experiments.sweeping.space import Parameter, read_parameters, trials
 
 METHODS = ("grid", "random", "bayes")

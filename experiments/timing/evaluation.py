@@ -25,8 +25,8 @@ from datamodules.matching import NameMatcher
 from datamodules.records import Benchmark, Document
 from datamodules.text import input_text
 from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.measuring.results import evaluate_encoder
 from experiments.progress import Progress
-from experiments.results import evaluate_encoder
 from experiments.timing.encoder_cost import backbone_of
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.shared import SharedEncoder

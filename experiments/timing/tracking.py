@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from experiments.build_data import build_data
-from experiments.build_module import build_module
-from experiments.config import load_config
+from experiments.building.data import build_data
+from experiments.building.module import build_module
 from experiments.console import entry_point, key_values, whole_number
-from experiments.tracking import build_loggers
+from experiments.running.tracking import build_loggers
+from experiments.settings.config import load_config
 from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import Reader
-from experiments.targets import check_target, instantiate
+from experiments.settings.targets import check_target, instantiate
 from tests.datamodules.reader_worlds import WORLDS, World, beir, maple, papers, put, search, triplets, written
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)

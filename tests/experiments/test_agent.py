@@ -13,8 +13,8 @@ import wandb
 import yaml
 
 from experiments.agent import tell_other_ranks
-from experiments.config import load_config
-from experiments.run_folder import folder_of
+from experiments.running.folder import folder_of
+from experiments.settings.config import load_config
 from experiments.sweep import main as sweep
 from tests.experiments.test_train import TINY
 from tests.experiments.wandb_server import wandb_server

@@ -10,9 +10,9 @@ import zipfile
 import pytest
 
 from datamodules.records import UserError
-from experiments import downloads, unpacking
-from experiments.downloads import NotThere, download, keep
-from experiments.unpacking import unpack
+from experiments.downloading import downloads, unpacking
+from experiments.downloading.downloads import NotThere, download, keep
+from experiments.downloading.unpacking import unpack
 from tests.experiments.loopback import loopback
 
 CONTENT = random.Random(0).randbytes(3_000_000)

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from datamodules.records import UserError
-from experiments import run_lock
-from experiments.endings import answer
-from experiments.run_lock import only_job
+from experiments.running import lock as run_lock
+from experiments.running.endings import answer
+from experiments.running.lock import only_job
 from lightning_modules.signals import Preempted
 
 

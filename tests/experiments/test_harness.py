@@ -129,7 +129,7 @@ def test_scirepeval(model, scirepeval, tmp_path):
 
 def test_a_config_of_two_types_has_two_files(model, scirepeval, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "experiments.harness_files.SCIREPEVAL",
+        "experiments.interop.harness_files.SCIREPEVAL",
         {"classification": "classification", "regression": "search"}
         | {"adhoc_search": "search", "proximity": "link_prediction"},
     )

@@ -8,10 +8,10 @@ import pytest
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
-from experiments import leaks
-from experiments.build_data import build_data
-from experiments.config import load_config
-from experiments.schema import DataConfig
+from experiments.building import leaks
+from experiments.building.data import build_data
+from experiments.settings.config import load_config
+from experiments.settings.schema import DataConfig
 from tests.experiments.test_train import TINY
 
 TEXT = "in which {} a question is asked at some length about the matter of {}"

@@ -17,10 +17,10 @@ import torch
 from datamodules.hard_negatives import HardNegativeStore
 from datamodules.records import UserError
 from datamodules.sampler import STRATEGIES
-from experiments.build_data import build_data
-from experiments.config import load_config
+from experiments.building.data import build_data
+from experiments.building.mining import steps_between
 from experiments.mine import mine
-from experiments.mining import steps_between
+from experiments.settings.config import load_config
 from experiments.train import train
 from lightning_modules.encoders.checkpoints import load_encoder
 from tests.experiments.test_train import ROOT, TINY, command, rows

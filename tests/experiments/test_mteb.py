@@ -11,7 +11,7 @@ import torch
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, Document, UserError
 from experiments import mteb as entry
-from experiments.mteb_encoder import MtebEncoder
+from experiments.interop.mteb_encoder import MtebEncoder
 from lightning_modules.measure import measure
 from lightning_modules.retrieval import rank_benchmark
 

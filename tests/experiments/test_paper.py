@@ -5,10 +5,10 @@ import json
 import pytest
 
 from datamodules.records import UserError
-from experiments.paper import figures, tables
+from experiments.building.suite import load_suite
+from experiments.measuring.paper import figures, tables
+from experiments.measuring.reproduction import compare
 from experiments.reproduce import main
-from experiments.reproduction import compare
-from experiments.suite import load_suite
 
 TABLES = {table.name: table for table in tables()}
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from experiments import results as final_results
+from experiments.measuring import results as final_results
 from experiments.train import train
 from lightning_modules import signals
 from lightning_modules.callbacks import evaluation

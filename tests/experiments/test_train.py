@@ -20,11 +20,11 @@ import yaml
 
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
-from experiments import build_module
-from experiments.build_data import build_data
-from experiments.config import experiments, load_config
+from experiments.building import module as build_module
+from experiments.building.data import build_data
 from experiments.export import main as export
-from experiments.run_folder import folder_of
+from experiments.running.folder import folder_of
+from experiments.settings.config import experiments, load_config
 from experiments.train import train
 from lightning_modules.encoders.checkpoints import load_encoder
 

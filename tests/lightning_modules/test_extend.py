@@ -7,7 +7,7 @@ import torch
 
 from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
-from experiments.build_module import first_batches
+from experiments.building.module import first_batches
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.checkpoints import load_encoder

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiments.config import as_dict
-from experiments.endings import PREEMPTED
-from experiments.results import FinalTable
-from experiments.schema import Config
-from experiments.sender import is_sent
+from experiments.running.endings import PREEMPTED
+from experiments.running.final_table import FinalTable
+from experiments.running.sender import is_sent
+from experiments.settings.config import as_dict
+from experiments.settings.schema import Config
 from lightning_modules.loggers import JsonlLogger, RunLogger
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class WandbLogger(RunLogger):
         run.define_metric("*", step_metric=STEP, step_sync=True)
         if self.online:
             self._sender = subprocess.Popen(
-                [sys.executable, "-m", "experiments.sender", run.settings.sync_file],
+                [sys.executable, "-m", "experiments.running.sender", run.settings.sync_file],
                 stdin=subprocess.DEVNULL,
                 cwd=Path(__file__).parents[1],
             )

@@ -16,10 +16,10 @@ import torch
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
-from experiments.build_data import batches_per_step
-from experiments.build_module import first_batches
-from experiments.build_trainer import precision_of
-from experiments.schema import Config
+from experiments.building.data import batches_per_step
+from experiments.building.module import first_batches
+from experiments.building.trainer import precision_of
+from experiments.settings.schema import Config
 from lightning_modules.contrastive import ContrastiveModule
 
 WARM, MEASURED = 2, 6  # batches of each task

@@ -16,11 +16,11 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
-from experiments.build_data import batches_per_step
-from experiments.mining import build_mining_callback
-from experiments.run_folder import LAST
-from experiments.schema import Config
-from experiments.targets import instantiate
+from experiments.building.data import batches_per_step
+from experiments.building.mining import build_mining_callback
+from experiments.running.folder import LAST
+from experiments.settings.schema import Config
+from experiments.settings.targets import instantiate
 from lightning_modules import launch
 from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO

@@ -22,7 +22,7 @@ import yaml
 from datamodules.records import UserError
 from lightning_modules.metrics import parse_metric
 
-FOLDER = Path(__file__).parent / "tables"
+FOLDER = Path(__file__).parents[1] / "tables"
 MARKS = {"†": "quoted", "‡": "computed"}
 ABSENT = "–"
 COLUMN_KEYS = {"protocol", "metrics", "queries", "documents", "similarity"}

@@ -29,9 +29,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
-from experiments.config import as_dict, digest
 from experiments.files import read_json, write_atomically, write_json
-from experiments.schema import Config
+from experiments.settings.config import as_dict, digest
+from experiments.settings.schema import Config
 from lightning_modules import launch
 from lightning_modules.checkpoint_files import candidates, newest_intact
 

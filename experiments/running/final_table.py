@@ -8,10 +8,10 @@ from typing import Any
 
 from datamodules.records import Benchmark, UserError
 from experiments.files import read_json, write_json
-from experiments.results import Results, combine, evaluate_bm25, evaluate_encoder
-from experiments.run_folder import RunFolder
-from experiments.schema import Config
-from experiments.table import show
+from experiments.measuring.results import Results, combine, evaluate_bm25, evaluate_encoder
+from experiments.measuring.table import show
+from experiments.running.folder import RunFolder
+from experiments.settings.schema import Config
 from lightning_modules.distributed import rank
 from lightning_modules.encoders.base import Encoder
 

@@ -12,8 +12,8 @@ from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
-from experiments.schema import Config
-from experiments.targets import instantiate, taken
+from experiments.settings.schema import Config
+from experiments.settings.targets import instantiate, taken
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,

@@ -25,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import WITHOUT_RELEVANT, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice
-from experiments.targets import check_target
+from experiments.settings.targets import check_target
 from lightning_modules.metrics import parse_metric
 from lightning_modules.similarity import SIMILARITIES
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 CANDIDATES = ("corpus", "own")
 NAMES_FIRST = ("no", "published", "words")
 DOCUMENTS = ("whole", "title")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import Benchmark, Document
-from experiments.measured import Measured
-from experiments.texts import benchmark_of
+from experiments.measuring.measured import Measured
+from experiments.measuring.texts import benchmark_of
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from typing import Any
 from urllib.parse import quote
 
 from datamodules.records import UserError
-from experiments.downloads import NotThere, by_hand, discard, download, keep
+from experiments.downloading.downloads import NotThere, by_hand, discard, download, keep
+from experiments.downloading.recipe import FileSpec, SourceSpec
+from experiments.downloading.unpacking import unpack
 from experiments.files import read_json, write_json
 from experiments.progress import Progress
-from experiments.recipe import FileSpec, SourceSpec
-from experiments.unpacking import unpack
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import lightning as L
 
 from datamodules.records import UserError
-from experiments.run_folder import LAST
+from experiments.running.folder import LAST
 from lightning_modules import launch
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption

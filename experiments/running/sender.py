@@ -1,4 +1,4 @@
-"""Sends a run to W&B while it trains, as a process of its own: python -m experiments.sender FILE.wandb
+"""Sends a run to W&B while it trains, as a process of its own: python -m experiments.running.sender FILE.wandb
 
 Training writes W&B's file and never speaks to the server: whether and how fast that answers is nothing to it. This
 process imports the standard library alone. It ends when all is sent, or with the process that started it.

@@ -25,14 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.schema import Config, TaskConfig, check_ranges
-from experiments.targets import check_target
+from experiments.settings.schema import Config, TaskConfig, check_ranges
+from experiments.settings.targets import check_target
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 RESERVED = ("base",)  # YAML files beside the experiments that are none
 
 

@@ -14,11 +14,11 @@ from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.sampler import Phase, check_phases, checked_weights, task_weights
 from datamodules.tasks import KINDS, BatchOptions, Reader
-from experiments.leaks import answer_leaks
-from experiments.mining import add_rounds
-from experiments.run_folder import folder_of
-from experiments.schema import Config
-from experiments.targets import instantiate, taken
+from experiments.building.leaks import answer_leaks
+from experiments.building.mining import add_rounds
+from experiments.running.folder import folder_of
+from experiments.settings.schema import Config
+from experiments.settings.targets import instantiate, taken
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from datamodules.records import Benchmark, UserError
+from experiments.building.models import default_similarity, load_model
 from experiments.console import whole_number
-from experiments.models import default_similarity, load_model
-from experiments.results import Results, evaluate_bm25, evaluate_encoder
-from experiments.schema import Config
+from experiments.measuring.results import Results, evaluate_bm25, evaluate_encoder
+from experiments.settings.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.vectors import Vectors

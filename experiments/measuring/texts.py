@@ -7,14 +7,14 @@ import logging
 from pathlib import Path
 
 from datamodules.records import Benchmark, UserError
-from experiments.build_data import build_data
-from experiments.config import from_dict
+from experiments.building.data import build_data
+from experiments.building.models import run_of
 from experiments.console import key_values
 from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.files import read_json
-from experiments.measured import Measured
-from experiments.models import run_of
-from experiments.run_folder import read_config
+from experiments.measuring.measured import Measured
+from experiments.running.folder import read_config
+from experiments.settings.config import from_dict
 
 log = logging.getLogger(__name__)
 

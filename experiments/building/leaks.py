@@ -17,7 +17,7 @@ from datamodules.readers.beir import BeirReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from experiments.files import read_json, write_json
-from experiments.schema import DataConfig
+from experiments.settings.schema import DataConfig
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from datamodules.matching import NameMatcher
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
-from experiments.build_data import build_data
+from experiments.building.data import build_data
+from experiments.building.suite import BenchmarkConfig, choose, load_suite
 from experiments.console import whole_number
-from experiments.schema import Config
-from experiments.suite import BenchmarkConfig, choose, load_suite
-from experiments.targets import instantiate
+from experiments.settings.schema import Config
+from experiments.settings.targets import instantiate
 
 log = logging.getLogger(__name__)
 

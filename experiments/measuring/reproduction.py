@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.paper import Cell, Column, tables
+from experiments.measuring.paper import Cell, Column, tables
 
 LENGTH = 512  # tokens of a text in the paper's evaluation
 STEPS = (0.1, 0.5)  # points of a percentage

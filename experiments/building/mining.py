@@ -12,9 +12,9 @@ import torch
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from datamodules.rounds import Rounds
-from experiments.run_folder import folder_of
-from experiments.schema import Config
-from experiments.targets import instantiate
+from experiments.running.folder import folder_of
+from experiments.settings.schema import Config
+from experiments.settings.targets import instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.mining.mine import Mining

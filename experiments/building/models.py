@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.schema import Config
+from experiments.settings.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.checkpoints import DEFAULT_TASKS, load_encoder

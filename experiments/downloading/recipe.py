@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.readers.fields import SPLITS
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.config import names
-from experiments.targets import check_target
+from experiments.settings.config import names
+from experiments.settings.targets import check_target
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parents[1] / "recipes"
 COUNTS = ("documents", "queries", "pairs", "negatives")
 
 

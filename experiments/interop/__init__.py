@@ -1,0 +1,1 @@
+"""Encoders in the hands of other programs."""

@@ -1,0 +1,1 @@
+"""Results: made, shown, read again, and put beside others."""
