@@ -122,7 +122,7 @@ class WandbLogger(RunLogger):
             self._sender = subprocess.Popen(
                 [sys.executable, "-m", "experiments.running.sender", run.settings.sync_file],
                 stdin=subprocess.DEVNULL,
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
             )
         return run
 
