@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config import as_dict
 from experiments.endings import PREEMPTED
-from experiments.results import FinalTable
+from experiments.final_table import FinalTable
 from experiments.schema import Config
 from experiments.sender import is_sent
 from lightning_modules.loggers import JsonlLogger, RunLogger

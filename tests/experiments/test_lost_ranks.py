@@ -1,4 +1,4 @@
-"""Ranks on several nodes, and ranks that are lost."""
+"""Ranks on several nodes, and ranks that are lost. LONG_TESTS=1 loses the first one too, and stops one."""
 
 import os
 import re
@@ -12,6 +12,7 @@ import torch
 
 from tests.experiments.test_train import LONG, ROOT, command, rows
 
+LONGER = [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)] if "LONG_TESTS" in os.environ else []
 SETTINGS = [*LONG, "evaluation.every_n_steps=0", "trainer.timeout=20"]
 
 
@@ -57,7 +58,7 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), *LONGER])
 def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path, number, lost):
     """Killed, the others see it at once; stopped, after trainer.timeout."""
     process = started(tmp_path, "trainer.max_steps=100000", "trainer.devices=2")

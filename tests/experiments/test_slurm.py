@@ -1,6 +1,6 @@
 """Jobs for SLURM: what is written, what is refused, and a real SLURM on loopback that preempts a run of two ranks.
 
-Longer ways to be preempted: LONG_SLURM=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
+Longer ways to be preempted: LONG_TESTS=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
 evaluation after each, must take longer than two attempts of a job with a limit of three minutes.
 """
 
@@ -140,13 +140,13 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in WAYS if way == "steps" or "LONG_SLURM" in os.environ])
+@pytest.mark.parametrize("way", [way for way in WAYS if way == "steps" or "LONG_TESTS" in os.environ])
 def test_a_preempted_job_ends_as_if_it_had_not_been(tmp_path, monkeypatch, caplog, cluster, way):
     """SIGUSR1 during imports, at random steps, by the time limit, and after the end: the same batches, bit-equal
     weights, and no attempt fails."""
     settings = [*LONG, "data.num_workers=1", f"trainer.max_steps={STEPS}"]
     if way == "time":
-        settings += [f"trainer.max_steps={os.environ['LONG_SLURM']}", "evaluation.every_n_steps=1"]
+        settings += [f"trainer.max_steps={os.environ['LONG_TESTS']}", "evaluation.every_n_steps=1"]
     whole, folder = tmp_path / "whole", tmp_path / "preempted"
     subprocess.run(command(whole, *settings, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
 
