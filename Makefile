@@ -17,12 +17,12 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train slurm eval reproduce mteb harness mine audit compare report runs export test check bench clean
+.PHONY: help install doctor data dry-run train slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
 	@echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 	@echo
 	@echo "experiments (EXP=)"
 	@for f in $(filter-out experiments/base.yaml,$(wildcard experiments/*.yaml)); do \
@@ -50,6 +50,12 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 data: $(STAMP) ## build training data from public downloads: make data RECIPE=scimult data.root=FOLDER
 	@$(PY) -m experiments.data $(RECIPE) $(OVERRIDES) $(ARGS)
 
+doctor: $(STAMP) ## what is installed here, what would run where, and how to mend it (network=yes)
+	@$(PY) -m experiments.doctor $(OVERRIDES) $(ARGS)
+
+dry-run: $(STAMP) ## memory and time of an experiment, from a few of its steps: make dry-run EXP=moe SCALE=small
+	@$(PY) -m experiments.dry_run $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+
 train: $(STAMP) ## train an experiment, or go on with it, and print its results
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
@@ -74,6 +80,15 @@ mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, 
 audit: $(STAMP) ## is an evaluation in the training data? make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
+embed: $(STAMP) ## vectors of a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
+	@$(PY) -m experiments.embed $(OVERRIDES) $(ARGS)
+
+index: $(STAMP) ## a FAISS index of them: make index embeddings=FOLDER output=FILE [kind=ivf]
+	@$(PY) -m experiments.index $(OVERRIDES) $(ARGS)
+
+find: $(STAMP) ## the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
+	@$(PY) -m experiments.find $(OVERRIDES) $(ARGS)
+
 compare: $(STAMP) ## two systems query by query, with tests: make compare A=RUN B=RUN [metric=ndcg@10]
 	@$(PY) -m experiments.compare $(OVERRIDES) $(ARGS)
 
@@ -95,7 +110,7 @@ check: ## formatting and lint
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay

@@ -13,7 +13,8 @@ part         3/8: the third of eight processes that share the work, on any machi
 devices      processes on this machine, one for each GPU
 shard_size   texts of a shard. Shards are encoded by themselves, so vectors do not depend on the number of processes
 similarity   cosine keeps vectors of length 1, dot as they are; by default that of the run, dot with backbone=
-precision    fp32 or bf16 for the encoder; dtype: float32 or float16 on disk; token_budget: padded tokens of a forward
+precision    float32 or bfloat16 for the encoder; dtype: float32 or float16 on disk
+token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
 on_error     fail, or skip: bad lines go to a quarantine file
 """
 
@@ -23,7 +24,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.progress import Progress
 from experiments.run_folder import read_config
+from experiments.systems import PRECISIONS
 from experiments.workers import Share, run_processes, share_of
 from lightning_modules.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
 from lightning_modules.encoders.base import Encoder
@@ -54,7 +55,7 @@ KEYS = MODEL_KEYS | {
     "devices": "1",
     "shard_size": "16384",
     "similarity": "",
-    "precision": "fp32",
+    "precision": "float32",
     "dtype": "float32",
     "token_budget": "",
     "on_error": "fail",
@@ -73,7 +74,7 @@ class Job:
         choice("side", values["side"], ("documents", "queries"))
         choice("on_error", values["on_error"], BadLines.POLICIES)
         self.stored = choice("dtype", values["dtype"], STORED)
-        choice("precision", values["precision"], ("fp32", "bf16"))
+        choice("precision", values["precision"], PRECISIONS)
         self.size = whole_number("shard_size", values["shard_size"])
         budget = values["token_budget"] or str(TOKEN_BUDGET[torch.device(share.device).type])
         self.token_budget = whole_number("token_budget", budget)
@@ -128,12 +129,13 @@ def embed(job: Job) -> None:
     _embed_shards(job, encoder, shards, mine, sum(min(job.size, num_lines - n * job.size) for n in mine))
     missing = shards.missing(count)
     if missing:
-        log.info("shard %d and %d others are still missing: whose part they are makes them", *missing[:1], len(missing))
+        log.info("%d of %d shards are still missing, the first is %d: not this part's", len(missing), count, missing[0])
         return
     for task in job.tasks:
         path = job.matrix(task)
         about = shards.about | {"input": str(job.source.absolute()), "name": job.values["model"]}
         log.info("%s: %s vectors", path, f"{merge(shards, task, count, path, about):,}")
+    log.info("Next: make find embeddings=%s task=%s query='...'", job.output, next(iter(job.tasks)))
 
 
 def _embed_shards(job: Job, encoder: Encoder, shards: ShardFolder, mine: range, total: int) -> None:
@@ -157,8 +159,8 @@ def _embed_shards(job: Job, encoder: Encoder, shards: ShardFolder, mine: range, 
 
 
 def _encode(job: Job, encoder: Encoder, documents: list[Document], advance: Callable[[int], None]) -> Arrays:
-    bf16 = job.values["precision"] == "bf16"
-    with torch.autocast(encoder.device.type, torch.bfloat16) if bf16 else nullcontext():
+    enabled = job.values["precision"] == "bfloat16"
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
         return embed_shard(
             encoder,
             documents,

@@ -35,22 +35,21 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from datamodules.readers.beir import BeirReader
-from datamodules.records import Benchmark, UserError, plain_protocol
-from experiments.build_data import build_data
+from datamodules.records import Benchmark, UserError
+from experiments.build_benchmarks import benchmarks_of, suite_of
 from experiments.config import from_dict
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
 from experiments.models import MODEL_KEYS, run_of
 from experiments.results import Results, combine
 from experiments.run_folder import git_state, read_config, versions
-from experiments.schema import Config, EvaluationConfig
-from experiments.suite import Collections, Limits, build, choose, load_suite
-from experiments.systems import PRECISIONS, load_systems, models_of, short_name
+from experiments.schema import EvaluationConfig
+from experiments.suite import load_suite
+from experiments.systems import PRECISIONS, System, load_systems, models_of, short_name
 from experiments.table import show, show_suite
 from lightning_modules.metrics import parse_metric
 from lightning_modules.similarity import SIMILARITIES
@@ -90,91 +89,13 @@ def default_output(values: dict[str, str], run: Path | None) -> Path:
     return (run / "evaluation" if run else Path("evaluations")) / "-".join(part for part in parts if part)
 
 
-def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator[Benchmark]:
-    """The benchmarks that are asked for, one after the other, as each may fill the memory.
-
-    Those whose data are not there are told with what to get; that is an error if they were named. Raises UserError.
-    """
-    wanted = values["benchmarks"].split(",")
-    suite = choose(load_suite([Path(values["suite"])] if values["suite"] else ()), wanted)
-    collections = Collections(Path(values["data.root"]))
-    missing = {name: reason for name, config in suite.items() if (reason := collections.missing(config))}
-    if named := next((name for name in missing if name in wanted), None):
-        raise UserError(f"{missing[named]}. {named} needs {suite[named].source}, below data.root")
-    if len(missing) == len(suite):
-        raise UserError(f"data.root: {values['data.root']} has the data of none of these benchmarks")
-    there = {name: config for name, config in suite.items() if name not in missing}
-    log.info("%d benchmarks; for want of data without %s", len(there), ", ".join(missing) or "none")
-    for source in dict.fromkeys(suite[name].source for name in missing):
-        log.info("  to get: %s", source or "see the suite's file")
-    limits = Limits(*(whole_number(key, values[key], least=0) for key in ("max_queries", "max_documents")))
-    for name, config in there.items():
-        benchmark = build(name, config, collections, limits)
-        if similarities and benchmark.similarity:
-            benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
-        yield benchmark
-
-
-def benchmarks_of(values: dict[str, str], config: Config | None) -> list[Benchmark]:
-    if values["beir"]:
-        return [_beir_benchmark(values, config)]
-    if config is None:
-        raise UserError("which data? Give run=FOLDER of a run, or beir=FOLDER and task=NAME")
-    found = build_data(config).benchmarks(values["split"])
-    if values["task"]:
-        found = [benchmark for benchmark in found if benchmark.task == values["task"]]
-    if not found:
-        of_task = f" of task {values['task']}" if values["task"] else ""
-        raise UserError(f"split: the data{of_task} has no {values['split']!r} (usual are train, dev and test)")
-    return found
-
-
-def _beir_benchmark(values: dict[str, str], config: Config | None) -> Benchmark:
-    folder, task, split = Path(values["beir"]), values["task"], values["split"]
-    if not task:
-        raise UserError(f"task: whose expert ranks {folder}? For instance task=search")
-    collection = BeirReader(str(folder)).read()
-    if split not in collection.qrels:
-        raise UserError(f"split: {folder} has no {split!r}, it has {', '.join(collection.qrels)}")
-    qrels = collection.qrels[split]
-    queries = {query: collection.queries[query] for query in qrels}
-    if values["exclude"] != "auto":
-        exclude = values["exclude"] == "yes"
-    elif config and task in config.task:
-        exclude = config.task[task].kind == "link_prediction"
-    else:  # ids alone do not tell: many collections number queries and documents alike
-        exclude = all(collection.corpus.get(query) == document for query, document in queries.items())
-    return Benchmark(
-        name=folder.name,
-        task=task,
-        split=split,
-        corpus=collection.corpus,
-        queries=queries,
-        qrels=qrels,
-        exclude_query=exclude,
-        protocol=plain_protocol(folder.name, split, exclude),
-    )
-
-
 def main(arguments: Sequence[str]) -> None:
     values = key_values(arguments, KEYS)
     if values["benchmarks"] == "list":
         show_suite(load_suite([Path(values["suite"])] if values["suite"] else ()))
         return
-    models = models_of(values)
-    metrics = values["metrics"].split(",")
-    for name in metrics:
-        parse_metric(name)
-    similarities = list(filter(None, values["similarity"].split(",")))
-    for similarity in similarities:
-        choice("similarity", similarity, SIMILARITIES)
-    choice("exclude", values["exclude"], ("auto", "yes", "no"))
-    choice("add", values["add"], ("yes", "no"))
-    choice("precision", values["precision"], PRECISIONS)
-    budget = whole_number("token_budget", values["token_budget"])
-    if bool(values["benchmarks"]) != bool(values["data.root"]):
-        raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
-
+    models, similarities = models_of(values), list(filter(None, values["similarity"].split(",")))
+    _check(values, similarities)
     run = Path(values["run"]) if values["run"] else run_of(models[0]) if len(models) == 1 else None
     config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
     plain = len(models) == 1 and not values["benchmarks"]
@@ -187,33 +108,59 @@ def main(arguments: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"output: {folder} cannot be used ({error})") from error
 
-    about = {
+    about = _about(arguments, values, systems)
+    results = measured(systems, benchmarks, values, about, folder)
+    show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
+    log.info("Results and run files lie in %s", folder)
+
+
+def _check(values: Mapping[str, str], similarities: Sequence[str]) -> None:
+    for name in values["metrics"].split(","):
+        parse_metric(name)
+    for similarity in similarities:
+        choice("similarity", similarity, SIMILARITIES)
+    choice("exclude", values["exclude"], ("auto", "yes", "no"))
+    choice("add", values["add"], ("yes", "no"))
+    choice("precision", values["precision"], PRECISIONS)
+    whole_number("token_budget", values["token_budget"])
+    if bool(values["benchmarks"]) != bool(values["data.root"]):
+        raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
+
+
+def _about(arguments: Sequence[str], values: Mapping[str, str], systems: Sequence[System]) -> dict[str, Any]:
+    """What stands at the top of results.json."""
+    return {
         "model": values["model"],
         "similarity": values["similarity"] or ",".join(dict.fromkeys(system.similarity for system in systems)),
-        "metrics": metrics,
+        "metrics": values["metrics"].split(","),
         "versions": {"python": platform.python_version()} | versions(),
         "git": git_state(),
         "command": list(arguments),
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    path = folder / "results.json"
+
+
+def measured(
+    systems: Sequence[System],
+    benchmarks: Iterable[Benchmark],
+    values: Mapping[str, str],
+    about: Mapping[str, Any],
+    folder: Path,
+) -> Results:
+    """All systems on all benchmarks. What is measured is written at once, so that an interruption leaves it."""
+    path, budget = folder / "results.json", whole_number("token_budget", values["token_budget"])
     results: Results = read_json(path)["benchmarks"] if values["add"] == "yes" and path.is_file() else {}
     for benchmark in benchmarks:
         for system in systems:
-            if system.encoder and benchmark.task not in system.encoder.tasks and values["benchmarks"]:
-                log.warning("%s has no expert for %s: the table is without it", system.name, benchmark.name)
+            if lack := system.lacks(benchmark):
+                if not values["benchmarks"]:
+                    raise UserError(lack)
+                log.warning("%s: %s: the table is without it", benchmark.name, lack)
                 continue
-            if benchmark.training is not None and not system.encoder:
-                log.warning("%s has no vectors for an SVM: the table is without it for %s", system.name, benchmark.name)
-                continue
-            if system.encoder:
-                system.encoder.expert_of(benchmark.task)
-            found = system.evaluate([benchmark], metrics, folder / "runs", budget, values["precision"])
+            found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
             results = combine(results, found)
-            write_json(path, about | {"benchmarks": results})
-    title = f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}"
-    show(results, metrics, title)
-    log.info("Results and run files lie in %s", folder)
+            write_json(path, {**about, "benchmarks": results})
+    return results
 
 
 def _name(model: str, models: Sequence[str]) -> str:

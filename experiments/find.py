@@ -29,8 +29,8 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint
 from lightning_modules.index import read_index, search_index
 from lightning_modules.matrix import Matrix, open_matrix, read_about, read_ids
+from lightning_modules.measure import write_trec
 from lightning_modules.metrics import Run
-from lightning_modules.retrieval import write_trec
 from lightning_modules.top_k import top_k
 
 log = logging.getLogger(__name__)

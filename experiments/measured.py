@@ -48,8 +48,8 @@ class Measured:
                 rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
             return {row["query"]: float(row[metric]) for row in rows}
         except KeyError as error:
-            names = [name for name in rows[0] if name != "query"]
-            raise UserError(f"{path}: has no {metric}, but {', '.join(names)}") from error
+            names = ", ".join(name for name in rows[0] if name != "query") or "nothing"
+            raise UserError(f"{path}: holds {names} of single queries, and no {metric}") from error
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); measure again with make eval") from error
 
@@ -131,6 +131,8 @@ def aligned(
     """Values (S, Q) and (S', Q) of the same queries, and these. Raises UserError if the queries differ."""
     tables = [part.values(benchmark, metric) for part in (*one, *other)]
     queries = list(tables[0])
+    if not queries:
+        raise UserError(f"{benchmark}: none of its queries counts in the mean")
     for part, table in zip((*one, *other), tables, strict=True):
         if table.keys() != tables[0].keys():
             raise UserError(f"{benchmark}: {part.folder} has measured other queries than {one[0].folder}")

@@ -1,4 +1,4 @@
-"""The final table of a run: measured, written and shown."""
+"""Systems ranked and measured on benchmarks: figures, how they came about, and the files beside them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from datamodules.records import Benchmark, UserError
-from experiments.files import read_json, write_json
 from experiments.progress import Progress
-from experiments.run_folder import RunFolder
-from experiments.schema import Config
-from experiments.table import show
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import precision
@@ -37,87 +33,6 @@ from lightning_modules.vectors import Vectors
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]
-
-
-class FinalTable:
-    """What a run comes to: BM25, the untrained and the trained encoder on the final split, all ranks sharing the work.
-
-    content: what stands in results.json.
-    """
-
-    def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
-        self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
-        if not self.benchmarks:
-            raise UserError(f"evaluation.split: no task has a split {config.evaluation.split!r}")
-        without = set(config.task) - {benchmark.task for benchmark in self.benchmarks}
-        if without:
-            missing = ", ".join(sorted(without))
-            log.warning("no %s split for %s: the table is without it", config.evaluation.split, missing)
-        self.kept = folder.path / "baselines.json"  # a resumed run does not measure them again
-        self.content: dict[str, Any] = {}
-
-    def measure(self, system: str, encoder: Encoder) -> Results:
-        return evaluate_encoder(
-            system,
-            encoder,
-            self.benchmarks,
-            self.config.evaluation.metrics,
-            self.folder.path / "runs",
-            similarity=self.config.objective.similarity,
-            token_budget=self.config.data.token_budget,
-        )
-
-    def baselines(self, encoder: Encoder) -> None:
-        """Measure BM25 and the encoder as it starts: untrained, or what init_from or extend.model gave."""
-        bm25 = evaluate_bm25(self.benchmarks, self.config.evaluation.metrics, self.folder.path / "runs")
-        start = "start" if self.config.init_from or self.config.extend.model else "untrained"
-        found = combine(bm25, self.measure(start, encoder))
-        if rank() == 0:
-            write_json(self.kept, self._protocol() | {"benchmarks": found})
-
-    def _protocol(self) -> dict[str, Any]:
-        return {"split": self.config.evaluation.split, "metrics": self.config.evaluation.metrics}
-
-    def _measured_before(self) -> Results:
-        """The baselines, if they were measured on the same split with the same metrics."""
-        if not self.kept.is_file():
-            return {}
-        before = read_json(self.kept)
-        if self._protocol() | {"benchmarks": before.get("benchmarks")} != before:
-            log.warning("the baselines were measured on another split or with other metrics: the table is without them")
-            return {}
-        return before["benchmarks"]
-
-    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int) -> None:
-        """Measure the trained encoder and write results.json. checkpoint: the file it is from, of which step."""
-        self.content = {
-            "experiment": self.config.experiment,
-            "scale": self.config.scale,
-            "seed": self.config.run.seed,
-            "steps": self.config.trainer.max_steps,
-            "checkpoint": checkpoint,
-            "checkpoint_step": checkpoint_step,
-            **self._protocol(),
-            "benchmarks": combine(self._measured_before(), self.measure("trained", encoder)),
-        }
-        if rank() == 0:
-            write_json(self.folder.results, self.content)
-
-    def flat(self) -> dict[str, float]:
-        """The trained encoder's figures for loggers: <split>/<benchmark>/<metric>."""
-        return {
-            f"{result['split']}/{name}/{metric}": value
-            for name, result in self.content["benchmarks"].items()
-            for metric, value in result["systems"]["trained"].items()
-        }
-
-    @staticmethod
-    def show(content: dict[str, Any]) -> None:
-        """Print what stands in a results.json."""
-        what = f"{content['experiment']}, scale {content['scale']}, seed {content['seed']}"
-        step = f"{content['checkpoint']} of step {content['checkpoint_step']} of {content['steps']}"
-        title = f"{what}, {step}, {content['split']} split"
-        show(content["benchmarks"], content["metrics"], title)
 
 
 def evaluate_encoder(

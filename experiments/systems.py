@@ -35,6 +35,14 @@ class System:
     similarity: str
     vectors: Vectors | None = None
 
+    def lacks(self, benchmark: Benchmark) -> str:
+        """What it would need to be measured on a benchmark, if that is not there."""
+        if self.encoder is None:
+            return f"{self.name} has no vectors for an SVM" if benchmark.training is not None else ""
+        if benchmark.task not in self.encoder.tasks:
+            return f"unknown task {benchmark.task!r}: {self.name} was built for {', '.join(self.encoder.tasks)}"
+        return ""
+
     def evaluate(
         self, benchmarks: Sequence[Benchmark], metrics: Sequence[str], folder: Path, token_budget: int, precision: str
     ) -> Results:

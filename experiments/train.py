@@ -24,7 +24,7 @@ from experiments.config import experiments, load_config
 from experiments.console import entry_point
 from experiments.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.files import read_json
-from experiments.results import FinalTable
+from experiments.final_table import FinalTable
 from experiments.run_folder import LAST, folder_of, open_run, write_config, write_manifest
 from experiments.run_lock import only_job
 from experiments.schema import Config

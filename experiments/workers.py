@@ -49,7 +49,9 @@ def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
     Without part, tasks of a SLURM array are parts. Raises UserError for a part that is none.
     """
     index, count = _part(part, environment)
-    for rank, size, local in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+    # A batch script without srun has SLURM_NTASKS too, and is all alone.
+    srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    for rank, size, local in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
         if int(environment.get(size, 1)) > 1 and rank in environment:
             among, here = int(environment[size]), int(environment.get(local, 0))
             return Share(index * among + int(environment[rank]), count * among, here)

@@ -166,6 +166,8 @@ def merge(shards: ShardFolder, task: str, count: int, path: Path, about: Mapping
     wanted = dict(about) | {"task": task, "count": len(ids), "shards": [note["vectors"][task] for note in notes]}
     if path.is_file() and beside(path, ".json").is_file() and read_about(path) == wanted:
         return len(ids)
+    if repeated := len(ids) - len(set(ids)):
+        log.warning("%s: %d ids stand more than once in the input; each has a row", path, repeated)
     try:
         beside(path, ".json").unlink(missing_ok=True)  # of other vectors
         with whole_file(path) as file:

@@ -74,7 +74,8 @@ def build_index(vectors: Shards, options: IndexOptions, advance: Callable[[int],
     """An index of all vectors, by inner product. options: resolved. advance: called with the number added."""
     faiss = faiss_module()
     dimension = vectors[0].shape[1]
-    lists, codes = f"IVF{options.nlist}," if options.has_lists else "", f"PQ{options.m}" if options.m else "Flat"
+    lists = f"IVF{options.nlist}," if options.has_lists else ""
+    codes = f"PQ{options.m}np" if options.m else "Flat"  # np: without an annealing for Hamming distances, minutes long
     index = faiss.index_factory(dimension, lists + codes, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         if options.has_lists and faiss.get_num_gpus() > 0:  # k-means takes nearly all the time

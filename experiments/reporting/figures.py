@@ -33,7 +33,6 @@ def work_out(run: RunFiles, num_papers: int) -> dict[str, Any]:
         "seconds": (seconds := sum(attempt["seconds"] or 0 for attempt in attempts)),
         "time": in_words(seconds),
         "parameters_million": run.manifest.get("parameters", 0) / 1e6,
-        "attempts": len(attempts),
         "level": LEVEL,
     }
     found["paper"] = {path: of_paper(content.value) for path, content in run.evaluations.items()}

@@ -31,14 +31,17 @@ UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names
 NUMBER = re.compile(r"(?<![\w.])[−+]?\d[\d,]*(?:\.\d+)?(?:e[−+]?\d+)?%?")
 METRIC = re.compile(r"\b[a-z_]+@\d+")
 
+SETTINGS = [
+    *("mining.every_n_steps=3", "mining.first_step=3", "mining.relative_margin=null", "mining.k=40"),
+    *("trainer.max_steps=9", "trainer.log_every_n_steps=3", "diagnostics.every_n_steps=3"),
+]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with all that a report shows: mining, diagnostics, results, and an evaluation."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    mining = ["mining.every_n_steps=3", "mining.first_step=3", "mining.relative_margin=null", "mining.k=40"]
-    steps = ["trainer.max_steps=9", "trainer.log_every_n_steps=3", "diagnostics.every_n_steps=3"]
-    train("moe_mined", [f"run.dir={folder}", *TINY, *mining, *steps])
+    train("moe_mined", [f"run.dir={folder}", *TINY, *SETTINGS])
     main([f"RUN={folder}", "map=30"])
     return folder
 
@@ -248,6 +251,20 @@ def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
     assert f"{mean:.4f}" in told
     with pytest.raises(UserError, match="there are no runs"):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
+
+
+def test_a_run_whose_baselines_were_measured_otherwise_ends_without_them(run, tmp_path, caplog):
+    """Before, it trained to its end and could not put its results together."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    baselines = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    for of in baselines["benchmarks"].values():  # as former versions left them
+        del of["protocol"], of["data"]
+    (tmp_path / "run" / "baselines.json").write_text(json.dumps(baselines))
+    train("moe_mined", [f"run.dir={tmp_path / 'run'}", *TINY, *SETTINGS])
+    assert "the table is without them" in caplog.text
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"]
+    assert {system for of in results.values() for system in of["systems"]} == {"trained"}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytrec_eval
 import torch
 
 from datamodules.records import UserError
+from experiments.build_benchmarks import Collections, build
 from experiments.evaluate import main
 from experiments.results import combine, evaluate_encoder
-from experiments.suite import Collections, build, load_suite
+from experiments.suite import load_suite
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of
 
 SUITE = load_suite()

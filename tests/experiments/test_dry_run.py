@@ -1,0 +1,51 @@
+"""The dry run's prediction, against what can be counted, and that it leaves nothing behind."""
+
+import time
+
+import pytest
+import torch
+
+from experiments.dry_run import dry_run
+from lightning_modules.contrastive import ContrastiveModule
+from tests.experiments.test_train import TINY
+
+
+@pytest.fixture
+def predicted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides):
+        return dry_run("moe", [*TINY, "trainer.max_steps=9", "evaluation.every_n_steps=0", *overrides])
+
+    yield run
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_be_counted(predicted, monkeypatch):
+    original = ContrastiveModule.training_step
+
+    def slow_and_large(module, batch, index):
+        ballast = torch.ones(100 << 18)  # 100 MiB
+        time.sleep(0.1)
+        del ballast
+        return original(module, batch, index)
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", slow_and_large)
+    found = predicted()
+    assert {name: cost.batches for name, cost in found.tasks.items()} == dict.fromkeys(found.tasks, 3)
+    assert set(found.tasks) == {"classification", "link_prediction", "search"}
+    assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)  # two moments of every number
+    assert 0.4 * found.weights < found.gradients < 0.99 * found.weights  # of one task's experts among three
+    assert found.activations > 95 << 20
+    assert all(cost.seconds > 0.1 for cost in found.tasks.values())
+    assert found.update < 0.1
+    assert found.training(9) == 9 * found.update + sum(3 * cost.seconds for cost in found.tasks.values())
+
+
+def test_ranks_add_documents_and_their_scores(predicted):
+    one, four = predicted(), predicted("trainer.devices=2", "trainer.num_nodes=2")
+    assert one.further == 0
+    assert [cost.documents for cost in four.tasks.values()] == [4 * cost.documents for cost in one.tasks.values()]
+    # Of three more ranks: scores of 8 queries and vectors of 32 dimensions, float32, and the gradients of both.
+    most = max(cost.documents for cost in one.tasks.values())
+    assert four.further == int(2 * 3 * most * 4 * (8 + 32))

@@ -1,0 +1,207 @@
+"""Embedding a corpus: the same bits whoever works on it, after kills and damage; what is refused."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.readers.beir import write_beir
+from datamodules.records import UserError
+from experiments import embed as embed_entry
+from experiments.embed import main
+from experiments.workers import Share, run_processes, share_of
+from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.matrix import open_matrix
+from tests.conftest import text_of, toy_collection
+from tests.experiments.test_train import ROOT
+
+PAPERS = [{"id": f"p{i}", "title": text_of(i), "text": text_of(*range(i, i + i % 9))} for i in range(23)]
+
+
+@pytest.fixture
+def model(make_encoder, tmp_path):
+    make_encoder("attention").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def papers(tmp_path):
+    path = tmp_path / "papers.jsonl"
+    path.write_text("".join(json.dumps(paper) + "\n" for paper in PAPERS))
+    return path
+
+
+@pytest.fixture
+def embed(model, papers, tmp_path):
+    def run(output, *more, task="search", source=papers):
+        given = [f"model={model}", f"task={task}", f"input={source}", f"output={tmp_path / output}", "shard_size=5"]
+        main([*given, *more])
+        return tmp_path / output
+
+    return run
+
+
+def expected(model, task="search"):
+    """One text at a time, so that no batch has a part in it."""
+    encoder = load_encoder(model)
+    texts = [f"{paper['title']} [SEP] {paper['text']}" if paper["text"] else paper["title"] for paper in PAPERS]
+    with torch.inference_mode():
+        tokens = [encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in texts]
+        return torch.cat([encoder.eval()(t.input_ids, t.attention_mask, task) for t in tokens]).numpy()
+
+
+def test_the_matrix_is_every_text_s_vector_in_the_order_of_the_file(embed, model):
+    matrix = open_matrix(embed("out", "similarity=dot"), "search")
+    assert matrix.ids == [paper["id"] for paper in PAPERS]
+    np.testing.assert_allclose(matrix.vectors[0], expected(model), atol=1e-5)
+    assert matrix.about["similarity"] == "dot"
+
+
+def test_several_tasks_cosine_and_half_precision(embed, model, capsys):
+    folder = embed("out", "dtype=float16", task="all")
+    for task in ("classification", "link_prediction", "search"):
+        wanted = expected(model, task)
+        found = open_matrix(folder, task).vectors[0]
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3)
+    with pytest.raises(UserError, match="task: got 'none', .* has vectors for classification, link_prediction, search"):
+        open_matrix(folder)
+
+
+def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch):
+    whole = embed("whole.npy")
+    parts = whole.with_name("parts.npy")
+    for part in ("2/3", "3/3", "1/3"):
+        assert not parts.exists()
+        embed("parts.npy", f"part={part}")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "4")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    for number in (4, 5):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        embed("array.npy")
+    for path in (parts, whole.with_name("array.npy")):
+        assert path.read_bytes() == whole.read_bytes()
+        assert path.with_name(f"{path.name}.ids.txt").read_text() == "".join(f"{p['id']}\n" for p in PAPERS)
+
+
+def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(embed, papers, monkeypatch, caplog):
+    output, made = embed("out"), []
+    before = (output / "search.npy").read_bytes()
+    original = embed_entry.embed_shard
+    monkeypatch.setattr(
+        embed_entry, "embed_shard", lambda e, d, *a, **k: made.append(d[0].id) or original(e, d, *a, **k)
+    )
+    embed("out")
+    assert made == []
+    damaged = output / "shards" / "00001.search.npy"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    (output / "shards" / "00003.search.npy").write_bytes(b"half")
+    (output / "shards" / "00004.json").write_text('{"ids": [')
+    (output / "search.npy").unlink()
+    embed("out")
+    assert made == ["p5", "p15", "p20"]
+    assert "00001.search.npy: is damaged" in caplog.text
+    assert (output / "search.npy").read_bytes() == before
+    lines = papers.read_text().splitlines()
+    papers.write_text("\n".join([*lines[:6], lines[6].replace("p6", "new"), *lines[7:], lines[0]]))
+    embed("out")
+    assert made[3:] == ["p5", "p20"]
+    assert open_matrix(output).ids[6] == "new"
+    assert len(open_matrix(output).ids) == 24
+    assert "1 ids stand more than once" in caplog.text
+
+
+def test_what_would_mix_vectors_is_refused(embed, model, make_encoder):
+    embed("out")
+    with pytest.raises(UserError, match="out/shards holds vectors that were made otherwise .*dtype: float32 there"):
+        embed("out", "dtype=float16")
+    make_encoder("attention", seed=1).save_pretrained(model)
+    with pytest.raises(UserError, match="made otherwise .model: "):
+        embed("out")
+
+
+def test_sources_and_bad_lines(embed, papers, tmp_path):
+    with gzip.open(tmp_path / "papers.jsonl.gz", "wt") as file:
+        file.write(papers.read_text())
+    write_beir(toy_collection(), tmp_path / "beir")
+    assert open_matrix(embed("gz", source=tmp_path / "papers.jsonl.gz")).ids == [paper["id"] for paper in PAPERS]
+    assert open_matrix(embed("beir", source=tmp_path / "beir")).ids == [f"d{i}" for i in range(10)]
+    lines = papers.read_text().splitlines()
+    lines[7] = '{"id": "p7"}'
+    papers.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="papers.jsonl, line 8: document 'p7' has neither title nor text"):
+        embed("bad")
+    folder = embed("bad2", "on_error=skip")
+    assert open_matrix(folder).ids == [paper["id"] for paper in PAPERS if paper["id"] != "p7"]
+    assert json.loads((folder / "shards" / "quarantine-1.jsonl").read_text())["line"] == 8
+
+
+@pytest.mark.parametrize(
+    ("part", "environment", "expected"),
+    [
+        ("", {}, (0, 1, 0)),
+        ("3/8", {}, (2, 8, 0)),
+        ("", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+        ("", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+        ("2/2", {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}, (4, 6, 1)),
+    ],
+)
+def test_shares(part, environment, expected):
+    share = share_of(part, environment)
+    assert (share.index, share.count, share.local) == expected
+
+
+def test_shares_that_are_none():
+    with pytest.raises(UserError, match="part: got '9/8'"):
+        share_of("9/8", {})
+    array = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "4", "MIN": "0", "MAX": "8", "COUNT": "3"}.items()}
+    with pytest.raises(UserError, match="numbered without gaps, got 3 tasks from 0 to 8"):
+        share_of("", array)
+
+
+def test_processes_of_one_machine_divide_its_share_and_failures_are_named(tmp_path, monkeypatch):
+    probe = "import os, sys; open(sys.argv[-1][5:].replace('/', '-'), 'w').write(os.environ['LOCAL_RANK'])"
+    (tmp_path / "probe.py").write_text(probe)
+    (tmp_path / "failing.py").write_text("import os, sys; sys.exit(int(os.environ['LOCAL_RANK']) * 3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "7")
+    run_processes("probe", ["task=search"], Share(1, 3), devices=2)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*-6")} == {"3-6": "0", "4-6": "1"}
+    with pytest.raises(UserError, match=r"of 2 processes failed: 2 \(status 3\); the same command goes on"):
+        run_processes("failing", [], Share(), devices=2)
+
+
+@pytest.mark.slow
+def test_two_killed_workers_leave_no_trace_in_the_bits(embed, model, papers, tmp_path):
+    """kill -9 while they write their shards; the others end, and the killed ones' shards are made later."""
+    many = [{"id": f"m{i}", "text": text_of(*range(i % 50, i % 50 + 2 + i % 13))} for i in range(4000)]
+    papers.write_text("".join(json.dumps(paper) + "\n" for paper in many))
+    given = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
+    command = [sys.executable, "-m", "experiments.embed", *given]
+    workers = [subprocess.Popen([*command, f"part={i}/3"], cwd=ROOT) for i in (1, 2, 3)]
+    shards, killed = tmp_path / "parts" / "shards", 0
+    deadline = time.monotonic() + 120
+    while killed < 2 and time.monotonic() < deadline:
+        mine = {int(path.stem) % 3 for path in shards.glob("0*.json")}
+        if killed in mine and workers[killed].poll() is None:
+            os.kill(workers[killed].pid, signal.SIGKILL)
+            killed += 1
+        time.sleep(0.002)
+    codes = [worker.wait(timeout=120) for worker in workers]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert not (tmp_path / "parts" / "search.npy").exists()
+    embed("parts", "shard_size=50")
+    whole = embed("whole", "shard_size=50")
+    assert (tmp_path / "parts" / "search.npy").read_bytes() == (whole / "search.npy").read_bytes()
+    assert open_matrix(whole).ids == [paper["id"] for paper in many]
