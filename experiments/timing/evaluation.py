@@ -54,13 +54,16 @@ CUTS = (20, 50, 100)
 
 
 def labels_and_papers(num_queries: int, num_documents: int) -> Benchmark:
-    """Labels of one to four words and twelve of definition; papers of about 200 words that name some labels."""
+    """Labels of two to four words and twelve of definition; papers of about 200 words that name a label or a few."""
     rng = np.random.default_rng(0)
 
     def some(count: int) -> str:
         return " ".join(f"t{i}" for i in (rng.zipf(1.3, count) % 1000))
 
-    labels = {f"l{i}": Document(f"l{i}", some(rng.integers(1, 5)), some(12)) for i in range(num_documents)}
+    def name() -> str:
+        return " ".join(f"t{i}" for i in rng.integers(0, 1000, rng.integers(2, 5)))
+
+    labels = {f"l{i}": Document(f"l{i}", name(), some(12)) for i in range(num_documents)}
     names, queries, qrels = list(labels), {}, {}
     for i in range(num_queries):
         gold = [names[j] for j in rng.integers(0, num_documents, 5)]
