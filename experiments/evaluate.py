@@ -23,8 +23,8 @@ precision    what encoders compute in: float32 or bfloat16; scores are in float3
              bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
-max_queries, max_documents    for a first look: of each benchmark the first queries alone, and a corpus of their
-             relevant documents and the first others; makes another protocol; 0 for all
+max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant
+             documents and others, evenly spaced; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics

@@ -121,7 +121,7 @@ class Collections:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """For a first look: of each benchmark the first queries alone, and a smaller corpus; 0 for all."""
+    """For a first look: of each benchmark some of the queries, and a smaller corpus; 0 for all."""
 
     queries: int = 0
     documents: int = 0
@@ -134,9 +134,9 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, limits: 
         queries, qrels = merged(collection, config.splits)
         protocol = config.protocol
         if 0 < limits.queries < len(queries):
-            queries = dict(list(queries.items())[: limits.queries])
+            protocol += f"/{limits.queries}-of-{len(queries)}-queries"
+            queries = {query: queries[query] for query in spread(list(queries), limits.queries)}
             qrels = {query: qrels[query] for query in queries}
-            protocol += f"/first-{limits.queries}-queries"
         training = merged(collection, config.train_on) if config.train_on else None
         corpus, candidates = _candidates(config, collection.corpus, queries, qrels)
         if candidates is None and training is None and 0 < limits.documents < len(corpus):
@@ -165,11 +165,16 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, limits: 
     )
 
 
+def spread(ids: Sequence[str], count: int) -> list[str]:
+    """So many of the ids, evenly spaced: the first ones are often of one kind."""
+    return [ids[i * len(ids) // count] for i in range(count)] if count < len(ids) else list(ids)
+
+
 def smaller(corpus: Mapping[str, Document], qrels: Qrels, count: int) -> dict[str, Document]:
-    """The relevant documents, and as many of the first others as make count together, in the corpus's order."""
+    """The relevant documents, and as many others as make count together, in the corpus's order."""
     relevant = {id for grades in qrels.values() for id, grade in grades.items() if grade > 0 and id in corpus}
     others = [id for id in corpus if id not in relevant]
-    kept = relevant.union(others[: max(0, count - len(relevant))])
+    kept = relevant.union(spread(others, max(0, count - len(relevant))))
     return {id: document for id, document in corpus.items() if id in kept}
 
 

@@ -98,7 +98,7 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
     main(["model=bm25", *chosen, "add=yes"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(again["benchmarks"]["scifact_all"]["systems"]) == systems
-    with pytest.raises(UserError, match="protocol cannot stand side by side .*/first-1-quer"):
+    with pytest.raises(UserError, match="protocol cannot stand side by side .*/1-of-4-quer"):
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
 
 
@@ -184,7 +184,7 @@ def test_a_suite_of_ones_own(root, tmp_path):
     main([*arguments, "benchmarks=all", "max_queries=1"])
     result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["split"], result["queries"]) == ("train+test", 1)
-    assert result["protocol"] == "mine/test/first-1-queries"
+    assert result["protocol"] == "mine/test/1-of-2-queries"
     main([*arguments, "benchmarks=all", "max_documents=3"])
     result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
