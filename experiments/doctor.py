@@ -113,7 +113,7 @@ def faiss() -> Iterator[Line]:
     elif imported is None and there:
         yield Line(PROBLEM, "faiss", f"{both} cannot be imported", "pip uninstall it, then make install EXTRAS=cpu")
     elif imported is None:
-        yield Line(NOTE, "faiss", "not installed: torch ranks", "make install EXTRAS=cpu, or gpu (for make index)")
+        yield Line(NOTE, "faiss", "not installed: no make index", "make install EXTRAS=cpu, or gpu")
     else:
         yield Line(OK, "faiss", f"{both}, {imported.get_num_gpus()} GPUs")
 
@@ -124,8 +124,7 @@ def where() -> Iterator[Line]:
         return
     gpu = torch.cuda.is_available()
     bf16 = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    ranks = "faiss" if module("faiss") and not gpu else "torch"
-    found = f"training on {'GPU' if gpu else 'CPU'} in {'bf16' if bf16 else 'fp32'}, top-k by {ranks}"
+    found = f"training and top-k on {'GPU' if gpu else 'CPU'}, training in {'bf16' if bf16 else 'fp32'}"
     count = torch.cuda.device_count()
     yield Line(OK, "what runs where", found + (f"; trainer.devices=-1 takes {count} GPUs" if count > 1 else ""))
 

