@@ -52,7 +52,7 @@ def top_k(
     k = min(k, shards.count)
     wanted = min(k + PAD, shards.count)
     check_finite(queries, "queries")
-    backend = _backend(backend, device)
+    backend = _backend(backend)
     if k > DEEP:
         return deep_top_k(queries, shards, k, order, memory, device, advance)
     rows, scores, longest = _candidates(queries, shards, wanted, backend, memory, device, advance)
@@ -78,7 +78,7 @@ def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory
     return np.where(rows < 0, -np.inf, scores)
 
 
-def _backend(name: str, device: torch.device) -> str:
+def _backend(name: str) -> str:
     if name not in BACKENDS:
         raise UserError(f"backend: got {name!r}, allowed are {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("faiss") is not None
