@@ -327,10 +327,12 @@ def test_a_job_array_has_a_trial_in_each_task_where_make_sweep_finds_it(make_swe
         slurm("moe", ["TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
 
 
-def test_the_status_of_a_training_comes_through_make(tmp_path):
+def test_the_status_of_a_training_comes_through_make(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAKELEVEL", "1")  # as below `make sweep`, and in the tests below `make test`
     trial = Trial(0, {}, tmp_path / "t")
     (tmp_path / "Makefile").write_text("train:\n\t@exit 75\n")
     with open(trial.log, "w") as output:
-        status = subprocess.run(["make", "train"], cwd=tmp_path, stdout=output, stderr=output).returncode
+        started = subprocess.run(["make", "train"], cwd=tmp_path, env=environment(0, 1), stdout=output, stderr=output)
+    status = started.returncode
     assert status == 2
     assert trial.status("make", status) == 75
