@@ -98,8 +98,9 @@ class TrainerConfig:
     """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
     for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
     optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
-    data.token_budget alone, whatever its size, for a second forward. timeout: seconds after which ranks no longer wait
-    for one that does not answer.
+    data.token_budget alone, whatever its size, for a second forward. strategy: of several ranks, "ddp" (each has all
+    weights) or "fsdp" (they share out weights, gradients and the optimizer's state). timeout: seconds after which ranks
+    no longer wait for one that does not answer.
     """
 
     max_steps: int = 1000
@@ -111,6 +112,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
     grad_cache: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     timeout: int = 1800
     log_every_n_steps: int = 20
 
@@ -297,12 +299,26 @@ def check_ranges(config: Config) -> None:
         raise UserError("trainer.devices: got -1 for all GPUs, and there is none (a number above 0 runs on the CPU)")
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator: got gpu, and there is none (auto takes what there is)")
+    _check_strategy(config)
     _check_mining(config)
     if not config.evaluation.metrics:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
     for name in config.evaluation.metrics:
         parse_metric(name)
     check_objective(config.objective, list(config.task))
+
+
+def _check_strategy(config: Config) -> None:
+    if config.trainer.strategy == "ddp":
+        return
+    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
+        raise UserError("trainer.strategy: fsdp shares weights out over ranks, and there is one (trainer.devices=2)")
+    for key, value, without in (
+        ("objective.learn_temperature", config.objective.learn_temperature, "no"),
+        ("objective.balance", config.objective.balance, "none"),
+    ):
+        if value != without:
+            raise UserError(f"trainer.strategy: fsdp does not go with {key}={value} (take ddp, or {key}={without})")
 
 
 def _check_mining(config: Config) -> None:
