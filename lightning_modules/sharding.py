@@ -71,6 +71,25 @@ def replica(encoder: Encoder) -> Encoder:
     return found.to(encoder.device).eval()
 
 
+def slice_of(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """This rank's slices of a loss's gradients, means over ranks; None for parameters that the loss does not meet.
+
+    The gradients that the parameters have are lost.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    found = [None if parameter.grad is None else slice_of(parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
 def gathered(state: Any, keep: bool) -> Any:
     """Plain containers with whole tensors, on the CPU, in place of slices. All ranks gather together.
 
