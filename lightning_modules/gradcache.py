@@ -81,7 +81,9 @@ def _trained(encoder: Encoder) -> list[Tensor]:
 
 class _Cached(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, encoder: Encoder, batch: ContrastiveBatch, forwards: int, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, encoder: Encoder, batch: ContrastiveBatch, forwards: int, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
         kind = encoder.device.type
         ctx.encoder, ctx.batch, ctx.forwards = encoder, batch, forwards
         ctx.autocast = {

@@ -1,6 +1,6 @@
 """Memory and time of a step with an encoder that ranks share out (trainer.strategy=fsdp), against DDP, in one run.
 
-    python -m experiments.timing.sharding [ranks=2] [experts=3] [layers=12] [hidden=768] [pairs=8] [tokens=64] [rounds=5]
+    python -m experiments.timing.sharding [ranks=2] [experts=3] [layers=12] [hidden=768] [pairs=8] [tokens=64]
 
 The defaults are BERT-base's size, with experts in attention in every second layer, and a batch of two chunks on each
 rank. Ranks are processes on the CPU (gloo), or one a GPU (NCCL); each strategy has its own. What a rank holds after a

@@ -1,6 +1,6 @@
 """What test_sharded_runs.py starts on both ranks, as torchrun would: trainings one after the other, in one process.
 
-    python -m tests.experiments.sharded_runs RANK PORT FOLDER [key=value ...]
+python -m tests.experiments.sharded_runs RANK PORT FOLDER [key=value ...]
 """
 
 import os
