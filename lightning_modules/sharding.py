@@ -43,10 +43,10 @@ def shard(encoder: Encoder, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     layers = [fully_shard(Unit(*encoder.layer_modules(i)), mesh=mesh) for i in range(encoder.num_layers)]
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
-    whole = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
+    all_of_it = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
     for name in encoder.layer_methods:
         setattr(encoder, name, _through(layers, getattr(encoder, name)))
-    encoder.forward_with_penalty = functools.partial(whole, encoder.forward_with_penalty)
+    encoder.forward_with_penalty = functools.partial(all_of_it, encoder.forward_with_penalty)
     encoder.sharded = True
     # Vectors and prefixes are views. Nothing here changes them in place, which is what it warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -67,8 +67,13 @@ def replica(encoder: Encoder) -> Encoder:
     if not encoder.sharded:
         return encoder
     found = build(describe_architecture(encoder), encoder.tokenizer)
-    found.load_state_dict({name: tensor.full_tensor() for name, tensor in encoder.state_dict().items()}, assign=True)
+    found.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
     return found.to(encoder.device).eval()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that the ranks have slices of. All ranks gather it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def slice_of(tensor: Tensor) -> Tensor:
@@ -91,13 +96,13 @@ def sharded_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """Plain containers with whole tensors, on the CPU, in place of slices. All ranks gather together.
+    """Plain containers with whole tensors, on the CPU, in place of slices. All ranks gather them together.
 
-    keep: whether this rank is to have them; else it has none in their place.
+    keep: whether this rank is to have them; else it has None in their place.
     """
     if isinstance(state, DTensor):
-        whole = state.full_tensor()
-        return whole.cpu() if keep else None
+        found = whole(state)
+        return found.cpu() if keep else None
     if isinstance(state, Mapping):
         return {key: gathered(value, keep) for key, value in state.items()}
     return [gathered(value, keep) for value in state] if isinstance(state, list) else state

@@ -30,6 +30,7 @@ SETTINGS = [
     f"evaluation.every_n_steps={STEPS}",
     "evaluation.baselines=false",
     f"diagnostics.every_n_steps={STEPS}",
+    "wandb.mode=disabled",
 ]
 ON_TWO = [*SETTINGS, "trainer.devices=2"]
 ON_ONE = [*TINY, *SETTINGS, "data.batch_size=16"]

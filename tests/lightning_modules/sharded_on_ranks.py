@@ -8,6 +8,7 @@ different numbers, and weights that cannot be shared out evenly.
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -123,6 +124,8 @@ def main(rank, world_size, port):
         check(ours[2], weights)
         check_optimizer(ours[3], optimizer)
         texts = [text_of(rank, i) for i in range(3 + rank)]  # of which ranks have different numbers
+        with pytest.raises(RuntimeError, match="replica"):
+            module.encoder.encode(texts, "search")
         vectors, theirs = replica(module.encoder).encode(texts, "search"), copied.encoder.encode(texts, "search")
         torch.testing.assert_close(vectors, theirs)
         print("equal", flush=True)
