@@ -51,7 +51,7 @@ from experiments.measuring.table import show, show_suite
 from experiments.running.folder import git_state, read_config, versions
 from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
-from lightning_modules.metrics import parse_metric
+from lightning_modules.metrics import check_metric
 from lightning_modules.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(values: Mapping[str, str], similarities: Sequence[str]) -> None:
     for name in values["metrics"].split(","):
-        parse_metric(name)
+        check_metric(name)
     for similarity in similarities:
         choice("similarity", similarity, SIMILARITIES)
     choice("exclude", values["exclude"], ("auto", "yes", "no"))

@@ -4,7 +4,8 @@ torchmetrics' own retrieval metrics are not used: they take a score of 0 or less
 relevant documents that were not retrieved.
 
 Shapes: Q queries, K retrieved documents, M documents. A metric of METRICS gives one value a query, float64 (Q,); one of
-AGGREGATES a single value for all queries together. 1 is best.
+AGGREGATES a single value for all queries together, by what is predicted of each, and so does one of CORRELATIONS, by
+the numbers that are predicted. 1 is best.
 """
 
 from __future__ import annotations
@@ -173,25 +174,49 @@ OF_WHOLE = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")  # may stand withou
 def macro_f1(counts: np.ndarray) -> float:
     """Mean of the F1 of all classes that are predicted or true of some query."""
     hits, both = counts[0], counts[1] + counts[2]
-    return float((2 * hits[both > 0] / both[both > 0]).mean())
+    return float((2 * hits[both > 0] / both[both > 0]).mean()) if both.any() else 0.0
 
 
 def micro_f1(counts: np.ndarray) -> float:
     """F1 of all decisions together; where each query has one class, the share that is right."""
-    return float(2 * counts[0].sum() / (counts[1] + counts[2]).sum())
+    return float(2 * counts[0].sum() / max(1, (counts[1] + counts[2]).sum()))
 
 
-AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1}
+def binary_f1(counts: np.ndarray) -> float:
+    """F1 of the second of two classes. Raises UserError for another number of them."""
+    if counts.shape[1] != 2:
+        raise UserError(
+            f"metric f1: there are {counts.shape[1]} classes, it is of the second of two (macro_f1 is of all)"
+        )
+    return float(2 * counts[0, 1] / max(1, counts[1, 1] + counts[2, 1]))
+
+
+AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1, "f1": binary_f1}
 
 
 def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
     """(3, num_classes): how often each class is predicted rightly, is predicted, and is true.
 
-    predicted: (Q,) the class of each query, -1 for none. queries, classes: (n,) pairs that are true.
+    predicted: (Q, p) the classes of each query, each once, padded with -1. queries, classes: (n,) pairs that are true.
     """
-    right = classes[predicted[queries] == classes]
+    right = classes[(predicted[queries] == classes[:, None]).any(1)]
     made = predicted[predicted >= 0]
     return np.stack([np.bincount(part, minlength=num_classes) for part in (right, made, classes)])
+
+
+def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Kendall's tau-b of two orders (Q,); 0 where all of one are equal. Raises UserError without SciPy."""
+    try:
+        from scipy.stats import kendalltau
+    except ImportError as error:
+        raise UserError(
+            "kendall_tau needs SciPy, which comes with scikit-learn (make install EXTRAS=cpu,svm)"
+        ) from error
+    found = float(kendalltau(predicted, true).statistic)
+    return 0.0 if np.isnan(found) else found
+
+
+CORRELATIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"kendall_tau": kendall_tau}
 
 
 def parse_metric(name: str) -> tuple[str, int]:
@@ -200,8 +225,18 @@ def parse_metric(name: str) -> tuple[str, int]:
     metric, cut = match.groups() if match else ("", None)
     if metric in METRICS and (metric in OF_WHOLE if cut is None else metric != "r_precision"):
         return metric, int(cut or WHOLE)
-    if name in AGGREGATES:
+    if name in AGGREGATES or name in CORRELATIONS:
         return name, 1
     cut = ", ".join(f"{metric}@K" for metric in METRICS if metric != "r_precision")
-    whole = ", ".join((*OF_WHOLE, *AGGREGATES))
+    whole = ", ".join((*OF_WHOLE, *AGGREGATES, *CORRELATIONS))
     raise UserError(f"metric {name!r}: allowed are {cut}, with K a whole number above 0, and {whole}")
+
+
+def check_metric(name: str, told: str = "ranking") -> None:
+    """Raise UserError for a metric that is unknown, or not of what is told: a ranking, or what a probe learns."""
+    parse_metric(name)
+    of_told = {"ranking": (*METRICS, "macro_f1", "micro_f1"), "number": tuple(CORRELATIONS)}.get(
+        told, tuple(AGGREGATES)
+    )
+    if name.partition("@")[0] not in of_told:
+        raise UserError(f"metric {name!r}: is not of a {told}, allowed are {', '.join(of_told)}")

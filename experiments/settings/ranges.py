@@ -10,7 +10,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.settings.schema import Config
-from lightning_modules.metrics import parse_metric
+from lightning_modules.metrics import check_metric
 from lightning_modules.objective.options import check_objective
 
 ABOVE_0 = (
@@ -42,7 +42,7 @@ def check_ranges(config: Config) -> None:
     if not config.evaluation.metrics:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
     for name in config.evaluation.metrics:
-        parse_metric(name)
+        check_metric(name)
     check_objective(config.objective, list(config.task))
 
 
