@@ -81,6 +81,8 @@ def _draws(benchmark: Benchmark, wanted: np.ndarray, names: list[str]) -> Iterat
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # some parts are without it, as there
         splits = list(StratifiedKFold(parts).split(wanted, wanted))
+    if parts < probe.draws:
+        log.info("%s: %d draws, as the training papers make no more", benchmark.name, parts)
     yield from (rows for _, rows in splits[: probe.draws])
 
 

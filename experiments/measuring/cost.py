@@ -45,6 +45,14 @@ class Meter:
         }
 
 
+def with_money(results: dict[str, Any], price: float | None) -> dict[str, Any]:
+    """The same results, in which costs have "money": seconds of devices at a price of each hour, if there is one."""
+    for result in results.values() if price is not None else ():
+        for of in result["measured"].values():
+            of["cost"]["money"] = round(of["cost"]["device_seconds"] / 3600 * price, 6)
+    return results
+
+
 def total(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of one system on several benchmarks: sums, and the most memory. measured: of each of them."""
     costs = [of["cost"] for of in measured]
