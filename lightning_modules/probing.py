@@ -41,6 +41,9 @@ def probe_runs(benchmark: Benchmark, ids: Sequence[str], queries: np.ndarray, tr
 
 def _run(benchmark: Benchmark, ids, names: list[str], queries: np.ndarray, train: np.ndarray, wanted: np.ndarray):
     probe = benchmark.probe
+    if not len(ids):  # a rank without queries
+        width = len(names) if probe.learns == "labels" else 1
+        return Run(ids, names, np.full((0, width), -1), np.zeros((0, width)))
     if probe.learns == "labels":
         sure = predict_labels(train, wanted, queries, probe)
         order = np.argsort(-sure, axis=1, kind="stable")

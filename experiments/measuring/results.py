@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,21 +14,12 @@ import torch
 
 from datamodules.records import Benchmark, UserError
 from experiments.measuring.cost import Meter
+from experiments.measuring.figures import measured
 from experiments.progress import Progress
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import precision
-from lightning_modules.measure import (
-    depth,
-    means,
-    of_all_ranks,
-    query_values,
-    whole_run,
-    write_draws,
-    write_qrels,
-    write_query_values,
-    write_trec,
-)
+from lightning_modules.measure import depth
 from lightning_modules.metrics import Run
 from lightning_modules.probing import probe_runs
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
@@ -147,42 +137,12 @@ def _evaluate(
         log.info("%s on %s (%d queries, %d documents)", system, name, len(benchmark.queries), len(benchmark.corpus))
         meter = Meter(encoder)
         runs, about = ranked(benchmark, depth(own, benchmark))
-        figures, more = _measured(runs, benchmark, own, about["seconds"], folder, system)
+        figures, more = measured(runs, benchmark, own, about["seconds"], folder, system)
         cost = meter.read(about["seconds"])
         about["seconds"] = {part: round(seconds, 2) for part, seconds in about["seconds"].items()}
         about |= more | {"cost": cost}
         results[name] = _about(benchmark, own) | {"systems": {system: figures}, "measured": {system: about}}
     return results
-
-
-def _measured(runs: Iterable[Run], benchmark: Benchmark, metrics, seconds: dict[str, float], folder: Path, system: str):
-    """Figures of the runs, and their spread over draws where there are several; the files beside them.
-
-    seconds: by part, to which those of ranking and of metrics are added.
-    """
-    seconds |= {"rank": 0.0, "metrics": 0.0}
-    found, started = [], time.monotonic()
-    for run in runs:
-        ranked = time.monotonic()
-        values = of_all_ranks(query_values(run, benchmark, metrics))
-        found.append(means(values, benchmark, metrics))
-        seconds["rank"] += ranked - started
-        started = time.monotonic()
-        seconds["metrics"] += started - ranked
-    seconds["rank"] += time.monotonic() - started
-    several = bool(benchmark.training and benchmark.probe.samples)
-    whole = None if several else whole_run(run)
-    if rank() == 0:
-        path = folder / f"{benchmark.name}.{system}"
-        if several:
-            write_draws(found, path.with_name(f"{path.name}.draws.tsv"))
-        else:
-            write_trec(whole, path.with_name(f"{path.name}.trec"), system)
-            write_query_values(values, benchmark, path.with_name(f"{path.name}.queries.tsv"))
-        write_qrels(benchmark, folder / f"{benchmark.name}.qrels")
-    figures = {metric: statistics.fmean(of[metric] for of in found) for metric in metrics}
-    spread = {metric: statistics.pstdev(of[metric] for of in found) for metric in metrics}
-    return figures, {"draws": len(found), "spread": spread} if several else {}
 
 
 def _about(benchmark: Benchmark, metrics: Sequence[str]) -> Results:
