@@ -14,16 +14,8 @@ import torch.distributed as dist
 
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed import world_size
-from lightning_modules.metrics import (
-    AGGREGATES,
-    CORRELATIONS,
-    METRICS,
-    Run,
-    class_counts,
-    judge,
-    parse_metric,
-    places,
-)
+from lightning_modules.metrics import METRICS, Run, judge, parse_metric, places
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS, class_counts
 
 BLOCK = 2**22  # ranked documents that are judged at once
 

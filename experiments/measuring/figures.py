@@ -23,7 +23,7 @@ from lightning_modules.measure import (
 from lightning_modules.metrics import Run
 
 
-def measured(
+def figures_of(
     runs: Iterable[Run],
     benchmark: Benchmark,
     metrics: Sequence[str],

@@ -14,7 +14,7 @@ import torch
 
 from datamodules.records import Benchmark, UserError
 from experiments.measuring.cost import Meter
-from experiments.measuring.figures import measured
+from experiments.measuring.figures import figures_of
 from experiments.progress import Progress
 from lightning_modules.distributed import world_size
 from lightning_modules.encoders.base import Encoder
@@ -137,7 +137,7 @@ def _evaluate(
         log.info("%s on %s (%d queries, %d documents)", system, name, len(benchmark.queries), len(benchmark.corpus))
         meter = Meter(encoder)
         runs, about = ranked(benchmark, depth(own, benchmark))
-        figures, more = measured(runs, benchmark, own, about["seconds"], folder, system)
+        figures, more = figures_of(runs, benchmark, own, about["seconds"], folder, system)
         cost = meter.read(about["seconds"])
         about["seconds"] = {part: round(seconds, 2) for part, seconds in about["seconds"].items()}
         about |= more | {"cost": cost}

@@ -14,9 +14,10 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC, LinearSVR
 
-from datamodules.records import Document
+from datamodules.records import Document, UserError
 from experiments.building.benchmarks import suite_of
 from experiments.evaluate import main
+from experiments.measuring.measured import open_measured
 from lightning_modules.encoders.checkpoints import load_encoder
 from tests.conftest import text_of
 
@@ -150,6 +151,8 @@ def test_figures_are_those_of_scirepevals_procedure(
     if len(told) > 1:
         lines = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.draws.tsv").read_text().splitlines()
         assert [float(line.split("\t")[1]) for line in lines[1:]] == pytest.approx(scores, abs=1e-12)
+        with pytest.raises(UserError, match="is a mean over draws of training papers, and not over queries"):
+            open_measured("A", str(tmp_path / "out"))[0].values(f"scirepeval_{name}", metric)
         assert about["draws"] == len(told)
         assert about["spread"][metric] == pytest.approx(np.std(scores))
     else:
