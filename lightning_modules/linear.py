@@ -9,6 +9,7 @@ Shapes: n training papers, q queries, D dimensions, L labels.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +24,16 @@ MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
 ALONE = 2**19  # values that one process has done with before others have started
 
 
+def check_installed() -> None:
+    """Raise UserError if scikit-learn is not there, which all below needs."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("a linear model needs scikit-learn (make install EXTRAS=cpu,svm)")
+
+
 def predict_classes(train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe):
     """The class (q,) of each query, and C. train: (n, D) vectors of classes (n,). queries: (q, D).
 
-    One class against the others. C is the one of the best accuracy. Raises UserError without scikit-learn.
+    One class against the others. C is the one of the best accuracy.
     """
     model = _with_best_c(_estimator(probe), probe, processes=train.size > ALONE)
     with _quiet():
@@ -57,10 +64,8 @@ def predict_numbers(train: np.ndarray, numbers: np.ndarray, queries: np.ndarray,
 
 
 def _estimator(probe: Probe) -> Any:
-    try:
-        from sklearn.svm import LinearSVC, LinearSVR
-    except ImportError as error:
-        raise UserError("a linear SVM needs scikit-learn (make install EXTRAS=cpu,svm)") from error
+    from sklearn.svm import LinearSVC, LinearSVR
+
     more = {"fit_intercept": False, "random_state": SEED, "max_iter": MAX_ITER[probe.learns], "C": probe.costs[0]}
     return LinearSVR(epsilon=0.0, **more) if probe.learns == "number" else LinearSVC(loss=probe.loss, **more)
 
@@ -80,9 +85,10 @@ def _chosen(model: Any) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The largest Cs end at the limit of iterations, in the programs of the authors too."""
+    """The largest Cs end at the limit of iterations, in the programs of the authors too; probing.py tells of labels."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
         yield

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from datamodules.records import Benchmark, UserError
-from lightning_modules.linear import FOLDS, SEED, predict_classes, predict_labels, predict_numbers
+from lightning_modules.linear import FOLDS, SEED, check_installed, predict_classes, predict_labels, predict_numbers
 from lightning_modules.metrics import Run
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,9 @@ def probe_runs(benchmark: Benchmark, ids: Sequence[str], queries: np.ndarray, tr
 
     ids: of the queries (q, D). train: (n, D) vectors of the papers of benchmark.training, in their order. A run has
     each query's class; or its labels, surest first; or its number, as the score of the corpus's one document. Raises
-    UserError for a paper without or with several classes, or too few papers of a class or label.
+    UserError for a paper without or with several classes, too few papers of a class or label, or without scikit-learn.
     """
+    check_installed()
     probe, names = benchmark.probe, list(benchmark.corpus)
     wanted = {"class": _classes, "labels": _labels, "number": _numbers}[probe.learns](benchmark, names)
     if not probe.samples:
@@ -112,7 +113,12 @@ def _labels(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     if len(names) < 2:
         raise UserError(f"{benchmark.name}: has {len(names)} labels, needed are two")
     rows = [[grades.get(name, 0) > 0 for name in names] for grades in benchmark.training[1].values()]
-    return np.array(rows, dtype=np.int64)
+    labels = np.array(rows, dtype=np.int64)
+    if alike := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
+        log.warning(
+            "%s: no training papers tell %d labels apart, the first is %s", benchmark.name, len(alike), alike[0]
+        )
+    return labels
 
 
 def _numbers(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:

@@ -22,6 +22,7 @@ from lightning_modules.encoders.checkpoints import load_encoder
 from tests.conftest import text_of
 
 NUM_CLASSES = 3
+pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # with the largest C, here as there
 
 
 @pytest.fixture
@@ -116,7 +117,6 @@ def as_files(folder, config, test_config, papers, labels):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), home / "0000.parquet")
 
 
-@pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # with the largest C, here as there
 @pytest.mark.parametrize(
     ("name", "config", "test_config", "procedure", "metric", "score"),
     [

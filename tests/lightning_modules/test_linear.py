@@ -81,6 +81,26 @@ def test_what_an_svm_cannot_learn_is_refused(classes, message):
         list(probe_runs(benchmark(classes), ["q0"], np.zeros((1, 4)), np.ones((len(classes), 4))))
 
 
+def test_a_label_of_no_training_paper_is_told(caplog):
+    train, classes, queries = drawn()
+    (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
+    assert set(run.indices.ravel()) == {-1, 0, 2}
+    assert "toy: no training papers tell 1 labels apart, the first is b" in caplog.text
+
+
+def test_without_scikit_learn_it_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="a linear model needs scikit-learn .make install EXTRAS=cpu,svm"):
+        next(probe_runs(benchmark(["a"] * 3 + ["b"] * 3), ["q0"], np.zeros((1, 4)), np.ones((6, 4))))
+
+
+def test_a_rank_without_queries_has_an_empty_run():
+    train, classes, _ = drawn()
+    for probe in ({}, {"learns": "labels"}, {"samples": 12, "costs": [1], "draws": 2}):
+        for run in probe_runs(benchmark(["abc"[c] for c in classes], **probe), [], np.zeros((0, 5)), train):
+            assert run.indices.shape == (0, 3 if probe.get("learns") == "labels" else 1)
+
+
 def test_numbers_are_those_of_the_objective():
     """|w|^2 / 2 + C sum |y - w.x|: of one dimension, w is among the points where the slope turns."""
     rng = np.random.default_rng(2)

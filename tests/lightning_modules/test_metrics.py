@@ -107,6 +107,8 @@ def test_f1_of_two_classes_and_of_labels_is_that_of_scikit_learn():
         found = measure(run, benchmark, ["macro_f1", "micro_f1"])
         for average in ("macro", "micro"):
             assert found[f"{average}_f1"] == pytest.approx(f1_score(true, told, average=average), abs=1e-12)
+        shares = [query_values(run.part(*part), benchmark, ["macro_f1"]) for part in ((20, 40), (0, 25))]
+        assert means(each_once(shares), benchmark, ["macro_f1"])["macro_f1"] == found["macro_f1"], "of two ranks"
 
         run = Run(queries, ["0", "1"], told[:, :1], np.ones((40, 1)))
         qrels = {query: {str(row[0]): 1} for query, row in zip(queries, true, strict=True)}
