@@ -27,12 +27,14 @@ max_queries, max_documents    for a first look: of each benchmark so many querie
              documents and others, evenly spaced; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
+cost_per_hour    of one device, in any currency: what an evaluation costs then stands beside its seconds
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,12 +48,13 @@ from experiments.building.suite import load_suite
 from experiments.building.systems import PRECISIONS, System, load_systems, models_of, short_name
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
+from experiments.measuring.cost import with_money
 from experiments.measuring.results import Results, combine
-from experiments.measuring.table import show, show_suite
+from experiments.measuring.table import show, show_cost, show_suite
 from experiments.running.folder import git_state, read_config, versions
 from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
-from lightning_modules.metrics import parse_metric
+from lightning_modules.metrics import check_metric
 from lightning_modules.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,7 @@ KEYS = MODEL_KEYS | {
     "vectors": "",
     "metrics": ",".join(EvaluationConfig().metrics),
     "token_budget": "8192",
+    "cost_per_hour": "",
 }
 
 
@@ -111,18 +115,20 @@ def main(arguments: Sequence[str]) -> None:
     about = _about(arguments, values, systems)
     results = measured(systems, benchmarks, values, about, folder)
     show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
+    show_cost(results)
     log.info("Results and run files lie in %s", folder)
 
 
 def _check(values: Mapping[str, str], similarities: Sequence[str]) -> None:
     for name in values["metrics"].split(","):
-        parse_metric(name)
+        check_metric(name)
     for similarity in similarities:
         choice("similarity", similarity, SIMILARITIES)
     choice("exclude", values["exclude"], ("auto", "yes", "no"))
     choice("add", values["add"], ("yes", "no"))
     choice("precision", values["precision"], PRECISIONS)
     whole_number("token_budget", values["token_budget"])
+    _price(values)
     if bool(values["benchmarks"]) != bool(values["data.root"]):
         raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
 
@@ -158,9 +164,22 @@ def measured(
                 log.warning("%s: %s: the table is without it", benchmark.name, lack)
                 continue
             found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
-            results = combine(results, found)
+            results = combine(results, with_money(found, _price(values)))
             write_json(path, {**about, "benchmarks": results})
     return results
+
+
+def _price(values: Mapping[str, str]) -> float | None:
+    """Of an hour of a device."""
+    if not values["cost_per_hour"]:
+        return None
+    try:
+        price = float(values["cost_per_hour"])
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise UserError(f"cost_per_hour: got {values['cost_per_hour']!r}, allowed are numbers from 0")
+    return price
 
 
 def _name(model: str, models: Sequence[str]) -> str:
