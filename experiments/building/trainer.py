@@ -18,7 +18,7 @@ from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.building.data import batches_per_step
 from experiments.building.mining import build_mining_callback
-from experiments.running.folder import LAST
+from experiments.running.folder import EXPERTS, LAST
 from experiments.settings.schema import Config
 from experiments.settings.targets import instantiate
 from lightning_modules import launch
@@ -48,7 +48,8 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
         alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
         callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
     if config.diagnostics.every_n_steps:
-        callbacks.append(Diagnostics(config.diagnostics.every_n_steps))
+        every, drawn = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
+        callbacks.append(Diagnostics(every, drawn, folder / EXPERTS))
     if config.evaluation.every_n_steps:
         benchmarks = data.benchmarks("dev")
         if not benchmarks:
