@@ -27,6 +27,7 @@ max_queries, max_documents    for a first look: of each benchmark so many querie
              documents and others, evenly spaced; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
+devices      processes on this machine that share the work, one for each GPU; torchrun and srun start their own
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
 """
 
@@ -49,8 +50,10 @@ from experiments.files import read_json, write_json
 from experiments.measuring.results import Results, combine
 from experiments.measuring.table import show, show_suite
 from experiments.running.folder import git_state, read_config, versions
+from experiments.running.ranks import ranks
 from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
+from lightning_modules.distributed import rank
 from lightning_modules.metrics import parse_metric
 from lightning_modules.similarity import SIMILARITIES
 
@@ -73,6 +76,7 @@ KEYS = MODEL_KEYS | {
     "max_length": "",
     "precision": "float32",
     "vectors": "",
+    "devices": "1",
     "metrics": ",".join(EvaluationConfig().metrics),
     "token_budget": "8192",
 }
@@ -94,8 +98,14 @@ def main(arguments: Sequence[str]) -> None:
     if values["benchmarks"] == "list":
         show_suite(load_suite([Path(values["suite"])] if values["suite"] else ()))
         return
-    models, similarities = models_of(values), list(filter(None, values["similarity"].split(",")))
-    _check(values, similarities)
+    _check(values)
+    with ranks("experiments.evaluate", arguments, values["devices"]):
+        evaluate(arguments, values)
+
+
+def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:
+    """What the command line says, with all ranks; the first one writes and tells."""
+    models, similarities = models_of(values), _similarities(values)
     run = Path(values["run"]) if values["run"] else run_of(models[0]) if len(models) == 1 else None
     config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
     plain = len(models) == 1 and not values["benchmarks"]
@@ -110,14 +120,21 @@ def main(arguments: Sequence[str]) -> None:
 
     about = _about(arguments, values, systems)
     results = measured(systems, benchmarks, values, about, folder)
-    show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
+    if rank() == 0:
+        show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
     log.info("Results and run files lie in %s", folder)
 
 
-def _check(values: Mapping[str, str], similarities: Sequence[str]) -> None:
+def _similarities(values: Mapping[str, str]) -> list[str]:
+    return list(filter(None, values["similarity"].split(",")))
+
+
+def _check(values: Mapping[str, str]) -> None:
+    """Of what can be wrong, what is soon said."""
+    models_of(values)
     for name in values["metrics"].split(","):
         parse_metric(name)
-    for similarity in similarities:
+    for similarity in _similarities(values):
         choice("similarity", similarity, SIMILARITIES)
     choice("exclude", values["exclude"], ("auto", "yes", "no"))
     choice("add", values["add"], ("yes", "no"))
@@ -159,7 +176,8 @@ def measured(
                 continue
             found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
             results = combine(results, found)
-            write_json(path, {**about, "benchmarks": results})
+            if rank() == 0:
+                write_json(path, {**about, "benchmarks": results})
     return results
 
 
