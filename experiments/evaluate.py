@@ -19,8 +19,8 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
 max_length   tokens of a text, by default the model's own; the paper evaluates with 512
-precision    what encoders compute in: float32 or bfloat16; scores are in float32. The final table of a run trained in
-             bf16 is measured in bf16, so its last digits may differ.
+precision    what encoders compute in: fp32, bf16, or auto, which is bf16 where the hardware computes in it; scores are
+             in fp32. The final table of a run trained in bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
 max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant
@@ -44,7 +44,7 @@ from datamodules.records import Benchmark, UserError
 from experiments.building.benchmarks import benchmarks_of, suite_of
 from experiments.building.models import MODEL_KEYS, run_of
 from experiments.building.suite import load_suite
-from experiments.building.systems import PRECISIONS, System, load_systems, models_of, short_name
+from experiments.building.systems import System, load_systems, models_of, short_name
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
 from experiments.measuring.results import Results, combine
@@ -55,6 +55,7 @@ from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
 from lightning_modules.distributed import rank
 from lightning_modules.metrics import parse_metric
+from lightning_modules.precision import PRECISIONS
 from lightning_modules.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ KEYS = MODEL_KEYS | {
     "task": "",
     "similarity": "",
     "max_length": "",
-    "precision": "float32",
+    "precision": "fp32",
     "vectors": "",
     "devices": "1",
     "metrics": ",".join(EvaluationConfig().metrics),

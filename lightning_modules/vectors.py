@@ -62,12 +62,12 @@ class Vectors:
         units, size = range(0, len(documents), UNIT), world_size()
 
         def own() -> torch.Tensor:
-            parts = [torch.empty(0, self.encoder.dimension)]
+            parts = []
             for first in units[rank() :: size]:
                 texts = list(documents[first : first + UNIT])
                 parts.append(self.encoder.encode(texts, task, token_budget=self.token_budget, advance=advance))
                 check_finite(parts[-1].numpy(), what, first)
-            return torch.cat(parts)
+            return torch.cat(parts or [self.encoder.encode([], task)])
 
         encoded = together(own)
         if size == 1:

@@ -31,6 +31,7 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.rank_report import RankReport
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.precision import resolved
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +74,9 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def precision_of(config: Config) -> str:
-    """Lightning's name of the precision; "auto" is bf16 where the hardware computes in it."""
-    wanted = config.trainer.precision
-    if wanted == "auto":
-        on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if native else "fp32"
-    return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
+    """Lightning's name of the precision."""
+    on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")]
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:

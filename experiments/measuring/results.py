@@ -15,7 +15,6 @@ from datamodules.records import Benchmark, UserError
 from experiments.progress import Progress
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import precision
 from lightning_modules.measure import (
     depth,
     means,
@@ -27,6 +26,7 @@ from lightning_modules.measure import (
     write_trec,
 )
 from lightning_modules.metrics import Run
+from lightning_modules.precision import current
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
 from lightning_modules.signals import leave_if_asked
 from lightning_modules.vectors import Vectors
@@ -79,7 +79,7 @@ def evaluate_encoder(
             "similarity": chosen,
             "expert": encoder.expert_of(benchmark.task),
             "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
-            "precision": precision(encoder),
+            "precision": current(encoder.device),
             "device": device_name(encoder.device),
             "texts": len(benchmark.corpus) + len(benchmark.queries),
             "seconds": seconds,
@@ -99,7 +99,7 @@ def evaluate_bm25(benchmarks: Iterable[Benchmark], metrics: Sequence[str], folde
         started = time.monotonic()
         run = bm25_run(benchmark, k)
         about = dict.fromkeys(("fingerprint", "max_length", "expert"))
-        about |= {"instruction": "", "precision": "float32", "device": "cpu"}
+        about |= {"instruction": "", "precision": "fp32", "device": "cpu"}
         seconds = {"encode": 0.0, "rank": time.monotonic() - started}
         return run, {"model": "bm25", "similarity": "bm25"} | about | {"seconds": seconds}
 

@@ -20,7 +20,8 @@ from datamodules.records import Document
 from datamodules.text import input_text
 from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import fingerprint, precision, text_hash, whole_file
+from lightning_modules.fingerprints import fingerprint, text_hash, whole_file
+from lightning_modules.precision import current
 from lightning_modules.shards import Advance, Shards, check_finite
 from lightning_modules.signals import leave_if_asked
 
@@ -59,7 +60,7 @@ class VectorCache:
         def embed() -> None:
             for number, first in enumerate(range(0, len(documents), size)):
                 part = documents[first : first + size]
-                path = self.folder / f"{text_hash(part, task, self.similarity, precision(self.encoder))}.npy"
+                path = self.folder / f"{text_hash(part, task, self.similarity, current(self.encoder.device))}.npy"
                 paths.append(path)
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(part, task, advance)
