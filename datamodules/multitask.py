@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.records import UserError
-from datamodules.tasks import BatchOptions, ContrastiveDataModule, TaskDataModule
+from datamodules.tasks import TaskDataModule
 
 
 class MultiTaskDataModule(ContrastiveDataModule):

@@ -14,11 +14,12 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # of data.cache, and of w
 import pytest
 import torch
 
+from datamodules.batches import BatchOptions
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader
-from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder

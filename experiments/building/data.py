@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.batches import BatchOptions
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.sampler import Phase, check_phases, checked_weights, task_weights
-from datamodules.tasks import KINDS, BatchOptions, Reader
+from datamodules.tasks import KINDS, Reader
 from experiments.building.leaks import answer_leaks
 from experiments.building.mining import add_rounds
 from experiments.running.folder import folder_of

@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.batches import BatchOptions
 from datamodules.records import ContrastiveBatch, Task, UserError
-from datamodules.tasks import BatchOptions, SearchDataModule
+from datamodules.tasks import SearchDataModule
 from experiments.console import entry_point, key_values, whole_number
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from datamodules.batches import BatchOptions
 from datamodules.conversion import FileReader, StreamingReader, describe, stored
 from datamodules.examples import ExampleTable, in_memory
 from datamodules.readers import json_values, lines
@@ -18,7 +19,7 @@ from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
-from datamodules.tasks import KINDS, BatchOptions
+from datamodules.tasks import KINDS
 from tests.conftest import text_of
 from tests.datamodules.reader_worlds import WORLDS
 from tests.datamodules.test_fuzz import mutated, retyped

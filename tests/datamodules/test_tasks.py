@@ -7,17 +7,12 @@ import random
 import pytest
 import torch
 
+from datamodules.batches import BatchOptions
 from datamodules.collate import sampled_by_grade
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.sampler import mix
-from datamodules.tasks import (
-    KINDS,
-    BatchOptions,
-    ClassificationDataModule,
-    LinkPredictionDataModule,
-    SearchDataModule,
-)
+from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from datamodules.text import input_text
 from tests.conftest import InMemory, text_of, toy_collection
 

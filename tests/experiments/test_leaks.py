@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from datamodules.batches import BatchOptions
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, Task, UserError
-from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from experiments.building import leaks
 from experiments.building.data import build_data
 from experiments.settings.config import load_config

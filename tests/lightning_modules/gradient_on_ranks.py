@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from datamodules.batches import BatchOptions
 from datamodules.records import Collection, Document, Task
-from datamodules.tasks import BatchOptions, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.balance import TaskGradients
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
