@@ -99,14 +99,11 @@ class _Others:
 
 def _tell_of_slurm() -> None:
     """What torch.distributed reads of srun's ranks."""
-    slurm = SLURMEnvironment(auto_requeue=False)
-    os.environ |= {
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
-        "WORLD_SIZE": str(slurm.world_size()),
-        "RANK": str(slurm.global_rank()),
-        "LOCAL_RANK": str(slurm.local_rank()),
-    }
+    first = SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10_000))
+    os.environ |= {"WORLD_SIZE": str(launch.num_tasks()), "RANK": os.environ["SLURM_PROCID"]}
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
 
 
 def _join() -> None:

@@ -25,6 +25,8 @@ from lightning_modules.precision import current
 from lightning_modules.shards import Advance, Shards, check_finite
 from lightning_modules.signals import leave_if_asked
 
+LEAST, SHARES = 512, 64  # texts of a shard, and shards of few texts
+
 
 class VectorCache:
     """An encoder's vectors of texts, through a folder.
@@ -54,7 +56,8 @@ class VectorCache:
         Raises UserError for vectors that are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = max(1, min(self.shard_size, -(-len(documents) // world_size())))  # every rank has a share
+        # Smaller where there are few, so that every rank has a share; the same, to the bit, for any number of ranks.
+        size = min(self.shard_size, max(LEAST, -(-len(documents) // SHARES)))
         paths = []
 
         def embed() -> None:
