@@ -74,9 +74,9 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def precision_of(config: Config) -> str:
-    """Lightning's name of the precision."""
+    """fp32 or bf16."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    return {"bf16": "bf16-mixed", "fp32": "32-true"}[resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")]
+    return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
@@ -115,7 +115,7 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=strategy,
-            precision=precision_of(config),
+            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision_of(config)],
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,

@@ -46,6 +46,7 @@ class TaskCost:
 class Prediction:
     """Bytes and seconds. peak: of this process, or of GPU memory, in the measured steps. activations: what of it is
     neither weights nor gradients nor the optimizer's nor the process itself. further: what other ranks' documents add.
+    start: data and encoder are read and built, texts tokenised.
     """
 
     weights: int
@@ -56,6 +57,7 @@ class Prediction:
     further: int
     update: float
     evaluation: float
+    start: float
     tasks: dict[str, TaskCost]
 
     @property
@@ -100,15 +102,17 @@ def _of_process(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
 
-def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> Prediction:
-    """Take a few steps with every task. The module's weights change."""
+def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
+    """Take a few steps with every task. The module's weights change. built: seconds that both took to build."""
     device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
-    batches, preparing = {}, {}
+    batches, preparing, tokenising = {}, {}, 0.0
     for task in data.tasks:
+        began = time.perf_counter()
         _batches(task, data, 1)  # its texts are tokenised, once
         started = time.perf_counter()
+        tokenising += started - began
         batches[task.task.name] = _batches(task, data, WARM + MEASURED)
         preparing[task.task.name] = (time.perf_counter() - started) / (WARM + MEASURED)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -140,6 +144,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         int(2 * largest * (ranks - 1) / ranks),
         sum(update) / len(update),
         _evaluation(config, data, module) / ranks,
+        built + tokenising,
         costs,
     )
 
@@ -155,7 +160,7 @@ class _Steps:
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
         self.optimizer = module.configure_optimizers()["optimizer"]
-        self.bf16, self.gradients = precision_of(config) == "bf16-mixed", 0
+        self.bf16, self.gradients = precision_of(config) == "bf16", 0
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
         """Seconds of forward and backward, and of clipping and the optimizer."""
