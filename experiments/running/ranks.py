@@ -5,7 +5,6 @@ Beside training, whose ranks Lightning starts.
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from datamodules.records import UserError
 from experiments.console import whole_number
 from lightning_modules import launch
 
-log = logging.getLogger(__name__)
-
 GRACE = 3.0  # seconds in which the rank whose error it is may tell it
 
 
@@ -39,7 +36,7 @@ def ranks(module: str, arguments: Sequence[str], devices: str) -> Iterator[None]
     if launch.num_ranks() > 1:
         if count not in (1, launch.num_ranks()):
             raise UserError(f"devices: got {count}, but the launcher started {launch.num_ranks()} processes")
-        if launch.under_srun():
+        if "RANK" not in os.environ:
             _tell_of_slurm()
     elif count > 1:
         if torch.cuda.is_available() and count > torch.cuda.device_count():

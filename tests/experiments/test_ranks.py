@@ -25,7 +25,10 @@ def files_of(folder):
 
 @pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
-    """Of documents many are alike, and they are more than one unit, so that both ranks encode some."""
+    """Of documents many are alike, and they are more than one unit, so that both ranks encode some.
+
+    The two are started in a SLURM step of one task, whose ranks they are not.
+    """
     make_encoder("attention").save_pretrained(tmp_path / "model")
     corpus = {f"d{i}": Document(f"d{i}", "", text_of(i % 700, i % 37)) for i in range(1500)}
     queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(25)}
@@ -33,7 +36,8 @@ def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
     write_beir(Collection(corpus, queries, qrels), tmp_path / "toy")
     given = [f"model={tmp_path / 'model'}", f"beir={tmp_path / 'toy'}", "task=search", "metrics=ndcg@10,recall@100"]
     command = [sys.executable, "-m", "experiments.evaluate", *given, f"output={tmp_path / 'two'}", "devices=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    step = {f"SLURM_{key}": value for key, value in {"STEP_ID": "0", "PROCID": "0", "STEP_NUM_TASKS": "1"}.items()}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | step, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Results and run files lie in") == 1  # the first rank alone tells
     main([*given, f"output={tmp_path / 'one'}"])
