@@ -20,7 +20,8 @@ class UserError(ValueError):
     """Something the user can mend, told in the user's words. Entry points print it without a traceback."""
 
 
-Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; above 0 is relevant
+# Query id -> document id -> grade; above 0 is relevant. For a probe that learns numbers, the number, of any kind.
+Qrels = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,29 @@ def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
 WITHOUT_RELEVANT = ("skip", "zero", "error")
 
 
+LEARNS = ("class", "labels", "number")
+LOSSES = ("squared_hinge", "hinge")
+
+
+@dataclass
+class Probe:
+    """What a linear model learns from the vectors of training papers, to tell it of the queries.
+
+    learns: the one "class" of a paper, any number of "labels", or a "number". Classes and labels are the corpus; a
+    number is the grade of the corpus's one document. loss: of classifiers; of regression it is the absolute error.
+    costs: values of C, of which three-fold cross-validation chooses.
+
+    samples: few-shot learning, from so many training papers (with labels: of each label) instead of all; 0 for all.
+    draws: how often they are drawn; figures are the means.
+    """
+
+    learns: str = "class"
+    loss: str = "squared_hinge"
+    costs: list[float] = field(default_factory=lambda: [10.0**power for power in range(-4, 3)])
+    samples: int = 0
+    draws: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """Queries of a collection, to be ranked by one task's expert, and how.
@@ -133,8 +157,8 @@ class Benchmark:
     candidates: query -> the documents that are ranked for it; none where all are. first: query -> documents that
     stand before all others. similarity: "dot", "cosine" or "l2"; none for the model's own. without_relevant: queries
     without any relevant document are left out of the means ("skip"), count 0 ("zero"), or are an error.
-    training: papers with their classes, whom a linear SVM learns from that then classifies the queries, instead of a
-    ranking of the corpus; none where that is ranked.
+    training: papers with their judgements, whom a linear model learns from that then tells as much of the queries,
+    instead of a ranking of the corpus; none where that is ranked. probe: what it learns, and how.
     """
 
     name: str
@@ -151,10 +175,11 @@ class Benchmark:
     similarity: str = ""
     without_relevant: str = "skip"
     training: tuple[Mapping[str, Document], Qrels] | None = None
+    probe: Probe = field(default_factory=Probe)
 
     @property
     def encoded_documents(self) -> Mapping[str, Document]:
-        """What queries are compared with: the corpus, or the papers that an SVM learns from."""
+        """What is encoded beside the queries: the corpus, or the papers that a linear model learns from."""
         return self.corpus if self.training is None else self.training[0]
 
     def fingerprint(self) -> str:
@@ -167,7 +192,7 @@ class Benchmark:
         for of_queries in (self.qrels, self.candidates or {}, self.first or {}, classes):
             for query, documents in of_queries.items():
                 digest.update(repr((query, list(documents))).encode())
-        for grades in self.qrels.values():
+        for grades in (*self.qrels.values(), *classes.values()):
             digest.update(repr(list(grades.values())).encode())
         return digest.hexdigest()
 

@@ -28,12 +28,14 @@ max_queries, max_documents    for a first look: of each benchmark so many querie
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
 devices      processes on this machine that share the work, one for each GPU; torchrun and srun start their own
+cost_per_hour    of one device, in any currency: what an evaluation costs then stands beside its seconds
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,14 +49,15 @@ from experiments.building.suite import load_suite
 from experiments.building.systems import System, load_systems, models_of, short_name
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
+from experiments.measuring.cost import with_money
 from experiments.measuring.results import Results, combine
-from experiments.measuring.table import show, show_suite
+from experiments.measuring.table import show, show_cost, show_suite
 from experiments.running.folder import git_state, read_config, versions
 from experiments.running.ranks import ranks
 from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
 from lightning_modules.distributed import rank
-from lightning_modules.metrics import parse_metric
+from lightning_modules.metrics import check_metric
 from lightning_modules.precision import PRECISIONS
 from lightning_modules.similarity import SIMILARITIES
 
@@ -80,6 +83,7 @@ KEYS = MODEL_KEYS | {
     "devices": "1",
     "metrics": ",".join(EvaluationConfig().metrics),
     "token_budget": "8192",
+    "cost_per_hour": "",
 }
 
 
@@ -123,6 +127,7 @@ def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:
     results = measured(systems, benchmarks, values, about, folder)
     if rank() == 0:
         show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
+        show_cost(results)
     log.info("Results and run files lie in %s", folder)
 
 
@@ -134,13 +139,14 @@ def _check(values: Mapping[str, str]) -> None:
     """Of what can be wrong, what is soon said."""
     models_of(values)
     for name in values["metrics"].split(","):
-        parse_metric(name)
+        check_metric(name)
     for similarity in _similarities(values):
         choice("similarity", similarity, SIMILARITIES)
     choice("exclude", values["exclude"], ("auto", "yes", "no"))
     choice("add", values["add"], ("yes", "no"))
     choice("precision", values["precision"], PRECISIONS)
     whole_number("token_budget", values["token_budget"])
+    _price(values)
     if bool(values["benchmarks"]) != bool(values["data.root"]):
         raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
 
@@ -176,10 +182,23 @@ def measured(
                 log.warning("%s: %s: the table is without it", benchmark.name, lack)
                 continue
             found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
-            results = combine(results, found)
+            results = combine(results, with_money(found, _price(values)))
             if rank() == 0:
                 write_json(path, {**about, "benchmarks": results})
     return results
+
+
+def _price(values: Mapping[str, str]) -> float | None:
+    """Of an hour of a device."""
+    if not values["cost_per_hour"]:
+        return None
+    try:
+        price = float(values["cost_per_hour"])
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise UserError(f"cost_per_hour: got {values['cost_per_hour']!r}, allowed are numbers from 0")
+    return price
 
 
 def _name(model: str, models: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """List runs: python -m experiments.runs [root=runs]
 
 A row for each run below the folder root, the latest first: its experiment, scale, seed, how far it is, its mean over
-benchmarks in the first metric, and when something was last logged.
+benchmarks in the first metric, the hours that its devices trained together, and when something was last logged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from experiments.reporting.run_files import RunFiles
 log = logging.getLogger(__name__)
 
 KEYS = {"root": "runs"}
-HEADINGS = ("run", "experiment", "scale", "seed", "state", "metric", "mean", "BM25", "last logged")
+HEADINGS = ("run", "experiment", "scale", "seed", "state", "metric", "mean", "BM25", "device hours", "last logged")
+RIGHT = ("seed", "mean", "BM25", "device hours")
 
 
 def row(run: RunFiles) -> list[str]:
@@ -35,8 +36,15 @@ def row(run: RunFiles) -> list[str]:
         str(run.path),
         *(config["experiment"], config["scale"], str(config["run"]["seed"]), state, metric),
         *(f"{means[system]:.4f}" if system in means else "" for system in ("trained", "bm25")),
+        f"{device_hours(run):.2f}",
         time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else "",
     ]
+
+
+def device_hours(run: RunFiles) -> float:
+    """Of training, in all attempts that came to an end of their own; those that were killed have noted none."""
+    attempts = run.manifest.get("attempts", ())
+    return sum((of["seconds"] or 0) * of.get("devices", 1) for of in attempts) / 3600
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         console = Console(width=160)
     table = Table(title=f"{len(found)} runs in {root}", title_justify="left")
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("seed", "mean", "BM25") else "left")
+        table.add_column(heading, overflow="fold", justify="right" if heading in RIGHT else "left")
     for cells in sorted(found, key=lambda cells: cells[-1], reverse=True):
         table.add_row(*cells)
     console.print(table)

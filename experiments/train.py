@@ -79,11 +79,12 @@ def train_in_folder(config: Config) -> None:
     log.info("%s steps%s", config.trainer.max_steps, f", from {folder.checkpoint}" if folder.checkpoint else "")
     num_parameters = sum(p.numel() for p in module.parameters())
     schedule = describe_schedule(config, data)
-    write_manifest(folder, data, num_parameters, schedule)
+    noted = (folder, data, num_parameters, schedule, trainer.world_size)
+    write_manifest(*noted)
     started = time.perf_counter()
     with naming_lost_ranks(trainer):
         fit(trainer, module, data, folder.checkpoint)
-        write_manifest(folder, data, num_parameters, schedule, seconds=time.perf_counter() - started)
+        write_manifest(*noted, seconds=time.perf_counter() - started)
         raise_if_preempted(trainer)
         with trainer.precision_plugin.forward_context():
             chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST

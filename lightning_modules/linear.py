@@ -1,75 +1,94 @@
-"""Papers into classes by a linear SVM over their vectors, as the program of SciDocs measures it.
+"""Linear models over vectors, as the programs of SciDocs and SciRepEval fit them: without intercept, C by three folds.
 
-Source: allenai/scidocs, scidocs/classification.py: one class against the others, squared hinge loss, no intercept, and
-the C of the best accuracy in three-fold cross-validation of the training papers, which are the only ones trained on.
+Source: allenai/scidocs, scidocs/classification.py; allenai/scirepeval, evaluation/evaluator.py, whose solver
+(sklearn-contrib-lightning) minimises the same objectives as scikit-learn's.
 
-Shapes: n training papers, q queries, D dimensions.
+Shapes: n training papers, q queries, D dimensions, L labels.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from datamodules.records import Benchmark, UserError
-from lightning_modules.metrics import Run
+from datamodules.records import Probe, UserError
 
-log = logging.getLogger(__name__)
-
-CS = np.logspace(-4, 2, 7)
 FOLDS = 3
+SEED = 42
+MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
 ALONE = 2**19  # values that one process has done with before others have started
 
 
-def predict(train: np.ndarray, classes: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, float]:
-    """The class (q,) of each query, and the C that was chosen. train: (n, D) vectors of classes (n,). queries: (q, D).
+def check_installed() -> None:
+    """Raise UserError if scikit-learn is not there, which all below needs."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("a linear model needs scikit-learn (make install EXTRAS=cpu,svm)")
 
-    Raises UserError if scikit-learn is not there.
+
+def predict_classes(train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe):
+    """The class (q,) of each query, and C. train: (n, D) vectors of classes (n,). queries: (q, D).
+
+    One class against the others. C is the one of the best accuracy.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.model_selection import GridSearchCV
-        from sklearn.svm import LinearSVC
-    except ImportError as error:
-        raise UserError("a linear SVM needs scikit-learn (make install EXTRAS=cpu,svm)") from error
-    svm = LinearSVC(loss="squared_hinge", fit_intercept=False, random_state=42)
-    jobs = -1 if train.size > ALONE else 1  # processes, one a core
-    search = GridSearchCV(svm, {"C": CS}, cv=FOLDS, n_jobs=jobs)
+    model = _with_best_c(_estimator(probe), probe, processes=train.size > ALONE)
+    with _quiet():
+        model.fit(train.astype(np.float64), classes)
+    return model.predict(queries.astype(np.float64)), _chosen(model)
+
+
+def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
+    """(q, L): how far each query is on the side of each label; it has those above 0. labels: (n, L), 1 or 0.
+
+    Each label has a model and a C of its own.
+    """
+    model = _with_best_c(_estimator(probe), probe, processes=False)
+    with _quiet():
+        from sklearn.multiclass import OneVsRestClassifier
+
+        several = OneVsRestClassifier(model, n_jobs=-1 if train.size * labels.shape[1] > ALONE else 1)
+        several.fit(train.astype(np.float64), labels)
+    return several.decision_function(queries.astype(np.float64)).reshape(len(queries), -1)
+
+
+def predict_numbers(train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe):
+    """The number (q,) of each query, and C, the one of the best R^2. numbers: (n,) of the training papers."""
+    model = _with_best_c(_estimator(probe), probe, processes=train.size > ALONE)
+    with _quiet():
+        model.fit(train.astype(np.float64), numbers)
+    return model.predict(queries.astype(np.float64)), _chosen(model)
+
+
+def _estimator(probe: Probe) -> Any:
+    from sklearn.svm import LinearSVC, LinearSVR
+
+    more = {"fit_intercept": False, "random_state": SEED, "max_iter": MAX_ITER[probe.learns], "C": probe.costs[0]}
+    return LinearSVR(epsilon=0.0, **more) if probe.learns == "number" else LinearSVC(loss=probe.loss, **more)
+
+
+def _with_best_c(estimator: Any, probe: Probe, processes: bool) -> Any:
+    """With the C that cross-validation chooses, where there is a choice. Processes: one a core."""
+    from sklearn.model_selection import GridSearchCV
+
+    if len(probe.costs) == 1:
+        return estimator
+    return GridSearchCV(estimator, {"C": probe.costs}, cv=FOLDS, n_jobs=-1 if processes else 1)
+
+
+def _chosen(model: Any) -> float:
+    return float(model.best_params_["C"] if hasattr(model, "best_params_") else model.C)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The largest Cs end at the limit of iterations, in the programs of the authors too; probing.py tells of labels."""
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the largest Cs end at the limit of iterations, there too
-        search.fit(train.astype(np.float64), classes)
-    return search.predict(queries.astype(np.float64)), float(search.best_params_["C"])
-
-
-def classify(benchmark: Benchmark, ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Run:
-    """The run of some queries, each with the one class that an SVM puts it into.
-
-    ids: of the queries (q, D). train: (n, D) vectors of the papers of benchmark.training, in their order. Raises
-    UserError for a paper without or with several classes, or too few papers of a class.
-    """
-    names = list(benchmark.corpus)
-    classes = _classes(benchmark, names)
-    present, counts = np.unique(classes, return_counts=True)
-    if len(present) < 2 or counts.min() < FOLDS:
-        raise UserError(
-            f"{benchmark.name}: {counts.min()} training papers of {names[present[counts.argmin()]]!r}, and "
-            f"{len(present)} classes; needed are two classes and {FOLDS} papers of each"
-        )
-    log.info("%s: an SVM of %d papers, for %d values of C in %d folds", benchmark.name, len(train), len(CS), FOLDS)
-    found, c = predict(train, classes, queries)
-    log.info("%s: C = %g", benchmark.name, c)
-    return Run(ids, names, found[:, None], np.ones((len(ids), 1), dtype=np.float32))
-
-
-def _classes(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
-    """(n,) position of each training paper's class."""
-    place, found = {name: position for position, name in enumerate(names)}, []
-    for paper, grades in benchmark.training[1].items():
-        own = [name for name, grade in grades.items() if grade > 0]
-        if len(own) != 1:
-            raise UserError(f"{benchmark.name}: training paper {paper!r} has {len(own)} classes, an SVM needs one")
-        found.append(place[own[0]])
-    return np.array(found)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
+        yield

@@ -14,15 +14,8 @@ import torch.distributed as dist
 
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed import world_size
-from lightning_modules.metrics import (
-    AGGREGATES,
-    METRICS,
-    Run,
-    class_counts,
-    judge,
-    parse_metric,
-    places,
-)
+from lightning_modules.metrics import METRICS, Run, judge, parse_metric, places
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS, class_counts
 
 BLOCK = 2**22  # ranked documents that are judged at once
 
@@ -31,14 +24,16 @@ BLOCK = 2**22  # ranked documents that are judged at once
 class QueryValues:
     """What was measured of q queries.
 
-    queries: (q,) their positions in the benchmark, ascending. values: (q, n) of the metrics, in the order of names;
-    none for metrics of AGGREGATES. best: (q,) the document that stands first, -1 for none.
+    queries: (q,) their positions in the benchmark, ascending. values: (q, n) of the metrics of METRICS, in the order of
+    names. documents, scores: (q, p) what the others measure: the document that stands first, or all that a linear model
+    tells, -1 for none.
     """
 
     names: tuple[str, ...]
     queries: np.ndarray
     values: np.ndarray
-    best: np.ndarray
+    documents: np.ndarray
+    scores: np.ndarray
 
 
 def depth(metrics: Sequence[str], benchmark: Benchmark) -> int:
@@ -56,13 +51,31 @@ def query_values(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Quer
 
     Raises UserError if no query of the benchmark has a relevant document, or one has none and that is an error.
     """
+    names = tuple(name for name in metrics if name not in AGGREGATES and name not in CORRELATIONS)
+    position = {query: i for i, query in enumerate(benchmark.queries)}
+    queries = np.array([position[query] for query in run.queries], dtype=np.int64)
+    if benchmark.training is None:
+        _check_relevant(benchmark)
+        values, keep, told = *_ranked_values(run, benchmark, names), 1
+    else:  # where a model may tell nothing, a query without labels counts
+        values, keep, told = np.zeros((len(queries), 0)), np.ones(len(queries), dtype=bool), run.indices.shape[1]
+    documents, scores = run.indices[:, :told], run.scores[:, :told]
+    if not documents.shape[1]:
+        documents, scores = np.full((len(queries), 1), -1), np.zeros((len(queries), 1))
+    return each_once([QueryValues(names, queries[keep], values[keep], documents[keep], scores[keep])])
+
+
+def _check_relevant(benchmark: Benchmark) -> None:
     bare = [q for q, grades in benchmark.qrels.items() if not any(grade > 0 for grade in grades.values())]
     if len(bare) == len(benchmark.qrels):
         raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
     if bare and benchmark.without_relevant == "error":
         raise UserError(f"{benchmark.name}: {len(bare)} queries have no relevant document, the first is {bare[0]!r}")
-    parsed = [(METRICS[name], k) for name, k in map(parse_metric, metrics) if name in METRICS]
-    place, position = places(run), {query: i for i, query in enumerate(benchmark.queries)}
+
+
+def _ranked_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(q, n) the value of each metric for each query, and (q,) which queries count."""
+    parsed, place = [(METRICS[name], k) for name, k in map(parse_metric, names)], places(run)
     values, keep = np.zeros((len(run.queries), len(parsed))), np.ones(len(run.queries), dtype=bool)
     step = max(1, BLOCK // max(1, run.indices.shape[1]))
     for start in range(0, len(run.queries), step):
@@ -71,10 +84,7 @@ def query_values(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Quer
             values[start : start + step, column] = function(judged, k)
         if benchmark.without_relevant == "skip":
             keep[start : start + step] = judged.num_relevant > 0
-    queries = np.array([position[query] for query in run.queries], dtype=np.int64)
-    best = run.indices[:, 0] if run.indices.shape[1] else np.full(len(run.queries), -1)
-    names = tuple(name for name in metrics if name not in AGGREGATES)
-    return each_once([QueryValues(names, queries[keep], values[keep], best[keep])])
+    return values, keep
 
 
 def of_all_ranks(values: QueryValues) -> QueryValues:
@@ -88,8 +98,10 @@ def of_all_ranks(values: QueryValues) -> QueryValues:
 
 def each_once(shares: Sequence[QueryValues]) -> QueryValues:
     queries, first = np.unique(np.concatenate([share.queries for share in shares]), return_index=True)
-    values, best = (np.concatenate([getattr(share, key) for share in shares])[first] for key in ("values", "best"))
-    return QueryValues(shares[0].names, queries, values, best)
+    rest = (
+        np.concatenate([getattr(share, key) for share in shares])[first] for key in ("values", "documents", "scores")
+    )
+    return QueryValues(shares[0].names, queries, *rest)
 
 
 def means(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:
@@ -98,11 +110,15 @@ def means(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> 
     if any(name in AGGREGATES for name in metrics):
         counts = _class_counts(values, benchmark)
         found |= {name: AGGREGATES[name](counts) for name in metrics if name in AGGREGATES}
+    if any(name in CORRELATIONS for name in metrics):
+        ids, predicted = list(benchmark.queries), values.scores[:, 0]
+        true = np.array([next(iter(benchmark.qrels[ids[query]].values())) for query in values.queries])
+        found |= {name: CORRELATIONS[name](predicted, true) for name in metrics if name in CORRELATIONS}
     return {name: found.get(name, 0.0) for name in metrics}
 
 
 def _class_counts(values: QueryValues, benchmark: Benchmark) -> np.ndarray:
-    """Documents are classes, and the first one of a ranking is the class that is predicted."""
+    """Documents are classes or labels."""
     place = {document: i for i, document in enumerate(benchmark.corpus)}
     ids = list(benchmark.queries)
     true = [
@@ -112,7 +128,7 @@ def _class_counts(values: QueryValues, benchmark: Benchmark) -> np.ndarray:
         if grade > 0 and document in place
     ]
     rows, classes = np.array(true, dtype=np.int64).reshape(-1, 2).T
-    return class_counts(values.best, rows, classes, len(place))
+    return class_counts(values.documents, rows, classes, len(place))
 
 
 def measure(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Mapping[str, float]:
@@ -149,6 +165,15 @@ def write_qrels(benchmark: Benchmark, path: Path) -> None:
     with open(path, "w", encoding="utf-8") as lines:
         for query, grades in benchmark.qrels.items():
             lines.writelines(f"{query} 0 {document} {grade}\n" for document, grade in grades.items())
+
+
+def write_draws(draws: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write the figures of each draw of few-shot learning: a header, then a line a draw, tabs between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as lines:
+        lines.write("\t".join(("draw", *draws[0])) + "\n")
+        for number, figures in enumerate(draws, start=1):
+            lines.write("\t".join((str(number), *(f"{value:.17g}" for value in figures.values()))) + "\n")
 
 
 def write_query_values(values: QueryValues, benchmark: Benchmark, path: Path) -> None:

@@ -4,7 +4,7 @@ torchmetrics' own retrieval metrics are not used: they take a score of 0 or less
 relevant documents that were not retrieved.
 
 Shapes: Q queries, K retrieved documents, M documents. A metric of METRICS gives one value a query, float64 (Q,); one of
-AGGREGATES a single value for all queries together. 1 is best.
+AGGREGATES or CORRELATIONS (predictions.py) a single value for all queries together. 1 is best.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.records import Qrels, UserError
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS
 
 WHOLE = sys.maxsize  # the cut-off of a metric over the whole ranking
 
@@ -170,38 +171,24 @@ METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
 OF_WHOLE = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")  # may stand without a cut-off
 
 
-def macro_f1(counts: np.ndarray) -> float:
-    """Mean of the F1 of all classes that are predicted or true of some query."""
-    hits, both = counts[0], counts[1] + counts[2]
-    return float((2 * hits[both > 0] / both[both > 0]).mean())
-
-
-def micro_f1(counts: np.ndarray) -> float:
-    """F1 of all decisions together; where each query has one class, the share that is right."""
-    return float(2 * counts[0].sum() / (counts[1] + counts[2]).sum())
-
-
-AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1}
-
-
-def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """(3, num_classes): how often each class is predicted rightly, is predicted, and is true.
-
-    predicted: (Q,) the class of each query, -1 for none. queries, classes: (n,) pairs that are true.
-    """
-    right = classes[predicted[queries] == classes]
-    made = predicted[predicted >= 0]
-    return np.stack([np.bincount(part, minlength=num_classes) for part in (right, made, classes)])
-
-
 def parse_metric(name: str) -> tuple[str, int]:
     """ "ndcg@10" -> its name and 10, "ndcg" -> WHOLE, "macro_f1" -> 1. Raises UserError for others."""
     match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
     metric, cut = match.groups() if match else ("", None)
     if metric in METRICS and (metric in OF_WHOLE if cut is None else metric != "r_precision"):
         return metric, int(cut or WHOLE)
-    if name in AGGREGATES:
+    if name in AGGREGATES or name in CORRELATIONS:
         return name, 1
     cut = ", ".join(f"{metric}@K" for metric in METRICS if metric != "r_precision")
-    whole = ", ".join((*OF_WHOLE, *AGGREGATES))
+    whole = ", ".join((*OF_WHOLE, *AGGREGATES, *CORRELATIONS))
     raise UserError(f"metric {name!r}: allowed are {cut}, with K a whole number above 0, and {whole}")
+
+
+def check_metric(name: str, told: str = "ranking") -> None:
+    """Raise UserError for a metric that is unknown, or not of what is told: a ranking, or what a probe learns."""
+    parse_metric(name)
+    of_told = {"ranking": (*METRICS, "macro_f1", "micro_f1"), "number": tuple(CORRELATIONS)}.get(
+        told, tuple(AGGREGATES)
+    )
+    if name.partition("@")[0] not in of_told:
+        raise UserError(f"metric {name!r}: is not of a {told}, allowed are {', '.join(of_told)}")

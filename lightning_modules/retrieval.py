@@ -16,7 +16,6 @@ from datamodules.records import Benchmark, UserError
 from lightning_modules.bm25 import Bm25Index
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.linear import classify
 from lightning_modules.metrics import Run, id_order, sorted_run
 from lightning_modules.shards import Advance, Shards
 from lightning_modules.similarity import SIMILARITIES, of_documents, of_queries, scores_of
@@ -74,11 +73,8 @@ def rank_vectors(
 ) -> Run:
     """The run of some queries, by vectors. ids: of the queries (q, D). documents: (M, D) in the corpus's order.
 
-    advance: called with the number of documents that were searched. Where an SVM classifies, documents are its training
-    papers.
+    advance: called with the number of documents that were searched.
     """
-    if benchmark.training is not None:
-        return classify(benchmark, ids, queries, documents.gather(np.arange(documents.count)))
     similarity = benchmark.similarity or similarity
     if similarity not in SIMILARITIES:
         raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")

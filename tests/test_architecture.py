@@ -16,6 +16,7 @@ PURE = (
     "lightning_modules/losses.py",
     "lightning_modules/masks.py",
     "lightning_modules/metrics.py",
+    "lightning_modules/predictions.py",
     "datamodules/text.py",
     "datamodules/sampler.py",
 )

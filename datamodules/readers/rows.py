@@ -21,25 +21,28 @@ _file_name = re.compile(
 
 
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files, in order: train.jsonl, or train-00000-of-00002.parquet with all its parts, and so on.
+    """Split -> its files, in order: train.jsonl, or train-00000-of-00002.parquet with all its parts, and so on; or a
+    folder of the split as the hub converts data sets, train/0000.parquet.
 
     Raises UserError if the folder has none, has two files for one split, or lacks parts.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (expected files such as train.jsonl or train.parquet in it)")
-    found: dict[str, list[tuple[Path, re.Match]]] = defaultdict(list)
+    found: dict[str, list[tuple[Path, int, int]]] = defaultdict(list)  # path, number of the part, parts
     for path in sorted(folder.iterdir()):
         if (match := _file_name.fullmatch(path.name)) and path.is_file():
-            found[SPLIT_OF[match["split"]]].append((path, match))
+            found[SPLIT_OF[match["split"]]].append((path, int(match["part"] or 0), int(match["parts"] or 1)))
+        elif path.name in SPLIT_OF and (parts := sorted(path.glob("[0-9]*.parquet"))):
+            numbers = [int(part.stem) if part.stem.isdecimal() else -1 for part in parts]
+            found[SPLIT_OF[path.name]] += zip(parts, numbers, [len(parts)] * len(parts), strict=True)
     if not found:
         raise UserError(f"{folder}: holds no file of a split (such as train.jsonl, validation.json or test.parquet)")
     for split, files in found.items():
-        expected = {int(match["parts"] or 1) for _, match in files}
-        parts = {int(match["part"] or 0) for _, match in files}
+        expected, parts = {of for _, _, of in files}, {part for _, part, _ in files}
         if expected != {len(files)} or parts != set(range(len(files))):
-            names = ", ".join(path.name for path, _ in files)
+            names = ", ".join(str(path.relative_to(folder)) for path, _, _ in files)
             raise UserError(f"{folder}: the {split} split must be one file, or all parts of one; found {names}")
-    return {split: [path for path, _ in found[split]] for split in ("train", "dev", "test") if split in found}
+    return {split: [path for path, _, _ in found[split]] for split in ("train", "dev", "test") if split in found}
 
 
 def rows_of_files(paths: Iterable[Path], bad: BadLines) -> Iterator[Place]:

@@ -20,7 +20,7 @@ from experiments.settings.targets import instantiate
 
 log = logging.getLogger(__name__)
 
-PATHS = ("folder", "labels")  # arguments of readers that are below data.root
+PATHS = ("folder", "labels", "judgements")  # arguments of readers that are below data.root
 
 
 def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator[Benchmark]:
@@ -162,6 +162,7 @@ def build(name: str, config: BenchmarkConfig, collections: Collections, limits: 
         similarity=config.similarity,
         without_relevant=config.without_relevant,
         training=training,
+        probe=config.probe,
     )
 
 

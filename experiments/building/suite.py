@@ -22,11 +22,11 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.records import WITHOUT_RELEVANT, UserError
+from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice
 from experiments.settings.targets import check_target
-from lightning_modules.metrics import parse_metric
+from lightning_modules.metrics import check_metric
 from lightning_modules.similarity import SIMILARITIES
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -46,7 +46,8 @@ class BenchmarkConfig:
     metrics: list[str] = MISSING  # the main one first
     candidates: str = "corpus"  # what is ranked for a query: the corpus, or its own judged documents (own)
     exclude_query: bool = False  # leave the document with the query's id out of its ranking
-    train_on: list[str] = field(default_factory=list)  # splits for a linear SVM, which then classifies; none to rank
+    train_on: list[str] = field(default_factory=list)  # splits that a linear model learns from; none to rank
+    probe: Probe = field(default_factory=Probe)  # what it learns, and how
     names_first: str = "no"  # labels that are named in the paper stand first: as published, or found by words
     documents: str = "whole"  # title and text, or the title alone
     similarity: str = ""  # dot, cosine or l2; by default the model's own
@@ -115,14 +116,28 @@ def _check(where: str, config: BenchmarkConfig) -> None:
             choice(key, getattr(config, key), allowed)
         if not config.metrics or not config.splits:
             raise UserError("metrics and splits: name at least one")
-        for metric in config.metrics:
-            parse_metric(metric)
-        if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
-            raise UserError("names_first: got published, which SciMultReader alone has (words finds them)")
         if both := set(config.splits) & set(config.train_on):
             raise UserError(f"train_on: {min(both)} is measured on, and cannot be trained on too")
+        for metric in config.metrics:
+            check_metric(metric, config.probe.learns if config.train_on else "ranking")
+        _check_probe(config.probe, bool(config.train_on))
+        if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
+            raise UserError("names_first: got published, which SciMultReader alone has (words finds them)")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _check_probe(probe: Probe, used: bool) -> None:
+    if not used and probe != Probe():
+        raise UserError("probe: is for a linear model, which train_on names the training splits of")
+    choice("probe.learns", probe.learns, LEARNS)
+    choice("probe.loss", probe.loss, LOSSES)
+    if not probe.costs or min(probe.costs) <= 0:
+        raise UserError(f"probe.costs: got {probe.costs}, allowed are numbers above 0, at least one")
+    if probe.samples < 0 or probe.draws < 1:
+        raise UserError(f"probe: got samples {probe.samples} and draws {probe.draws}, allowed are from 0 and from 1 on")
+    if probe.samples and probe.learns == "number":
+        raise UserError("probe.samples: few-shot learning is of classes and labels")
 
 
 def choose(suite: Mapping[str, BenchmarkConfig], names: Sequence[str]) -> dict[str, BenchmarkConfig]:

@@ -36,7 +36,7 @@ class System:
     def lacks(self, benchmark: Benchmark) -> str:
         """What it would need to be measured on a benchmark, if that is not there."""
         if self.encoder is None:
-            return f"{self.name} has no vectors for an SVM" if benchmark.training is not None else ""
+            return f"{self.name} has no vectors for a linear model" if benchmark.training is not None else ""
         if benchmark.task not in self.encoder.tasks:
             return f"unknown task {benchmark.task!r}: {self.name} was built for {', '.join(self.encoder.tasks)}"
         return ""

@@ -4,6 +4,7 @@ results.json                        what was measured, how, and the means
 runs/BENCHMARK.SYSTEM.queries.tsv   the value of each metric for each query
 runs/BENCHMARK.SYSTEM.trec          the ranking
 runs/BENCHMARK.qrels                the judgements
+runs/BENCHMARK.SYSTEM.draws.tsv     of few-shot learning, the figures of each draw, instead of single queries
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class Measured:
         return {name: of for name, of in self.results["benchmarks"].items() if self.system in of["systems"]}
 
     def file(self, benchmark: str, kind: str) -> Path:
-        """kind: "trec" or "queries.tsv"."""
+        """kind: "trec", "queries.tsv" or "draws.tsv"."""
         return self.folder / "runs" / f"{benchmark}.{self.system}.{kind}"
 
     def values(self, benchmark: str, metric: str) -> dict[str, float]:
         """Query -> value. Raises UserError if the metric was not measured for single queries."""
         path = self.file(benchmark, "queries.tsv")
+        if self.file(benchmark, "draws.tsv").is_file():
+            raise UserError(f"{metric} is a mean over draws of training papers, and not over queries")
         try:
             with open(path, encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))

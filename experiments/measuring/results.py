@@ -5,29 +5,25 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from datamodules.records import Benchmark, UserError
+from experiments.measuring.cost import Meter
+from experiments.measuring.figures import figures_of
 from experiments.progress import Progress
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed import world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.measure import (
-    depth,
-    means,
-    of_all_ranks,
-    query_values,
-    whole_run,
-    write_qrels,
-    write_query_values,
-    write_trec,
-)
+from lightning_modules.measure import depth
 from lightning_modules.metrics import Run
 from lightning_modules.precision import current
+from lightning_modules.probing import probe_runs
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
+from lightning_modules.shards import Shards
 from lightning_modules.signals import leave_if_asked
 from lightning_modules.vectors import Vectors
 
@@ -55,10 +51,10 @@ def evaluate_encoder(
     vectors = vectors or Vectors(encoder, token_budget=token_budget)
     about = {"model": model or system, "fingerprint": vectors.fingerprint, "max_length": encoder.max_length}
 
-    def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
+    def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:
         chosen, started = benchmark.similarity or similarity, time.monotonic()
         if benchmark.training is not None:
-            chosen = "svm"
+            chosen = "svr" if benchmark.probe.learns == "number" else "svm"
         texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
         with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
 
@@ -67,25 +63,44 @@ def evaluate_encoder(
                 leave_if_asked()
 
             ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
-        between = time.monotonic()
-        searched = benchmark.candidates is None and benchmark.training is None
-        pairs = len(queries) * documents.count if searched else 0
-        with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
-            run = rank_vectors(
-                benchmark, ids, queries, documents, k, chosen, device=encoder.device, advance=progress.advance
-            )
-        seconds = {"encode": between - started, "rank": time.monotonic() - between}
-        return run, about | {
+        seconds = {"encode": time.monotonic() - started}
+        runs = _runs(system, encoder, benchmark, ids, queries, documents, k, chosen)
+        return runs, about | {
             "similarity": chosen,
             "expert": encoder.expert_of(benchmark.task),
             "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
             "precision": current(encoder.device),
             "device": device_name(encoder.device),
-            "texts": len(benchmark.corpus) + len(benchmark.queries),
+            "texts": len(benchmark.encoded_documents) + len(benchmark.queries),
             "seconds": seconds,
         }
 
-    return _evaluate(system, ranked, benchmarks, metrics, folder)
+    return _evaluate(system, encoder, ranked, benchmarks, metrics, folder)
+
+
+def _runs(
+    system: str,
+    encoder: Encoder,
+    benchmark: Benchmark,
+    ids: Sequence[str],
+    queries: np.ndarray,
+    documents: Shards,
+    k: int,
+    similarity: str,
+) -> Iterator[Run]:
+    """One run, or in few-shot learning one for each draw. documents: of the corpus, or of the training papers."""
+    if benchmark.training is not None:
+        with Progress(f"{system} learns {benchmark.name}", "draws", benchmark.probe.draws, brief=True) as progress:
+            for run in probe_runs(benchmark, ids, queries, documents.gather(np.arange(documents.count))):
+                yield run
+                progress.advance(1)
+                leave_if_asked()
+        return
+    pairs = len(queries) * documents.count if benchmark.candidates is None else 0
+    with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
+        yield rank_vectors(
+            benchmark, ids, queries, documents, k, similarity, device=encoder.device, advance=progress.advance
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -95,23 +110,22 @@ def device_name(device: torch.device) -> str:
 def evaluate_bm25(benchmarks: Iterable[Benchmark], metrics: Sequence[str], folder: Path) -> Results:
     """The same for BM25; nothing where bm25s is not installed."""
 
-    def ranked(benchmark: Benchmark, k: int) -> tuple[Run, Results]:
-        started = time.monotonic()
-        run = bm25_run(benchmark, k)
+    def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:
         about = dict.fromkeys(("fingerprint", "max_length", "expert"))
-        about |= {"instruction": "", "precision": "fp32", "device": "cpu"}
-        seconds = {"encode": 0.0, "rank": time.monotonic() - started}
-        return run, {"model": "bm25", "similarity": "bm25"} | about | {"seconds": seconds}
+        about |= {"instruction": "", "precision": "fp32", "device": "cpu", "seconds": {"encode": 0.0}}
+        runs = (bm25_run(benchmark, k) for _ in range(1))
+        return runs, {"model": "bm25", "similarity": "bm25"} | about
 
     if importlib.util.find_spec("bm25s") is None:
         log.warning("bm25s is not installed: the table is without BM25 (pip install bm25s)")
         return {}
-    return _evaluate("bm25", ranked, benchmarks, metrics, folder)
+    return _evaluate("bm25", None, ranked, benchmarks, metrics, folder)
 
 
 def _evaluate(
     system: str,
-    ranked: Callable[[Benchmark, int], tuple[Run, Results]],
+    encoder: Encoder | None,
+    ranked: Callable[[Benchmark, int], tuple[Iterable[Run], Results]],
     benchmarks: Iterable[Benchmark],
     metrics: Sequence[str],
     folder: Path,
@@ -121,17 +135,12 @@ def _evaluate(
     for benchmark in benchmarks:
         name, own = benchmark.name, benchmark.metrics or metrics
         log.info("%s on %s (%d queries, %d documents)", system, name, len(benchmark.queries), len(benchmark.corpus))
-        run, about = ranked(benchmark, depth(own, benchmark))
-        started = time.monotonic()
-        values = of_all_ranks(query_values(run, benchmark, own))
-        figures = means(values, benchmark, own)
-        about["seconds"]["metrics"] = time.monotonic() - started
+        meter = Meter(encoder)
+        runs, about = ranked(benchmark, depth(own, benchmark))
+        figures, more = figures_of(runs, benchmark, own, about["seconds"], folder, system)
+        cost = meter.read(about["seconds"])
         about["seconds"] = {part: round(seconds, 2) for part, seconds in about["seconds"].items()}
-        whole = whole_run(run)
-        if rank() == 0:
-            write_trec(whole, folder / f"{name}.{system}.trec", system)
-            write_query_values(values, benchmark, folder / f"{name}.{system}.queries.tsv")
-            write_qrels(benchmark, folder / f"{name}.qrels")
+        about |= more | {"cost": cost}
         results[name] = _about(benchmark, own) | {"systems": {system: figures}, "measured": {system: about}}
     return results
 
@@ -151,6 +160,7 @@ def _about(benchmark: Benchmark, metrics: Sequence[str]) -> Results:
             "exclude_query": benchmark.exclude_query,
             "names_first": benchmark.first is not None,
             "without_relevant": benchmark.without_relevant,
+            **({"probe": vars(benchmark.probe)} if benchmark.training is not None else {}),
         },
     }
 

@@ -8,13 +8,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.measuring.cost import total
+
 Results = dict[str, Any]
+
+COSTS = (  # heading, key of cost.total, format
+    ("system", "system", ""),
+    ("devices", "device", ""),
+    ("texts", "texts", ",d"),
+    ("tokens", "tokens", ",d"),
+    ("texts/s", "texts_per_second", ",.1f"),
+    ("device seconds", "device_seconds", ",.1f"),
+    ("memory, MB", "memory_mb", ",d"),
+    ("money", "money", ",.4f"),
+)
 
 
 def show(results: Results, metrics: Sequence[str], title: str) -> None:
     """A table for each list of metrics: a block a benchmark, a row a system, and means over benchmarks at the end.
 
-    metrics: of results that name none. On a narrow terminal only the first metrics have room; results.json has all.
+    metrics: of results that name none. On a narrow terminal only the first metrics have room, and on a wide one the
+    protocols too; results.json has all.
     """
     console = Console()
     if not console.is_terminal:
@@ -22,11 +36,12 @@ def show(results: Results, metrics: Sequence[str], title: str) -> None:
     groups: dict[tuple[str, ...], Results] = {}
     for name, result in results.items():
         groups.setdefault(tuple(result.get("metrics", metrics)), {})[name] = result
-    for number, (own, group) in enumerate(groups.items()):
-        console.print(_table(group, own, title if number == 0 else None, console.width))
+    console.print(title, style="italic", highlight=False)
+    for own, group in groups.items():
+        console.print(_table(group, own, console.width))
 
 
-def _table(results: Results, metrics: Sequence[str], title: str | None, width: int) -> Table:
+def _table(results: Results, metrics: Sequence[str], width: int) -> Table:
     systems = list(dict.fromkeys(system for result in results.values() for system in result["systems"]))
     names = {
         "task": max(len("task"), *(len(result["task"]) for result in results.values())),
@@ -35,17 +50,22 @@ def _table(results: Results, metrics: Sequence[str], title: str | None, width: i
     }
     room = width - sum(names.values()) - 3 * len(names) - 1
     fitting = [m for i, m in enumerate(metrics) if i == 0 or sum(len(n) + 3 for n in metrics[: i + 1]) <= room]
+    room -= sum(max(len(metric), 6) + 3 for metric in fitting)
+    protocols = {name: result.get("protocol", "") for name, result in results.items()}
+    told = max(map(len, protocols.values())) + 3 <= room and len(fitting) == len(metrics)
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for heading in names:
         table.add_column(heading, no_wrap=True)
     for metric in fitting:
         table.add_column(metric, justify="right", no_wrap=True)
+    if told:
+        table.add_column("protocol", no_wrap=True)
     for name, result in results.items():
         for i, (system, figures) in enumerate(result["systems"].items()):
             labels = (result["task"], name) if i == 0 else ("", "")
             shown = (f"{figures[metric]:.4f}" if metric in figures else "" for metric in fitting)
-            table.add_row(*labels, system, *shown)
+            table.add_row(*labels, system, *shown, *([protocols[name] if i == 0 else ""] if told else []))
         table.add_section()
     for system in systems if len(results) > 1 else ():
         rows = [result["systems"][system] for result in results.values() if system in result["systems"]]
@@ -55,6 +75,27 @@ def _table(results: Results, metrics: Sequence[str], title: str | None, width: i
         else:
             table.add_row(first, "", system, *(f"({len(rows)} of {len(results)})" for _ in fitting[:1]))
     return table
+
+
+def show_cost(results: Results) -> None:
+    """What each system cost over all benchmarks of a table; nothing of those whose results do not tell it."""
+    measured: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results.values():
+        for system, of in result.get("measured", {}).items():
+            if "cost" in of:
+                measured.setdefault(system, []).append(of)
+    if not measured:
+        return
+    totals = {system: total(parts) for system, parts in measured.items()}
+    table = Table(title="cost", title_justify="left")
+    headings = COSTS if any("money" in of for of in totals.values()) else COSTS[:-1]
+    for heading, _, _ in headings:
+        table.add_column(heading, justify="left" if heading == "system" else "right")
+    for system, of in totals.items():
+        row = of | {"system": system, "device": f"{of['devices']} x {measured[system][0]['device']}"}
+        table.add_row(*("" if row.get(key) is None else format(row[key], style) for _, key, style in headings))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
 
 
 def show_suite(suite: Mapping[str, Any]) -> None:

@@ -198,11 +198,13 @@ def write_manifest(
     data: MultiTaskDataModule,
     num_parameters: int,
     schedule: Mapping[str, Any],
+    devices: int,
     seconds: float | None = None,
 ) -> None:
     """Note what is needed to understand and repeat the run.
 
-    schedule: each task's batches and passes. seconds: of training in this attempt, None before it.
+    schedule: each task's batches and passes. devices: of all ranks. seconds: of training in this attempt, None before
+    it.
     """
     if rank_zero_only.rank > 0:
         return
@@ -211,7 +213,8 @@ def write_manifest(
     if seconds is None:
         job = {"job": launch.slurm_job()} if launch.slurm_job() else {}
         manifest["attempts"].append(
-            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": None} | job
+            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
+            | job
         )
     else:
         manifest["attempts"][-1]["seconds"] = round(seconds, 1)

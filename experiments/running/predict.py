@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 
@@ -19,6 +18,7 @@ from datamodules.tasks import TaskDataModule
 from experiments.building.data import batches_per_step
 from experiments.building.module import first_batches
 from experiments.building.trainer import precision_of
+from experiments.measuring.memory import Memory
 from experiments.settings.schema import Config
 from lightning_modules.contrastive import ContrastiveModule
 
@@ -72,34 +72,6 @@ class Prediction:
 def ranks_of(config: Config) -> int:
     devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
     return devices * config.trainer.num_nodes
-
-
-class Memory:
-    """Of the GPU, or of this process; 0 where the system does not tell (on Linux it does)."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-
-    def now(self) -> int:
-        return torch.cuda.memory_allocated() if self.on_gpu else _of_process("VmRSS")
-
-    def forget_peak(self) -> None:
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.on_gpu else _of_process("VmHWM")
-
-
-def _of_process(key: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    lines = status.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
 
 def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:

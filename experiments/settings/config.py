@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.settings.schema import Config, TaskConfig, check_ranges
+from experiments.settings.ranges import check_ranges
+from experiments.settings.schema import Config, TaskConfig
 from experiments.settings.targets import check_target
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner

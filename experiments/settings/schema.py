@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from omegaconf import MISSING
 
-from datamodules.records import UserError
 from lightning_modules.encoders.backbone import BackboneOptions
-from lightning_modules.metrics import parse_metric
 from lightning_modules.mining.options import MiningOptions
-from lightning_modules.objective.options import ObjectiveOptions, check_objective
+from lightning_modules.objective.options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 
 
@@ -211,118 +207,3 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     task: dict[str, TaskConfig] = field(default_factory=dict)
-
-
-def check_ranges(config: Config) -> None:
-    """Raise UserError for a value that is out of its range."""
-    data, optim, trainer, backbone = config.data, config.optim, config.trainer, config.backbone
-    above_0 = {
-        "data.batch_size": data.batch_size,
-        "data.token_budget": data.token_budget,
-        "data.num_positives": data.num_positives,
-        "data.schedule_temperature": data.schedule_temperature,
-        "objective.gradnorm_lr": config.objective.gradnorm_lr,
-        "optim.lr": optim.lr,
-        "optim.eps": optim.eps,
-        "optim.layer_decay": optim.layer_decay,
-        "trainer.max_steps": trainer.max_steps,
-        "trainer.num_nodes": trainer.num_nodes,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "trainer.timeout": trainer.timeout,
-        "trainer.log_every_n_steps": trainer.log_every_n_steps,
-        "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
-        "checkpoint.keep": config.checkpoint.keep,
-        "backbone.vocab_size": backbone.vocab_size,
-        "mining.k": config.mining.k,
-        "mining.num_negatives": config.mining.num_negatives,
-        "mining.sampling_temperature": config.mining.sampling_temperature,
-        "mining.memory_mb": config.mining.memory_mb,
-    }
-    from_0 = {
-        "run.seed": config.run.seed,
-        "data.num_hard_negatives": data.num_hard_negatives,
-        "data.num_workers": data.num_workers,
-        "data.batch_tokens": data.batch_tokens,
-        "objective.gradnorm_alpha": config.objective.gradnorm_alpha,
-        "optim.weight_decay": optim.weight_decay,
-        "evaluation.every_n_steps": config.evaluation.every_n_steps,
-        "diagnostics.every_n_steps": config.diagnostics.every_n_steps,
-        "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        "mining.every_n_steps": config.mining.every_n_steps,
-        "mining.every_n_epochs": config.mining.every_n_epochs,
-        "mining.first_step": config.mining.first_step or 0,
-        "mining.first_rank": config.mining.first_rank,
-        "mining.absolute_margin": config.mining.absolute_margin or 0.0,
-        "mining.guide_margin": config.mining.guide_margin,
-        "wandb.finish_timeout": config.wandb.finish_timeout,
-    }
-    for name, task in config.task.items():
-        above_0[f"task.{name}.batch_size"] = 1 if task.batch_size is None else task.batch_size
-        above_0[f"task.{name}.num_positives"] = 1 if task.num_positives is None else task.num_positives
-        from_0[f"task.{name}.num_hard_negatives"] = task.num_hard_negatives or 0
-    shares = {
-        "optim.warmup": optim.warmup,
-        "optim.beta1": optim.beta1,
-        "optim.beta2": optim.beta2,
-        "backbone.dropout": backbone.dropout or 0.0,
-        "backbone.attention_dropout": backbone.attention_dropout or 0.0,
-        "mining.relative_margin": config.mining.relative_margin or 0.0,
-        "mining.stop_at": config.mining.stop_at or 0.0,
-    }
-    for key, value in above_0.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{key}: got {value}, allowed are numbers above 0")
-    for key, value in from_0.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{key}: got {value}, allowed are numbers from 0")
-    for key, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{key}: got {value}, allowed are numbers from 0 to below 1")
-    lengths = {"data.max_length": data.max_length}
-    lengths |= {f"task.{n}.max_length": t.max_length for n, t in config.task.items() if t.max_length is not None}
-    for key, value in lengths.items():
-        if value < 3:
-            raise UserError(f"{key}: got {value}, allowed is 3 or more ([CLS], a word and [SEP])")
-    balance, schedule = config.objective.balance, config.data.schedule
-    if balance != "none" and len(config.tasks) < 2:
-        raise UserError(f"objective.balance: got {balance}, but there is one task alone ({', '.join(config.tasks)})")
-    if balance in ("gradnorm", "pcgrad") and schedule != "together":
-        raise UserError(
-            f"objective.balance: {balance} compares the gradients of all tasks in each optimizer step, which takes "
-            f"data.schedule=together (got {schedule})"
-        )
-    if trainer.devices < 1 and trainer.devices != -1:
-        raise UserError(f"trainer.devices: got {trainer.devices}, allowed are numbers above 0, and -1 for all")
-    if trainer.devices == -1 and not torch.cuda.is_available():
-        raise UserError("trainer.devices: got -1 for all GPUs, and there is none (a number above 0 runs on the CPU)")
-    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator: got gpu, and there is none (auto takes what there is)")
-    _check_mining(config)
-    if not config.evaluation.metrics:
-        raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
-    for name in config.evaluation.metrics:
-        parse_metric(name)
-    check_objective(config.objective, list(config.task))
-
-
-def _check_mining(config: Config) -> None:
-    mining = config.mining
-    if mining.every_n_steps and mining.every_n_epochs:
-        raise UserError("mining.every_n_steps and mining.every_n_epochs: set one of them")
-    repeated = bool(mining.every_n_steps or mining.every_n_epochs)
-    if mining.first_step is not None and not repeated:
-        raise UserError("mining.first_step: is for mining in training (mining.every_n_steps)")
-    if mining.first_step == 0 and mining.store:
-        raise UserError("mining.store and mining.first_step=0: both say which hard negatives hold from the start")
-    if mining.first_rank >= mining.k:
-        raise UserError(f"mining.first_rank: got {mining.first_rank}, allowed are ranks below mining.k, {mining.k}")
-    if not (repeated or mining.store):
-        return
-    if mining.use == "data":
-        raise UserError("mining.use: with data, what is mined would never be used (mined, or both)")
-    counts = [
-        config.data.num_hard_negatives if t.num_hard_negatives is None else t.num_hard_negatives
-        for t in config.task.values()
-    ]
-    if not any(counts):
-        raise UserError("data.num_hard_negatives: is 0, so what is mined would never be used")

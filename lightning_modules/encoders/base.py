@@ -83,6 +83,7 @@ class Encoder(nn.Module):
         self.tasks = dict(tasks)
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
+        self.encoded = {"texts": 0, "tokens": 0}  # by encode, so far; tokens without padding
 
     @property
     def config(self) -> dict[str, Any]:
@@ -256,6 +257,8 @@ class Encoder(nn.Module):
                 places = torch.tensor(rows) + start
                 for task, pooled in self.forward_tasks(tokens.input_ids, tokens.attention_mask, tasks).items():
                     vectors[task][places] = pooled.float().cpu()
+                self.encoded["texts"] += len(rows)
+                self.encoded["tokens"] += sum(len(ids[row]) for row in rows)
                 if advance is not None:
                     advance(len(rows))
         return vectors

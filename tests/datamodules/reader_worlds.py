@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.csfcube import CsfCubeReader
+from datamodules.readers.doris_mae import DorisMaeReader
 from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.readers.litsearch import LitSearchReader
@@ -17,6 +18,7 @@ from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import SciDocsReader
 from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
+from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
 from datamodules.records import Collection, Document
 
 NUM = 8
@@ -317,6 +319,43 @@ def csfcube(folder: Path) -> Collection:
     return Collection(found, {id: found[id] for id in grades}, {"test": grades})
 
 
+def examples(folder: Path) -> Collection:
+    """The second test paper is judged twice, and one that is judged has no text."""
+    found = papers("30")
+    put(folder / "texts" / "evaluation.jsonl", *(written(p, "doc_id") for p in found.values()))
+    splits = {"train": {"300": 2, "301": 10, "305": 2}, "test": {"302": 10, "303": 2}}
+    for split, classes in splits.items():
+        rows = [{"paper_id": id, "label": label} for id, label in classes.items()]
+        if split == "test":
+            rows += [{"paper_id": "303", "label": 10}, {"paper_id": "999", "label": 2}]
+        put(folder / "judged" / f"{split}.jsonl", *rows)
+    qrels = {split: {id: {str(label): 1} for id, label in classes.items()} for split, classes in splits.items()}
+    qrels["test"]["303#2"] = {"10": 1}
+    found["303#2"] = Document("303#2", found["303"].title, found["303"].text)
+    corpus = {label: Document(label, label) for label in ("2", "10")}
+    return Collection(corpus, {id: found[id] for judged in qrels.values() for id in judged}, qrels)
+
+
+def doris_mae(folder: Path) -> Collection:
+    """Paper 2 is judged twice in one aspect; paper 4 is nobody's candidate."""
+    corpus = {str(i): Document(str(i), "", f"ábstract of {i}") for i in range(5)}
+    rows = [{"original_abstract": p.text, "title": "t", "abstract_id": int(id)} for id, p in corpus.items()]
+    questions = [
+        {"query_text": "which", "candidate_pool": [0, 1, 2], "aspects": {"0": ["5"], "7": []}, "query_type": "x"},
+        {"query_text": "whät", "candidate_pool": [3, 0], "aspects": {"9": []}},
+    ]
+    scores = [("0", 0, 2), ("5", 0, 1), ("0", 1, 1), ("7", 1, 1), ("5", 2, 1), ("5", 2, 2), ("9", 0, 0), ("9", 3, 2)]
+    judged = [{"aspect_id": aspect, "abstract_id": paper, "score": score} for aspect, paper, score in scores]
+    lines = ['{"aspect2aspect_id": {"a [b": "0"}, "version": 1,']
+    for key, entries in (("Corpus", rows), ("Annotation", judged), ("Query", questions)):
+        lines += [f'"{key}": [', *(json.dumps(one, ensure_ascii=False) + "," for one in entries[:-1])]
+        lines += [json.dumps(entries[-1], ensure_ascii=False), "]}" if key == "Query" else "],"]
+    put(folder / "DORIS-MAE_dataset_v1.json", *lines)
+    queries = {f"test.{i}": Document(f"test.{i}", "", one["query_text"]) for i, one in enumerate(questions, 1)}
+    qrels = {"test.1": {"0": 3, "1": 2, "2": 3}, "test.2": {"3": 2, "0": 0}}
+    return Collection({id: corpus[id] for id in "0123"}, queries, {"test": qrels})
+
+
 NO_JSON = ('{"paper": ', "is no JSON")
 NO_OBJECT = ("[1, 2]", "expected an object")
 F = {"folder": "FOLDER"}
@@ -424,6 +463,38 @@ WORLDS = (
             ('{"doc_id": "z", "title": "t"}', "labels_text is missing"),
             ('{"doc_id": "z", "title": "t", "labels_text": []}', "labels_text is empty"),
             ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is no name; give the file of names"),
+        ),
+    ),
+    World(
+        "scirepeval-examples",
+        examples,
+        (
+            SciRepEvalExamplesReader,
+            {"folder": "FOLDER/texts", "judgements": "FOLDER/judged", "view": "class"},
+        ),
+        "judged/test.jsonl",
+        (
+            NO_JSON,
+            NO_OBJECT,
+            ('{"label": 2}', "paper_id is missing"),
+            ('{"paper_id": "302"}', "label is missing (keys here: paper_id)"),
+            ('{"paper_id": "302", "label": 0.5}', "label must be an id"),
+            ('{"paper_id": "302", "label": true}', "label must be an id"),
+        ),
+    ),
+    World(
+        "doris-mae",
+        doris_mae,
+        (DorisMaeReader, F | {"view": "sum"}),
+        "DORIS-MAE_dataset_v1.json",
+        (
+            ('{"query_text": nul}', "is no JSON"),
+            ("[1, 2]", "expected an object"),
+            ('{"candidate_pool": [1], "aspects": {"1": []}}', "query_text is missing"),
+            ('{"query_text": "w", "aspects": {"1": []}}', "candidate_pool is missing"),
+            ('{"query_text": "w", "candidate_pool": [1], "aspects": ["1"]}', "aspects must be an object"),
+            ('{"query_text": "w", "candidate_pool": [1], "aspects": {}}', "or aspects is empty"),
+            ('{"query_text": "w", "candidate_pool": [1], "aspects": {"1": 2}}', "1 must be a list"),
         ),
     ),
     World(

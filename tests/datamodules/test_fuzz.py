@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from datamodules.readers import json_values, lines
+from datamodules.readers import json_window, lines
 from datamodules.records import Collection, UserError
 from tests.datamodules.reader_worlds import WORLDS, World
 from tests.datamodules.test_readers import consistent, shifted
@@ -183,7 +183,7 @@ def fuzz(world: World, folder: Path, seed: int, warnings: list) -> str:
 
 
 def test_mutated_files_are_read_set_aside_or_refused(tmp_path, monkeypatch, caplog):
-    for module in (lines, json_values):  # so that some lines are too long
+    for module in (lines, json_window):  # so that some lines are too long
         monkeypatch.setattr(module, "MAX_LINE", 4000)
     for world in WORLDS:
         world.write(tmp_path / world.name)

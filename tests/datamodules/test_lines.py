@@ -8,12 +8,12 @@ import tracemalloc
 
 import pytest
 
-from datamodules.readers import json_values
+from datamodules.readers import json_window
 from datamodules.readers import lines as lines_module
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.fields import grade, identifier, text
-from datamodules.readers.json_values import as_object, entries, records
+from datamodules.readers.json_values import as_object, entries, members, records
 from datamodules.readers.lines import lines
 from datamodules.records import UserError
 
@@ -154,7 +154,7 @@ def values_key(rng: random.Random) -> str:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 2**20])
 def test_entries_are_those_of_json(path, chunk, monkeypatch):
-    monkeypatch.setattr(json_values, "CHUNK", chunk)
+    monkeypatch.setattr(json_window, "CHUNK", chunk)
     rng = random.Random(chunk)
     for indent in (None, 0, 2):
         whole = [values(rng) for _ in range(30)]
@@ -166,6 +166,30 @@ def test_entries_are_those_of_json(path, chunk, monkeypatch):
         named = {f"k{i}": value for i, value in enumerate(whole)}
         path.write_text(json.dumps(named, indent=indent), encoding="utf-8")
         assert [place.value for place in entries(path, BadLines(), "object")] == whole
+        other = {"": {"b": whole}, "c": whole[:5], "a": 1.5, "b": whole, "d": []}
+        path.write_text(json.dumps(other, indent=indent), encoding="utf-8")
+        found = [(key, place.entry, place.value) for key, place in members(path, BadLines(), ("b", "c", "d"))]
+        wanted = [("c", i, value) for i, value in enumerate(whole[:5], 1)]
+        assert found == [*wanted, *(("b", i, value) for i, value in enumerate(whole, 1))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected a JSON object"),
+        ('{"a": [1], "b": [', "expected a value for entry 1, the file ends"),
+        ('{"b": {"c": 1}}', "line 1: expected a JSON list, got '{\"c\": 1}}'"),
+        ('{"a": {"c": 1, 2}, "b": []}', "entry 2 has no key"),
+        ('{"b": [] "c": 1}', "expected a comma after b"),
+        ('{"b": []}]', "the file goes on after the JSON object"),
+        ('{"a": [1]}', "the object has no b"),
+        ("{}", "the object has no b"),
+        ('{"b": [],}', "expected a value for the key of a member of the object, got '}'"),
+    ],
+)
+def test_damage_around_members_is_an_error(path, content, message):
+    path.write_text(content)
+    assert message in message_of(lambda: list(members(path, BadLines(), ("b",))))
 
 
 def test_entries_know_their_lines(path):
@@ -175,7 +199,7 @@ def test_entries_know_their_lines(path):
 
 @pytest.mark.parametrize("chunk", [1, 5, 2**20])
 def test_a_bad_entry_is_set_aside_and_the_next_is_read(path, tmp_path, chunk, monkeypatch):
-    monkeypatch.setattr(json_values, "CHUNK", chunk)
+    monkeypatch.setattr(json_window, "CHUNK", chunk)
     deep = "[" * 2000 + "]" * 2000
     bad_ones = (
         '{"a": nul}',
@@ -240,8 +264,8 @@ def test_damage_in_an_object_is_an_error(path, content, message):
 
 
 def test_an_entry_without_end_does_not_fill_the_memory(path, monkeypatch):
-    monkeypatch.setattr(json_values, "CHUNK", 1000)
-    monkeypatch.setattr(json_values, "MAX_LINE", 5000)
+    monkeypatch.setattr(json_window, "CHUNK", 1000)
+    monkeypatch.setattr(json_window, "MAX_LINE", 5000)
     path.write_text('[1, {"a": "' + "x" * 100_000)
     assert "line 1: entry 2 has no end within 5,000 characters" in refused(path, entries)
 

@@ -7,10 +7,12 @@ import sys
 import types
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
 
 from datamodules.readers.beir_hub import BeirHubReader
+from datamodules.readers.doris_mae import DorisMaeReader
 from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.readers.maple import MapleReader
@@ -18,13 +20,25 @@ from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import SciDocsReader
 from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
+from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
 from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import Reader
 from experiments.settings.targets import check_target, instantiate
-from tests.datamodules.reader_worlds import WORLDS, World, beir, maple, papers, put, search, triplets, written
+from tests.datamodules.reader_worlds import (
+    WORLDS,
+    World,
+    beir,
+    doris_mae,
+    maple,
+    papers,
+    put,
+    search,
+    triplets,
+    written,
+)
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
-SEPARATED = {"dpr": ","}  # what stands between records
+SEPARATED = {"dpr": ",", "doris-mae": ","}  # what stands between records
 
 
 def files(folder: Path) -> list[Path]:
@@ -588,3 +602,64 @@ def test_scimult_links_to_unknown_papers(tmp_path):
     assert "p0" not in collection.qrels["test"]
     assert len(collection.qrels["test"]) == 7
     assert len(quarantine.read_text().splitlines()) == 1
+
+
+def judged(folder, view, *labels, split="test"):
+    put(folder / "texts" / "evaluation.jsonl", *({"doc_id": f"p{i}", "title": f"t{i}"} for i in range(4)))
+    rows = ({"paper_id": f"p{i}", "label": label} for i, label in enumerate(labels))
+    put(folder / "judged" / f"{split}.jsonl", *rows)
+    return SciRepEvalExamplesReader(str(folder / "texts"), str(folder / "judged"), view)
+
+
+def test_scirepevals_labels_and_numbers(tmp_path):
+    labels = judged(tmp_path / "a", "labels", [1, 0, 1], [0, 0, 0]).read()
+    assert list(labels.corpus) == ["0", "1", "2"]
+    assert labels.qrels["test"] == {"p0": {"0": 1, "1": 0, "2": 1}, "p1": {"0": 0, "1": 0, "2": 0}}
+    numbers = judged(tmp_path / "b", "number", 0.5, -3).read()
+    assert numbers.qrels["test"] == {"p0": {"number": 0.5}, "p1": {"number": -3}}
+    words = judged(tmp_path / "c", "class", "b", "a", 7).read()
+    assert list(words.corpus) == ["7", "a", "b"]
+    for view, label, message in (
+        ("labels", [1, 2], "label must be a list of 0 and 1"),
+        ("labels", [1, 0, 0], "label has 3 values, those before have 2"),
+        ("number", "7", "label must be a number, got '7'"),
+        ("number", float("nan"), "label must be a number"),
+    ):
+        first = [1, 0] if view == "labels" else 1
+        assert message in refused(judged(tmp_path / "d", view, first, label))
+    judged(tmp_path / "e", "labels", [1, 0], split="train")
+    assert "splits have 2 and 3 labels" in refused(judged(tmp_path / "e", "labels", [1, 0, 0]))
+
+
+def test_papers_without_text_are_told(tmp_path, caplog):
+    assert len(judged(tmp_path, "number", *range(6)).read().queries) == 4
+    assert "2 papers have no text in" in caplog.text
+
+
+def test_a_split_may_be_a_folder_as_the_hub_converts_it(tmp_path):
+    reader = judged(tmp_path, "number", 1, 2, 3)
+    (tmp_path / "judged" / "test.jsonl").unlink()
+    parquet = pytest.importorskip("pyarrow.parquet")
+    home = tmp_path / "judged" / "test"
+    home.mkdir()
+    for part, papers_of_part in enumerate((("p0", "p1"), ("p2",))):
+        rows = [{"paper_id": id, "label": 0.5} for id in papers_of_part]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), home / f"000{part}.parquet")
+    assert list(reader.read().queries) == ["p0", "p1", "p2"]
+    (home / "0000.parquet").unlink()
+    assert "the test split must be one file, or all parts of one; found test/0001.parquet" in refused(reader)
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [("relevant", {"0": 1, "1": 0, "2": 1}), ("sum", {"0": 3, "1": 2, "2": 3}), ("best", {"0": 1, "1": 0, "2": 1})],
+)
+def test_doris_maes_grades(view, expected, tmp_path):
+    doris_mae(tmp_path)
+    reader = DorisMaeReader(str(tmp_path), view)
+    assert reader.read().qrels["test"]["test.1"] == expected
+    path = tmp_path / "DORIS-MAE_dataset_v1.json"
+    path.write_text(path.read_text().replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
+    assert "test.2: candidate_pool: 1 of 2 ids are not in the corpus, first '9'" in refused(reader)
+    path.write_text(path.read_text().replace('"Annotation"', '"Annotations"'))
+    assert f"{path}: the object has no Annotation" in refused(reader)

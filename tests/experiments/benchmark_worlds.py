@@ -132,6 +132,45 @@ def scirepeval(root: Path) -> None:
         put(root / "scirepeval" / name / "evaluation.jsonl", row)
 
 
+def scirepeval_probes(root: Path) -> None:
+    """Above 0 is class 1 and label 0, below it class 0 and label 1; of the test papers one has the other class and
+    label, and one no label. A number is twice that of the text; of the test papers two have changed places."""
+    train = {f"t{n}": n for n in range(-64, 65) if n}
+    sides = {"five": (5, 1), "seven": (7, 1), "below": (-5, 0), "other": (4, 0)}
+    orders = {"one": (1, 0.5), "two": (2, 3.25), "three": (3, 2), "four": (4, 4)}
+    numbers = train | {id: n for id, (n, _) in (sides | orders).items()} | {"none": -6}
+    papers = [{"doc_id": id, "title": f"{n}", "abstract": ""} for id, n in numbers.items()]
+    configs = ("biomimicry", "drsm", "fos", "mesh_descriptors", "cite_count", "pub_year", "tweet_mentions")
+    for name in (*configs, "peer_review_score_hIndex"):
+        put(root / "scirepeval" / name / "evaluation.jsonl", *papers)
+    for name in ("biomimicry", "drsm", "mesh_descriptors"):
+        home = root / "scirepeval_test" / name
+        words = ("C01.1", "C04.5") if name == "mesh_descriptors" else (0, 1)
+        put(home / "train.jsonl", *({"paper_id": id, "label": words[n > 0]} for id, n in train.items()))
+        put(home / "test.jsonl", *({"paper_id": id, "label": words[c]} for id, (_, c) in sides.items()))
+    home = root / "scirepeval_test" / "fos"
+    put(home / "train.jsonl", *({"paper_id": id, "label": [int(n > 0), int(n < 0)]} for id, n in train.items()))
+    rows = [{"paper_id": id, "label": [c, 1 - c]} for id, (_, c) in sides.items()]
+    put(home / "test.jsonl", *rows, {"paper_id": "none", "label": [0, 0]})
+    for name in ("cite_count", "pub_year", "tweet_mentions", "peer_review_score", "hIndex"):
+        home = root / "scirepeval_test" / name
+        put(home / "train.jsonl", *({"paper_id": id, "label": 2 * n} for id, n in train.items()))
+        put(home / "test.jsonl", *({"paper_id": id, "label": label} for id, (_, label) in orders.items()))
+
+
+def doris_mae(root: Path) -> None:
+    """The query of 1 ranks 4, 3, 2, 1 and 0 so; over its three aspects their scores are 2, 0, 3, 4 and 0 in all."""
+    papers = [{"original_abstract": f"{n}", "title": "9"} for n in range(6)]
+    scores = {("7", 4): 2, ("7", 2): 1, ("8", 2): 2, ("7", 1): 2, ("9", 1): 2, ("8", 3): 0, ("6", 3): 2}
+    content = {
+        "aspect2aspect_id": {},
+        "Corpus": papers,
+        "Annotation": [{"aspect_id": a, "abstract_id": p, "score": s} for (a, p), s in scores.items()],
+        "Query": [{"query_text": "1", "candidate_pool": [0, 1, 2, 3, 4], "aspects": {"7": ["8"], "9": []}}],
+    }
+    put(root / "doris_mae" / "DORIS-MAE_dataset_v1.json", content)
+
+
 def literature(root: Path) -> None:
     """LitSearch's answers are at places 2 and 25. CSFCube's query is 10, and of 8, 9 and 20 the first is relevant."""
     put(root / "litsearch" / "corpus_clean" / "full.jsonl", *numbered("corpusid", "p"))
@@ -146,6 +185,7 @@ def literature(root: Path) -> None:
 WORLDS = (
     *(fine_classification, coarse_classification, link_retrieval, pmc_patients, scidocs_reranking),
     *(recommendation, search, beir, scirepeval, linear_classification, literature),
+    *(scirepeval_probes, doris_mae),
 )
 
 _recall = dict(zip(("recall@20", "recall@50", "recall@100"), (0.5, 1, 1), strict=True))
@@ -156,6 +196,9 @@ _linear = {"macro_f1": (4 / 5 + 2 / 3) / 2, "micro_f1": 3 / 4}
 _pmc = {"mrr@10000": 1 / 2, "precision@10": 1 / 10, "ndcg@10": SECOND / (1 + SECOND), "recall@1000": 1}
 _rerank = {"map": 1 / 2, "ndcg": SECOND}
 _graded = (5 * SECOND + 3 * THIRD) / (5 + 3 * SECOND)
+_labels = {"macro_f1": (4 / 5 + 1 / 2) / 2}
+_doris = {"recall@5": 1, "recall@20": 1, "r_precision": 0, "map": (1 / 3 + 2 / 4) / 2}
+_sums = (2 + 3 * THIRD + 4 / math.log2(5)) / (4 + 3 * SECOND + 2 * THIRD)
 _own = {"ndcg@10": (2 * SECOND + THIRD) / (2 + SECOND)}
 _whole = {"ndcg@10": 2 * SECOND / (2 + SECOND)}
 _beir = {"ndcg@10": SECOND, "recall@100": 1, "map@100": 1 / 2}
@@ -187,4 +230,14 @@ FIGURES: dict[str, dict[str, float]] = {
         f"scirepeval_{name}": {"map": 1 / 2}
         for name in ("feeds_title", "feeds_1", "feeds_m", "same_author", "influential")
     },
+    **{f"scirepeval_biomimicry{few}": {"f1": 4 / 5} for few in ("", "_64", "_16")},
+    **{f"scirepeval_{name}": {"macro_f1": _linear["macro_f1"]} for name in ("drsm", "drsm_64", "drsm_24", "mesh")},
+    **dict.fromkeys(("scirepeval_fos", "scirepeval_fos_10", "scirepeval_fos_5"), _labels),
+    **{
+        f"scirepeval_{name}": {"kendall_tau": (5 - 1) / 6}
+        for name in ("citation_count", "publication_year", "review_score", "h_index", "tweets")
+    },
+    "doris_mae": _doris,
+    "doris_mae_sum": {"ndcg@10": _sums},
+    "doris_mae_best": {"mrr@10": 1 / 4},
 }

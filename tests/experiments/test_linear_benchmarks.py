@@ -1,19 +1,28 @@
-"""mag_linear and mesh_linear, in SciDocs's files, against a few lines of its own program's procedure."""
+"""What linear models tell, in SciDocs's and SciRepEval's files, against a few lines of their programs' procedures."""
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from scipy.stats import kendalltau
 from sklearn.metrics import f1_score
-from sklearn.model_selection import GridSearchCV
-from sklearn.svm import LinearSVC
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.svm import LinearSVC, LinearSVR
 
-from datamodules.records import Document
+from datamodules.records import Document, UserError
+from experiments.building.benchmarks import suite_of
 from experiments.evaluate import main
+from experiments.measuring.measured import open_measured
+from lightning_modules.encoders.checkpoints import load_encoder
 from tests.conftest import text_of
 
 NUM_CLASSES = 3
+pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # with the largest C, here as there
 
 
 @pytest.fixture
@@ -63,4 +72,94 @@ def test_figures_are_those_of_the_harness(scidocs, make_encoder, tmp_path, caplo
     assert result["systems"] == {"model": pytest.approx(expected, abs=1e-12)}
     assert result["measured"]["model"]["similarity"] == "svm"
     assert (result["protocol"], result["queries"], result["documents"]) == ("scidocs/mag/linear", 30, 3)
-    assert "bm25 has no vectors for an SVM" in caplog.text
+    assert "bm25 has no vectors for a linear model" in caplog.text
+
+
+COSTS = {"C": np.logspace(-2, 2, 5)}
+DRAWS = 4  # instead of 50
+
+
+def few_shot_classes(train, classes, test):
+    """Parts of 64 papers, each a training set."""
+    parts = [part for _, part in StratifiedKFold(-(-len(train) // 64)).split(train, classes)][:50]
+    return [LinearSVC(fit_intercept=False, random_state=42).fit(train[p], classes[p]).predict(test) for p in parts]
+
+
+def few_shot_labels(train, labels, test):
+    """Ten papers of each label, drawn with seeds from 42 on, in the order of a Python set."""
+    told = []
+    for draw in range(DRAWS):
+        np.random.seed(42 + draw)
+        chosen = set()
+        for label in range(labels.shape[1]):
+            chosen.update(np.random.choice(np.where(labels[:, label] == 1)[0], 10, replace=False).tolist())
+        rows = list(chosen)
+        svm = LinearSVC(loss="hinge", fit_intercept=False, max_iter=10000, random_state=42)
+        model = OneVsRestClassifier(GridSearchCV(svm, COSTS, cv=3))
+        told.append(model.fit(train[rows], labels[rows]).predict(test))
+    return told
+
+
+def regression(train, numbers, test):
+    svr = LinearSVR(epsilon=0, fit_intercept=False, random_state=42, max_iter=1000)
+    return [GridSearchCV(svr, {"C": np.logspace(-4, 2, 7)}, cv=3).fit(train, numbers).predict(test)]
+
+
+def as_files(folder, config, test_config, papers, labels):
+    """As the hub has them: texts as a table, and what is judged as its converted branch has it."""
+    (folder / "scirepeval" / config).mkdir(parents=True)
+    texts = pyarrow.Table.from_pylist([{"doc_id": p.id, "title": p.title, "abstract": p.text} for p in papers])
+    pyarrow.parquet.write_table(texts, folder / "scirepeval" / config / "evaluation-00000-of-00001.parquet")
+    for split, rows in (("train", range(130)), ("test", range(130, 180))):
+        judged = [{"paper_id": papers[row].id, "label": labels[row].tolist()} for row in rows]
+        home = folder / "scirepeval_test" / test_config / split
+        home.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), home / "0000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "test_config", "procedure", "metric", "score"),
+    [
+        ("biomimicry_64", "biomimicry", "biomimicry", few_shot_classes, "f1", f1_score),
+        ("fos_10", "fos", "fos", few_shot_labels, "macro_f1", lambda a, b: f1_score(a, b, average="macro")),
+        ("review_score", "peer_review_score_hIndex", "peer_review_score", regression, "kendall_tau", kendalltau),
+    ],
+)
+def test_figures_are_those_of_scirepevals_procedure(
+    name, config, test_config, procedure, metric, score, make_encoder, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(5)
+    kinds = rng.integers(0, 3, 180)
+    words = rng.integers(0, 12, (180, 8)) + 4 * kinds[:, None]
+    papers = [Document(f"p{i}", text_of(*row[:3]), text_of(*row[3:])) for i, row in enumerate(words)]
+    several = np.stack([kinds == 0, kinds > 0, rng.random(180) < 0.4], axis=1).astype(int)
+    labels = {"f1": (kinds > 1).astype(int), "macro_f1": several, "kendall_tau": kinds + rng.normal(size=180).round(1)}
+    as_files(tmp_path, config, test_config, papers, labels[metric])
+    make_encoder().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("experiments.evaluate.suite_of", fewer_draws)
+    chosen = [f"benchmarks=scirepeval_{name}", f"data.root={tmp_path}", f"output={tmp_path / 'out'}"]
+    main([f"model={tmp_path / 'model'}", *chosen])
+
+    vectors = load_encoder(tmp_path / "model").encode(papers, "classification").numpy().astype(float)
+    told = procedure(vectors[:130], labels[metric][:130], vectors[130:])
+    scores = [score(labels[metric][130:], one) for one in told]
+    scores = [getattr(one, "statistic", one) for one in scores]
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"][f"scirepeval_{name}"]
+    assert 0.2 < np.mean(scores) < 0.99, "neither chance nor trivial"
+    assert result["systems"]["model"] == {metric: pytest.approx(np.mean(scores), abs=1e-12)}
+    about = result["measured"]["model"]
+    if len(told) > 1:
+        lines = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.draws.tsv").read_text().splitlines()
+        assert [float(line.split("\t")[1]) for line in lines[1:]] == pytest.approx(scores, abs=1e-12)
+        with pytest.raises(UserError, match="is a mean over draws of training papers, and not over queries"):
+            open_measured("A", str(tmp_path / "out"))[0].values(f"scirepeval_{name}", metric)
+        assert about["draws"] == len(told)
+        assert about["spread"][metric] == pytest.approx(np.std(scores))
+    else:
+        run = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.trec").read_text().splitlines()
+        assert [float(line.split()[4]) for line in run] == pytest.approx(told[0], rel=1e-8)
+
+
+def fewer_draws(values, similarities):
+    for benchmark in suite_of(values, similarities):
+        yield replace(benchmark, probe=replace(benchmark.probe, draws=min(DRAWS, benchmark.probe.draws)))

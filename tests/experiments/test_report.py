@@ -242,8 +242,12 @@ def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
     (tmp_path / "begun" / "results.json").unlink()
     (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
     (tmp_path / "damaged" / "config.yaml").write_text("experiment: x\n")
+    manifest = json.loads((tmp_path / "done" / "manifest.json").read_text())
+    manifest["attempts"] = [{"seconds": 3600.0, "devices": 2}, {"seconds": None, "devices": 2}, {"seconds": 900.0}]
+    (tmp_path / "done" / "manifest.json").write_text(json.dumps(manifest))
     list_runs([f"root={tmp_path}"])
     told = capsys.readouterr().out
+    assert " 2.25 " in told, "device hours; of an older attempt one device"
     mean = json.loads((run / "report.json").read_text())["mean"]["trained"]
     assert "2 runs in" in told
     assert "complete, 9 steps" in told

@@ -1,6 +1,7 @@
 """Every benchmark on data in its published format, against figures by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from experiments.building.benchmarks import Collections, build
 from experiments.building.suite import load_suite
 from experiments.evaluate import main
 from experiments.measuring.results import combine, evaluate_encoder
-from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of
+from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
 
@@ -47,10 +48,13 @@ def evaluated(encoder, benchmark, folder):
 def test_a_benchmark_gives_the_figures_by_hand(name, root, encoder, tmp_path):
     encoder.tasks = {SUITE[name].task: SUITE[name].task}
     benchmark = build(name, SUITE[name], Collections(root))
+    draws = min(3, benchmark.probe.draws)  # all are alike in this world
+    benchmark = replace(benchmark, probe=replace(benchmark.probe, draws=draws))
     result = evaluated(encoder, benchmark, tmp_path)
     assert result["systems"]["numbers"] == pytest.approx(FIGURES[name])
     assert result["protocol"] == SUITE[name].protocol
-    way = "svm" if SUITE[name].train_on else SUITE[name].similarity or "dot"
+    learns = "svr" if SUITE[name].probe.learns == "number" else "svm"
+    way = learns if SUITE[name].train_on else SUITE[name].similarity or "dot"
     assert result["measured"]["numbers"]["similarity"] == way
 
 
@@ -93,13 +97,44 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
     assert about["one-dot"]["similarity"] == "dot"
     assert about["one-dot"]["precision"] == "bf16"
     assert about["one-dot"]["fingerprint"] == about["one-cosine"]["fingerprint"]
-    assert "scifact_all" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "scimult/scifact/all-splits" in shown
+    assert "device seconds" in shown
+    assert "money" not in shown
 
     main(["model=bm25", *chosen, "add=yes"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(again["benchmarks"]["scifact_all"]["systems"]) == systems
     with pytest.raises(UserError, match="protocol cannot stand side by side .*/1-of-4-quer"):
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
+
+
+def test_costs_are_of_what_was_computed(root, tmp_path, make_backbone, capsys):
+    """Tokens as the tokenizer counts them; nothing is encoded whose vectors were there; money by seconds of devices."""
+    backbone, tokenizer = make_backbone()
+    for part in (backbone, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    arguments = [f"model={tmp_path / 'model'}", f"data.root={root}", "benchmarks=scidocs_cite,scidocs_cocite"]
+    main([*arguments, f"output={tmp_path}", "cost_per_hour=7.2", f"vectors={tmp_path / 'vectors'}"])
+    benchmarks = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    first, second = (result["measured"]["model"] for result in benchmarks.values())
+    texts = [f"{paper['title']} {tokenizer.sep_token} {paper['abstract']}" for paper in numbered("", "")]
+    tokens = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    assert first["cost"]["texts"] == len(texts) + 1
+    assert first["cost"]["tokens"] == sum(tokens) + tokens[29]
+    assert first["cost"]["texts_per_second"] == pytest.approx(31 / first["seconds"]["encode"], rel=0.3)
+    assert (second["cost"]["texts"], second["cost"]["tokens"]) == (0, 0)
+    assert second["cost"]["texts_per_second"] is None
+    for of in (first, second):
+        spent = of["cost"]["device_seconds"]
+        assert spent == pytest.approx(sum(of["seconds"].values()), abs=0.03)
+        assert of["cost"]["money"] == pytest.approx(7.2 * spent / 3600, abs=1e-6)
+        assert of["cost"]["devices"] == 1
+        assert 100 < of["cost"]["memory_mb"] < 100_000
+    row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
+    assert f"{sum(tokens) + tokens[29]:,}" in row
+    with pytest.raises(UserError, match="cost_per_hour: got 'much', allowed are numbers from 0"):
+        main([*arguments, "cost_per_hour=much"])
 
 
 def test_vectors_on_disk_give_the_same_and_are_used_again(root, tmp_path, make_backbone, monkeypatch):
@@ -142,6 +177,16 @@ def test_another_similarity_is_another_protocol(root, tmp_path):
     assert result["protocol"] == "scidocs/cite/rerank/similarity-of-the-command"
 
 
+PROBE = """
+benchmarks:
+  mine:
+    protocol: mine/test
+    task: classification
+    reader: {{_target_: datamodules.readers.beir.BeirReader, folder: beir/scifact}}
+    metrics: [macro_f1]
+    train_on: [train]
+    probe: {{{}}}
+"""
 GOOD = """
     protocol: mine/test
     task: search
@@ -164,6 +209,14 @@ GOOD = """
         (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: got published, which SciMultReader"),
         (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
         (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is measured on"),
+        (f"benchmarks:\n  mine:{GOOD}    train_on: [dev]", "metric 'ndcg@10': is not of a class, allowed are macro_f1"),
+        (f"benchmarks:\n  mine:{GOOD}    metrics: [kendall_tau]", "metric 'kendall_tau': is not of a ranking"),
+        (f"benchmarks:\n  mine:{GOOD}    probe: {{draws: 2}}", "probe: is for a linear model, which train_on names"),
+        (f"benchmarks:\n  mine:{GOOD}    probe: {{drawn: 2}}", "mine.probe.drawn: Key 'drawn' not in 'Probe'"),
+        (PROBE.format("learns: numbers"), "probe.learns: got 'numbers', allowed are class, labels, number"),
+        (PROBE.format("loss: log"), "probe.loss: got 'log', allowed are squared_hinge, hinge"),
+        (PROBE.format("costs: [0]"), r"probe.costs: got \[0.0\], allowed are numbers above 0"),
+        (PROBE.format("samples: 5, draws: 0"), "probe: got samples 5 and draws 0"),
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
     ],
 )

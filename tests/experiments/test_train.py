@@ -116,6 +116,7 @@ def test_a_runs_folder_holds_what_the_documentation_says(finished):
     assert manifest["versions"]["torch"]
     assert manifest["parameters"] > 0
     assert manifest["attempts"][0]["seconds"] > 0
+    assert manifest["attempts"][0]["devices"] == 1
     data = SampleReader("searches", num_papers=500).read()
     assert manifest["data"]["searches"]["fingerprint"] == data.fingerprint()
     assert yaml.safe_load((finished / "config.yaml").read_text())["trainer"]["max_steps"] == 6

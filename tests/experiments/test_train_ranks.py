@@ -95,6 +95,15 @@ def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
     moved = {key.split(".")[-1]: bool(value) for key, value in state.items() if key.startswith("uncertainty.")}
     assert moved == {"classification": True, "link_prediction": True, "search": False}
 
+    (attempt,) = json.loads((tmp_path / "manifest.json").read_text())["attempts"]
+    assert attempt["devices"] == 2
+    benchmarks = json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()
+    for of, about in ((of, of["measured"]["trained"]) for of in benchmarks):
+        cost = about["cost"]
+        assert cost["texts"] in (0, of["queries"], of["queries"] + of["documents"]), "the shares of both ranks"
+        assert cost["device_seconds"] == pytest.approx(2 * sum(about["seconds"].values()), abs=0.1)
+    assert max(of["measured"]["trained"]["cost"]["tokens"] for of in benchmarks) > 0
+
 
 @pytest.mark.slow
 def test_two_ranks_go_on_as_one_with_the_same_global_batches(tmp_path):

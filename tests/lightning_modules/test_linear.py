@@ -5,8 +5,11 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
-from datamodules.records import Benchmark, Document, UserError
-from lightning_modules.linear import CS, classify, predict
+from datamodules.records import Benchmark, Document, Probe, UserError
+from lightning_modules.linear import predict_classes, predict_numbers
+from lightning_modules.probing import probe_runs
+
+CS = Probe().costs
 
 
 def drawn(seed=0, per_class=12, spread=1.2):
@@ -40,24 +43,26 @@ def test_predictions_and_the_chosen_c_are_those_of_the_objective():
     ]
     assert len(set(accuracy)) > 2, "the folds tell the values of C apart"
     best = CS[int(np.argmax(accuracy))]
-    found, chosen = predict(*drawn())
+    found, chosen = predict_classes(*drawn(), Probe())
     assert chosen == best
     assert (found == by_hand(train, classes, queries, best)).all()
     assert (found != by_hand(train, classes, queries, CS[0])).any(), "C matters here"
 
 
-def benchmark(classes):
+def benchmark(classes, **probe):
     labels = {name: Document(name, name) for name in "abc"}
     papers = {f"t{i}": Document(f"t{i}", "x") for i in range(len(classes))}
     qrels = {f"t{i}": dict.fromkeys(own, 1) for i, own in enumerate(classes)}
     queries = {f"q{i}": Document(f"q{i}", "x") for i in range(40)}
-    return Benchmark("toy", "classification", "test", labels, queries, {}, training=(papers, qrels))
+    return Benchmark(
+        "toy", "classification", "test", labels, queries, {}, training=(papers, qrels), probe=Probe(**probe)
+    )
 
 
 def test_a_run_has_each_querys_class():
     train, classes, queries = drawn()
-    run = classify(benchmark(["abc"[c] for c in classes]), list(range(40)), queries, train)
-    assert run.indices[:, 0].tolist() == predict(train, classes, queries)[0].tolist()
+    (run,) = probe_runs(benchmark(["abc"[c] for c in classes]), list(range(40)), queries, train)
+    assert run.indices[:, 0].tolist() == predict_classes(train, classes, queries, Probe())[0].tolist()
     assert run.documents == ["a", "b", "c"]
     assert run.indices.shape == (40, 1)
 
@@ -73,4 +78,52 @@ def test_a_run_has_each_querys_class():
 )
 def test_what_an_svm_cannot_learn_is_refused(classes, message):
     with pytest.raises(UserError, match=message):
-        classify(benchmark(classes), ["q0"], np.zeros((1, 4)), np.ones((len(classes), 4)))
+        list(probe_runs(benchmark(classes), ["q0"], np.zeros((1, 4)), np.ones((len(classes), 4))))
+
+
+def test_a_label_of_no_training_paper_is_told(caplog):
+    train, classes, queries = drawn()
+    (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
+    assert set(run.indices.ravel()) == {-1, 0, 2}
+    assert "toy: no training papers tell 1 labels apart, the first is b" in caplog.text
+
+
+def test_without_scikit_learn_it_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="a linear model needs scikit-learn .make install EXTRAS=cpu,svm"):
+        next(probe_runs(benchmark(["a"] * 3 + ["b"] * 3), ["q0"], np.zeros((1, 4)), np.ones((6, 4))))
+
+
+def test_a_rank_without_queries_has_an_empty_run():
+    train, classes, _ = drawn()
+    for probe in ({}, {"learns": "labels"}, {"samples": 12, "costs": [1], "draws": 2}):
+        for run in probe_runs(benchmark(["abc"[c] for c in classes], **probe), [], np.zeros((0, 5)), train):
+            assert run.indices.shape == (0, 3 if probe.get("learns") == "labels" else 1)
+
+
+def test_numbers_are_those_of_the_objective():
+    """|w|^2 / 2 + C sum |y - w.x|: of one dimension, w is among the points where the slope turns."""
+    rng = np.random.default_rng(2)
+    train, queries = rng.normal(size=(30, 1)), rng.normal(size=(5, 1))
+    numbers = 3 * train[:, 0] + rng.normal(size=30)
+    found, c = predict_numbers(train, numbers, queries, Probe("number", costs=[0.05]))
+    assert c == 0.05
+    grid = np.linspace(-5, 5, 200_001)
+    loss = grid**2 / 2 + 0.05 * np.abs(numbers[:, None] - train * grid).sum(0)
+    np.testing.assert_allclose(found, queries[:, 0] * grid[loss.argmin()], atol=2e-3)
+    assert abs(grid[loss.argmin()]) < 2.5, "C matters here"
+
+
+@pytest.mark.parametrize(
+    ("classes", "probe", "message"),
+    [
+        (["a"] * 4 + ["b"] * 4, {"samples": 8, "costs": [1]}, "8 training papers do not make parts of 8"),
+        (["a"] * 9 + ["b"], {"samples": 2, "costs": [1]}, "the 2 papers of draw 1 are of one class"),
+        (["ab", "a", "c"], {"learns": "labels", "samples": 2}, "1 training papers of 'b', needed are 2 of each label"),
+        (["a", "b"], {"learns": "number"}, "expected a corpus of one document"),
+    ],
+)
+def test_what_few_shot_learning_cannot_take_is_refused(classes, probe, message):
+    train = np.random.default_rng(0).normal(size=(len(classes), 4))
+    with pytest.raises(UserError, match=message):
+        list(probe_runs(benchmark(classes, **probe), ["q0"], np.zeros((1, 4)), train))

@@ -6,9 +6,10 @@ import pytest
 import pytrec_eval
 from sklearn.metrics import f1_score
 
-from datamodules.records import Benchmark, Document, UserError
+from datamodules.records import Benchmark, Document, Probe, UserError
 from lightning_modules.measure import QueryValues, each_once, means, measure, query_values
-from lightning_modules.metrics import AGGREGATES, METRICS, judge, parse_metric, sorted_run
+from lightning_modules.metrics import METRICS, Run, check_metric, judge, parse_metric, sorted_run
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS
 
 TREC = {
     "ndcg": "ndcg",
@@ -92,6 +93,53 @@ def test_f1_is_that_of_scikit_learn():
         assert found["micro_f1"] == pytest.approx(found["precision@1"])
 
 
+def test_f1_of_two_classes_and_of_labels_is_that_of_scikit_learn():
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        true, told = rng.integers(0, 2, (40, 5)), rng.integers(0, 2, (40, 5))
+        true[:4], told[:2] = 0, 0  # papers without labels count too
+        queries, papers = [f"q{i}" for i in range(40)], {"p": Document("p")}
+        order = np.argsort(-told, axis=1, kind="stable")
+        sure = np.take_along_axis(told, order, axis=1).astype(np.float32)
+        run = Run(queries, list("abcde"), np.where(sure > 0, order, -1), sure)
+        qrels = {query: dict(zip("abcde", row.tolist(), strict=True)) for query, row in zip(queries, true, strict=True)}
+        benchmark = benchmark_of(run, qrels, training=(papers, {}), probe=Probe("labels"))
+        found = measure(run, benchmark, ["macro_f1", "micro_f1"])
+        for average in ("macro", "micro"):
+            assert found[f"{average}_f1"] == pytest.approx(f1_score(true, told, average=average), abs=1e-12)
+        shares = [query_values(run.part(*part), benchmark, ["macro_f1"]) for part in ((20, 40), (0, 25))]
+        assert means(each_once(shares), benchmark, ["macro_f1"])["macro_f1"] == found["macro_f1"], "of two ranks"
+
+        run = Run(queries, ["0", "1"], told[:, :1], np.ones((40, 1)))
+        qrels = {query: {str(row[0]): 1} for query, row in zip(queries, true, strict=True)}
+        benchmark = benchmark_of(run, qrels, training=(papers, {}))
+        assert measure(run, benchmark, ["f1"])["f1"] == pytest.approx(f1_score(true[:, 0], told[:, 0]), abs=1e-12)
+    with pytest.raises(UserError, match="there are 3 classes, it is of the second of two"):
+        AGGREGATES["f1"](np.ones((3, 3)))
+
+
+def test_kendalls_tau_counts_pairs():
+    """tau-b: pairs in one order less those in the other, over the geometric mean of pairs that are no ties."""
+    rng = np.random.default_rng(4)
+    for ties in (3, 1000):
+        predicted, true = rng.normal(size=50).round(1), rng.integers(0, ties, 50) - 0.5
+        run = Run([f"q{i}" for i in range(50)], ["number"], np.zeros((50, 1), int), predicted[:, None])
+        qrels = {query: {"number": float(number)} for query, number in zip(run.queries, true, strict=True)}
+        benchmark = benchmark_of(run, qrels, training=({}, {}), probe=Probe("number"))
+        one, other = (np.sign(np.subtract.outer(x, x)) for x in (predicted, true))
+        expected = (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())
+        assert measure(run, benchmark, ["kendall_tau"])["kendall_tau"] == pytest.approx(expected, abs=1e-12)
+    assert CORRELATIONS["kendall_tau"](np.ones(5), np.arange(5)) == 0
+
+
+def test_metrics_are_of_what_is_told():
+    for told, name in (("ranking", "ndcg@10"), ("class", "f1"), ("labels", "macro_f1"), ("number", "kendall_tau")):
+        check_metric(name, told)
+    for told, name in (("ranking", "f1"), ("ranking", "kendall_tau"), ("class", "map"), ("number", "macro_f1")):
+        with pytest.raises(UserError, match=f"metric '{name}': is not of a {told}, allowed are"):
+            check_metric(name, told)
+
+
 def test_recall_is_that_of_the_authors_loop():
     """Their way: the whole permutation as a list of ids, and membership in lists."""
     rng = np.random.default_rng(1)
@@ -141,7 +189,7 @@ def test_what_ranks_measured_counts_once_and_in_any_order():
 
 def test_nothing_measured_is_zero():
     run, qrels = random_case(2)
-    nothing = QueryValues(("ndcg@10",), np.zeros(0, dtype=int), np.zeros((0, 1)), np.zeros(0, dtype=int))
+    nothing = QueryValues(("ndcg@10",), np.zeros(0, dtype=int), *[np.zeros((0, 1))] * 3)
     assert means(nothing, benchmark_of(run, qrels), ["ndcg@10"]) == {"ndcg@10": 0.0}
 
 
