@@ -75,7 +75,7 @@ sync: $(STAMP) ## send to W&B what was logged offline: make sync [folder=RUN]
 slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
 	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(if $(SWEEP),SWEEP=$(SWEEP)) $(OVERRIDES) $(ARGS)
 
-eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search]
+eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
 
 reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]

@@ -28,6 +28,7 @@ def quiet_libraries() -> None:
         r".*tensorboardX.*",
         r".*find_unused_parameters=True was specified.*",
         r".*smaller than the logging interval.*",
+        r".*all_gather_into_tensor` is deprecated.*",
         r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Sequence
 
 import lightning as L
@@ -33,11 +34,12 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
     config = load_config(experiment, overrides)
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = folder  # of quarantined lines
+        started = time.perf_counter()
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
         module = build_module(config, data)
         describe_schedule(config, data)
-        prediction = predict(config, data, module)
+        prediction = predict(config, data, module, time.perf_counter() - started)
     _show_tasks(config, prediction)
     _show_memory(prediction)
     _tell(config, prediction)
@@ -90,13 +92,18 @@ def _tell(config: Config, prediction: Prediction) -> None:
         config.trainer.num_nodes,
     )
     log.info(
-        "a step takes %.1f ms (of which %.1f ms are the update); %d steps %s, evaluation %s, in all %s",
+        "a step takes %.1f ms (of which %.1f ms are the update); start %s, %d steps %s, evaluation %s, in all %s",
         1e3 * training / steps,
         1e3 * prediction.update,
+        _duration(prediction.start),
         steps,
         _duration(training),
         _duration(prediction.evaluation),
-        _duration(training + prediction.evaluation),
+        _duration(prediction.start + training + prediction.evaluation),
+    )
+    log.info(
+        "not counted: imports (some seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
+        "W&B's own among them"
     )
     if prediction.gathered:
         log.info(
@@ -109,12 +116,13 @@ def _tell(config: Config, prediction: Prediction) -> None:
             "not measured: exchanging %.0f MB of gradients a step between ranks, and ranks that share cores",
             prediction.gradients / 2**20,
         )
-    if (
-        config.objective.balance in ("gradnorm", "pcgrad")
-        or config.mining.every_n_steps
-        or config.mining.every_n_epochs
-    ):
-        log.info("not measured: objective.balance, and mining")
+    unmeasured = {
+        "objective.balance": config.objective.balance in ("gradnorm", "pcgrad"),
+        "mining": config.mining.every_n_steps or config.mining.every_n_epochs,
+        "diagnostics": config.diagnostics.every_n_steps,
+    }
+    if any(unmeasured.values()):
+        log.info("not measured: %s", ", ".join(name for name, there in unmeasured.items() if there))
     if not torch.cuda.is_available():
         work = sum(cost.flops * cost.batches for cost in prediction.tasks.values())
         log.info(

@@ -13,7 +13,8 @@ part         3/8: the third of eight processes that share the work, on any machi
 devices      processes on this machine, one for each GPU
 shard_size   texts of a shard. Shards are encoded by themselves, so vectors do not depend on the number of processes
 similarity   cosine keeps vectors of length 1, dot as they are; by default that of the run, dot with backbone=
-precision    float32 or bfloat16 for the encoder; dtype: float32 or float16 on disk
+precision    fp32, bf16 or auto (bf16 where the hardware computes in it) for the encoder; dtype: float32 or float16 on
+             disk
 token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
 on_error     fail, or skip: bad lines go to a quarantine file
 """
@@ -33,7 +34,6 @@ from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.building.systems import PRECISIONS
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.progress import Progress
 from experiments.running.folder import read_config
@@ -43,6 +43,7 @@ from lightning_modules.embedding import STORED, Arrays, ShardFolder, embed_shard
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint
 from lightning_modules.losses import SIMILARITIES
+from lightning_modules.precision import PRECISIONS, computing_in, resolved
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ KEYS = MODEL_KEYS | {
     "devices": "1",
     "shard_size": "16384",
     "similarity": "",
-    "precision": "float32",
+    "precision": "fp32",
     "dtype": "float32",
     "token_budget": "",
     "on_error": "fail",
@@ -74,7 +75,7 @@ class Job:
         choice("side", values["side"], ("documents", "queries"))
         choice("on_error", values["on_error"], BadLines.POLICIES)
         self.stored = choice("dtype", values["dtype"], STORED)
-        choice("precision", values["precision"], PRECISIONS)
+        self.precision = resolved(choice("precision", values["precision"], PRECISIONS), share.device)
         self.size = whole_number("shard_size", values["shard_size"])
         budget = values["token_budget"] or str(TOKEN_BUDGET[torch.device(share.device).type])
         self.token_budget = whole_number("token_budget", budget)
@@ -108,7 +109,7 @@ class Job:
             "model": fingerprint(encoder),
             "tasks": self.tasks,
             "similarity": self.similarity,
-            "precision": self.values["precision"],
+            "precision": self.precision,
             "dtype": self.stored,
             "shard_size": self.size,
             "token_budget": self.token_budget,
@@ -159,8 +160,7 @@ def _embed_shards(job: Job, encoder: Encoder, shards: ShardFolder, mine: range, 
 
 
 def _encode(job: Job, encoder: Encoder, documents: list[Document], advance: Callable[[int], None]) -> Arrays:
-    enabled = job.values["precision"] == "bfloat16"
-    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
+    with computing_in(job.precision, encoder.device):
         return embed_shard(
             encoder,
             documents,

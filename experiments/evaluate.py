@@ -19,14 +19,15 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
 max_length   tokens of a text, by default the model's own; the paper evaluates with 512
-precision    what encoders compute in: float32 or bfloat16; scores are in float32. The final table of a run trained in
-             bf16 is measured in bf16, so its last digits may differ.
+precision    what encoders compute in: fp32, bf16, or auto, which is bf16 where the hardware computes in it; scores are
+             in fp32. The final table of a run trained in bf16 is measured in bf16, so its last digits may differ.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
 max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant
              documents and others, evenly spaced; makes another protocol; 0 for all
 vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
              an interruption
+devices      processes on this machine that share the work, one for each GPU; torchrun and srun start their own
 cost_per_hour    of one device, in any currency: what an evaluation costs then stands beside its seconds
 metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
 """
@@ -45,16 +46,19 @@ from datamodules.records import Benchmark, UserError
 from experiments.building.benchmarks import benchmarks_of, suite_of
 from experiments.building.models import MODEL_KEYS, run_of
 from experiments.building.suite import load_suite
-from experiments.building.systems import PRECISIONS, System, load_systems, models_of, short_name
+from experiments.building.systems import System, load_systems, models_of, short_name
 from experiments.console import choice, entry_point, key_values, whole_number
 from experiments.files import read_json, write_json
 from experiments.measuring.cost import with_money
 from experiments.measuring.results import Results, combine
 from experiments.measuring.table import show, show_cost, show_suite
 from experiments.running.folder import git_state, read_config, versions
+from experiments.running.ranks import ranks
 from experiments.settings.config import from_dict
 from experiments.settings.schema import EvaluationConfig
+from lightning_modules.distributed import rank
 from lightning_modules.metrics import check_metric
+from lightning_modules.precision import PRECISIONS
 from lightning_modules.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
@@ -74,8 +78,9 @@ KEYS = MODEL_KEYS | {
     "task": "",
     "similarity": "",
     "max_length": "",
-    "precision": "float32",
+    "precision": "fp32",
     "vectors": "",
+    "devices": "1",
     "metrics": ",".join(EvaluationConfig().metrics),
     "token_budget": "8192",
     "cost_per_hour": "",
@@ -98,8 +103,14 @@ def main(arguments: Sequence[str]) -> None:
     if values["benchmarks"] == "list":
         show_suite(load_suite([Path(values["suite"])] if values["suite"] else ()))
         return
-    models, similarities = models_of(values), list(filter(None, values["similarity"].split(",")))
-    _check(values, similarities)
+    _check(values)
+    with ranks("experiments.evaluate", arguments, values["devices"]):
+        evaluate(arguments, values)
+
+
+def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:
+    """What the command line says, with all ranks; the first one writes and tells."""
+    models, similarities = models_of(values), _similarities(values)
     run = Path(values["run"]) if values["run"] else run_of(models[0]) if len(models) == 1 else None
     config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
     plain = len(models) == 1 and not values["benchmarks"]
@@ -114,15 +125,22 @@ def main(arguments: Sequence[str]) -> None:
 
     about = _about(arguments, values, systems)
     results = measured(systems, benchmarks, values, about, folder)
-    show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
-    show_cost(results)
+    if rank() == 0:
+        show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
+        show_cost(results)
     log.info("Results and run files lie in %s", folder)
 
 
-def _check(values: Mapping[str, str], similarities: Sequence[str]) -> None:
+def _similarities(values: Mapping[str, str]) -> list[str]:
+    return list(filter(None, values["similarity"].split(",")))
+
+
+def _check(values: Mapping[str, str]) -> None:
+    """Of what can be wrong, what is soon said."""
+    models_of(values)
     for name in values["metrics"].split(","):
         check_metric(name)
-    for similarity in similarities:
+    for similarity in _similarities(values):
         choice("similarity", similarity, SIMILARITIES)
     choice("exclude", values["exclude"], ("auto", "yes", "no"))
     choice("add", values["add"], ("yes", "no"))
@@ -165,7 +183,8 @@ def measured(
                 continue
             found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
             results = combine(results, with_money(found, _price(values)))
-            write_json(path, {**about, "benchmarks": results})
+            if rank() == 0:
+                write_json(path, {**about, "benchmarks": results})
     return results
 
 

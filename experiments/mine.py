@@ -6,6 +6,7 @@ output      the store: mining.store=FOLDER trains with it. report.json and repor
 vectors     folder of cached vectors, by default OUTPUT.vectors; mining that was killed goes on with them, and they may
             be deleted afterwards
 backbone, pooling    of the model, as in experiments.evaluate
+devices     processes on this machine that share the work, one for each GPU; torchrun and srun start their own
 key=value   of the experiment: its data, and how to mine (mining.k, mining.miner, ...)
 """
 
@@ -25,13 +26,16 @@ from experiments.building.mining import build_mining
 from experiments.building.models import load_model
 from experiments.console import entry_point, key_values
 from experiments.running.folder import flat
+from experiments.running.ranks import ranks
 from experiments.settings.config import experiments, load_config
+from experiments.settings.schema import Config
 from lightning_modules.callbacks.hard_negatives import compare, write_report
+from lightning_modules.distributed import from_first_rank, rank
 from lightning_modules.mining.report import gate, table
 
 log = logging.getLogger(__name__)
 
-KEYS = {"model": "", "backbone": "", "pooling": "", "output": "", "vectors": ""}
+KEYS = {"model": "", "backbone": "", "pooling": "", "output": "", "vectors": "", "devices": "1"}
 
 
 def mine(experiment: str, arguments: Sequence[str]) -> None:
@@ -48,6 +52,12 @@ def mine(experiment: str, arguments: Sequence[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{key}: {folder} cannot be used ({error})") from error
+    with ranks("experiments.mine", [experiment, *arguments], values["devices"]):
+        _mine(config, values, output, vectors)
+
+
+def _mine(config: Config, values: dict[str, str], output: Path, vectors: Path) -> None:
+    """With all ranks; the first one writes and tells."""
     mining = build_mining(config, vectors)
     cache = None
     if values["model"]:
@@ -62,7 +72,7 @@ def mine(experiment: str, arguments: Sequence[str]) -> None:
         "data": data.fingerprints(),
         "step": 0,
     }
-    if output.exists():
+    if from_first_rank(output.exists()):
         _refuse_other(output, meta)
         log.info("%s: these hard negatives were mined already", output)
         return
@@ -71,9 +81,11 @@ def mine(experiment: str, arguments: Sequence[str]) -> None:
     for line in table(reports):
         log.info("%s", line)
     gate({task: found.values for task, found in reports.items()}, config.mining.stop_at)
+    if rank() > 0:
+        return
     path = write_store(output, {task: part.negatives for task, part in mined.items()}, meta).path
     write_report(path, reports, f"hard negatives mined by {values['model'] or 'no model'}")
-    log.info("The store lies in %s. Next: make train EXP=%s mining.store=%s", path, experiment, path)
+    log.info("The store lies in %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
 
 
 def _refuse_other(output: Path, meta: dict[str, Any]) -> None:

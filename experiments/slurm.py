@@ -180,6 +180,8 @@ def _trials(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]
     if values["EXPS"] or values["SEEDS"]:
         raise UserError("SWEEP: its trials are the array; EXPS and SEEDS make another one")
     found = read_sweep(values["SWEEP"], experiment, overrides)
+    if found.hyperband:
+        log.warning("early_terminate of %s: nobody leads an array, so its tasks run to their end", found.name)
     return [trial.arguments(found) for trial in trials_of(found, found.folder)]
 
 

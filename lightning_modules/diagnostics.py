@@ -42,12 +42,16 @@ def anisotropy(vectors: Tensor) -> tuple[float, float]:
     return mean.item(), (squares[-1] / squares.sum()).item()
 
 
+def expert_names(encoder: Encoder) -> tuple[str, ...]:
+    return tuple(getattr(encoder, "experts", None) or dict.fromkeys(encoder.tasks.values()))
+
+
 def expert_distances(encoder: Encoder) -> dict[str, float]:
     """Of each pair of experts: the distance of their parameters over the length of their mean, and their cosine.
 
     Empty for an encoder without experts. 0 and 1 at first, when all are copies.
     """
-    names = getattr(encoder, "experts", None) or tuple(dict.fromkeys(encoder.tasks.values()))
+    names = expert_names(encoder)
     holders = [m for m in encoder.modules() if isinstance(m, nn.ModuleDict) and set(names) <= set(m.keys())]
     found = {}
     for one, other in itertools.combinations(names, 2) if holders else ():

@@ -29,6 +29,7 @@ from lightning_modules.shards import check_finite
 log = logging.getLogger(__name__)
 
 STORED = ("float32", "float16")
+FORMERLY = {"float32": "fp32", "bfloat16": "bf16"}  # words of precision in folders of before
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -46,6 +47,7 @@ class ShardFolder:
             if not known.is_file():
                 write_json(known, self.about)
             there = json.loads(known.read_text(encoding="utf-8"))
+            there["precision"] = FORMERLY.get(there.get("precision"), there.get("precision"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: cannot be used ({error})") from error
         changed = [

@@ -1,4 +1,4 @@
-"""What vectors on disk are known by: the model, the texts, the precision; and files that are whole or not there."""
+"""What vectors on disk are known by: the model and the texts; and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -36,13 +36,6 @@ def text_hash(documents: Iterable[Document], *keys: str) -> str:
     for document in documents:
         digest.update(repr((document.title, document.text)).encode())
     return digest.hexdigest()
-
-
-def precision(encoder: Encoder) -> str:
-    """What the encoder computes in, under the autocast that is on."""
-    kind = encoder.device.type
-    used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    return str(used).removeprefix("torch.")
 
 
 @contextmanager

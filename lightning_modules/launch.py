@@ -29,6 +29,11 @@ def num_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
 
 
+def num_ranks() -> int:
+    """Processes that were started together, by torchrun, srun or the first of them."""
+    return int(os.environ.get("WORLD_SIZE", num_tasks() if under_srun() else 1))
+
+
 def alone() -> bool:
     """Whether there is no other rank, or none yet that waits for this one."""
     if under_srun() and num_tasks() > 1:

@@ -137,17 +137,16 @@ def measure(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Mapping[s
 
 
 def whole_run(run: Run) -> Run:
-    """All ranks' shares of a run as one."""
+    """All ranks' shares of a run as one, in the order of the benchmark's queries, at which ranks take turns."""
     if world_size() == 1:
         return run
     shares: list[Run] = [run] * world_size()
     dist.all_gather_object(shares, run)
-    return Run(
-        [query for share in shares for query in share.queries],
-        run.documents,
-        np.concatenate([share.indices for share in shares]),
-        np.concatenate([share.scores for share in shares]),
-    )
+    queries = [query for share in shares for query in share.queries]
+    turns = [range(r, len(queries), world_size()) for r in range(world_size())]
+    back = np.argsort(np.concatenate(turns))
+    indices, scores = (np.concatenate([getattr(share, key) for share in shares]) for key in ("indices", "scores"))
+    return Run([queries[i] for i in back], run.documents, indices[back], scores[back])
 
 
 def write_trec(run: Run, path: Path, tag: str) -> None:

@@ -56,8 +56,8 @@ def encoded(
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     documents = vectors.of_all_ranks(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
     ids = list(benchmark.queries)[rank() :: world_size()]
-    queries = [benchmark.queries[query] for query in ids]
-    return ids, vectors.of_this_rank(queries, benchmark.task, benchmark.name, advance), documents
+    queries = vectors.of_this_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
+    return ids, queries, documents
 
 
 def rank_vectors(

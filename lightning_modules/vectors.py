@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from datamodules.records import Document
-from lightning_modules.distributed import gather_rows, rank, world_size
+from lightning_modules.distributed import gather_rows, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint, text_hash
 from lightning_modules.mining.vectors import VectorCache
 from lightning_modules.shards import Advance, Shards, check_finite
 
 SHARD = 2048  # texts of a file: what an interruption costs
+UNIT = 1024  # texts that one rank encodes together
 
 
 class Vectors:
@@ -42,32 +43,39 @@ class Vectors:
         def made() -> Shards:
             if self.cache:
                 return self.cache.vectors(documents, task, what, advance)
-            size, mine = world_size(), rank()
-            # Round-robin shares, so that ranks get texts of similar length; gathered, they are sorted back.
-            encoded = self._encode(documents[mine::size], task, what, advance)
-            if size == 1:
-                return Shards([encoded])
-            gathered = gather_rows(torch.from_numpy(encoded).to(self.encoder.device)).cpu().numpy()
-            order = np.concatenate([np.arange(r, len(documents), size) for r in range(size)])
-            sorted_back = np.empty_like(gathered)
-            sorted_back[order] = gathered
-            return Shards([sorted_back])
+            return Shards([self._encode(documents, task, what, advance)])
 
         return self._once("documents", documents, task, made)
 
     def of_this_rank(self, queries: Sequence[Document], task: str, what: str, advance: Advance | None = None):
-        """Vectors (q, D) float32 of this rank's queries; they are kept on disk where one process has all of them."""
+        """Vectors (q, D) float32 of this rank's queries: number rank, rank + world size, ... of those given."""
 
         def made() -> Shards:
-            if self.cache and world_size() == 1:
+            if self.cache:
                 return Shards([np.concatenate(self.cache.vectors(queries, task, what, advance).parts)])
             return Shards([self._encode(queries, task, what, advance)])
 
-        return self._once("queries", queries, task, made)[0]
+        return self._once("queries", queries, task, made)[0][rank() :: world_size()]
 
     def _encode(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None) -> np.ndarray:
-        vectors = self.encoder.encode(list(documents), task, token_budget=self.token_budget, advance=advance).numpy()
-        check_finite(vectors, what)
+        """Ranks take turns at units of texts. Each is encoded by itself, so its bits do not depend on who does it."""
+        units, size = range(0, len(documents), UNIT), world_size()
+
+        def own() -> torch.Tensor:
+            parts = []
+            for first in units[rank() :: size]:
+                texts = list(documents[first : first + UNIT])
+                parts.append(self.encoder.encode(texts, task, token_budget=self.token_budget, advance=advance))
+                check_finite(parts[-1].numpy(), what, first)
+            return torch.cat(parts or [self.encoder.encode([], task)])
+
+        encoded = together(own)
+        if size == 1:
+            return encoded.numpy()
+        gathered = gather_rows(encoded.to(self.encoder.device)).cpu().numpy()
+        turns = [first for r in range(size) for first in units[r::size]]
+        vectors = np.empty_like(gathered)
+        vectors[np.concatenate([np.arange(first, min(first + UNIT, len(documents))) for first in turns])] = gathered
         return vectors
 
     def _once(self, kind: str, documents: Sequence[Document], task: str, made) -> Shards:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from experiments.measuring.results import Results, evaluate_bm25, evaluate_encod
 from experiments.settings.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.precision import computing_in
 from lightning_modules.vectors import Vectors
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class System:
     ) -> Results:
         if self.encoder is None:
             return evaluate_bm25(benchmarks, metrics, folder)
-        with _computing_in(precision, self.encoder.device):
+        with computing_in(precision, self.encoder.device):
             return evaluate_encoder(
                 self.name,
                 self.encoder,
@@ -60,12 +58,6 @@ class System:
                 model=self.model,
                 vectors=self.vectors,
             )
-
-
-@contextlib.contextmanager
-def _computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        yield
 
 
 def short_name(model: str) -> str:

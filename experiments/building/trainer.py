@@ -18,7 +18,7 @@ from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.building.data import batches_per_step
 from experiments.building.mining import build_mining_callback
-from experiments.running.folder import LAST
+from experiments.running.folder import EXPERTS, LAST
 from experiments.settings.schema import Config
 from experiments.settings.targets import instantiate
 from lightning_modules import launch
@@ -31,6 +31,7 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.rank_report import RankReport
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.precision import resolved
 from lightning_modules.sharded_strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
         alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
         callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
     if config.diagnostics.every_n_steps:
-        callbacks.append(Diagnostics(config.diagnostics.every_n_steps))
+        every, drawn = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
+        callbacks.append(Diagnostics(every, drawn, folder / EXPERTS))
     if config.evaluation.every_n_steps:
         benchmarks = data.benchmarks("dev")
         if not benchmarks:
@@ -73,13 +75,9 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def precision_of(config: Config) -> str:
-    """Lightning's name of the precision; "auto" is bf16 where the hardware computes in it."""
-    wanted = config.trainer.precision
-    if wanted == "auto":
-        on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if native else "fp32"
-    return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
+    """fp32 or bf16."""
+    on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
@@ -124,7 +122,7 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(config, encoder),
-            precision=precision_of(config),
+            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision_of(config)],
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,

@@ -18,9 +18,9 @@ from experiments.measuring.figures import figures_of
 from experiments.progress import Progress
 from lightning_modules.distributed import world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import precision
 from lightning_modules.measure import depth
 from lightning_modules.metrics import Run
+from lightning_modules.precision import current
 from lightning_modules.probing import probe_runs
 from lightning_modules.retrieval import bm25_run, encoded, rank_vectors
 from lightning_modules.shards import Shards
@@ -69,7 +69,7 @@ def evaluate_encoder(
             "similarity": chosen,
             "expert": encoder.expert_of(benchmark.task),
             "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
-            "precision": precision(encoder),
+            "precision": current(encoder.device),
             "device": device_name(encoder.device),
             "texts": len(benchmark.encoded_documents) + len(benchmark.queries),
             "seconds": seconds,
@@ -112,7 +112,7 @@ def evaluate_bm25(benchmarks: Iterable[Benchmark], metrics: Sequence[str], folde
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:
         about = dict.fromkeys(("fingerprint", "max_length", "expert"))
-        about |= {"instruction": "", "precision": "float32", "device": "cpu", "seconds": {"encode": 0.0}}
+        about |= {"instruction": "", "precision": "fp32", "device": "cpu", "seconds": {"encode": 0.0}}
         runs = (bm25_run(benchmark, k) for _ in range(1))
         return runs, {"model": "bm25", "similarity": "bm25"} | about
 

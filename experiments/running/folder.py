@@ -3,6 +3,7 @@
 config.yaml       the resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
+experts.svg       the last picture of tasks and experts, if diagnostics are on
 checkpoints/      last.ckpt, those before it (last.1.ckpt, ...), best.ckpt
 results.json      the final table; its presence says that the run is complete
 negatives/        mined hard negatives, a folder for each mining, with its report
@@ -47,6 +48,7 @@ CHANGEABLE = (
     *("trainer.strategy", "trainer.timeout"),
 )
 LAST = Path("checkpoints", "last.ckpt")
+EXPERTS = "experts.svg"
 VERSIONS = (
     "torch",
     "lightning",

@@ -49,8 +49,8 @@ class TaskCost:
 class Prediction:
     """Bytes and seconds. peak: of this process, or of GPU memory, in the measured steps. activations: what of it is
     neither weights nor gradients nor the optimizer's nor the process itself. further: what other ranks' documents add.
-    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp); what
-    is this rank's alone is then its share.
+    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp); those
+    above are then a rank's share. start: data and encoder are read and built, texts tokenised.
     """
 
     weights: int
@@ -62,6 +62,7 @@ class Prediction:
     gathered: int
     update: float
     evaluation: float
+    start: float
     tasks: dict[str, TaskCost]
 
     @property
@@ -79,15 +80,17 @@ def ranks_of(config: Config) -> int:
     return devices * config.trainer.num_nodes
 
 
-def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> Prediction:
-    """Take a few steps with every task. The module's weights change."""
+def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
+    """Take a few steps with every task. The module's weights change. built: seconds that both took to build."""
     device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
-    batches, preparing = {}, {}
+    batches, preparing, tokenising = {}, {}, 0.0
     for task in data.tasks:
+        began = time.perf_counter()
         _batches(task, data, 1)  # its texts are tokenised, once
         started = time.perf_counter()
+        tokenising += started - began
         batches[task.task.name] = _batches(task, data, WARM + MEASURED)
         preparing[task.task.name] = (time.perf_counter() - started) / (WARM + MEASURED)
     weights = _bytes(module)
@@ -122,6 +125,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         _gathered(module.encoder) if sharded else 0,
         sum(update) / len(update),
         _evaluation(config, data, module) / ranks,
+        built + tokenising,
         costs,
     )
 
@@ -147,7 +151,7 @@ class _Steps:
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
         self.optimizer = module.configure_optimizers()["optimizer"]
-        self.bf16, self.gradients = precision_of(config) == "bf16-mixed", 0
+        self.bf16, self.gradients = precision_of(config) == "bf16", 0
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
         """Seconds of forward and backward, and of clipping and the optimizer."""

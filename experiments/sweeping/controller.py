@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +26,8 @@ from lightning_modules.signals import ASKING, Preempted
 log = logging.getLogger(__name__)
 
 HOPELESS = 3  # trials that fail before any has succeeded end the sweep
+LOOKS_EVERY = 3.0  # seconds, for early_terminate
+ENDED = ("finished", "stopped")  # the latter by early_terminate
 
 
 class Controller:
@@ -38,6 +40,7 @@ class Controller:
         self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
         self.trials = trials_of(sweep, folder)
         self.asked: signal.Signals | None = None  # that ends the sweep here
+        self._stopped: dict[int, dict[str, Any]] = {}  # trial -> why
         self._failed: list[Trial] = []
         self._succeeded = False
         self._processes: dict[int, subprocess.Popen] = {}
@@ -91,7 +94,7 @@ class Controller:
                 state = self.states().get(trial.number, {}).get("state")
                 if trial.has_results and state != "finished":  # by a task of an array, or what a controller left
                     self._note(trial, "finished", value=trial.value(self.sweep.metric, self.sweep.maximize))
-                elif state != "finished" and (state != "failed" or self.retry_failed):
+                elif state not in ENDED and (state != "failed" or self.retry_failed):
                     self._to_its_end(trial, slot, lock)
             return True
         finally:
@@ -106,10 +109,11 @@ class Controller:
             began = time.monotonic()
             status = self._once(trial, slot, lock)
             state, value = self._state_after(trial, status), trial.value(self.sweep.metric, self.sweep.maximize)
-            self._note(trial, state, status=status, seconds=round(time.monotonic() - began, 1), value=value)
-            if state == "finished":
+            why = self._stopped[trial.number] if state == "stopped" else {}
+            self._note(trial, state, status=status, seconds=round(time.monotonic() - began, 1), value=value, **why)
+            if state in ENDED:
                 self._succeeded = True
-                log.info("trial %d: %s %s", trial.number, self.sweep.metric, value)
+                log.info("trial %d %s: %s %s", trial.number, state, self.sweep.metric, value)
             elif state == "failed":
                 self._failed.append(trial)
                 log.error("trial %d failed with status %d; its log is %s", trial.number, status, trial.log)
@@ -131,14 +135,41 @@ class Controller:
             )
             self._processes[trial.number] = process
             if self.asked is not None:
-                self._send(process)
-            status = process.wait()
+                self._send(process, self.asked)
+            status = self._end_of(trial, process)
             del self._processes[trial.number]
         return trial.status(command[0], status)
+
+    def _end_of(self, trial: Trial, process: subprocess.Popen) -> int:
+        """The process's status. It is asked to end when early_terminate gives the trial up."""
+        if self.sweep.hyperband is None:
+            return process.wait()
+        seen = 0
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(LOOKS_EVERY)
+            values = trial.values(self.sweep.metric)
+            if len(values) > seen and trial.number not in self._stopped and self.asked is None:
+                self._stop_if_behind(trial, values, process)
+            seen = len(values)
+
+    def _stop_if_behind(self, trial: Trial, values: Mapping[int, float], process: subprocess.Popen) -> None:
+        """values: step -> the metric."""
+        metric, maximize = self.sweep.metric, self.sweep.maximize
+        others = [list(other.values(metric).values()) for other in self.trials if other is not trial]
+        reason = self.sweep.hyperband.reason(list(values.values()), others, maximize)
+        if reason:
+            self._stopped[trial.number] = {"step": max(values), "reason": reason}
+            # Before the signal: should this process be killed now, another controller leaves the trial alone.
+            self._note(trial, "stopped", **self._stopped[trial.number])
+            log.info("trial %d is stopped early at step %d: %s", trial.number, max(values), reason)
+            self._send(process, signal.SIGTERM)
 
     def _state_after(self, trial: Trial, status: int) -> str:
         if status == 0 and trial.has_results:
             return "finished"
+        if trial.number in self._stopped:
+            return "stopped"
         in_queue_again = status == 0 and "SLURM_JOB_ID" in os.environ  # with the job, and so with this process
         return "preempted" if status == PREEMPTED or in_queue_again or self.asked is not None else "failed"
 
@@ -150,8 +181,8 @@ class Controller:
     def _pass_on(self, number: int, _frame: object) -> None:
         self.asked = signal.Signals(number)
         for process in list(self._processes.values()):
-            self._send(process)
+            self._send(process, self.asked)
 
-    def _send(self, process: subprocess.Popen) -> None:
+    def _send(self, process: subprocess.Popen, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, self.asked)
+            os.killpg(process.pid, number)

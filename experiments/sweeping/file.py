@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import UserError
 from experiments.settings.config import FOLDER, load_config, names
 from experiments.settings.schema import Config
+from experiments.sweeping.hyperband import Hyperband, check_reached, read_hyperband
 from experiments.sweeping.space import Parameter, read_parameters, trials
 
 METHODS = ("grid", "random", "bayes")
@@ -51,6 +52,11 @@ class Sweep:
     @property
     def maximize(self) -> bool:
         return self.content["metric"].get("goal", "minimize") == "maximize"
+
+    @property
+    def hyperband(self) -> Hyperband | None:
+        """What gives trials up early, if the file asks for it."""
+        return read_hyperband(self.content["early_terminate"]) if "early_terminate" in self.content else None
 
     @property
     def folder(self) -> Path:
@@ -123,6 +129,8 @@ def _check(content: Any) -> list[Parameter]:
     cap = content.get("run_cap", 1)
     if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
         raise UserError(f"run_cap: got {cap!r}, allowed are whole numbers from 1")
+    if "early_terminate" in content:
+        read_hyperband(content["early_terminate"])
     _check_by_wandb(content)
     return read_parameters(content["parameters"])
 
@@ -173,6 +181,8 @@ def check_trials(sweep: Sweep, seed: int = 0) -> Config:
             if first is None:
                 first = config
                 _check_metric(sweep.metric, config)
+                if sweep.hyperband:
+                    check_reached(sweep.hyperband, sweep.metric, config)
         except UserError as error:
             raise UserError(f"sweep {sweep.name}, trial {number}: {error}") from error
     return first

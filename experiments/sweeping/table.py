@@ -15,13 +15,14 @@ from experiments.sweeping.file import Sweep
 
 
 def ranked(controller: Controller) -> list[dict[str, Any]]:
-    """A row for each trial: number, parameters, state, value and seconds of all its attempts; the best first."""
+    """A row for each trial: number, parameters, state, value and run, and why it was stopped; the best first."""
     sweep, states, rows = controller.sweep, controller.states(), []
     for trial in controller.trials:
-        state = states.get(trial.number, {}).get("state", "waiting")
-        value = trial.value(sweep.metric, sweep.maximize)
+        known = states.get(trial.number, {})
+        state, value = known.get("state", "waiting"), trial.value(sweep.metric, sweep.maximize)
         row = {"trial": trial.number, "parameters": dict(trial.parameters), "state": state, "value": value}
-        rows.append(row | {"run": str(trial.folder)})
+        why = {"step": known["step"], "reason": known["reason"]} if state == "stopped" else {}
+        rows.append(row | why | {"run": str(trial.folder)})
     return sorted(rows, key=lambda row: _key(row, sweep.maximize))
 
 
@@ -47,10 +48,14 @@ def show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
     names = [parameter.name for parameter in sweep.parameters]
     for heading in ("trial", *names, "state", sweep.metric.rpartition("/")[2]):
         table.add_column(heading, justify="left" if heading == "state" else "right")
+    stopped = any("reason" in row for row in rows)
+    if stopped:
+        table.add_column("why", overflow="fold")
     for row in rows:
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         cells = (_short(row["parameters"][name]) for name in names)
-        table.add_row(str(row["trial"]), *cells, row["state"], value)
+        state = f"stopped early at step {row['step']}" if "reason" in row else row["state"]
+        table.add_row(str(row["trial"]), *cells, state, value, *([row.get("reason", "")] if stopped else []))
     console.print(table)
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,19 @@ class Trial:
         command = sweep.command(self.arguments(sweep))
         return command + _variables_of_make() if command[0] == "make" else command
 
+    def values(self, metric: str) -> dict[int, float]:
+        """Step -> what the run logged of a metric, in order; of two rows of a step, the later counts."""
+        path, values = self.folder / "metrics.jsonl", {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with suppress(ValueError):  # a line that is just being written
+                row = json.loads(line)
+                if metric in row:
+                    values[row["step"]] = row[metric]
+        return dict(sorted(values.items()))
+
     def value(self, metric: str, maximize: bool) -> float | None:
-        """The best that the run logged of a metric; of two rows of a step, the later counts."""
-        if not (path := self.folder / "metrics.jsonl").is_file():
-            return None
-        values = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if metric in row:
-                values[row["step"]] = row[metric]
-        return (max if maximize else min)(values.values(), default=None)
+        """The best of them."""
+        return (max if maximize else min)(self.values(metric).values(), default=None)
 
     def end_of_log(self) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:])

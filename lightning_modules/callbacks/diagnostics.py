@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,14 +16,24 @@ import torch.distributed as dist
 from datamodules.records import ContrastiveBatch
 from lightning_modules.balance import TaskGradients
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.diagnostics import anisotropy, effective_negatives, expert_distances, masked_share
+from lightning_modules.diagnostics import (
+    anisotropy,
+    effective_negatives,
+    expert_distances,
+    expert_names,
+    masked_share,
+)
 from lightning_modules.distributed import gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.gradcache import embed
+from lightning_modules.expert_picture import write_svg
+from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable
 from lightning_modules.masks import known_positive_mask, repeated
 from lightning_modules.objective.sides import reads_the_same
 from lightning_modules.sharding import replica, sharded_gradients, slice_of
+
+log = logging.getLogger(__name__)
 
 
 class Diagnostics(L.Callback):
@@ -36,24 +48,31 @@ class Diagnostics(L.Callback):
         diag/experts/<one>-<other>/distance     relative, and /cosine, of their parameters
         diag/seconds                            that all this took
 
+    What was measured last of transplants, cosines and distances is drawn after every draw_every_n_steps (0: never) and
+    after the last step, into the file picture, and given to the loggers as diag/experts.
+
     Training is not changed by it. For T tasks it costs T steps without optimizer and T * T forwards, and the memory of
     T gradients.
     """
 
-    def __init__(self, every_n_steps: int):
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_steps: int, draw_every_n_steps: int = 0, picture: Path | None = None):
+        self.every_n_steps, self.draw_every_n_steps, self.picture = every_n_steps, draw_every_n_steps, picture
         self.batches: dict[str, ContrastiveBatch] = {}  # the last one of each task
+        self.measured: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.logged_at = trainer.global_step
+        self.logged_at = self.drawn_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: ContrastiveModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
     ) -> None:
         self.batches[batch.task] = batch
         step = trainer.global_step
-        if step == self.logged_at or step % self.every_n_steps:
-            return
+        if step > self.logged_at and step % self.every_n_steps == 0:
+            self._measure(trainer, module, step)
+        self._draw_if_due(trainer, module, step)
+
+    def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
         with _kept_random_state(module):
             encoder = replica(module.encoder)
@@ -66,6 +85,20 @@ class Diagnostics(L.Callback):
         values["seconds"] = time.perf_counter() - started
         for logger in trainer.loggers:
             logger.log_metrics({f"diag/{name}": value for name, value in values.items()}, step=step)
+        self.measured = values
+
+    def _draw_if_due(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
+        due = step == trainer.max_steps or (self.draw_every_n_steps and step % self.draw_every_n_steps == 0)
+        if not due or self.logged_at <= self.drawn_at or self.picture is None or not trainer.is_global_zero:
+            return
+        self.drawn_at, told = self.logged_at, f"tasks and experts at step {self.logged_at}"
+        try:
+            drawn = write_svg(self.picture, self.measured, sorted(self.batches), expert_names(module.encoder), told)
+        except OSError as error:  # a full disk: no reason to end a training
+            log.warning("%s cannot be written (%s)", self.picture, error.strerror)
+            return
+        if drawn:
+            log_picture(trainer.loggers, "diag/experts", self.picture, step)
 
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
         """Norms and cosines of the tasks' gradients; nothing where tasks share no parameter."""

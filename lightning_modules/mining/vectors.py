@@ -20,9 +20,12 @@ from datamodules.records import Document
 from datamodules.text import input_text
 from lightning_modules.distributed import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.fingerprints import fingerprint, precision, text_hash, whole_file
+from lightning_modules.fingerprints import fingerprint, text_hash, whole_file
+from lightning_modules.precision import current
 from lightning_modules.shards import Advance, Shards, check_finite
 from lightning_modules.signals import leave_if_asked
+
+LEAST, SHARES = 512, 64  # texts of a shard, and shards of few texts
 
 
 class VectorCache:
@@ -53,13 +56,14 @@ class VectorCache:
         Raises UserError for vectors that are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = max(1, min(self.shard_size, -(-len(documents) // world_size())))  # every rank has a share
+        # Smaller where there are few, so that every rank has a share; the same, to the bit, for any number of ranks.
+        size = min(self.shard_size, max(LEAST, -(-len(documents) // SHARES)))
         paths = []
 
         def embed() -> None:
             for number, first in enumerate(range(0, len(documents), size)):
                 part = documents[first : first + size]
-                path = self.folder / f"{text_hash(part, task, self.similarity, precision(self.encoder))}.npy"
+                path = self.folder / f"{text_hash(part, task, self.similarity, current(self.encoder.device))}.npy"
                 paths.append(path)
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(part, task, advance)

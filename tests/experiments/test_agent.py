@@ -35,14 +35,18 @@ def server(monkeypatch):
         wandb.teardown()
 
 
-def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog):
+def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog, tmp_path):
     caplog.set_level("INFO")
-    sweep(["moe", "sweep=lr_temperature", "scale=sample", "wandb.mode=online", "run_cap=5"])
+    early, path = {"type": "hyperband", "min_iter": 1}, tmp_path / "mine.yaml"
+    content = yaml.safe_load((ROOT / "experiments" / "sweeps" / "lr_temperature.yaml").read_text())
+    path.write_text(yaml.safe_dump(content | {"early_terminate": early}))
+    sweep(["moe", f"sweep={path}", "scale=sample", "wandb.mode=online", "run_cap=5"])
     told = yaml.safe_load(server.sweeps["s1"])
     shared = ["EXP=moe", "SCALE=sample", "wandb.mode=online"]
     assert told["command"] == ["make", "train", *shared, "${args_no_hyphens}"]
     assert told["parameters"]["objective.temperature"]["values"] == [0.02, 0.05, 0.1]
     assert told["run_cap"] == 5
+    assert told["early_terminate"] == early
     assert "make agent SWEEP_ID=me/p/s1" in caplog.text
 
 

@@ -5,6 +5,8 @@ import time
 import pytest
 import torch
 
+from experiments import dry_run as dry_run_module
+from experiments.building.module import build_module
 from experiments.dry_run import dry_run
 from lightning_modules.contrastive import ContrastiveModule
 from tests.experiments.test_train import TINY
@@ -30,7 +32,12 @@ def test_what_can_be_counted(predicted, monkeypatch):
         del ballast
         return original(module, batch, index)
 
+    def slowly_built(*given):
+        time.sleep(0.5)
+        return build_module(*given)
+
     monkeypatch.setattr(ContrastiveModule, "training_step", slow_and_large)
+    monkeypatch.setattr(dry_run_module, "build_module", slowly_built)
     found = predicted()
     assert {name: cost.batches for name, cost in found.tasks.items()} == dict.fromkeys(found.tasks, 3)
     assert set(found.tasks) == {"classification", "link_prediction", "search"}
@@ -39,6 +46,7 @@ def test_what_can_be_counted(predicted, monkeypatch):
     assert found.activations > 95 << 20
     assert all(cost.seconds > 0.1 for cost in found.tasks.values())
     assert found.update < 0.1
+    assert found.start > 0.5
     assert found.training(9) == 9 * found.update + sum(3 * cost.seconds for cost in found.tasks.values())
 
 

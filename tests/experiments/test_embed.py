@@ -121,10 +121,18 @@ def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(e
     assert "1 ids stand more than once" in caplog.text
 
 
-def test_what_would_mix_vectors_is_refused(embed, model, make_encoder):
-    embed("out")
+def test_what_would_mix_vectors_is_refused(embed, model, make_encoder, monkeypatch):
+    folder = embed("out")
     with pytest.raises(UserError, match="out/shards holds vectors that were made otherwise .*dtype: float32 there"):
         embed("out", "dtype=float16")
+    with pytest.raises(UserError, match="made otherwise .precision: fp32 there, bf16 now"):
+        embed("out", "precision=bf16")
+    with pytest.raises(UserError, match="precision: got 'float32', allowed are auto, fp32, bf16"):
+        embed("out", "precision=float32")
+    about = folder / "shards" / "about.json"
+    about.write_text(about.read_text().replace('"fp32"', '"float32"'))  # as it was written once
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    embed("out", "precision=auto")
     make_encoder("attention", seed=1).save_pretrained(model)
     with pytest.raises(UserError, match="made otherwise .model: "):
         embed("out")

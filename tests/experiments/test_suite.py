@@ -87,7 +87,7 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
     models = f"bm25,{tmp_path / 'one'},{tmp_path / 'two'}"
     chosen = ["benchmarks=scifact_all,recommendation,mag_nearest", f"data.root={root}", f"output={tmp_path / 'out'}"]
     with caplog.at_level("INFO"):
-        main([f"model={models}", "similarity=dot,cosine", "precision=bfloat16", *chosen])
+        main([f"model={models}", "similarity=dot,cosine", "precision=bf16", *chosen])
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(content["benchmarks"]) == ["scifact_all", "recommendation", "mag_nearest"]
     systems = ["bm25", "one-dot", "one-cosine", "two-dot", "two-cosine"]
@@ -95,7 +95,7 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
         assert list(result["systems"]) == list(result["measured"]) == systems
     about = content["benchmarks"]["scifact_all"]["measured"]
     assert about["one-dot"]["similarity"] == "dot"
-    assert about["one-dot"]["precision"] == "bfloat16"
+    assert about["one-dot"]["precision"] == "bf16"
     assert about["one-dot"]["fingerprint"] == about["one-cosine"]["fingerprint"]
     shown = capsys.readouterr().out
     assert "scimult/scifact/all-splits" in shown

@@ -18,17 +18,22 @@ from datamodules.records import UserError
 from experiments.settings.config import load_config
 from experiments.slurm import slurm
 from experiments.sweep import main as sweep
+from experiments.sweeping import controller as controller_module
 from experiments.sweeping import file
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import as_override, check_trials, read_sweep, sweeps
+from experiments.sweeping.hyperband import Hyperband, read_hyperband
 from experiments.sweeping.space import DISTRIBUTIONS, read_parameters, trials
 from experiments.sweeping.trial import Trial, environment
 from experiments.train import train
+from lightning_modules.encoders.checkpoints import read_checkpoint
 from lightning_modules.signals import Preempted
 from tests.experiments.test_train import TINY
 
 METRIC = "metric: {name: val/mean/ndcg@10, goal: maximize}\n"
 COMMAND = 'command: [make, train, "${args_no_hyphens}"]\n'
+
+ONE = "method: grid\nparameters: {optim.lr: {value: 0.1}}\n"
 
 # Stands for a training: it reads its arguments as the configuration would, ends as told, and logs its parameters.
 STUB = """
@@ -149,6 +154,21 @@ def test_a_grid_has_every_combination_once_and_random_trials_are_those_of_their_
             "method: grid\nparameters: {optim.lr: {distribution: normal, mean: 1}}\n",
             ["unknown key 'mean'; normal has mu, sigma"],
         ),
+        (f"{ONE}early_terminate: {{type: hyperban, min_iter: 1}}\n", ["early_terminate.type: got 'hyperban'"]),
+        (f"{ONE}early_terminate: {{type: hyperband, min: 1}}\n", ["unknown key 'min'", "min_iter, max_iter, s"]),
+        (f"{ONE}early_terminate: {{type: hyperband}}\n", ["give min_iter, or max_iter with s"]),
+        (f"{ONE}early_terminate: {{type: hyperband, max_iter: 9}}\n", ["give min_iter, or max_iter with s"]),
+        (f"{ONE}early_terminate: {{type: hyperband, min_iter: 1.5}}\n", ["min_iter: got 1.5", "whole numbers"]),
+        (
+            f"{ONE}early_terminate: {{type: hyperband, min_iter: 1, eta: 1}}\n",
+            ["eta: got 1, allowed are numbers above"],
+        ),
+        (
+            f"{ONE}early_terminate: {{type: hyperband, max_iter: 2, s: 1, eta: 3}}\n",
+            ["below 1, so no trial is stopped"],
+        ),
+        # A run of the sample has two evaluations, and one at its end cannot be given up.
+        (f"{ONE}early_terminate: {{type: hyperband, min_iter: 2}}\n", ["from value 2 of val/mean/ndcg@10", "logs 2"]),
     ],
 )
 def test_errors_of_a_sweeps_file_name_key_and_what_is_allowed(make_sweep, body, messages):
@@ -245,6 +265,90 @@ def test_a_sweep_ends_when_the_first_trials_all_fail(make_sweep, tmp_path):
         sweep(["moe", f"sweep={path}", f"output={tmp_path / 'out'}"])
     states = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
     assert {row["trial"] for row in states} == {0, 1, 2}
+
+
+def test_brackets_are_those_of_wandbs_documentation():
+    assert read_hyperband({"type": "hyperband", "min_iter": 3}).brackets[:4] == (3, 9, 27, 81)
+    assert read_hyperband({"type": "hyperband", "max_iter": 27, "s": 2}).brackets == (3, 9)
+    assert read_hyperband({"type": "hyperband", "max_iter": 27, "s": 9, "eta": 2.5}).brackets == (1, 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "strict", "stopped"),
+    [  # Worked out by hand: brackets 2 and 4, half of the trials go on, larger is better.
+        ([0.1], [[0.9, 0.9]], False, False),  # before the first bracket
+        ([0.1, 0.2], [], False, False),  # the first one there
+        ([0.1, 0.2], [[0.9]], False, False),
+        ([0.1, 0.2], [[0.1, 0.3]], False, True),  # one of two goes on
+        ([0.1, 0.3], [[0.1, 0.3]], False, False),  # of equals both do
+        ([0.1, 0.2], [[0, 0.3], [0, 0.1]], False, False),  # two of three do, rounded up
+        ([0.1, 0.2], [[0, 0.3], [0, 0.4]], False, True),
+        ([0.1, 0.2], [[0, 0.3], [0, 0.4], [0.5]], False, True),  # who is not there does not count
+        ([0.5, 0.2], [[0, 0.3]], False, False),  # its best counts,
+        ([0.5, 0.2], [[0, 0.3]], True, True),  # or if strict that at the bracket
+        ([0.1, 0.2, 0.4], [[0, 0.3, 0.9]], False, False),
+        ([0.1, 0.2, 0.4], [[0, 0.3, 0.9]], True, True),
+        ([0.1, 0.2, 0.4, 0.5], [[0.9, 0.9, 0.9, 0.4]], True, False),  # at the last bracket alone
+        ([0.1, float("nan")], [[0, 0.3]], True, True),
+    ],
+)
+def test_who_is_not_among_the_best_is_stopped(own, others, strict, stopped):
+    for sign, maximize in ((1, True), (-1, False)):
+        signed = [[sign * value for value in values] for values in (own, *others)]
+        assert bool(Hyperband((2, 4), 2, strict).reason(signed[0], signed[1:], maximize)) == stopped
+    reason = Hyperband((2, 4), 2, False).reason([0.1, 0.2], [[0, 0.3]], True)
+    assert reason == "0.2 at value 2; the best 1 of 2 have 0.3"
+
+
+def test_a_trial_that_is_behind_is_stopped_and_stays_so(make_sweep, tmp_path, monkeypatch, caplog, capsys):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(controller_module, "LOOKS_EVERY", 0.05)
+    path = make_sweep(
+        "method: grid\nparameters: {optim.lr: {values: [0.2, 0.1, 0.3]}}\n"
+        "early_terminate: {type: hyperband, min_iter: 1, eta: 2}\n"
+    )
+    output, stub = tmp_path / "out", tmp_path / "stub.py"
+    waiting = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "val/mean/ndcg@10": given["optim"]["lr"]}) + '\\n{"st')
+while given["optim"]["lr"] == 0.1:
+    time.sleep(0.02)
+"""
+    stub.write_text(STUB.replace("statuses = []", waiting + "statuses = []"))
+    sweep(["moe", f"sweep={path}", f"output={output}"])
+    assert (output / "t001" / "saved").exists()
+    results = json.loads((output / "results.json").read_text())["trials"]
+    assert [(row["trial"], row["state"]) for row in results] == [(2, "finished"), (0, "finished"), (1, "stopped")]
+    assert (results[2]["step"], results[2]["value"]) == (7, 0.1)
+    assert results[2]["reason"] == "0.1 at value 1; the best 1 of 2 have 0.2"
+    assert "trial 1 is stopped early at step 7" in caplog.text
+    assert "failed" not in caplog.text
+    assert "stopped early at step 7" in " ".join(capsys.readouterr().out.split())
+    sweep(["moe", f"sweep={path}", f"output={output}", "retry_failed=yes"])
+    assert len(attempts(output / "t001")) == 1
+
+
+@pytest.mark.slow
+def test_a_training_that_is_behind_saves_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(controller_module, "LOOKS_EVERY", 0.1)
+    path, output = tmp_path / "early.yaml", tmp_path / "out"
+    path.write_text(
+        "method: grid\nmetric: {name: train/search/loss, goal: minimize}\n"
+        "parameters: {data.batch_size: {values: [2, 8]}}\n"  # the loss of few negatives is small
+        "early_terminate: {type: hyperband, min_iter: 2}\n"
+        f'command: [{sys.executable}, -m, experiments.train, moe, "${{args_no_hyphens}}"]\n'
+    )
+    quick = ["trainer.max_steps=150", "trainer.log_every_n_steps=10", "evaluation.every_n_steps=0", "tasks=[search]"]
+    monkeypatch.setattr(file.Sweep, "command", lambda self, own: [*self.content["command"][:-1], *self.overrides, *own])
+    sweep(["moe", f"sweep={path}", f"output={output}", *TINY[2:], *quick, "evaluation.baselines=false"])
+    best, other = json.loads((output / "results.json").read_text())["trials"]
+    assert (best["state"], best["parameters"]) == ("finished", {"data.batch_size": 2})
+    assert (other["state"], other["step"] % 10) == ("stopped", 0)
+    assert 20 <= other["step"] < 150
+    saved = read_checkpoint(output / "t001" / "checkpoints" / "last.ckpt")["global_step"]
+    assert other["step"] <= saved < 150
+    assert not (output / "t001" / "results.json").exists()
 
 
 def test_trials_beside_each_other_have_a_gpu_each(monkeypatch):

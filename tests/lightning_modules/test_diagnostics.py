@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from xml.etree import ElementTree
 
 import lightning as L
 import numpy as np
@@ -14,6 +15,7 @@ from lightning_modules.diagnostics import anisotropy, effective_negatives, exper
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.routed import RoutedEncoder
+from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import JsonlLogger
 from lightning_modules.optim import OptimOptions
 from tests.conftest import TASKS
@@ -152,3 +154,42 @@ def test_what_is_logged_is_what_was_measured(make_encoder, three_tasks, tmp_path
     assert some > 0
     assert values["diag/experts/classification-search/distance"] > 0
     assert values["diag/seconds"] > 0
+
+
+def texts_of(content):
+    return [element.text for element in ElementTree.fromstring(content).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_matrices_are_drawn_at_evaluations_and_at_the_end_as_they_were_logged(
+    make_encoder, three_tasks, tmp_path, monkeypatch
+):
+    rows, pictures = Rows(), []
+    monkeypatch.setattr(
+        JsonlLogger,
+        "log_picture",
+        lambda self, name, path, step: pictures.append((step, name, path.read_text())),
+    )
+    fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(3, 4, tmp_path / "experts.svg"))
+    assert [(step, name) for step, name, _ in pictures] == [(4, "diag/experts"), (6, "diag/experts")]
+    for (step, _, content), (measured_at, values) in zip(pictures, rows.rows, strict=True):
+        told = texts_of(content)
+        assert told[0] == f"tasks and experts at step {measured_at}", step
+        drawn = [f"{value:.3f}" for key, value in values.items() if "/transplant/" in key]
+        twice = [f"{v:.3f}" for k, v in values.items() if "gradient_cosine" in k or k.endswith("/distance")]
+        assert len(drawn) == 9
+        assert len(twice) == 6
+        assert sorted(text for text in told if "." in text) == sorted(drawn + 2 * twice)
+    assert (tmp_path / "experts.svg").read_text() == pictures[-1][2]
+
+
+def test_a_cell_has_the_colour_of_its_meaning(tmp_path):
+    values = {"a/transplant/a": 1.0, "a/transplant/b": 3.0, "b/transplant/b": 1.0, "b/gradient_cosine/a": -0.5}
+    assert write_svg(tmp_path / "x.svg", values, ["a", "b"], ["a", "b"], "<now>")
+    boxes = list(ElementTree.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}rect"))[1:]
+    # Of transplants the row of a alone: nothing else serves b. The worst of a row, and half a conflict, twice.
+    found = [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
+    assert [opacity for _, opacity in found] == [0.0, 0.7, 0.35, 0.35]
+    assert {fill for fill, opacity in found if opacity} == {"#c0392b"}
+    assert texts_of((tmp_path / "x.svg").read_text())[0] == "<now>"
+    assert not write_svg(tmp_path / "none.svg", {"a/gradient_norm": 1.0}, ["a"], [], "now")
+    assert not (tmp_path / "none.svg").exists()

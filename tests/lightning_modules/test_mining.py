@@ -318,11 +318,12 @@ import numpy as np, torch
 import torch.distributed as dist
 from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining import vectors as vectors_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
 from lightning_modules.mining.options import MiningOptions
 
-pool_module.BLOCK = 7
+pool_module.BLOCK, vectors_module.LEAST = 7, 5
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if world > 1:
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
