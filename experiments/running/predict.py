@@ -49,8 +49,8 @@ class TaskCost:
 class Prediction:
     """Bytes and seconds. peak: of this process, or of GPU memory, in the measured steps. activations: what of it is
     neither weights nor gradients nor the optimizer's nor the process itself. further: what other ranks' documents add.
-    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp); those
-    above are then a rank's share. start: data and encoder are read and built, texts tokenised.
+    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp), when
+    those above are a rank's share. start: data and encoder are read and built, texts tokenised.
     """
 
     weights: int

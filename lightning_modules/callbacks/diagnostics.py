@@ -25,8 +25,8 @@ from lightning_modules.diagnostics import (
 )
 from lightning_modules.distributed import gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.gradcache import embed
 from lightning_modules.expert_picture import write_svg
+from lightning_modules.gradcache import embed
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable
 from lightning_modules.masks import known_positive_mask, repeated
