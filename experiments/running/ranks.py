@@ -6,12 +6,12 @@ Beside training, whose ranks Lightning starts.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from subprocess import DEVNULL, Popen
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from datamodules.records import UserError
 from experiments.console import whole_number
+from experiments.running.children import Children
 from lightning_modules import launch
 
 GRACE = 3.0  # seconds in which the rank whose error it is may tell it
@@ -32,7 +33,27 @@ def ranks(module: str, arguments: Sequence[str], devices: str) -> Iterator[None]
     module, arguments: the entry point that the others run too. devices: as given on the command line. When one rank
     ends with an error, all end. Raises UserError for devices that are not there, or beside a launcher's.
     """
-    count, others = whole_number("devices", devices), _Others()
+    count = whole_number("devices", devices)
+    with _Others() as others:
+        _start(others, module, arguments, count)
+        several = launch.num_ranks() > 1
+        try:
+            if several:
+                _join()
+            yield
+            if several:
+                dist.barrier()
+        except (UserError, RuntimeError) as error:
+            if several and (launch.rank() > 0 or isinstance(error, RuntimeError)):
+                time.sleep(GRACE)  # it may be the echo of another rank's, which then ends this process
+            raise
+        finally:
+            others.end()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _start(others: _Others, module: str, arguments: Sequence[str], count: int) -> None:
     if launch.num_ranks() > 1:
         if count not in (1, launch.num_ranks()):
             raise UserError(f"devices: got {count}, but the launcher started {launch.num_ranks()} processes")
@@ -41,32 +62,13 @@ def ranks(module: str, arguments: Sequence[str], devices: str) -> Iterator[None]
     elif count > 1:
         if torch.cuda.is_available() and count > torch.cuda.device_count():
             raise UserError(f"devices: got {count}, and there are {torch.cuda.device_count()} GPUs here")
-        others.start(module, arguments, count)
-    several = launch.num_ranks() > 1
-    try:
-        if several:
-            _join()
-        yield
-        if several:
-            dist.barrier()
-    except (UserError, RuntimeError) as error:
-        if several and (launch.rank() > 0 or isinstance(error, RuntimeError)):
-            time.sleep(GRACE)  # it may be the echo of another rank's, which then ends this process
-        raise
-    finally:
-        others.end()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        others.start_ranks(module, arguments, count)
 
 
-class _Others:
+class _Others(Children):
     """The ranks that this one, the first, starts on this machine."""
 
-    def __init__(self) -> None:
-        self._processes: list[subprocess.Popen] = []
-        self._over = False
-
-    def start(self, module: str, arguments: Sequence[str], count: int) -> None:
+    def start_ranks(self, module: str, arguments: Sequence[str], count: int) -> None:
         """Become rank 0 of count."""
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
         os.environ |= {"WORLD_SIZE": str(count), "RANK": "0", "LOCAL_RANK": "0"}
@@ -74,24 +76,17 @@ class _Others:
         torch.set_num_threads(threads)
         for rank in range(1, count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
-            command = [sys.executable, "-m", module, *arguments]
             # Ctrl-C reaches the first rank alone, which then ends the others.
-            process = subprocess.Popen(command, env=os.environ | own, stdin=subprocess.DEVNULL, start_new_session=True)
-            self._processes.append(process)
+            process = self.start(module, arguments, os.environ | own, stdin=DEVNULL, start_new_session=True)
             threading.Thread(target=self._end_with, args=(rank, process), daemon=True).start()
 
-    def _end_with(self, rank: int, process: subprocess.Popen) -> None:
+    def _end_with(self, rank: int, process: Popen) -> None:
         """End all when one has ended with an error, for this process may wait for it for ever."""
         status = process.wait()
-        if status and not self._over:
+        if status and not self.over:
             self.end()
             print(f"error: rank {rank} ended with status {status}", file=sys.stderr, flush=True)
             os._exit(2)
-
-    def end(self) -> None:
-        self._over = True
-        for process in self._processes:
-            process.kill()
 
 
 def _tell_of_slurm() -> None:

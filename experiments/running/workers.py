@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from datamodules.records import UserError
+from experiments.running.children import Children
 
 log = logging.getLogger(__name__)
 
@@ -79,20 +78,14 @@ def run_processes(module: str, arguments: Sequence[str], share: Share, devices: 
     Raises UserError, once all have ended, if some failed.
     """
     cores = torch.get_num_threads()
-    processes = []
-    for local in range(devices):
-        part = f"part={share.index * devices + local + 1}/{share.count * devices}"
-        own = {"LOCAL_RANK": str(local), "OMP_NUM_THREADS": str(max(1, cores // devices))}
-        # Not of the launcher that started this process: its share is divided already.
-        others = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
-        command = [sys.executable, "-m", module, *arguments, "devices=1", part]
-        processes.append(subprocess.Popen(command, env=others | own))
-    try:
-        ended = [process.wait() for process in processes]
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        raise
+    with Children() as processes:
+        for local in range(devices):
+            part = f"part={share.index * devices + local + 1}/{share.count * devices}"
+            own = {"LOCAL_RANK": str(local), "OMP_NUM_THREADS": str(max(1, cores // devices))}
+            # Not of the launcher that started this process: its share is divided already.
+            others = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
+            processes.start(module, [*arguments, "devices=1", part], others | own)
+        ended = [process.wait() for process in processes.processes]
     failed = [f"{number + 1} (status {status})" for number, status in enumerate(ended) if status]
     if failed:
         raise UserError(f"of {devices} processes failed: {', '.join(failed)}; the same command goes on")

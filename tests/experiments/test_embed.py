@@ -184,6 +184,7 @@ def test_processes_of_one_machine_divide_its_share_and_failures_are_named(tmp_pa
     (tmp_path / "failing.py").write_text("import os, sys; sys.exit(int(os.environ['LOCAL_RANK']) * 3)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     run_processes("probe", ["task=search"], Share(1, 3), devices=2)
     assert {path.name: path.read_text() for path in tmp_path.glob("*-6")} == {"3-6": "0", "4-6": "1"}
     with pytest.raises(UserError, match=r"of 2 processes failed: 2 \(status 3\); the same command goes on"):
