@@ -17,6 +17,7 @@ from experiments.settings.schema import Config
 
 KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 MOST = 100  # brackets after min_iter, as W&B has them
+LARGEST = 10**9  # number of values: no run logs more
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def read_hyperband(node: Any) -> Hyperband:
     if node.get("type") != "hyperband":
         raise UserError(f"early_terminate.type: got {node.get('type')!r}, allowed is hyperband")
     eta, strict = node.get("eta", 3), node.get("strict", False)
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta < math.inf:
-        raise UserError(f"early_terminate.eta: got {eta!r}, allowed are numbers above 1")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta <= LARGEST:
+        raise UserError(f"early_terminate.eta: got {_shown(eta)}, allowed are numbers above 1, up to {LARGEST}")
     if not isinstance(strict, bool):
         raise UserError(f"early_terminate.strict: got {strict!r}, allowed are true and false")
     return Hyperband(_brackets(node, eta), eta, strict)
@@ -93,20 +94,29 @@ def _brackets(node: Mapping[str, Any], eta: float) -> tuple[int, ...]:
         raise UserError("early_terminate: give min_iter, or max_iter with s, not both")
     for key in ("min_iter", "max_iter", "s"):
         value = node.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"early_terminate.{key}: got {value!r}, allowed are whole numbers from 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            allowed = f"whole numbers from 1 to {LARGEST}"
+            raise UserError(f"early_terminate.{key}: got {_shown(value)}, allowed are {allowed}")
     found, number = set(), float(node.get("min_iter", node.get("max_iter")))
     if "min_iter" in node:
         for _ in range(MOST):
-            found.add(int(number))
-            number *= eta
+            if number <= LARGEST:
+                found.add(int(number))
+                number *= eta
     else:
         for _ in range(node["s"]):
             number /= eta
-            if number >= 1:
-                found.add(int(number))
+            if number < 1:
+                break
+            found.add(int(number))
     if not found:
         raise UserError(
             f"early_terminate: max_iter {node['max_iter']} over eta {eta} is below 1, so no trial is stopped"
         )
     return tuple(sorted(found))
+
+
+def _shown(value: Any) -> str:
+    """Of a number with thousands of digits, which Python refuses to write, that it is large."""
+    large = isinstance(value, int) and abs(value) > 10**100
+    return "a number of more than 100 digits" if large else repr(value)

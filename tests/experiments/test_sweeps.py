@@ -167,6 +167,14 @@ def test_a_grid_has_every_combination_once_and_random_trials_are_those_of_their_
             f"{ONE}early_terminate: {{type: hyperband, max_iter: 2, s: 1, eta: 3}}\n",
             ["below 1, so no trial is stopped"],
         ),
+        (
+            f"{ONE}early_terminate: {{type: hyperband, min_iter: 1{'0' * 400}}}\n",
+            ["min_iter: got a number of more than 100 digits, allowed are whole numbers from 1 to 1000000000"],
+        ),
+        (
+            f"{ONE}early_terminate: {{type: hyperband, min_iter: 1, eta: 1{'0' * 400}}}\n",
+            ["eta: got a number of more than 100 digits"],
+        ),
         # A run of the sample has two evaluations, and one at its end cannot be given up.
         (f"{ONE}early_terminate: {{type: hyperband, min_iter: 2}}\n", ["from value 2 of val/mean/ndcg@10", "logs 2"]),
     ],
@@ -271,6 +279,8 @@ def test_brackets_are_those_of_wandbs_documentation():
     assert read_hyperband({"type": "hyperband", "min_iter": 3}).brackets[:4] == (3, 9, 27, 81)
     assert read_hyperband({"type": "hyperband", "max_iter": 27, "s": 2}).brackets == (3, 9)
     assert read_hyperband({"type": "hyperband", "max_iter": 27, "s": 9, "eta": 2.5}).brackets == (1, 4, 10)
+    assert read_hyperband({"type": "hyperband", "max_iter": 27, "s": 10**9}).brackets == (1, 3, 9)
+    assert read_hyperband({"type": "hyperband", "min_iter": 1, "eta": 2000}).brackets == (1, 2000, 4_000_000)
 
 
 @pytest.mark.parametrize(
