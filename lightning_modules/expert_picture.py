@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from lightning_modules.svg import box, document, text
 
 LABEL, CELL, HEIGHT, GAP = 120, 110, 30, 66
-RED, BLUE = "#c0392b", "#2e6da4"
+RED, BLUE, GREY = "#c0392b", "#2e6da4", "#999"
 Cells = Mapping[tuple[str, str], float]
 
 
@@ -17,7 +18,7 @@ Cells = Mapping[tuple[str, str], float]
 class Matrix:
     """told: what it shows. names: of rows and columns. values: (row, column) -> figure, not of every pair.
 
-    shades: (row, column) -> from -1, red, to 1, blue.
+    shades: (row, column) -> from -1, red, to 1, blue; one that is not finite is grey.
     """
 
     told: str
@@ -44,9 +45,14 @@ def transplants(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
     losses = {pair: loss for pair, loss in losses.items() if pair[0] in several}
     shades = {}
     for task in several:
-        own = losses[task, task]
-        worst = max(loss for (row, _), loss in losses.items() if row == task)
-        shades |= {(task, b): -max(0.0, losses[a, b] - own) / max(worst - own, 1e-12) for a, b in losses if a == task}
+        row = {b: loss for (a, b), loss in losses.items() if a == task}
+        own = row[task]
+        worst = max((loss for loss in row.values() if math.isfinite(loss)), default=own)
+        # Without a finite loss of its own there is nothing to compare with.
+        shades |= {
+            (task, b): -max(0.0, loss - own) / max(worst - own, 1e-12) if math.isfinite(loss - own) else math.nan
+            for b, loss in row.items()
+        }
     return Matrix("loss of a task (row) with the expert of a task (column); red is worse", tasks, losses, shades)
 
 
@@ -57,7 +63,7 @@ def cosines(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
 
 def distances(values: Mapping[str, float], experts: Sequence[str]) -> Matrix:
     found = _both_ways(values, experts, "experts/{0}-{1}/distance")
-    most = max([*found.values(), 1e-12])
+    most = max([value for value in found.values() if math.isfinite(value)] + [1e-12])
     shades = {pair: value / most for pair, value in found.items()}
     return Matrix("distance of two experts, over the length of their mean", experts, found, shades)
 
@@ -86,7 +92,7 @@ def _drawn(matrix: Matrix, top: float) -> list[str]:
     for (row, column), value in matrix.values.items():
         x, y = LABEL + CELL * matrix.names.index(column), first + HEIGHT * matrix.names.index(row)
         shade = matrix.shades[row, column]
-        opacity = f' fill-opacity="{0.7 * min(1.0, abs(shade)):.2f}" stroke="#ccc"'
-        parts.append(box(x, y, CELL, HEIGHT, RED if shade < 0 else BLUE, opacity))
+        colour, strength = (RED if shade < 0 else BLUE, min(1.0, abs(shade))) if math.isfinite(shade) else (GREY, 0.5)
+        parts.append(box(x, y, CELL, HEIGHT, colour, f' fill-opacity="{0.7 * strength:.2f}" stroke="#ccc"'))
         parts.append(text(x + CELL / 2, y + HEIGHT * 0.65, f"{value:.3f}", anchor="middle"))
     return parts

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
+
+NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 
 
 def document(width: float, height: float, parts: Iterable[str]) -> str:
@@ -17,7 +20,9 @@ def document(width: float, height: float, parts: Iterable[str]) -> str:
 
 
 def text(x: float, y: float, shown: str, weight: str = "normal", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" text-anchor="{anchor}">{escape(shown)}</text>'
+    """Characters that XML does not have are shown as U+FFFD."""
+    shown = escape(NO_XML.sub("\ufffd", shown))
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" text-anchor="{anchor}">{shown}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, more: str = "") -> str:

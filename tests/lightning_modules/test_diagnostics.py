@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from xml.etree import ElementTree
 
 import lightning as L
@@ -193,3 +194,15 @@ def test_a_cell_has_the_colour_of_its_meaning(tmp_path):
     assert texts_of((tmp_path / "x.svg").read_text())[0] == "<now>"
     assert not write_svg(tmp_path / "none.svg", {"a/gradient_norm": 1.0}, ["a"], [], "now")
     assert not (tmp_path / "none.svg").exists()
+
+
+def test_what_is_not_finite_is_grey_and_changes_no_other_cell(tmp_path):
+    a = {"a/transplant/a": 1.0, "a/transplant/b": 3.0, "a/transplant/c": math.inf, "b/gradient_cosine/a": math.nan}
+    b = {"b/transplant/a": 1.0, "b/transplant/b": math.nan, "experts/a-b/distance": math.inf}
+    more = {"experts/a-c/distance": 0.5}
+    assert write_svg(tmp_path / "x.svg", a | b | more, ["a", "b", "c"], ["a", "b", "c"], "x\x01y")
+    boxes = list(ElementTree.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}rect"))[1:]
+    grey, found = ("#999", 0.35), [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
+    assert found[1:5] == [("#c0392b", 0.7), grey, grey, grey]
+    assert sorted(found[5:]) == [("#2e6da4", 0.7)] * 2 + [grey] * 4  # cosines and distances, both ways
+    assert texts_of((tmp_path / "x.svg").read_text())[0] == "x\ufffdy"
