@@ -74,7 +74,8 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, parent, number, c
 
     pids = until(started, 60)
     try:
-        assert pids and all(is_there(pid) for pid in pids)
+        assert pids
+        assert all(is_there(pid) for pid in pids)
         process.send_signal(number)
         status = process.wait(10)
         assert until(lambda: not any(is_there(pid) for pid in pids), 3)
