@@ -19,6 +19,7 @@ from datamodules.records import UserError
 from experiments.settings.config import FOLDER, load_config, names
 from experiments.settings.schema import Config
 from experiments.sweeping.hyperband import Hyperband, check_reached, read_hyperband
+from experiments.sweeping.metric import check_metric
 from experiments.sweeping.space import Parameter, read_parameters, trials
 
 METHODS = ("grid", "random", "bayes")
@@ -122,10 +123,14 @@ def _check(content: Any) -> list[Parameter]:
     metric = content["metric"]
     if not isinstance(metric, Mapping) or "name" not in metric:
         raise UserError("metric: expected a name and a goal")
+    if not isinstance(metric["name"], str):
+        raise UserError(f"metric.name: got {metric['name']!r}, expected the name of what runs log")
     if metric.get("goal", "minimize") not in ("minimize", "maximize"):
         raise UserError(f"metric.goal: got {metric['goal']!r}, allowed are minimize, maximize")
-    if ARGUMENTS not in content["command"]:
-        raise UserError(f'command: needs "{ARGUMENTS}" as an element of its own, where the parameters go')
+    if not isinstance(content["parameters"], Mapping):
+        raise UserError(f"parameters: got {content['parameters']!r}, expected keys of the configuration with values")
+    if not isinstance(content["command"], list) or ARGUMENTS not in content["command"]:
+        raise UserError(f'command: needs a list, with "{ARGUMENTS}" as an element of its own, where the parameters go')
     cap = content.get("run_cap", 1)
     if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
         raise UserError(f"run_cap: got {cap!r}, allowed are whole numbers from 1")
@@ -180,7 +185,7 @@ def check_trials(sweep: Sweep, seed: int = 0) -> Config:
             config = load_config(sweep.experiment, overrides)
             if first is None:
                 first = config
-                _check_metric(sweep.metric, config)
+                check_metric(sweep.metric, config)
                 if sweep.hyperband:
                     check_reached(sweep.hyperband, sweep.metric, config)
         except UserError as error:
@@ -196,20 +201,3 @@ def _with_new_values(drawn: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dic
         if values - seen:
             seen |= values
             yield number, parameters
-
-
-def _check_metric(name: str, config: Config) -> None:
-    """Raise UserError if runs of a configuration do not log a metric."""
-    evaluation, benchmarks = config.evaluation, [key for task in config.task.values() for key in task.data]
-    known = [f"train/{task}/loss" for task in config.tasks]
-    known.append(f"{evaluation.split}/mean/{evaluation.metrics[0]}")
-    splits = [evaluation.split]
-    if evaluation.every_n_steps:
-        splits.append("val")
-        known.append(f"val/mean/{evaluation.metrics[0]}")
-    known += [f"{s}/{b}/{metric}" for s in dict.fromkeys(splits) for b in benchmarks for metric in evaluation.metrics]
-    logged = [("diag/", config.diagnostics.every_n_steps), ("mine/", config.mining.every_n_steps)]
-    if name not in known and not any(name.startswith(prefix) and every for prefix, every in logged):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"metric.name: no run logs {name!r}; {hint}there are {', '.join(known[:12])}, ...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -54,15 +55,16 @@ class Trial:
         """Step -> what the run logged of a metric, in order; of two rows of a step, the later counts."""
         path, values = self.folder / "metrics.jsonl", {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            with suppress(ValueError):  # a line that is just being written
+            # A line that is just being written is none yet, or a part of one.
+            with suppress(ValueError, TypeError, KeyError):
                 row = json.loads(line)
-                if metric in row:
+                if _is_number(row[metric]) and _is_number(row["step"]):
                     values[row["step"]] = row[metric]
         return dict(sorted(values.items()))
 
     def value(self, metric: str, maximize: bool) -> float | None:
-        """The best of them."""
-        return (max if maximize else min)(self.values(metric).values(), default=None)
+        """The best of those that are finite."""
+        return (max if maximize else min)(filter(math.isfinite, self.values(metric).values()), default=None)
 
     def end_of_log(self) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:])
@@ -85,6 +87,10 @@ class Trial:
             yield lock if _locked(lock, wait) else None
         finally:
             os.close(lock)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:

@@ -199,6 +199,53 @@ def test_the_metric_must_be_one_that_runs_log(make_sweep):
         sweep(["moe", "sweep=sedes"])
 
 
+def test_of_diagnostics_and_mining_only_what_they_log_is_a_metric(make_sweep):
+    path = Path(make_sweep(ONE))
+    given, text = ["diagnostics.every_n_steps=5", "mining.every_n_steps=5"], path.read_text()
+    task = load_config("moe").tasks[0]
+    logged = [f"diag/{task}/gradient_norm", f"diag/{task}/transplant/{task}", "diag/experts/a-b/distance"]
+    for name in (*logged, f"mine/{task}/margin_p50", "diag/seconds"):
+        path.write_text(text.replace("val/mean/ndcg@10", name))
+        check_trials(read_sweep(str(path), "moe", given))
+        with pytest.raises(UserError, match="no run logs"):
+            check_trials(read_sweep(str(path), "moe"))
+    for name in ("diag/nonsense", f"diag/{task}/gradient_nrom", f"mine/{task}/margin_p5"):
+        path.write_text(text.replace("val/mean/ndcg@10", name))
+        with pytest.raises(UserError, match=f"no run logs '{name}'"):
+            check_trials(read_sweep(str(path), "moe", given))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("val/mean/ndcg@10", "null", "metric.name: got None"),
+        ("val/mean/ndcg@10", "[a]", r"metric.name: got \['a'\]"),
+        ("{optim.lr: {value: 0.1}}", "5", "parameters: got 5"),
+        ("{optim.lr: {value: 0.1}}", "[a]", r"parameters: got \['a'\]"),
+        ('[make, train, "${args_no_hyphens}"]', "5", "command: needs a list"),
+        ('[make, train, "${args_no_hyphens}"]', "make train ${args_no_hyphens}", "command: needs a list"),
+    ],
+)
+def test_parts_of_another_type_are_refused(make_sweep, old, new, told):
+    path = Path(make_sweep(ONE, COMMAND))
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=told):
+        read_sweep(str(path), "moe")
+
+
+@pytest.mark.parametrize(
+    "rows", [["NaN", "0.5", "0.7"], ["0.5", "NaN", "0.7"], ["0.7", "null", '"x"', "0.5", "Infinity"]]
+)
+def test_the_value_of_a_trial_is_its_best_finite_one(tmp_path, rows):
+    trial, lines = Trial(0, {}, tmp_path), [f'{{"step": {i}, "m": {x}}}' for i, x in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "7", "null", "[]", '{"m": 9}', '{"step": 9, "m"']))
+    assert trial.value("m", maximize=True) == 0.7
+    assert trial.value("m", maximize=False) == 0.5
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "m": NaN}')
+    assert trial.value("m", maximize=True) is None
+
+
 @pytest.mark.parametrize(
     "value", [0.1, 1e-5, 3, True, None, [1, 2], ["a", None], {"T": 2.0}, "mod2", "null", "1", "it's: $x y", ""]
 )
