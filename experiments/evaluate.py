@@ -6,8 +6,8 @@ benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scid
              them
 suite        a file of benchmarks of your own, instead of these
 data.root    the folder that holds the benchmarks' data
-beir         instead of benchmarks: a folder in BEIR layout, ranked with the expert of task=NAME; without both, the
-             collections of the run that the model belongs to, or of run=FOLDER
+beir         instead of benchmarks: a folder in BEIR layout or of our own JSON lines, ranked with the expert of
+             task=NAME; without both, the collections of the run that the model belongs to, or of run=FOLDER
 output       where results.json and the run files go; by default a folder for this model, data and split under
              evaluation/ in the run's folder, or under evaluations/
 add          yes keeps what results.json there has of other systems and benchmarks

@@ -27,7 +27,10 @@ class FinalTable:
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
         self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
         if not self.benchmarks:
-            raise UserError(f"evaluation.split: no task has a split {config.evaluation.split!r}")
+            raise UserError(
+                f"evaluation.split: no collection has a split {config.evaluation.split!r} for the final table; "
+                "add one, or measure on another (evaluation.split=dev, or train to see that it learns)"
+            )
         without = set(config.task) - {benchmark.task for benchmark in self.benchmarks}
         if without:
             missing = ", ".join(sorted(without))

@@ -42,7 +42,7 @@ class DataConfig:
     prepare batches. cache: folder in which data are kept in a form that is mapped instead of read, made once; null
     reads them into memory. on_error: of readers, "fail" at the first bad line, or "skip" it, into quarantine.jsonl in
     the run's folder. on_leak: what becomes of dev and test queries that are trained on too, and of all texts of the
-    folders leaks_in (in BEIR layout) that are: a warning, training without them ("strip"), or an error.
+    folders leaks_in (BEIR layout, JSON lines) that are: a warning, training without them ("strip"), or an error.
 
     schedule: which task a step has. "round_robin": they take turns. "together": each optimizer step has a batch of
     every task. "proportional" to the numbers of examples; "temperature": to their power 1 / schedule_temperature;
