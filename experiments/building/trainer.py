@@ -74,7 +74,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def precision_of(config: Config) -> str:
-    """fp32 or bf16."""
+    """fp32 or bf16, for a run that begins here."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
@@ -98,8 +98,14 @@ def _environment(config: Config) -> list[ClusterEnvironment]:
 
 
 def build_trainer(
-    config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
+    config: Config,
+    encoder: Encoder,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
+    folder: Path,
+    precision: str,
 ) -> L.Trainer:
+    """precision: fp32 or bf16."""
     settings = config.trainer
     several = settings.num_nodes > 1 or settings.devices != 1
     learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
@@ -115,7 +121,7 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=strategy,
-            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision_of(config)],
+            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,

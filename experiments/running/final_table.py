@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 class FinalTable:
     """What a run comes to: BM25, the untrained and the trained encoder on the final split, all ranks sharing the work.
 
+    The encoders compute in fp32, as in `make eval`, whatever the training's precision.
+
     content: what stands in results.json.
     """
 

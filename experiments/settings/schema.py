@@ -91,11 +91,11 @@ class MiningConfig(MiningOptions):
 
 @dataclass
 class TrainerConfig:
-    """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
-    for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
-    optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
-    data.token_budget alone, whatever its size, for a second forward. timeout: seconds after which ranks no longer wait
-    for one that does not answer.
+    """max_steps: optimizer steps. precision: "auto" is bf16 on GPUs that compute in it and on CPUs with AMX, else fp32;
+    a run keeps to that of its first attempt. devices: a number, or -1 for all. gradient_clip_val: largest norm of the
+    gradient, 0 for none. accumulate_grad_batches: batches of one optimizer step (of each task, with
+    data.schedule=together). grad_cache: a batch needs the memory of data.token_budget alone, whatever its size, for a
+    second forward. timeout: seconds after which ranks no longer wait for one that does not answer.
     """
 
     max_steps: int = 1000
