@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.records import Document, UserError
-from datamodules.text import input_text, length_sorted_chunks, pad, token_ids
+from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import Surroundings, family_of
 
 POOLINGS = ("cls", "mean")
@@ -211,21 +211,21 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def encode(
         self,
-        documents: Sequence[Document | str],
+        documents: Sequence[Document | Mapping[str, Any] | str],
         task: str | None = None,
         *,
         tasks: Sequence[str] | None = None,
         token_budget: int = 16384,
         advance=None,
     ) -> Tensor | dict[str, Tensor]:
-        """Vectors (n, D) of documents, or texts without title, in their order: float32, on the CPU.
+        """Vectors (n, D) of documents in their order: float32, on the CPU. They are not normalised, unless the encoder
+        is so (normalize), so cosine takes a further step.
 
+        documents: papers as a Document or a dict with title and text (or abstract), or strings, texts without title.
         task: that they are for; or tasks: several, for which the result is task -> vectors, and the layers that serve
         all of them are computed once. token_budget: padded tokens of one forward. advance: called with the number of
         texts after each forward.
         """
-        if isinstance(documents, str):
-            raise TypeError("documents: got one text, expected a list of them")
         if (task is None) == (tasks is None):
             raise TypeError("encode needs either task or tasks")
         if task is None and (isinstance(tasks, str) or not tasks):
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
         wanted = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
         for name in wanted:
             self.expert_of(name)
-        documents = [Document("", "", d) if isinstance(d, str) else d for d in documents]
+        documents = as_documents(documents)
         found = {}
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
