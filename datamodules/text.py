@@ -17,7 +17,6 @@ import torch
 
 from datamodules.records import Document, Tokens
 
-
 BODIES = ("text", "abstract")  # keys of a paper's text, the first that it has
 
 

@@ -29,6 +29,7 @@ def quiet_libraries() -> None:
         r".*find_unused_parameters=True was specified.*",
         r".*smaller than the logging interval.*",
         r".*all_gather_into_tensor` is deprecated.*",
+        r".*distributed\.nn\.functional\.all_gather is deprecated.*",
         r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
     ):
         warnings.filterwarnings("ignore", message)

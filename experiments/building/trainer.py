@@ -79,6 +79,15 @@ def precision_of(config: Config) -> str:
     return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
+def tell_of_cores(config: Config) -> None:
+    """Warn where processes that were meant for GPUs would share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
+    if on_cpu and devices > cores:
+        log.warning("trainer.devices=%d: without GPUs, so many processes share %d cores", devices, cores)
+        log.warning("  trainer.devices=1 uses all cores in one, which takes less time and memory")
+
+
 def _environment(config: Config) -> list[ClusterEnvironment]:
     """How ranks find one another, where Lightning would see something else, or do more than we ask for.
 
@@ -109,7 +118,7 @@ def build_trainer(
     settings = config.trainer
     several = settings.num_nodes > 1 or settings.devices != 1
     learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    idle = encoder.has_idle_parameters or learned  # one for each task
+    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or learned)  # one for each task
     strategy = DDPStrategy(find_unused_parameters=idle) if several else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
