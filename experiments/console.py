@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from datamodules.records import UserError
 from lightning_modules import launch
@@ -67,6 +68,12 @@ def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, 
             raise UserError(f"the command line: unknown key {key!r}, allowed are {', '.join(defaults)}")
         values[key] = value
     return values
+
+
+def near(path: Path | str) -> Path:
+    """A path as one would type it here: from the working directory on, where it is below that."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def choice(key: str, value: str, allowed: Sequence[str]) -> str:
