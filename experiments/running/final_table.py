@@ -29,9 +29,10 @@ class FinalTable:
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
         self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
         if not self.benchmarks:
+            split = config.evaluation.split
             raise UserError(
-                f"evaluation.split: no collection has a split {config.evaluation.split!r} for the final table; "
-                "add one, or measure on another (evaluation.split=dev, or train to see that it learns)"
+                f"evaluation.split: no collection has a split {split!r} for the final table; add it ({split}.jsonl or "
+                f"qrels/{split}.tsv), or measure on another (evaluation.split=dev, or train to see that it learns)"
             )
         without = set(config.task) - {benchmark.task for benchmark in self.benchmarks}
         if without:
