@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.settings.own_data import task_given_whole, with_reader
+from experiments.settings.own_data import replaced, with_reader
 from experiments.settings.ranges import check_ranges
 from experiments.settings.schema import Config, TaskConfig
 from experiments.settings.targets import READERS, check_target
@@ -79,11 +79,12 @@ def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
     for source, layer in layers:
         config = _merge(config, layer, source)
     known = sorted(config.task)
-    for text in overrides:
-        layer = _parsed(text)
-        task = task_given_whole(text, layer)
-        if task in known:
-            config.task[task].data = {}
+    given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
+    # make gives them in any order: what replaces data comes before what is added to them or changed in them.
+    for text, layer, place in sorted(given, key=lambda one: (one[2] is None, one[2] and one[2][1] is not None)):
+        if place and place[0] in known:
+            data = config.task[place[0]].data
+            data.clear() if place[1] is None else data.pop(place[1], None)
         config = _merge(config, layer, f"the command line ({text})")
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:

@@ -19,32 +19,40 @@ from datamodules.readers.folders import reader_of
 from datamodules.records import UserError
 
 
-def task_given_whole(text: str, layer: DictConfig) -> str | None:
-    """The task whose data an override sets as a whole: what was there is then gone. Folders become nodes by name.
+def replaced(text: str, layer: DictConfig) -> tuple[str, str | None] | None:
+    """What an override puts something else in the place of: a task and its collection, or None for all of them.
 
-    text: the override that the layer was read from. Raises UserError for what is neither folders nor nodes.
+    text: the override that the layer was read from, in which folders become nodes. None for an override that adds or
+    changes something. Raises UserError for what is neither folders nor nodes.
     """
     key = text.partition("=")[0]
-    found = re.fullmatch(r"task\.([^.]+)\.data", key)
+    found = re.fullmatch(r"task\.([^.]+)\.data(?:\.([^.]+))?", key)
     if found is None:
         return None
-    data = OmegaConf.to_container(layer)["task"][found[1]]["data"]
+    task, name = found.groups()
+    data = OmegaConf.to_container(layer)["task"][task]["data"]
+    if name:
+        if not isinstance(data[name], str):
+            return None
+        layer.task[task].data[name] = {"folder": data[name]}
+        return task, name
     if isinstance(data, str):
         data = [data]
     if isinstance(data, list) and data and all(isinstance(folder, str) for folder in data):
-        layer.task[found[1]].data = _by_name(key, data)
+        layer.task[task].data = _by_name(key, data)
     elif not isinstance(data, dict) or not data:
         raise UserError(f"{key}: got {data!r}, expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}")
-    return found[1]
+    return task, None
 
 
-def _by_name(key: str, folders: list[str]) -> dict[str, str]:
-    nodes: dict[str, str] = {}
+def _by_name(key: str, folders: list[str]) -> dict[str, dict[str, str]]:
+    nodes: dict[str, dict[str, str]] = {}
     for folder in folders:
         name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"
         if name in nodes:
-            raise UserError(f"{key}: two are called {name}; give them names: {key}={{a: {nodes[name]}, b: {folder}}}")
-        nodes[name] = folder
+            both = f"{key}={{a: {nodes[name]['folder']}, b: {folder}}}"
+            raise UserError(f"{key}: two are called {name}; give them names: {both}")
+        nodes[name] = {"folder": folder}
     return nodes
 
 

@@ -1,5 +1,6 @@
 """A user's own collections: named in few words, instead of the scale's or beside them, and measured as they are."""
 
+import itertools
 import json
 
 import pytest
@@ -59,6 +60,17 @@ def test_a_single_collection_stands_beside_the_scales(folders):
     assert from_dict(as_dict(config), "config.yaml") == config
 
 
+def test_the_order_of_keys_does_not_matter(folders):
+    """make gives them in any."""
+    keys = [f"task.search.data={folders}/mine", "task.search.data.mine.dev_percent=7"]
+    keys += [f"task.search.data.other={folders}/mine", "task.search.data.other.on_error=skip"]
+    expected = {"_target_": JSONL, "folder": f"{folders}/mine"}
+    for order in itertools.permutations(keys):
+        data = data_of(folders, *order)
+        assert data == {"mine": expected | {"dev_percent": 7}, "other": expected | {"on_error": "skip"}}
+    assert data_of(folders, f"task.search.data.searches={folders}/mine") == {"searches": expected}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -108,7 +120,8 @@ def test_the_sample_beside_own_data_is_told_and_own_data_alone_are_not(folders, 
 def test_what_was_trained_on_json_lines_is_evaluated_on_their_folder(folders):
     run, out = folders / "run", folders / "out"
     steps = ["trainer.max_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
-    train("moe", [f"run.dir={run}", *TINY, *steps, "tasks=[search]", f"task.search.data={folders}/mine"])
+    tiny = [setting for setting in TINY if "num_papers" not in setting]  # of the sample
+    train("moe", [f"run.dir={run}", *tiny, *steps, "tasks=[search]", f"task.search.data={folders}/mine"])
     trained = json.loads((run / "results.json").read_text())["benchmarks"]["mine"]["systems"]["trained"]
     metrics = "metrics=ndcg@10,recall@20"
     evaluate([f"model={run}", f"beir={folders}/mine", "task=search", metrics, f"output={out}"])
