@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,26 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
+def writable_folder(key: str, path: Path) -> Iterator[None]:
+    """A folder, made if it is not there; on an error what was made for it goes again while it is empty.
+
+    key: that names it in errors. Raises UserError if it cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be used ({error})") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty, or another process's
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which becomes the given one when all is written; on an error nothing is left.
 
@@ -34,18 +55,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # a link stays one, and its target is written
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"output: {path} is there already; name another one, or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"output: {path} cannot be written ({error})") from error
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with writable_folder("output", path.parent):
+        try:
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        except OSError as error:
+            raise UserError(f"output: {path} cannot be written ({error})") from error
+        try:
+            yield unfinished
+            unfinished.chmod(0o755)
+            unfinished.replace(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def read_json(path: Path) -> Any:
