@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     num_examples = whole_number("examples", own["examples"], 0)
     if num_examples > EXAMPLES:
         raise UserError(f"examples: got {num_examples}, allowed are up to {EXAMPLES}")
-    data = build_data(load_config(arguments[0], rest))
+    data = build_data(load_config(arguments[0], rest, list(own)))
     started = time.perf_counter()
     leaks = find_leaks(data.tasks, [f for f in own["beir"].split(",") if f], corpora=True)
     if not leaks.sets:

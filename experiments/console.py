@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from datamodules.records import UserError
+from experiments.settings.suggest import did_you_mean
 from lightning_modules import launch
 
 
@@ -63,7 +64,8 @@ def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, 
         if not equals:
             raise UserError(f"the command line: expected key=value, got {argument!r}")
         if key not in defaults:
-            raise UserError(f"the command line: unknown key {key!r}, allowed are {', '.join(defaults)}")
+            hint = did_you_mean(key, defaults)
+            raise UserError(f"the command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
         values[key] = value
     return values
 

@@ -45,7 +45,7 @@ def mine(experiment: str, arguments: Sequence[str]) -> None:
     values = key_values(own, KEYS)
     if not values["output"]:
         raise UserError("output: where does the store go? Give output=FOLDER")
-    config = load_config(experiment, [text for text in arguments if text not in own])
+    config = load_config(experiment, [text for text in arguments if text not in own], list(KEYS))
     output = Path(values["output"])
     vectors = Path(values["vectors"] or f"{output}.vectors")
     with (

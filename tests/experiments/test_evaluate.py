@@ -85,7 +85,8 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
     ("arguments", "message"),
     [
         ([], "which model"),
-        (["model=x", "modle=y"], "unknown key 'modle'"),
+        (["model=x", "modle=y"], "unknown key 'modle'; did you mean model"),
+        (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
