@@ -177,6 +177,9 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, beside: Sequence[
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
+        value = OmegaConf.select(layer, error.full_key) if error.full_key else None
+        if "is not a ListConfig" in str(error) and value is not None:
+            raise UserError(f"{source}: {error.full_key}: expected a list, write {error.full_key}=[{value}]") from error
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
 
 

@@ -80,6 +80,7 @@ def test_digest_tells_experiments_apart_and_not_where_they_lie():
         (["moe", "max_steps=40"], ["did you mean trainer.max_steps?"]),
         (["moe", "trainer.seed=1"], ["unknown key trainer.seed; did you mean run.seed?"]),
         (["moe", "exp=vanilla"], ["did you mean EXP?", "EXP, SCALE, EXTRAS"]),
+        (["moe", "tasks=search,x"], ["(tasks=search,x): tasks: expected a list, write tasks=[search,x]"]),
         (["moe", "xyzzy=1"], ["unknown key xyzzy; allowed here"]),
         (["moe", "optim.lr=fast"], ["optim.lr", "'fast'"]),
         (["moe", "data.batch_size=2.5"], ["data.batch_size", "2.5"]),
