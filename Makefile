@@ -131,7 +131,7 @@ check: ## formatting, lint, and the sweeps' files
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweeping.check
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed
+bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed, sharding
 	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay

@@ -65,13 +65,15 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
 
 def _show_memory(prediction: Prediction) -> None:
     table = Table("memory of a rank", "MB", "")
+    share = ", the share of a rank" if prediction.gathered else ""
     for name, how in (
-        ("weights", "computed"),
-        ("gradients", "computed, of the task that has most"),
-        ("optimizer", "computed"),
+        ("weights", f"computed{share}"),
+        ("gradients", f"computed, of the task that has most{share}"),
+        ("optimizer", f"computed{share}"),
         ("process", "measured: Python, libraries, data" if not torch.cuda.is_available() else "measured: other memory"),
         ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache bound them"),
         ("further", "computed: vectors of the other ranks' documents, and similarities with them"),
+        ("gathered", "computed: weights and gradients that stand whole while a layer is computed"),
         ("memory", "in all"),
     ):
         table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", how)
@@ -103,7 +105,13 @@ def _tell(config: Config, prediction: Prediction) -> None:
         "not counted: imports (some seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
         "W&B's own among them"
     )
-    if ranks > 1:
+    if prediction.gathered:
+        log.info(
+            "not measured: gathering %.0f MB of weights forward and backward for each chunk, exchanging gradients, and "
+            "ranks that share cores; an evaluation or a mining holds all weights once more",
+            prediction.weights * ranks / 2**20,
+        )
+    elif ranks > 1:
         log.info(
             "not measured: exchanging %.0f MB of gradients a step between ranks, and ranks that share cores",
             prediction.gradients / 2**20,

@@ -32,13 +32,18 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def largest(number: int, device: torch.device | str = "cpu") -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether the flag is set on one of the ranks."""
-    if world_size() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    return bool(count)
+    return bool(largest(int(flag), device))
 
 
 def together(work: Callable[[], Result]) -> Result:

@@ -32,6 +32,7 @@ from lightning_modules.callbacks.rank_report import RankReport
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.precision import resolved
+from lightning_modules.sharded_strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +98,20 @@ def _environment(config: Config) -> list[ClusterEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)]  # its own checkpoints would be saved inside a signal handler
 
 
+def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
+    """How ranks share the training."""
+    if config.trainer.num_nodes == 1 and config.trainer.devices == 1:
+        return "auto"
+    if config.trainer.strategy == "fsdp":
+        return ShardedStrategy()
+    learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
+    return DDPStrategy(find_unused_parameters=encoder.has_idle_parameters or learned)  # one for each task
+
+
 def build_trainer(
     config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
 ) -> L.Trainer:
     settings = config.trainer
-    several = settings.num_nodes > 1 or settings.devices != 1
-    learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    idle = encoder.has_idle_parameters or learned  # one for each task
-    strategy = DDPStrategy(find_unused_parameters=idle) if several else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
         return L.Trainer(
@@ -114,7 +121,7 @@ def build_trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=strategy,
+            strategy=_strategy(config, encoder),
             precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision_of(config)],
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),

@@ -45,7 +45,7 @@ CHANGEABLE = (
     # With another number of ranks; the loader sees to it that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
-    "trainer.timeout",
+    *("trainer.strategy", "trainer.timeout"),
 )
 LAST = Path("checkpoints", "last.ckpt")
 EXPERTS = "experts.svg"

@@ -9,8 +9,10 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
+from torch import nn
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
@@ -21,6 +23,7 @@ from experiments.building.trainer import precision_of
 from experiments.measuring.memory import Memory
 from experiments.settings.schema import Config
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.base import Encoder
 
 WARM, MEASURED = 2, 6  # batches of each task
 TEXTS = 256  # of a benchmark that are encoded
@@ -46,7 +49,8 @@ class TaskCost:
 class Prediction:
     """Bytes and seconds. peak: of this process, or of GPU memory, in the measured steps. activations: what of it is
     neither weights nor gradients nor the optimizer's nor the process itself. further: what other ranks' documents add.
-    start: data and encoder are read and built, texts tokenised.
+    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp), when
+    those above are a rank's share. start: data and encoder are read and built, texts tokenised.
     """
 
     weights: int
@@ -55,6 +59,7 @@ class Prediction:
     process: int
     activations: int
     further: int
+    gathered: int
     update: float
     evaluation: float
     start: float
@@ -62,7 +67,8 @@ class Prediction:
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.process + self.activations + self.further
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + self.process + self.activations + self.further + self.gathered
 
     def training(self, steps: int) -> float:
         """Seconds of all steps."""
@@ -87,7 +93,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         tokenising += started - began
         batches[task.task.name] = _batches(task, data, WARM + MEASURED)
         preparing[task.task.name] = (time.perf_counter() - started) / (WARM + MEASURED)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    weights = _bytes(module)
     for some in batches.values():
         for batch in some[:WARM]:
             steps.take(batch)
@@ -105,20 +111,33 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         costs[name] = _cost(config, data, module, name, some[WARM:], mean + own)
     activations = max(0, memory.peak() - process - weights - optimizer - gradients)
     ranks = ranks_of(config)
+    sharded = config.trainer.strategy == "fsdp"
+    shares = ranks if sharded else 1
     largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
     return Prediction(
-        weights,
-        gradients,
-        optimizer,
+        weights // shares,
+        gradients // shares,
+        optimizer // shares,
         process,
         activations,
         # Vectors of others' documents and similarities with them, forward and backward.
         int(2 * largest * (ranks - 1) / ranks),
+        _gathered(module.encoder) if sharded else 0,
         sum(update) / len(update),
         _evaluation(config, data, module) / ranks,
         built + tokenising,
         costs,
     )
+
+
+def _gathered(encoder: Encoder) -> int:
+    """Bytes of what is outside of layers, and of two neighbours, of which one was asked for early; with gradients."""
+    layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
+    return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> list[ContrastiveBatch]:

@@ -38,6 +38,7 @@ def check_ranges(config: Config) -> None:
     _check_lengths(config)
     _check_balance(config)
     _check_devices(config)
+    _check_strategy(config)
     _check_mining(config)
     if not config.evaluation.metrics:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
@@ -91,6 +92,19 @@ def _check_devices(config: Config) -> None:
         raise UserError("trainer.devices: got -1 for all GPUs, and there is none (a number above 0 runs on the CPU)")
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator: got gpu, and there is none (auto takes what there is)")
+
+
+def _check_strategy(config: Config) -> None:
+    if config.trainer.strategy == "ddp":
+        return
+    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
+        raise UserError("trainer.strategy: fsdp shares weights out over ranks, and there is one (trainer.devices=2)")
+    for key, value, without in (
+        ("objective.learn_temperature", config.objective.learn_temperature, "no"),
+        ("objective.balance", config.objective.balance, "none"),
+    ):
+        if value != without:
+            raise UserError(f"trainer.strategy: fsdp does not go with {key}={value} (take ddp, or {key}={without})")
 
 
 def _check_mining(config: Config) -> None:

@@ -94,8 +94,9 @@ class TrainerConfig:
     """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
     for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
     optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
-    data.token_budget alone, whatever its size, for a second forward. timeout: seconds after which ranks no longer wait
-    for one that does not answer.
+    data.token_budget alone, whatever its size, for a second forward. strategy: of several ranks, "ddp" (each has all
+    weights) or "fsdp" (they share out weights, gradients and the optimizer's state). timeout: seconds after which ranks
+    no longer wait for one that does not answer.
     """
 
     max_steps: int = 1000
@@ -107,6 +108,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
     grad_cache: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     timeout: int = 1800
     log_every_n_steps: int = 20
 

@@ -8,6 +8,7 @@ import lightning as L
 
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.sharding import replica
 
 
 class BeforeFirstStep(L.Callback):
@@ -19,4 +20,4 @@ class BeforeFirstStep(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         if trainer.global_step == 0:
             with trainer.precision_plugin.forward_context():
-                self.function(module.encoder)
+                self.function(replica(module.encoder))

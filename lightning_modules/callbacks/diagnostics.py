@@ -24,11 +24,14 @@ from lightning_modules.diagnostics import (
     masked_share,
 )
 from lightning_modules.distributed import gather_rows, world_size
+from lightning_modules.encoders.base import Encoder
 from lightning_modules.expert_picture import write_svg
+from lightning_modules.gradcache import embed
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable
 from lightning_modules.masks import known_positive_mask, repeated
 from lightning_modules.objective.sides import reads_the_same
+from lightning_modules.sharding import replica, sharded_gradients, slice_of
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +75,13 @@ class Diagnostics(L.Callback):
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
         with _kept_random_state(module):
-            values = self._gradients(trainer, module) | self._vectors(trainer, module)
+            encoder = replica(module.encoder)
+            values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         if world_size() > 1:
             table = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)
             dist.all_reduce(table)
             values = dict(zip(values, (table / world_size()).tolist(), strict=True))
-        values |= {f"experts/{name}": value for name, value in expert_distances(module.encoder).items()}
+        values |= {f"experts/{name}": value for name, value in expert_distances(encoder).items()}
         values["seconds"] = time.perf_counter() - started
         for logger in trainer.loggers:
             logger.log_metrics({f"diag/{name}": value for name, value in values.items()}, step=step)
@@ -99,15 +103,22 @@ class Diagnostics(L.Callback):
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
         """Norms and cosines of the tasks' gradients; nothing where tasks share no parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        gradients = TaskGradients(trained, sorted(self.batches))
+        gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
         for task in gradients.tasks:
             with trainer.precision_plugin.train_step_context():
                 loss = module.training_step(self.batches[task], 0)["loss"]
-            gradients.add(task, torch.autograd.grad(loss, trained, allow_unused=True))
+            if sharded:
+                gradients.add(task, sharded_gradients(loss, trained))
+            else:
+                gradients.add(task, torch.autograd.grad(loss, trained, allow_unused=True))
         if not gradients.used.all(0).any():
             return {}
-        gradients.average_over_ranks()
-        products = gradients.products().double().cpu()
+        if not sharded:
+            gradients.average_over_ranks()
+        products = gradients.products().double()
+        if sharded:
+            dist.all_reduce(products)  # each rank has those of its slices
+        products = products.cpu()
         norms = products.diagonal().sqrt()
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
         values = {f"{task}/gradient_norm": norms[i].item() for i, task in enumerate(gradients.tasks)}
@@ -117,18 +128,18 @@ class Diagnostics(L.Callback):
         return values
 
     @torch.no_grad()
-    def _vectors(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
-        """What the vectors of the tasks' batches tell, without dropout."""
-        values, encoder = {}, module.encoder
+    def _vectors(self, trainer: L.Trainer, module: ContrastiveModule, encoder: Encoder) -> dict[str, float]:
+        """What the encoder's vectors of the tasks' batches tell, without dropout."""
+        values: dict[str, float] = {}
         with _evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
                 batch = self.batches[task]
                 for other in sorted(self.batches):
                     if other == task or encoder.served_by(other) == encoder.served_by(task):
                         continue
-                    transplanted = module.embed(dataclasses.replace(batch, task=other))[0]
+                    transplanted = embed(encoder, dataclasses.replace(batch, task=other))[0]
                     values[f"{task}/transplant/{other}"] = float(module.objective(transplanted, batch)["loss"])
-                vectors = module.embed(batch)[0]
+                vectors = embed(encoder, batch)[0]
                 values[f"{task}/transplant/{task}"] = float(module.objective(vectors, batch)["loss"])
                 values |= {f"{task}/{name}": value for name, value in _of_batch(module, vectors, batch).items()}
         return values

@@ -15,6 +15,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed import on_any_rank, world_size
 from lightning_modules.measure import depth, measure
 from lightning_modules.retrieval import rank_benchmark
+from lightning_modules.sharding import replica
 from lightning_modules.signals import Preempted, leave_if_asked, noted
 
 log = logging.getLogger(__name__)
@@ -68,14 +69,14 @@ class Evaluation(L.Callback):
     def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         """Raises Preempted if the run is asked to end before it is done, but not after the last step."""
         values: dict[str, float] = {}
-        may_leave = step < trainer.max_steps
+        may_leave, encoder = step < trainer.max_steps, replica(module.encoder)
         with trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
                 asked = noted()
                 if may_leave and on_any_rank(asked is not None, module.device):
                     raise Preempted(asked)
                 run = rank_benchmark(
-                    module.encoder,
+                    encoder,
                     benchmark,
                     depth(self.metrics, benchmark),
                     similarity=module.objective.options.similarity,

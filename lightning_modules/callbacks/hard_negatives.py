@@ -20,6 +20,7 @@ from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.picture import write_svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table
+from lightning_modules.sharding import replica
 from lightning_modules.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class HardNegativeMining(L.Callback):
 
     def _mine(self, trainer: L.Trainer, module: ContrastiveModule, step: int, batch: int) -> None:
         data, started = trainer.datamodule, time.perf_counter()
-        cache = self.mining.cache(module.encoder)
+        cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         told = data.rounds.folder / name / "report.json"

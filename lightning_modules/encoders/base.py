@@ -53,6 +53,8 @@ class Encoder(nn.Module):
 
     # Whether a step on one task leaves parameters without gradient: DDP must then look for them.
     has_idle_parameters: ClassVar[bool] = False
+    # Methods that compute something of one layer, whose index is their first argument.
+    layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class Encoder(nn.Module):
         self.tasks = dict(tasks)
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
+        self.sharded = False  # over ranks, by sharding.py
         self.encoded = {"texts": 0, "tokens": 0}  # by encode, so far; tokens without padding
 
     @property
@@ -190,6 +193,10 @@ class Encoder(nn.Module):
             return checkpoint(self.layer, *arguments, use_reentrant=False)
         return self.layer(*arguments)
 
+    def layer_modules(self, index: int) -> list[nn.Module]:
+        """What the layer_methods compute with."""
+        return [self.family.layers[index]]
+
     def layer(self, index: int, hidden: Tensor, context: Tensor, around: Surroundings, guide: Any) -> Tensor:
         """One Transformer layer for the positions in hidden (B, L, D), which attend to context (B, S, D)."""
         layer = self.family.layers[index]
@@ -224,6 +231,8 @@ class Encoder(nn.Module):
         all of them are computed once. token_budget: padded tokens of one forward. advance: called with the number of
         texts after each forward.
         """
+        if self.sharded:
+            raise RuntimeError("a sharded encoder cannot encode: lightning_modules.sharding.replica(encoder) does")
         if isinstance(documents, str):
             raise TypeError("documents: got one text, expected a list of them")
         if (task is None) == (tasks is None):

@@ -58,6 +58,8 @@ class InstructEncoder(Encoder):
     Without gradients, outside of training, an instruction's keys and values are computed once and kept.
     """
 
+    layer_methods = ("layer", "instruction_layer")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -128,15 +130,25 @@ class InstructEncoder(Encoder):
         return self.tokenizer(instruction)["input_ids"]
 
     def _prefixes(self, instruction: str) -> list[Prefix]:
-        family = self.instruction_family
         ids = torch.tensor([self._ids(instruction)], device=self.device)
-        states, around = family.begin(ids, torch.ones_like(ids))
+        states, around = self.instruction_family.begin(ids, torch.ones_like(ids))
         prefixes = []
-        for own, layer in zip(family.layers, self.family.layers, strict=True):
-            prefixes.append(self.family.prefix(layer, states))
-            if len(prefixes) < self.num_layers:
-                states = family.feed_forward(own, family.attention(own, states, states, around))
+        for index in range(self.num_layers):
+            prefix, states = self.instruction_layer(index, states, around)
+            prefixes.append(prefix)
         return prefixes
+
+    def layer_modules(self, index: int) -> list[nn.Module]:
+        own = [self.instruction_family.layers[index]] if self.separate else []
+        return [*super().layer_modules(index), *own]
+
+    def instruction_layer(self, index: int, states: Tensor, around: Surroundings) -> tuple[Prefix, Tensor]:
+        """A layer's keys and values of an instruction's states (1, P, D), and the states after it."""
+        family, prefix = self.instruction_family, self.family.prefix(self.family.layers[index], states)
+        if index < self.num_layers - 1:  # of the last one nothing reads them
+            own = family.layers[index]
+            states = family.feed_forward(own, family.attention(own, states, states, around))
+        return prefix, states
 
     def layer(self, index: int, hidden: Tensor, context: Tensor, around: Surroundings, guide: list[Prefix]) -> Tensor:
         layer = self.family.layers[index]

@@ -163,6 +163,16 @@ def test_digest_tells_experiments_apart_and_not_where_they_lie():
         (["moe", "trainer.accelerator=nope"], ["trainer.accelerator", "'nope'", "cpu"]),
         (["moe", "trainer.devices=0"], ["trainer.devices: got 0"]),
         (["moe", "trainer.num_nodes=0"], ["trainer.num_nodes: got 0"]),
+        (["moe", "trainer.strategy=deepspeed"], ["trainer.strategy", "'deepspeed'", "fsdp"]),
+        (["moe", "trainer.strategy=fsdp"], ["trainer.strategy: fsdp shares weights out over ranks, and there is one"]),
+        (
+            ["moe", "trainer.strategy=fsdp", "trainer.devices=2", "objective.learn_temperature=one"],
+            ["fsdp does not go with objective.learn_temperature=one (take ddp, or objective.learn_temperature=no)"],
+        ),
+        (
+            ["moe", "trainer.strategy=fsdp", "trainer.num_nodes=2", "objective.balance=uncertainty"],
+            ["fsdp does not go with objective.balance=uncertainty"],
+        ),
         (["moe", "callbacks.mine.x=1"], ["callbacks.mine: expected a node with _target_"]),
         (["moe", "task.search.data.searches.view=[a]"], ["task.search.data.searches.view"]),
         (

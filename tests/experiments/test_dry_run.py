@@ -50,6 +50,19 @@ def test_what_can_be_counted(predicted, monkeypatch):
     assert found.training(9) == 9 * found.update + sum(3 * cost.seconds for cost in found.tasks.values())
 
 
+def test_ranks_that_share_out_weights_keep_their_share(predicted):
+    copied, shared = predicted("trainer.devices=2"), predicted("trainer.devices=2", "trainer.strategy=fsdp")
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(copied, name) // 2
+    assert copied.gathered == 0
+    assert shared.gathered == 2 * copied.weights  # two layers and what is outside of them, with gradients
+    three = predicted("trainer.devices=2", "trainer.strategy=fsdp", "backbone.config.num_hidden_layers=3")
+    projections = 4 * (32 * 32 + 32)  # of each expert's attention: query, key, value and output
+    rest = 2 * (32 * 32 + 32) + 4 * 32  # feed-forward sub-layer and both LayerNorms
+    assert three.gathered == shared.gathered
+    assert 2 * three.weights == copied.weights + 4 * (projections + rest)  # float32
+
+
 def test_ranks_add_documents_and_their_scores(predicted):
     one, four = predicted(), predicted("trainer.devices=2", "trainer.num_nodes=2")
     assert one.further == 0
