@@ -18,14 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.leakage import WAYS
 from datamodules.records import UserError
 from experiments.building.data import build_data
 from experiments.building.leaks import EXAMPLES, find_leaks
-from experiments.console import entry_point, whole_number
+from experiments.console import entry_point, table_console, whole_number
 from experiments.files import write_json
 from experiments.settings.config import experiments, load_config
 
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         table.add_row(name, f"{found.documents:,}", *(str(found.overlaps.get(way, "")) for way in WAYS))
         examples = [text for way in found.examples.values() for text in way[:num_examples]]
         report["evaluated"][name] = asdict(found) | {"examples": examples}
-    Console().print(table)
+    table_console().print(table)
     for name, one in report["evaluated"].items():
         for example in one["examples"]:
             log.info("%s: %s", name, example)

@@ -9,9 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from rich.console import Console
+
 from datamodules.records import UserError
 from experiments.settings.suggest import did_you_mean
 from lightning_modules import launch
+
+UNCUT = 10_000  # columns of a table that no terminal shows
 
 
 def quiet_libraries() -> None:
@@ -54,6 +58,17 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def table_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or pipe so wide that nothing is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=UNCUT)
+
+
+def counted(count: int, word: str) -> str:
+    """A number with its noun: 1 run, 1,200 runs."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:

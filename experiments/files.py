@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -67,6 +68,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def shortened(name: str, longest: int = 60) -> str:
+    """A name of a folder as it is, or its beginning and digits that tell it from others."""
+    if len(name) <= longest:
+        return name
+    return f"{name[:longest]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from rich.table import Table
 from datamodules.records import UserError
 from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.building.systems import short_name
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, table_console, whole_number
 from experiments.interop.mteb_encoder import MtebEncoder
 from experiments.running.folder import read_config
 from experiments.settings.config import from_dict
@@ -112,8 +112,7 @@ def show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], tit
     for task in tasks:
         about = task.metadata
         table.add_row(about.name, about.type, model.task_of(about), about.main_score, f"{scores[about.name]:.4f}")
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) 
     runs = []
     for name, seed, trial in itertools.product(names, seeds, trials):
         given = [*overrides, *([seed] if seed else []), *trial, *ranks]
-        config = load_config(name, [*given, "trainer.accelerator=cpu"], [*values])  # there may be no GPU on this machine
+        # There may be no GPU on this machine.
+        config = load_config(name, [*given, "trainer.accelerator=cpu"], [*values])
         config.trainer.accelerator = said["trainer.accelerator"]
         runs.append(Run(name, tuple(given), folder_of(config)))
     folders = [run.folder for run in runs]

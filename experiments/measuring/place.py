@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.records import Benchmark, UserError
 from experiments.building.systems import models_of, short_name
-from experiments.files import read_json
+from experiments.files import read_json, shortened
 
 # What decides a result, beside the data and what stands in the folder's name.
 DECIDING = (
@@ -17,7 +17,6 @@ DECIDING = (
     *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
 )
 PLACES = ("model", "run", "suite", "data.root", "backbone")
-LONGEST = 80  # letters of a part of a name
 
 
 def default_output(
@@ -30,28 +29,19 @@ def default_output(
     own = run is not None and Path(values["model"]).resolve() == run.resolve()
     models = [short_name(model) for model in models_of(values)]
     if values["benchmarks"]:
-        parts = ["" if own else _short(models), _short(values["benchmarks"].replace("*", "").split(","))]
+        parts = ["" if own else "-".join(models), values["benchmarks"].replace(",", "-").replace("*", "")]
     else:
-        parts = ["" if own else _short(models), Path(values["beir"]).name, values["task"], values["split"]]
+        parts = ["" if own else "-".join(models), Path(values["beir"]).name, values["task"], values["split"]]
     told = {key: _place(key, values[key]) for key in DECIDING if values[key] != defaults[key]}
     if values["beir"]:
         told["data"] = [benchmark.fingerprint() for benchmark in benchmarks]
     if told:
         parts.append(hashlib.blake2b(repr(sorted(told.items())).encode(), digest_size=3).hexdigest())
-    return (run / "evaluation" if run else Path("evaluations")) / "-".join(part for part in parts if part)
-
-
-def _short(names: Sequence[str]) -> str:
-    """Names in one, or where that is long the first, the number of others, and digits of all."""
-    name = "-".join(names)
-    if len(name) <= LONGEST:
-        return name
-    digits = hashlib.blake2b(name.encode(), digest_size=3).hexdigest()
-    return f"{names[0][:LONGEST]}-and-{len(names) - 1}-more-{digits}"
+    return (run / "evaluation" if run else Path("evaluations")) / "-".join(shortened(part) for part in parts if part)
 
 
 def _place(key: str, value: str) -> str:
-    """A value that is equal for equal places. Of a folder in BEIR layout the name is enough: its content is compared."""
+    """A value, the same for the same place. Of a folder in BEIR layout the name is enough: its content is compared."""
     if key == "beir":
         return Path(value).name
     parts = value.split(",") if key in PLACES else []

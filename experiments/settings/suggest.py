@@ -10,7 +10,7 @@ OF_MAKE = ("EXP", "SCALE", "EXTRAS")  # what every target that takes an experime
 
 
 def did_you_mean(word: str, allowed: Iterable[str], prefix: str = "") -> str:
-    """Words for an error, such as "did you mean run.seed? ", or none. prefix: of the allowed ones, where they are shown.
+    """Words for an error, such as "did you mean run.seed? ", or none. prefix: what stands before the allowed ones.
 
     Of the allowed ones are meant, first found first: the same in other case; a key with dots that ends in the word;
     the one that is written most alike as a whole, or in its last part.
