@@ -48,13 +48,14 @@ def writable_folder(key: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes the given one when all is written; on an error nothing is left.
 
-    Raises UserError if it is there already and not empty, or cannot be made.
+    replaces: a folder that is there stands until then, and goes. Raises UserError if there is one else that is not
+    empty, or if it cannot be made.
     """
     path = path.resolve()  # a link stays one, and its target is written
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
         raise UserError(f"output: {path} is there already; name another one, or remove it")
     with writable_folder("output", path.parent):
         try:
@@ -64,7 +65,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         try:
             yield unfinished
             unfinished.chmod(0o755)
-            unfinished.replace(path)
+            if path.is_dir() and replaces:
+                path.replace(old := unfinished.with_name(f"{unfinished.name}.old"))
+                unfinished.replace(path)
+                shutil.rmtree(old)
+            else:
+                unfinished.replace(path)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise

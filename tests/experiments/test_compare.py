@@ -161,7 +161,7 @@ def test_a_reason_is_told_once_for_its_benchmarks_and_folders_have_short_names(t
     [
         ([], "A: which folder"),
         (["A={a}"], "B: which folder"),
-        (["A={a}", "B=nowhere"], "nowhere has no results.json"),
+        (["A={a}", "B=nowhere"], "nowhere is not there, and has no results.json. In runs/ there are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*There are .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: other was not measured, there are generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),

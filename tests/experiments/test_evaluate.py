@@ -89,6 +89,10 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
+        (
+            ["model=runs/nope", "beir={beir}/scitldr", "task=search"],
+            "model: runs/nope is not there. In runs/ there are",
+        ),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
