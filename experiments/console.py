@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
@@ -58,6 +58,11 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def token_budget(values: Mapping[str, str]) -> int | None:
+    """The value of token_budget; None where it is left to the device."""
+    return whole_number("token_budget", values["token_budget"]) if values["token_budget"] else None
 
 
 def table_console() -> Console:
