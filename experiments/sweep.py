@@ -40,8 +40,8 @@ def sweep(experiment: str, arguments: Sequence[str]) -> None:
         raise UserError(f"which sweep? There are {', '.join(sweeps())}: make sweep EXP=moe SWEEP=lr")
     cap = whole_number("run_cap", values["run_cap"]) if values["run_cap"] else None
     overrides = [text for text in arguments if text not in own]
+    config = load_config(experiment, overrides, [*KEYS, "SWEEP", "PARALLEL", "TRIAL"])
     found = read_sweep(values["sweep"], experiment, overrides, cap)
-    config = load_config(experiment, overrides)
     online = os.environ.get("WANDB_MODE", config.wandb.mode) == "online" and not values["trial"]
     if not online:
         found.trials()  # that there are any is soon said

@@ -34,12 +34,14 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
     missing = {name: reason for name, config in suite.items() if (reason := collections.missing(config))}
     if named := next((name for name in missing if name in wanted), None):
         raise UserError(f"{missing[named]}. {named} needs {suite[named].source}, below data.root")
-    if len(missing) == len(suite):
-        raise UserError(f"data.root: {values['data.root']} has the data of none of these benchmarks")
     there = {name: config for name, config in suite.items() if name not in missing}
-    log.info("%d benchmarks; for want of data without %s", len(there), ", ".join(missing) or "none")
+    log.info("%d of %d benchmarks have their data in %s", len(there), len(suite), values["data.root"])
+    if missing:
+        log.info("not there, and not measured: %s", ", ".join(missing))
     for source in dict.fromkeys(suite[name].source for name in missing):
         log.info("  to get: %s", source or "see the suite's file")
+    if not there:
+        raise UserError(f"data.root: {values['data.root']} has the data of none of these benchmarks")
     limits = Limits(*(whole_number(key, values[key], least=0) for key in ("max_queries", "max_documents")))
     for name, config in there.items():
         benchmark = build(name, config, collections, limits)

@@ -86,6 +86,12 @@ def folder_of(config: Config) -> Path:
     return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
 
 
+def runs_there() -> str:
+    """The runs in runs/, for errors."""
+    found = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))) or "none"
+    return f"In runs/ there are: {found}"
+
+
 def open_run(config: Config) -> RunFolder:
     """Find the run's folder. Nothing is made or changed, but the first rank renames the old one for resume "never", and
     damaged checkpoints newer than the one to go on from.

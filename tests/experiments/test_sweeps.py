@@ -454,3 +454,11 @@ def test_the_status_of_a_training_comes_through_make(tmp_path, monkeypatch):
     status = started.returncode
     assert status == 2
     assert trial.status("make", status) == 75
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("PARALELL=2", "PARALLEL"), ("paralell=2", "parallel"), ("seed=1", "run.seed")]
+)
+def test_a_variable_of_make_that_is_misspelt_is_proposed(given, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        sweep(["moe", "sweep=lr", given])
