@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 
-def _number(name: str, default: int = 0) -> int:
+def number(name: str, default: int = 0, environment: Mapping[str, str] = os.environ) -> int:
     """A variable of a launcher. Raises UserError if it is no whole number."""
-    value = str(os.environ.get(name, default))
+    value = str(environment.get(name, default))
     if not value.isdecimal():
         from datamodules.records import UserError
 
@@ -18,11 +19,11 @@ def _number(name: str, default: int = 0) -> int:
 def rank(devices: int = 1) -> int:
     """The global rank. devices: on each node; where it counts on one not given only 0 is sure to be right."""
     if "RANK" in os.environ:  # torchrun
-        return _number("RANK")
+        return number("RANK")
     if "LOCAL_RANK" not in os.environ and under_srun():
-        return _number("SLURM_PROCID")
-    node = _number("NODE_RANK" if "NODE_RANK" in os.environ else "GROUP_RANK")
-    return node * devices + _number("LOCAL_RANK")
+        return number("SLURM_PROCID")
+    node = number("NODE_RANK" if "NODE_RANK" in os.environ else "GROUP_RANK")
+    return node * devices + number("LOCAL_RANK")
 
 
 def under_srun() -> bool:
@@ -36,19 +37,19 @@ def by_torchrun() -> bool:
 
 def num_tasks() -> int:
     """Processes that srun started together."""
-    return _number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS", 1)
+    return number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS", 1)
 
 
 def num_ranks() -> int:
     """Processes that were started together, by torchrun, srun or the first of them."""
-    return _number("WORLD_SIZE", num_tasks() if under_srun() else 1)
+    return number("WORLD_SIZE", num_tasks() if under_srun() else 1)
 
 
 def alone() -> bool:
     """Whether there is no other rank, or none yet that waits for this one."""
     if under_srun() and num_tasks() > 1:
         return False
-    return _number("WORLD_SIZE", 1) == 1 and "NODE_RANK" not in os.environ
+    return number("WORLD_SIZE", 1) == 1 and "NODE_RANK" not in os.environ
 
 
 def slurm_job() -> str | None:

@@ -15,6 +15,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.running.children import Children
+from lightning_modules import launch
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
     # A batch script without srun has SLURM_NTASKS too, and is all alone.
     srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     for rank, size, local in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
-        if int(environment.get(size, 1)) > 1 and rank in environment:
-            among, here = int(environment[size]), int(environment.get(local, 0))
-            return Share(index * among + int(environment[rank]), count * among, here)
-    return Share(index, count, int(environment.get("LOCAL_RANK", 0)))
+        among = launch.number(size, 1, environment)
+        if among > 1 and rank in environment:
+            own, here = (launch.number(name, 0, environment) for name in (rank, local))
+            return Share(index * among + own, count * among, here)
+    return Share(index, count, launch.number("LOCAL_RANK", 0, environment))
 
 
 def _part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:

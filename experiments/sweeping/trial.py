@@ -53,14 +53,26 @@ class Trial:
 
     def values(self, metric: str) -> dict[int, float]:
         """Step -> what the run logged of a metric, in order; of two rows of a step, the later counts."""
-        path, values = self.folder / "metrics.jsonl", {}
+        found = {row["step"]: row[metric] for row in self._rows() if _is_number(row.get(metric))}
+        return dict(sorted(found.items()))
+
+    def so_far(self, metric: str) -> str:
+        """How far the run is, in words."""
+        steps, values = [row["step"] for row in self._rows()], self.values(metric)
+        if not steps:
+            return "starting"
+        step, value = next(reversed(values.items()), (0, 0.0))
+        return f"step {max(steps)}" + (f", {metric} {value:.4f} at step {step}" if values else "")
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What the run logged, as it was written."""
+        path, rows = self.folder / "metrics.jsonl", []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            # A line that is just being written is none yet, or a part of one.
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError):  # a line that is just being written, or a part of it
                 row = json.loads(line)
-                if _is_number(row[metric]) and _is_number(row["step"]):
-                    values[row["step"]] = row[metric]
-        return dict(sorted(values.items()))
+                if isinstance(row, dict) and _is_number(row.get("step")):
+                    rows.append(row)
+        return rows
 
     def value(self, metric: str, maximize: bool) -> float | None:
         """The best of those that are finite."""

@@ -11,6 +11,7 @@ from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, UserError
 from experiments.evaluate import main
 from experiments.running.ranks import ranks
+from experiments.running.workers import share_of
 from lightning_modules import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
@@ -53,6 +54,7 @@ import torch.distributed as dist
 from datamodules.records import UserError
 from experiments.console import entry_point
 from experiments.running.ranks import ranks
+from experiments.running.workers import share_of
 
 def main(arguments):
     with ranks("probe", arguments, "2"):
@@ -100,3 +102,8 @@ def test_ranks_of_a_launcher_are_counted_and_more_are_refused(monkeypatch):
         pass
     with pytest.raises(UserError, match="devices: got '0', allowed are whole numbers from 1"), ranks("x", [], "0"):
         pass
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'abc', expected a whole number"), ranks("x", [], "2"):
+        pass
+    with pytest.raises(UserError, match="RANK is 'x'"):
+        share_of("", {"RANK": "x", "WORLD_SIZE": "2"})

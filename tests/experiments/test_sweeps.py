@@ -242,6 +242,8 @@ def test_the_value_of_a_trial_is_its_best_finite_one(tmp_path, rows):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "7", "null", "[]", '{"m": 9}', '{"step": 9, "m"']))
     assert trial.value("m", maximize=True) == 0.7
     assert trial.value("m", maximize=False) == 0.5
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "m": 3}\n{"step": 1, "m": 2}')
+    assert trial.values("m") == {1: 2}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "m": NaN}')
     assert trial.value("m", maximize=True) is None
 
@@ -311,6 +313,20 @@ def test_preempted_trials_go_on_failed_ones_are_kept_and_the_best_is_told(
     sweep(["moe", f"sweep={path}", f"output={output}", "run.seed=3", "retry_failed=yes"])
     assert len(attempts(output / "t000")) == 1
     assert len(attempts(output / "t001")) == 2
+
+
+def test_a_sweep_tells_how_far_a_trial_is_and_names_its_run_from_here(make_sweep, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(controller_module, "LOOKS_EVERY", 0.05)
+    monkeypatch.setattr(controller_module, "TELLS_EVERY", 0.0)
+    path = make_sweep(ONE)
+    (tmp_path / "stub.py").write_text(STUB.replace("sys.exit", "time.sleep(0.5); sys.exit"))
+    sweep(["moe", f"sweep={path}", "output=out"])
+    assert "  trial 0: starting" in caplog.text
+    assert "  trial 0: step 2, val/mean/ndcg@10 0.0000 at step 2" in caplog.text
+    assert "1 trials of moe, in out\n" in caplog.text
+    assert "Its run lies in out/t000. Next: make eval model=out/t000 split=dev" in caplog.text
 
 
 def test_a_sweep_ends_when_the_first_trials_all_fail(make_sweep, tmp_path):
@@ -497,3 +513,11 @@ def test_the_status_of_a_training_comes_through_make(tmp_path, monkeypatch):
     status = started.returncode
     assert status == 2
     assert trial.status("make", status) == 75
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("PARALELL=2", "PARALLEL"), ("paralell=2", "parallel"), ("seed=1", "run.seed")]
+)
+def test_a_variable_of_make_that_is_misspelt_is_proposed(given, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        sweep(["moe", "sweep=lr", given])
