@@ -131,7 +131,7 @@ def test_a_bad_line_is_an_error_with_its_place_or_is_set_aside(world: World, tmp
         (record,) = map(json.loads, quarantine.read_text().splitlines())
         assert (record["file"], record["line"], record["text"]) == (str(path), at, line)
         assert reason in record["reason"]
-        assert "1 bad lines are left out" in caplog.text
+        assert "1 bad line is left out" in caplog.text
         assert str(quarantine) in caplog.text
 
 
