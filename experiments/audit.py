@@ -2,9 +2,9 @@
 
 The texts that the experiment trains on (queries, positives and hard negatives of the train splits) are compared with
 the queries of its dev and test splits, with the corpora of those of its collections that have no train split, and with
-queries and corpus of further folders in BEIR layout (beir=). Documents that a collection's splits share are no leak; a
-query of the test split that is trained on is one. The report goes to output, by default a file in audits/ for each
-configuration and beir; examples=5 are shown of each kind, of every pair the first.
+queries and corpus of further folders (beir=, in BEIR layout or of JSON lines). Documents that a collection's splits
+share are no leak; a query of the test split that is trained on is one. The report goes to output, by default a file in
+audits/ for each configuration and beir; examples=5 are shown of each kind, of every pair the first.
 
 Ids are compared within a collection alone, since two collections may number other documents alike.
 """

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -36,6 +37,7 @@ def quiet_libraries() -> None:
         r".*find_unused_parameters=True was specified.*",
         r".*smaller than the logging interval.*",
         r".*all_gather_into_tensor` is deprecated.*",
+        r".*distributed\.nn\.functional\.all_gather is deprecated.*",
         r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
     ):
         warnings.filterwarnings("ignore", message)
@@ -90,6 +92,12 @@ def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, 
             raise UserError(f"the command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
         values[key] = value
     return values
+
+
+def near(path: Path | str) -> Path:
+    """A path as one would type it here: from the working directory on, where it is below that."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def choice(key: str, value: str, allowed: Sequence[str]) -> str:

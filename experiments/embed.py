@@ -13,7 +13,7 @@ part         3/8: the third of eight processes that share the work, on any machi
 devices      processes on this machine, one for each GPU
 shard_size   texts of a shard. Shards are encoded by themselves, so vectors do not depend on the number of processes
 similarity   cosine keeps vectors of length 1, dot as they are; by default that of the run, dot with backbone=
-precision    fp32, bf16 or auto (bf16 where the hardware computes in it) for the encoder; dtype: float32 or float16 on
+precision    fp32, bf16 or auto (bf16 where the hardware is made for it) for the encoder; dtype: float32 or float16 on
              disk
 token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
 on_error     fail, or skip: bad lines go to a quarantine file

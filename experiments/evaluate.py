@@ -6,8 +6,8 @@ benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scid
              them
 suite        a file of benchmarks of your own, instead of these
 data.root    the folder that holds the benchmarks' data
-beir         instead of benchmarks: a folder in BEIR layout, ranked with the expert of task=NAME; without both, the
-             collections of the run that the model belongs to, or of run=FOLDER
+beir         instead of benchmarks: a folder in BEIR layout or of our own JSON lines, ranked with the expert of
+             task=NAME; without both, the collections of the run that the model belongs to, or of run=FOLDER
 output       where results.json and the run files go; by default a folder for this model, data and way to measure
              under evaluation/ in the run's folder, or under evaluations/. The same evaluation renews its results there,
              another one is refused
@@ -20,8 +20,8 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
 max_length   tokens of a text, by default the model's own; the paper evaluates with 512
-precision    what encoders compute in: fp32, bf16, or auto, which is bf16 where the hardware computes in it; scores are
-             in fp32. The final table of a run trained in bf16 is measured in bf16, so its last digits may differ.
+precision    what encoders compute in: fp32, bf16, or auto (bf16 on GPUs and CPUs that are made for it); scores are
+             in fp32. A training's final table is in fp32, whatever it was trained in.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
 max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant

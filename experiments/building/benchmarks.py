@@ -1,4 +1,4 @@
-"""From what is asked for to benchmarks with their data: of a suite, of a folder in BEIR layout, or of a run."""
+"""From what is asked for to benchmarks with their data: of a suite, of a folder, or of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datamodules.matching import NameMatcher
-from datamodules.readers.beir import BeirReader
+from datamodules.readers.folders import reader_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
 from experiments.building.data import build_data
@@ -51,7 +51,10 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
 
 
 def benchmarks_of(values: Mapping[str, str], config: Config | None) -> list[Benchmark]:
-    """Those of a folder in BEIR layout, or of a run's own collections. config: of the run. Raises UserError."""
+    """Those of a folder (BEIR layout, JSON lines), or of a run's own collections. config: of the run.
+
+    Raises UserError.
+    """
     if values["beir"]:
         return [_beir_benchmark(values, config)]
     if config is None:
@@ -69,7 +72,7 @@ def _beir_benchmark(values: Mapping[str, str], config: Config | None) -> Benchma
     folder, task, split = Path(values["beir"]), values["task"], values["split"]
     if not task:
         raise UserError(f"task: whose expert ranks {folder}? For instance task=search")
-    collection = BeirReader(str(folder)).read()
+    collection = reader_of(folder)(str(folder)).read()
     if split not in collection.qrels:
         raise UserError(f"split: {folder} has no {split!r}, it has {', '.join(collection.qrels)}")
     qrels = collection.qrels[split]

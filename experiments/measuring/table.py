@@ -34,9 +34,16 @@ def show(results: Results, metrics: Sequence[str], title: str) -> None:
     groups: dict[tuple[str, ...], Results] = {}
     for name, result in results.items():
         groups.setdefault(tuple(result.get("metrics", metrics)), {})[name] = result
-    console.print(title, style="italic", highlight=False)
+    console.print(title + _in_other_precision(results), style="italic", highlight=False)
     for own, group in groups.items():
         console.print(_table(group, own, console.width))
+
+
+def _in_other_precision(results: Results) -> str:
+    """What is added to a title where encoders did not compute in fp32."""
+    encoders = [of for r in results.values() for of in r.get("measured", {}).values() if of["similarity"] != "bm25"]
+    found = {of.get("precision", "fp32") for of in encoders}
+    return "" if found <= {"fp32"} else f", measured in {' and '.join(sorted(found))}"
 
 
 def _table(results: Results, metrics: Sequence[str], width: int) -> Table:

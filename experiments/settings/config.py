@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
+from experiments.settings.own_data import replaced, with_reader
 from experiments.settings.ranges import check_ranges
 from experiments.settings.schema import Config, TaskConfig
 from experiments.settings.suggest import OF_MAKE, did_you_mean
-from experiments.settings.targets import check_target
+from experiments.settings.targets import READERS, check_target
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner
 
@@ -74,16 +75,27 @@ def load_config(experiment: str, overrides: Sequence[str] = (), own: Sequence[st
             broken[name] = error
     path = FOLDER / f"{experiment}.yaml"
     layers.append((_shown(path), _read(path)))
-    layers += [(f"the command line ({text})", _parsed(text)) for text in overrides]
 
     config = OmegaConf.structured(Config)
     for source, layer in layers:
-        config = _merge(config, layer, source, (*own, *OF_MAKE) if source.startswith("the command line") else ())
+        config = _merge(config, layer, source)
+    known = sorted(config.task)
+    given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
+    # make gives them in any order: what replaces data comes before what is added to them or changed in them.
+    for text, layer, place in sorted(given, key=lambda one: (one[2] is None, one[2] and one[2][1] is not None)):
+        if place and place[0] in known:
+            data = config.task[place[0]].data
+            data.clear() if place[1] is None else data.pop(place[1], None)
+        config = _merge(config, layer, f"the command line ({text})", (*own, *OF_MAKE))
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:
             raise error
         log.warning("task %s is left out: %s", name, error)
-    return _finish(config)
+    strange = set(config.task) - {*known, *broken}
+    done = _finish(config)
+    for name in strange - set(done.tasks):
+        _one_of("task", name, known)
+    return done
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -248,7 +260,7 @@ def _finish(config: DictConfig) -> Config:
         if not done.task[name].data:
             raise UserError(
                 f"task {name} has no data at scale {done.scale}: "
-                f"add a block data.{done.scale} to experiments/tasks/{name}.yaml, or set task.{name}.data.NAME"
+                f"add a block data.{done.scale} to experiments/tasks/{name}.yaml, or set task.{name}.data=FOLDER"
             )
     done.task = {name: done.task[name] for name in done.tasks}
     check_ranges(done)
@@ -260,7 +272,7 @@ def _finish(config: DictConfig) -> Config:
         _one_of("task in mining.miners", name, done.tasks)
         done.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
     for task, settings in done.task.items():
-        settings.data = {
-            name: check_target(f"task.{task}.data.{name}", node, Reader) for name, node in settings.data.items()
-        }
+        for name, node in settings.data.items():
+            key = f"task.{task}.data.{name}"
+            settings.data[name] = check_target(key, with_reader(key, node), Reader, home=READERS)
     return done

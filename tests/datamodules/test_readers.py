@@ -24,7 +24,7 @@ from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import Reader, SearchDataModule
-from experiments.settings.targets import check_target, instantiate
+from experiments.settings.targets import READERS, check_target, instantiate
 from tests.datamodules.reader_worlds import (
     WORLDS,
     World,
@@ -202,7 +202,7 @@ def test_the_documented_nodes_are_readers():
     classes = {node["_target_"].rpartition(".")[2] for node in nodes}
     assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, home=READERS)), Reader)
 
 
 # --- what is particular to a format ---
