@@ -150,13 +150,14 @@ def whole_run(run: Run) -> Run:
 
 
 def write_trec(run: Run, path: Path, tag: str) -> None:
-    """Write a run as trec_eval reads it: query Q0 document rank score tag."""
+    """Write a run as trec_eval reads it: query Q0 document rank score tag. Scores have all of their digits."""
+    digits = 9 if run.scores.dtype == np.float32 else 17
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as lines:
         for query, indices, scores in zip(run.queries, run.indices, run.scores, strict=True):
             for position, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), start=1):
                 if index >= 0:
-                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.9g} {tag}\n")
+                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.{digits}g} {tag}\n")
 
 
 def write_qrels(benchmark: Benchmark, path: Path) -> None:
