@@ -15,7 +15,7 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed import world_size
 from lightning_modules.metrics import METRICS, Run, judge, parse_metric, places
-from lightning_modules.predictions import AGGREGATES, CORRELATIONS, class_counts
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS, OF_LABELS, class_counts
 
 BLOCK = 2**22  # ranked documents that are judged at once
 
@@ -109,7 +109,9 @@ def means(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> 
     found = dict(zip(values.names, values.values.mean(0).tolist(), strict=True)) if len(values.queries) else {}
     if any(name in AGGREGATES for name in metrics):
         counts = _class_counts(values, benchmark)
-        found |= {name: AGGREGATES[name](counts) for name in metrics if name in AGGREGATES}
+        of_labels = benchmark.training is not None and benchmark.probe.learns == "labels"
+        aggregates = OF_LABELS if of_labels else AGGREGATES
+        found |= {name: aggregates[name](counts) for name in metrics if name in aggregates}
     if any(name in CORRELATIONS for name in metrics):
         ids, predicted = list(benchmark.queries), values.scores[:, 0]
         true = np.array([next(iter(benchmark.qrels[ids[query]].values())) for query in values.queries])
