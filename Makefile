@@ -17,7 +17,14 @@ quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
+TARGETS := help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
+.PHONY: $(TARGETS)
+
+# A word that is no target is a setting without its "=" or with a space in it: nothing runs, rather than something else.
+ifneq ($(filter-out $(TARGETS),$(MAKECMDGOALS)),)
+$(error unknown target: $(filter-out $(TARGETS),$(MAKECMDGOALS)). Settings are key=value without spaces, or in quotes: \
+EXP=moe optim.lr=1e-3 query="two words". Targets: $(TARGETS))
+endif
 
 help: ## this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
@@ -42,7 +49,7 @@ help: ## this page
 
 # One stamp a set of extras: `make train` installs what is missing and nothing twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, svm, zst, dev)
+install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, sentence-transformers, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)

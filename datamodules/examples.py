@@ -12,7 +12,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from datamodules.records import Collection, Document, Example
+from datamodules.records import Collection, Document, Example, UserError
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,16 @@ class ExampleTable(Sequence[Example]):
         )
 
 
+def whole_grade(split: str, query: str, document: str, grade: float) -> int:
+    """A grade of a judgement. Raises UserError for a number that is no grade, which only linear models learn."""
+    if not isinstance(grade, int) and grade != int(grade):
+        raise UserError(
+            f"split {split}: query {query!r} and document {document!r} have score {grade}; grades are whole numbers "
+            "(a reader with view: number is for benchmarks with a probe, not for training)"
+        )
+    return int(grade)
+
+
 def _best(queries: np.ndarray, documents: np.ndarray, grades: np.ndarray) -> np.ndarray:
     """Of each pair the place of its highest grade; sorted."""
     pairs = queries.astype(np.int64) << 32 | documents
@@ -232,7 +242,7 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     same = np.array([collection.corpus.get(name) == document for name, document in collection.queries.items()], bool)
     rows, itself = query_rows(np.arange(len(queries)), len(corpus), own, same, queries_are_documents)
     judgements = [
-        (queries[query], corpus[document], grade)
+        (queries[query], corpus[document], whole_grade("train", query, document, grade))
         for query, grades in collection.qrels.get("train", {}).items()
         for document, grade in grades.items()
     ]

@@ -69,6 +69,10 @@ class HardNegativeStore:
             if self.meta["version"] != VERSION:
                 raise UserError(f"{path}: is of layout {self.meta['version']}, this is {VERSION}; mine anew")
             self._arrays = {task: self._load(task) for task in self.meta["tasks"]}
+        except FileNotFoundError as error:
+            there = "holds no hard negatives" if self.path.is_dir() else "no such folder"
+            missing = Path(error.filename).name
+            raise UserError(f"{path}: {there} ({missing} is not there); make mine output={path} mines some") from error
         except (OSError, KeyError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

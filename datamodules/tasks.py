@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -72,8 +73,9 @@ class TaskDataModule(ContrastiveDataModule):
         if self.collections:
             return
         self.collections = {name: self._read(name) for name in self.readers}
-        for collection in self.collections.values():
-            self._add(collection)
+        for name, collection in self.collections.items():
+            with self._naming(name):
+                self._add(collection)
         if not self.examples:
             names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
             raise UserError(
@@ -83,10 +85,16 @@ class TaskDataModule(ContrastiveDataModule):
 
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
-        try:
+        with self._naming(name):
             if self.options.cache and isinstance(reader, FileReader) and reader.sources():
                 return stored(reader, Path(self.options.cache).expanduser())
             return reader.read()
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Errors of a collection with its key."""
+        try:
+            yield
         except UserError as error:
             raise UserError(f"task.{self.task.name}.data.{name}: {error}") from error
 

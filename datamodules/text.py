@@ -9,12 +9,51 @@ The tokenizer adds the outer [CLS] and [SEP]. Token types stay 0, as in the pape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from datamodules.records import Document, Tokens
+
+BODIES = ("text", "abstract")  # keys of a paper's text, the first that it has
+
+
+def as_documents(items: Sequence[Any]) -> list[Document]:
+    """What a caller has as documents: a string (a text without title), a mapping with title and text (or abstract), or
+    a Document.
+
+    Of a mapping, other keys are not read, and None is no text. Raises TypeError naming the item and what came.
+    """
+    if isinstance(items, str | Mapping | Document):
+        raise TypeError(f"documents: got one {_named(items)}, expected a list of them")
+    return [_as_document(f"documents[{i}]", item) for i, item in enumerate(items)]
+
+
+def _as_document(where: str, item: Any) -> Document:
+    if isinstance(item, Document):
+        return item
+    if isinstance(item, str):
+        return Document("", "", item)
+    if not isinstance(item, Mapping):
+        allowed = "a text, a dict with title and text (or abstract), or a Document"
+        raise TypeError(f"{where}: got {_named(item)}, expected {allowed}")
+    body = next((key for key in BODIES if item.get(key) is not None), BODIES[0])
+    title, text = ("" if item.get(key) is None else item[key] for key in ("title", body))
+    for key, value in (("title", title), (body, text)):
+        if not isinstance(value, str):
+            raise TypeError(f"{where}: {key}: got {_named(value)}, expected a text")
+    if not (title.strip() or text.strip()):
+        raise TypeError(
+            f"{where}: has neither title nor text nor abstract, but {', '.join(map(str, item)) or 'no key'}"
+        )
+    return Document(str(item.get("id", "")), title, text)
+
+
+def _named(value: Any) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 def input_text(document: Document, separator: str) -> str:

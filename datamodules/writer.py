@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.examples import ExampleTable
+from datamodules.examples import ExampleTable, whole_grade
 from datamodules.records import Document, Sink, UserError
 from datamodules.store import FIELDS, ROWS, StoredDocuments
 
@@ -113,7 +113,7 @@ class _Writer:
         queries, documents, grades = self.judgements[split]
         queries.append(self.queries[query])
         documents.append(self.documents[document])
-        grades.append(grade)
+        grades.append(whole_grade(split, query, document, grade))
 
     def document(self, id: str) -> Document:
         self._files["documents"].close()  # no document comes after the first query

@@ -7,7 +7,7 @@ benchmark   by default all that both were measured on
 output      folder for compare.json, by default under comparisons/
 level       of the confidence interval, and of what is marked as a difference
 draws, seed of the bootstrap and the randomisation test
-examples    queries with the largest differences that are shown, for each side
+examples    queries with the largest differences, for each side; by default 3, shown where the difference is marked
 
 The interval is of a paired bootstrap over queries, and with several seeds over queries and seeds. p is of a paired
 randomisation test over queries, whose values are averaged over the seeds first; it is corrected for the number of
@@ -27,17 +27,18 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import entry_point, key_values, whole_number
-from experiments.files import write_json
+from experiments.console import entry_point, key_values, table_console, whole_number
+from experiments.files import shortened, write_json
 from experiments.measuring.differences import largest
 from experiments.measuring.measured import Measured, aligned, open_measured, why_not
 from lightning_modules.significance import compare, holm
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = 3
 KEYS = {
     **{"A": "", "B": "", "metric": "", "benchmark": "", "output": ""},
-    **{"level": "0.95", "draws": "10000", "seed": "0", "examples": "3"},
+    **{"level": "0.95", "draws": "10000", "seed": "0", "examples": ""},
 }
 
 
@@ -62,9 +63,8 @@ def compared(a: Sequence[Measured], b: Sequence[Measured], values: Mapping[str, 
             continue
         told = compare(rows_a, rows_b, level=level, draws=draws, seed=seed)
         about = {key: of[key] for key in ("task", "split", "protocol", "data")} | {"metric": metric}
-        examples = largest(
-            a[0], b[0], name, queries, rows_a.mean(0), rows_b.mean(0), whole_number("examples", values["examples"], 0)
-        )
+        count = whole_number("examples", values["examples"] or str(EXAMPLES), 0)
+        examples = largest(a[0], b[0], name, queries, rows_a.mean(0), rows_b.mean(0), count)
         found[name] = about | dataclasses.asdict(told) | {"examples": examples}
     for of, p in zip(found.values(), holm([of["p"] for of in found.values()]), strict=True):
         of["p_holm"] = p
@@ -85,11 +85,9 @@ def level_of(text: str) -> float:
     return level
 
 
-def show(content: Mapping[str, Any]) -> None:
-    """Print what stands in a compare.json."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+def show(content: Mapping[str, Any], examples: bool) -> None:
+    """Print what stands in a compare.json. examples: single queries also where the difference is not marked."""
+    console = table_console()
     level = content["level"]
     console.print(f"A = {', '.join(content['A'])}\nB = {', '.join(content['B'])}", highlight=False, soft_wrap=True)
     table = Table(title=f"A against B (* p after Holm below {1 - level:.2g})", title_justify="left")
@@ -106,12 +104,21 @@ def show(content: Mapping[str, Any]) -> None:
         )
     if content["benchmarks"]:
         console.print(table)
+    marked = {name for name, of in content["benchmarks"].items() if of["p_holm"] < 1 - level}
     for name, of in content["benchmarks"].items():
-        for side, examples in of["examples"].items():
-            for example in examples:
+        for side, found in of["examples"].items() if examples or name in marked else ():
+            for example in found:
                 _show_example(console, name, side, of["metric"], example)
-    for name, reason in content["left_out"].items():
-        console.print(f"not compared: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    for line in _left_out(content["left_out"]):
+        console.print(f"not compared: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    """Each reason once, with the benchmarks that it is of."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(of)}: {reason}" for reason, of in names.items()]
 
 
 def _mean(of: Mapping[str, Any], side: str) -> str:
@@ -130,10 +137,10 @@ def _show_example(console: Console, name: str, side: str, metric: str, example: 
 
 
 def default_output(a: Sequence[Measured], b: Sequence[Measured]) -> Path:
-    """A folder named by the two."""
+    """A folder named by the two; long names end in digits."""
     names = [re.sub(r"[^\w.-]+", "-", f"{side[0].folder.resolve().name}-{side[0].system}") for side in (a, b)]
     names = [name + (f"-and{len(side) - 1}" if len(side) > 1 else "") for name, side in zip(names, (a, b), strict=True)]
-    return Path("comparisons") / "-vs-".join(names)
+    return Path("comparisons") / "-vs-".join(shortened(name) for name in names)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -144,16 +151,19 @@ def main(arguments: Sequence[str]) -> None:
     whole_number("seed", values["seed"], 0)
     a, b = open_measured("A", values["A"]), open_measured("B", values["B"])
     content = compared(a, b, values)
+    if not content["benchmarks"]:
+        raise UserError(
+            f"nothing could be compared ({'; '.join(_left_out(content['left_out']))}). To measure both on the same: "
+            f"make eval model={a[0].folder},{b[0].folder} beir=FOLDER task=NAME (or benchmarks=all data.root=FOLDER)"
+        )
     folder = Path(values["output"]) if values["output"] else default_output(a, b)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "compare.json", content)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be used ({error})") from error
-    show(content)
+    show(content, bool(values["examples"]))
     log.info("The comparison lies in %s", folder / "compare.json")
-    if not content["benchmarks"]:
-        raise UserError("nothing could be compared")
 
 
 if __name__ == "__main__":

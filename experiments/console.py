@@ -7,10 +7,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
 
 from datamodules.records import UserError
+from experiments.settings.suggest import did_you_mean
 from lightning_modules import launch
+
+UNCUT = 10_000  # columns of a table that no terminal shows
 
 
 def quiet_libraries() -> None:
@@ -29,6 +35,7 @@ def quiet_libraries() -> None:
         r".*find_unused_parameters=True was specified.*",
         r".*smaller than the logging interval.*",
         r".*all_gather_into_tensor` is deprecated.*",
+        r".*distributed\.nn\.functional\.all_gather is deprecated.*",
         r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
     ):
         warnings.filterwarnings("ignore", message)
@@ -55,6 +62,22 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
+def token_budget(values: Mapping[str, str]) -> int | None:
+    """The value of token_budget; None where it is left to the device."""
+    return whole_number("token_budget", values["token_budget"]) if values["token_budget"] else None
+
+
+def table_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or pipe so wide that nothing is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=UNCUT)
+
+
+def counted(count: int, word: str) -> str:
+    """A number with its noun: 1 run, 1,200 runs."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:
     """Arguments key=value over defaults; a key without default is an error."""
     values = dict(defaults)
@@ -63,9 +86,16 @@ def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, 
         if not equals:
             raise UserError(f"the command line: expected key=value, got {argument!r}")
         if key not in defaults:
-            raise UserError(f"the command line: unknown key {key!r}, allowed are {', '.join(defaults)}")
+            hint = did_you_mean(key, defaults)
+            raise UserError(f"the command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
         values[key] = value
     return values
+
+
+def near(path: Path | str) -> Path:
+    """A path as one would type it here: from the working directory on, where it is below that."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def choice(key: str, value: str, allowed: Sequence[str]) -> str:

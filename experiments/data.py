@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from datamodules.readers.bad_lines import BadLines
@@ -30,7 +29,7 @@ from datamodules.readers.beir import write_beir
 from datamodules.readers.fields import allowed
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
-from experiments.console import choice, entry_point, key_values
+from experiments.console import choice, entry_point, key_values, table_console
 from experiments.downloading.recipe import (
     COUNTS,
     FOLDER,
@@ -192,7 +191,7 @@ def _tell(root: Path, recipe: Recipe, built: Mapping[str, Mapping[str, Any]]) ->
         table.add_row(name, *(f"{stamp['counts'][kind]:,}" for kind in COUNTS))
         if expected := recipe.outputs[name].expected:
             table.add_row("  published", *(_beside(stamp["counts"][kind], expected.get(kind)) for kind in COUNTS))
-    Console().print(table)
+    table_console().print(table)
     for name, stamp in built.items():
         if text := _verdict(recipe.outputs[name], stamp):
             log.info("%s: %s", name, text)

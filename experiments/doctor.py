@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIGABYTE = 1 << 30
+WORTH = 1.3  # times as fast: of a product, more than the conversions around it cost
 NEEDED = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "numpy", "rich", "pyarrow", "yaml")
 
 
@@ -72,12 +73,22 @@ def processor() -> Iterator[Line]:
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIGABYTE:.0f} GB of memory"
-    bf16 = ", computes in bf16" if torch and torch.cpu._is_avx512_bf16_supported() else ""
     slow = torch is not None and threads < cores // 2
     cure = f"unset OMP_NUM_THREADS (now {os.environ.get('OMP_NUM_THREADS', 'unset')}) where one process trains"
-    yield Line(
-        NOTE if slow else OK, "processor", f"{cores} cores, {threads} threads{memory}{bf16}", cure if slow else ""
-    )
+    yield Line(NOTE if slow else OK, "processor", f"{cores} cores, {threads} threads{memory}", cure if slow else "")
+    if torch is not None and not torch.cuda.is_available():
+        yield bf16()
+
+
+def bf16() -> Line:
+    """Whether trainer.precision=auto takes on this CPU what is faster."""
+    from lightning_modules.precision import bf16_speed, resolved
+
+    speed, taken = bf16_speed(), resolved("auto", "cpu")
+    found = f"a product in bf16 is {speed:.1f} times as fast as in fp32; trainer.precision=auto is {taken}"
+    faster = "bf16" if speed > WORTH else "fp32" if speed < 1 / WORTH else taken
+    cure = f"trainer.precision={faster} may be faster here" if faster != taken else ""
+    return Line(NOTE if cure else OK, "precision", found, cure)
 
 
 def gpus() -> Iterator[Line]:
@@ -123,8 +134,10 @@ def where() -> Iterator[Line]:
     if torch is None:
         return
     gpu = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    found = f"training and top-k on {'GPU' if gpu else 'CPU'}, training in {'bf16' if bf16 else 'fp32'}"
+    from lightning_modules.precision import resolved
+
+    precision = resolved("auto", "cuda" if gpu else "cpu")
+    found = f"training and top-k on {'GPU' if gpu else 'CPU'}, training in {precision}"
     count = torch.cuda.device_count()
     yield Line(OK, "what runs where", found + (f"; trainer.devices=-1 takes {count} GPUs" if count > 1 else ""))
 

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 
 import lightning as L
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
 from experiments.building.data import build_data, describe_schedule
 from experiments.building.module import build_module
 from experiments.building.trainer import precision_of
-from experiments.console import entry_point
+from experiments.console import entry_point, table_console
 from experiments.running.predict import Prediction, predict, ranks_of
 from experiments.settings.config import experiments, load_config
 from experiments.settings.schema import Config
@@ -60,7 +59,7 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
             f"{cost.documents:,.0f}",
             f"{cost.flops / 1e12:.3g}",
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 def _show_memory(prediction: Prediction) -> None:
@@ -77,7 +76,7 @@ def _show_memory(prediction: Prediction) -> None:
         ("memory", "in all"),
     ):
         table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", how)
-    Console().print(table)
+    table_console().print(table)
 
 
 def _tell(config: Config, prediction: Prediction) -> None:

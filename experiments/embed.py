@@ -13,7 +13,7 @@ part         3/8: the third of eight processes that share the work, on any machi
 devices      processes on this machine, one for each GPU
 shard_size   texts of a shard. Shards are encoded by themselves, so vectors do not depend on the number of processes
 similarity   cosine keeps vectors of length 1, dot as they are; by default that of the run, dot with backbone=
-precision    fp32, bf16 or auto (bf16 where the hardware computes in it) for the encoder; dtype: float32 or float16 on
+precision    fp32, bf16 or auto (bf16 where the hardware is made for it) for the encoder; dtype: float32 or float16 on
              disk
 token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
 on_error     fail, or skip: bad lines go to a quarantine file
@@ -28,13 +28,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.progress import Progress
 from experiments.running.folder import read_config
 from experiments.running.workers import Share, run_processes, share_of
@@ -44,6 +42,7 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint
 from lightning_modules.losses import SIMILARITIES
 from lightning_modules.precision import PRECISIONS, computing_in, resolved
+from lightning_modules.token_budget import token_budget_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ KEYS = MODEL_KEYS | {
     "token_budget": "",
     "on_error": "fail",
 }
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 65536}  # a CPU is fastest where a forward's tokens fit its cache
 
 
 class Job:
@@ -77,8 +75,7 @@ class Job:
         self.stored = choice("dtype", values["dtype"], STORED)
         self.precision = resolved(choice("precision", values["precision"], PRECISIONS), share.device)
         self.size = whole_number("shard_size", values["shard_size"])
-        budget = values["token_budget"] or str(TOKEN_BUDGET[torch.device(share.device).type])
-        self.token_budget = whole_number("token_budget", budget)
+        self.token_budget = token_budget(values) or token_budget_of(share.device)
         self.output = Path(values["output"])
         self.is_file = self.output.suffix == ".npy"
         self.folder = self.output.with_name(self.output.name + ".shards") if self.is_file else self.output / "shards"

@@ -6,10 +6,11 @@ benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scid
              them
 suite        a file of benchmarks of your own, instead of these
 data.root    the folder that holds the benchmarks' data
-beir         instead of benchmarks: a folder in BEIR layout, ranked with the expert of task=NAME; without both, the
-             collections of the run that the model belongs to, or of run=FOLDER
-output       where results.json and the run files go; by default a folder for this model, data and split under
-             evaluation/ in the run's folder, or under evaluations/
+beir         instead of benchmarks: a folder in BEIR layout or of our own JSON lines, ranked with the expert of
+             task=NAME; without both, the collections of the run that the model belongs to, or of run=FOLDER
+output       where results.json and the run files go; by default a folder for this model, data and way to measure
+             under evaluation/ in the run's folder, or under evaluations/. The same evaluation renews its results there,
+             another one is refused
 add          yes keeps what results.json there has of other systems and benchmarks
 pooling      cls or mean, for a plain model; by default that of the run or of its sentence-transformers files, else cls
 backbone     folder or hub name with configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR
@@ -19,8 +20,8 @@ adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as 
 similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
              cosine. Against that of a benchmark's protocol it makes another protocol.
 max_length   tokens of a text, by default the model's own; the paper evaluates with 512
-precision    what encoders compute in: fp32, bf16, or auto, which is bf16 where the hardware computes in it; scores are
-             in fp32. The final table of a run trained in bf16 is measured in bf16, so its last digits may differ.
+precision    what encoders compute in: fp32, bf16, or auto (bf16 on GPUs and CPUs that are made for it); scores are
+             in fp32. A training's final table is in fp32, whatever it was trained in.
 exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
              link_prediction, or where queries are documents word for word)
 max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant
@@ -29,7 +30,8 @@ vectors      a folder in which documents' vectors are kept: for corpora that mem
              an interruption
 devices      processes on this machine that share the work, one for each GPU; torchrun and srun start their own
 cost_per_hour    of one device, in any currency: what an evaluation costs then stands beside its seconds
-metrics, token_budget    as in a training's configuration; benchmarks have their own metrics
+metrics      as in a training's configuration; benchmarks have their own
+token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ from experiments.building.benchmarks import benchmarks_of, suite_of
 from experiments.building.models import MODEL_KEYS, run_of
 from experiments.building.suite import load_suite
 from experiments.building.systems import System, load_systems, models_of, short_name
-from experiments.console import choice, entry_point, key_values, whole_number
-from experiments.files import read_json, write_json
+from experiments.console import choice, entry_point, key_values, token_budget
+from experiments.files import read_json, writable_folder, write_json
 from experiments.measuring.cost import with_money
+from experiments.measuring.place import default_output, refuse_other_data, refuse_others
 from experiments.measuring.results import Results, combine
 from experiments.measuring.table import show, show_cost, show_suite
 from experiments.running.folder import git_state, read_config, versions
@@ -82,20 +85,9 @@ KEYS = MODEL_KEYS | {
     "vectors": "",
     "devices": "1",
     "metrics": ",".join(EvaluationConfig().metrics),
-    "token_budget": "8192",
+    "token_budget": "",
     "cost_per_hour": "",
 }
-
-
-def default_output(values: dict[str, str], run: Path | None) -> Path:
-    """A folder of its own for each model, data and split."""
-    own = run is not None and Path(values["model"]).resolve() == run.resolve()
-    model = "" if own else "-".join(map(short_name, models_of(values)))
-    if values["benchmarks"]:
-        parts = (model, values["benchmarks"].replace(",", "-").replace("*", ""))
-    else:
-        parts = (model, Path(values["beir"]).name, values["task"], values["split"])
-    return (run / "evaluation" if run else Path("evaluations")) / "-".join(part for part in parts if part)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -117,14 +109,12 @@ def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:
     names = {model: "encoder" if plain else _name(model, models) for model in models}
     systems = load_systems(values, similarities, config, names)
     benchmarks = suite_of(values, similarities) if values["benchmarks"] else benchmarks_of(values, config)
-    folder = Path(values["output"]) if values["output"] else default_output(values, run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be used ({error})") from error
-
+    read = () if values["benchmarks"] else benchmarks
+    folder = Path(values["output"]) if values["output"] else default_output(values, KEYS, run, read)
+    refuse_others(folder, values, KEYS)
     about = _about(arguments, values, systems)
-    results = measured(systems, benchmarks, values, about, folder)
+    with writable_folder("output", folder):
+        results = measured(systems, benchmarks, values, about, folder)
     if rank() == 0:
         show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
         show_cost(results)
@@ -145,10 +135,25 @@ def _check(values: Mapping[str, str]) -> None:
     choice("exclude", values["exclude"], ("auto", "yes", "no"))
     choice("add", values["add"], ("yes", "no"))
     choice("precision", values["precision"], PRECISIONS)
-    whole_number("token_budget", values["token_budget"])
+    token_budget(values)
     _price(values)
+    _check_data(values)
+
+
+def _check_data(values: Mapping[str, str]) -> None:
+    """What is measured is said in one way, and nothing that is said is ignored."""
+    if values["suite"] and not Path(values["suite"]).is_file():
+        raise UserError(f"suite: {values['suite']} is no file")
+    if values["suite"] and not values["benchmarks"]:
+        raise UserError("suite: which of its benchmarks? Give benchmarks=all (or names), and data.root=FOLDER")
+    if values["beir"] and (values["benchmarks"] or values["data.root"]):
+        raise UserError("beir: is measured instead of benchmarks=... data.root=...: give one of them")
     if bool(values["benchmarks"]) != bool(values["data.root"]):
         raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
+    for key in ("split", "exclude") if values["benchmarks"] else ("max_queries", "max_documents"):
+        if values[key] != KEYS[key]:
+            own = "have their own" if values["benchmarks"] else "alone take it"
+            raise UserError(f"{key}: got {values[key]}, but the benchmarks of benchmarks= {own}")
 
 
 def _about(arguments: Sequence[str], values: Mapping[str, str], systems: Sequence[System]) -> dict[str, Any]:
@@ -172,9 +177,11 @@ def measured(
     folder: Path,
 ) -> Results:
     """All systems on all benchmarks. What is measured is written at once, so that an interruption leaves it."""
-    path, budget = folder / "results.json", whole_number("token_budget", values["token_budget"])
+    path, budget = folder / "results.json", token_budget(values)
     results: Results = read_json(path)["benchmarks"] if values["add"] == "yes" and path.is_file() else {}
     for benchmark in benchmarks:
+        if values["add"] == "no":
+            refuse_other_data(folder, benchmark)
         for system in systems:
             if lack := system.lacks(benchmark):
                 if not values["benchmarks"]:

@@ -6,6 +6,7 @@ format       plain (one task as a folder that sentence-transformers, transformer
              the layout of SciMult's authors)
 task         of the plain format: a task, average (the mean of all experts, a general model), or all: a folder for each
 output       a new folder (a new file for reference); by default in export/ of the model's run, or in exports/
+overwrite    yes writes an export anew that is there, for instance with onnx=yes
 onnx         yes writes onnx/model.onnx beside the plain format (make install EXTRAS=cpu,onnx)
 similarity   dot or cosine, for the plain format's settings; by default that of the run, dot with
              backbone=, else cosine
@@ -33,13 +34,15 @@ from lightning_modules.losses import SIMILARITIES
 
 log = logging.getLogger(__name__)
 
-KEYS = MODEL_KEYS | {"format": "plain", "task": "all", "output": "", "onnx": "no", "similarity": ""}
+KEYS = MODEL_KEYS | {"format": "plain", "task": "all", "output": "", "onnx": "no", "overwrite": "no", "similarity": ""}
+CARD = "README.md"  # of each folder that is exported
 
 
 def main(arguments: Sequence[str]) -> None:
     values = key_values(arguments, KEYS)
     way = choice("format", values["format"], ("plain", "pretrained", "reference"))
     onnx = choice("onnx", values["onnx"], ("yes", "no")) == "yes"
+    overwrites = choice("overwrite", values["overwrite"], ("yes", "no")) == "yes"
     run = run_of(values["model"])
     config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
     similarity = values["similarity"] or default_similarity(values, config)
@@ -48,17 +51,16 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("onnx: is written beside format=plain alone")
     if values["task"] != "all" and way != "plain":
         raise UserError(f"task: is for format=plain alone; format={way} holds all tasks")
-    encoder = load_model(values, config)
     output = Path(values["output"]) if values["output"] else default_output(values, run)
+    _check_output(output, overwrites)
+    encoder = load_model(values, config)
     source = values["model"]
 
     if way == "reference":
-        if output.exists():
-            raise UserError(f"output: {output} is there already; name another one, or remove it")
         save_reference(encoder, output)
         log.info("%s: in the layout of SciMult's authors", output)
         return
-    with whole_folder(output) as folder:
+    with whole_folder(output, replaces=overwrites) as folder:
         if way == "pretrained":
             encoder.save_pretrained(folder)
             write_card(folder, encoder, source, run, similarity)
@@ -70,6 +72,16 @@ def main(arguments: Sequence[str]) -> None:
             if onnx:
                 save_onnx(target)
     log.info("%s", _how_to_load(output, way, values["task"], encoder))
+
+
+def _check_output(output: Path, overwrites: bool) -> None:
+    """Raise UserError if something is there that is not to be written over, or is no export."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrites:
+        raise UserError(f"output: {output} is there already; overwrite=yes writes it anew, output= names another one")
+    if output.is_dir() and not (output / CARD).is_file() and not all((p / CARD).is_file() for p in output.iterdir()):
+        raise UserError(f"output: {output} is no export; name another one, or remove it")
 
 
 def default_output(values: dict[str, str], run: Path | None) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -26,26 +28,59 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def writable_folder(key: str, path: Path) -> Iterator[None]:
+    """A folder, made if it is not there; on an error what was made for it goes again while it is empty.
+
+    key: that names it in errors. Raises UserError if it cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be used ({error})") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty, or another process's
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes the given one when all is written; on an error nothing is left.
 
-    Raises UserError if it is there already and not empty, or cannot be made.
+    replaces: a folder that is there stands until then, and goes. Raises UserError if there is one else that is not
+    empty, or if it cannot be made.
     """
     path = path.resolve()  # a link stays one, and its target is written
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
         raise UserError(f"output: {path} is there already; name another one, or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"output: {path} cannot be written ({error})") from error
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with writable_folder("output", path.parent):
+        try:
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        except OSError as error:
+            raise UserError(f"output: {path} cannot be written ({error})") from error
+        try:
+            yield unfinished
+            unfinished.chmod(0o755)
+            if path.is_dir() and replaces:
+                path.replace(old := unfinished.with_name(f"{unfinished.name}.old"))
+                unfinished.replace(path)
+                shutil.rmtree(old)
+            else:
+                unfinished.replace(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def shortened(name: str, longest: int = 60) -> str:
+    """A name of a folder as it is, or its beginning and digits that tell it from others."""
+    if len(name) <= longest:
+        return name
+    return f"{name[:longest]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
 
 
 def read_json(path: Path) -> Any:

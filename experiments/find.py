@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.building.models import MODEL_KEYS, load_model
-from experiments.console import entry_point, key_values, whole_number
+from experiments.console import entry_point, key_values, table_console, whole_number
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.fingerprints import fingerprint
 from lightning_modules.index import read_index, search_index
@@ -121,7 +120,7 @@ def _show(query: str, rows: np.ndarray, scores: np.ndarray, ids: list[str], abou
         paper = titles.get(row)
         known = paper is not None and paper.id == ids[row]
         table.add_row(str(place), f"{score:.4f}", ids[row], (paper.title or paper.text[:80]) if known else "")
-    Console().print(table)
+    table_console().print(table)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ import torch
 from datamodules.readers.bad_lines import BadLines
 from datamodules.records import UserError
 from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.files import whole_folder
 from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
 from experiments.running.folder import read_config
@@ -49,7 +49,7 @@ KEYS = MODEL_KEYS | {
     "similarity": "",
     "vectors": "",
     "on_error": "fail",
-    "token_budget": "8192",
+    "token_budget": "",
 }
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{key}: is missing; format={way} needs it")
     choice("on_error", values["on_error"], BadLines.POLICIES)
     depth = whole_number("depth", values["depth"])
-    budget = whole_number("token_budget", values["token_budget"])
+    budget = token_budget(values)
     run = run_of(values["model"])
     config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
     similarity = choice("similarity", values["similarity"] or default_similarity(values, config), SIMILARITIES)

@@ -14,11 +14,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, table_console, whole_number
 from experiments.progress import Progress
 from lightning_modules.index import KINDS, IndexOptions, build_index, measure_recall, write_index
 from lightning_modules.matrix import beside, open_matrix, write_ids, write_json
@@ -86,7 +85,7 @@ def _show(lines: list[dict[str, float]], nprobe: int, options: IndexOptions, out
     for line in lines:
         chosen = " *" if len(lines) > 1 and line["nprobe"] == nprobe else ""
         table.add_row(f"{line['nprobe'] or '-'}{chosen}", *(f"{line[name]:.4f}" for name in columns[1:]))
-    Console().print(table)
+    table_console().print(table)
     log.info("recall is the share of the ten nearest that is found; reranked, with exact scores of more candidates")
     log.info("%s: %.1f MB. Next: make find index=%s query='...'", output, output.stat().st_size / 1e6, output)
 

@@ -25,6 +25,7 @@ from experiments.building.data import build_data
 from experiments.building.mining import build_mining
 from experiments.building.models import load_model
 from experiments.console import entry_point, key_values
+from experiments.files import writable_folder
 from experiments.running.folder import flat
 from experiments.running.ranks import ranks
 from experiments.settings.config import experiments, load_config
@@ -44,15 +45,14 @@ def mine(experiment: str, arguments: Sequence[str]) -> None:
     values = key_values(own, KEYS)
     if not values["output"]:
         raise UserError("output: where does the store go? Give output=FOLDER")
-    config = load_config(experiment, [text for text in arguments if text not in own])
+    config = load_config(experiment, [text for text in arguments if text not in own], list(KEYS))
     output = Path(values["output"])
     vectors = Path(values["vectors"] or f"{output}.vectors")
-    for key, folder in (("output", output.absolute().parent), ("vectors", vectors)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{key}: {folder} cannot be used ({error})") from error
-    with ranks("experiments.mine", [experiment, *arguments], values["devices"]):
+    with (
+        writable_folder("output", output.absolute().parent),
+        writable_folder("vectors", vectors),
+        ranks("experiments.mine", [experiment, *arguments], values["devices"]),
+    ):
         _mine(config, values, output, vectors)
 
 

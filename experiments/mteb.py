@@ -24,7 +24,7 @@ from rich.table import Table
 from datamodules.records import UserError
 from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.building.systems import short_name
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, table_console, token_budget
 from experiments.interop.mteb_encoder import MtebEncoder
 from experiments.running.folder import read_config
 from experiments.settings.config import from_dict
@@ -47,7 +47,7 @@ TASKS = (
     "ArXivHierarchicalClusteringP2P",
     "BIOSSES",
 )
-KEYS = MODEL_KEYS | {"tasks": ",".join(TASKS), "output": "", "similarity": "", "token_budget": "8192"}
+KEYS = MODEL_KEYS | {"tasks": ",".join(TASKS), "output": "", "similarity": "", "token_budget": ""}
 SIMILARITIES = ("dot", "cosine")
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     similarity = values["similarity"] or default_similarity(values, config)
     choice("similarity", similarity, SIMILARITIES)
     named = [part.partition(":")[::2] for part in filter(None, values["tasks"].split(","))]
-    budget = whole_number("token_budget", values["token_budget"])
+    budget = token_budget(values)
     tasks = find_tasks([name for name, _ in named])
     encoder = load_model(values | {"task": ""}, config).to("cuda" if torch.cuda.is_available() else "cpu")
     experts = {name: task for name, task in named if task}
@@ -112,8 +112,7 @@ def show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], tit
     for task in tasks:
         about = task.metadata
         table.add_row(about.name, about.type, model.task_of(about), about.main_score, f"{scores[about.name]:.4f}")
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

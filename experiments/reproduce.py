@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values
+from experiments.console import choice, entry_point, key_values, table_console
 from experiments.files import read_json
 from experiments.measuring.paper import tables
 from experiments.measuring.reproduction import Comparison, compare
@@ -53,9 +52,7 @@ def _ours(benchmarks: Mapping[str, Any], wanted: str) -> str:
 
 
 def show(cells: Sequence[Comparison], title: str) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = table_console()
     grid = Table(title=title, title_justify="left")
     for heading in ("table", "protocol", "metric"):
         grid.add_column(heading, no_wrap=True)

@@ -34,7 +34,8 @@ from datamodules.records import UserError
 from experiments.console import entry_point, whole_number
 from experiments.files import write_atomically
 from experiments.running.folder import folder_of
-from experiments.settings.config import FOLDER, experiments, load_config
+from experiments.settings.config import FOLDER, experiments, keys, load_config
+from experiments.settings.suggest import did_you_mean
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of
 
@@ -112,8 +113,9 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
     for text in arguments:
         key, equals, value = text.partition("=")
         if key not in values or not equals:
+            hint = did_you_mean(key, [*values, *keys()])
             raise UserError(
-                f"the command line: got {text!r}, allowed are {', '.join(values)}, and keys of an experiment"
+                f"the command line: got {text!r}; {hint}allowed are {', '.join(values)}, and keys of an experiment"
             )
         values[key] = [value] if key == "SETUP" else value
     if not values["TIME"]:
@@ -164,7 +166,8 @@ def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) 
     runs = []
     for name, seed, trial in itertools.product(names, seeds, trials):
         given = [*overrides, *([seed] if seed else []), *trial, *ranks]
-        config = load_config(name, [*given, "trainer.accelerator=cpu"])  # there may be no GPU on this machine
+        # There may be no GPU on this machine.
+        config = load_config(name, [*given, "trainer.accelerator=cpu"], [*values])
         config.trainer.accelerator = said["trainer.accelerator"]
         runs.append(Run(name, tuple(given), folder_of(config)))
     folders = [run.folder for run in runs]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values, whole_number
+from experiments.console import choice, entry_point, key_values, near, whole_number
 from experiments.running.endings import PREEMPTED
 from experiments.settings.config import experiments, load_config
 from experiments.settings.schema import Config
@@ -40,8 +40,8 @@ def sweep(experiment: str, arguments: Sequence[str]) -> None:
         raise UserError(f"which sweep? There are {', '.join(sweeps())}: make sweep EXP=moe SWEEP=lr")
     cap = whole_number("run_cap", values["run_cap"]) if values["run_cap"] else None
     overrides = [text for text in arguments if text not in own]
+    config = load_config(experiment, overrides, [*KEYS, "SWEEP", "PARALLEL", "TRIAL"])
     found = read_sweep(values["sweep"], experiment, overrides, cap)
-    config = load_config(experiment, overrides)
     online = os.environ.get("WANDB_MODE", config.wandb.mode) == "online" and not values["trial"]
     if not online:
         found.trials()  # that there are any is soon said
@@ -60,7 +60,7 @@ def sweep(experiment: str, arguments: Sequence[str]) -> None:
 
 def _all(controller: Controller) -> None:
     found, folder = controller.sweep, controller.folder
-    log.info("%s: %d trials of %s, in %s", found.name, len(controller.trials), found.experiment, folder)
+    log.info("%s: %d trials of %s, in %s", found.name, len(controller.trials), found.experiment, near(folder))
     try:
         controller.run()
     except Preempted as preempted:
@@ -79,7 +79,8 @@ def _all(controller: Controller) -> None:
         raise UserError(f"no trial logged {found.metric}")
     settings = " ".join(as_override(key, value) for key, value in best["parameters"].items())
     log.info("The best is trial %d: %s; %s %.4f", best["trial"], settings, found.metric, best["value"])
-    log.info("Its run lies in %s. Next: make eval model=%s split=dev", best["run"], best["run"])
+    run = near(best["run"])
+    log.info("Its run lies in %s. Next: make eval model=%s split=dev", run, run)
 
 
 def _one(controller: Controller, number: int) -> None:

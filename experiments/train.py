@@ -20,13 +20,14 @@ from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.building.data import build_data, describe_schedule
 from experiments.building.module import build_module
-from experiments.building.trainer import build_callbacks, build_trainer
+from experiments.building.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
 from experiments.console import entry_point
 from experiments.files import read_json
 from experiments.running.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.running.final_table import FinalTable
-from experiments.running.folder import LAST, folder_of, open_run, write_config, write_manifest
+from experiments.running.folder import LAST, begun_in, folder_of, open_run, write_config, write_manifest
 from experiments.running.lock import only_job
+from experiments.running.next_steps import next_steps
 from experiments.running.tracking import build_loggers, log_end
 from experiments.settings.config import experiments, load_config
 from experiments.settings.schema import Config
@@ -48,21 +49,22 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     tell_other_ranks(experiment, overrides, folder_of(config))
     try:
         with only_job(folder_of(config)):
-            train_in_folder(config)
+            train_in_folder(config, overrides)
     except Preempted as preempted:
         sys.exit(answer(preempted, folder_of(config)))
     finally:
         signals.ignore()
 
 
-def train_in_folder(config: Config) -> None:
-    """Train, or go on, in the run's folder, which no other job uses. Raises Preempted."""
+def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
+    """Train, or go on, in the run's folder, which no other job uses. overrides: that config is of. Raises Preempted."""
     folder = open_run(config)
     if folder.complete:
         FinalTable.show(read_json(folder.results))
         log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
         return
 
+    tell_of_cores(config)
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
     leave_if_asked()
@@ -73,29 +75,30 @@ def train_in_folder(config: Config) -> None:
     if config.evaluation.baselines:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
-    trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path)
+    precision = begun_in(folder) or precision_of(config)
+    trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
     log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
-    log.info("%s steps%s", config.trainer.max_steps, f", from {folder.checkpoint}" if folder.checkpoint else "")
+    origin = f", from {folder.checkpoint}" if folder.checkpoint else ""
+    kept = "" if precision == precision_of(config) else ", as the run began (a run that begins here would take another)"
+    log.info("%s steps%s, in %s%s", config.trainer.max_steps, origin, precision, kept)
     num_parameters = sum(p.numel() for p in module.parameters())
     schedule = describe_schedule(config, data)
-    noted = (folder, data, num_parameters, schedule, trainer.world_size)
+    noted = (folder, data, num_parameters, schedule, trainer.world_size, precision)
     write_manifest(*noted)
     started = time.perf_counter()
     with naming_lost_ranks(trainer):
         fit(trainer, module, data, folder.checkpoint)
         write_manifest(*noted, seconds=time.perf_counter() - started)
         raise_if_preempted(trainer)
-        with trainer.precision_plugin.forward_context():
-            chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
-            step = read_checkpoint(chosen)["global_step"]
-            table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
+        chosen = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
+        step = read_checkpoint(chosen)["global_step"]
+        table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [chosen, folder.path / "config.yaml"])
         table.show(table.content)
         log.info("The run lies in %s", folder.path)
-        other = "moe" if config.experiment == "vanilla" else "vanilla"
-        log.info("Next: make report RUN=%s, or another encoder: make train EXP=%s", folder.path, other)
+        log.info("%s", next_steps(config, overrides, folder.path))
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:

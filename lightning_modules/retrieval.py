@@ -34,7 +34,7 @@ def rank_benchmark(
     k: int,
     *,
     similarity: str = "dot",
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     advance: Advance | None = None,
     vectors: Vectors | None = None,
 ) -> Run:

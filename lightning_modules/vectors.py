@@ -27,7 +27,7 @@ class Vectors:
     the last queries of this rank are remembered.
     """
 
-    def __init__(self, encoder: Encoder, *, token_budget: int = 16384, folder: Path | None = None):
+    def __init__(self, encoder: Encoder, *, token_budget: int | None = None, folder: Path | None = None):
         self.encoder, self.token_budget = encoder, token_budget
         self.cache = VectorCache(encoder, folder, shard_size=SHARD, token_budget=token_budget) if folder else None
         self.kept: dict[str, tuple[str, Shards]] = {}

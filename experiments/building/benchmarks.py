@@ -1,4 +1,4 @@
-"""From what is asked for to benchmarks with their data: of a suite, of a folder in BEIR layout, or of a run."""
+"""From what is asked for to benchmarks with their data: of a suite, of a folder, or of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datamodules.matching import NameMatcher
-from datamodules.readers.beir import BeirReader
+from datamodules.readers.folders import reader_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
 from experiments.building.data import build_data
@@ -34,12 +34,14 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
     missing = {name: reason for name, config in suite.items() if (reason := collections.missing(config))}
     if named := next((name for name in missing if name in wanted), None):
         raise UserError(f"{missing[named]}. {named} needs {suite[named].source}, below data.root")
-    if len(missing) == len(suite):
-        raise UserError(f"data.root: {values['data.root']} has the data of none of these benchmarks")
     there = {name: config for name, config in suite.items() if name not in missing}
-    log.info("%d benchmarks; for want of data without %s", len(there), ", ".join(missing) or "none")
+    log.info("%d of %d benchmarks have their data in %s", len(there), len(suite), values["data.root"])
+    if missing:
+        log.info("not there, and not measured: %s", ", ".join(missing))
     for source in dict.fromkeys(suite[name].source for name in missing):
         log.info("  to get: %s", source or "see the suite's file")
+    if not there:
+        raise UserError(f"data.root: {values['data.root']} has the data of none of these benchmarks")
     limits = Limits(*(whole_number(key, values[key], least=0) for key in ("max_queries", "max_documents")))
     for name, config in there.items():
         benchmark = build(name, config, collections, limits)
@@ -49,7 +51,10 @@ def suite_of(values: Mapping[str, str], similarities: Sequence[str]) -> Iterator
 
 
 def benchmarks_of(values: Mapping[str, str], config: Config | None) -> list[Benchmark]:
-    """Those of a folder in BEIR layout, or of a run's own collections. config: of the run. Raises UserError."""
+    """Those of a folder (BEIR layout, JSON lines), or of a run's own collections. config: of the run.
+
+    Raises UserError.
+    """
     if values["beir"]:
         return [_beir_benchmark(values, config)]
     if config is None:
@@ -67,7 +72,7 @@ def _beir_benchmark(values: Mapping[str, str], config: Config | None) -> Benchma
     folder, task, split = Path(values["beir"]), values["task"], values["split"]
     if not task:
         raise UserError(f"task: whose expert ranks {folder}? For instance task=search")
-    collection = BeirReader(str(folder)).read()
+    collection = reader_of(folder)(str(folder)).read()
     if split not in collection.qrels:
         raise UserError(f"split: {folder} has no {split!r}, it has {', '.join(collection.qrels)}")
     qrels = collection.qrels[split]

@@ -17,6 +17,7 @@ from datamodules.sampler import Phase, check_phases, checked_weights, task_weigh
 from datamodules.tasks import KINDS, Reader
 from experiments.building.leaks import answer_leaks
 from experiments.building.mining import add_rounds
+from experiments.building.own_data import check_folder, tell_of_sample
 from experiments.running.folder import folder_of
 from experiments.settings.schema import Config
 from experiments.settings.targets import instantiate, taken
@@ -42,6 +43,8 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
     )
     tasks = []
     for name, task in config.task.items():
+        for key, node in task.data.items():
+            check_folder(config, name, key, node)
         readers = {key: _reader(config, node) for key, node in task.data.items()}
         keys = ("batch_size", "max_length", "num_positives", "num_hard_negatives")
         own = {key: getattr(task, key) for key in keys if getattr(task, key) is not None}
@@ -51,6 +54,7 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
     data = MultiTaskDataModule(tasks, options)
     data.setup()
     if training:
+        tell_of_sample(config, data.tasks)
         answer_leaks(config.data, data.tasks)
         add_rounds(config, data)
     data.options = dataclasses.replace(options, phases=_phases(config, data))

@@ -14,6 +14,8 @@ import numpy as np
 from datamodules.cache import only_one
 from datamodules.leakage import Index, Overlap
 from datamodules.readers.beir import BeirReader
+from datamodules.readers.folders import reader_of
+from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from experiments.files import read_json, write_json
@@ -54,9 +56,10 @@ def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), cor
     """Compare what the tasks train on with what is evaluated.
 
     A task's own dev and test queries are compared with its training queries, since its splits share documents by
-    design; by id within a collection alone, since two may number other documents alike. folders: in BEIR layout, whose
-    queries and corpus are compared with all texts of the tasks, also those that are not trained on but may be mined.
-    corpora: so are those of the tasks' own collections that have no train split, but for labels, which are not secret.
+    design; by id within a collection alone, since two may number other documents alike. folders: in BEIR layout or of
+    our own JSON lines, whose queries and corpus are compared with all texts of the tasks, also those that are not
+    trained on but may be mined. corpora: so are those of the tasks' own collections that have no train split, but for
+    labels, which are not secret.
     """
     index, owners, sizes = Index(), {}, {}
     for owner, name, documents in _evaluated(tasks, folders, corpora):
@@ -127,10 +130,10 @@ def _evaluated(
         yield None, f"{folder}, corpus", list(collection.corpus.values())
 
 
-def _folder(folder: str) -> BeirReader:
+def _folder(folder: str) -> BeirReader | JsonlReader:
     """Raises UserError, naming the key, if there is no such folder."""
-    reader = BeirReader(folder)
     try:
+        reader = reader_of(folder)(folder)
         reader.sources()
     except UserError as error:
         raise UserError(f"an evaluation to be compared with (data.leaks_in, or beir of make audit): {error}") from error

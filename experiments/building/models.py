@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datamodules.records import UserError
+from experiments.running.folder import runs_there
 from experiments.settings.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
@@ -42,8 +43,13 @@ def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
 
 
 def located(model: str) -> str:
-    """A model's folder where it is named as an installed package (package:NAME), else as it is. Raises UserError."""
+    """A model's folder where it is named as an installed package (package:NAME), else as it is.
+
+    Raises UserError for a package or run that is not there.
+    """
     if not model.startswith(PACKAGE):
+        if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # else it may be a name of the hub
+            raise UserError(f"model: {model} is not there. {runs_there()}")
         return model
     if folder := package_folder(model):
         return folder

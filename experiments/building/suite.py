@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice
-from experiments.settings.targets import check_target
+from experiments.settings.targets import READERS, check_target
 from lightning_modules.metrics import check_metric
 from lightning_modules.similarity import SIMILARITIES
 
@@ -105,7 +105,7 @@ def _known(path: Path, prefix: str, node: DictConfig, allowed: Sequence[str]) ->
 
 def _check(where: str, config: BenchmarkConfig) -> None:
     try:
-        config.reader = check_target("reader", config.reader, Reader)
+        config.reader = check_target("reader", config.reader, Reader, home=READERS)
         for key, allowed in (
             ("candidates", CANDIDATES),
             ("names_first", NAMES_FIRST),

@@ -12,7 +12,7 @@ import torch
 
 from datamodules.records import Benchmark, UserError
 from experiments.building.models import default_similarity, load_model
-from experiments.console import whole_number
+from experiments.console import token_budget, whole_number
 from experiments.measuring.results import Results, evaluate_bm25, evaluate_encoder
 from experiments.settings.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE
@@ -42,7 +42,12 @@ class System:
         return ""
 
     def evaluate(
-        self, benchmarks: Sequence[Benchmark], metrics: Sequence[str], folder: Path, token_budget: int, precision: str
+        self,
+        benchmarks: Sequence[Benchmark],
+        metrics: Sequence[str],
+        folder: Path,
+        token_budget: int | None,
+        precision: str,
     ) -> Results:
         if self.encoder is None:
             return evaluate_bm25(benchmarks, metrics, folder)
@@ -86,7 +91,7 @@ def load_systems(
             encoder.max_length = _checked_length(values["max_length"], model, encoder)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(values["vectors"]) if values["vectors"] else None
-        vectors = Vectors(encoder, token_budget=int(values["token_budget"]), folder=folder)
+        vectors = Vectors(encoder, token_budget=token_budget(values), folder=folder)
         own = default_similarity({**values, "model": model}, config)
         for similarity in similarities or [own]:
             name = names[model] + (f"-{similarity}" if len(similarities) > 1 else "")

@@ -75,9 +75,18 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def precision_of(config: Config) -> str:
-    """fp32 or bf16."""
+    """fp32 or bf16, for a run that begins here."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
+
+
+def tell_of_cores(config: Config) -> None:
+    """Warn where processes that were meant for GPUs would share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
+    if on_cpu and devices > cores:
+        log.warning("trainer.devices=%d: without GPUs, so many processes share %d cores", devices, cores)
+        log.warning("  trainer.devices=1 uses all cores in one, which takes less time and memory")
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
@@ -105,12 +114,19 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
     if config.trainer.strategy == "fsdp":
         return ShardedStrategy()
     learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    return DDPStrategy(find_unused_parameters=encoder.has_idle_parameters or learned)  # one for each task
+    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or learned)  # one for each task
+    return DDPStrategy(find_unused_parameters=idle)
 
 
 def build_trainer(
-    config: Config, encoder: Encoder, callbacks: list[L.Callback], loggers: list[Logger], folder: Path
+    config: Config,
+    encoder: Encoder,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
+    folder: Path,
+    precision: str,
 ) -> L.Trainer:
+    """precision: fp32 or bf16."""
     settings = config.trainer
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
@@ -122,7 +138,7 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(config, encoder),
-            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision_of(config)],
+            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,

@@ -44,7 +44,7 @@ class MtebEncoder:
         name: str,
         similarity: str = "cosine",
         experts: Mapping[str, str] | None = None,
-        token_budget: int = 8192,
+        token_budget: int | None = None,
     ):
         self.encoder, self.name, self.metric = encoder, name, similarity
         self.experts, self.token_budget = dict(experts or {}), token_budget

@@ -20,6 +20,7 @@ import numpy as np
 
 from datamodules.records import UserError
 from experiments.files import read_json
+from experiments.running.folder import runs_there
 
 SAME = {"protocol": "protocols", "data": "data", "split": "splits", "task": "tasks"}  # key -> in words
 
@@ -112,6 +113,8 @@ def _one(key: str, name: str) -> Measured:
         folder, _, system = name.rpartition(":")
         folder = Path(folder)
     path = folder / "results.json"
+    if not folder.exists():
+        raise UserError(f"{key}: {folder} is not there, and has no results.json. {runs_there()}")
     if not path.is_file():
         found = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
         more = f"; there are {found}" if found else " (it is that of a complete run, or of make eval)"

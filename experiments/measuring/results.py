@@ -39,7 +39,7 @@ def evaluate_encoder(
     folder: Path,
     *,
     similarity: str,
-    token_budget: int,
+    token_budget: int | None,
     model: str = "",
     vectors: Vectors | None = None,
 ) -> Results:

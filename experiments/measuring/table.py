@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.console import table_console
 from experiments.measuring.cost import total
 
 Results = dict[str, Any]
@@ -30,15 +30,20 @@ def show(results: Results, metrics: Sequence[str], title: str) -> None:
     metrics: of results that name none. On a narrow terminal only the first metrics have room, and on a wide one the
     protocols too; results.json has all.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = table_console()
     groups: dict[tuple[str, ...], Results] = {}
     for name, result in results.items():
         groups.setdefault(tuple(result.get("metrics", metrics)), {})[name] = result
-    console.print(title, style="italic", highlight=False)
+    console.print(title + _in_other_precision(results), style="italic", highlight=False)
     for own, group in groups.items():
         console.print(_table(group, own, console.width))
+
+
+def _in_other_precision(results: Results) -> str:
+    """What is added to a title where encoders did not compute in fp32."""
+    encoders = [of for r in results.values() for of in r.get("measured", {}).values() if of["similarity"] != "bm25"]
+    found = {of.get("precision", "fp32") for of in encoders}
+    return "" if found <= {"fp32"} else f", measured in {' and '.join(sorted(found))}"
 
 
 def _table(results: Results, metrics: Sequence[str], width: int) -> Table:
@@ -94,16 +99,14 @@ def show_cost(results: Results) -> None:
     for system, of in totals.items():
         row = of | {"system": system, "device": f"{of['devices']} x {measured[system][0]['device']}"}
         table.add_row(*("" if row.get(key) is None else format(row[key], style) for _, key, style in headings))
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    table_console().print(table)
 
 
 def show_suite(suite: Mapping[str, Any]) -> None:
     """The benchmarks of a suite: name -> BenchmarkConfig."""
-    console = Console()
     table = Table(title="benchmarks", title_justify="left")
     for heading in ("benchmark", "protocol", "metrics", "note"):
         table.add_column(heading, overflow="fold")
     for name, config in suite.items():
         table.add_row(name, config.protocol, " ".join(config.metrics), config.note)
-    (console if console.is_terminal else Console(width=200)).print(table)
+    table_console().print(table)

@@ -12,7 +12,7 @@ from datamodules.records import UserError
 from experiments.files import read_json
 from experiments.reporting.charts import NUM_TONES, Series
 from experiments.reporting.source import Source
-from experiments.running.folder import read_config
+from experiments.running.folder import read_config, runs_there
 
 CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page
@@ -26,8 +26,7 @@ class RunFiles:
 
     def __init__(self, path: Path):
         if not (path / "config.yaml").is_file():
-            found = ", ".join(sorted(str(p.parent) for p in Path("runs").glob("*/config.yaml"))) or "none"
-            raise UserError(f"RUN: {path} is no run's folder (it has no config.yaml). In runs/ there are: {found}")
+            raise UserError(f"RUN: {path} is no run's folder (it has no config.yaml). {runs_there()}")
         self.path = path
         self.config = read_config(path)
         self.figures: dict[str, Any] = {}

@@ -21,13 +21,19 @@ log = logging.getLogger(__name__)
 class FinalTable:
     """What a run comes to: BM25, the untrained and the trained encoder on the final split, all ranks sharing the work.
 
+    The encoders compute in fp32, as in `make eval`, whatever the training's precision.
+
     content: what stands in results.json.
     """
 
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
         self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
         if not self.benchmarks:
-            raise UserError(f"evaluation.split: no task has a split {config.evaluation.split!r}")
+            split = config.evaluation.split
+            raise UserError(
+                f"evaluation.split: no collection has a split {split!r} for the final table; add it ({split}.jsonl or "
+                f"qrels/{split}.tsv), or measure on another (evaluation.split=dev, or train to see that it learns)"
+            )
         without = set(config.task) - {benchmark.task for benchmark in self.benchmarks}
         if without:
             missing = ", ".join(sorted(without))

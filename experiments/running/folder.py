@@ -86,6 +86,12 @@ def folder_of(config: Config) -> Path:
     return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
 
 
+def runs_there() -> str:
+    """The runs in runs/, for errors."""
+    found = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))) or "none"
+    return f"In runs/ there are: {found}"
+
+
 def open_run(config: Config) -> RunFolder:
     """Find the run's folder. Nothing is made or changed, but the first rank renames the old one for resume "never", and
     damaged checkpoints newer than the one to go on from.
@@ -199,12 +205,13 @@ def write_manifest(
     num_parameters: int,
     schedule: Mapping[str, Any],
     devices: int,
+    precision: str,
     seconds: float | None = None,
 ) -> None:
     """Note what is needed to understand and repeat the run.
 
-    schedule: each task's batches and passes. devices: of all ranks. seconds: of training in this attempt, None before
-    it.
+    schedule: each task's batches and passes. devices: of all ranks. precision: of training. seconds: of training in
+    this attempt, None before it.
     """
     if rank_zero_only.rank > 0:
         return
@@ -224,6 +231,7 @@ def write_manifest(
         "versions": versions(),
         "git": git_state(),
         "parameters": num_parameters,
+        "precision": precision,
         "schedule": dict(schedule),
         "data": {
             name: {
@@ -237,6 +245,12 @@ def write_manifest(
         },
     }
     write_json(path, manifest)
+
+
+def begun_in(folder: RunFolder) -> str | None:
+    """The precision of a run that goes on: it stays the same on another machine. None for one that begins."""
+    manifest = folder.path / "manifest.json"
+    return read_json(manifest).get("precision") if folder.checkpoint and manifest.is_file() else None
 
 
 def versions() -> dict[str, str]:

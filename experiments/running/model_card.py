@@ -44,7 +44,7 @@ def _use(encoder: Encoder, similarity: str, task: str) -> str:
     )
     if task:
         code = [
-            "from sentence_transformers import SentenceTransformer",
+            "from sentence_transformers import SentenceTransformer  # pip install sentence-transformers",
             "",
             'model = SentenceTransformer("THIS FOLDER")',
             f'vectors = model.encode(["A title {encoder.tokenizer.sep_token} and its abstract"])',

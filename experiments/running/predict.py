@@ -24,6 +24,7 @@ from experiments.measuring.memory import Memory
 from experiments.settings.schema import Config
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.precision import computing_in
 
 WARM, MEASURED = 2, 6  # batches of each task
 TEXTS = 256  # of a benchmark that are encoded
@@ -210,8 +211,12 @@ def _evaluation(config: Config, data: MultiTaskDataModule, module: ContrastiveMo
     """Seconds of all evaluations on one rank, by the texts of each benchmark; ranking is not counted."""
     settings, steps = config.evaluation, config.trainer.max_steps
     in_training = -(-steps // settings.every_n_steps) if settings.every_n_steps else 0
-    times = [("dev", in_training), (settings.split, 2 if settings.baselines else 1)]
-    return sum(count * _encoding(config, module, b) for split, count in times if count for b in data.benchmarks(split))
+    final = 2 if settings.baselines else 1
+    seconds = 0.0
+    for split, count, precision in (("dev", in_training, precision_of(config)), (settings.split, final, "fp32")):
+        with computing_in(precision, module.device):
+            seconds += count * sum(_encoding(config, module, b) for b in (data.benchmarks(split) if count else ()))
+    return seconds
 
 
 def _encoding(config: Config, module: ContrastiveModule, benchmark: Benchmark) -> float:

@@ -9,12 +9,11 @@ callbacks and readers of data. Both are checked here, at load, and after load th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
+from experiments.settings.own_data import replaced, with_reader
 from experiments.settings.ranges import check_ranges
 from experiments.settings.schema import Config, TaskConfig
-from experiments.settings.targets import check_target
+from experiments.settings.suggest import OF_MAKE, did_you_mean
+from experiments.settings.targets import READERS, check_target
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner
 
@@ -50,10 +51,11 @@ def scales() -> list[str]:
     return names(FOLDER / "scale")
 
 
-def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(experiment: str, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Config:
     """The configuration of an experiment.
 
-    overrides: "key=value", the scale among them. Raises UserError naming file and key, what came and what is allowed.
+    overrides: "key=value", the scale among them. own: further keys that the caller takes, for whoever misspells them.
+    Raises UserError naming file and key, what came and what is allowed.
     """
     overrides = [_checked_override(text) for text in overrides]
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("scale=")]
@@ -73,16 +75,27 @@ def load_config(experiment: str, overrides: Sequence[str] = ()) -> Config:
             broken[name] = error
     path = FOLDER / f"{experiment}.yaml"
     layers.append((_shown(path), _read(path)))
-    layers += [(f"the command line ({text})", _parsed(text)) for text in overrides]
 
     config = OmegaConf.structured(Config)
     for source, layer in layers:
         config = _merge(config, layer, source)
+    known = sorted(config.task)
+    given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
+    # make gives them in any order: what replaces data comes before what is added to them or changed in them.
+    for text, layer, place in sorted(given, key=lambda one: (one[2] is None, one[2] and one[2][1] is not None)):
+        if place and place[0] in known:
+            data = config.task[place[0]].data
+            data.clear() if place[1] is None else data.pop(place[1], None)
+        config = _merge(config, layer, f"the command line ({text})", (*own, *OF_MAKE))
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:
             raise error
         log.warning("task %s is left out: %s", name, error)
-    return _finish(config)
+    strange = set(config.task) - {*known, *broken}
+    done = _finish(config)
+    for name in strange - set(done.tasks):
+        _one_of("task", name, known)
+    return done
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -108,9 +121,7 @@ def _shown(path: Path) -> str:
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        close = difflib.get_close_matches(value, allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown {what} {value!r}: {hint}there are {', '.join(allowed)}")
+        raise UserError(f"unknown {what} {value!r}: {did_you_mean(value, allowed)}there are {', '.join(allowed)}")
 
 
 def _checked_override(text: str) -> str:
@@ -168,25 +179,41 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
-    """layer over config. A node with another `_target_` replaces the old one: their arguments are not mixed."""
-    _refuse_unknown_keys(Config, layer, "", source)
+def _merge(config: DictConfig, layer: DictConfig, source: str, beside: Sequence[str] = ()) -> DictConfig:
+    """layer over config. A node with another `_target_` replaces the old one: their arguments are not mixed.
+
+    beside: what else might have been meant by an unknown key.
+    """
+    _refuse_unknown_keys(Config, layer, "", source, beside)
     _forget_replaced_targets(config, layer)
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
+        value = OmegaConf.select(layer, error.full_key) if error.full_key else None
+        if "is not a ListConfig" in str(error) and value is not None:
+            raise UserError(f"{source}: {error.full_key}: expected a list, write {error.full_key}=[{value}]") from error
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
 
 
-def _refuse_unknown_keys(schema: type, node: Any, prefix: str, source: str) -> None:
+def keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """All keys of a schema with dots, but for what is below names that users give."""
+    for key, hint in typing.get_type_hints(schema).items():
+        yield f"{prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{prefix}{key}.")
+
+
+def _refuse_unknown_keys(schema: type, node: Any, prefix: str, source: str, beside: Sequence[str] = ()) -> None:
     if not isinstance(node, DictConfig):
         return
     hints = typing.get_type_hints(schema)
     for key in node:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}allowed here: {', '.join(hints)}")
+            nodes = isinstance(node._get_node(key), DictConfig)  # such as optm in optm.lr
+            hint = did_you_mean(str(key), hints, prefix) if nodes or prefix else ""
+            hint = hint or did_you_mean(str(key), [*beside, *keys()])
+            more = f", and {', '.join(beside)}" if beside and not prefix else ""
+            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}allowed here: {', '.join(hints)}{more}")
         if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
             continue
         if dataclasses.is_dataclass(hints[key]):
@@ -233,7 +260,7 @@ def _finish(config: DictConfig) -> Config:
         if not done.task[name].data:
             raise UserError(
                 f"task {name} has no data at scale {done.scale}: "
-                f"add a block data.{done.scale} to experiments/tasks/{name}.yaml, or set task.{name}.data.NAME"
+                f"add a block data.{done.scale} to experiments/tasks/{name}.yaml, or set task.{name}.data=FOLDER"
             )
     done.task = {name: done.task[name] for name in done.tasks}
     check_ranges(done)
@@ -245,7 +272,7 @@ def _finish(config: DictConfig) -> Config:
         _one_of("task in mining.miners", name, done.tasks)
         done.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
     for task, settings in done.task.items():
-        settings.data = {
-            name: check_target(f"task.{task}.data.{name}", node, Reader) for name, node in settings.data.items()
-        }
+        for name, node in settings.data.items():
+            key = f"task.{task}.data.{name}"
+            settings.data[name] = check_target(key, with_reader(key, node), Reader, home=READERS)
     return done

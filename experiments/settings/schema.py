@@ -42,7 +42,7 @@ class DataConfig:
     prepare batches. cache: folder in which data are kept in a form that is mapped instead of read, made once; null
     reads them into memory. on_error: of readers, "fail" at the first bad line, or "skip" it, into quarantine.jsonl in
     the run's folder. on_leak: what becomes of dev and test queries that are trained on too, and of all texts of the
-    folders leaks_in (in BEIR layout) that are: a warning, training without them ("strip"), or an error.
+    folders leaks_in (BEIR layout, JSON lines) that are: a warning, training without them ("strip"), or an error.
 
     schedule: which task a step has. "round_robin": they take turns. "together": each optimizer step has a batch of
     every task. "proportional" to the numbers of examples; "temperature": to their power 1 / schedule_temperature;
@@ -91,12 +91,13 @@ class MiningConfig(MiningOptions):
 
 @dataclass
 class TrainerConfig:
-    """max_steps: optimizer steps. precision: "auto" is bf16 where the hardware computes in it. devices: a number, or -1
-    for all. gradient_clip_val: largest norm of the gradient, 0 for none. accumulate_grad_batches: batches of one
-    optimizer step (of each task, with data.schedule=together). grad_cache: a batch needs the memory of
-    data.token_budget alone, whatever its size, for a second forward. strategy: of several ranks, "ddp" (each has all
-    weights) or "fsdp" (they share out weights, gradients and the optimizer's state). timeout: seconds after which ranks
-    no longer wait for one that does not answer.
+    """max_steps: optimizer steps. precision: "auto" is bf16 on GPUs that compute in it and on CPUs with AMX, else fp32;
+    a run keeps to that of its first attempt. devices: a number, or -1 for all. gradient_clip_val: largest norm of the
+    gradient, 0 for none. accumulate_grad_batches: batches of one optimizer step (of each task, with
+    data.schedule=together). grad_cache: a batch needs the memory of data.token_budget alone, whatever its size, for a
+    second forward. strategy: of several ranks, "ddp" (each has all weights) or "fsdp" (they share out weights,
+    gradients and the optimizer's state). timeout: seconds after which ranks no longer wait for one that does not
+    answer.
     """
 
     max_steps: int = 1000

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import pkgutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
@@ -17,18 +18,26 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import UserError
 
 PACKAGES = ("datamodules.", "lightning_modules.")
+READERS = "datamodules.readers."
+EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 
 
-def check_target(key: str, node: Any, base: type = object, given: Sequence[str] = ()) -> dict[str, Any]:
+def check_target(key: str, node: Any, base: type = object, given: Sequence[str] = (), home: str = "") -> dict[str, Any]:
     """The `_target_` node with its arguments checked against the class's signature, and converted to its types.
 
-    base: what the class must be. given: arguments that the project provides. Raises UserError.
+    base: what the class must be. given: arguments that the project provides. home: a package whose classes may be
+    named without it (jsonl.JsonlReader). Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise UserError(f"{key}: expected a node with _target_, got {node!r}")
+        hint = f", such as {{_target_: {EXAMPLES[home]}}}" if home in EXAMPLES else ""
+        raise UserError(f"{key}: expected a node with _target_{hint}, got {node!r}")
     target = node["_target_"]
+    if home and target.partition(".")[0] in _modules(home):
+        target = home + target
     if not target.startswith(PACKAGES):
-        raise UserError(f"{key}._target_: got {target!r}, allowed are classes of {' and '.join(PACKAGES)}*")
+        close = difflib.get_close_matches(target.partition(".")[0], _modules(home), n=1) if home else []
+        hint = f", did you mean {close[0]}?" if close else ","
+        raise UserError(f"{key}._target_: got {target!r}{hint} allowed are classes of {' and '.join(PACKAGES)}*")
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -41,6 +50,11 @@ def check_target(key: str, node: Any, base: type = object, given: Sequence[str] 
     if not issubclass(cls, base):
         raise UserError(f"{key}._target_: got {target!r}, which is no {base.__name__}")
     return {"_target_": target} | _checked(key, cls, {k: v for k, v in node.items() if k != "_target_"}, given)
+
+
+def _modules(package: str) -> list[str]:
+    found = importlib.import_module(package.rstrip("."))
+    return [module.name for module in pkgutil.iter_modules(found.__path__)]
 
 
 def _checked(key: str, cls: type, arguments: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from datamodules.records import UserError
+from experiments.console import near
 from experiments.running.endings import PREEMPTED
 from experiments.settings.config import FOLDER
 from experiments.sweeping.file import Sweep
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HOPELESS = 3  # trials that fail before any has succeeded end the sweep
 LOOKS_EVERY = 3.0  # seconds, for early_terminate
+TELLS_EVERY = 20.0  # seconds, how far a trial is
 ENDED = ("finished", "stopped")  # the latter by early_terminate
 
 
@@ -116,7 +118,7 @@ class Controller:
                 log.info("trial %d %s: %s %s", trial.number, state, self.sweep.metric, value)
             elif state == "failed":
                 self._failed.append(trial)
-                log.error("trial %d failed with status %d; its log is %s", trial.number, status, trial.log)
+                log.error("trial %d failed with status %d; its log is %s", trial.number, status, near(trial.log))
             else:
                 log.info("trial %d was preempted, and goes on%s", trial.number, " later" if self.asked else "")
 
@@ -142,12 +144,15 @@ class Controller:
 
     def _end_of(self, trial: Trial, process: subprocess.Popen) -> int:
         """The process's status. It is asked to end when early_terminate gives the trial up."""
-        if self.sweep.hyperband is None:
-            return process.wait()
-        seen = 0
+        seen, told = 0, time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(LOOKS_EVERY)
+            if time.monotonic() - told >= TELLS_EVERY:
+                told = time.monotonic()
+                log.info("  trial %d: %s", trial.number, trial.so_far(self.sweep.metric))
+            if self.sweep.hyperband is None:
+                continue
             values = trial.values(self.sweep.metric)
             if len(values) > seen and trial.number not in self._stopped and self.asked is None:
                 self._stop_if_behind(trial, values, process)

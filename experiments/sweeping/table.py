@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.console import table_console
 from experiments.files import write_json
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import Sweep
@@ -41,9 +41,7 @@ def write_table(folder: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> None:
 
 
 def show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = table_console()
     table = Table(title=f"{sweep.name} ({sweep.experiment}): {sweep.metric}", title_justify="left")
     names = [parameter.name for parameter in sweep.parameters]
     for heading in ("trial", *names, "state", sweep.metric.rpartition("/")[2]):

@@ -52,13 +52,23 @@ class Trial:
 
     def values(self, metric: str) -> dict[int, float]:
         """Step -> what the run logged of a metric, in order; of two rows of a step, the later counts."""
-        path, values = self.folder / "metrics.jsonl", {}
+        return dict(sorted((row["step"], row[metric]) for row in self._rows() if metric in row))
+
+    def so_far(self, metric: str) -> str:
+        """How far the run is, in words."""
+        steps, values = [row["step"] for row in self._rows()], self.values(metric)
+        if not steps:
+            return "starting"
+        step, value = next(reversed(values.items()), (0, 0.0))
+        return f"step {max(steps)}" + (f", {metric} {value:.4f} at step {step}" if values else "")
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What the run logged, as it was written."""
+        path, rows = self.folder / "metrics.jsonl", []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             with suppress(ValueError):  # a line that is just being written
-                row = json.loads(line)
-                if metric in row:
-                    values[row["step"]] = row[metric]
-        return dict(sorted(values.items()))
+                rows.append(json.loads(line))
+        return rows
 
     def value(self, metric: str, maximize: bool) -> float | None:
         """The best of them."""

@@ -19,5 +19,4 @@ class BeforeFirstStep(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         if trainer.global_step == 0:
-            with trainer.precision_plugin.forward_context():
-                self.function(replica(module.encoder))
+            self.function(replica(module.encoder))

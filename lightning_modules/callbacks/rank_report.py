@@ -12,7 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from datamodules.records import ContrastiveBatch
+from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed import rank, world_size
 
 log = logging.getLogger(__name__)
@@ -20,10 +20,21 @@ GIB = 1 << 30
 
 
 class RankReport(L.Callback):
-    """Tells, once, each rank's first batch and memory, and how many documents a query is compared with."""
+    """Tells, once, each rank's first batch and memory, and how many documents a query is compared with.
+
+    Raises UserError before the first step if ranks, on machines of other kinds, took another precision each.
+    """
 
     def __init__(self) -> None:
         self.told = False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        precisions = [str(trainer.precision)] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(precisions, str(trainer.precision))
+        if len(set(precisions)) > 1:
+            told = ", ".join(f"rank {i} {precision}" for i, precision in enumerate(precisions))
+            raise UserError(f"trainer.precision: auto is not the same everywhere ({told}); set fp32 or bf16")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.records import Document, UserError
-from datamodules.text import input_text, length_sorted_chunks, pad, token_ids
+from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import Surroundings, family_of
+from lightning_modules.token_budget import token_budget_of
 
 POOLINGS = ("cls", "mean")
 BLOCK = 8192  # texts that are sorted by length together, so that token ids of a whole corpus never stand in memory
@@ -218,31 +219,32 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def encode(
         self,
-        documents: Sequence[Document | str],
+        documents: Sequence[Document | Mapping[str, Any] | str],
         task: str | None = None,
         *,
         tasks: Sequence[str] | None = None,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         advance=None,
     ) -> Tensor | dict[str, Tensor]:
-        """Vectors (n, D) of documents, or texts without title, in their order: float32, on the CPU.
+        """Vectors (n, D) of documents in their order: float32, on the CPU. They are not normalised, unless the encoder
+        is so (normalize), so cosine takes a further step.
 
+        documents: papers as a Document or a dict with title and text (or abstract), or strings, texts without title.
         task: that they are for; or tasks: several, for which the result is task -> vectors, and the layers that serve
-        all of them are computed once. token_budget: padded tokens of one forward. advance: called with the number of
-        texts after each forward.
+        all of them are computed once. token_budget: padded tokens of one forward, by default what is fast on the
+        device. advance: called with the number of texts after each forward.
         """
         if self.sharded:
             raise RuntimeError("a sharded encoder cannot encode: lightning_modules.sharding.replica(encoder) does")
-        if isinstance(documents, str):
-            raise TypeError("documents: got one text, expected a list of them")
         if (task is None) == (tasks is None):
             raise TypeError("encode needs either task or tasks")
         if task is None and (isinstance(tasks, str) or not tasks):
             raise TypeError(f"tasks: got {tasks!r}, expected a list of tasks")
         wanted = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
+        token_budget = token_budget or token_budget_of(self.device)
         for name in wanted:
             self.expert_of(name)
-        documents = [Document("", "", d) if isinstance(d, str) else d for d in documents]
+        documents = as_documents(documents)
         found = {}
         modes = [(module, module.training) for module in self.modules()]
         self.eval()

@@ -35,7 +35,7 @@ class Mining:
         folder: Path,
         *,
         similarity: str = "dot",
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         seed: int = 0,
         guide: Encoder | None = None,
     ):

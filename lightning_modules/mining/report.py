@@ -14,6 +14,21 @@ from lightning_modules.mining.filters import owners
 from lightning_modules.mining.pool import Mined
 
 NUM_BINS = 24
+MEANS = {  # what is told beside the figures
+    "negatives": "of a query, in the mean",
+    "without": "share of the queries with none",
+    "false_negative_rate": "share that score above their positive, or that other splits judge relevant",
+    "revealed": "  of it: judged relevant by other splits",
+    "above_positive": "  of it: above the positive",
+    "candidates_above": "share of the candidates above the positive, before the margins",
+    "margin_p10": "score of the positive less the negative's: a tenth are below",
+    "margin_p50": "  half are below; near 0 is hard",
+    "margin_p90": "  nine tenths are below",
+    "duplicates": "share that read as another one of the same query",
+    "distinct": "different documents for each negative; low: a few serve many queries",
+    "age": "steps since the former mining",
+    "kept": "share that were in the former one",
+}
 
 
 @dataclass(frozen=True)
@@ -73,17 +88,24 @@ def _pairs(starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def table(reports: Mapping[str, TaskReport]) -> list[str]:
-    """Lines of text: a column for each task."""
-    names = list(dict.fromkeys(name for task in reports.values() for name in task.values))
-    width = max(len(task) for task in reports) + 2
+    """Lines of text: a column for each task, and what each line means."""
+    names = [name for name in MEANS if any(name in task.values for task in reports.values())]
+    width = max(8, *(len(task) for task in reports)) + 2
     lines = [f"{'':24}" + "".join(f"{task:>{width}}" for task in reports)]
     for name in names:
         cells = (task.values.get(name, math.nan) for task in reports.values())
-        lines.append(f"{name:24}" + "".join(f"{'-' if math.isnan(x) else f'{x:.4g}':>{width}}" for x in cells))
+        lines.append(f"{name:24}" + "".join(f"{_shown(x):>{width}}" for x in cells) + f"   {MEANS[name]}".rstrip())
+    lines.append("candidates that were taken out (the filters of docs/training.md), one after the other:")
     for name in dict.fromkeys(name for task in reports.values() for name in task.taken):
         cells = (task.taken.get(name, 0) for task in reports.values())
-        lines.append(f"{'taken: ' + name:24}" + "".join(f"{count:>{width}}" for count in cells))
+        lines.append(f"  {name:22}" + "".join(f"{count:>{width}}" for count in cells))
     return lines
+
+
+def _shown(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return "<0.0001" if 0 < value < 5e-5 else f"{round(value, 4) + 0.0:.4f}".rstrip("0").rstrip(".")
 
 
 def logged(reports: Mapping[str, TaskReport]) -> dict[str, float]:

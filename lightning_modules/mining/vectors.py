@@ -31,7 +31,7 @@ LEAST, SHARES = 512, 64  # texts of a shard, and shards of few texts
 class VectorCache:
     """An encoder's vectors of texts, through a folder.
 
-    similarity: "cosine" keeps them normalised. shard_size: texts of a shard. token_budget: padded tokens of a forward.
+    similarity: "cosine" keeps them normalised. shard_size: texts of a shard. token_budget: as Encoder.encode has it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class VectorCache:
         *,
         similarity: str = "dot",
         shard_size: int = 16384,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
     ):
         self.encoder, self.similarity = encoder, similarity
         self.shard_size, self.token_budget = shard_size, token_budget

@@ -67,6 +67,9 @@ def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
     (tmp_path / "store" / damage).write_bytes(b"{")
     with pytest.raises(UserError, match="no whole store of hard negatives"):
         HardNegativeStore(tmp_path / "store")
+    (tmp_path / "store" / damage).unlink()
+    with pytest.raises(UserError, match=f"holds no hard negatives .{damage} is not there"):
+        HardNegativeStore(tmp_path / "store")
 
 
 def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_path):

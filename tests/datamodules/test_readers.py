@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 import yaml
 
+from datamodules.batches import BatchOptions
 from datamodules.readers.beir_hub import BeirHubReader
 from datamodules.readers.doris_mae import DorisMaeReader
 from datamodules.readers.dpr import DprReader
@@ -21,9 +22,9 @@ from datamodules.readers.scidocs import SciDocsReader
 from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
-from datamodules.records import Collection, Document, UserError
-from datamodules.tasks import Reader
-from experiments.settings.targets import check_target, instantiate
+from datamodules.records import Collection, Document, Task, UserError
+from datamodules.tasks import Reader, SearchDataModule
+from experiments.settings.targets import READERS, check_target, instantiate
 from tests.datamodules.reader_worlds import (
     WORLDS,
     World,
@@ -201,7 +202,7 @@ def test_the_documented_nodes_are_readers():
     classes = {node["_target_"].rpartition(".")[2] for node in nodes}
     assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, home=READERS)), Reader)
 
 
 # --- what is particular to a format ---
@@ -638,6 +639,16 @@ def test_classes_that_are_equal_as_numbers_have_one_order(tmp_path):
     """Ten ways to write a number would stand as the set of them does, which is another way in each process."""
     nines, tens = (["0" * zeros + number for zeros in range(10)] for number in ("9", "10"))
     assert judged(tmp_path, "class")._corpus([*tens, *nines, "-7"]) == ["-7", *sorted(nines), *sorted(tens)]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_numbers_are_nothing_to_train_on(tmp_path, make_backbone, cache):
+    """In a cache they were a TypeError, and without one 0.5 was a hard negative."""
+    reader = judged(tmp_path, "number", 2, 0.5, -3, split="train")
+    options = BatchOptions(batch_size=1, num_batches=1, cache=str(tmp_path / "cache") if cache else None)
+    data = SearchDataModule(Task("search", "search"), {"numbers": reader}, options, make_backbone()[1])
+    with pytest.raises(UserError, match="numbers: .*'p1' and document 'number' have score 0.5; grades are whole"):
+        data.setup()
 
 
 def test_papers_without_text_are_told(tmp_path, caplog):

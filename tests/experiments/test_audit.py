@@ -6,7 +6,7 @@ import pytest
 
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
-from experiments.audit import main
+from experiments.audit import _examples, main
 from tests.experiments.test_train import TINY
 
 
@@ -41,3 +41,14 @@ def test_planted_documents_are_reported(tmp_path, beir_root, capsys):
         main([])
     with pytest.raises(UserError, match="examples: got 'x'"):
         main(["moe", *TINY, "examples=x"])
+
+
+def test_reports_lie_beside_each_other_and_no_pair_is_shown_twice(tmp_path, beir_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for further in ([], [f"beir={beir_root / 'scitldr'}"], []):
+        main(["moe", *TINY, *further])
+    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["audits"] * 2
+    pairs = [f"'p{i}' ('a study by hand') is 'd{i}' ('a study by hand')" for i in range(3)]
+    by_title, by_text = ([f"{pair} by {way}, similarity 1.00" for pair in pairs] for way in ("title", "text"))
+    assert _examples({"id": [], "title": by_title[:1], "text": by_text}, 2) == [by_title[0], *by_text[1:]]
+    assert _examples({"title": by_title, "text": by_text}, 0) == []

@@ -123,20 +123,37 @@ def test_what_was_measured_otherwise_is_left_out(tmp_path, change, reason):
     (b / "results.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="nothing could be compared|which system") as error:
         compared(tmp_path, a, b)
-    if "nothing" in str(error.value):
-        told = json.loads((tmp_path / "out" / "compare.json").read_text())
-        assert told["benchmarks"] == {}
-        assert reason in told["left_out"]["generated"]
+    assert reason in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_queries_are_not_compared(tmp_path):
     a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
     table = b / "runs" / "generated.encoder.queries.tsv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="nothing could be compared"):
+    with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* has measured other queries"):
         compared(tmp_path, a, b)
-    told = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert "has measured other queries" in told["left_out"]["generated"]
+
+
+def test_single_queries_are_shown_where_the_difference_is_marked_or_asked_for(tmp_path, capsys):
+    model, twin, worse = (measured(tmp_path / f"m{i}", noise, i) for i, noise in ((1, 0.3), (2, 0.3), (3, 0.9)))
+    for other, arguments, shown in ((worse, [], 6), (twin, [], 0), (twin, ["examples=2"], 4)):
+        content = compared(tmp_path, model, other, *arguments)
+        assert capsys.readouterr().out.count("is better (ndcg@10") == shown
+        assert len(content["benchmarks"]["generated"]["examples"]["A"]) == (2 if arguments else 3)
+
+
+def test_a_reason_is_told_once_for_its_benchmarks_and_folders_have_short_names(tmp_path, monkeypatch):
+    a, b = (measured(tmp_path / i, 0.3, int(i)) for i in "12")
+    for folder, names in ((a, ("x", "y", "generated")), (b, ("generated",))):
+        content = json.loads((folder / "results.json").read_text())["benchmarks"]["generated"]
+        (folder / "results.json").write_text(json.dumps({"benchmarks": dict.fromkeys(names, content)}))
+    with pytest.raises(UserError, match=rf"\(x, y: {b} has not measured encoder on it\). .*make eval model={a},{b}"):
+        main([f"A={a}", f"B={b}", "benchmark=x,y"])
+    long = [measured(tmp_path / (letter * 200), 0.3, i) for i, letter in enumerate("cd")]
+    monkeypatch.chdir(tmp_path)
+    main([f"A={long[0]}", f"B={long[1]}", "draws=99"])
+    assert [len(folder.name) < 150 for folder in (tmp_path / "comparisons").iterdir()] == [True]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +161,7 @@ def test_other_queries_are_not_compared(tmp_path):
     [
         ([], "A: which folder"),
         (["A={a}"], "B: which folder"),
-        (["A={a}", "B=nowhere"], "nowhere has no results.json"),
+        (["A={a}", "B=nowhere"], "nowhere is not there, and has no results.json. In runs/ there are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*There are .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: other was not measured, there are generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),

@@ -85,9 +85,14 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
     ("arguments", "message"),
     [
         ([], "which model"),
-        (["model=x", "modle=y"], "unknown key 'modle'"),
+        (["model=x", "modle=y"], "unknown key 'modle'; did you mean model"),
+        (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
+        (
+            ["model=runs/nope", "beir={beir}/scitldr", "task=search"],
+            "model: runs/nope is not there. In runs/ there are",
+        ),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
@@ -101,12 +106,70 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model={run}", "max_length=9999"], "max_length: got 9999 tokens, but .* has positions for"),
         (["model={run},{run}"], "model: each may be named once"),
         (["model=bm25", "benchmarks=all"], "benchmarks and data.root: give both"),
+        (["model={run}", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is no file"),
+        (["model={run}", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
+        (["model={run}", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
+        (["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"], "beir: is measured instead of"),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"], "max_queries: got 9, but .* alone"),
+        (["model=bm25", "benchmarks=all", "data.root={beir}", "split=dev"], "split: got dev, but .* have their own"),
     ],
 )
 def test_bad_input_is_refused(run, beir_root, tmp_path, arguments, message):
     arguments = [argument.format(run=run, beir=beir_root) for argument in arguments]
     with pytest.raises(UserError, match=message):
         main([*arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else [])])
+
+
+@pytest.fixture
+def twins(tmp_path, monkeypatch):
+    """Two folders of one last name with other queries. The working directory is empty."""
+    whole = SampleReader("searches", num_papers=500).read()
+    for name, first in (("one", 0), ("two", 5)):
+        test = dict(list(whole.qrels["test"].items())[first : first + 5])
+        queries = {query: whole.queries[query] for query in test}
+        write_beir(Collection(whole.corpus, queries, {"test": test}), tmp_path / name / "search")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def test_results_of_other_data_or_metrics_lie_in_another_folder_and_the_same_ones_are_renewed(twins):
+    def folders(*arguments):
+        main(["model=bm25", "task=search", *arguments])
+        return {path.parent: path.read_text() for path in twins.rglob("results.json")}
+
+    first = folders(f"beir={twins / 'one' / 'search'}")
+    assert len(first) == 1
+    assert len(folders(f"beir={twins / 'two' / 'search'}")) == 2
+    found = folders(f"beir={twins / 'one' / 'search'}", "metrics=ndcg@5,recall@5")
+    assert len(found) == 3
+    assert found.items() >= first.items()  # untouched
+    assert len(folders("beir=../one/search", "token_budget=99")) == 3
+
+
+def test_results_of_another_evaluation_are_not_written_over(twins):
+    one, two, out = (twins / name for name in ("one/search", "two/search", "out"))
+    given = ["model=bm25", "task=search", f"output={out}"]
+    main([*given, f"beir={one}"])
+    before = (out / "results.json").read_text()
+    for arguments, message in (
+        ([f"beir={two}"], "results of search on other data"),
+        ([f"beir={one}", "metrics=recall@5"], "another evaluation .metrics: .* there, recall@5 now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*given, *arguments])
+    assert (out / "results.json").read_text() == before
+    main([*given, f"beir={one}"])
+
+
+def test_what_fails_leaves_no_folder(run, twins):
+    with pytest.raises(UserError, match="unknown task"):
+        main([f"model={run / 'checkpoints' / 'best.ckpt'}", "run=", f"beir={twins / 'one' / 'search'}", "task=serach"])
+    with pytest.raises(UserError, match="scifact_all needs"):
+        main(["model=bm25", "benchmarks=scifact_all", f"data.root={twins}"])
+    assert list((twins / "here").iterdir()) == []
+    assert not (run / "evaluation" / "scifact_all").exists()
+    assert not list((run / "evaluation").glob("*serach*"))
 
 
 def test_the_bench_runs(capsys):

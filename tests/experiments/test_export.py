@@ -91,6 +91,24 @@ def test_what_is_there_is_kept(run, tmp_path):
         main([])
 
 
+def test_an_export_is_written_anew_if_asked_to_and_what_is_none_stays(run, tmp_path):
+    arguments = [f"model={run}", "task=all", f"output={tmp_path / 'out'}"]
+    main(arguments)
+    stale = tmp_path / "out" / "search" / "stale.txt"
+    stale.write_text("of before")
+    with pytest.raises(UserError, match="is there already; overwrite=yes writes it anew"):
+        main(arguments)
+    assert stale.is_file()
+    main([*arguments, "overwrite=yes"])
+    assert not stale.exists()
+    assert (tmp_path / "out" / "search" / "modules.json").is_file()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("one")
+    with pytest.raises(UserError, match="thesis is no export"):
+        main([f"model={run}", f"output={tmp_path / 'thesis'}", "overwrite=yes"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
+
+
 def test_output_may_be_a_link(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, target in (("a", tmp_path / "empty"), ("b", tmp_path / "new")):

@@ -246,7 +246,7 @@ def test_epochs_are_passes_through_all_examples():
         (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so what is mined would never be used"),
         (["mining.relative_margin=1.5"], "mining.relative_margin: got 1.5"),
         (["mining.sampling=best"], "mining.sampling"),
-        (["mining.store=/no/where"], "/no/where: is no whole store of hard negatives"),
+        (["mining.store=/no/where"], "/no/where: no such folder .meta.json is not there.; make mine"),
         (["mining.miner._target_=lightning_modules.mining.miners.BM25"], "has no class 'BM25', it has BM25Miner"),
         (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch': did you mean search"),
         (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),

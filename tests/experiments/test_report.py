@@ -1,6 +1,7 @@
 """The report of a run: every figure stands in a file of the run, and a browser shows it as it should be."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import yaml
+from rich.console import Console
 from sklearn.decomposition import PCA
 
 from datamodules.records import UserError
@@ -21,7 +23,9 @@ from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.html import tag
 from experiments.reporting.paper_map import same_label, two_components
+from experiments.runs import HEADINGS, differences, table_of
 from experiments.runs import main as list_runs
+from experiments.settings.config import as_dict, load_config
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY
@@ -250,11 +254,28 @@ def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
     assert " 2.25 " in told, "device hours; of an older attempt one device"
     mean = json.loads((run / "report.json").read_text())["mean"]["trained"]
     assert "2 runs in" in told
-    assert "complete, 9 steps" in told
-    assert "at step 9 of 9" in told
+    assert " 9 of 9 " in told
+    assert all(f"{tmp_path / name} " in told for name in ("done", "begun"))
+    assert "EXP=moe_mined SCALE=sample run.seed=0" in told
+    assert "trainer.max_steps=9" in told
     assert f"{mean:.4f}" in told
     with pytest.raises(UserError, match="there are no runs"):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
+
+
+def test_runs_are_told_apart_by_their_settings_and_have_whole_names_on_narrow_terminals():
+    overrides = ["optim.lr=0.5", "tasks=[search]", "trainer.grad_cache=true"]
+    assert list(differences(as_dict(load_config("moe", overrides)))) == [
+        *("tasks=[search]", "optim.lr=0.5", "trainer.grad_cache=true")
+    ]
+    assert list(differences(as_dict(load_config("vanilla")))) == []
+    names = [f"runs/moe-sample-seed0-{i:06d}" for i in range(3)]
+    rows = [[name, "optim.lr=0.5 " * 4, "1,200", "0.2279", "ndcg@10", "0.31", *"xyz", "0.02", "now"] for name in names]
+    for width, there in ((80, ("steps", "mean")), (200, HEADINGS)):
+        (console := Console(width=width, record=True, file=io.StringIO())).print(table_of(rows, "3 runs", width))
+        shown = console.export_text()
+        assert all(f" {word} " in shown for word in (*names, *there))
+    assert "last logged" in shown
 
 
 def test_a_run_whose_baselines_were_measured_otherwise_ends_without_them(run, tmp_path, caplog):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import pytrec_eval
@@ -165,9 +164,12 @@ def test_data_that_are_not_there_are_told(root, tmp_path, caplog):
     measured = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
     assert set(measured) == {"geography", *(n for n in SUITE if SUITE[n].protocol.startswith("beir/"))}
     with pytest.raises(UserError, match="scifact_all needs search of the evaluation data"):
-        main(["model=bm25", "benchmarks=scifact_all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
-    with pytest.raises(UserError, match="has the data of none"):
-        main(["model=bm25", "benchmarks=sci*", f"data.root={tmp_path}", f"output={tmp_path / 'out'}"])
+        main(["model=bm25", "benchmarks=scifact_all", f"data.root={partly}", f"output={tmp_path / 'none'}"])
+    caplog.clear()
+    with caplog.at_level("INFO"), pytest.raises(UserError, match="has the data of none"):
+        main(["model=bm25", "benchmarks=sci*", f"data.root={tmp_path}", f"output={tmp_path / 'none'}"])
+    assert "to get: search of the evaluation data of SciMult's authors" in caplog.text
+    assert not (tmp_path / "none").exists()
 
 
 def test_another_similarity_is_another_protocol(root, tmp_path):
@@ -233,13 +235,13 @@ def test_a_bad_suite_is_refused(text, message, tmp_path):
 
 def test_a_suite_of_ones_own(root, tmp_path):
     (tmp_path / "suite.yaml").write_text(f"benchmarks:\n  mine:{GOOD}    splits: [train, test]\n")
-    arguments = ["model=bm25", f"suite={tmp_path / 'suite.yaml'}", f"data.root={root}", f"output={tmp_path}"]
-    main([*arguments, "benchmarks=all", "max_queries=1"])
-    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    arguments = ["model=bm25", f"suite={tmp_path / 'suite.yaml'}", f"data.root={root}"]
+    main([*arguments, "benchmarks=all", "max_queries=1", f"output={tmp_path / 'one'}"])
+    result = json.loads((tmp_path / "one" / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["split"], result["queries"]) == ("train+test", 1)
     assert result["protocol"] == "mine/test/1-of-2-queries"
-    main([*arguments, "benchmarks=all", "max_documents=3"])
-    result = json.loads((Path(tmp_path) / "results.json").read_text())["benchmarks"]["mine"]
+    main([*arguments, "benchmarks=all", "max_documents=3", f"output={tmp_path / 'three'}"])
+    result = json.loads((tmp_path / "three" / "results.json").read_text())["benchmarks"]["mine"]
     assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
     with pytest.raises(UserError, match=r"benchmarks: unknown 'mines'; did you mean mine\?"):
         main([*arguments, "benchmarks=mines"])

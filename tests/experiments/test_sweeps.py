@@ -258,6 +258,20 @@ def test_preempted_trials_go_on_failed_ones_are_kept_and_the_best_is_told(
     assert len(attempts(output / "t001")) == 2
 
 
+def test_a_sweep_tells_how_far_a_trial_is_and_names_its_run_from_here(make_sweep, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(controller_module, "LOOKS_EVERY", 0.05)
+    monkeypatch.setattr(controller_module, "TELLS_EVERY", 0.0)
+    path = make_sweep(ONE)
+    (tmp_path / "stub.py").write_text(STUB.replace("sys.exit", "time.sleep(0.5); sys.exit"))
+    sweep(["moe", f"sweep={path}", "output=out"])
+    assert "  trial 0: starting" in caplog.text
+    assert "  trial 0: step 2, val/mean/ndcg@10 0.0000 at step 2" in caplog.text
+    assert "1 trials of moe, in out\n" in caplog.text
+    assert "Its run lies in out/t000. Next: make eval model=out/t000 split=dev" in caplog.text
+
+
 def test_a_sweep_ends_when_the_first_trials_all_fail(make_sweep, tmp_path):
     path = make_sweep("method: grid\nparameters: {optim.lr: {values: [0.1, 0.2, 0.3, 0.4, 0.5]}}\n")
     (tmp_path / "stub.py").write_text("raise SystemExit('no such file')")
@@ -440,3 +454,11 @@ def test_the_status_of_a_training_comes_through_make(tmp_path, monkeypatch):
     status = started.returncode
     assert status == 2
     assert trial.status("make", status) == 75
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("PARALELL=2", "PARALLEL"), ("paralell=2", "parallel"), ("seed=1", "run.seed")]
+)
+def test_a_variable_of_make_that_is_misspelt_is_proposed(given, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        sweep(["moe", "sweep=lr", given])

@@ -14,6 +14,7 @@ from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
+from lightning_modules.vectors import Vectors
 from tests.conftest import TASKS, text_of
 
 KINDS = ("shared", "attention", "ffn", "both")
@@ -236,6 +237,18 @@ def test_encode_keeps_the_order_and_the_mode(make_encoder, budget):
         torch.testing.assert_close(vectors[i : i + 1], alone, atol=2e-6, rtol=1e-5)
     assert encoder.encode([], "search").shape == (0, 32)
     torch.testing.assert_close(encoder.encode(["bara"], "search"), encoder.encode([Document("", "", "bara")], "search"))
+
+
+def test_a_forward_takes_what_is_fast_on_a_cpu(make_encoder, monkeypatch):
+    encoder, sizes = make_encoder("shared"), []
+    forward = encoder.forward_tasks
+    monkeypatch.setattr(encoder, "forward_tasks", lambda ids, *rest: sizes.append(ids.numel()) or forward(ids, *rest))
+    texts = [Document(str(i), "", text_of(*range(9))) for i in range(600)]
+    for encode in (encoder.encode, lambda *given: Vectors(encoder).of_all_ranks(*given, "texts")):
+        sizes.clear()
+        encode(texts, "search")
+        assert len(sizes) > 2
+        assert 1024 < max(sizes) <= 2048
 
 
 def test_normalized_vectors_have_length_one(make_encoder):

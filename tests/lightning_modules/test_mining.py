@@ -1,5 +1,6 @@
 """Mining as a whole: cached vectors, filters in their order, what is told of it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import gate, histograms, logged, report, table
+from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, table
 from lightning_modules.mining.vectors import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
@@ -265,7 +266,10 @@ def test_the_report_counts_what_it_says():
     assert logged({"search": found})["mine/search/duplicates"] == 0.25
     told = "\n".join(table({"search": found, "classification": found}))
     assert "false_negative_rate" in told
-    assert "taken: known positives" in told
+    assert "  known positives" in told
+    assert set(MEANS) == {*found.values, "age", "kept"}
+    tiny = dataclasses.replace(found, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5})
+    assert [line.split()[1] for line in table({"search": tiny})[1:4]] == ["0.25", "<0.0001", "0"]
 
 
 def test_without_scores_there_are_no_margins_in_the_report():

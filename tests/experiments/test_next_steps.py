@@ -1,0 +1,44 @@
+"""What a training tells at its end, and at its start of a machine that is not what it takes it for."""
+
+import shlex
+
+import pytest
+
+from experiments.building.trainer import tell_of_cores
+from experiments.running.folder import folder_of
+from experiments.running.next_steps import next_steps
+from experiments.settings.config import load_config
+
+
+def told(*overrides, experiment="moe"):
+    config = load_config(experiment, overrides)
+    return next_steps(config, overrides, folder_of(config))
+
+
+def test_another_encoder_is_proposed_with_all_settings_of_the_command(tmp_path):
+    settings = ["scale=small", "tasks=[search]", "data.root=/my data", "task.search.batch_size=4"]
+    line = told(*settings, f"run.dir={tmp_path}", "run.seed=3")
+    words = shlex.split(line.partition("encoder: ")[2])
+    assert words == ["make", "train", "EXP=vanilla", "SCALE=small", *settings[1:], "run.seed=3"]
+    assert load_config("vanilla", [word for word in words if "." in word]).run.seed == 3
+    assert told(experiment="vanilla").endswith("encoder: make train EXP=moe")
+
+
+@pytest.mark.parametrize("setting", ["encoder.layers=all", "extend.model=/x", "init_from=/x"])
+def test_no_encoder_is_proposed_where_the_settings_are_of_this_one(setting):
+    assert told(setting).startswith("Next: make report RUN=runs/moe-sample-seed0-")
+    assert "make train" not in told(setting)
+
+
+def test_more_processes_than_cores_are_told(monkeypatch, caplog):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    config = load_config("moe", ["trainer.devices=8", "trainer.accelerator=cpu"])
+    tell_of_cores(config)
+    assert "trainer.devices=8: without GPUs, so many processes share 2 cores" in caplog.text
+    caplog.clear()
+    config.trainer.devices = 2
+    tell_of_cores(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config.trainer.devices, config.trainer.accelerator = 8, "auto"
+    tell_of_cores(config)
+    assert not caplog.records

@@ -1,0 +1,128 @@
+"""A user's own collections: named in few words, instead of the scale's or beside them, and measured as they are."""
+
+import itertools
+import json
+
+import pytest
+
+from datamodules.readers.beir import write_beir
+from datamodules.records import UserError
+from experiments.building.data import build_data
+from experiments.evaluate import main as evaluate
+from experiments.settings.config import as_dict, from_dict, load_config
+from experiments.train import train
+from tests.conftest import toy_collection
+from tests.experiments.test_train import TINY
+
+JSONL, BEIR = "datamodules.readers.jsonl.JsonlReader", "datamodules.readers.beir.BeirReader"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The same collection in both layouts: mine (JSON lines, train and test) and beir."""
+    collection = toy_collection()
+    write_beir(collection, tmp_path / "beir")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    documents = [{"id": d.id, "title": d.title, "text": d.text} for d in collection.corpus.values()]
+    (mine / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    for split in ("train", "test"):
+        examples = [
+            {"query": {"text": collection.queries[query].text}, "positives": {d: g for d, g in grades.items() if g}}
+            for query, grades in collection.qrels[split].items()
+        ]
+        (mine / f"{split}.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    return tmp_path
+
+
+def data_of(folders, *overrides):
+    root = f"data.root={folders}"
+    return load_config("moe", ["tasks=[search]", root, *overrides]).task["search"].data
+
+
+def test_data_that_are_given_whole_stand_instead_of_the_scales(folders):
+    mine = {"_target_": JSONL, "folder": f"{folders}/mine"}
+    beir = {"_target_": BEIR, "folder": f"{folders}/beir"}
+    assert data_of(folders, f"task.search.data={folders}/mine") == {"mine": mine}
+    assert data_of(folders, "task.search.data=${data.root}/mine") == {"mine": mine}
+    assert data_of(folders, "scale=small", f"task.search.data={folders}/beir") == {"beir": beir}
+    assert data_of(folders, f"task.search.data=[{folders}/mine, {folders}/beir]") == {"mine": mine, "beir": beir}
+    node = f"{{_target_: jsonl.JsonlReader, folder: {folders}/mine, on_error: skip}}"
+    assert data_of(folders, f"task.search.data={{own: {node}}}") == {"own": mine | {"on_error": "skip"}}
+
+
+def test_a_single_collection_stands_beside_the_scales(folders):
+    for override in (f"task.search.data.mine={folders}/mine", f"task.search.data.mine.folder={folders}/mine"):
+        data = data_of(folders, override)
+        assert list(data) == ["searches", "mine"]
+        assert data["mine"]["_target_"] == JSONL
+    config = load_config("moe", [f"task.search.data={folders}/mine", "tasks=[search]"])
+    assert from_dict(as_dict(config), "config.yaml") == config
+
+
+def test_the_order_of_keys_does_not_matter(folders):
+    """make gives them in any."""
+    keys = [f"task.search.data={folders}/mine", "task.search.data.mine.dev_percent=7"]
+    keys += [f"task.search.data.other={folders}/mine", "task.search.data.other.on_error=skip"]
+    expected = {"_target_": JSONL, "folder": f"{folders}/mine"}
+    for order in itertools.permutations(keys):
+        data = data_of(folders, *order)
+        assert data == {"mine": expected | {"dev_percent": 7}, "other": expected | {"on_error": "skip"}}
+    assert data_of(folders, f"task.search.data.searches={folders}/mine") == {"searches": expected}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.search.data={root}/mines", "task.search.data.mines: {root}/mines: no such folder"),
+        ("task.search.data={root}", "queries.jsonl and qrels/"),
+        ("task.search.data=[{root}/mine, {root}/beir/../mine]", "two are called mine; give them names"),
+        ("task.search.data=5", "got 5, expected FOLDER"),
+        ("task.search.data=null", "got None, expected FOLDER"),
+        ("task.serach.data={root}/mine", "unknown task 'serach': did you mean search?"),
+        ("task.search.data.mine._target_=jsnl.JsonlReader", "'jsnl.JsonlReader', did you mean jsonl?"),
+        ("task.search.data.mine.view=x", "with _target_, such as {{_target_: jsonl.JsonlReader, folder: FOLDER}}"),
+    ],
+)
+def test_what_is_no_collection_is_refused(folders, override, message):
+    with pytest.raises(UserError) as caught:
+        data_of(folders, override.format(root=folders))
+    assert message.format(root=folders) in str(caught.value)
+
+
+def test_a_folder_in_both_layouts_is_not_guessed(folders):
+    (folders / "mine" / "qrels").mkdir()
+    with pytest.raises(UserError, match=r"holds train.jsonl, and queries.jsonl or qrels/ too"):
+        data_of(folders, f"task.search.data={folders}/mine")
+    named = f"task.search.data={{mine: {{_target_: jsonl.JsonlReader, folder: {folders}/mine}}}}"
+    assert data_of(folders, named)["mine"]["_target_"] == JSONL
+
+
+def test_a_missing_folder_of_a_scale_is_told_with_the_keys_that_name_another():
+    with pytest.raises(UserError) as caught:
+        build_data(load_config("moe", ["scale=small", "data.root=/nowhere"]))
+    for part in ("task.classification.data=FOLDER", "data.root=FOLDER the one that holds arxiv_cats", "tasks=[...]"):
+        assert part in str(caught.value)
+
+
+def test_the_sample_beside_own_data_is_told_and_own_data_alone_are_not(folders, caplog):
+    sample = "task.search.data.searches.num_papers=500"
+    beside = ["tasks=[search]", sample, f"task.search.data.mine={folders}/mine", "data.cache=null"]
+    build_data(load_config("moe", beside), training=True)
+    assert "best.ckpt is chosen by the dev splits of searches" in caplog.text
+    assert "task.search.data.searches=null" in caplog.text
+    caplog.clear()
+    build_data(load_config("moe", [*beside, "task.search.data.searches=null"]), training=True)
+    build_data(load_config("moe", ["tasks=[search]", sample, "data.cache=null"]), training=True)
+    assert "sample" not in caplog.text
+
+
+def test_what_was_trained_on_json_lines_is_evaluated_on_their_folder(folders):
+    run, out = folders / "run", folders / "out"
+    steps = ["trainer.max_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
+    tiny = [setting for setting in TINY if "num_papers" not in setting]  # of the sample
+    train("moe", [f"run.dir={run}", *tiny, *steps, "tasks=[search]", f"task.search.data={folders}/mine"])
+    trained = json.loads((run / "results.json").read_text())["benchmarks"]["mine"]["systems"]["trained"]
+    metrics = "metrics=ndcg@10,recall@20"
+    evaluate([f"model={run}", f"beir={folders}/mine", "task=search", metrics, f"output={out}"])
+    assert json.loads((out / "results.json").read_text())["benchmarks"]["mine"]["systems"]["encoder"] == trained
