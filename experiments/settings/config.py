@@ -63,30 +63,12 @@ def load_config(experiment: str, overrides: Sequence[str] = (), own: Sequence[st
     _one_of("experiment", experiment, experiments())
     _one_of("scale", scale, scales())
 
-    layers = [("the schema", OmegaConf.create({"experiment": experiment, "scale": scale}))]
-    for path in (FOLDER / "base.yaml", FOLDER / "scale" / f"{scale}.yaml"):
-        layers.append((_shown(path), _read(path)))
-    broken: dict[str, UserError] = {}  # tasks whose files cannot be used, which matters to who names them alone
-    for name in names(FOLDER / "tasks"):
-        path = FOLDER / "tasks" / f"{name}.yaml"
-        try:
-            layers.append((_shown(path), OmegaConf.create({"task": {name: _task(path, scale)}})))
-        except UserError as error:
-            broken[name] = error
-    path = FOLDER / f"{experiment}.yaml"
-    layers.append((_shown(path), _read(path)))
-
+    layers, broken = _layers(experiment, scale)
     config = OmegaConf.structured(Config)
     for source, layer in layers:
         config = _merge(config, layer, source)
     known = sorted(config.task)
-    given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
-    # make gives them in any order: what replaces data comes before what is added to them or changed in them.
-    for text, layer, place in sorted(given, key=lambda one: (one[2] is None, one[2] and one[2][1] is not None)):
-        if place and place[0] in known:
-            data = config.task[place[0]].data
-            data.clear() if place[1] is None else data.pop(place[1], None)
-        config = _merge(config, layer, f"the command line ({text})", (*own, *OF_MAKE))
+    config = _with_command_line(config, overrides, (*own, *OF_MAKE))
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:
             raise error
@@ -96,6 +78,45 @@ def load_config(experiment: str, overrides: Sequence[str] = (), own: Sequence[st
     for name in strange - set(done.tasks):
         _one_of("task", name, known)
     return done
+
+
+def _layers(experiment: str, scale: str) -> tuple[list[tuple[str, DictConfig]], dict[str, UserError]]:
+    """The files' settings with their names, in their order; and what is wrong with the files of some tasks.
+
+    A task's file that cannot be used matters to who names the task alone.
+    """
+    layers = [("the schema", OmegaConf.create({"experiment": experiment, "scale": scale}))]
+    for path in (FOLDER / "base.yaml", FOLDER / "scale" / f"{scale}.yaml"):
+        layers.append((_shown(path), _read(path)))
+    broken: dict[str, UserError] = {}
+    for name in names(FOLDER / "tasks"):
+        path = FOLDER / "tasks" / f"{name}.yaml"
+        try:
+            layers.append((_shown(path), OmegaConf.create({"task": {name: _task(path, scale)}})))
+        except UserError as error:
+            broken[name] = error
+    path = FOLDER / f"{experiment}.yaml"
+    layers.append((_shown(path), _read(path)))
+    return layers, broken
+
+
+def _with_command_line(config: DictConfig, overrides: Sequence[str], beside: Sequence[str]) -> DictConfig:
+    """The overrides over config. make gives them in any order, so what replaces data goes first, and the whole data of
+    a task before single collections. beside: as for _merge."""
+    known = set(config.task)
+    given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
+
+    def turn(one: tuple[str, DictConfig, tuple[str, str | None] | None]) -> int:
+        place = one[2]
+        return 2 if place is None else 0 if place[1] is None else 1
+
+    for text, layer, place in sorted(given, key=turn):
+        if place and place[0] in known:
+            task, name = place
+            data = config.task[task].data
+            data.clear() if name is None else data.pop(name, None)
+        config = _merge(config, layer, f"the command line ({text})", beside)
+    return config
 
 
 def as_dict(config: Config) -> dict[str, Any]:
