@@ -9,13 +9,16 @@ command goes on.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import netrc
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,11 +83,30 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     return process.wait()
 
 
+def _refuse_without_login() -> None:
+    """Raise UserError where W&B's agent would have no key to speak to its server with."""
+    import wandb
+
+    settings = wandb.setup().settings
+    known = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
+    host = urllib.parse.urlsplit(settings.base_url).hostname
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = known or netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    if not known:
+        raise UserError(
+            f"sweep_id: its trials come from {settings.base_url}, where you are not logged in: .venv/bin/wandb login, "
+            "or WANDB_API_KEY in the environment. `make sweep` runs a sweep without W&B"
+        )
+
+
 def main(arguments: Sequence[str]) -> None:
     values = key_values(arguments, KEYS)
     if not values["sweep_id"]:
         raise UserError("sweep_id: which sweep? `make sweep ... wandb.mode=online` registers one and says its id")
-    status = agent(values["sweep_id"], whole_number("count", values["count"]) if values["count"] else None)
+    count = whole_number("count", values["count"]) if values["count"] else None
+    if launch.rank() == 0:
+        _refuse_without_login()
+    status = agent(values["sweep_id"], count)
     sys.exit(status)
 
 

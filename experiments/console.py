@@ -26,6 +26,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Tells which rank has ended before it ends the others.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    for name in ("huggingface_hub", "datasets"):  # they write their lines themselves too
+        logging.getLogger(name).propagate = False
     for message in (
         r".*does not have many workers.*",
         r".*srun.*",

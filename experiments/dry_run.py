@@ -20,7 +20,7 @@ from datamodules.records import UserError
 from experiments.building.data import build_data, describe_schedule
 from experiments.building.module import build_module
 from experiments.building.trainer import precision_of
-from experiments.console import entry_point, table_console
+from experiments.console import counted, entry_point, table_console
 from experiments.running.predict import Prediction, predict, ranks_of
 from experiments.settings.config import experiments, load_config
 from experiments.settings.schema import Config
@@ -83,12 +83,12 @@ def _tell(config: Config, prediction: Prediction) -> None:
     ranks, steps = ranks_of(config), config.trainer.max_steps
     training = prediction.training(steps)
     log.info(
-        "measured on %s in %s, %d threads; %d ranks of %d nodes are configured",
+        "measured on %s in %s, %s; configured: %s of %s",
         torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU",
         precision_of(config),
-        torch.get_num_threads(),
-        ranks,
-        config.trainer.num_nodes,
+        counted(torch.get_num_threads(), "thread"),
+        counted(ranks, "rank"),
+        counted(config.trainer.num_nodes, "node"),
     )
     log.info(
         "a step takes %.1f ms (of which %.1f ms are the update); start %s, %d steps %s, evaluation %s, in all %s",

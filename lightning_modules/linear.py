@@ -38,21 +38,42 @@ def predict_classes(train: np.ndarray, classes: np.ndarray, queries: np.ndarray,
     model = _with_best_c(_estimator(probe), probe, processes=train.size > ALONE)
     with _quiet():
         model.fit(train.astype(np.float64), classes)
-    return model.predict(queries.astype(np.float64)), _chosen(model)
+    sides = _products(queries, _weights(model))
+    found = sides.argmax(1) if sides.shape[1] > 1 else (sides[:, 0] > 0).astype(int)
+    return model.classes_[found], _chosen(model)
 
 
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
     """(q, L): how far each query is on the side of each label; it has those above 0. labels: (n, L), 1 or 0.
 
-    Each label has a model and a C of its own.
+    Each label has a model and a C of its own: the first where can_choose denies a choice. A label that all training
+    papers have, or none, all queries have, or none.
     """
-    model = _with_best_c(_estimator(probe), probe, processes=False)
-    with _quiet():
-        from sklearn.multiclass import OneVsRestClassifier
+    from joblib import Parallel, delayed
 
-        several = OneVsRestClassifier(model, n_jobs=-1 if train.size * labels.shape[1] > ALONE else 1)
-        several.fit(train.astype(np.float64), labels)
-    return several.decision_function(queries.astype(np.float64)).reshape(len(queries), -1)
+    train, constant = train.astype(np.float64), labels.min(0) == labels.max(0)
+    processes = -1 if train.size * labels.shape[1] > ALONE else 1
+    weights = Parallel(n_jobs=processes)(delayed(_of_label)(train, own, probe) for own in labels[:, ~constant].T)
+    sides = np.repeat(labels[:1].astype(np.float64), len(queries), axis=0)
+    if weights:
+        sides[:, ~constant] = _products(queries, np.stack(weights))
+    return sides
+
+
+def _of_label(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.ndarray:
+    """(D,) weights of the model of one label (n,)."""
+    model = _estimator(probe)
+    if can_choose(label):
+        model = _with_best_c(model, probe, processes=False)
+    with _quiet():
+        model.fit(train, label)
+    return _weights(model)[0]
+
+
+def can_choose(labels: np.ndarray) -> np.ndarray:
+    """Whether all folds can learn each label and one of them has three papers at all. labels: (n, ...), 1 or 0."""
+    with_it, without = labels.sum(0), (1 - labels).sum(0)
+    return (np.minimum(with_it, without) > 1) & (np.maximum(with_it, without) >= FOLDS)
 
 
 def predict_numbers(train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe):
@@ -60,7 +81,22 @@ def predict_numbers(train: np.ndarray, numbers: np.ndarray, queries: np.ndarray,
     model = _with_best_c(_estimator(probe), probe, processes=train.size > ALONE)
     with _quiet():
         model.fit(train.astype(np.float64), numbers)
-    return model.predict(queries.astype(np.float64)), _chosen(model)
+    return _products(queries, _weights(model))[:, 0], _chosen(model)
+
+
+def _weights(model: Any) -> np.ndarray:
+    """(k, D)."""
+    return np.atleast_2d(getattr(model, "best_estimator_", model).coef_)
+
+
+def _products(queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(q, k) products of queries (q, D) and weights (k, D).
+
+    Each by itself: the last bits of a matrix product depend on how many rows it has, so that equal papers, or those of
+    another share of the queries, would get other numbers.
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float64)
+    return np.stack([(queries * own).sum(1) for own in weights], axis=1)
 
 
 def _estimator(probe: Probe) -> Any:
@@ -90,5 +126,5 @@ def _quiet() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
+        warnings.filterwarnings("ignore", "The least populated class")  # of labels that few papers have or lack
         yield

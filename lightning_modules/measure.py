@@ -15,7 +15,7 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed import world_size
 from lightning_modules.metrics import METRICS, Run, judge, parse_metric, places
-from lightning_modules.predictions import AGGREGATES, CORRELATIONS, class_counts
+from lightning_modules.predictions import AGGREGATES, CORRELATIONS, OF_LABELS, class_counts
 
 BLOCK = 2**22  # ranked documents that are judged at once
 
@@ -109,7 +109,9 @@ def means(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> 
     found = dict(zip(values.names, values.values.mean(0).tolist(), strict=True)) if len(values.queries) else {}
     if any(name in AGGREGATES for name in metrics):
         counts = _class_counts(values, benchmark)
-        found |= {name: AGGREGATES[name](counts) for name in metrics if name in AGGREGATES}
+        of_labels = benchmark.training is not None and benchmark.probe.learns == "labels"
+        aggregates = OF_LABELS if of_labels else AGGREGATES
+        found |= {name: aggregates[name](counts) for name in metrics if name in aggregates}
     if any(name in CORRELATIONS for name in metrics):
         ids, predicted = list(benchmark.queries), values.scores[:, 0]
         true = np.array([next(iter(benchmark.qrels[ids[query]].values())) for query in values.queries])
@@ -150,13 +152,14 @@ def whole_run(run: Run) -> Run:
 
 
 def write_trec(run: Run, path: Path, tag: str) -> None:
-    """Write a run as trec_eval reads it: query Q0 document rank score tag."""
+    """Write a run as trec_eval reads it: query Q0 document rank score tag. Scores have all of their digits."""
+    digits = 9 if run.scores.dtype == np.float32 else 17
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as lines:
         for query, indices, scores in zip(run.queries, run.indices, run.scores, strict=True):
             for position, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), start=1):
                 if index >= 0:
-                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.9g} {tag}\n")
+                    lines.write(f"{query} Q0 {run.documents[index]} {position} {score:.{digits}g} {tag}\n")
 
 
 def write_qrels(benchmark: Benchmark, path: Path) -> None:

@@ -18,6 +18,11 @@ def macro_f1(counts: np.ndarray) -> float:
     return float((2 * hits[both > 0] / both[both > 0]).mean()) if both.any() else 0.0
 
 
+def macro_f1_of_labels(counts: np.ndarray) -> float:
+    """The same where a query may have any number of labels: over all, 0 of one that is neither predicted nor true."""
+    return float((2 * counts[0] / np.maximum(1, counts[1] + counts[2])).mean())
+
+
 def micro_f1(counts: np.ndarray) -> float:
     """F1 of all decisions together; where each query has one class, the share that is right."""
     return float(2 * counts[0].sum() / max(1, (counts[1] + counts[2]).sum()))
@@ -33,6 +38,7 @@ def binary_f1(counts: np.ndarray) -> float:
 
 
 AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1, "f1": binary_f1}
+OF_LABELS = AGGREGATES | {"macro_f1": macro_f1_of_labels}
 
 
 def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:

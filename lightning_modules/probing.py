@@ -14,7 +14,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from datamodules.records import Benchmark, UserError
-from lightning_modules.linear import FOLDS, SEED, check_installed, predict_classes, predict_labels, predict_numbers
+from lightning_modules.linear import (
+    FOLDS,
+    SEED,
+    can_choose,
+    check_installed,
+    predict_classes,
+    predict_labels,
+    predict_numbers,
+)
 from lightning_modules.metrics import Run
 
 log = logging.getLogger(__name__)
@@ -35,8 +43,10 @@ def probe_runs(benchmark: Benchmark, ids: Sequence[str], queries: np.ndarray, tr
         yield _run(benchmark, ids, names, queries, train, wanted)
         return
     for number, rows in enumerate(_draws(benchmark, wanted, names), start=1):
-        if probe.learns == "class" and len(np.unique(wanted[rows])) < 2:
-            raise UserError(f"{benchmark.name}: the {len(rows)} papers of draw {number} are of one class")
+        if probe.learns == "class":
+            _check_classes(benchmark, names, wanted[rows], f"draw {number}: ")
+        elif number == 1:
+            _tell_fixed(benchmark, names, wanted[rows])
         yield _run(benchmark, ids, names, queries, train[rows], wanted[rows])
 
 
@@ -85,6 +95,10 @@ def _draws(benchmark: Benchmark, wanted: np.ndarray, names: list[str]) -> Iterat
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # some parts are without it, as there
         splits = list(StratifiedKFold(parts).split(wanted, wanted))
+    size = len(wanted) // parts
+    if size < 0.9 * probe.samples:  # of many parts, a paper less in some is what the procedure means
+        few = "%s: %d training papers make parts of %d, not of %d: samples=%d says what is measured"
+        log.warning(few, benchmark.name, len(wanted), size, probe.samples, size)
     if parts < probe.draws:
         log.info("%s: %d draws, as the training papers make no more", benchmark.name, parts)
     yield from (rows for _, rows in splits[: probe.draws])
@@ -98,14 +112,19 @@ def _classes(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
         if len(own) != 1:
             raise UserError(f"{benchmark.name}: training paper {paper!r} has {len(own)} classes, an SVM needs one")
         found.append(place[own[0]])
-    present, counts = np.unique(found, return_counts=True)
+    _check_classes(benchmark, names, found)
+    return np.array(found)
+
+
+def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], whose: str = "") -> None:
+    """Raise UserError if training papers of these classes are of one, or too few of one for the folds."""
+    present, counts = np.unique(classes, return_counts=True)
     least = FOLDS if len(benchmark.probe.costs) > 1 else 1
     if len(present) < 2 or counts.min() < least:
         raise UserError(
-            f"{benchmark.name}: {counts.min()} training papers of {names[present[counts.argmin()]]!r}, and "
+            f"{benchmark.name}: {whose}{counts.min()} training papers of {names[present[counts.argmin()]]!r}, and "
             f"{len(present)} classes; needed are two classes and {least} papers of each"
         )
-    return np.array(found)
 
 
 def _labels(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
@@ -118,7 +137,20 @@ def _labels(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
         log.warning(
             "%s: no training papers tell %d labels apart, the first is %s", benchmark.name, len(alike), alike[0]
         )
+    if not benchmark.probe.samples:
+        _tell_fixed(benchmark, names, labels)
     return labels
+
+
+def _tell_fixed(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
+    """Warn of labels (n, L) for which no C is chosen."""
+    told_apart, costs = labels.min(0) < labels.max(0), benchmark.probe.costs
+    fixed = np.flatnonzero(told_apart & ~can_choose(labels)) if len(costs) > 1 else ()
+    if len(fixed):
+        log.warning(
+            "%s: too few training papers have or lack %d labels to choose their C, which is %g; the first is %s",
+            *(benchmark.name, len(fixed), costs[0], names[fixed[0]]),
+        )
 
 
 def _numbers(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:

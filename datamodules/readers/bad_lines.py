@@ -108,7 +108,8 @@ class BadLines:
         if self._file is not None:
             self._file.close()
             total = self.by_reason.total()
-            log.warning("%d bad lines are left out and stand in %s: %s", total, self.quarantine, self.summary())
+            told = "1 bad line is left out and stands" if total == 1 else f"{total} bad lines are left out and stand"
+            log.warning("%s in %s: %s", told, self.quarantine, self.summary())
 
 
 def _kind(reason: str) -> str:

@@ -7,7 +7,7 @@ Source: Singh et al., SciRepEval: A Multi-Format Benchmark for Scientific Docume
 from __future__ import annotations
 
 import logging
-import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ from datamodules.records import Collection, Document, UserError
 log = logging.getLogger(__name__)
 
 NUMBER = "number"
+LARGEST = 1e100  # number: the squares of larger ones, by which C is chosen, are no floats
 
 
 class SciRepEvalExamplesReader:
@@ -107,8 +108,8 @@ class SciRepEvalExamplesReader:
             return fields.as_identifier(
                 int(label) if isinstance(label, float) and label.is_integer() else label, "label"
             )
-        if not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label):
-            raise UserError(f"label must be a number, got {str(label)[:60]!r}")
+        if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= LARGEST:
+            raise UserError(f"label must be a number from -{LARGEST:g} to {LARGEST:g}, got {str(label)[:60]!r}")
         return label
 
     def _corpus(self, labels: Sequence[Any]) -> list[str]:
@@ -119,8 +120,8 @@ class SciRepEvalExamplesReader:
                 raise UserError(f"{self.judgements}: splits have {' and '.join(map(str, sorted(lengths)))} labels")
             return [str(place) for place in range(max(lengths, default=0))]
         classes = set(labels)
-        of_numbers = all(label.lstrip("-").isdecimal() for label in classes)
-        return sorted(classes, key=int if of_numbers else str)
+        of_numbers = all(re.fullmatch(r"-?\d{1,100}", label) for label in classes)
+        return sorted(classes, key=(lambda label: (int(label), label)) if of_numbers else str)  # "1" is not "01"
 
     def _grades(self, label: Any) -> dict[str, Any]:
         if self.view == "labels":

@@ -54,11 +54,14 @@ def with_money(results: dict[str, Any], price: float | None) -> dict[str, Any]:
 
 
 def total(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one system on several benchmarks: sums, and the most memory. measured: of each of them."""
+    """Of one system on several benchmarks: sums, and the most memory. measured: of each of them.
+
+    money: each at the price of its time; only where all have one, as it stands beside the seconds of all.
+    """
     costs = [of["cost"] for of in measured]
     encoding = sum(of["seconds"]["encode"] for of in measured if of["cost"]["texts"])
     found = {key: sum(of[key] for of in costs) for key in ("texts", "tokens", "device_seconds")}
     found |= {"devices": max(of["devices"] for of in costs), "memory_mb": max(of["memory_mb"] for of in costs)}
-    if any("money" in of for of in costs):
-        found["money"] = sum(of.get("money", 0.0) for of in costs)
+    if all("money" in of for of in costs):
+        found["money"] = sum(of["money"] for of in costs)
     return found | {"texts_per_second": found["texts"] / found["devices"] / encoding if encoding else None}

@@ -83,22 +83,29 @@ def _table(results: Results, metrics: Sequence[str], width: int) -> Table:
 
 
 def show_cost(results: Results) -> None:
-    """What each system cost over all benchmarks of a table; nothing of those whose results do not tell it."""
+    """What each system cost over all benchmarks of a table, or over how many, where not all results tell it."""
     measured: dict[str, list[Mapping[str, Any]]] = {}
     for result in results.values():
         for system, of in result.get("measured", {}).items():
-            if "cost" in of:
-                measured.setdefault(system, []).append(of)
-    if not measured:
+            measured.setdefault(system, []).append(of)
+    told = {system: [of for of in parts if "cost" in of] for system, parts in measured.items()}
+    told = {system: parts for system, parts in told.items() if parts}
+    if not told:
         return
-    totals = {system: total(parts) for system, parts in measured.items()}
+    priced = {system: sum("money" in of["cost"] for of in parts) for system, parts in told.items()}
     table = Table(title="cost", title_justify="left")
-    headings = COSTS if any("money" in of for of in totals.values()) else COSTS[:-1]
+    headings = COSTS if any(priced.values()) else COSTS[:-1]
     for heading, _, _ in headings:
         table.add_column(heading, justify="left" if heading == "system" else "right")
-    for system, of in totals.items():
-        row = of | {"system": system, "device": f"{of['devices']} x {measured[system][0]['device']}"}
-        table.add_row(*("" if row.get(key) is None else format(row[key], style) for _, key, style in headings))
+    for system, parts in told.items():
+        of = total(parts)
+        row = of | {"system": system, "device": f"{of['devices']} x {parts[0]['device']}"}
+        cells = {key: "" if row.get(key) is None else format(row[key], style) for _, key, style in headings}
+        if len(parts) < len(measured[system]):
+            cells["system"] += f" ({len(parts)} of {len(measured[system])})"
+        if 0 < priced[system] < len(parts):
+            cells["money"] = f"({priced[system]} of {len(parts)})"
+        table.add_row(*cells.values())
     table_console().print(table)
 
 

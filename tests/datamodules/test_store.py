@@ -295,7 +295,7 @@ def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
         caplog.clear()
         found = stored(beir, tmp_path / "cache")
         assert list(found.corpus) == list(reader._collection.corpus)
-        assert "1 bad lines are left out" in caplog.text
+        assert "1 bad line is left out" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
 

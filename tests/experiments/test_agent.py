@@ -12,6 +12,8 @@ import pytest
 import wandb
 import yaml
 
+from datamodules.records import UserError
+from experiments import agent
 from experiments.agent import tell_other_ranks
 from experiments.running.folder import folder_of
 from experiments.settings.config import load_config
@@ -48,6 +50,22 @@ def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog, 
     assert told["run_cap"] == 5
     assert told["early_terminate"] == early
     assert "make agent SWEEP_ID=me/p/s1" in caplog.text
+
+
+def test_an_agent_without_login_is_told_how_to_log_in(server, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine elsewhere login user password " + "0" * 40 + "\n")
+    wandb.teardown()
+    started = []
+    monkeypatch.setattr(agent, "agent", lambda *given: started.append(given) or 0)
+    with pytest.raises(UserError, match=f"{server.url}, where you are not logged in: .venv/bin/wandb login"):
+        agent.main(["sweep_id=a/b/c"])
+    assert started == []
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password " + "0" * 40 + "\n")
+    with pytest.raises(SystemExit):
+        agent.main(["sweep_id=a/b/c"])
+    assert started == [("a/b/c", None)]
 
 
 def test_a_trial_of_wandb_lies_in_a_folder_by_its_id(monkeypatch):

@@ -1,6 +1,9 @@
 """mteb runs a task of its own kind on our encoders, and comes to our own evaluation's figures."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mteb
@@ -15,6 +18,7 @@ from experiments.interop.mteb_encoder import MtebEncoder
 from lightning_modules.measure import measure
 from lightning_modules.retrieval import rank_benchmark
 
+ROOT = Path(__file__).parents[2]
 METRICS = {"ndcg@10": "ndcg_at_10", "recall@5": "recall_at_5", "map@10": "map_at_10", "mrr@10": "mrr_at_10"}
 
 
@@ -138,3 +142,13 @@ def test_what_cannot_be_run_is_told(make_encoder, tmp_path):
         entry.main([f"model={tmp_path / 'model'}", "tasks=SciFact:nothing"])
     with pytest.raises(UserError, match="SciFact: its data cannot be had"):
         entry.main([f"model={tmp_path / 'model'}", "tasks=SciFact", f"output={tmp_path / 'out'}"])
+
+
+@pytest.mark.slow
+def test_a_line_of_the_hub_is_told_once():
+    told = (
+        "import huggingface_hub, logging\ndef main(_): logging.getLogger('huggingface_hub.utils').warning('retrying')"
+    )
+    program = f"{told}\nfrom experiments.console import entry_point\nentry_point(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.stdout + done.stderr).count("retrying") == 1

@@ -12,6 +12,7 @@ from experiments.building.benchmarks import Collections, build
 from experiments.building.suite import load_suite
 from experiments.evaluate import main
 from experiments.measuring.results import combine, evaluate_encoder
+from experiments.measuring.table import show_cost
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
@@ -134,6 +135,18 @@ def test_costs_are_of_what_was_computed(root, tmp_path, make_backbone, capsys):
     assert f"{sum(tokens) + tokens[29]:,}" in row
     with pytest.raises(UserError, match="cost_per_hour: got 'much', allowed are numbers from 0"):
         main([*arguments, "cost_per_hour=much"])
+
+
+def test_a_sum_of_costs_tells_what_it_is_of(capsys):
+    """Money stands beside the seconds of all benchmarks, so that of some is no sum."""
+    cost = {"texts": 1, "tokens": 9, "devices": 1, "device_seconds": 3.5, "memory_mb": 100}
+    parts = [{"cost": cost | {"money": 0.25}}, {"cost": cost | {"money": 0.5}}, {"cost": cost}, {}]
+    results = [{"measured": {"model": of | {"device": "cpu", "seconds": {"encode": 1.0}}}} for of in parts]
+    for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
+        show_cost(dict(enumerate(results[:count])))
+        row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert f"{cells[0]} {cells[5]} {cells[7]}" == expected
 
 
 def test_vectors_on_disk_give_the_same_and_are_used_again(root, tmp_path, make_backbone, monkeypatch):

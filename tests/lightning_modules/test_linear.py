@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from scipy.stats import kendalltau
 from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
 
 from datamodules.records import Benchmark, Document, Probe, UserError
-from lightning_modules.linear import predict_classes, predict_numbers
+from lightning_modules.linear import predict_classes, predict_labels, predict_numbers
+from lightning_modules.measure import means, query_values, write_trec
+from lightning_modules.metrics import Run
 from lightning_modules.probing import probe_runs
 
 CS = Probe().costs
@@ -118,7 +122,12 @@ def test_numbers_are_those_of_the_objective():
     ("classes", "probe", "message"),
     [
         (["a"] * 4 + ["b"] * 4, {"samples": 8, "costs": [1]}, "8 training papers do not make parts of 8"),
-        (["a"] * 9 + ["b"], {"samples": 2, "costs": [1]}, "the 2 papers of draw 1 are of one class"),
+        (["a"] * 9 + ["b"], {"samples": 2, "costs": [1]}, "draw 1: 2 training papers of 'a', and 1 classes"),
+        (
+            ["a", "b", "c"] * 12,
+            {"samples": 6, "costs": [0.1, 1]},
+            "draw 1: 2 training papers of 'a', .* 3 papers of each",
+        ),
         (["ab", "a", "c"], {"learns": "labels", "samples": 2}, "1 training papers of 'b', needed are 2 of each label"),
         (["a", "b"], {"learns": "number"}, "expected a corpus of one document"),
     ],
@@ -127,3 +136,64 @@ def test_what_few_shot_learning_cannot_take_is_refused(classes, probe, message):
     train = np.random.default_rng(0).normal(size=(len(classes), 4))
     with pytest.raises(UserError, match=message):
         list(probe_runs(benchmark(classes, **probe), ["q0"], np.zeros((1, 4)), train))
+
+
+@pytest.mark.parametrize("learns", ["labels", "number"])
+def test_predictions_do_not_depend_on_the_share_of_queries(learns):
+    """To the last bit, and those of equal vectors are equal; with a width at which products of matrices differ so."""
+    rng = np.random.default_rng(3)
+    train, queries = (rng.normal(size=(size, 300)).astype(np.float32) for size in (60, 101))
+    queries[51:] = queries[:50]
+    predict = {"labels": predict_labels, "number": predict_numbers}[learns]
+    told = {"labels": rng.integers(0, 2, (60, 3)), "number": rng.normal(size=60)}[learns]
+
+    def predicted(part):
+        found = predict(train, told, part, Probe(learns, costs=[0.01]))
+        return found if learns == "labels" else found[0]
+
+    whole = predicted(queries)
+    assert len(np.unique(whole)) > 2
+    assert (whole[51:] == whole[:50]).all()
+    for size in (2, 3):
+        for rank in range(size):
+            assert (predicted(queries[rank::size]) == whole[rank::size]).all()
+
+
+def test_tau_is_that_of_the_numbers_in_the_run_file(tmp_path):
+    """Also where they differ in the last digits alone."""
+    rng = np.random.default_rng(4)
+    told, true = 1 + rng.integers(0, 9, 60) * 2.0**-52, rng.normal(size=60)
+    run = Run([f"q{i}" for i in range(60)], ["number"], np.zeros((60, 1), int), told[:, None])
+    papers = {query: Document(query) for query in run.queries}
+    qrels = {query: {"number": number} for query, number in zip(run.queries, true, strict=True)}
+    numbers = Benchmark("toy", "t", "test", {"number": Document("n")}, papers, qrels, training=({}, {}))
+    write_trec(run, tmp_path / "run.trec", "model")
+    written = [float(line.split()[4]) for line in (tmp_path / "run.trec").read_text().splitlines()]
+    found = means(query_values(run, numbers, ["kendall_tau"]), numbers, ["kendall_tau"])["kendall_tau"]
+    assert found == kendalltau(written, true).statistic != 0
+
+
+@pytest.mark.parametrize("probe", [{}, {"samples": 1, "draws": 2}])
+@pytest.mark.filterwarnings("error")
+def test_a_label_of_too_few_papers_has_the_first_c_and_that_is_told(probe, caplog):
+    """With one paper of b, or of each: a fold without it cannot learn it."""
+    train, _, queries = drawn()
+    classes = ["a"] * 17 + ["c"] * 18 + ["bc"]
+    told = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
+    runs = list(probe_runs(told, list(range(40)), queries, train))
+    count = 3 if probe else 1
+    few = f"toy: too few training papers have or lack {count} labels to choose their C, which is 0.02; the first is "
+    assert caplog.text.count(few) == 1
+    if not probe:
+        model = LinearSVC(C=0.02, fit_intercept=False, random_state=42).fit(train.astype(float), np.arange(36) == 35)
+        assert (
+            np.isclose(runs[0].scores, model.decision_function(queries.astype(float))[:, None], atol=1e-12).any(1).all()
+        )
+
+
+def test_parts_smaller_than_asked_for_are_told(caplog):
+    classes = ["a", "b"] * 50
+    train = np.random.default_rng(0).normal(size=(100, 4))
+    for samples in (99, 50):
+        list(probe_runs(benchmark(classes, samples=samples, costs=[1]), ["q0"], np.zeros((1, 4)), train))
+        assert caplog.text.count("toy: 100 training papers make parts of 50, not of 99") == 1

@@ -98,6 +98,7 @@ def test_f1_of_two_classes_and_of_labels_is_that_of_scikit_learn():
     for _ in range(10):
         true, told = rng.integers(0, 2, (40, 5)), rng.integers(0, 2, (40, 5))
         true[:4], told[:2] = 0, 0  # papers without labels count too
+        true[:, 4] = told[:, 4] = 0  # and so does a label of no paper
         queries, papers = [f"q{i}" for i in range(40)], {"p": Document("p")}
         order = np.argsort(-told, axis=1, kind="stable")
         sure = np.take_along_axis(told, order, axis=1).astype(np.float32)
@@ -106,7 +107,9 @@ def test_f1_of_two_classes_and_of_labels_is_that_of_scikit_learn():
         benchmark = benchmark_of(run, qrels, training=(papers, {}), probe=Probe("labels"))
         found = measure(run, benchmark, ["macro_f1", "micro_f1"])
         for average in ("macro", "micro"):
-            assert found[f"{average}_f1"] == pytest.approx(f1_score(true, told, average=average), abs=1e-12)
+            assert found[f"{average}_f1"] == pytest.approx(
+                f1_score(true, told, average=average, zero_division=0), abs=1e-12
+            )
         shares = [query_values(run.part(*part), benchmark, ["macro_f1"]) for part in ((20, 40), (0, 25))]
         assert means(each_once(shares), benchmark, ["macro_f1"])["macro_f1"] == found["macro_f1"], "of two ranks"
 
