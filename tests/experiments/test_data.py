@@ -436,7 +436,10 @@ def test_one_command_at_a_time(server, tmp_path, recipe):
         ([], "which recipe? There are beir_sci, scimult"),
         (["data.root=x"], "which recipe? There are beir_sci, scimult"),
         (["simult"], "recipe: got 'simult', allowed are beir_sci, scimult"),
-        (["scimult", "root=x"], "unknown key 'root', allowed are data.root, mirror, only, data.on_error"),
+        (
+            ["scimult", "root=x"],
+            "unknown key 'root'; did you mean data.root? allowed are data.root, mirror, only, data.on_error",
+        ),
         (["scimult", "only=maple"], "only: got 'maple', allowed are maple_cs, maple_mesh"),
         (["scimult", "mirror=/files"], "mirror: got '/files', allowed are http:// and https://"),
         (["scimult", "data.on_error=x"], "data.on_error: got 'x', allowed are fail, skip"),
