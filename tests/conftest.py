@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # of data.cache, and of whatever else is written there
+os.environ["MAKEFLAGS"] = os.environ["MFLAGS"] = os.environ["MAKELEVEL"] = ""  # not those of `make test`
 
 import pytest
 import torch
