@@ -32,17 +32,21 @@ def replaced(text: str, layer: DictConfig) -> tuple[str, str | None] | None:
     task, name = found.groups()
     data = OmegaConf.to_container(layer)["task"][task]["data"]
     if name:
-        if not isinstance(data[name], str):
+        if not _is_folder(data[name]):
             return None
         layer.task[task].data[name] = {"folder": data[name]}
         return task, name
-    if isinstance(data, str):
-        data = [data]
-    if isinstance(data, list) and data and all(isinstance(folder, str) for folder in data):
-        layer.task[task].data = _by_name(key, data)
+    folders = [data] if isinstance(data, str) else data
+    if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
+        layer.task[task].data = _by_name(key, folders)
     elif not isinstance(data, dict) or not data:
         raise UserError(f"{key}: got {data!r}, expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}")
     return task, None
+
+
+def _is_folder(value: Any) -> bool:
+    """Whether a value is a folder's name, and no node, nor another collection's (${task.search.data.mine})."""
+    return isinstance(value, str) and not value.startswith("${task.")
 
 
 def _by_name(key: str, folders: list[str]) -> dict[str, dict[str, str]]:
