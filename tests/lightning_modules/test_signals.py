@@ -17,6 +17,7 @@ def as_before(monkeypatch):
     for name in [*LAUNCH, *(key for key in os.environ if key.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in signals.ASKING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
