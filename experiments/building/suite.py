@@ -11,7 +11,6 @@ A file is a family: where its data come from, what its benchmarks have in common
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
 from experiments.console import choice
+from experiments.settings.suggest import did_you_mean
 from experiments.settings.targets import READERS, check_target
 from lightning_modules.metrics import check_metric
 from lightning_modules.similarity import SIMILARITIES
@@ -146,8 +146,7 @@ def choose(suite: Mapping[str, BenchmarkConfig], names: Sequence[str]) -> dict[s
     for wanted in names:
         found = [n for n in suite if wanted in (n, "all") or (wanted.endswith("*") and n.startswith(wanted[:-1]))]
         if not found:
-            close = difflib.get_close_matches(wanted, suite, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = did_you_mean(wanted, suite)
             raise UserError(f"benchmarks: unknown {wanted!r}; {hint}there are all, {', '.join(suite)}")
         chosen |= {name: suite[name] for name in found}
     return chosen

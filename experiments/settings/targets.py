@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -16,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
+from experiments.settings.suggest import did_you_mean
 
 PACKAGES = ("datamodules.", "lightning_modules.")
 READERS = "datamodules.readers."
@@ -35,9 +35,8 @@ def check_target(key: str, node: Any, base: type = object, given: Sequence[str] 
     if home and target.partition(".")[0] in _modules(home):
         target = home + target
     if not target.startswith(PACKAGES):
-        close = difflib.get_close_matches(target.partition(".")[0], _modules(home), n=1) if home else []
-        hint = f", did you mean {close[0]}?" if close else ","
-        raise UserError(f"{key}._target_: got {target!r}{hint} allowed are classes of {' and '.join(PACKAGES)}*")
+        hint = did_you_mean(target.partition(".")[0], _modules(home)) if home else ""
+        raise UserError(f"{key}._target_: got {target!r}; {hint}allowed are classes of {' and '.join(PACKAGES)}*")
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -64,8 +63,7 @@ def _checked(key: str, cls: type, arguments: Mapping[str, Any], given: Sequence[
     allowed = [p.name for p in parameters]
     for name in arguments:
         if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = did_you_mean(str(name), allowed)
             raise UserError(f"{key}: {cls.__name__} has no argument {name!r}; {hint}it has {', '.join(allowed)}")
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.name not in arguments:

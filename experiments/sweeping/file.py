@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import UserError
 from experiments.settings.config import FOLDER, load_config, names
 from experiments.settings.schema import Config
+from experiments.settings.suggest import did_you_mean
 from experiments.sweeping.hyperband import Hyperband, check_reached, read_hyperband
 from experiments.sweeping.metric import check_metric
 from experiments.sweeping.space import Parameter, read_parameters, trials
@@ -97,8 +97,7 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
-        close = difflib.get_close_matches(name, sweeps(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(name, sweeps())
         raise UserError(f"unknown sweep {name!r}: {hint}there are {', '.join(sweeps())}, or give a path") from None
     except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 
 from datamodules.records import UserError
 from experiments.settings.schema import Config
+from experiments.settings.suggest import did_you_mean
+from lightning_modules.callbacks.diagnostics import OF_TASK
+from lightning_modules.mining.report import MEANS
 
-DIAGNOSED = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
 DISTANCE = re.compile(r"diag/experts/.+-.+/(distance|cosine)")
-MINED = (
-    *("negatives", "without", "false_negative_rate", "revealed", "above_positive", "candidates_above"),
-    *("margin_p10", "margin_p50", "margin_p90", "duplicates", "distinct", "age", "kept"),
-)
 
 
 def check_metric(name: str, config: Config) -> None:
@@ -29,15 +26,14 @@ def check_metric(name: str, config: Config) -> None:
     known += [f"{s}/{b}/{metric}" for s in dict.fromkeys(splits) for b in benchmarks for metric in evaluation.metrics]
     known += _of_callbacks(config)
     if name not in known and not (config.diagnostics.every_n_steps and DISTANCE.fullmatch(name)):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(name, known)
         raise UserError(f"metric.name: no run logs {name!r}; {hint}there are {', '.join(known[:12])}, ...")
 
 
 def _of_callbacks(config: Config) -> Iterator[str]:
     """What diagnostics and mining log, if they are asked for, without distances: the encoder names its experts."""
     for task in config.tasks if config.diagnostics.every_n_steps else ():
-        yield from (f"diag/{task}/{name}" for name in DIAGNOSED)
+        yield from (f"diag/{task}/{name}" for name in OF_TASK)
         yield from (
             f"diag/{task}/{kind}/{other}" for kind in ("gradient_cosine", "transplant") for other in config.tasks
         )
@@ -45,4 +41,4 @@ def _of_callbacks(config: Config) -> Iterator[str]:
         yield "diag/seconds"
     if config.mining.every_n_steps:
         yield "mine/seconds"
-        yield from (f"mine/{task}/{name}" for task in config.tasks for name in MINED)
+        yield from (f"mine/{task}/{name}" for task in config.tasks for name in MEANS)

@@ -35,6 +35,9 @@ from lightning_modules.sharding import replica, sharded_gradients, slice_of
 
 log = logging.getLogger(__name__)
 
+# What is logged of each task, beside what it has with others.
+OF_TASK = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
+
 
 class Diagnostics(L.Callback):
     """Every n optimizer steps logs, as means over ranks:

@@ -80,7 +80,7 @@ def test_the_order_of_keys_does_not_matter(folders):
         ("task.search.data=5", "got 5, expected FOLDER"),
         ("task.search.data=null", "got None, expected FOLDER"),
         ("task.serach.data={root}/mine", "unknown task 'serach': did you mean search?"),
-        ("task.search.data.mine._target_=jsnl.JsonlReader", "'jsnl.JsonlReader', did you mean jsonl?"),
+        ("task.search.data.mine._target_=jsnl.JsonlReader", "'jsnl.JsonlReader'; did you mean jsonl?"),
         ("task.search.data.mine.view=x", "with _target_, such as {{_target_: jsonl.JsonlReader, folder: FOLDER}}"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.callbacks.diagnostics import Diagnostics
+from lightning_modules.callbacks.diagnostics import OF_TASK, Diagnostics
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.diagnostics import anisotropy, effective_negatives, expert_distances, masked_share
 from lightning_modules.encoders.adapters import AdapterEncoder
@@ -153,6 +153,8 @@ def test_what_is_logged_is_what_was_measured(make_encoder, three_tasks, tmp_path
         assert values[f"diag/{task}/masked_share"] == pytest.approx(masked / total)
         assert values[f"diag/{task}/effective_negatives"] == pytest.approx(np.mean(effective), rel=1e-4)
     assert some > 0
+    of_tasks = {key.removeprefix("diag/").partition("/")[2] for key in values if key.count("/") == 2}
+    assert of_tasks == set(OF_TASK)
     assert values["diag/experts/classification-search/distance"] > 0
     assert values["diag/seconds"] > 0
 
