@@ -34,7 +34,8 @@ from datamodules.records import UserError
 from experiments.console import entry_point, whole_number
 from experiments.files import write_atomically
 from experiments.running.folder import folder_of
-from experiments.settings.config import FOLDER, experiments, keys, load_config
+from experiments.settings.config import FOLDER, experiments, load_config
+from experiments.settings.merging import keys
 from experiments.settings.suggest import did_you_mean
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of

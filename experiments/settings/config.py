@@ -12,8 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
 from datamodules.tasks import Reader
+from experiments.settings.merging import first_line, merge, refuse_unknown_keys
 from experiments.settings.own_data import replaced, with_reader
 from experiments.settings.ranges import check_ranges
 from experiments.settings.schema import Config, TaskConfig
@@ -66,7 +66,7 @@ def load_config(experiment: str, overrides: Sequence[str] = (), own: Sequence[st
     layers, broken = _layers(experiment, scale)
     config = OmegaConf.structured(Config)
     for source, layer in layers:
-        config = _merge(config, layer, source)
+        config = merge(config, layer, source)
     known = sorted(config.task)
     config = _with_command_line(config, overrides, (*own, *OF_MAKE))
     for name, error in broken.items():
@@ -102,7 +102,7 @@ def _layers(experiment: str, scale: str) -> tuple[list[tuple[str, DictConfig]], 
 
 def _with_command_line(config: DictConfig, overrides: Sequence[str], beside: Sequence[str]) -> DictConfig:
     """The overrides over config. make gives them in any order, so what replaces data goes first, and the whole data of
-    a task before single collections. beside: as for _merge."""
+    a task before single collections. beside: as for merge."""
     known = set(config.task)
     given = [(text, layer := _parsed(text), replaced(text, layer)) for text in overrides]
 
@@ -115,7 +115,7 @@ def _with_command_line(config: DictConfig, overrides: Sequence[str], beside: Seq
             task, name = place
             data = config.task[task].data
             data.clear() if name is None else data.pop(name, None)
-        config = _merge(config, layer, f"the command line ({text})", beside)
+        config = merge(config, layer, f"the command line ({text})", beside)
     return config
 
 
@@ -126,7 +126,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(settings: Mapping[str, Any], source: str) -> Config:
     """A configuration that as_dict wrote, for instance a run's config.yaml. source: its name in errors."""
-    return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source))
+    return _finish(merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source))
 
 
 def digest(config: Config) -> str:
@@ -158,7 +158,7 @@ def _parsed(text: str) -> DictConfig:
     try:
         return OmegaConf.create(_without_none(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"the command line: {text!r} is not readable ({_first_line(error)})") from error
+        raise UserError(f"the command line: {text!r} is not readable ({first_line(error)})") from error
 
 
 def _without_none(node: Any) -> Any:
@@ -188,73 +188,12 @@ def _task(path: Path, scale: str) -> DictConfig:
         raise UserError(f"{source}: {prefix}data: expected a block for each scale, got {blocks!r}")
     if scale in blocks:
         task["data"] = blocks[scale]
-    _refuse_unknown_keys(TaskConfig, task, prefix, source)
+    refuse_unknown_keys(TaskConfig, task, prefix, source)
     try:
         OmegaConf.merge(OmegaConf.structured(TaskConfig), task)
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {prefix}{error.full_key}: {_first_line(error)}") from error
+        raise UserError(f"{source}: {prefix}{error.full_key}: {first_line(error)}") from error
     return task
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _merge(config: DictConfig, layer: DictConfig, source: str, beside: Sequence[str] = ()) -> DictConfig:
-    """layer over config. A node with another `_target_` replaces the old one: their arguments are not mixed.
-
-    beside: what else might have been meant by an unknown key.
-    """
-    _refuse_unknown_keys(Config, layer, "", source, beside)
-    _forget_replaced_targets(config, layer)
-    try:
-        return OmegaConf.merge(config, layer)
-    except OmegaConfBaseException as error:
-        value = OmegaConf.select(layer, error.full_key) if error.full_key else None
-        if "is not a ListConfig" in str(error) and value is not None:
-            raise UserError(f"{source}: {error.full_key}: expected a list, write {error.full_key}=[{value}]") from error
-        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
-
-
-def keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
-    """All keys of a schema with dots, but for what is below names that users give."""
-    for key, hint in typing.get_type_hints(schema).items():
-        yield f"{prefix}{key}"
-        if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{prefix}{key}.")
-
-
-def _refuse_unknown_keys(schema: type, node: Any, prefix: str, source: str, beside: Sequence[str] = ()) -> None:
-    if not isinstance(node, DictConfig):
-        return
-    hints = typing.get_type_hints(schema)
-    for key in node:
-        if key not in hints:
-            nodes = isinstance(node._get_node(key), DictConfig)  # such as optm in optm.lr
-            hint = did_you_mean(str(key), hints, prefix) if nodes or prefix else ""
-            hint = hint or did_you_mean(str(key), [*beside, *keys()])
-            more = f", and {', '.join(beside)}" if beside and not prefix else ""
-            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}allowed here: {', '.join(hints)}{more}")
-        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
-            continue
-        if dataclasses.is_dataclass(hints[key]):
-            _refuse_unknown_keys(hints[key], node[key], f"{prefix}{key}.", source)
-        elif hints[key] == dict[str, TaskConfig] and isinstance(node[key], DictConfig):
-            for name in node[key]:
-                _refuse_unknown_keys(TaskConfig, node[key][name], f"{prefix}{key}.{name}.", source)
-
-
-def _forget_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
-    for key in layer:
-        nothing = OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key)
-        if nothing or key not in config or OmegaConf.is_missing(config, key):
-            continue
-        old, new = config[key], layer[key]
-        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            if "_target_" in new and "_target_" in old and new["_target_"] != old["_target_"]:
-                config[key] = {}
-            else:
-                _forget_replaced_targets(old, new)
 
 
 def _finish(config: DictConfig) -> Config:
@@ -270,7 +209,7 @@ def _finish(config: DictConfig) -> Config:
         done: Config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{where}{_first_line(error)}") from error
+        raise UserError(f"{where}{first_line(error)}") from error
     if not done.tasks:
         raise UserError("tasks: name at least one")
     if len(set(done.tasks)) < len(done.tasks):
