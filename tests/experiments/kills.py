@@ -5,7 +5,7 @@ Every attempt is a process, forked from this one, which has imported everything.
     anywhere    by SIGKILL, at a random moment
     writing     by SIGKILL, at a random point of writing a checkpoint
     full        by SIGKILL, when the disk has been full (or files limited in size) for some steps; or it ends, since
-                there is no room for what it mines
+                there is no room for what it mines, or for the last checkpoint
     asked       by SIGUSR1, SIGTERM or SIGINT
 
 and at the end one attempt is left alone. No attempt may lose steps that were saved, or repeat a step with another
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from datamodules.records import UserError
 from experiments.train import train
 from lightning_modules import checkpoint_files, signals
 from tests.experiments.test_train import TINY
@@ -68,6 +69,9 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
+    except UserError:  # as entry_point has it: there was no room for the last checkpoint
+        status = 2
+        logging.exception("the attempt ended")
     except OSError as error:  # mining needs room
         status = 2 if error.errno in (errno.ENOSPC, errno.EFBIG) else 1
         logging.exception("the attempt failed")
