@@ -132,7 +132,7 @@ check: ## formatting, lint, and the sweeps' files
 	@$(PY) -m experiments.sweeping.check
 
 bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed, sharding
-	@$(PY) -m experiments.timing.$(BENCH) $(OVERRIDES)
+	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)
 
 clean: ## remove caches; runs and the virtual environment stay
 	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

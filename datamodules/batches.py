@@ -14,7 +14,7 @@ from datamodules.collate import Collator
 from datamodules.loader import MultiTaskBatches, ResumableLoader
 from datamodules.records import Benchmark, Document, MiningPool
 from datamodules.rounds import Rounds, negatives_of_data
-from datamodules.sampler import Phase, Schedule
+from datamodules.schedule import Phase, Schedule
 from datamodules.tokens import Encoding, TokenTable
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from datamodules.records import ContrastiveBatch, Document, Example
 from datamodules.rounds import NegativesOf, negatives_of_data
-from datamodules.sampler import mix
+from datamodules.schedule import mix
 from datamodules.text import length_sorted_chunks, pad
 
 

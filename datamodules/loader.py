@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.collate import Collator
 from datamodules.records import ContrastiveBatch, UserError
 from datamodules.rounds import Rounds
-from datamodules.sampler import Schedule
+from datamodules.schedule import Schedule
 
 
 class MultiTaskBatches(Dataset):

@@ -10,7 +10,7 @@ from datamodules.tasks import TaskDataModule
 
 
 class MultiTaskDataModule(ContrastiveDataModule):
-    """Several tasks that take turns, one task a step (datamodules/sampler.py).
+    """Several tasks that take turns, one task a step (datamodules/schedule.py).
 
     options: of the batches, for all tasks.
     """

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.console import entry_point, key_values, whole_number
-from experiments.files import read_json, write_json
-from experiments.settings.config import FOLDER
-from lightning_modules import launch
-from lightning_modules.signals import ASKING
+from experiments.config.config import FOLDER
+from experiments.shared.console import entry_point, key_values, whole_number
+from experiments.shared.files import read_json, write_json
+from lightning_modules.distributed import launch
+from lightning_modules.distributed.signals import ASKING
 
 log = logging.getLogger(__name__)
 

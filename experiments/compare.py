@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import entry_point, key_values, table_console, whole_number
-from experiments.files import shortened, write_json
-from experiments.measuring.differences import largest
-from experiments.measuring.measured import Measured, aligned, open_measured, why_not
-from lightning_modules.significance import compare, holm
+from experiments.results.differences import largest
+from experiments.results.measured import Measured, aligned, open_measured, why_not
+from experiments.shared.console import entry_point, key_values, table_console, whole_number
+from experiments.shared.files import shortened, write_json
+from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from datamodules.readers.beir import write_beir
 from datamodules.readers.fields import allowed
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
-from experiments.console import choice, entry_point, key_values, table_console
-from experiments.downloading.recipe import (
+from experiments.config.targets import check_target, instantiate, taken
+from experiments.download.recipe import (
     COUNTS,
     FOLDER,
     OutputSpec,
@@ -41,10 +41,10 @@ from experiments.downloading.recipe import (
     recipes,
     with_folders,
 )
-from experiments.downloading.sources import Sources
-from experiments.files import read_json, write_json
-from experiments.progress import Progress
-from experiments.settings.targets import check_target, instantiate, taken
+from experiments.download.sources import Sources
+from experiments.shared.console import choice, entry_point, key_values, table_console
+from experiments.shared.files import read_json, write_json
+from experiments.shared.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ import torch
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.building.data import build_data, describe_schedule
-from experiments.building.module import build_module
-from experiments.building.trainer import precision_of
-from experiments.console import counted, entry_point, table_console
-from experiments.running.predict import Prediction, predict, ranks_of
-from experiments.settings.config import experiments, load_config
-from experiments.settings.schema import Config
+from experiments.build.data import build_data, describe_schedule
+from experiments.build.module import build_module
+from experiments.build.trainer import precision_of
+from experiments.config.config import experiments, load_config
+from experiments.config.schema import Config
+from experiments.run.predict import Prediction, predict, ranks_of
+from experiments.shared.console import counted, entry_point, table_console
 
 log = logging.getLogger(__name__)
 

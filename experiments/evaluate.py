@@ -45,24 +45,24 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.records import Benchmark, UserError
-from experiments.building.benchmarks import benchmarks_of, suite_of
-from experiments.building.models import MODEL_KEYS, run_of
-from experiments.building.suite import load_suite
-from experiments.building.systems import System, load_systems, models_of, short_name
-from experiments.console import choice, entry_point, key_values, token_budget
-from experiments.files import read_json, writable_folder, write_json
-from experiments.measuring.cost import with_money
-from experiments.measuring.place import default_output, refuse_other_data, refuse_others
-from experiments.measuring.results import Results, combine
-from experiments.measuring.table import show, show_cost, show_suite
-from experiments.running.folder import git_state, read_config, versions
-from experiments.running.ranks import ranks
-from experiments.settings.config import from_dict
-from experiments.settings.schema import EvaluationConfig
-from lightning_modules.distributed import rank
-from lightning_modules.metrics import check_metric
-from lightning_modules.precision import PRECISIONS
-from lightning_modules.similarity import SIMILARITIES
+from experiments.build.benchmarks import benchmarks_of, suite_of
+from experiments.build.models import MODEL_KEYS, run_of
+from experiments.build.suite import load_suite
+from experiments.build.systems import System, load_systems, models_of, short_name
+from experiments.config.config import from_dict
+from experiments.config.schema import EvaluationConfig
+from experiments.results.cost import with_money
+from experiments.results.place import default_output, refuse_other_data, refuse_others
+from experiments.results.results import Results, combine
+from experiments.results.table import show, show_cost, show_suite
+from experiments.run.folder import git_state, read_config, versions
+from experiments.run.ranks import ranks
+from experiments.shared.console import choice, entry_point, key_values, token_budget
+from experiments.shared.files import read_json, writable_folder, write_json
+from lightning_modules.distributed.collectives import rank
+from lightning_modules.retrieval.metrics import check_metric
+from lightning_modules.retrieval.precision import PRECISIONS
+from lightning_modules.retrieval.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
 

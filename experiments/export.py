@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.console import choice, entry_point, key_values
-from experiments.files import whole_folder
-from experiments.running.folder import read_config
-from experiments.running.model_card import write_card
-from experiments.settings.config import from_dict
+from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
+from experiments.config.config import from_dict
+from experiments.run.folder import read_config
+from experiments.run.model_card import write_card
+from experiments.shared.console import choice, entry_point, key_values
+from experiments.shared.files import whole_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import dense, save_dense, save_onnx, save_reference
 from lightning_modules.losses import SIMILARITIES

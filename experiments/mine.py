@@ -21,17 +21,17 @@ import torch
 
 from datamodules.hard_negatives import HardNegativeStore, write_store
 from datamodules.records import UserError
-from experiments.building.data import build_data
-from experiments.building.mining import build_mining
-from experiments.building.models import load_model
-from experiments.console import entry_point, key_values
-from experiments.files import writable_folder
-from experiments.running.folder import flat
-from experiments.running.ranks import ranks
-from experiments.settings.config import experiments, load_config
-from experiments.settings.schema import Config
+from experiments.build.data import build_data
+from experiments.build.mining import build_mining
+from experiments.build.models import load_model
+from experiments.config.config import experiments, load_config
+from experiments.config.schema import Config
+from experiments.run.folder import flat
+from experiments.run.ranks import ranks
+from experiments.shared.console import entry_point, key_values
+from experiments.shared.files import writable_folder
 from lightning_modules.callbacks.hard_negatives import compare, write_report
-from lightning_modules.distributed import from_first_rank, rank
+from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import gate, table
 
 log = logging.getLogger(__name__)

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.building.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.building.systems import short_name
-from experiments.console import choice, entry_point, key_values, table_console, token_budget
+from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
+from experiments.build.systems import short_name
+from experiments.config.config import from_dict
 from experiments.interop.mteb_encoder import MtebEncoder
-from experiments.running.folder import read_config
-from experiments.settings.config import from_dict
+from experiments.run.folder import read_config
+from experiments.shared.console import choice, entry_point, key_values, table_console, token_budget
 
 log = logging.getLogger(__name__)
 

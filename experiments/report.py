@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.console import entry_point, key_values, whole_number
-from experiments.files import write_atomically, write_json
 from experiments.reporting.figures import work_out
 from experiments.reporting.page import page
 from experiments.reporting.run_files import FIGURES, RunFiles
+from experiments.shared.console import entry_point, key_values, whole_number
+from experiments.shared.files import write_atomically, write_json
 
 log = logging.getLogger(__name__)
 

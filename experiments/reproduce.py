@@ -17,10 +17,10 @@ from typing import Any
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values, table_console
-from experiments.files import read_json
-from experiments.measuring.paper import tables
-from experiments.measuring.reproduction import Comparison, compare
+from experiments.results.paper import tables
+from experiments.results.reproduction import Comparison, compare
+from experiments.shared.console import choice, entry_point, key_values, table_console
+from experiments.shared.files import read_json
 
 log = logging.getLogger(__name__)
 

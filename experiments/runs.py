@@ -18,10 +18,10 @@ from typing import Any
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.console import counted, entry_point, key_values, table_console
+from experiments.config.config import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
-from experiments.running.folder import flat
-from experiments.settings.config import as_dict, load_config
+from experiments.run.folder import flat
+from experiments.shared.console import counted, entry_point, key_values, table_console
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
-from experiments.console import entry_point, key_values, whole_number
+from experiments.shared.console import entry_point, key_values, whole_number
 
 log = logging.getLogger(__name__)
 

@@ -31,12 +31,12 @@ from typing import Any
 import yaml
 
 from datamodules.records import UserError
-from experiments.console import entry_point, whole_number
-from experiments.files import write_atomically
-from experiments.running.folder import folder_of
-from experiments.settings.config import FOLDER, experiments, load_config
-from experiments.settings.merging import keys
-from experiments.settings.suggest import did_you_mean
+from experiments.config.config import FOLDER, experiments, load_config
+from experiments.config.merging import keys
+from experiments.config.suggest import did_you_mean
+from experiments.run.folder import folder_of
+from experiments.shared.console import entry_point, whole_number
+from experiments.shared.files import write_atomically
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of
 

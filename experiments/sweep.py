@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values, near, whole_number
-from experiments.running.endings import PREEMPTED
-from experiments.settings.config import experiments, load_config
-from experiments.settings.schema import Config
+from experiments.config.config import experiments, load_config
+from experiments.config.schema import Config
+from experiments.run.endings import PREEMPTED
+from experiments.shared.console import choice, entry_point, key_values, near, whole_number
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.sweeping.table import ranked, show, write_table
-from lightning_modules.signals import Preempted
+from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
 

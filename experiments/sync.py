@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.console import choice, entry_point, key_values
-from experiments.running.lock import is_in_use
-from experiments.running.sender import PATIENCE, environment, is_sent
+from experiments.run.lock import is_in_use
+from experiments.run.sender import PATIENCE, environment, is_sent
+from experiments.shared.console import choice, entry_point, key_values
 
 log = logging.getLogger(__name__)
 

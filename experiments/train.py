@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_modules import signals
+from lightning_modules.distributed import signals
 
 if __name__ == "__main__":
     signals.catch()  # before the other imports, which take ten seconds
@@ -18,23 +18,23 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
-from experiments.building.data import build_data, describe_schedule
-from experiments.building.module import build_module
-from experiments.building.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
-from experiments.console import entry_point
-from experiments.files import read_json
-from experiments.running.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
-from experiments.running.final_table import FinalTable
-from experiments.running.folder import LAST, begun_in, folder_of, open_run, write_config, write_manifest
-from experiments.running.lock import only_job
-from experiments.running.next_steps import next_steps
-from experiments.running.tracking import build_loggers, log_end
-from experiments.settings.config import experiments, load_config
-from experiments.settings.schema import Config
-from lightning_modules import launch
+from experiments.build.data import build_data, describe_schedule
+from experiments.build.module import build_module
+from experiments.build.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
+from experiments.config.config import experiments, load_config
+from experiments.config.schema import Config
+from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
+from experiments.run.final_table import FinalTable
+from experiments.run.folder import LAST, begun_in, folder_of, open_run, write_config, write_manifest
+from experiments.run.lock import only_job
+from experiments.run.next_steps import next_steps
+from experiments.run.tracking import build_loggers, log_end
+from experiments.shared.console import entry_point
+from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
-from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder, read_checkpoint
-from lightning_modules.signals import Preempted, leave_if_asked
+from lightning_modules.distributed import launch
+from lightning_modules.distributed.signals import Preempted, leave_if_asked
+from lightning_modules.encoders.loading import checkpoint_of, load_encoder, read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ MAY_IMPORT = {
 PURE = (
     "lightning_modules/losses.py",
     "lightning_modules/masks.py",
-    "lightning_modules/metrics.py",
-    "lightning_modules/predictions.py",
+    "lightning_modules/retrieval/metrics.py",
+    "lightning_modules/retrieval/predictions.py",
     "datamodules/text.py",
-    "datamodules/sampler.py",
+    "datamodules/schedule.py",
 )
 
 

@@ -26,12 +26,12 @@ from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError
-from experiments.console import choice
-from experiments.progress import Progress
+from experiments.shared.console import choice
+from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.measure import whole_run
-from lightning_modules.retrieval import rank_benchmark
-from lightning_modules.vectors import Vectors
+from lightning_modules.retrieval.evaluation import rank_benchmark
+from lightning_modules.retrieval.measure import whole_run
+from lightning_modules.retrieval.vectors import Vectors
 
 SCIDOCS = {  # file -> metadata of the papers in it, and whose expert encodes them
     "cls": ("paper_metadata_mag_mesh.json", "classification"),

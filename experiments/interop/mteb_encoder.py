@@ -13,7 +13,7 @@ import numpy as np
 
 from datamodules.records import Document
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.mining.vectors import fingerprint
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 EXPERTS = {
     "Retrieval": "search",

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import UserError
-from experiments.measuring import paper
-from experiments.measuring.differences import told, words
-from experiments.measuring.measured import Measured, aligned
-from experiments.measuring.texts import benchmark_of
 from experiments.reporting.paper_map import paper_map
 from experiments.reporting.run_files import RunFiles
-from lightning_modules.significance import compare, holm
+from experiments.results import paper
+from experiments.results.differences import told, words
+from experiments.results.measured import Measured, aligned
+from experiments.results.texts import benchmark_of
+from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import Benchmark, UserError
-from experiments.measuring.differences import words
-from experiments.measuring.texts import benchmarks_of_run
+from experiments.config.config import from_dict
 from experiments.reporting.charts import NUM_TONES
 from experiments.reporting.run_files import RunFiles
-from experiments.settings.config import from_dict
-from lightning_modules.encoders.checkpoints import checkpoint_of, load_encoder
+from experiments.results.differences import words
+from experiments.results.texts import benchmarks_of_run
+from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.files import read_json
 from experiments.reporting.charts import NUM_TONES, Series
 from experiments.reporting.source import Source
-from experiments.running.folder import read_config, runs_there
+from experiments.run.folder import read_config, runs_there
+from experiments.shared.files import read_json
 
 CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.console import entry_point
+from experiments.shared.console import entry_point
 from experiments.sweeping.file import check_trials, read_sweep, sweeps
 
 EXPERIMENT = "moe"  # of make, where none is named

@@ -17,12 +17,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.console import near
-from experiments.running.endings import PREEMPTED
-from experiments.settings.config import FOLDER
+from experiments.config.config import FOLDER
+from experiments.run.endings import PREEMPTED
+from experiments.shared.console import near
 from experiments.sweeping.file import Sweep
 from experiments.sweeping.trial import Trial, environment, trials_of
-from lightning_modules.signals import ASKING, Preempted
+from lightning_modules.distributed.signals import ASKING, Preempted
 
 log = logging.getLogger(__name__)
 

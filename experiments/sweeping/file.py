@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
-from experiments.settings.config import FOLDER, load_config, names
-from experiments.settings.schema import Config
-from experiments.settings.suggest import did_you_mean
+from experiments.config.config import FOLDER, load_config, names
+from experiments.config.schema import Config
+from experiments.config.suggest import did_you_mean
 from experiments.sweeping.hyperband import Hyperband, check_reached, read_hyperband
 from experiments.sweeping.metric import check_metric
 from experiments.sweeping.space import Parameter, read_parameters, trials

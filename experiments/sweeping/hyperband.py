@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.settings.schema import Config
+from experiments.config.schema import Config
 
 KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 MOST = 100  # brackets after min_iter, as W&B has them

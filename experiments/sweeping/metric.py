@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 from datamodules.records import UserError
-from experiments.settings.schema import Config
-from experiments.settings.suggest import did_you_mean
+from experiments.config.schema import Config
+from experiments.config.suggest import did_you_mean
 from lightning_modules.callbacks.diagnostics import OF_TASK
 from lightning_modules.mining.report import MEANS
 

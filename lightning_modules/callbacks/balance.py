@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.records import ContrastiveBatch
-from lightning_modules.balance import TaskGradients, gradnorm_weights, pcgrad_coefficients
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed import world_size
+from lightning_modules.distributed.collectives import world_size
+from lightning_modules.task_balance import TaskGradients, gradnorm_weights, pcgrad_coefficients
 
 
 class GradientBalance(L.Callback):

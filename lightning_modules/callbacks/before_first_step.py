@@ -7,8 +7,8 @@ from collections.abc import Callable
 import lightning as L
 
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.distributed.sharding import replica
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.sharding import replica
 
 
 class BeforeFirstStep(L.Callback):

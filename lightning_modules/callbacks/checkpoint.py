@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.records import UserError
 from lightning_modules.checkpoint_files import write_checkpoint
-from lightning_modules.distributed import from_first_rank
+from lightning_modules.distributed.collectives import from_first_rank
 
 log = logging.getLogger(__name__)
 

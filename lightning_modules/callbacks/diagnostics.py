@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from datamodules.records import ContrastiveBatch
-from lightning_modules.balance import TaskGradients
+from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.diagnostics import (
     anisotropy,
@@ -23,15 +23,15 @@ from lightning_modules.diagnostics import (
     expert_names,
     masked_share,
 )
-from lightning_modules.distributed import gather_rows, world_size
+from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.expert_picture import write_svg
-from lightning_modules.gradcache import embed
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable
 from lightning_modules.masks import known_positive_mask, repeated
 from lightning_modules.objective.sides import reads_the_same
-from lightning_modules.sharding import replica, sharded_gradients, slice_of
+from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import lightning as L
 
 from datamodules.records import Benchmark
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed import on_any_rank, world_size
-from lightning_modules.measure import depth, measure
-from lightning_modules.retrieval import rank_benchmark
-from lightning_modules.sharding import replica
-from lightning_modules.signals import Preempted, leave_if_asked, noted
+from lightning_modules.distributed.collectives import on_any_rank, world_size
+from lightning_modules.distributed.sharding import replica
+from lightning_modules.distributed.signals import Preempted, leave_if_asked, noted
+from lightning_modules.retrieval.evaluation import rank_benchmark
+from lightning_modules.retrieval.measure import depth, measure
 
 log = logging.getLogger(__name__)
 

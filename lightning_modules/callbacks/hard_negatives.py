@@ -15,13 +15,13 @@ import lightning as L
 
 from datamodules.records import MiningPool
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.distributed.sharding import replica
+from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.picture import write_svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table
-from lightning_modules.sharding import replica
-from lightning_modules.signals import Preempted
 
 log = logging.getLogger(__name__)
 

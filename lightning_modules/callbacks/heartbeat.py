@@ -12,7 +12,7 @@ from datetime import timedelta
 import lightning as L
 import torch.distributed as dist
 
-from lightning_modules.distributed import from_first_rank, rank, world_size
+from lightning_modules.distributed.collectives import from_first_rank, rank, world_size
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from lightning_modules import signals
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
-from lightning_modules.distributed import world_size
+from lightning_modules.distributed import signals
+from lightning_modules.distributed.collectives import world_size
 
 
 class Preemption(L.Callback):
-    """Answers what lightning_modules.signals noted on any rank: saves and stops the training.
+    """Answers what lightning_modules.distributed.signals noted on any rank: saves and stops the training.
 
     Stands after all callbacks with a state, which then is that after the step. asked: the signal that was answered.
     """

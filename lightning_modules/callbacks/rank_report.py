@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from datamodules.records import ContrastiveBatch, UserError
-from lightning_modules.distributed import rank, world_size
+from lightning_modules.distributed.collectives import rank, world_size
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.records import Document, UserError
 from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import Surroundings, family_of
-from lightning_modules.token_budget import token_budget_of
+from lightning_modules.retrieval.token_budget import token_budget_of
 
 POOLINGS = ("cls", "mean")
 BLOCK = 8192  # texts that are sorted by length together, so that token ids of a whole corpus never stand in memory
@@ -235,7 +235,9 @@ class Encoder(nn.Module):
         device. advance: called with the number of texts after each forward.
         """
         if self.sharded:
-            raise RuntimeError("a sharded encoder cannot encode: lightning_modules.sharding.replica(encoder) does")
+            raise RuntimeError(
+                "a sharded encoder cannot encode; use sharding.replica(encoder)"
+            )
         if (task is None) == (tasks is None):
             raise TypeError("encode needs either task or tasks")
         if task is None and (isinstance(tasks, str) or not tasks):

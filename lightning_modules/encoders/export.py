@@ -28,10 +28,10 @@ from lightning_modules.encoders.backbone import (
     quiet_transformers,
 )
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.checkpoints import dense_key, load_weights
 from lightning_modules.encoders.instruct import PromptEncoder
+from lightning_modules.encoders.loading import dense_key, load_weights
 from lightning_modules.encoders.moe import MoEEncoder
-from lightning_modules.encoders.reference import to_reference
+from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.shared import SharedEncoder
 
 AVERAGE = "average"

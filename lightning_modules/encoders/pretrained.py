@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import give_usual_rights, quiet_transformers, reading
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.checkpoints import build, describe_architecture, load_weights
+from lightning_modules.encoders.loading import build, describe_architecture, load_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -15,8 +15,8 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.pool import Mined, joined_pools, mine_pool
-from lightning_modules.mining.vectors import VectorCache, text_numbers
-from lightning_modules.shards import Shards
+from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.vector_cache import VectorCache, text_numbers
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from datamodules.records import MiningPool, UserError
-from lightning_modules.bm25 import Bm25Index
-from lightning_modules.shards import Shards
-from lightning_modules.top_k import MEMORY, top_k
+from lightning_modules.retrieval.bm25 import Bm25Index
+from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.top_k import MEMORY, top_k
 
 
 @dataclass(frozen=True)

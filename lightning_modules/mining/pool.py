@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from datamodules.records import MinedNegatives, MiningPool
-from lightning_modules.distributed import rank, together, world_size
+from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.mining.filters import (
     Lists,
     Sieve,
@@ -30,8 +30,8 @@ from lightning_modules.mining.filters import (
 )
 from lightning_modules.mining.miners import Miner, MiningContext
 from lightning_modules.mining.options import MiningOptions
-from lightning_modules.shards import Shards
-from lightning_modules.top_k import pair_scores
+from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.top_k import pair_scores
 
 BLOCK = 8192  # queries at once
 

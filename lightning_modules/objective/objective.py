@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.records import ContrastiveBatch, UserError
-from lightning_modules.distributed import gather_rows
+from lightning_modules.distributed.collectives import gather_rows
 from lightning_modules.objective.comparison import compare
 from lightning_modules.objective.frozen import FrozenEncoder
 from lightning_modules.objective.options import ObjectiveOptions

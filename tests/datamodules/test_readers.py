@@ -24,7 +24,7 @@ from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import Reader, SearchDataModule
-from experiments.settings.targets import READERS, check_target, instantiate
+from experiments.config.targets import READERS, check_target, instantiate
 from tests.datamodules.reader_worlds import (
     WORLDS,
     World,

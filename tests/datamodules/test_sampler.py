@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datamodules.records import UserError
-from datamodules.sampler import Phase, Schedule, mix, task_weights
+from datamodules.schedule import Phase, Schedule, mix, task_weights
 
 SIZES = {"classification": 50, "link_prediction": 23, "search": 7}
 

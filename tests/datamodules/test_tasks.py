@@ -11,7 +11,7 @@ from datamodules.batches import BatchOptions
 from datamodules.collate import sampled_by_grade
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import Collection, Document, Task, UserError
-from datamodules.sampler import mix
+from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from datamodules.text import input_text
 from tests.conftest import InMemory, text_of, toy_collection

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from experiments.downloading.recipe import FOLDER
+from experiments.download.recipe import FOLDER
 
 RECIPE = FOLDER / "scimult.yaml"
 NUM_PAPERS = 320  # of each field of MAPLE

@@ -16,17 +16,17 @@ open(f"child-{os.environ.get('LOCAL_RANK', 0)}", "w").write(str(os.getpid()))
 time.sleep(60)
 """
 PARENTS = {
-    "workers": "from experiments.running.workers import *; run_processes('nap', [], Share(), 2)",
-    "bare": "import os; from experiments.running.children import *; Children().start('nap', [], os.environ).wait()",
+    "workers": "from experiments.run.workers import *; run_processes('nap', [], Share(), 2)",
+    "bare": "import os; from experiments.run.children import *; Children().start('nap', [], os.environ).wait()",
     "no prctl": """
 import os, subprocess, sys
-child = "import ctypes, os; ctypes.CDLL = None; from experiments.running.children import *; end_with(os.getppid())"
+child = "import ctypes, os; ctypes.CDLL = None; from experiments.run.children import *; end_with(os.getppid())"
 subprocess.run([sys.executable, "-c", child + "; import nap"])
 """,
     # The first rank waits for the other in C++, where no handler of Python's is called.
     "ranks": """
 import sys
-from experiments.running.ranks import *
+from experiments.run.ranks import *
 with ranks("nap", [], "2"):
     pass
 """,
@@ -92,5 +92,5 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, parent, number, c
 
 
 def test_a_child_whose_parent_is_gone_already_ends_at_once():
-    command = [sys.executable, "-m", "experiments.running.children", "1", "this"]
+    command = [sys.executable, "-m", "experiments.run.children", "1", "this"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL

@@ -7,10 +7,10 @@ import pytest
 
 from datamodules.records import Benchmark, Document, UserError
 from experiments.compare import main
-from lightning_modules.measure import means, query_values, write_qrels, write_query_values, write_trec
-from lightning_modules.retrieval import rank_vectors
-from lightning_modules.shards import Shards
-from lightning_modules.significance import compare
+from lightning_modules.retrieval.evaluation import rank_vectors
+from lightning_modules.retrieval.measure import means, query_values, write_qrels, write_query_values, write_trec
+from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.significance import compare
 
 METRICS = ("ndcg@10", "recall@20")
 DIMENSIONS = 16

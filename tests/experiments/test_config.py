@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from datamodules.records import UserError
-from experiments.settings import config as module
-from experiments.settings.config import as_dict, digest, experiments, from_dict, load_config, scales
-from experiments.settings.targets import check_target, instantiate
+from experiments.config import config as module
+from experiments.config.config import as_dict, digest, experiments, from_dict, load_config, scales
+from experiments.config.targets import check_target, instantiate
 
 
 def refused(*arguments):

@@ -18,8 +18,8 @@ from datamodules.readers.beir import BeirReader
 from datamodules.records import UserError
 from experiments import data
 from experiments.data import main
-from experiments.downloading import downloads, sources, unpacking
-from experiments.downloading.recipe import load_recipe
+from experiments.download import downloads, sources, unpacking
+from experiments.download.recipe import load_recipe
 from experiments.train import train
 from tests.experiments.loopback import loopback
 from tests.experiments.paper_mirror import NUM_PAPERS, RECIPE, maple_papers, write_mirror, write_recipe

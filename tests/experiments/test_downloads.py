@@ -10,9 +10,9 @@ import zipfile
 import pytest
 
 from datamodules.records import UserError
-from experiments.downloading import downloads, unpacking
-from experiments.downloading.downloads import NotThere, download, keep
-from experiments.downloading.unpacking import unpack
+from experiments.download import downloads, unpacking
+from experiments.download.downloads import NotThere, download, keep
+from experiments.download.unpacking import unpack
 from tests.experiments.loopback import loopback
 
 CONTENT = random.Random(0).randbytes(3_000_000)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import dry_run as dry_run_module
-from experiments.building.module import build_module
+from experiments.build.module import build_module
 from experiments.dry_run import dry_run
 from lightning_modules.contrastive import ContrastiveModule
 from tests.experiments.test_train import TINY

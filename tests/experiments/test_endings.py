@@ -8,10 +8,10 @@ import time
 import pytest
 
 from datamodules.records import UserError
-from experiments.running import lock as run_lock
-from experiments.running.endings import answer
-from experiments.running.lock import only_job
-from lightning_modules.signals import Preempted
+from experiments.run import lock as run_lock
+from experiments.run.endings import answer
+from experiments.run.lock import only_job
+from lightning_modules.distributed.signals import Preempted
 
 
 @pytest.fixture

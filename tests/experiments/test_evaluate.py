@@ -8,10 +8,10 @@ from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
 from experiments import sample
+from experiments.bench import data_scale, encoder_cost
 from experiments.evaluate import main
-from experiments.timing import data_scale, encoder_cost
 from experiments.train import train
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import TINY
 
 

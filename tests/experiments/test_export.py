@@ -8,7 +8,7 @@ import torch
 from datamodules.records import UserError
 from experiments.export import main
 from experiments.train import train
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import TINY
 
 

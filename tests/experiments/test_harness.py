@@ -10,8 +10,8 @@ import torch
 
 from datamodules.records import Benchmark, Document, UserError
 from experiments.harness import main
-from lightning_modules.measure import measure
-from lightning_modules.retrieval import rank_benchmark
+from lightning_modules.retrieval.evaluation import rank_benchmark
+from lightning_modules.retrieval.measure import measure
 from tests.conftest import text_of, toy_collection
 
 

@@ -9,10 +9,10 @@ from datamodules.batches import BatchOptions
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
-from experiments.building import leaks
-from experiments.building.data import build_data
-from experiments.settings.config import load_config
-from experiments.settings.schema import DataConfig
+from experiments.build import leaks
+from experiments.build.data import build_data
+from experiments.config.config import load_config
+from experiments.config.schema import DataConfig
 from tests.experiments.test_train import TINY
 
 TEXT = "in which {} a question is asked at some length about the matter of {}"

@@ -15,10 +15,10 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC, LinearSVR
 
 from datamodules.records import Document, UserError
-from experiments.building.benchmarks import suite_of
+from experiments.build.benchmarks import suite_of
 from experiments.evaluate import main
-from experiments.measuring.measured import open_measured
-from lightning_modules.encoders.checkpoints import load_encoder
+from experiments.results.measured import open_measured
+from lightning_modules.encoders.loading import load_encoder
 from tests.conftest import text_of
 
 NUM_CLASSES = 3

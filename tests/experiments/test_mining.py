@@ -16,13 +16,13 @@ import torch
 
 from datamodules.hard_negatives import HardNegativeStore
 from datamodules.records import UserError
-from datamodules.sampler import STRATEGIES
-from experiments.building.data import build_data
-from experiments.building.mining import steps_between
+from datamodules.schedule import STRATEGIES
+from experiments.build.data import build_data
+from experiments.build.mining import steps_between
+from experiments.config.config import load_config
 from experiments.mine import mine
-from experiments.settings.config import load_config
 from experiments.train import train
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import ROOT, TINY, command, rows
 
 SMALL = [*TINY, "trainer.log_every_n_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]

@@ -15,8 +15,8 @@ from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark, Document, UserError
 from experiments import mteb as entry
 from experiments.interop.mteb_encoder import MtebEncoder
-from lightning_modules.measure import measure
-from lightning_modules.retrieval import rank_benchmark
+from lightning_modules.retrieval.evaluation import rank_benchmark
+from lightning_modules.retrieval.measure import measure
 
 ROOT = Path(__file__).parents[2]
 METRICS = {"ndcg@10": "ndcg_at_10", "recall@5": "recall_at_5", "map@10": "map_at_10", "mrr@10": "mrr_at_10"}
@@ -149,6 +149,6 @@ def test_a_line_of_the_hub_is_told_once():
     told = (
         "import huggingface_hub, logging\ndef main(_): logging.getLogger('huggingface_hub.utils').warning('retrying')"
     )
-    program = f"{told}\nfrom experiments.console import entry_point\nentry_point(main)"
+    program = f"{told}\nfrom experiments.shared.console import entry_point\nentry_point(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.stdout + done.stderr).count("retrying") == 1

@@ -4,10 +4,10 @@ import shlex
 
 import pytest
 
-from experiments.building.trainer import tell_of_cores
-from experiments.running.folder import folder_of
-from experiments.running.next_steps import next_steps
-from experiments.settings.config import load_config
+from experiments.build.trainer import tell_of_cores
+from experiments.config.config import load_config
+from experiments.run.folder import folder_of
+from experiments.run.next_steps import next_steps
 
 
 def told(*overrides, experiment="moe"):

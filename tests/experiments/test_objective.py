@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from datamodules.records import UserError
+from experiments.config.config import load_config
 from experiments.export import main as export
-from experiments.settings.config import load_config
 from experiments.train import train
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import ROOT, TINY
 
 QUICK = [
@@ -73,8 +73,8 @@ def test_everything_at_once(plain, tmp_path):
 
 
 def test_each_task_samples_its_number_of_positives(tmp_path):
-    from experiments.building.data import build_data
-    from experiments.building.module import build_module
+    from experiments.build.data import build_data
+    from experiments.build.module import build_module
 
     config = load_config("moe", [f"run.dir={tmp_path}", *QUICK, *EVERYTHING])
     data = build_data(config)

@@ -7,9 +7,9 @@ import pytest
 
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
-from experiments.building.data import build_data
+from experiments.build.data import build_data
+from experiments.config.config import as_dict, from_dict, load_config
 from experiments.evaluate import main as evaluate
-from experiments.settings.config import as_dict, from_dict, load_config
 from experiments.train import train
 from tests.conftest import toy_collection
 from tests.experiments.test_train import TINY

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from datamodules.records import UserError
-from experiments.building.suite import load_suite
-from experiments.measuring.paper import figures, tables
-from experiments.measuring.reproduction import compare
+from experiments.build.suite import load_suite
 from experiments.reproduce import main
+from experiments.results.paper import figures, tables
+from experiments.results.reproduction import compare
 
 TABLES = {table.name: table for table in tables()}
 

@@ -7,10 +7,10 @@ import signal
 import pytest
 import torch
 
-from experiments.measuring import results as final_results
+from experiments.results import results as final_results
 from experiments.train import train
-from lightning_modules import signals
 from lightning_modules.callbacks import evaluation
+from lightning_modules.distributed import signals
 from lightning_modules.encoders.base import Encoder
 from tests.experiments.kills import figures
 from tests.experiments.test_train import TINY, rows

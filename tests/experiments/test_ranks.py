@@ -10,9 +10,9 @@ import pytest
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, UserError
 from experiments.evaluate import main
-from experiments.running.ranks import ranks
-from experiments.running.workers import share_of
-from lightning_modules import launch
+from experiments.run.ranks import ranks
+from experiments.run.workers import share_of
+from lightning_modules.distributed import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
 
@@ -52,9 +52,9 @@ PROBE = """
 import os
 import torch.distributed as dist
 from datamodules.records import UserError
-from experiments.console import entry_point
-from experiments.running.ranks import ranks
-from experiments.running.workers import share_of
+from experiments.shared.console import entry_point
+from experiments.run.ranks import ranks
+from experiments.run.workers import share_of
 
 def main(arguments):
     with ranks("probe", arguments, "2"):

@@ -19,13 +19,13 @@ from sklearn.decomposition import PCA
 from datamodules.records import UserError
 from datamodules.sample import science
 from experiments.compare import main as compare
+from experiments.config.config import as_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.html import tag
 from experiments.reporting.paper_map import same_label, two_components
 from experiments.runs import HEADINGS, differences, table_of
 from experiments.runs import main as list_runs
-from experiments.settings.config import as_dict, load_config
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY

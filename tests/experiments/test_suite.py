@@ -8,11 +8,11 @@ import pytrec_eval
 import torch
 
 from datamodules.records import UserError
-from experiments.building.benchmarks import Collections, build
-from experiments.building.suite import load_suite
+from experiments.build.benchmarks import Collections, build
+from experiments.build.suite import load_suite
 from experiments.evaluate import main
-from experiments.measuring.results import combine, evaluate_encoder
-from experiments.measuring.table import show_cost
+from experiments.results.results import combine, evaluate_encoder
+from experiments.results.table import show_cost
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments import sync as sync_module
-from experiments.running.lock import only_job
-from experiments.running.tracking import WandbLogger, build_loggers
-from experiments.settings.config import as_dict, load_config
+from experiments.config.config import as_dict, load_config
+from experiments.run.lock import only_job
+from experiments.run.tracking import WandbLogger, build_loggers
 from experiments.sync import main as sync
 from tests.experiments.wandb_file import history, records
 from tests.experiments.wandb_server import wandb_server
@@ -210,7 +210,7 @@ def test_a_trial_of_a_sweep_has_the_id_that_its_agent_chose(server, tmp_path, mo
 @pytest.mark.slow
 def test_the_sender_ends_with_a_training_that_is_killed(server, tmp_path):
     (tmp_path / "run-a.wandb").write_bytes(b":W&B\x00\x00\x00")  # a run that never ends
-    sender = [sys.executable, "-m", "experiments.running.sender", str(tmp_path / "run-a.wandb")]
+    sender = [sys.executable, "-m", "experiments.run.sender", str(tmp_path / "run-a.wandb")]
     code = f"import subprocess, time; print(subprocess.Popen({sender!r}).pid, flush=True); time.sleep(60)"
     training = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     sender = int(training.stdout.readline())

@@ -20,13 +20,13 @@ import yaml
 
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
-from experiments.building import module as build_module
-from experiments.building.data import build_data
+from experiments.build import module as build_module
+from experiments.build.data import build_data
+from experiments.config.config import experiments, load_config
 from experiments.export import main as export
-from experiments.running.folder import folder_of
-from experiments.settings.config import experiments, load_config
+from experiments.run.folder import folder_of
 from experiments.train import train
-from lightning_modules.encoders.checkpoints import load_encoder
+from lightning_modules.encoders.loading import load_encoder
 
 ROOT = Path(__file__).parents[2]
 TINY = [

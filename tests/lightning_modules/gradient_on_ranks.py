@@ -18,10 +18,10 @@ from torch import nn
 from datamodules.batches import BatchOptions
 from datamodules.records import Collection, Document, Task
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
-from lightning_modules.balance import TaskGradients
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.task_balance import TaskGradients
 from tests.conftest import TASKS, WORDS, InMemory, text_of
 
 QUERIES = 16  # of the global batch

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import ModernBertConfig, ModernBertModel
 
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed import largest
+from lightning_modules.distributed.collectives import largest
+from lightning_modules.distributed.sharding import gathered, replica, shard, slice_of, sliced
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
-from lightning_modules.sharding import gathered, replica, shard, slice_of, sliced
 from tests.conftest import TASKS, WORDS, text_of
 from tests.lightning_modules.gradient_on_ranks import Step, batches
 

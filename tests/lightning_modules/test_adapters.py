@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from datamodules.records import Benchmark, Document, UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
-from lightning_modules.encoders.checkpoints import load_encoder
-from lightning_modules.retrieval import rank_benchmark
+from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.retrieval.evaluation import rank_benchmark
 from tests.conftest import TASKS
 
 FORM = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.balance import TaskGradients, UncertaintyWeights, gradnorm_weights, pcgrad_coefficients
 from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
+from lightning_modules.task_balance import TaskGradients, UncertaintyWeights, gradnorm_weights, pcgrad_coefficients
 from tests.conftest import TASKS
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark
-from lightning_modules.measure import measure
-from lightning_modules.metrics import sorted_run
-from lightning_modules.retrieval import bm25_run
+from lightning_modules.retrieval.evaluation import bm25_run
+from lightning_modules.retrieval.measure import measure
+from lightning_modules.retrieval.metrics import sorted_run
 
 DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 STOP = re.compile(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.encoders.checkpoints import build, continue_from, describe, load_encoder
+from lightning_modules.encoders.loading import build, continue_from, describe, load_encoder
 from lightning_modules.encoders.pretrained import save_encoder
 from tests.conftest import TASKS
 

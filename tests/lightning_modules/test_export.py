@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from datamodules.records import Document, UserError
-from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.encoders.export import average, dense, save_dense, save_onnx, save_reference
+from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from tests.conftest import TASKS, text_of

@@ -7,11 +7,11 @@ import torch
 
 from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
-from experiments.building.module import first_batches
+from experiments.build.module import first_batches
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
-from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.encoders.extend import add_tasks, losses_by_task
+from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.optim import OptimOptions, parameter_groups
 from tests.conftest import TASKS
 

@@ -14,9 +14,9 @@ from transformers import (
 from datamodules.records import UserError
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import load_backbone, set_dropout
-from lightning_modules.encoders.checkpoints import load_encoder
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.instruct import InstructEncoder
+from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder

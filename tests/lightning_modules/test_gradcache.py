@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.chunked import embed_chunk
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
-from lightning_modules.gradcache import embed_chunk
 from lightning_modules.optim import OptimOptions
 from tests.conftest import TASKS, toy_collection
 

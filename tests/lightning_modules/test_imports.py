@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from datamodules.records import UserError
-from lightning_modules.encoders.checkpoints import describe, load_encoder
-from lightning_modules.encoders.reference import to_reference
+from lightning_modules.encoders.loading import describe, load_encoder
 from lightning_modules.encoders.routed import RoutedEncoder
+from lightning_modules.encoders.scimult_format import to_reference
 from tests.conftest import TASKS
 
 TEXTS = ["bara beli", "bomu bito buna"]

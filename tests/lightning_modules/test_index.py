@@ -9,9 +9,9 @@ from datamodules.records import UserError
 from experiments.embed import main as embed
 from experiments.find import main as find
 from experiments.index import main as index
-from lightning_modules.encoders.checkpoints import load_encoder
-from lightning_modules.index import IndexOptions, build_index, measure_recall, search_index
-from lightning_modules.top_k import Shards
+from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.retrieval.faiss_index import IndexOptions, build_index, measure_recall, search_index
+from lightning_modules.retrieval.top_k import Shards
 from tests.conftest import text_of
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from datamodules.records import Document, UserError
-from lightning_modules.encoders.checkpoints import build, continue_from, describe, load_weights
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.loading import build, continue_from, describe, load_weights
 from lightning_modules.losses import info_nce
 from lightning_modules.optim import OptimOptions, parameter_groups
 from tests.conftest import TASKS

@@ -8,10 +8,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from datamodules.records import Benchmark, Document, Probe, UserError
-from lightning_modules.linear import predict_classes, predict_labels, predict_numbers
-from lightning_modules.measure import means, query_values, write_trec
-from lightning_modules.metrics import Run
-from lightning_modules.probing import probe_runs
+from lightning_modules.retrieval.linear import predict_classes, predict_labels, predict_numbers
+from lightning_modules.retrieval.measure import means, query_values, write_trec
+from lightning_modules.retrieval.metrics import Run
+from lightning_modules.retrieval.probes import probe_runs
 
 CS = Probe().costs
 

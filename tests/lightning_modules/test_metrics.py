@@ -7,9 +7,9 @@ import pytrec_eval
 from sklearn.metrics import f1_score
 
 from datamodules.records import Benchmark, Document, Probe, UserError
-from lightning_modules.measure import QueryValues, each_once, means, measure, query_values
-from lightning_modules.metrics import METRICS, Run, check_metric, judge, parse_metric, sorted_run
-from lightning_modules.predictions import AGGREGATES, CORRELATIONS
+from lightning_modules.retrieval.measure import QueryValues, each_once, means, measure, query_values
+from lightning_modules.retrieval.metrics import METRICS, Run, check_metric, judge, parse_metric, sorted_run
+from lightning_modules.retrieval.predictions import AGGREGATES, CORRELATIONS
 
 TREC = {
     "ndcg": "ndcg",

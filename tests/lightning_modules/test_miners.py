@@ -22,7 +22,7 @@ from lightning_modules.mining.miners import (
     ShownMiner,
 )
 from lightning_modules.mining.sharing import SharingMiner
-from lightning_modules.shards import Shards
+from lightning_modules.retrieval.shards import Shards
 from tests.conftest import toy_collection
 
 

@@ -14,7 +14,6 @@ import torch
 from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
-from lightning_modules.fingerprints import fingerprint
 from lightning_modules.loggers import JsonlLogger, log_histograms
 from lightning_modules.mining import pool as pool_module
 from lightning_modules.mining.mine import Mining
@@ -23,7 +22,8 @@ from lightning_modules.mining.options import MiningOptions
 from lightning_modules.mining.picture import svg
 from lightning_modules.mining.pool import Mined
 from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, table
-from lightning_modules.mining.vectors import VectorCache, text_numbers
+from lightning_modules.retrieval.fingerprints import fingerprint
+from lightning_modules.retrieval.vector_cache import VectorCache, text_numbers
 from tests.conftest import toy_collection
 
 
@@ -322,7 +322,7 @@ import numpy as np, torch
 import torch.distributed as dist
 from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.mining import pool as pool_module
-from lightning_modules.mining import vectors as vectors_module
+from lightning_modules.retrieval import vector_cache as vectors_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
 from lightning_modules.mining.options import MiningOptions

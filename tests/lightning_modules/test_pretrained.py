@@ -9,8 +9,8 @@ from transformers import AutoModel
 
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.adapters import AdapterEncoder
-from lightning_modules.encoders.checkpoints import build, describe, load_encoder, load_weights
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.loading import build, describe, load_encoder, load_weights
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder

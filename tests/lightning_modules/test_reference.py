@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from datamodules.records import UserError
 from datamodules.text import pad, token_ids
-from lightning_modules.encoders.checkpoints import load_encoder
-from lightning_modules.encoders.reference import EXPERTS, _our_key
+from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.encoders.scimult_format import EXPERTS, _our_key
 from lightning_modules.losses import comparable, info_nce
 
 GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))

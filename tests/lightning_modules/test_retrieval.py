@@ -7,8 +7,8 @@ import pytrec_eval
 import torch
 
 from datamodules.records import Benchmark, Collection, Document, UserError
-from lightning_modules.measure import depth, measure, write_trec
-from lightning_modules.retrieval import bm25_run, hide_own, rank_benchmark
+from lightning_modules.retrieval.evaluation import bm25_run, hide_own, rank_benchmark
+from lightning_modules.retrieval.measure import depth, measure, write_trec
 from tests.conftest import toy_collection
 
 

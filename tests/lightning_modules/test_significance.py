@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_modules.significance import bootstrap_interval, compare, holm, sign_flip_p
+from lightning_modules.retrieval.significance import bootstrap_interval, compare, holm, sign_flip_p
 
 
 def values(num_queries: int, better: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

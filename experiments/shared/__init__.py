@@ -1,0 +1,1 @@
+"""Console, files and progress: what all commands use."""

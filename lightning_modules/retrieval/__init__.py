@@ -1,0 +1,1 @@
+"""Embed texts, search them, and measure the result."""
