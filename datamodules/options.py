@@ -1,0 +1,103 @@
+"""Fields of option dataclasses: each has a default, one line of help, and bounds that are checked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from datamodules.records import UserError
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    key: str = "",
+    positional: bool = False,
+) -> Any:
+    """Return a dataclass field with its documentation and its bounds.
+
+    default: value if the user gives none. Lists and dictionaries are copied for each instance.
+    help: one line for --help and for the reference of all keys.
+    minimum, maximum: bounds that belong to the range. above, below: bounds that do not.
+    choices: the words a value may be, or each of several values. A Literal type needs none.
+    key: name on the command line, by default that of the field.
+    positional: whether the value is the command's first argument instead of key=value.
+    """
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    metadata = {"help": help, "choices": choices, "key": key, "positional": positional}
+    metadata["bounds"] = {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Raise UserError for a value outside its bounds or choices, in this dataclass and those inside it.
+
+    prefix: path of the dataclass in a configuration, such as "data.", for the message.
+    """
+    hints = get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        key = prefix + (field.metadata.get("key") or field.name)
+        value = getattr(options, field.name)
+        choices = field.metadata.get("choices") or literal_choices(hints[field.name])
+        for path, item in _leaves(value, key):
+            if dataclasses.is_dataclass(item):
+                check_options(item, path + ".")
+            elif choices and item not in choices:
+                raise UserError(f"{path}: expected one of {', '.join(map(str, choices))}, got {item!r}")
+            elif not _within(item, field.metadata.get("bounds", {})):
+                raise UserError(f"{path}: expected {describe_bounds(field)}, got {item!r}")
+
+
+def literal_choices(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a Literal type, of an optional one, or of a collection of one; () for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType, list, tuple):
+        return next(filter(None, map(literal_choices, get_args(hint))), ())
+    return ()
+
+
+def describe_bounds(field: dataclasses.Field) -> str:
+    """Return the range of a numeric field in words, such as "a number above 0"; "" without bounds."""
+    bounds = field.metadata.get("bounds", {})
+    words = {"minimum": "of at least", "above": "above", "maximum": "at most", "below": "below"}
+    limits = " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
+    return f"a number {limits}" if limits else ""
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield a value, or the items of a collection, with their paths. None is a value left to its default."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item, path)
+    elif value is not None:
+        yield path, value
+
+
+def _within(value: Any, bounds: Mapping[str, float]) -> bool:
+    if not bounds or isinstance(value, (str, bool)):
+        return True
+    return (
+        math.isfinite(value)
+        and value >= bounds.get("minimum", -math.inf)
+        and value <= bounds.get("maximum", math.inf)
+        and ("above" not in bounds or value > bounds["above"])
+        and ("below" not in bounds or value < bounds["below"])
+    )

@@ -1,0 +1,135 @@
+"""Options of commands: key=value arguments as a typed dataclass, and the text of --help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+import sys
+import textwrap
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
+from datamodules.records import UserError
+from experiments.config.suggest import did_you_mean
+
+T = TypeVar("T")
+SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+
+
+def parse(options: type[T], arguments: Sequence[str]) -> T:
+    """Return the options that the arguments ask for.
+
+    Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds. With --help
+    it prints all options and exits.
+    """
+    parsed, rest = parse_known(options, arguments)
+    if rest:
+        word, equals, _ = rest[0].partition("=")
+        if not equals:
+            raise UserError(f"command line: expected key=value, got {word!r}")
+        keys = [_key(field) for field in dataclasses.fields(options)]
+        hint = did_you_mean(word, keys)
+        raise UserError(f"command line: unknown key {word!r}; {hint}Expected one of {', '.join(keys)} (or --help)")
+    return parsed
+
+
+def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """Return the options, and the arguments that are none of them: the keys of an experiment, for instance."""
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(usage(options))
+        sys.exit(0)
+    hints, values, rest = get_type_hints(options), {}, list(arguments)
+    fields = {_key(field): field for field in dataclasses.fields(options)}
+    for field in fields.values():
+        if field.metadata.get("positional") and rest and "=" not in rest[0]:
+            values[field.name] = _convert(_key(field), hints[field.name], rest.pop(0))
+    unknown = []
+    for argument in rest:
+        key, equals, text = argument.partition("=")
+        if equals and key in fields:
+            values[fields[key].name] = _convert(key, hints[fields[key].name], text)
+        else:
+            unknown.append(argument)
+    for key, field in fields.items():
+        no_default = field.default is REQUIRED and field.default_factory is REQUIRED
+        if no_default and values.get(field.name) in (None, "", ()):
+            raise UserError(f"{key}: required, {field.metadata['help']}")
+    parsed = options(**values)
+    check_options(parsed)
+    return parsed, unknown
+
+
+def usage(options: type) -> str:
+    """Return the text of --help: what the command does, and each option with its type, default and meaning."""
+    hints = get_type_hints(options)
+    command = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or options.__module__
+    positional = "".join(f" {_key(f).upper()}" for f in dataclasses.fields(options) if f.metadata.get("positional"))
+    lines = [inspect.getdoc(options) or "", "", f"usage: python -m {command}{positional} [key=value ...]", ""]
+    width = min(shutil.get_terminal_size().columns, 120)
+    for field in dataclasses.fields(options):
+        key = _key(field)
+        head = key.upper() if field.metadata.get("positional") else f"{key}={_type_name(hints[field.name])}"
+        notes = [field.metadata.get("help", ""), describe_bounds(field), _default(field)]
+        text = "; ".join(filter(None, notes))
+        lines.append(f"  {head}")
+        lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def as_argument(value: Any) -> str:
+    """Return a value of an option as it is written on the command line."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _key(field: dataclasses.Field) -> str:
+    return field.metadata.get("key") or field.name
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is REQUIRED and field.default_factory is REQUIRED:
+        return "required"
+    text = as_argument(field.default if field.default is not REQUIRED else field.default_factory())
+    return f"default: {text}" if text else ""
+
+
+def _type_name(hint: Any) -> str:
+    if choices := literal_choices(hint):
+        return "|".join(map(str, choices))
+    if get_origin(hint) in (Union, types.UnionType):
+        return "|".join(_type_name(each) for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) in (tuple, list):
+        name = _type_name(get_args(hint)[0])
+        return f"{name},{name},..."
+    return {bool: "yes|no", int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")
+
+
+def _convert(key: str, hint: Any, text: str) -> Any:
+    """Return the text of an option as its type. Choices and bounds are checked later, for all options alike."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if text in ("", "null"):
+            return None
+        return _convert(key, next(each for each in get_args(hint) if each is not type(None)), text)
+    if origin in (tuple, list):
+        return origin(_convert(key, get_args(hint)[0], item) for item in text.split(",") if item)
+    if hint is bool:
+        if text.lower() not in SWITCH:
+            raise UserError(f"{key}: expected yes or no, got {text!r}")
+        return SWITCH[text.lower()]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise UserError(f"{key}: expected {kind}, got {text!r}") from None
+    if hint is Path and not text:
+        raise UserError(f"{key}: expected a path, got nothing")
+    return text if origin is Literal else hint(text)
