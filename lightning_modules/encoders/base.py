@@ -235,9 +235,7 @@ class Encoder(nn.Module):
         device. advance: called with the number of texts after each forward.
         """
         if self.sharded:
-            raise RuntimeError(
-                "a sharded encoder cannot encode; use sharding.replica(encoder)"
-            )
+            raise RuntimeError("a sharded encoder cannot encode; use sharding.replica(encoder)")
         if (task is None) == (tasks is None):
             raise TypeError("encode needs either task or tasks")
         if task is None and (isinstance(tasks, str) or not tasks):
