@@ -28,7 +28,16 @@ class Options:
 
 
 def test_values_have_the_type_of_their_field():
-    arguments = ["model=m", "count=5", "share=0.5", "split=dev", "tasks=a,b", "output=there", "overwrite=yes", "data.root=d"]
+    arguments = [
+        "model=m",
+        "count=5",
+        "share=0.5",
+        "split=dev",
+        "tasks=a,b",
+        "output=there",
+        "overwrite=yes",
+        "data.root=d",
+    ]
     options = parse(Options, arguments)
     expected = Options(
         model="m", count=5, share=0.5, split="dev", tasks=("a", "b"), output=Path("there"), overwrite=True, root="d"
