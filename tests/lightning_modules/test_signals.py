@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lightning_modules import launch, signals
+from lightning_modules.distributed import launch, signals
 
 LAUNCH = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
