@@ -32,7 +32,8 @@ import torch
 
 from datamodules.records import UserError
 from experiments.train import train
-from lightning_modules import checkpoint_files, signals
+from lightning_modules import checkpoint_files
+from lightning_modules.distributed import signals
 from tests.experiments.test_train import TINY
 
 EVERY = 6  # steps between two checkpoints

@@ -69,13 +69,13 @@ def test_a_forked_process_notes_nothing_and_dies_of_nothing():
 
 
 def test_late_signals_do_not_change_the_status():
-    code = "from lightning_modules import signals; import os, signal; signals.catch(); signals.ignore(); "
+    code = "from lightning_modules.distributed import signals; import os, signal; signals.catch(); signals.ignore(); "
     code += "[os.kill(os.getpid(), n) for n in signals.ASKING]; print('done')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "done\n"
 
 
 def test_the_modules_import_nothing_heavy():
-    code = "import sys; from lightning_modules import signals; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from lightning_modules.distributed import signals; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
