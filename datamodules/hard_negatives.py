@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -51,12 +52,26 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
         for file in unfinished.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.replace(path)
+        _replace_store(path, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return HardNegativeStore(path)
+
+
+def _replace_store(path: Path, new: Path) -> None:
+    """Rename the new folder to path. An older store there, even a damaged one, is removed; nothing else is."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    elif path.exists() or path.is_symlink():
+        files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
+        if path.is_symlink() or not path.is_dir() or not all(files.fullmatch(p.name) for p in path.iterdir()):
+            raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
+        path.replace(old := new.with_name(f"{new.name}.old"))
+        new.replace(path)
+        shutil.rmtree(old)
+        return
+    new.replace(path)
 
 
 class HardNegativeStore:
