@@ -72,6 +72,29 @@ def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
         HardNegativeStore(tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["starts", "documents", "ranks", "scores"])
+def test_store_whose_arrays_do_not_match_the_stored_hash_raises_user_error(make_task, tmp_path, name):
+    """An array is overwritten with another of the same shape: no other check notices."""
+    data = with_rounds(make_task, tmp_path)
+    written(tmp_path / "store", data, [[1, 2]] * 12)
+    data.rounds.begin(3, "store")
+    loader = data.train_dataloader()
+    loader.position = 4
+    state = loader.state_dict()
+    path = tmp_path / "store" / f"search.{name}.npy"
+    array = np.load(path)
+    array[1] += 1
+    np.save(path, array)
+    message = r"store: the arrays do not match the hash in meta.json \(.* stored, .* found\).*mine again"
+    for read in (
+        lambda: HardNegativeStore(tmp_path / "store"),
+        lambda: Rounds(tmp_path, "mined", data.fingerprints()).begin(0, str(tmp_path / "store")),
+        lambda: with_rounds(make_task, tmp_path).train_dataloader().load_state_dict(state),
+    ):
+        with pytest.raises(UserError, match=message):
+            read()
+
+
 def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_path):
     data = make_task(SearchDataModule)
     store = written(tmp_path / "store", data, [[1]] * 12)
