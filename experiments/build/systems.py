@@ -111,5 +111,5 @@ def models_of(values: Mapping[str, str]) -> list[str]:
     if len(set(models)) < len(models):
         raise UserError(f"model: each may be named once, got {values['model']}")
     if not models:
-        raise UserError("which model? Give model=FOLDER of a run, a checkpoint, an exported folder, a BERT, or bm25")
+        raise UserError("model: required, folder of a run, checkpoint, exported folder, plain BERT, or bm25")
     return models

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.merging import first_line, merge, refuse_unknown_keys
+from experiments.config.moved import with_first_paths
 from experiments.config.own_data import replaced, with_reader
 from experiments.config.ranges import check_ranges
 from experiments.config.schema import Config, TaskConfig
@@ -133,7 +134,8 @@ def digest(config: Config) -> str:
     """Six characters that differ for different experiments; where a run lies and how it logs does not count."""
     settings = as_dict(config)
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb")
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+    text = with_first_paths(json.dumps(settings, sort_keys=True))
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
 def _shown(path: Path) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
+from experiments.config.moved import current_path
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.suggest import did_you_mean
 
@@ -75,7 +76,11 @@ def _forget_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
             continue
         old, new = config[key], layer[key]
         if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            if "_target_" in new and "_target_" in old and new["_target_"] != old["_target_"]:
+            if "_target_" in new and "_target_" in old and not _same_class(new["_target_"], old["_target_"]):
                 config[key] = {}
             else:
                 _forget_replaced_targets(old, new)
+
+
+def _same_class(one: Any, other: Any) -> bool:
+    return current_path(str(one)) == current_path(str(other))

@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
+from experiments.config.moved import current_path
 from experiments.config.suggest import did_you_mean
 
 PACKAGES = ("datamodules.", "lightning_modules.")
@@ -31,9 +32,9 @@ def check_target(key: str, node: Any, base: type = object, given: Sequence[str] 
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         hint = f", such as {{_target_: {EXAMPLES[home]}}}" if home in EXAMPLES else ""
         raise UserError(f"{key}: expected a node with _target_{hint}, got {node!r}")
-    target = node["_target_"]
+    target = current_path(node["_target_"])
     if home and target.partition(".")[0] in _modules(home):
-        target = home + target
+        target = current_path(home + target)
     if not target.startswith(PACKAGES):
         hint = did_you_mean(target.partition(".")[0], _modules(home)) if home else ""
         raise UserError(f"{key}._target_: got {target!r}; {hint}allowed are classes of {' and '.join(PACKAGES)}*")

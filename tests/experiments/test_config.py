@@ -1,11 +1,15 @@
 """Configurations that load, and errors in the user's words for those that do not."""
 
+import importlib
+import json
+
 import pytest
 import yaml
 
 from datamodules.records import UserError
 from experiments.config import config as module
 from experiments.config.config import as_dict, digest, experiments, from_dict, load_config, scales
+from experiments.config.moved import MOVED, with_first_paths
 from experiments.config.targets import check_target, instantiate
 
 
@@ -260,6 +264,25 @@ def test_targets_are_checked_converted_and_built():
     assert check_target("encoder", encoder, given=given) == encoder | {"normalize": False}
     with pytest.raises(UserError, match=r"here\.num_papers"):
         check_target("here", node | {"num_papers": "many"})
+
+
+def test_moved_class_loads_under_its_old_path_and_keeps_the_run_folder(monkeypatch):
+    old, new = "lightning_modules.encoders.former.MoEEncoder", "lightning_modules.encoders.moe.MoEEncoder"
+    before = load_config("moe")
+    monkeypatch.setitem(MOVED, old, new)
+    settings = as_dict(before)
+    settings["encoder"] |= {"_target_": old}
+    loaded = from_dict(settings, "config.yaml")
+    assert loaded == before  # and with its arguments, which another class would not inherit
+    assert load_config("moe", [f"encoder._target_={old}"]) == before
+    text = json.dumps(as_dict(before))
+    assert with_first_paths(text) == text.replace(new, old)  # what the hash of the run's folder is made from
+
+
+def test_every_moved_class_is_at_its_new_path():
+    for path in MOVED.values():
+        module_name, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module_name), name)
 
 
 def test_null_takes_a_reader_out():
