@@ -33,7 +33,7 @@ from experiments.run.folder import read_config
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.files import whole_folder
 from lightning_modules.retrieval.similarity import SIMILARITIES
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
 
