@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER, experiments, load_config
+from experiments.config.experiment import FOLDER, experiments, load_config
 from experiments.config.merging import keys
 from experiments.config.suggest import did_you_mean
 from experiments.run.folder import folder_of

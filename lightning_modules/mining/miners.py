@@ -15,8 +15,8 @@ import torch
 
 from datamodules.records import MiningPool, UserError
 from lightning_modules.retrieval.bm25 import Bm25Index
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.top_k import MEMORY, top_k
+from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.search import MEMORY, top_k
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.retrieval.shards import Advance, Shards, check_finite
+from lightning_modules.retrieval.search import Advance, Shards, check_finite
 
 
 def ordered(

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.deep_top_k import deep_top_k, ordered
-from lightning_modules.retrieval.shards import Advance, Array, Shards, check_finite, shards_of
+from lightning_modules.retrieval.search import deep_top_k, ordered
+from lightning_modules.retrieval.search import Advance, Array, Shards, check_finite, shards_of
 
 BACKENDS = ("auto", "faiss", "torch")
 PAD = 16  # candidates beyond k

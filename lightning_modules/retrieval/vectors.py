@@ -12,8 +12,8 @@ import torch
 from datamodules.records import Document
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.fingerprints import fingerprint, text_hash
-from lightning_modules.retrieval.shards import Advance, Shards, check_finite
+from lightning_modules.retrieval.vector_cache import fingerprint, text_hash
+from lightning_modules.retrieval.search import Advance, Shards, check_finite
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 SHARD = 2048  # texts of a file: what an interruption costs

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from datamodules.records import UserError
-from experiments.config import config as module
-from experiments.config.config import as_dict, digest, experiments, from_dict, load_config, scales
+from experiments.config import experiment as module
+from experiments.config.experiment import as_dict, digest, experiments, from_dict, load_config, scales
 from experiments.config.moved import MOVED, with_first_paths
 from experiments.config.targets import check_target, instantiate
 

@@ -19,7 +19,7 @@ from datamodules.records import UserError
 from datamodules.schedule import STRATEGIES
 from experiments.build.data import build_data
 from experiments.build.mining import steps_between
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.mine import mine
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder

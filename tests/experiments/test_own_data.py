@@ -8,7 +8,7 @@ import pytest
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments.build.data import build_data
-from experiments.config.config import as_dict, from_dict, load_config
+from experiments.config.experiment import as_dict, from_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.train import train
 from tests.conftest import toy_collection

@@ -22,7 +22,7 @@ from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments.build import module as build_module
 from experiments.build.data import build_data
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.export import main as export
 from experiments.run.folder import folder_of
 from experiments.train import train
