@@ -39,10 +39,9 @@ from experiments.shared.console import choice, entry_point, key_values, token_bu
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import SIMILARITIES
+from lightning_modules.retrieval.compute import PRECISIONS, computing_in, resolved, token_budget_of
 from lightning_modules.retrieval.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
 from lightning_modules.retrieval.vector_cache import fingerprint
-from lightning_modules.retrieval.compute import PRECISIONS, computing_in, resolved
-from lightning_modules.retrieval.compute import token_budget_of
 
 log = logging.getLogger(__name__)
 

@@ -60,8 +60,8 @@ from experiments.run.ranks import ranks
 from experiments.shared.console import choice, entry_point, key_values, token_budget
 from experiments.shared.files import read_json, writable_folder, write_json
 from lightning_modules.distributed.collectives import rank
-from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.compute import PRECISIONS
+from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)

@@ -32,10 +32,10 @@ from experiments.run.tracking import build_loggers, log_end
 from experiments.shared.console import entry_point
 from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
+from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
-from lightning_modules.checkpoint_files import read_checkpoint
 
 log = logging.getLogger(__name__)
 

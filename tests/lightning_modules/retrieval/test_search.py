@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.search import pair_scores, top_k
+from lightning_modules.retrieval.search import Shards, pair_scores, top_k
 
 BACKENDS = ("faiss", "torch")
 

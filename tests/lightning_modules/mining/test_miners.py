@@ -19,9 +19,9 @@ from lightning_modules.mining.miners import (
     MiningContext,
     RandomMiner,
     RankBandMiner,
+    SharingMiner,
     ShownMiner,
 )
-from lightning_modules.mining.miners import SharingMiner
 from lightning_modules.retrieval.search import Shards
 from tests.conftest import toy_collection
 
