@@ -55,7 +55,8 @@ def _import_class(key: str, path: str, package: str) -> type:
     if not path.startswith(PACKAGES):
         hint = did_you_mean(path.partition(".")[0], _modules(package)) if package else ""
         packages = " or ".join(name.removesuffix(".") for name in PACKAGES)
-        raise UserError(f"{key}._target_: {hint}expected a class of {packages}, got {path!r}")
+        start = "Expected" if hint else "expected"
+        raise UserError(f"{key}._target_: {hint}{start} a class of {packages}, got {path!r}")
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
