@@ -1,9 +1,9 @@
 """Merge layers of an experiment: replaced `_target_` nodes, and folders in the place of a task's data.
 
-    task.search.data=/data/mine                  only this collection, called mine
-    task.search.data=[/data/mine, /data/other]   only these
-    task.search.data={mine: {...}}               only these, each with the node of its reader
-    task.search.data.mine=/data/mine             this one in addition to the scale's
+task.search.data=/data/mine                  only this collection, called mine
+task.search.data=[/data/mine, /data/other]   only these
+task.search.data={mine: {...}}               only these, each with the node of its reader
+task.search.data.mine=/data/mine             this one in addition to the scale's
 """
 
 from __future__ import annotations

@@ -80,7 +80,10 @@ def test_the_order_of_keys_does_not_matter(folders):
         ("task.search.data=5", "expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got 5"),
         ("task.search.data=null", "expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got None"),
         ("task.serach.data={root}/mine", "unknown task 'serach'; did you mean search?"),
-        ("task.search.data.mine._target_=jsnl.JsonlReader", "did you mean jsonl? Expected a class of datamodules or lightning_modules, got 'jsnl.JsonlReader'"),
+        (
+            "task.search.data.mine._target_=jsnl.JsonlReader",
+            "did you mean jsonl? Expected a class of datamodules or lightning_modules, got 'jsnl.JsonlReader'",
+        ),
         ("task.search.data.mine.view=x", "with _target_, such as {{_target_: jsonl.JsonlReader, folder: FOLDER}}"),
     ],
 )
