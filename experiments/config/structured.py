@@ -86,7 +86,7 @@ def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str,
     item = typing.get_args(hint)[-1] if typing.get_args(hint) else None
     hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
     if isinstance(node, ListConfig) and dataclasses.is_dataclass(item):
-        children = {index: item for index in range(len(node))}
+        children = dict.fromkeys(range(len(node)), item)
     elif not isinstance(node, DictConfig):
         return
     elif hints:
