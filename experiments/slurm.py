@@ -32,8 +32,8 @@ import yaml
 
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, experiments, load_config
-from experiments.config.structured import keys
 from experiments.config.schema import Config
+from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
 from experiments.run.folder import folder_of
 from experiments.shared.console import entry_point, whole_number
