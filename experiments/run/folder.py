@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
-from experiments.config.config import as_dict, digest
+from experiments.config.experiment import as_dict, digest
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
 from experiments.shared.files import read_json, write_atomically, write_json

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER
+from experiments.config.experiment import FOLDER
 from experiments.run.endings import PREEMPTED
 from experiments.shared.console import near
 from experiments.sweeping.file import Sweep

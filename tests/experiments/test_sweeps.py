@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from datamodules.records import UserError
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.slurm import slurm
 from experiments.sweep import main as sweep
 from experiments.sweeping import controller as controller_module
