@@ -39,9 +39,7 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
-            log.warning(
-                "%s: no locks on this file system (%s); run one job at a time here", path, error.strerror
-            )
+            log.warning("%s: no locks on this file system (%s); run one job at a time here", path, error.strerror)
             return file
         if _is_at(file, path):
             return file
