@@ -34,8 +34,8 @@ from lightning_modules.retrieval.metrics import (
 )
 from lightning_modules.retrieval.probes import probe_runs
 from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.vector_cache import Vectors
 
 METRICS = ("ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100")
 JUDGE_BLOCK = 2**22  # ranked documents judged at a time

@@ -19,8 +19,8 @@ from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, positions_of, sorted_run
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.top_k import pair_scores, top_k
+from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.search import pair_scores, top_k
 
 SIMILARITIES = ("dot", "cosine", "l2")
 
