@@ -28,7 +28,7 @@ from experiments.build.leaks import EXAMPLES, find_leaks
 from experiments.config.experiment import digest, experiments, load_config
 from experiments.config.schema import Config
 from experiments.shared.console import entry_point, table_console, whole_number
-from experiments.shared.files import write_json
+from datamodules.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ from experiments.download.recipe import (
 )
 from experiments.download.sources import Sources
 from experiments.shared.console import choice, entry_point, key_values, table_console
-from experiments.shared.files import read_json, write_json
+from datamodules.files import read_json
+from datamodules.files import write_json
 from experiments.shared.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from datamodules.records import UserError
 from experiments.results.paper import tables
 from experiments.results.reproduction import Comparison, compare
 from experiments.shared.console import choice, entry_point, key_values, table_console
-from experiments.shared.files import read_json
+from datamodules.files import read_json
 
 log = logging.getLogger(__name__)
 

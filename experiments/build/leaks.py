@@ -19,7 +19,8 @@ from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
-from experiments.shared.files import read_json, write_json
+from datamodules.files import read_json
+from datamodules.files import write_json
 
 log = logging.getLogger(__name__)
 

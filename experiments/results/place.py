@@ -9,7 +9,8 @@ from typing import Any
 
 from datamodules.records import Benchmark, UserError
 from experiments.build.systems import models_of, short_name
-from experiments.shared.files import read_json, shortened
+from datamodules.files import read_json
+from experiments.shared.output import shortened
 
 # What decides a result, beside the data and what stands in the folder's name.
 DECIDING = (

@@ -14,7 +14,7 @@ from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.results.measured import Measured
 from experiments.run.folder import read_config
 from experiments.shared.console import key_values
-from experiments.shared.files import read_json
+from datamodules.files import read_json
 
 log = logging.getLogger(__name__)
 
