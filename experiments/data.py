@@ -12,7 +12,6 @@ them. What is done is not done again: an interrupted command goes on, and a comp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from datamodules.locks import lock_file
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.beir import write_beir
 from datamodules.readers.fields import allowed
@@ -92,16 +92,12 @@ def _alone(root: Path) -> Iterator[None]:
     """One command at a time works in a folder; the lock goes with its process."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "a")  # noqa: SIM115 (closed below)
+        lock = lock_file(root / ".lock", wait=False)
     except OSError as error:
         raise UserError(f"data.root: {root} cannot be written ({error.strerror})") from error
+    if lock is None:
+        raise UserError(f"data.root: another command is at work in {root}; wait for its end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"data.root: another command is at work in {root}; wait for its end") from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s); give one command at a time", root, error.strerror)
         yield
 
 
