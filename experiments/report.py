@@ -13,13 +13,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from datamodules.files import write_json, write_text
 from datamodules.records import UserError
 from experiments.reporting.figures import work_out
 from experiments.reporting.page import page
 from experiments.reporting.run_files import FIGURES, RunFiles
 from experiments.shared.console import entry_point, key_values, whole_number
-from datamodules.files import write_text
-from datamodules.files import write_json
 
 log = logging.getLogger(__name__)
 

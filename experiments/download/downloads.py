@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from datamodules.records import UserError
 from datamodules.files import write_text
+from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
 

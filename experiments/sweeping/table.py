@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.shared.console import table_console
 from datamodules.files import write_json
+from experiments.shared.console import table_console
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import Sweep
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.search import Shards, check_finite
 from lightning_modules.retrieval.vector_cache import text_hash
-from datamodules.files import atomic_file
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
