@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.run.folder import read_config, runs_there
-from experiments.shared.files import read_json
 
 CONFIG = "config.yaml"
 COMPUTED = "report.json"  # the report's own calculations, stored next to the page
