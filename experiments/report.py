@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.reporting.computed import compute
 from experiments.reporting.page import render
 from experiments.reporting.run_files import COMPUTED, RunFiles
 from experiments.shared.console import entry_point
-from experiments.shared.files import write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(COMPUTED), run.computed)
-        write_atomically(output, render(run))
+        write_text(output, render(run))
     except OSError as error:
         raise UserError(f"output: cannot write {output} ({error})") from error
     log.info("Report: %s", output)

@@ -280,6 +280,4 @@ def _maps(run: RunFiles) -> list[tuple[Source, Chart]]:
         return []
     content = run.source(COMPUTED)["map"]
     groups, titles = content.value["groups"], list(content["titles"])
-    return [
-        (entry, scatter(task, np.array(entry.value["places"]), groups, titles)) for task, entry in content["tasks"]
-    ]
+    return [(entry, scatter(task, np.array(entry.value["places"]), groups, titles)) for task, entry in content["tasks"]]
