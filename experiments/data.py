@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from datamodules.files import read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.beir import write_beir
@@ -43,7 +44,6 @@ from experiments.download.recipe import (
 )
 from experiments.download.sources import Sources
 from experiments.shared.console import choice, entry_point, key_values, table_console
-from experiments.shared.files import read_json, write_json
 from experiments.shared.progress import Progress
 
 log = logging.getLogger(__name__)
