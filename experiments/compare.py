@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.results.comparison import (
     MeasuredSystem,
     aligned_values,
@@ -24,7 +25,7 @@ from experiments.results.comparison import (
     open_systems,
 )
 from experiments.shared.console import entry_point, table_console
-from experiments.shared.files import shortened, write_json
+from experiments.shared.output import shortened
 from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class CompareOptions:
     seed: int = option(0, "seed of the draws", minimum=0)
     examples: int | None = option(
         None,
-        f"queries with the largest differences to show for each side; by default {EXAMPLES}, if the difference is marked",
+        f"queries to show for each side, those with the largest differences; by default {EXAMPLES}, if it is marked",
         minimum=0,
     )
 

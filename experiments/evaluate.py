@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from datamodules.files import read_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.build.models import ModelOptions, System, config_of_run, load_systems, run_of, short_name
 from experiments.build.suite import load_suite
-from experiments.config.options import as_argument, parse
+from experiments.config.arguments import as_argument, parse
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.results.tables import show, show_cost, show_suite
 from experiments.run.folder import git_state, versions
 from experiments.run.ranks import ranks
 from experiments.shared.console import entry_point
-from experiments.shared.files import read_json, shortened, writable_folder
+from experiments.shared.output import shortened, writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric

@@ -29,9 +29,9 @@ from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.models import ModelOptions
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
-from experiments.shared.files import whole_folder
+from experiments.shared.output import whole_folder
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.evaluation import gather_run, rank_benchmark
@@ -77,7 +77,7 @@ class HarnessOptions(ModelOptions):
         None, "pmc_patients only: similarity of vectors, by default that of the run, dot with backbone=, else cosine"
     )
     vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
-    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or skip it and write it to quarantine.jsonl")
+    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or skip it into quarantine.jsonl")
     token_budget: int | None = option(
         None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
@@ -166,7 +166,7 @@ def _write_scirepeval(job: Job) -> list[Path]:
         embeddings = job.options.output.absolute() / written[key].name
         complete.append(task.record | {"embeddings": {"load": str(embeddings)}})
     if not complete:
-        raise UserError(f"data: {job.options.data} has no folder of any task (they are named as its config, such as fos)")
+        raise UserError(f"data: {job.options.data} has no folder of any task (named like its config: fos)")
     return [*written.values(), _write_lines(job.output / "tasks.jsonl", complete)]
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from datamodules.options import option
 from datamodules.records import Document, UserError
 from experiments.build.models import ModelOptions, short_name
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.vector_cache import fingerprint

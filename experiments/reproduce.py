@@ -12,7 +12,7 @@ from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.results.paper import CellComparison, compare_with_paper, tables
 from experiments.results.results import Results, read_results
 from experiments.shared.console import entry_point, table_console
@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 class ReproduceOptions:
     """Compare results with the tables of the paper, cell by cell."""
 
-    results: Path = option(
-        help="folder with results.json, made by make eval model=... benchmarks=all data.root=FOLDER"
-    )
+    results: Path = option(help="folder with results.json, made by make eval model=... benchmarks=all data.root=FOLDER")
     system: str = option(
         "SciMult-MHAExpert",
         "row of the paper's tables to compare with; the models of table 6 were trained on its own data: "

@@ -16,7 +16,7 @@ PURE = (
     "lightning_modules/losses.py",
     "lightning_modules/masks.py",
     "lightning_modules/retrieval/metrics.py",
-    "lightning_modules/retrieval/predictions.py",
+    "lightning_modules/retrieval/metrics.py",
     "datamodules/text.py",
     "datamodules/schedule.py",
 )

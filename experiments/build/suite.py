@@ -10,26 +10,25 @@ A file is a family of benchmarks: where their data come from, what they have in 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.options import check_options, option
+from datamodules.options import option
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
+from experiments.config.structured import read_yaml, structured
 from experiments.config.suggest import did_you_mean
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.ranking import SIMILARITIES
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+FAMILY_KEYS = ("source", "defaults", "benchmarks")
 
 
 @dataclass
@@ -89,47 +88,28 @@ def choose(suite: Mapping[str, BenchmarkConfig], names: Sequence[str]) -> dict[s
 
 
 def _read_family(path: Path) -> dict[str, BenchmarkConfig]:
-    try:
-        family = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(family, DictConfig) or not isinstance(family.get("benchmarks"), DictConfig):
-        raise UserError(f"{path}: expected a mapping with the key benchmarks")
-    _check_keys(path, "", family, ("source", "defaults", "benchmarks"))
+    family = read_yaml(path)
+    if not isinstance(family.get("benchmarks"), DictConfig):
+        raise UserError(f"{path}: expected the keys benchmarks, and perhaps source and defaults")
+    if unknown := set(family) - set(FAMILY_KEYS):
+        raise UserError(f"{path}: unknown key {min(unknown)}; expected one of {', '.join(FAMILY_KEYS)}")
     return {name: _read_benchmark(path, family, name) for name in family.benchmarks}
 
 
 def _read_benchmark(path: Path, family: DictConfig, name: str) -> BenchmarkConfig:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise UserError(f"{path}: benchmark {name!r}: expected a name of a to z, digits and _, since it names files")
-    keys = [key.name for key in dataclasses.fields(BenchmarkConfig)]
-    layers = [OmegaConf.create({"source": family.get("source", "")})]
-    for layer in (family.get("defaults") or OmegaConf.create({}), family.benchmarks[name] or OmegaConf.create({})):
-        _check_keys(path, f"{name}.", layer, keys)
-        layers.append(layer)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), *layers)
-        if missing := OmegaConf.missing_keys(merged):
-            raise UserError(f"{path}: {name}: required keys are missing: {', '.join(sorted(missing))}")
-        config: BenchmarkConfig = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {name}.{error.full_key}: {str(error).splitlines()[0]}") from error
+    layers = [{"source": family.get("source", "")}, family.get("defaults"), family.benchmarks[name]]
+    config = structured(BenchmarkConfig, [OmegaConf.create(layer or {}) for layer in layers], str(path), f"{name}.")
     try:
         _check(config)
     except UserError as error:
-        raise UserError(f"{path}: {name}: {error}") from error
+        raise UserError(f"{path}: {name}.{error}") from error
     return config
 
 
-def _check_keys(path: Path, prefix: str, node: DictConfig, keys: Sequence[str]) -> None:
-    for key in node:
-        if key not in keys:
-            raise UserError(f"{path}: unknown key {prefix}{key}; expected one of {', '.join(keys)}")
-
-
 def _check(config: BenchmarkConfig) -> None:
-    config.reader = check_target("reader", config.reader, Reader, home=READERS)
-    check_options(config)
+    config.reader = check_target("reader", config.reader, Reader, package=READERS)
     if not config.metrics or not config.splits:
         raise UserError("metrics, splits: each needs at least one")
     if both := set(config.splits) & set(config.train_on):

@@ -17,7 +17,7 @@ from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.build.data import build_data
 from experiments.build.models import config_of_run, run_of
-from experiments.config.options import parse_known
+from experiments.config.arguments import parse_known
 from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
 from experiments.run.folder import runs_there
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.config.schema import Config
@@ -20,7 +21,6 @@ from experiments.results.results import (
 )
 from experiments.results.tables import show
 from experiments.run.folder import RunFolder
-from experiments.shared.files import read_json, write_json
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.vector_cache import Vectors

@@ -48,7 +48,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What a column measures. queries, documents: their numbers, if known. similarity: of the protocol, if it has one."""
+    """What a column measures.
+
+    queries, documents: their numbers, if known. similarity: of the protocol, if it has its own.
+    """
 
     protocol: str
     metric: str
@@ -132,7 +135,7 @@ def _compare_cell(
 
 
 def _same_data(column: Column, benchmarks: Benchmarks, ours: str) -> list[BenchmarkTable]:
-    """Return results on the column's data in its metric. Those under its own protocol come last, so their remark wins."""
+    """Return results on the column's data in its metric; those under its own protocol come last and set the remark."""
     results = [
         result
         for result in benchmarks.values()

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.results.cost import Cost, CostMeter
-from experiments.shared.files import read_json, write_json
 from experiments.shared.progress import Progress
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.retrieval.compute import computing_in, current

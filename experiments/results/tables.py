@@ -85,7 +85,9 @@ def show_cost(benchmarks: Benchmarks) -> None:
     for table in benchmarks.values():
         for system, result in table.systems.items():
             results.setdefault(system, []).append(result)
-    with_cost = {system: [r for r in group if r.cost] for system, group in results.items() if any(r.cost for r in group)}
+    with_cost = {
+        system: [r for r in group if r.cost] for system, group in results.items() if any(r.cost for r in group)
+    }
     if not with_cost:
         return
     num_priced = {system: sum(r.cost.money is not None for r in group) for system, group in with_cost.items()}

@@ -49,7 +49,7 @@ class Evaluation(L.Callback):
         if state["measure"] == self._criterion():
             self.best, self.best_step = state["best"], state["best_step"]
         else:
-            log.warning("the best checkpoint was chosen by another metric or benchmark: the next evaluation replaces it")
+            log.warning("another metric or benchmark chose the best checkpoint: the next evaluation replaces it")
 
     def _criterion(self) -> list[str]:
         """Return what the best checkpoint is chosen by. Values of different criteria cannot be compared."""

@@ -132,7 +132,7 @@ def evaluate(
     advance: called with the stage, the number of its steps done since the last call, and their total. The steps are
     texts to encode, query-document pairs to rank, and draws of training papers to learn from.
 
-    Raises UserError for vectors that are not finite, metrics that do not apply, or a benchmark without relevant documents.
+    Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
     vectors = vectors or Vectors(encoder, token_budget=token_budget)
     advance = advance or _ignore_progress
@@ -167,9 +167,7 @@ def evaluate(
     return _measure_runs(runs(), benchmark, metrics, similarity, num_texts, encode_seconds)
 
 
-def evaluate_bm25(
-    benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None
-) -> BenchmarkResult:
+def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
     """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
     metrics = tuple(benchmark.metrics or metrics)
     k = k or ranking_depth(metrics, benchmark)
@@ -240,9 +238,7 @@ def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Q
     documents, scores = run.indices[:, :width], run.scores[:, :width]
     if not documents.shape[1]:
         documents, scores = np.full((len(queries), 1), -1), np.zeros((len(queries), 1))
-    return merge_query_values(
-        [QueryValues(names, queries[counts], values[counts], documents[counts], scores[counts])]
-    )
+    return merge_query_values([QueryValues(names, queries[counts], values[counts], documents[counts], scores[counts])])
 
 
 def _check_relevant(benchmark: Benchmark) -> None:

@@ -1,7 +1,7 @@
 """Metrics of rankings and predictions, as pure functions of arrays.
 
-We do not use torchmetrics' retrieval metrics: they treat a score of 0 or less as "not relevant", and do not see relevant
-documents that were not retrieved.
+We do not use torchmetrics' retrieval metrics: they treat a score of 0 or less as "not relevant", and do not count
+relevant documents that were not retrieved.
 
 Shapes: Q queries, K retrieved documents per query, M documents. Every metric is best at 1. RANKING_METRICS return one
 value per query, float64 (Q,). CLASS_METRICS and NUMBER_METRICS return one value for all queries together.

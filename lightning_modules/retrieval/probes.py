@@ -1,7 +1,7 @@
 """Probes: linear models that predict a paper's class, labels or a number from its vector.
 
-They follow the programs of SciDocs and SciRepEval: no intercept, and C chosen by three-fold cross-validation. The solver
-of SciRepEval (sklearn-contrib-lightning) minimises the same objectives as scikit-learn's.
+They follow the programs of SciDocs and SciRepEval: no intercept, and C chosen by three-fold cross-validation.
+SciRepEval's solver (sklearn-contrib-lightning) minimises the same objectives as scikit-learn's.
 
 Sources: allenai/scidocs, scidocs/classification.py; allenai/scirepeval, evaluation/evaluator.py and
 evaluation/few_shot_evaluator.py.
@@ -208,14 +208,16 @@ def predict_classes(
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
 
-    labels: (n, L), 1 or 0. Each label has its own model and C, which is the first one if can_choose_cost says no. If all
-    training papers have a label, or none, so have all queries.
+    labels: (n, L), 1 or 0. Each label has its own model and C, which is the first one if can_choose_cost says no. A
+    label that all training papers have, or none, is predicted for all queries, or none.
     """
     from joblib import Parallel, delayed
 
     train, constant = train.astype(np.float64), labels.min(0) == labels.max(0)
     num_jobs = -1 if train.size * labels.shape[1] > PARALLEL_FROM else 1
-    weights = Parallel(n_jobs=num_jobs)(delayed(_label_weights)(train, label, probe) for label in labels[:, ~constant].T)
+    weights = Parallel(n_jobs=num_jobs)(
+        delayed(_label_weights)(train, label, probe) for label in labels[:, ~constant].T
+    )
     margins = np.repeat(labels[:1].astype(np.float64), len(queries), axis=0)
     if weights:
         margins[:, ~constant] = _products(queries, np.stack(weights))

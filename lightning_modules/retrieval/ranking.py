@@ -19,8 +19,7 @@ from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, positions_of, sorted_run
-from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.search import pair_scores, top_k
+from lightning_modules.retrieval.search import Shards, pair_scores, top_k
 
 SIMILARITIES = ("dot", "cosine", "l2")
 
@@ -119,9 +118,7 @@ def _with_half_square(vectors: np.ndarray) -> np.ndarray:
     return np.concatenate([vectors, coarse[:, None], rest[:, None]], axis=1)
 
 
-def _first_positions(
-    benchmark: Benchmark, query_ids: Sequence[str], positions: Mapping[str, int]
-) -> np.ndarray | None:
+def _first_positions(benchmark: Benchmark, query_ids: Sequence[str], positions: Mapping[str, int]) -> np.ndarray | None:
     """Return the documents that come first in each ranking, (Q, f), padded with -1; None if there are none."""
     if benchmark.first is None:
         return None

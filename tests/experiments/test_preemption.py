@@ -12,6 +12,7 @@ from experiments.train import train
 from lightning_modules.callbacks import evaluation
 from lightning_modules.distributed import signals
 from lightning_modules.encoders.base import Encoder
+
 from tests.experiments.kills import figures
 from tests.experiments.test_train import TINY, rows
 
@@ -83,7 +84,7 @@ def ends_as(folder, whole):
 
 
 def test_an_evaluation_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, evaluation, "rank_benchmark")
+    told_in(monkeypatch, evaluation, "evaluate")
     assert preempted(tmp_path) == 4
     assert not any("val/mean/ndcg@10" in row for row in rows(tmp_path))
     ends_as(tmp_path, whole)
@@ -99,7 +100,7 @@ def test_a_mining_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
 
 
 def test_the_final_table_is_left_and_made_anew(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, final_results, "encoded", signal.SIGTERM)
+    told_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
     assert preempted(tmp_path) == 9
     assert not (tmp_path / "results.json").exists()
     signals.catch()

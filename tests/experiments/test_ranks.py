@@ -41,7 +41,7 @@ def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
     step = {f"SLURM_{key}": value for key, value in {"STEP_ID": "0", "PROCID": "0", "STEP_NUM_TASKS": "1"}.items()}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | step, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Results and run files lie in") == 1  # the first rank alone tells
+    assert done.stdout.count("Results and run files are in") == 1  # the first rank alone tells
     main([*given, f"output={tmp_path / 'one'}"])
     wanted = files_of(tmp_path / "one")
     assert len(wanted[1]) == 3

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules.records import Benchmark, Document, UserError
+from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
 
 NUM, QUERIES, DIMENSION = 60, 20, 8
