@@ -10,7 +10,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.config.schema import Config
-from lightning_modules.objective.options import check_objective
+from lightning_modules.objective_options import check_objective
 from lightning_modules.retrieval.metrics import check_metric
 
 ABOVE_0 = (
@@ -44,7 +44,7 @@ def check_ranges(config: Config) -> None:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
     for name in config.evaluation.metrics:
         check_metric(name)
-    check_objective(config.objective, list(config.task))
+    check_objective(config.objective, list(config.task), "objective.")
 
 
 def _check_numbers(config: Config) -> None:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.mining.mine import MiningOptions
-from lightning_modules.objective.options import ObjectiveOptions
+from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 
 
