@@ -10,7 +10,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.config.schema import Config
-from lightning_modules.objective.options import check_objective
+from lightning_modules.objective_options import check_objective
 from lightning_modules.retrieval.metrics import check_metric
 
 # Settings of the lower packages whose fields have no bounds yet.

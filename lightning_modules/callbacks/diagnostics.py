@@ -28,8 +28,7 @@ from lightning_modules.distributed.sharding import replica, sharded_gradients, s
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import log_picture
-from lightning_modules.losses import comparable
-from lightning_modules.losses import duplicate_mask, membership_mask
+from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
 from lightning_modules.task_balance import TaskGradients
 

@@ -117,7 +117,9 @@ def _loss_of_prefix(vectors, batch, options, temperature, guide, teacher):
             candidates = [c for c in range(len(ids)) if c in positives[b] or c not in masked]
             if options.teacher.candidates == "own":
                 candidates = [c for c in positives[b] + negatives[b] if c in candidates]
-            distillation.append(distillation_loss(scores[b], teacher_scores[b], positives[b], candidates, temperature, options.teacher))
+            distillation.append(
+                distillation_loss(scores[b], teacher_scores[b], positives[b], candidates, temperature, options.teacher)
+            )
         terms = []
         for p in positives[b]:
             masked_queries = {q for q in range(len(queries)) if options.mask_known_positives and ids[p] in known[q]}

@@ -244,7 +244,10 @@ def test_temperature_per_task():
         ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "matryoshka_weights: expected 1 as in matryoshka, got 2"),
         ({"temperature": "warm"}, "temperature: expected a number above 0, got 'warm'"),
         ({"temperature": {"serach": 1}}, "temperature: expected a number, or one for each of search; got .* serach"),
-        ({"temperature": 0.2, "learn_temperature": "one", "temperature_range": [0.3, 1]}, "number in temperature_range"),
+        (
+            {"temperature": 0.2, "learn_temperature": "one", "temperature_range": [0.3, 1]},
+            "number in temperature_range",
+        ),
         ({"guide": GuideOptions("x", 1.5, "relative")}, "guide.margin: expected a number below 1"),
         ({"task_weights": {"serach": 2.0}}, "task_weights: expected one of search, got 'serach'"),
         ({"positives": "median"}, "positives: expected one of mean_log, log_mean, got 'median'"),
