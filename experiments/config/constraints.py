@@ -39,7 +39,7 @@ def check_constraints(config: Config) -> None:
     _check_sharding(config)
     _check_mining_times(config)
     _check_mined_negatives_are_used(config)
-    check_objective(config.objective, list(config.task))
+    check_objective(config.objective, list(config.task), "objective.")
 
 
 def _check_bounds(config: Config, keys: Sequence[str], is_valid: Callable[[float], bool], expected: str) -> None:

@@ -36,7 +36,7 @@ RANKS = textwrap.dedent(
     ]
 
     def examples(world):
-        \"\"\"Return (query, positives, hard negatives, known positives), with few documents, so that ranks share some.\"\"\"
+        \"\"\"Return (query, positives, hard negatives, known positives). Ranks share some documents.\"\"\"
         rng, rows = random.Random(0), []
         for rank in range(world):
             for query in range(SIZES[rank]):
