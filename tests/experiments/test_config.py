@@ -95,7 +95,10 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "objective.temperature=0"], ["objective.temperature: expected a number above 0, got 0"]),
         (["moe", "objective.temperature=true"], ["objective.temperature: expected a number above 0, got True"]),
         (["moe", "objective.temperature=warm"], ["objective.temperature: expected a number above 0, got 'warm'"]),
-        (["moe", "objective.temperature={search: 1}"], ["objective.temperature: expected a number, or one for each of", "got one for search"]),
+        (
+            ["moe", "objective.temperature={search: 1}"],
+            ["objective.temperature: expected a number, or one for each of", "got one for search"],
+        ),
         (
             ["moe", "tasks=[search]", "objective.temperature={search: -1}"],
             ["objective.temperature.search: expected a number above 0, got -1"],
@@ -109,8 +112,14 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["moe", "objective.learn_temperature=one", "objective.temperature_range=[0.1, 1]"],
             ["objective.temperature: expected a number in objective.temperature_range [0.1, 1.0], got 0.05"],
         ),
-        (["moe", "objective.temperature_range=[1]"], ["objective.temperature_range: expected a lower and a higher number, got [1.0]"]),
-        (["moe", "objective.temperature_range=[1, 0.5]"], ["objective.temperature_range: expected a lower and a higher number, got [1.0, 0.5]"]),
+        (
+            ["moe", "objective.temperature_range=[1]"],
+            ["objective.temperature_range: expected a lower and a higher number, got [1.0]"],
+        ),
+        (
+            ["moe", "objective.temperature_range=[1, 0.5]"],
+            ["objective.temperature_range: expected a lower and a higher number, got [1.0, 0.5]"],
+        ),
         (["moe", "objective.temperature_lr=0"], ["objective.temperature_lr: expected a number above 0, got 0"]),
         (["moe", "objective.positives=sum"], ["objective.positives", "'sum'", "log_mean"]),
         (["moe", "objective.matryoshka=[0]"], ["objective.matryoshka: expected a number above 0, got 0"]),
@@ -130,9 +139,15 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (["moe", "objective.guide.modle=x"], ["unknown key objective.guide.modle", "objective.guide.model?"]),
         (["moe", "objective.teacher.weight=0"], ["objective.teacher.weight: expected a number above 0, got 0"]),
-        (["moe", "objective.teacher.temperature=.nan"], ["objective.teacher.temperature: expected a number above 0, got nan"]),
+        (
+            ["moe", "objective.teacher.temperature=.nan"],
+            ["objective.teacher.temperature: expected a number above 0, got nan"],
+        ),
         (["moe", "objective.teacher.loss=mse"], ["objective.teacher.loss", "'mse'", "margin_mse"]),
-        (["moe", "objective.task_weights.search=0"], ["objective.task_weights.search: expected a number above 0, got 0"]),
+        (
+            ["moe", "objective.task_weights.search=0"],
+            ["objective.task_weights.search: expected a number above 0, got 0"],
+        ),
         (
             ["moe", "objective.task_weights.serach=1"],
             ["objective.task_weights: expected one of classification, link_prediction, search, got 'serach'"],
