@@ -1,9 +1,9 @@
 """Exporting encoders to formats that other tools load without this project.
 
-    save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
-    save_onnx        ONNX of such a folder
-    average          a general model, whose weights are the mean of all experts
-    save_reference   a checkpoint in the layout of SciMult's authors
+save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
+save_onnx        ONNX of such a folder
+average          a general model, whose weights are the mean of all experts
+save_reference   a checkpoint in the layout of SciMult's authors
 """
 
 from __future__ import annotations

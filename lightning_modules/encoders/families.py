@@ -210,11 +210,11 @@ class ModernBert:
         normalized = layer.attn_norm(states)
         # One matrix holds the projections of queries, keys and values. Queries are needed for L positions only.
         query_weight, key_value_weight = attn.Wqkv.weight.split([size, 2 * size])
-        query_bias, key_value_bias = (
-            (None, None) if attn.Wqkv.bias is None else attn.Wqkv.bias.split([size, 2 * size])
-        )
+        query_bias, key_value_bias = (None, None) if attn.Wqkv.bias is None else attn.Wqkv.bias.split([size, 2 * size])
         query = split_heads(F.linear(normalized[:, :length].contiguous(), query_weight, query_bias), heads)
-        key, value = (split_heads(x, heads) for x in F.linear(normalized, key_value_weight, key_value_bias).chunk(2, -1))
+        key, value = (
+            split_heads(x, heads) for x in F.linear(normalized, key_value_weight, key_value_bias).chunk(2, -1)
+        )
         cos, sin = context.rotations[layer.attention_type]
         query, _ = apply_rotary_pos_emb(query, query, cos[:, :length], sin[:, :length])
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)

@@ -96,9 +96,7 @@ class RoutedEncoder(Encoder):
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
         return self._routed_layers(indices, states, context)[0]
 
-    def _routed_layers(
-        self, indices: range, states: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _routed_layers(self, indices: range, states: Tensor, context: AttentionContext) -> tuple[Tensor, list[Tensor]]:
         """Compute the given layers. Return their states and the mean entropy of each gate."""
         entropies = []
         for index in indices:
@@ -133,9 +131,7 @@ class RoutedEncoder(Encoder):
             return super().layer(index, hidden, states, context, condition)
         if self.attention:
             hidden = self._by_expert(
-                lambda rows, expert: family.attention(
-                    layer, hidden[rows], states[rows], context.select(rows), expert
-                ),
+                lambda rows, expert: family.attention(layer, hidden[rows], states[rows], context.select(rows), expert),
                 routing,
             )
         else:

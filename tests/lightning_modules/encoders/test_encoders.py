@@ -305,9 +305,7 @@ def test_max_length_above_the_positions_of_the_backbone_raises_user_error(make_e
 
 def test_unsupported_backbones_and_poolings_raise_user_error(make_backbone):
     backbone, tokenizer = make_backbone()
-    with pytest.raises(
-        UserError, match="backbone: Linear is not supported; expected a model of type bert, roberta"
-    ):
+    with pytest.raises(UserError, match="backbone: Linear is not supported; expected a model of type bert, roberta"):
         Encoder(torch.nn.Linear(2, 2), tokenizer, TASKS)
     with pytest.raises(UserError, match="pooling: expected one of cls, mean, got 'max'"):
         Encoder(backbone, tokenizer, TASKS, pooling="max", max_length=32)

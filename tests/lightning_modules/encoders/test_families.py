@@ -172,9 +172,7 @@ def test_unsupported_models_raise_user_error_with_their_name(make_modern, make_b
     tokenizer = make_backbone()[1]
     shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     electra = ElectraModel(ElectraConfig(**shape, intermediate_size=64, embedding_size=16))
-    with pytest.raises(
-        UserError, match=r"backbone: ElectraModel \(electra\) is not supported; expected .*modernbert"
-    ):
+    with pytest.raises(UserError, match=r"backbone: ElectraModel \(electra\) is not supported; expected .*modernbert"):
         SharedEncoder(electra, tokenizer, TASKS)
     DistilBertModel(DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=64)).save_pretrained(
         tmp_path

@@ -203,7 +203,9 @@ def test_mean_includes_the_prompt_only_with_pool_prompt(make_instruct, pool_prom
 def test_missing_and_too_long_instructions_raise_user_error(make_instruct):
     with pytest.raises(UserError, match="task search has no instruction"):
         make_instruct(instructions=INSTRUCTIONS | {"search": " "})
-    with pytest.raises(UserError, match="instruction of task search has 72 tokens, but the backbone has positions for 64"):
+    with pytest.raises(
+        UserError, match="instruction of task search has 72 tokens, but the backbone has positions for 64"
+    ):
         make_instruct(instructions=INSTRUCTIONS | {"search": "bara " * 70})
     with pytest.raises(UserError, match="leaves no room for texts in max_length 32"):
         make_instruct(PromptEncoder, instructions=INSTRUCTIONS | {"search": "bara " * 40})

@@ -100,7 +100,12 @@ def test_gates_of_taser_are_loaded(make_backbone, bert, tmp_path, level, moe_typ
             name = f"encoder.expert_gate{layer}.fwd_func.{name.rpartition('.')[2]}"
         for tower in ("question_model", "ctx_model"):
             model[f"{tower}.encoder.{name}"] = tensor
-    settings = {"use_infer_expert": True, "num_expert": 2, "moe_type": f"mod2:{moe_type}", "per_layer_gating": per_layer}
+    settings = {
+        "use_infer_expert": True,
+        "num_expert": 2,
+        "moe_type": f"mod2:{moe_type}",
+        "per_layer_gating": per_layer,
+    }
     torch.save({"model_dict": model, "encoder_params": {"encoder": settings}}, tmp_path / "taser.cp")
     encoder = load_encoder(tmp_path / "taser.cp", backbone=bert)
     assert (encoder.level, encoder.gate_per_layer, encoder.expert_layers) == (level, per_layer, [1, 3])
