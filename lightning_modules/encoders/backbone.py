@@ -1,4 +1,4 @@
-"""Backbones and their tokenizers: from a folder, the hub or an installed package, or initialised at random."""
+"""Backbones and their tokenizers: from a folder, the hub or an installed package, or initialized at random."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = (
 
 
 def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple[nn.Module, BertTokenizer]:
-    """Return a BERT initialised by torch's random generator, and its tokenizer.
+    """Return a BERT initialized by torch's random generator, and its tokenizer.
 
     config: fields of transformers.BertConfig.
     vocabulary: token -> id.
@@ -139,7 +139,7 @@ def empty_backbone(name: str, key: str) -> tuple[nn.Module, PreTrainedTokenizerB
 def check_complete(name: str, info: dict[str, Any]) -> None:
     """Raise UserError if a model's file did not have exactly the weights of its layers.
 
-    Otherwise transformers initialises missing weights at random. Poolers and heads may be missing or unused.
+    Otherwise transformers initializes missing weights at random. Poolers and heads may be missing or unused.
 
     info: what from_pretrained returns with output_loading_info.
     """
@@ -182,7 +182,7 @@ def reason(error: Exception) -> str:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give the files in a folder the user's default permissions. Some libraries make them readable by the owner only."""
+    """Give the files in a folder default permissions. Some libraries make them readable only by their owner."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.iterdir():

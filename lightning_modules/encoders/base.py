@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         return self.tasks[task]
 
     def add_expert(self, name: str, like: str) -> None:
-        """Add a trainable expert, initialised from the expert `like`. Raises UserError if the encoder has no experts."""
+        """Add a trainable expert, a copy of the expert `like`. Raises UserError if the encoder has no experts."""
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
     def document_task(self, task: str) -> str:

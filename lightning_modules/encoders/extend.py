@@ -33,7 +33,7 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
     """Add tasks to an encoder, and freeze everything except their experts.
 
     tasks: task -> expert. New tasks can share an expert.
-    like: task -> the existing task from whose expert the new one is initialised.
+    like: task -> the existing task from whose expert the new one is initialized.
 
     Raises UserError as check_new_tasks does.
     """

@@ -1,4 +1,4 @@
-"""Mixture of experts: sub-layers that are specialised by task (paper, section 3.2).
+"""Mixture of experts: sub-layers that are specialized by task (paper, section 3.2).
 
     MHAExpert   an expert is the query, key, value and output projections of attention; LayerNorm is shared
     FFNExpert   an expert is both projections of the feed-forward sub-layer and its LayerNorm (ModernBERT's is shared)
@@ -58,7 +58,7 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
 
 
 class MoEEncoder(Encoder):
-    """An encoder whose expert layers are specialised by task.
+    """An encoder whose expert layers are specialized by task.
 
     attention: whether attention has experts (the paper's MHAExpert).
     ffn: whether the feed-forward sub-layer has experts (the paper's FFNExpert). Both together are possible.
