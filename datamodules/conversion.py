@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datamodules.cache import only_one, unfinished
-from datamodules.readers.gathered import pour
+from datamodules.readers.checks import stream_collection
 from datamodules.records import Collection, Sink
 from datamodules.store import ROWS, StoredCollection
 from datamodules.writer import write
@@ -81,7 +81,7 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
     log.info("converting %s (once) into %s", description, folder)
     with unfinished(folder) as new, _warnings() as warnings:
         streams = isinstance(reader, StreamingReader)
-        meta = write(reader.stream if streams else lambda sink: pour(reader.read(), sink), new)
+        meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), new)
         meta |= {"version": VERSION, "reader": description, "warnings": warnings}
         meta["sources"] = [str(source) for source in reader.sources()]
         (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -24,12 +24,12 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.beir import write_beir
-from datamodules.readers.fields import allowed
+from datamodules.readers.checks import BadLines, check_choices
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
-from experiments.config.targets import check_target, instantiate, taken
+from experiments.config.targets import check_target, instantiate
+from experiments.config.targets import accepted_arguments
 from experiments.download.recipe import (
     COUNTS,
     FOLDER,
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe, values = _arguments(arguments)
     root = Path(values["data.root"]).expanduser().resolve()
     only = [name for name in values["only"].split(",") if name] or list(recipe.outputs)
-    allowed("only", only, list(recipe.outputs))
+    check_choices("only", only, list(recipe.outputs))
     with _alone(root):
         sources = Sources(root, recipe.sources, values["mirror"])
         lacking = {name: [one for one in recipe.outputs[name].without if sources.lacks(one)] for name in only}
@@ -132,7 +132,7 @@ def _build(sources: Sources, folder: Path, output: OutputSpec, lacking: Sequence
         log.warning("%s: built without %s. %s", folder.name, source, sources.instructions(source))
     checked = check_target(f"outputs.{folder.name}.reader", with_folders(node(output, lacking), sources.folder), Reader)
     given = {"on_error": on_error, "quarantine": str(folder.with_name(f"{folder.name}.quarantine.jsonl"))}
-    reader = instantiate(checked, **{key: given[key] for key in taken(checked, given) if key not in checked})
+    reader = instantiate(checked, **{key: given[key] for key in accepted_arguments(checked, given) if key not in checked})
     with Progress(f"building {folder.name}"):
         collection = selected(reader.read(), output.splits, folder.name)
         stamp = {"fingerprint": _fingerprint(sources, output, lacking), "without": list(lacking)}

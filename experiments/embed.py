@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
@@ -40,7 +40,7 @@ from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import SIMILARITIES
 from lightning_modules.retrieval.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
-from lightning_modules.retrieval.fingerprints import fingerprint
+from lightning_modules.retrieval.vector_cache import fingerprint
 from lightning_modules.retrieval.precision import PRECISIONS, computing_in, resolved
 from lightning_modules.retrieval.token_budget import token_budget_of
 

@@ -34,7 +34,8 @@ from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
-from lightning_modules.encoders.loading import checkpoint_of, load_encoder, read_checkpoint
+from lightning_modules.encoders.loading import checkpoint_of, load_encoder
+from lightning_modules.checkpoint_files import read_checkpoint
 
 log = logging.getLogger(__name__)
 

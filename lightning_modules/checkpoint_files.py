@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.encoders.loading import read_checkpoint
+from lightning_modules.checkpoint_files import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ import torch
 from datamodules.records import Document, MiningPool
 from experiments.shared.console import choice, entry_point, key_values, whole_number
 from lightning_modules.mining.miners import DenseMiner, MiningContext
-from lightning_modules.mining.options import MiningOptions
-from lightning_modules.mining.pool import mine_pool
+from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.mining.mine import mine_pool
 from lightning_modules.mining.report import report, table
 from lightning_modules.retrieval.shards import Shards
 from lightning_modules.retrieval.top_k import BACKENDS
-from lightning_modules.retrieval.vector_cache import text_numbers
+from lightning_modules.mining.mine import text_numbers
 
 log = logging.getLogger(__name__)
 

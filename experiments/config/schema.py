@@ -8,7 +8,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from lightning_modules.encoders.backbone import BackboneOptions
-from lightning_modules.mining.options import MiningOptions
+from lightning_modules.mining.mine import MiningOptions
 from lightning_modules.objective.options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.readers.fields import SPLITS
+from datamodules.readers.checks import SPLITS
 from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.config import names

@@ -25,7 +25,7 @@ from lightning_modules.retrieval.metrics import Run
 from lightning_modules.retrieval.precision import current
 from lightning_modules.retrieval.probes import probe_runs
 from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]

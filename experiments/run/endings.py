@@ -29,7 +29,7 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted
-from lightning_modules.encoders.loading import read_checkpoint
+from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)

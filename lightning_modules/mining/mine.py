@@ -13,10 +13,11 @@ import numpy as np
 from datamodules.records import MiningPool, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining.miners import Miner, MiningContext
-from lightning_modules.mining.options import MiningOptions
-from lightning_modules.mining.pool import Mined, joined_pools, mine_pool
+from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.mining.mine import Mined, joined_pools, mine_pool
 from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.vector_cache import VectorCache, text_numbers
+from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.mining.mine import text_numbers
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from lightning_modules.mining.filters import (
     unknown,
 )
 from lightning_modules.mining.miners import Miner, MiningContext
-from lightning_modules.mining.options import MiningOptions
+from lightning_modules.mining.mine import MiningOptions
 from lightning_modules.retrieval.shards import Shards
 from lightning_modules.retrieval.top_k import pair_scores
 

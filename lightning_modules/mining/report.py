@@ -11,7 +11,7 @@ import numpy as np
 
 from datamodules.records import MinedNegatives, UserError
 from lightning_modules.mining.filters import owners
-from lightning_modules.mining.pool import Mined
+from lightning_modules.mining.mine import Mined
 
 NUM_BINS = 24
 MEANS = {  # what is told beside the figures

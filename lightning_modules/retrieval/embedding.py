@@ -22,8 +22,8 @@ import torch
 
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.fingerprints import text_hash, whole_file
-from lightning_modules.retrieval.matrix import beside, read_about, write_ids, write_json
+from lightning_modules.retrieval.vector_cache import text_hash, whole_file
+from lightning_modules.retrieval.embedding import beside, read_about, write_ids, write_json
 from lightning_modules.retrieval.shards import check_finite
 
 log = logging.getLogger(__name__)

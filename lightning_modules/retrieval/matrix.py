@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.fingerprints import whole_file
+from lightning_modules.retrieval.vector_cache import whole_file
 from lightning_modules.retrieval.shards import Shards
 
 

@@ -21,7 +21,7 @@ from datamodules.text import input_text
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.fingerprints import fingerprint, text_hash, whole_file
+from lightning_modules.retrieval.vector_cache import fingerprint, text_hash, whole_file
 from lightning_modules.retrieval.precision import current
 from lightning_modules.retrieval.shards import Advance, Shards, check_finite
 

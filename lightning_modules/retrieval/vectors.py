@@ -12,7 +12,7 @@ import torch
 from datamodules.records import Document
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.fingerprints import fingerprint, text_hash
+from lightning_modules.retrieval.vector_cache import fingerprint, text_hash
 from lightning_modules.retrieval.shards import Advance, Shards, check_finite
 from lightning_modules.retrieval.vector_cache import VectorCache
 

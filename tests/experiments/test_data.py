@@ -419,10 +419,10 @@ def test_bad_lines_may_be_skipped(server, tmp_path, recipe):
     papers = root / "unpacked" / "maple" / "MAPLE" / "Computer_Science" / "papers.json"
     papers.write_text(papers.read_text() + "{no paper}\n")
     again = ["only=maple_cs", "outputs.maple_cs.reader.seed=1"]
-    with pytest.raises(UserError, match=f"papers.json, line {NUM_PAPERS + 1}: is no JSON"):
+    with pytest.raises(UserError, match=f"papers.json, line {NUM_PAPERS + 1}: invalid JSON"):
         make(recipe, server, root, *again)
     make(recipe, server, root, *again, "data.on_error=skip")
-    assert "is no JSON" in (root / "maple_cs.quarantine.jsonl").read_text()
+    assert "invalid JSON" in (root / "maple_cs.quarantine.jsonl").read_text()
 
 
 def test_one_command_at_a_time(server, tmp_path, recipe):
@@ -440,7 +440,7 @@ def test_one_command_at_a_time(server, tmp_path, recipe):
             ["scimult", "root=x"],
             "unknown key 'root'; did you mean data.root? allowed are data.root, mirror, only, data.on_error",
         ),
-        (["scimult", "only=maple"], "only: got 'maple', allowed are maple_cs, maple_mesh"),
+        (["scimult", "only=maple"], "only: expected one of maple_cs, maple_mesh"),
         (["scimult", "mirror=/files"], "mirror: got '/files', allowed are http:// and https://"),
         (["scimult", "data.on_error=x"], "data.on_error: got 'x', allowed are fail, skip"),
         (["scimult", "outputs.maple_cs.readr=x"], "scimult.yaml: outputs.maple_cs.readr: Key 'readr' not in"),

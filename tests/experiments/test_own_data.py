@@ -92,7 +92,7 @@ def test_what_is_no_collection_is_refused(folders, override, message):
 
 def test_a_folder_in_both_layouts_is_not_guessed(folders):
     (folders / "mine" / "qrels").mkdir()
-    with pytest.raises(UserError, match=r"holds train.jsonl, and queries.jsonl or qrels/ too"):
+    with pytest.raises(UserError, match=r"files of two layouts, train.jsonl \(JSON lines\) and queries"):
         data_of(folders, f"task.search.data={folders}/mine")
     named = f"task.search.data={{mine: {{_target_: jsonl.JsonlReader, folder: {folders}/mine}}}}"
     assert data_of(folders, named)["mine"]["_target_"] == JSONL

@@ -27,7 +27,7 @@ from experiments.sweeping.space import DISTRIBUTIONS, read_parameters, trials
 from experiments.sweeping.trial import Trial, environment
 from experiments.train import train
 from lightning_modules.distributed.signals import Preempted
-from lightning_modules.encoders.loading import read_checkpoint
+from lightning_modules.checkpoint_files import read_checkpoint
 from tests.experiments.test_train import TINY
 
 METRIC = "metric: {name: val/mean/ndcg@10, goal: maximize}\n"

@@ -21,7 +21,7 @@ from lightning_modules.mining.miners import (
     RankBandMiner,
     ShownMiner,
 )
-from lightning_modules.mining.sharing import SharingMiner
+from lightning_modules.mining.miners import SharingMiner
 from lightning_modules.retrieval.shards import Shards
 from tests.conftest import toy_collection
 

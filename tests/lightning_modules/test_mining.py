@@ -15,15 +15,16 @@ from datamodules.pools import joined
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
-from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining import mine as pool_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
-from lightning_modules.mining.options import MiningOptions
-from lightning_modules.mining.picture import svg
-from lightning_modules.mining.pool import Mined
+from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.mining.report import svg
+from lightning_modules.mining.mine import Mined
 from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, table
-from lightning_modules.retrieval.fingerprints import fingerprint
-from lightning_modules.retrieval.vector_cache import VectorCache, text_numbers
+from lightning_modules.retrieval.vector_cache import fingerprint
+from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.mining.mine import text_numbers
 from tests.conftest import toy_collection
 
 
@@ -321,11 +322,11 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
 from datamodules.records import Document, MiningPool, UserError
-from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining import mine as pool_module
 from lightning_modules.retrieval import vector_cache as vectors_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
-from lightning_modules.mining.options import MiningOptions
+from lightning_modules.mining.mine import MiningOptions
 
 pool_module.BLOCK, vectors_module.LEAST = 7, 5
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
