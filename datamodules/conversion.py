@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datamodules.cache import only_one, unfinished
-from datamodules.readers.checks import stream_collection
-from datamodules.records import Collection, Sink
+from datamodules.readers.gathered import pour
+from datamodules.records import Collection, Sink, UserError
 from datamodules.store import ROWS, StoredCollection
 from datamodules.writer import write
 
@@ -72,9 +72,25 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
                 _convert(reader, folder, description)
                 return StoredCollection(folder)
     found = StoredCollection(folder)
+    _check_sizes(found)
     for warning in found.meta["warnings"]:
         log.warning("%s (said when it was converted into %s)", warning, folder)
     return found
+
+
+def _check_sizes(collection: StoredCollection) -> None:
+    """Raise UserError if a file is missing or has another size than when it was written.
+
+    The fingerprint is not computed again: every rank would read the whole corpus at every start.
+    """
+    for name, size in collection.meta.get("files", {}).items():
+        path = collection.folder / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            found = "no such file" if actual is None else f"{actual}"
+            raise UserError(
+                f"{path}: expected {size} bytes, found {found}; delete {path.parent}, and it is converted again"
+            )
 
 
 def _convert(reader: FileReader, folder: Path, description: str) -> None:
@@ -84,6 +100,7 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
         meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), new)
         meta |= {"version": VERSION, "reader": description, "warnings": warnings}
         meta["sources"] = [str(source) for source in reader.sources()]
+        meta["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
         (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -35,34 +36,61 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        digest = hashlib.blake2b(digest_size=8)
         for task, negatives in mined.items():
             for name in ARRAYS:
-                array = np.ascontiguousarray(getattr(negatives, name))
-                digest.update(repr((task, name, array.dtype.str, array.shape)).encode() + array.tobytes())
-                np.save(unfinished / f"{task}.{name}.npy", array)
+                np.save(unfinished / f"{task}.{name}.npy", np.ascontiguousarray(getattr(negatives, name)))
         tasks = {
             task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)}
             for task, n in mined.items()
         }
-        about = {"version": VERSION, "hash": digest.hexdigest(), **meta, "tasks": tasks}
+        about = {"version": VERSION, "hash": hash_arrays(mined), **meta, "tasks": tasks}
         (unfinished / "meta.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
         unfinished.chmod(0o755)
         for file in unfinished.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.replace(path)
+        _replace_store(path, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return HardNegativeStore(path)
+    return HardNegativeStore(path, verify=False)
+
+
+def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
+    """Return a hash of all arrays, with their names, types and shapes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for task, negatives in mined.items():
+        for name in ARRAYS:
+            array = np.ascontiguousarray(getattr(negatives, name))
+            digest.update(repr((task, name, array.dtype.str, array.shape)).encode())
+            digest.update(array)
+    return digest.hexdigest()
+
+
+def _replace_store(path: Path, new: Path) -> None:
+    """Rename the new folder to path. An older store there, even a damaged one, is removed; nothing else is."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    elif path.exists() or path.is_symlink():
+        files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
+        if path.is_symlink() or not path.is_dir() or not all(files.fullmatch(p.name) for p in path.iterdir()):
+            raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
+        path.replace(old := new.with_name(f"{new.name}.old"))
+        new.replace(path)
+        shutil.rmtree(old)
+        return
+    new.replace(path)
 
 
 class HardNegativeStore:
-    """A store that was written, its arrays memory-mapped. Raises UserError if it is missing or damaged."""
+    """Mined hard negatives on disk, as memory-mapped arrays.
 
-    def __init__(self, path: Path):
+    verify: compare the arrays with the stored hash.
+
+    Raises UserError if the store is missing or damaged.
+    """
+
+    def __init__(self, path: Path, verify: bool = True):
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
@@ -77,6 +105,11 @@ class HardNegativeStore:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: is no whole store of hard negatives ({error})") from error
+        if verify and (actual := hash_arrays(self._arrays)) != self.hash:
+            raise UserError(
+                f"{path}: the arrays do not match the hash in meta.json ({self.hash} stored, {actual} found), so they "
+                "were changed or damaged after mining; restore the folder from a copy, or delete it and mine again"
+            )
 
     def _load(self, task: str) -> MinedNegatives:
         arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
@@ -86,7 +119,7 @@ class HardNegativeStore:
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path)
+        self.__init__(path, verify=False)  # the process that started the worker has verified it
 
     @property
     def hash(self) -> str:

@@ -12,7 +12,6 @@ them. What is done is not done again: an interrupted command goes on, and a comp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -43,7 +42,6 @@ from experiments.download.recipe import (
 )
 from experiments.download.sources import Sources
 from experiments.shared.console import choice, entry_point, key_values, table_console
-from experiments.shared.files import read_json, write_json
 from experiments.shared.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -91,16 +89,12 @@ def _alone(root: Path) -> Iterator[None]:
     """One command at a time works in a folder; the lock goes with its process."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "a")  # noqa: SIM115 (closed below)
+        lock = lock_file(root / ".lock", wait=False)
     except OSError as error:
         raise UserError(f"data.root: {root} cannot be written ({error.strerror})") from error
+    if lock is None:
+        raise UserError(f"data.root: another command is at work in {root}; wait for its end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"data.root: another command is at work in {root}; wait for its end") from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s); give one command at a time", root, error.strerror)
         yield
 
 

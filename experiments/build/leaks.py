@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.cache import only_one
+from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
 from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
@@ -19,7 +20,6 @@ from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
-from experiments.shared.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,19 @@
-"""Models by the keys that entry points share."""
+"""Load the model that a command names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
+
+from datamodules.options import option
 from datamodules.records import UserError
+from experiments.config.experiment import from_dict
 from experiments.config.schema import Config
-from experiments.run.folder import runs_there
+from experiments.run.folder import read_config, runs_there
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
@@ -15,59 +21,116 @@ from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
 MODEL_KEYS = {"model": "", "backbone": "", "pooling": "", "tower": "", "adapters": ""}
 
 
-def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
-    """The encoder that model= and its fellow keys name. config: of the run that it belongs to."""
-    if not values["model"]:
-        raise UserError("which model? Give model=FOLDER of a run, a checkpoint, an exported folder, or a plain model")
-    pooling = values["pooling"] or (config.encoder.get("pooling") if config else None)
-    tasks = DEFAULT_TASKS
-    if values["task"] and values["task"] not in ("all", "average"):
-        tasks = {values["task"]: values["task"]}
-    adapters = {}
-    for part in filter(None, values["adapters"].split(",")):
-        task, colon, folder = part.partition(":")
-        if not (task and colon and folder):
-            raise UserError(f"adapters: got {part!r}, expected task:FOLDER, and a comma between several")
-        adapters[task] = folder
-    encoder = load_encoder(
-        located(values["model"]),
-        tasks,
-        backbone=values["backbone"] or None,
-        pooling=pooling,
-        tower=values["tower"] or None,
-        adapters=adapters or None,
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which model to load, and how."""
+
+    model: str = option(
+        "",
+        "folder of a run, checkpoint, exported folder, or plain BERT (folder, name on the hub, or package:NAME of an "
+        "installed package)",
     )
-    if values["pooling"] and encoder.pooling != values["pooling"]:
-        raise UserError(f"pooling: is for plain models; this one has its own, {encoder.pooling}")
-    return encoder
+    backbone: str | None = option(
+        None, "folder or hub name of configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
+    )
+    pooling: Literal["cls", "mean"] | None = option(
+        None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"
+    )
+    tower: Literal["query", "document"] | None = option(None, "tower of a DPR checkpoint")
+    adapters: tuple[str, ...] = option(
+        (),
+        "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
+        "documents have another adapter than queries",
+    )
+
+    def run_folder(self) -> Path | None:
+        """Return the folder of the run that the model belongs to, if any."""
+        return run_of(self.model)
+
+    def run_config(self) -> Config | None:
+        """Return the configuration of the run that the model belongs to, if any."""
+        return config_of_run(self.run_folder())
+
+    def load(self, config: Config | None = None, *, task: str = "") -> Encoder:
+        """Return the encoder. Raises UserError if it cannot be loaded.
+
+        config: configuration of the model's run, whose pooling is the default of a plain model.
+        task: the only task of a plain model; by default it has the paper's three.
+        """
+        if not self.model:
+            raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
+        encoder = load_encoder(
+            located(self.model),
+            {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,
+            backbone=self.backbone,
+            pooling=self.pooling or (config.encoder.get("pooling") if config else None),
+            tower=self.tower,
+            adapters=self._adapter_folders() or None,
+        )
+        if self.pooling and encoder.pooling != self.pooling:
+            raise UserError(f"pooling: only plain models take it; {self.model} has its own, {encoder.pooling}")
+        return encoder
+
+    def load_on_device(self, config: Config | None = None, *, task: str = "") -> Encoder:
+        """Return the encoder as load() does, on the GPU if there is one."""
+        return self.load(config, task=task).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def similarity_of(self, config: Config | None) -> str:
+        """Return the similarity that a model was trained with: that of its run, or dot for the authors' checkpoints.
+
+        Other models are compared by cosine.
+        """
+        if config:
+            return config.objective.similarity
+        return "dot" if self.backbone else "cosine"
+
+    def _adapter_folders(self) -> dict[str, str]:
+        folders = {}
+        for adapter in self.adapters:
+            task, colon, folder = adapter.partition(":")
+            if not (task and colon and folder):
+                raise UserError(f"adapters: expected task:FOLDER, with commas between several, got {adapter!r}")
+            folders[task] = folder
+        return folders
+
+
+def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
+    return _options_of(values).load(config, task=values["task"])
+
+
+def default_similarity(values: Mapping[str, str], config: Config | None) -> str:
+    return _options_of(values).similarity_of(config)
+
+
+def _options_of(values: Mapping[str, str]) -> ModelOptions:
+    chosen = {key: values[key] or None for key in ("backbone", "pooling", "tower")}
+    return ModelOptions(model=values["model"], adapters=tuple(filter(None, values["adapters"].split(","))), **chosen)
 
 
 def located(model: str) -> str:
-    """A model's folder where it is named as an installed package (package:NAME), else as it is.
+    """Return the folder of a package:NAME, and any other model unchanged.
 
-    Raises UserError for a package or run that is not there.
+    Raises UserError for a package that is not installed, or a run that does not exist.
     """
     if not model.startswith(PACKAGE):
-        if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # else it may be a name of the hub
-            raise UserError(f"model: {model} is not there. {runs_there()}")
+        if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
+            raise UserError(f"model: {model} does not exist. {runs_there()}")
         return model
     if folder := package_folder(model):
         return folder
     raise UserError(f"model: the package {model.removeprefix(PACKAGE)} is not installed (or has no get_model_path)")
 
 
-def default_similarity(values: Mapping[str, str], config: Config | None) -> str:
-    """That of the model's run; dot for the authors' checkpoints, which were trained with it; else cosine."""
-    if config:
-        return config.objective.similarity
-    return "dot" if values["backbone"] else "cosine"
-
-
 def run_of(model: str) -> Path | None:
-    """The folder of the run that a model belongs to, if any."""
+    """Return the folder of the run that a model belongs to, if any."""
     if not Path(model).exists():
         return None
     for path in (Path(model), Path(model).resolve().parent.parent):
         if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
             return path
     return None
+
+
+def config_of_run(run: Path | None) -> Config | None:
+    """Return the configuration of a run, or None without a run."""
+    return from_dict(read_config(run), str(run / "config.yaml")) if run else None

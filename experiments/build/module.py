@@ -13,8 +13,7 @@ from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.config.schema import Config
-from experiments.config.targets import instantiate
-from experiments.config.targets import accepted_arguments
+from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,

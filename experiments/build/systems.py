@@ -17,7 +17,7 @@ from experiments.results.results import Results, evaluate_bm25, evaluate_encoder
 from experiments.shared.console import token_budget, whole_number
 from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.precision import computing_in
+from lightning_modules.retrieval.compute import computing_in
 from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
@@ -111,5 +111,5 @@ def models_of(values: Mapping[str, str]) -> list[str]:
     if len(set(models)) < len(models):
         raise UserError(f"model: each may be named once, got {values['model']}")
     if not models:
-        raise UserError("which model? Give model=FOLDER of a run, a checkpoint, an exported folder, a BERT, or bm25")
+        raise UserError("model: required, folder of a run, checkpoint, exported folder, plain BERT, or bm25")
     return models

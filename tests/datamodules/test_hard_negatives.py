@@ -72,6 +72,29 @@ def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
         HardNegativeStore(tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["starts", "documents", "ranks", "scores"])
+def test_store_whose_arrays_do_not_match_the_stored_hash_raises_user_error(make_task, tmp_path, name):
+    """An array is overwritten with another of the same shape: no other check notices."""
+    data = with_rounds(make_task, tmp_path)
+    written(tmp_path / "store", data, [[1, 2]] * 12)
+    data.rounds.begin(3, "store")
+    loader = data.train_dataloader()
+    loader.position = 4
+    state = loader.state_dict()
+    path = tmp_path / "store" / f"search.{name}.npy"
+    array = np.load(path)
+    array[1] += 1
+    np.save(path, array)
+    message = r"store: the arrays do not match the hash in meta.json \(.* stored, .* found\).*mine again"
+    for read in (
+        lambda: HardNegativeStore(tmp_path / "store"),
+        lambda: Rounds(tmp_path, "mined", data.fingerprints()).begin(0, str(tmp_path / "store")),
+        lambda: with_rounds(make_task, tmp_path).train_dataloader().load_state_dict(state),
+    ):
+        with pytest.raises(UserError, match=message):
+            read()
+
+
 def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_path):
     data = make_task(SearchDataModule)
     store = written(tmp_path / "store", data, [[1]] * 12)
@@ -278,3 +301,23 @@ def test_what_is_stripped_is_no_example_and_no_candidate(make_task, tmp_path):
     assert pool.excluded.tolist() == [4, 7]
     with pytest.raises(UserError, match="hard negatives of search were mined from other data"):
         store.check(data.fingerprints())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_writing_a_store_replaces_only_older_stores(make_task, tmp_path, kind):
+    data, path = make_task(SearchDataModule), tmp_path / "store"
+    written(tmp_path / "other", data, [[1]] * 12)
+    if kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "other")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="is not a store of hard negatives, so it is not replaced"):
+        written(path, data, [[2]] * 12)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "other" / "meta.json").write_bytes(b"{")  # damaged
+    assert written(tmp_path / "other", data, [[2]] * 12).of("search", 0) == [2]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -125,6 +125,28 @@ def test_a_failed_conversion_leaves_nothing_and_is_tried_again(streamed, tmp_pat
         stored(reader, tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["corpus.arrow", "train.documents.npy", "examples.starts.npy", "own.npy"])
+def test_converted_file_of_another_size_raises_user_error(streamed, tmp_path, name):
+    _, reader = streamed
+    folder = stored(reader, tmp_path / "cache").folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:-8])
+    with pytest.raises(UserError, match=rf"{name}: expected [0-9]+ bytes, found [0-9]+; delete .*{folder.name}"):
+        stored(reader, tmp_path / "cache")
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: expected [0-9]+ bytes, found no such file; delete"):
+        stored(reader, tmp_path / "cache")
+
+
+def test_conversion_without_file_sizes_is_still_read(streamed, tmp_path):
+    """Conversions of earlier versions have no sizes."""
+    _, reader = streamed
+    folder = stored(reader, tmp_path / "cache").folder
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert list(stored(reader, tmp_path / "cache").corpus) == list(reader._collection.corpus)
+
+
 def _convert(reader, cache, seen):
     seen.put(str(stored(reader, cache).folder))
 

@@ -84,14 +84,14 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which model"),
+        ([], "model: required"),
         (["model=x", "modle=y"], "unknown key 'modle'; did you mean model"),
         (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
         (
             ["model=runs/nope", "beir={beir}/scitldr", "task=search"],
-            "model: runs/nope is not there. In runs/ there are",
+            "model: runs/nope does not exist. In runs/ there are",
         ),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
