@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datamodules.cache import only_one, unfinished
-from datamodules.readers.gathered import pour
+from datamodules.readers.checks import stream_collection
 from datamodules.records import Collection, Sink, UserError
 from datamodules.store import ROWS, StoredCollection
 from datamodules.writer import write

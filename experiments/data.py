@@ -27,8 +27,7 @@ from datamodules.readers.beir import write_beir
 from datamodules.readers.checks import BadLines, check_choices
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
-from experiments.config.targets import check_target, instantiate
-from experiments.config.targets import accepted_arguments
+from experiments.config.targets import accepted_arguments, check_target, instantiate
 from experiments.download.recipe import (
     COUNTS,
     FOLDER,
@@ -126,7 +125,9 @@ def _build(sources: Sources, folder: Path, output: OutputSpec, lacking: Sequence
         log.warning("%s: built without %s. %s", folder.name, source, sources.instructions(source))
     checked = check_target(f"outputs.{folder.name}.reader", with_folders(node(output, lacking), sources.folder), Reader)
     given = {"on_error": on_error, "quarantine": str(folder.with_name(f"{folder.name}.quarantine.jsonl"))}
-    reader = instantiate(checked, **{key: given[key] for key in accepted_arguments(checked, given) if key not in checked})
+    reader = instantiate(
+        checked, **{key: given[key] for key in accepted_arguments(checked, given) if key not in checked}
+    )
     with Progress(f"building {folder.name}"):
         collection = selected(reader.read(), output.splits, folder.name)
         stamp = {"fingerprint": _fingerprint(sources, output, lacking), "without": list(lacking)}
