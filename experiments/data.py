@@ -23,6 +23,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from datamodules.files import read_json, write_json
+from datamodules.locks import lock_file
 from datamodules.readers.beir import write_beir
 from datamodules.readers.checks import BadLines, check_choices
 from datamodules.records import Collection, UserError
