@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datamodules.cache import only_one, unfinished
-from datamodules.conversion import write
 from datamodules.readers.checks import stream_collection
 from datamodules.records import Collection, Sink, UserError
 from datamodules.store import ROWS, StoredCollection
+from datamodules.writer import write  # moved
 
 log = logging.getLogger(__name__)
 

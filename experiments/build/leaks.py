@@ -14,8 +14,8 @@ import numpy as np
 from datamodules.cache import only_one
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
-from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
+from datamodules.readers import reader_class_of
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
