@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from datamodules.batches import BatchOptions
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.matching import NameMatcher
+from datamodules.text import NameMatcher
 from datamodules.records import Benchmark, Document
 from datamodules.text import input_text
 from experiments.bench.encoder_cost import backbone_of

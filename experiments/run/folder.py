@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.config.config import as_dict, digest
 from experiments.config.schema import Config

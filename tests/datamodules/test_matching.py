@@ -3,7 +3,7 @@
 import random
 import re
 
-from datamodules.matching import NameMatcher
+from datamodules.text import NameMatcher
 from datamodules.records import Document
 
 
