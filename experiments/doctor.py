@@ -82,7 +82,7 @@ def processor() -> Iterator[Line]:
 
 def bf16() -> Line:
     """Whether trainer.precision=auto takes on this CPU what is faster."""
-    from lightning_modules.retrieval.precision import bf16_speed, resolved
+    from lightning_modules.retrieval.compute import bf16_speed, resolved
 
     speed, taken = bf16_speed(), resolved("auto", "cpu")
     found = f"a product in bf16 is {speed:.1f} times as fast as in fp32; trainer.precision=auto is {taken}"
@@ -134,7 +134,7 @@ def where() -> Iterator[Line]:
     if torch is None:
         return
     gpu = torch.cuda.is_available()
-    from lightning_modules.retrieval.precision import resolved
+    from lightning_modules.retrieval.compute import resolved
 
     precision = resolved("auto", "cuda" if gpu else "cpu")
     found = f"training and top-k on {'GPU' if gpu else 'CPU'}, training in {precision}"

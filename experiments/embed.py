@@ -32,17 +32,16 @@ from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.run.folder import read_config
 from experiments.run.workers import Share, run_processes, share_of
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import SIMILARITIES
+from lightning_modules.retrieval.compute import PRECISIONS, computing_in, resolved, token_budget_of
 from lightning_modules.retrieval.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
-from lightning_modules.retrieval.fingerprints import fingerprint
-from lightning_modules.retrieval.precision import PRECISIONS, computing_in, resolved
-from lightning_modules.retrieval.token_budget import token_budget_of
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, load_model
 from experiments.shared.console import entry_point, key_values, table_console, whole_number
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_about, read_ids
 from lightning_modules.retrieval.faiss_index import read_index, search_index
-from lightning_modules.retrieval.fingerprints import fingerprint
-from lightning_modules.retrieval.matrix import Matrix, open_matrix, read_about, read_ids
 from lightning_modules.retrieval.measure import write_trec
 from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.top_k import top_k
+from lightning_modules.retrieval.search import top_k
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from rich.table import Table
 from datamodules.records import UserError
 from experiments.shared.console import choice, entry_point, key_values, table_console, whole_number
 from experiments.shared.progress import Progress
+from lightning_modules.retrieval.embedding import beside, open_matrix, write_ids, write_json
 from lightning_modules.retrieval.faiss_index import KINDS, IndexOptions, build_index, measure_recall, write_index
-from lightning_modules.retrieval.matrix import beside, open_matrix, write_ids, write_json
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
 from experiments.build.models import load_model
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.folder import flat
 from experiments.run.ranks import ranks
 from experiments.shared.console import entry_point, key_values
-from experiments.shared.files import writable_folder
+from experiments.shared.output import writable_folder
 from lightning_modules.callbacks.hard_negatives import compare, write_report
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import gate, table

@@ -13,12 +13,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from datamodules.files import write_json, write_text
 from datamodules.records import UserError
 from experiments.reporting.figures import work_out
 from experiments.reporting.page import page
 from experiments.reporting.run_files import FIGURES, RunFiles
 from experiments.shared.console import entry_point, key_values, whole_number
-from experiments.shared.files import write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(FIGURES), run.figures)
-        write_atomically(output, page(run))
+        write_text(output, page(run))
     except OSError as error:
         raise UserError(f"output: {output} cannot be written ({error})") from error
     log.info("The report: %s", output)

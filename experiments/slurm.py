@@ -30,13 +30,14 @@ from typing import Any
 
 import yaml
 
+from datamodules.files import write_text
 from datamodules.records import UserError
-from experiments.config.config import FOLDER, experiments, load_config
-from experiments.config.merging import keys
+from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.schema import Config
+from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
 from experiments.run.folder import folder_of
 from experiments.shared.console import entry_point, whole_number
-from experiments.shared.files import write_atomically
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of
 
@@ -75,7 +76,7 @@ def slurm(experiment: str, arguments: Sequence[str]) -> Path:
     script = Path("slurm", f"{name}.sbatch").absolute()
     try:
         script.parent.mkdir(exist_ok=True)
-        write_atomically(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
+        write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
     except OSError as error:
         raise UserError(f"{script}: cannot be written ({error})") from error
     log.info("the job: %s", script)
@@ -114,7 +115,7 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
     for text in arguments:
         key, equals, value = text.partition("=")
         if key not in values or not equals:
-            hint = did_you_mean(key, [*values, *keys()])
+            hint = did_you_mean(key, [*values, *keys(Config)])
             raise UserError(
                 f"the command line: got {text!r}; {hint}allowed are {', '.join(values)}, and keys of an experiment"
             )

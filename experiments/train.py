@@ -16,12 +16,13 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.run.final_table import FinalTable
@@ -30,11 +31,11 @@ from experiments.run.lock import only_job
 from experiments.run.next_steps import next_steps
 from experiments.run.tracking import build_loggers, log_end
 from experiments.shared.console import entry_point
-from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
+from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
-from lightning_modules.encoders.loading import checkpoint_of, load_encoder, read_checkpoint
+from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,9 +19,15 @@ from typing import Any
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.encoders.loading import read_checkpoint
+from lightning_modules.encoders.backbone import reason
 
 log = logging.getLogger(__name__)
+
+ARCHIVE = b"PK\x03\x04"  # the first bytes of a ZIP file
+READ_ERRORS = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def older(path: Path, age: int) -> Path:
@@ -86,19 +93,38 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. The checksum (CRC-32) of every record in it is compared."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint: memory-mapped tensors and plain containers.
+
+    Raises UserError if the file is not a checkpoint, or if the checksum of any record in it is wrong.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong:
-            return f"the checksum of {wrong} is wrong"
-        missing = {"global_step", "state_dict", "optimizer_states", "loops"} - set(read_checkpoint(path))
+        with open(path, "rb") as file:
+            is_archive = file.read(4) == ARCHIVE  # files of torch before 1.6, such as DPR's, are not
+        if is_archive:
+            _verify(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason(error)})") from error
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint of a run, or None if it is intact."""
+    try:
+        _verify(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = {"global_step", "state_dict", "optimizer_states", "loops"} - set(content)
         return f"it has no {', '.join(sorted(missing))}" if missing else None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        return str(error)
-    except UserError as error:
-        return str(error).removeprefix(f"{path}: ")
+    except READ_ERRORS as error:
+        return reason(error)
+
+
+def _verify(path: Path) -> None:
+    """Compare the checksum (CRC-32) of every record of an archive. Raises one of READ_ERRORS."""
+    with zipfile.ZipFile(path) as archive:
+        record = archive.testzip()
+    if record:
+        raise zipfile.BadZipFile(f"the checksum of {record} is wrong")
 
 
 def newest_intact(path: Path) -> Path | None:

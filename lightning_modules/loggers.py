@@ -91,9 +91,12 @@ class JsonlLogger(RunLogger):
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append to a file, all or nothing. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
+    """Append whole lines to a file, all or nothing, after whatever line a kill has cut off. Raises OSError."""
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
         try:
             if file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -32,8 +32,8 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.evaluation import rank_vectors
 from lightning_modules.retrieval.measure import measure
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,10 @@ import torch
 
 from datamodules.records import Document, MiningPool
 from experiments.shared.console import choice, entry_point, key_values, whole_number
+from lightning_modules.mining.mine import MiningOptions, mine_pool, text_numbers
 from lightning_modules.mining.miners import DenseMiner, MiningContext
-from lightning_modules.mining.options import MiningOptions
-from lightning_modules.mining.pool import mine_pool
 from lightning_modules.mining.report import report, table
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.top_k import BACKENDS
-from lightning_modules.retrieval.vector_cache import text_numbers
+from lightning_modules.retrieval.search import BACKENDS, Shards
 
 log = logging.getLogger(__name__)
 

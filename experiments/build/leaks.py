@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.store import locked
+from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.folders import reader_of
@@ -19,7 +20,6 @@ from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
-from experiments.shared.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

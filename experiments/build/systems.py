@@ -17,8 +17,8 @@ from experiments.results.results import Results, evaluate_bm25, evaluate_encoder
 from experiments.shared.console import token_budget, whole_number
 from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.precision import computing_in
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.compute import computing_in
+from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.sharded_strategy import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.precision import resolved
+from lightning_modules.retrieval.compute import resolved
 
 log = logging.getLogger(__name__)
 

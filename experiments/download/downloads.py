@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from datamodules.files import write_text
 from datamodules.records import UserError
-from experiments.shared.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _receive(url: str, part: Path, size: int | None, verified: bool, report: Rep
             total = _total(response, start)
             if size is not None and total is not None and total != size:
                 raise UserError(f"{url}: the recipe says {size:,} bytes, the server has {total:,}: not this file")
-            write_atomically(sign, _version(response))
+            write_text(sign, _version(response))
             _append(response, part, start, size if total is None else total, report)
     except urllib.error.HTTPError as error:
         _refused(url, part, error, start, size)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from datamodules.files import read_json, write_json
 from datamodules.records import UserError
 from experiments.download.downloads import NotThere, by_hand, discard, download, keep
 from experiments.download.recipe import FileSpec, SourceSpec
 from experiments.download.unpacking import unpack
-from experiments.shared.files import read_json, write_json
 from experiments.shared.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.reporting.charts import NUM_TONES, Series
 from experiments.reporting.source import Source
 from experiments.run.folder import read_config, runs_there
-from experiments.shared.files import read_json
 
 CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page

@@ -19,13 +19,13 @@ from experiments.shared.progress import Progress
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.compute import current
 from lightning_modules.retrieval.evaluation import bm25_run, encoded, rank_vectors
 from lightning_modules.retrieval.measure import depth
 from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.precision import current
 from lightning_modules.retrieval.probes import probe_runs
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.vector_cache import Vectors
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]

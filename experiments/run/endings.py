@@ -26,10 +26,9 @@ from datamodules.records import UserError
 from experiments.run.folder import LAST
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
-from lightning_modules.checkpoint_files import candidates
+from lightning_modules.checkpoint_files import candidates, read_checkpoint
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted
-from lightning_modules.encoders.loading import read_checkpoint
 from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)

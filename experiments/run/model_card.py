@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from experiments.run.folder import read_config
-from experiments.shared.files import read_json
 from lightning_modules.encoders.base import Encoder
 
 PAPER = "[arXiv 2305.14232](https://arxiv.org/abs/2305.14232)"
+
+INTRODUCTION = f"contrastive multi-task training as in SciMult ({PAPER})"
 
 
 def write_card(folder: Path, encoder: Encoder, source: str, run: Path | None, similarity: str, task: str = "") -> Path:
@@ -32,7 +34,7 @@ def _head(encoder: Encoder, task: str) -> str:
     general = " The weights are the mean of all its experts." if task == "average" else ""
     return (
         f"{front}\n\n# Encoder {what}\n\nVectors of {encoder.dimension} dimensions for papers, labels and queries, by "
-        f"contrastive multi-task training as in SciMult ({PAPER}).{general}"
+        f"{INTRODUCTION}.{general}"
     )
 
 

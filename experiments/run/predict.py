@@ -24,7 +24,7 @@ from experiments.config.schema import Config
 from experiments.results.memory import Memory
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.precision import computing_in
+from lightning_modules.retrieval.compute import computing_in
 
 WARM, MEASURED = 2, 6  # batches of each task
 TEXTS = 256  # of a benchmark that are encoded

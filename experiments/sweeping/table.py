@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.files import write_json
 from experiments.shared.console import table_console
-from experiments.shared.files import write_json
 from experiments.sweeping.controller import Controller
 from experiments.sweeping.file import Sweep
 

@@ -40,6 +40,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(from_first_rank(str(path)), *arguments, **options)
 
 
+def save_checkpoint(trainer: L.Trainer, path: Path) -> str | None:
+    """Save the state of a training. Return on all ranks why it could not be written, or None if it was."""
+    trainer.save_checkpoint(path)
+    return from_first_rank(getattr(trainer.strategy.checkpoint_io, "error", None))
+
+
 class LastCheckpoint(L.Callback):
     """Saves the run's state every n optimizer steps and after the last.
 
@@ -64,8 +70,7 @@ class LastCheckpoint(L.Callback):
         step = trainer.global_step
         if step == self.saved_at:
             return
-        trainer.save_checkpoint(self.path)
-        error = from_first_rank(trainer.strategy.checkpoint_io.error)
+        error = save_checkpoint(trainer, self.path)
         if error is None:
             self.saved_at = step
             return

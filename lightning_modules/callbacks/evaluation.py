@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from datamodules.records import Benchmark
+from lightning_modules.callbacks.checkpoint import save_checkpoint
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import on_any_rank, world_size
 from lightning_modules.distributed.sharding import replica
@@ -94,5 +95,7 @@ class Evaluation(L.Callback):
             parts = "  ".join(f"{b.name} {values[f'val/{b.name}/{first}']:.4f}" for b in self.benchmarks)
             log.info("step %d/%d  dev %s: %s  mean %.4f", step, trainer.max_steps, first, parts, mean)
         if mean > self.best:
-            self.best, self.best_step = mean, step
-            trainer.save_checkpoint(self.path)
+            former = self.best, self.best_step
+            self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them
+            if save_checkpoint(trainer, self.path):
+                self.best, self.best_step = former  # not written: a later step may still become the best

@@ -18,10 +18,8 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
-from lightning_modules.mining.mine import Mining
-from lightning_modules.mining.picture import write_svg
-from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table
+from lightning_modules.mining.mine import Mined, Mining
+from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table, write_svg
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from datamodules.records import UserError
+from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import reading
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import Surroundings
@@ -185,7 +185,7 @@ def read_adapter(name: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["config"]
         safe = folder / "adapter.safetensors"
-        state = load_file(safe) if safe.is_file() else torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+        state = load_file(safe) if safe.is_file() else read_checkpoint(folder / "pytorch_adapter.bin")
         missing = [field for field in (*FORM, "reduction_factor", "non_linearity") if field not in config]
         if missing:
             raise ValueError(f"adapter_config.json has no {', '.join(missing)}")

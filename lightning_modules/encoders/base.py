@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.records import Document, UserError
 from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import Surroundings, family_of
-from lightning_modules.retrieval.token_budget import token_budget_of
+from lightning_modules.retrieval.compute import token_budget_of
 
 POOLINGS = ("cls", "mean")
 BLOCK = 8192  # texts that are sorted by length together, so that token ids of a whole corpus never stand in memory

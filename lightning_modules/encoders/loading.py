@@ -10,10 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from datamodules.records import UserError
+from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import (
     backbone_without_memory,
     empty_backbone,
@@ -172,15 +171,6 @@ def checkpoint_of(run: Path) -> Path:
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
     raise UserError(f"{run}: the run has no checkpoint yet (looked for checkpoints/best.ckpt and last.ckpt)")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors and plain containers only, memory-mapped."""
-    try:
-        mappable = zipfile.is_zipfile(path)  # files of torch before 1.6, such as DPR's, are not
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason(error)})") from error
 
 
 def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None) -> Encoder:

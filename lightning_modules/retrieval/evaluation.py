@@ -17,10 +17,9 @@ from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, sorted_run
-from lightning_modules.retrieval.shards import Advance, Shards
+from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
 from lightning_modules.retrieval.similarity import SIMILARITIES, of_documents, of_queries, scores_of
-from lightning_modules.retrieval.top_k import pair_scores, top_k
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.vector_cache import Vectors
 
 
 def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:

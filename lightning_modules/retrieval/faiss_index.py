@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.top_k import pair_scores, top_k
+from lightning_modules.retrieval.search import Shards, pair_scores, top_k
 
 KINDS = ("flat", "ivf", "pq", "ivfpq")
 BLOCK = 65536  # vectors that are added at once

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.search import Shards
 
 SIMILARITIES = ("dot", "cosine", "l2")
 

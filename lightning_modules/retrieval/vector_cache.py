@@ -8,7 +8,9 @@ share the shards; the folder must be one that all of them see.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,14 +18,35 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document
-from datamodules.text import input_text
-from lightning_modules.distributed.collectives import rank, together, world_size
+from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.fingerprints import fingerprint, text_hash, whole_file
-from lightning_modules.retrieval.precision import current
-from lightning_modules.retrieval.shards import Advance, Shards, check_finite
+from lightning_modules.retrieval.compute import current
+from lightning_modules.retrieval.search import Advance, Shards, check_finite
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Of an encoder's weights, arguments and vocabulary: equal for equal vectors, on any machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    about = {name: str(value) for name, value in encoder.config.items()}
+    shape = encoder.backbone.config  # what weights alone do not tell
+    about |= {name: str(getattr(shape, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")}
+    digest.update(json.dumps([type(encoder).__name__, about], sort_keys=True).encode())
+    digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def text_hash(documents: Iterable[Document], *keys: str) -> str:
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=12)
+    for document in documents:
+        digest.update(repr((document.title, document.text)).encode())
+    return digest.hexdigest()
+
 
 LEAST, SHARES = 512, 64  # texts of a shard, and shards of few texts
 
@@ -68,7 +91,7 @@ class VectorCache:
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(part, task, advance)
                     check_finite(vectors, what, first)
-                    with whole_file(path) as file:
+                    with atomic_file(path) as file:
                         np.save(file, vectors)
 
         together(embed)
@@ -93,17 +116,71 @@ class VectorCache:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the texts of M documents and Q queries: equal where the texts are, but for case and spaces."""
-
-    def hashed(documents: Iterable[Document]) -> np.ndarray:
-        texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
-        return np.fromiter((int.from_bytes(_digest(text), "big", signed=True) for text in texts), dtype=np.int64)
-
-    of_documents, of_queries = hashed(corpus), hashed(queries)
-    numbers = np.unique(np.concatenate([of_documents, of_queries]), return_inverse=True)[1]
-    return numbers[: len(of_documents)], numbers[len(of_documents) :]
+SHARD = 2048  # texts of a file: what an interruption costs
+UNIT = 1024  # texts that one rank encodes together
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+class Vectors:
+    """An encoder's vectors of texts, as they are (see similarity.py for what they are compared by).
+
+    folder: where they are kept on disk, also for the next time; by default they stand in memory. The last corpus and
+    the last queries of this rank are remembered.
+    """
+
+    def __init__(self, encoder: Encoder, *, token_budget: int | None = None, folder: Path | None = None):
+        self.encoder, self.token_budget = encoder, token_budget
+        self.cache = VectorCache(encoder, folder, shard_size=SHARD, token_budget=token_budget) if folder else None
+        self.kept: dict[str, tuple[str, Shards]] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        return self.cache.fingerprint if self.cache else fingerprint(self.encoder)
+
+    def of_all_ranks(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (M, D) of documents, of which each rank encodes its share."""
+
+        def made() -> Shards:
+            if self.cache:
+                return self.cache.vectors(documents, task, what, advance)
+            return Shards([self._encode(documents, task, what, advance)])
+
+        return self._once("documents", documents, task, made)
+
+    def of_this_rank(self, queries: Sequence[Document], task: str, what: str, advance: Advance | None = None):
+        """Vectors (q, D) float32 of this rank's queries: number rank, rank + world size, ... of those given."""
+
+        def made() -> Shards:
+            if self.cache:
+                return Shards([np.concatenate(self.cache.vectors(queries, task, what, advance).parts)])
+            return Shards([self._encode(queries, task, what, advance)])
+
+        return self._once("queries", queries, task, made)[0][rank() :: world_size()]
+
+    def _encode(self, documents: Sequence[Document], task: str, what: str, advance: Advance | None) -> np.ndarray:
+        """Ranks take turns at units of texts. Each is encoded by itself, so its bits do not depend on who does it."""
+        units, size = range(0, len(documents), UNIT), world_size()
+
+        def own() -> torch.Tensor:
+            parts = []
+            for first in units[rank() :: size]:
+                texts = list(documents[first : first + UNIT])
+                parts.append(self.encoder.encode(texts, task, token_budget=self.token_budget, advance=advance))
+                check_finite(parts[-1].numpy(), what, first)
+            return torch.cat(parts or [self.encoder.encode([], task)])
+
+        encoded = together(own)
+        if size == 1:
+            return encoded.numpy()
+        gathered = gather_rows(encoded.to(self.encoder.device)).cpu().numpy()
+        turns = [first for r in range(size) for first in units[r::size]]
+        vectors = np.empty_like(gathered)
+        vectors[np.concatenate([np.arange(first, min(first + UNIT, len(documents))) for first in turns])] = gathered
+        return vectors
+
+    def _once(self, kind: str, documents: Sequence[Document], task: str, made) -> Shards:
+        key = text_hash(documents, task)
+        if self.kept.get(kind, ("",))[0] != key:
+            self.kept.pop(kind, None)
+            self.kept[kind] = (key, made())
+        return self.kept[kind][1]

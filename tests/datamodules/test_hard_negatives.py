@@ -301,3 +301,23 @@ def test_what_is_stripped_is_no_example_and_no_candidate(make_task, tmp_path):
     assert pool.excluded.tolist() == [4, 7]
     with pytest.raises(UserError, match="hard negatives of search were mined from other data"):
         store.check(data.fingerprints())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_writing_a_store_replaces_only_older_stores(make_task, tmp_path, kind):
+    data, path = make_task(SearchDataModule), tmp_path / "store"
+    written(tmp_path / "other", data, [[1]] * 12)
+    if kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "other")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="is not a store of hard negatives, so it is not replaced"):
+        written(path, data, [[2]] * 12)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "other" / "meta.json").write_bytes(b"{")  # damaged
+    assert written(tmp_path / "other", data, [[2]] * 12).negatives_of("search", 0) == [2]
+    assert sorted(tmp_path.rglob("*")) == before

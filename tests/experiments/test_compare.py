@@ -9,7 +9,7 @@ from datamodules.records import Benchmark, Document, UserError
 from experiments.compare import main
 from lightning_modules.retrieval.evaluation import rank_vectors
 from lightning_modules.retrieval.measure import means, query_values, write_qrels, write_query_values, write_trec
-from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.significance import compare
 
 METRICS = ("ndcg@10", "recall@20")

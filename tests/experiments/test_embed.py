@@ -18,7 +18,7 @@ from experiments import embed as embed_entry
 from experiments.embed import main
 from experiments.run.workers import Share, run_processes, share_of
 from lightning_modules.encoders.loading import load_encoder
-from lightning_modules.retrieval.matrix import open_matrix
+from lightning_modules.retrieval.embedding import open_matrix
 from tests.conftest import text_of, toy_collection
 from tests.experiments.test_train import ROOT
 

@@ -82,31 +82,106 @@ def test_bad_input_leaves_nothing(run, tmp_path, arguments, message):
 def test_what_is_there_is_kept(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
     for way in ("plain", "pretrained"):
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(UserError, match="exists already"):
             main([f"model={run}", f"output={tmp_path}", f"format={way}"])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         main([f"model={run}", f"output={tmp_path / 'mine'}", "format=reference"])
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(UserError, match="model: required"):
         main([])
 
 
-def test_an_export_is_written_anew_if_asked_to_and_what_is_none_stays(run, tmp_path):
+def test_overwrite_replaces_an_earlier_export(run, tmp_path):
     arguments = [f"model={run}", "task=all", f"output={tmp_path / 'out'}"]
     main(arguments)
     stale = tmp_path / "out" / "search" / "stale.txt"
-    stale.write_text("of before")
-    with pytest.raises(UserError, match="is there already; overwrite=yes writes it anew"):
+    stale.write_text("from the first export")
+    with pytest.raises(UserError, match="exists already; overwrite=yes replaces an earlier export"):
         main(arguments)
     assert stale.is_file()
     main([*arguments, "overwrite=yes"])
     assert not stale.exists()
     assert (tmp_path / "out" / "search" / "modules.json").is_file()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").write_text("one")
-    with pytest.raises(UserError, match="thesis is no export"):
-        main([f"model={run}", f"output={tmp_path / 'thesis'}", "overwrite=yes"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "export" not in path.parts[-2:]}
+
+
+def refused(run, output, message, *arguments):
+    """Check that overwrite=yes refuses the output and changes nothing around it."""
+    before = files_of(output.parent)
+    with pytest.raises(UserError, match=message):
+        main([f"model={run}", "task=search", f"output={output}", "overwrite=yes", *arguments])
+    assert files_of(output.parent) == before
+
+
+def test_overwrite_never_replaces_a_folder_it_did_not_write(run, tmp_path):
+    repository = tmp_path / "repository"
+    (repository / ".git").mkdir(parents=True)
+    (repository / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (repository / "README.md").write_text("# My software")
+    refused(run, repository, "was not written by this command .it has no .scimult-export file")
+    projects = tmp_path / "projects"  # every folder in it has a README
+    for name in ("one", "two"):
+        (projects / name).mkdir(parents=True)
+        (projects / name / "README.md").write_text("# My software")
+    refused(run, projects, "was not written by this command")
+    main([f"model={run}", "task=search", f"output={tmp_path / 'published'}"])
+    (tmp_path / "published" / ".git").mkdir()
+    refused(run, tmp_path / "published", "is an export, but contains .*git")
+
+
+def test_overwrite_never_replaces_a_link(run, tmp_path):
+    main([f"model={run}", "task=search", f"output={tmp_path / 'out'}"])
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    refused(run, tmp_path / "link", "is a symbolic link")
+
+
+def test_overwrite_never_replaces_the_model_or_the_working_directory(run, tmp_path, monkeypatch):
+    own = shutil.copytree(run, tmp_path / "runs" / "own", ignore=shutil.ignore_patterns("export"))
+    for folder in (own, own.parent):
+        (folder / "README.md").write_text("notes")
+        (folder / ".scimult-export").touch()
+    refused(own, own, "is or contains .*own")
+    refused(own, own.parent, "is or contains .*own")
+    refused(own / "checkpoints" / "last.ckpt", own.parent, "is or contains .*last.ckpt")
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    (tmp_path / "work" / ".scimult-export").touch()
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    refused(run, tmp_path / "work", "is or contains .*here")
+
+
+def test_overwrite_replaces_only_its_own_checkpoints(run, tmp_path):
+    whole = load_encoder(run)
+    whole.normalize = True
+    whole.save_pretrained(tmp_path / "model")
+    output = tmp_path / "there.ckpt"
+    arguments = [f"model={tmp_path / 'model'}", "format=reference", f"output={output}", "overwrite=yes"]
+    main(arguments)
+    main(arguments)
+    checkpoint = torch.load(output, weights_only=True)
+    del checkpoint["encoder_params"]["max_length"]  # as in the authors' own files
+    torch.save(checkpoint, output)
+    for content in (output.read_bytes(), b"thesis"):
+        output.write_bytes(content)
+        with pytest.raises(UserError, match="not a checkpoint of format=reference"):
+            main(arguments)
+        assert output.read_bytes() == content
+
+
+def test_overwrite_replaces_unmarked_exports_of_older_versions(run, tmp_path):
+    output = tmp_path / "out"
+    main([f"model={run}", f"output={output}"])
+    for marker in output.rglob(".scimult-export"):
+        marker.unlink()
+    main([f"model={run}", f"output={output}", "overwrite=yes"])
+    for marker in output.rglob(".scimult-export"):
+        marker.unlink()
+    (output / "search" / "notes.txt").write_text("mine")
+    refused(run, output, "was not written by this command")
+    refused(run, output / "search", "was not written by this command")
 
 
 def test_output_may_be_a_link(run, tmp_path):

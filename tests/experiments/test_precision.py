@@ -11,12 +11,12 @@ import torch.distributed as dist
 from datamodules.records import UserError
 from experiments import doctor
 from experiments.build.trainer import precision_of
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.evaluate import main as evaluate
 from experiments.train import train
 from lightning_modules.callbacks import rank_report
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.retrieval import precision
+from lightning_modules.retrieval import compute as precision
 from tests.experiments.test_train import TINY
 
 SETTINGS = [*TINY, "tasks=[search]", "trainer.precision=auto", "evaluation.every_n_steps=0"]

@@ -8,7 +8,8 @@ import torch
 
 from datamodules.records import UserError
 from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
-from lightning_modules.checkpoint_files import candidates, damage, newest_intact, write_checkpoint
+from lightning_modules.checkpoint_files import candidates, damage, newest_intact, read_checkpoint, write_checkpoint
+from lightning_modules.encoders.loading import describe, load_encoder
 
 
 def checkpoint(step):
@@ -88,3 +89,22 @@ def test_a_full_disk_leaves_the_former_ones_and_ends_nothing(tmp_path, caplog):
     io.save_checkpoint(checkpoint(3), path)
     assert io.error is None
     assert steps(path) == [3, 1]
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "other.ckpt"])
+def test_a_damaged_checkpoint_is_never_loaded(make_encoder, tmp_path, name):
+    """One bit of a weight: torch reads the file without complaint, and only the checksum shows it."""
+    encoder = make_encoder("shared")
+    weights = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    path = tmp_path / "checkpoints" / name
+    path.parent.mkdir()
+    torch.save({"encoder": describe(encoder), "state_dict": weights, "global_step": 3}, path)
+    model = tmp_path if name == "best.ckpt" else path
+    load_encoder(model)
+    content, weight = bytearray(path.read_bytes()), next(iter(weights.values())).numpy().tobytes()
+    content[bytes(content).index(weight[:64])] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True, mmap=True)
+    for load in (lambda: load_encoder(model), lambda: read_checkpoint(path)):
+        with pytest.raises(UserError, match=rf"{name}: is no checkpoint, or a damaged one \(the checksum of .*data"):
+            load()

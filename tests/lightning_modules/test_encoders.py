@@ -14,7 +14,7 @@ from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
-from lightning_modules.retrieval.vectors import Vectors
+from lightning_modules.retrieval.vector_cache import Vectors
 from tests.conftest import TASKS, text_of
 
 KINDS = ("shared", "attention", "ffn", "both")

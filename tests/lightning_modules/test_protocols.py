@@ -5,7 +5,7 @@ import pytest
 
 from datamodules.records import Benchmark, Document, UserError
 from lightning_modules.retrieval.evaluation import rank_vectors
-from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.search import Shards
 
 NUM, QUERIES, DIMENSION = 60, 20, 8
 

@@ -12,15 +12,152 @@ Shapes: Q queries, M documents, D dimensions, k documents a query.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.deep_top_k import deep_top_k, ordered
-from lightning_modules.retrieval.shards import Advance, Array, Shards, check_finite, shards_of
+
+Array = np.ndarray | Tensor
+Advance = Callable[[int], None]
+
+
+class Shards(Sequence[np.ndarray]):
+    """Vectors (M, D) in several arrays, which may be memory-mapped. As a sequence: the arrays.
+
+    prepare: what becomes of float32 vectors (n, D) when they are read.
+    """
+
+    def __init__(self, parts: Sequence[Array], prepare: Callable[[np.ndarray], np.ndarray] | None = None):
+        self.parts = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
+        self.prepare = prepare or (lambda vectors: vectors)
+        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index):
+        return self.parts[index]
+
+    @property
+    def count(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Vectors (n, D) float32 of rows (n,)."""
+        if len(self.parts) == 1:
+            return self.prepare(np.asarray(self.parts[0][rows], dtype=np.float32))
+        found = np.empty((len(rows), self.parts[0].shape[1]), dtype=np.float32)
+        place = np.searchsorted(self.starts, rows, side="right") - 1
+        for i in np.unique(place):
+            found[place == i] = self.parts[i][rows[place == i] - self.starts[i]]
+        return self.prepare(found)
+
+    def blocks(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Blocks of at most count vectors, contiguous float32, and the row at which each begins."""
+        for start, part in zip(self.starts, self.parts, strict=False):
+            for first in range(0, len(part), count):
+                block = np.ascontiguousarray(part[first : first + count], dtype=np.float32)
+                yield int(start) + first, self.prepare(block)
+
+
+def shards_of(vectors: Array | Shards) -> Shards:
+    return vectors if isinstance(vectors, Shards) else Shards([vectors])
+
+
+def check_finite(vectors: np.ndarray, what: str, first: int = 0) -> None:
+    """Raise UserError if a vector (n, D) has a value that is no finite number. first: the number of the first one."""
+    wrong = ~np.isfinite(vectors).all(axis=1)
+    if wrong.any():
+        number = first + int(wrong.argmax())
+        raise UserError(
+            f"{what}: {int(wrong.sum())} of {len(vectors)} vectors are not finite, the first is number {number} "
+            "(training diverged?)"
+        )
+
+
+def ordered(
+    rows: np.ndarray, scores: np.ndarray, k: int, order: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best by score, and among equals by row, or by the place of the row in order (M,)."""
+    among_equals = rows if order is None else np.where(rows < 0, -1, order[rows])
+    best = np.lexsort((among_equals, -scores), axis=1)[:, :k]
+    return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+
+
+def deep_top_k(
+    queries: np.ndarray,
+    shards: Shards,
+    k: int,
+    order: np.ndarray | None,
+    memory: int,
+    device: torch.device,
+    advance: Advance | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """top_k for large k: the products themselves are in float64, and a document counts as soon as it is better than the
+    k-th best so far. Of equal documents at the last place any may stand. queries: (Q, D)."""
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    scores = np.empty((len(queries), k), dtype=np.float32)
+    group = max(1, memory // (64 * k))
+    size = max(1, min(shards.count, memory // (32 * max(group, queries.shape[1]))))
+    for first in range(0, len(queries), group):
+        part = torch.from_numpy(queries[first : first + group]).to(device, torch.float64)
+        best = _Best(len(part), k, device)
+        with torch.autocast(device.type, enabled=False):
+            for start, block in shards.blocks(size):
+                check_finite(block, "documents", start)
+                best.add(part @ torch.from_numpy(block).to(device, torch.float64).T, start)
+                if advance is not None:
+                    advance(len(part) * len(block))
+        best.merge()
+        found, values = ordered(best.rows.cpu().numpy(), best.scores.cpu().numpy(), k, order)
+        rows[first : first + group], scores[first : first + group] = found, values
+    return rows, scores
+
+
+class _Best:
+    """The k best of n queries so far, and documents that are better than the k-th and wait to be merged."""
+
+    def __init__(self, n: int, k: int, device: torch.device):
+        self.k = k
+        self.rows = torch.zeros(n, 0, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(n, 0, dtype=torch.float64, device=device)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # query, row and score of each
+
+    def add(self, scores: Tensor, start: int) -> None:
+        """scores: (n, b) of the documents from row start on."""
+        if self.rows.shape[1] < self.k:
+            rows = torch.arange(start, start + scores.shape[1], device=scores.device).expand(len(scores), -1)
+            self._keep(torch.cat([self.rows, rows], dim=1), torch.cat([self.scores, scores], dim=1))
+            return
+        queries, columns = (scores > self.scores.amin(1, keepdim=True)).nonzero(as_tuple=True)
+        self.waiting.append((queries, columns + start, scores[queries, columns]))
+        if sum(len(queries) for queries, _, _ in self.waiting) > self.rows.numel() // 2:
+            self.merge()
+
+    def merge(self) -> None:
+        if not self.waiting:
+            return
+        queries, rows, scores = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting = []
+        queries, order = queries.sort(stable=True)
+        counts = torch.bincount(queries, minlength=len(self.rows))
+        place = torch.arange(len(queries), device=queries.device) - (counts.cumsum(0) - counts)[queries]
+        wide = int(counts.max())
+        more_rows = self.rows.new_zeros(len(self.rows), wide)
+        more_scores = self.scores.new_full((len(self.rows), wide), -torch.inf)
+        more_rows[queries, place], more_scores[queries, place] = rows[order], scores[order]
+        self._keep(torch.cat([self.rows, more_rows], dim=1), torch.cat([self.scores, more_scores], dim=1))
+
+    def _keep(self, rows: Tensor, scores: Tensor) -> None:
+        if rows.shape[1] > self.k:
+            scores, columns = scores.topk(self.k, dim=1, sorted=False)
+            rows = rows.gather(1, columns)
+        self.rows, self.scores = rows, scores
+
 
 BACKENDS = ("auto", "faiss", "torch")
 PAD = 16  # candidates beyond k

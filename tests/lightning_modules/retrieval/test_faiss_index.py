@@ -11,7 +11,7 @@ from experiments.find import main as find
 from experiments.index import main as index
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.faiss_index import IndexOptions, build_index, measure_recall, search_index
-from lightning_modules.retrieval.top_k import Shards
+from lightning_modules.retrieval.search import Shards
 from tests.conftest import text_of
 
 

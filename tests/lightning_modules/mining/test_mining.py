@@ -15,15 +15,11 @@ from datamodules.examples import ragged
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
-from lightning_modules.mining import pool as pool_module
-from lightning_modules.mining.mine import Mining
+from lightning_modules.mining import mine as pool_module
+from lightning_modules.mining.mine import Mined, Mining, MiningOptions, text_numbers
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
-from lightning_modules.mining.options import MiningOptions
-from lightning_modules.mining.picture import svg
-from lightning_modules.mining.pool import Mined
-from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, table
-from lightning_modules.retrieval.fingerprints import fingerprint
-from lightning_modules.retrieval.vector_cache import VectorCache, text_numbers
+from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, svg, table
+from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint
 from tests.conftest import toy_collection
 
 
@@ -321,11 +317,11 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
 from datamodules.records import Document, MiningPool, UserError
-from lightning_modules.mining import pool as pool_module
+from lightning_modules.mining import mine as pool_module
 from lightning_modules.retrieval import vector_cache as vectors_module
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
-from lightning_modules.mining.options import MiningOptions
+from lightning_modules.mining.mine import MiningOptions
 
 pool_module.BLOCK, vectors_module.LEAST = 7, 5
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -382,7 +378,7 @@ if world > 1:
 def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     told = []
     for world in (1, 2):
         folder = str(tmp_path / f"vectors{world}")

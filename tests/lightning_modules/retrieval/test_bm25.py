@@ -14,7 +14,7 @@ from lightning_modules.retrieval.evaluation import bm25_run
 from lightning_modules.retrieval.measure import measure
 from lightning_modules.retrieval.metrics import sorted_run
 
-DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 STOP = re.compile(
     "an?|and|are|as|at|be|but|by|for|if|into?|is|it|no|not|of|on|or|such|that|the|their|then|there|these|they|this|to"
     "|was|will|with"

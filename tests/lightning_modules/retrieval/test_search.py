@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.retrieval.shards import Shards
-from lightning_modules.retrieval.top_k import pair_scores, top_k
+from lightning_modules.retrieval.search import Shards, pair_scores, top_k
 
 BACKENDS = ("faiss", "torch")
 
@@ -65,7 +64,7 @@ def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
 @pytest.mark.parametrize("k", [40, 290, 300])
 def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
     """Few queries and documents at a time, so that documents wait to be merged, and float16 as on a disk."""
-    monkeypatch.setattr("lightning_modules.retrieval.top_k.DEEP", 30)
+    monkeypatch.setattr("lightning_modules.retrieval.search.DEEP", 30)
     queries, documents = world()
     documents = documents.astype(np.float16)
     compared = []

@@ -19,10 +19,10 @@ from lightning_modules.mining.miners import (
     MiningContext,
     RandomMiner,
     RankBandMiner,
+    SharingMiner,
     ShownMiner,
 )
-from lightning_modules.mining.sharing import SharingMiner
-from lightning_modules.retrieval.shards import Shards
+from lightning_modules.retrieval.search import Shards
 from tests.conftest import toy_collection
 
 

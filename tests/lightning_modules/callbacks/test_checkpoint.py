@@ -1,0 +1,66 @@
+"""The best checkpoint is the best one that was saved."""
+
+import errno
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.tasks import ClassificationDataModule
+from lightning_modules.callbacks import checkpoint, evaluation
+from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
+from lightning_modules.callbacks.evaluation import Evaluation
+from lightning_modules.contrastive import ContrastiveModule
+
+
+class Scripted(Evaluation):
+    """An evaluation whose results are fixed: value of each step."""
+
+    values = {1: 0.9, 2: 0.5, 3: 0.4}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.step = trainer.global_step
+        super().on_train_batch_end(trainer, module)
+
+
+@pytest.fixture
+def fitted(make_encoder, make_task, tmp_path, monkeypatch):
+    """Train three steps with an evaluation after each, on a disk that is full at some of them."""
+
+    def fit(*full_at):
+        write = checkpoint.write_checkpoint
+
+        def write_if_there_is_room(content, path, keep):
+            if content["global_step"] in full_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(content, path, keep)
+
+        data = make_task(ClassificationDataModule, "classification", num_batches=3)
+        callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
+        monkeypatch.setattr(evaluation, "measure", lambda *_: {"ndcg@10": Scripted.values[callback.step]})
+        monkeypatch.setattr(checkpoint, "write_checkpoint", write_if_there_is_room)
+        trainer = L.Trainer(
+            max_steps=3,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[callback],
+            plugins=[SafeCheckpointIO(tmp_path / "last.ckpt", 1)],
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(ContrastiveModule(make_encoder("shared"), total_steps=3), data)
+        return callback
+
+    return fit
+
+
+@pytest.mark.parametrize(("full_at", "best_step", "best"), [((), 1, 0.9), ((1,), 2, 0.5), ((1, 2), 3, 0.4)])
+def test_a_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, full_at, best_step, best):
+    callback = fitted(*full_at)
+    assert (callback.best_step, callback.best) == (best_step, best)
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == best_step
+    (state,) = (state for name, state in saved["callbacks"].items() if name == "Scripted")
+    assert (state["best_step"], state["best"]) == (best_step, best)  # a run that resumes from it knows its best
