@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.batches import BatchOptions
-from datamodules.batches import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
 from datamodules.tasks import KINDS, CollectionError, Reader

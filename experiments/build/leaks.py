@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.store import locked
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.folders import reader_of
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
+from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
 

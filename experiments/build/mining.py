@@ -10,8 +10,8 @@ import lightning as L
 import torch
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.records import UserError
 from datamodules.hard_negatives import Rounds
+from datamodules.records import UserError
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from experiments.run.folder import folder_of

@@ -6,10 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.hard_negatives import HardNegativeStore, write_store
 from datamodules.examples import ragged
+from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
 from datamodules.records import Collection, Document, MinedNegatives, UserError
-from datamodules.hard_negatives import Rounds
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from tests.conftest import toy_collection
 
@@ -236,9 +235,7 @@ def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_p
     written(tmp_path / "moved", data, [[2]] * 12, model="bbbb")
     other = with_rounds(make_task, tmp_path)
     other.rounds.begin(0, str(tmp_path / "moved"))
-    with pytest.raises(
-        UserError, match="moved: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"
-    ):
+    with pytest.raises(UserError, match="moved: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"):
         other.train_dataloader().load_state_dict(state)
     without = make_task(SearchDataModule, num_batches=12)
     with pytest.raises(UserError, match="was trained with mined hard negatives .*given., and this training has none"):

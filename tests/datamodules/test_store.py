@@ -303,7 +303,9 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
     corpus = reader.folder / "corpus.jsonl"
     texts = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
-    with pytest.raises(UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: duplicate id .*: an earlier line has it too"):
+    with pytest.raises(
+        UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: duplicate id .*: an earlier line has it too"
+    ):
         stored(beir, tmp_path / "cache")
 
 

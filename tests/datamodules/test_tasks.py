@@ -7,9 +7,7 @@ import random
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions
-from datamodules.batches import sampled_by_grade
-from datamodules.batches import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule, sampled_by_grade
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from datamodules import locks
-from datamodules.store import locked
 from datamodules.records import UserError
+from datamodules.store import locked
 from experiments.run import lock as run_lock
 from experiments.run.endings import answer
 from experiments.run.lock import only_job

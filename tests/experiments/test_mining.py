@@ -194,7 +194,8 @@ def test_structural_miners_by_task_without_a_model(tmp_path):
     data = build_data(load_config("moe", SMALL))
     for task in data.tasks[:2]:  # the sample's own hard negatives are by the same rules
         agree = [
-            set(store.negatives_of(task.task.name, i)) <= set(task.examples[i].hard_negatives) for i in range(len(task.examples))
+            set(store.negatives_of(task.task.name, i)) <= set(task.examples[i].hard_negatives)
+            for i in range(len(task.examples))
         ]
         assert np.mean(agree) == 1.0
 
