@@ -175,9 +175,9 @@ def _ignore_signals(worker: int) -> None:
 class ResumableLoader:
     """Iterate over the batches from the current position to num_batches.
 
-    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its state
-    in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer, the same
-    on all ranks, and the rounds of hard negatives.
+    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
+    state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
+    the same on all ranks, and the rounds of hard negatives.
 
     signature: everything besides the step that determines the batches; a state with another signature is refused.
     rounds: mined hard negatives. Workers do not prepare batches beyond the next batch at which a round may start; new
@@ -359,8 +359,8 @@ class MultiTaskDataModule(ContrastiveDataModule):
 
         MultiTaskDataModule([ClassificationDataModule(...), SearchDataModule(...)], batch_size=16)
 
-    options: options of all batches; single options may be given as keywords. Tasks without options of their own use them
-        too.
+    options: options of all batches; single options may be given as keywords. Tasks that were given no BatchOptions use
+        them too.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """The multi-task schedule: which task and which examples, at which step, on which rank.
 
-It is a pure function of (seed, step). Nothing is remembered between steps, so resuming needs one integer, any step costs
-the same, and every rank computes the same plan by itself. At each step all ranks work on one task, because in-batch
-negatives are shared across ranks and an expert must be used by all ranks or none. Each rank has its own slice of the
-global batch.
+It is a pure function of (seed, step). Nothing is remembered between steps, so resuming needs one integer, every step
+costs the same, and every rank computes the same plan by itself. At each step all ranks work on one task, because
+in-batch negatives are shared across ranks and an expert must be used by all ranks or none. Each rank has its own slice
+of the global batch.
 
 Steps are planned in blocks. Within a block every task has its share of the steps: in turns for round-robin, otherwise
 in a random order drawn for that block. The shares are exact after every whole block, and the number of a task's steps
