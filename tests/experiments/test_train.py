@@ -495,7 +495,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     ("overrides", "message"),
     [
         (["data.schedule=weights"], "data.weights: expected a weight for each of classification"),
-        (["data.weights={search: 1}"], "data.weights: are for data.schedule=weights"),
+        (["data.weights={search: 1}"], "data.weights: only the schedule 'weights' uses them"),
         (
             ["data.curriculum=[{from_step: 0, weights: {search: 1}}]"],
             r"data.curriculum\[0\].weights: expected a weight",
