@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.readers.folders import reader_of
+from datamodules.readers import reader_class_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
 from datamodules.text import NameMatcher

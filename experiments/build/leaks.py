@@ -13,8 +13,8 @@ import numpy as np
 
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
-from datamodules.readers.beir import BeirReader
 from datamodules.readers import reader_class_of
+from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.store import locked

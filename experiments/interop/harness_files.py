@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.readers.checks import BadLines
-from datamodules.readers.io import as_object
-from datamodules.readers.io import read_records
-from datamodules.readers.io import find_file
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts

@@ -21,8 +21,8 @@ from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS
 from tests.conftest import text_of
-from tests.datamodules.readers.worlds import WORLDS
 from tests.datamodules.readers.test_fuzz import mutated, retyped
+from tests.datamodules.readers.worlds import WORLDS
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
 
