@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.files import write_json
 from datamodules.leakage import WAYS
 from datamodules.records import UserError
 from experiments.build.data import build_data
@@ -28,7 +29,6 @@ from experiments.build.leaks import EXAMPLES, find_leaks
 from experiments.config.experiment import digest, experiments, load_config
 from experiments.config.schema import Config
 from experiments.shared.console import entry_point, table_console, whole_number
-from experiments.shared.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -44,6 +44,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import benchmarks_of, suite_of
 from experiments.build.models import MODEL_KEYS, run_of
@@ -58,7 +59,7 @@ from experiments.results.table import show, show_cost, show_suite
 from experiments.run.folder import git_state, read_config, versions
 from experiments.run.ranks import ranks
 from experiments.shared.console import choice, entry_point, key_values, token_budget
-from experiments.shared.files import read_json, writable_folder, write_json
+from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.compute import PRECISIONS
 from lightning_modules.retrieval.metrics import check_metric

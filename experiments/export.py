@@ -28,7 +28,7 @@ from experiments.config.experiment import from_dict
 from experiments.run.folder import read_config
 from experiments.run.model_card import INTRODUCTION, write_card
 from experiments.shared.console import choice, entry_point, key_values
-from experiments.shared.files import whole_folder
+from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import dense, save_dense, save_onnx, save_reference

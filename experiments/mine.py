@@ -29,7 +29,7 @@ from experiments.config.schema import Config
 from experiments.run.folder import flat
 from experiments.run.ranks import ranks
 from experiments.shared.console import entry_point, key_values
-from experiments.shared.files import writable_folder
+from experiments.shared.output import writable_folder
 from lightning_modules.callbacks.hard_negatives import compare, write_report
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import gate, table

@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.files import write_text
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, experiments, load_config
 from experiments.config.schema import Config
@@ -76,7 +77,7 @@ def slurm(experiment: str, arguments: Sequence[str]) -> Path:
     script = Path("slurm", f"{name}.sbatch").absolute()
     try:
         script.parent.mkdir(exist_ok=True)
-        write_atomically(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
+        write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
     except OSError as error:
         raise UserError(f"{script}: cannot be written ({error})") from error
     log.info("the job: %s", script)

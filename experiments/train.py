@@ -16,6 +16,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
@@ -30,7 +31,6 @@ from experiments.run.lock import only_job
 from experiments.run.next_steps import next_steps
 from experiments.run.tracking import build_loggers, log_end
 from experiments.shared.console import entry_point
-from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from transformers import AutoModel
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
 from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
@@ -27,8 +27,8 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
 from lightning_modules.encoders.loading import continue_from, load_encoder
-from lightning_modules.objective.frozen import FrozenEncoder
-from lightning_modules.objective.options import GuideOptions, TeacherOptions
+from lightning_modules.objective import FrozenEncoder
+from lightning_modules.objective_options import GuideOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +159,11 @@ def first_batches(task: TaskDataModule, tokenizer, count: int) -> list[Contrasti
 
 def _module(config: Config, encoder: Encoder) -> ContrastiveModule:
     objective = config.objective
-    judges: dict[str, GuideOptions | TeacherOptions] = {"guide": objective.guide, "teacher": objective.teacher}
     return ContrastiveModule(
         encoder,
         tasks=list(config.task),
-        judges={name: _judge(config, name, options) for name, options in judges.items() if options.model},
+        guide_model=_frozen_model(config, "guide", objective.guide) if objective.guide.model else None,
+        teacher_model=_frozen_model(config, "teacher", objective.teacher) if objective.teacher.model else None,
         grad_cache=config.trainer.grad_cache,
         optim=config.optim,
         total_steps=config.trainer.max_steps,
@@ -171,8 +171,8 @@ def _module(config: Config, encoder: Encoder) -> ContrastiveModule:
     )
 
 
-def _judge(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
-    """The guide or teacher of the objective. Raises UserError if it is no encoder of the run's tasks."""
+def _frozen_model(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
+    """Load the guide or teacher of the objective. Raises UserError if it does not know all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
     encoder = load_encoder(options.model, tasks=tasks, key=key)
     missing = [task for task in tasks if task not in encoder.tasks]

@@ -6,6 +6,7 @@ import functools
 import logging
 from pathlib import Path
 
+from datamodules.files import read_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.data import build_data
 from experiments.build.models import run_of
@@ -14,7 +15,6 @@ from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.results.measured import Measured
 from experiments.run.folder import read_config
 from experiments.shared.console import key_values
-from experiments.shared.files import read_json
 
 log = logging.getLogger(__name__)
 

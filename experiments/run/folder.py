@@ -28,12 +28,12 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
+from datamodules.files import read_json, write_json, write_text
 from datamodules.records import UserError
 from experiments.config.experiment import as_dict, digest
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
-from experiments.shared.files import read_json, write_atomically, write_json
 from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
 
@@ -156,7 +156,7 @@ def write_config(folder: RunFolder, config: Config) -> None:
     if rank_zero_only.rank == 0:
         try:
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomically(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+            write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.search import Shards, check_finite
-from lightning_modules.retrieval.vector_cache import text_hash, whole_file
+from lightning_modules.retrieval.vector_cache import text_hash
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class ShardFolder:
         try:
             (self.folder / f"{number:05d}.json").unlink(missing_ok=True)  # of other texts
             for task, array in vectors.items():
-                with whole_file(self.path(number, task)) as file:
+                with atomic_file(self.path(number, task)) as file:
                     np.save(file, array)
             write_json(self.folder / f"{number:05d}.json", note)
         except OSError as error:
@@ -172,7 +173,7 @@ def merge(shards: ShardFolder, task: str, count: int, path: Path, about: Mapping
         log.warning("%s: %d ids stand more than once in the input; each has a row", path, repeated)
     try:
         beside(path, ".json").unlink(missing_ok=True)  # of other vectors
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             for number, note in enumerate(notes):
                 vectors = shards.vectors(number, task, note)
                 if number == 0:
@@ -248,10 +249,10 @@ def read_ids(path: Path, count: int) -> list[str]:
 
 
 def write_ids(path: Path, ids: Sequence[str]) -> None:
-    with whole_file(beside(path, ".ids.txt")) as file:
+    with atomic_file(beside(path, ".ids.txt")) as file:
         file.write("".join(f"{id}\n" for id in ids).encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(content, ensure_ascii=False).encode())

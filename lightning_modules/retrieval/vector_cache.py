@@ -11,17 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
@@ -49,21 +46,6 @@ def text_hash(documents: Iterable[Document], *keys: str) -> str:
     for document in documents:
         digest.update(repr((document.title, document.text)).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of path when all of it is on the disk. On an error nothing is left."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 LEAST, SHARES = 512, 64  # texts of a shard, and shards of few texts
@@ -109,7 +91,7 @@ class VectorCache:
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(part, task, advance)
                     check_finite(vectors, what, first)
-                    with whole_file(path) as file:
+                    with atomic_file(path) as file:
                         np.save(file, vectors)
 
         together(embed)
