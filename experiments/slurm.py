@@ -40,7 +40,6 @@ from experiments.config.sweep_file import read_sweep
 from experiments.run.folder import folder_of
 from experiments.run.trials import trials_of
 from experiments.shared.console import entry_point, whole_number
-from experiments.shared.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import option_keys
@@ -23,7 +24,6 @@ from experiments.config.sweep_file import Sweep, as_override, check_trials, read
 from experiments.run.endings import PREEMPTED
 from experiments.run.trials import Controller, Trial
 from experiments.shared.console import entry_point, near, table_console
-from experiments.shared.files import write_json
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
