@@ -66,7 +66,7 @@ def _usage(encoder: Encoder, similarity: str, task: str) -> str:
     block = "\n".join(["```python", *code, "```"])
     return (
         f"## Use\n\n{block}\n\nThe text of a paper is its title and abstract, joined by ` {separator} `; that of a label "
-        f"is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
+        "is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
         f"{'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
     )
 
