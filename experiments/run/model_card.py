@@ -65,8 +65,8 @@ def _usage(encoder: Encoder, similarity: str, task: str) -> str:
         note = f"Tasks: {', '.join(encoder.tasks)}. The code is that of the project scimult."
     block = "\n".join(["```python", *code, "```"])
     return (
-        f"## Use\n\n{block}\n\nThe text of a paper is its title and abstract, joined by ` {separator} `; that of a label "
-        "is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
+        f"## Use\n\n{block}\n\nThe text of a paper is its title and abstract, joined by ` {separator} `. That of a "
+        "label is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
         f"{'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
     )
 
