@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
-from datamodules.readers.gathered import pour
+from datamodules.readers.checks import stream_collection
 from datamodules.records import Collection, Document, Sink, UserError
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
@@ -83,7 +83,7 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
     log.info("converting %s (once) into %s", description, folder.parent)
     with _recorded_warnings() as warnings:
         streams = isinstance(reader, StreamingReader)
-        meta = write(reader.stream if streams else lambda sink: pour(reader.read(), sink), folder)
+        meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), folder)
     meta |= {"version": VERSION, "reader": description, "warnings": warnings}
     meta["sources"] = [str(source) for source in reader.sources()]
     meta["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -13,7 +13,7 @@ import pytest
 from datamodules.batches import BatchOptions
 from datamodules.conversion import FileReader, StreamingReader, describe, stored
 from datamodules.examples import ExampleTable, in_memory
-from datamodules.readers import json_values, lines
+from datamodules.readers import io
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Collection, Document, Task, UserError
@@ -21,8 +21,8 @@ from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS
 from tests.conftest import text_of
-from tests.datamodules.reader_worlds import WORLDS
-from tests.datamodules.test_fuzz import mutated, retyped
+from tests.datamodules.readers.test_fuzz import mutated, retyped
+from tests.datamodules.readers.worlds import WORLDS
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
 
@@ -291,7 +291,7 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
             f"{query}\t{document}\t{int(grade) + 1}",
             f"split train: query '{query}' and document '{document}' have score",
         ),
-        (f"nobody\t{document}\t1", "1 lines name 1 query ids that are not in queries.jsonl: 'nobody'"),
+        (f"nobody\t{document}\t1", "1 lines have 1 query ids that are not in queries.jsonl: 'nobody'"),
         (f"{query}\t{document}", "line [0-9]+: expected query-id, corpus-id and score"),
         (f"{query}\t{document}\thigh", "line [0-9]+: the score must be an integer"),
     ):
@@ -319,7 +319,7 @@ def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
         caplog.clear()
         found = stored(beir, tmp_path / "cache")
         assert list(found.corpus) == list(reader._collection.corpus)
-        assert "1 bad line is left out" in caplog.text
+        assert "left out 1 bad line" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
 
@@ -336,8 +336,7 @@ def test_what_any_reader_reads_is_kept_and_found_by_its_files(world, tmp_path, m
     world.write(tmp_path / "data")
     reader, opened = world.make(tmp_path / "data"), []
     assert isinstance(reader, FileReader)
-    monkeypatch.setattr(lines, "open_text", lambda path, real=lines.open_text: opened.append(path) or real(path))
-    monkeypatch.setattr(json_values, "open_text", lines.open_text)
+    monkeypatch.setattr(io, "open_text", lambda path, real=io.open_text: opened.append(path) or real(path))
     wanted = reader.read()
     assert set(opened) == set(reader.sources())
     found = stored(reader, tmp_path / "cache")

@@ -519,7 +519,7 @@ def test_bad_lines_are_skipped_into_the_runs_quarantine(tmp_path, beir_root):
     node = "{_target_: datamodules.readers.beir.BeirReader, folder: " + str(tmp_path / "scitldr") + "}"
     overrides = [*TINY[3:], "tasks=[search]", f"task.search.data={{sci: {node}}}", "evaluation.baselines=false"]
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: is no JSON"):
+    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: invalid JSON"):
         train("vanilla", two_steps(run, *overrides, f"data.cache={tmp_path / 'cache'}"))
     assert not run.exists()
     for cache in ("", str(tmp_path / "cache")):
