@@ -1,8 +1,8 @@
 """The data: records, readers, batches and the multi-task schedule. Imports no other package of this project.
 
-    from datamodules import BeirReader, MultiTaskDataModule, SearchDataModule
+from datamodules import BeirReader, MultiTaskDataModule, SearchDataModule
 
-    data = MultiTaskDataModule([SearchDataModule("search", BeirReader("data/scifact"))], batch_size=16)
+data = MultiTaskDataModule([SearchDataModule("search", BeirReader("data/scifact"))], batch_size=16)
 """
 
 from __future__ import annotations
