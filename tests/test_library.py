@@ -101,7 +101,7 @@ def _ready(data):
     return data
 
 
-def test_missing_tokenizer_raises_user_error(papers):
+def test_missing_tokenizer_is_rejected(papers):
     with pytest.raises(UserError, match="tokenizer: needed to make batches; pass one, or train a module that has"):
         _ready(SearchDataModule("search", papers)).train_dataloader()
 
@@ -113,14 +113,14 @@ def test_missing_tokenizer_raises_user_error(papers):
         ({"num_hard_negatives": -1}, "num_hard_negatives: expected a number of at least 0, got -1"),
     ],
 )
-def test_option_out_of_bounds_raises_user_error(papers, options, message):
+def test_option_out_of_bounds_is_rejected(papers, options, message):
     for kind in (BatchOptions, lambda **o: MultiTaskDataModule([SearchDataModule("search", papers)], **o)):
         with pytest.raises(UserError, match=message):
             kind(**options)
 
 
 @pytest.mark.parametrize(("query", "document", "name"), [("q9", "p1", "query 'q9'"), ("q1", "p9", "document 'p9'")])
-def test_judgement_of_unknown_id_raises_user_error(papers, query, document, name):
+def test_judgement_of_unknown_id_is_rejected(papers, query, document, name):
     broken = Collection(papers.corpus, papers.queries, {"train": {query: {document: 1}}})
     with pytest.raises(UserError, match=f"task search, collection mine: split train: the judgements name a {name}"):
         SearchDataModule("search", {"mine": broken}).setup()
