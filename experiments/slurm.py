@@ -33,10 +33,10 @@ import yaml
 from datamodules.files import write_text
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.paths import folder_of
 from experiments.config.schema import Config
 from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
-from experiments.run.folder import folder_of
 from experiments.shared.console import entry_point, whole_number
 from experiments.sweeping.file import read_sweep
 from experiments.sweeping.trial import trials_of

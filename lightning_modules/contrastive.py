@@ -13,8 +13,7 @@ from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.chunked import embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
-from lightning_modules.objective.frozen import FrozenEncoder
-from lightning_modules.objective.objective import Objective
+from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective.options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
 from lightning_modules.task_balance import UncertaintyWeights

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.masks import padded_by_first
+from lightning_modules.losses import padded_by_first
 
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")

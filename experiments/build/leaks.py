@@ -14,8 +14,8 @@ import numpy as np
 from datamodules.cache import only_one
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
+from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.folders import reader_of
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
@@ -133,7 +133,7 @@ def _evaluated(
 def _folder(folder: str) -> BeirReader | JsonlReader:
     """Raises UserError, naming the key, if there is no such folder."""
     try:
-        reader = reader_of(folder)(folder)
+        reader = reader_class_of(folder)(folder)
         reader.sources()
     except UserError as error:
         raise UserError(f"an evaluation to be compared with (data.leaks_in, or beir of make audit): {error}") from error

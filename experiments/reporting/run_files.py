@@ -10,9 +10,9 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
+from experiments.config.paths import read_config, runs_there
 from experiments.reporting.charts import NUM_TONES, Series
 from experiments.reporting.source import Source
-from experiments.run.folder import read_config, runs_there
 
 CONFIG = "config.yaml"
 FIGURES = "report.json"  # what the report itself works out, beside the page

@@ -28,8 +28,7 @@ from lightning_modules.distributed.sharding import replica, sharded_gradients, s
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import log_picture
-from lightning_modules.losses import comparable
-from lightning_modules.masks import known_positive_mask, repeated
+from lightning_modules.losses import comparable, known_positive_mask, repeated
 from lightning_modules.objective.sides import reads_the_same
 from lightning_modules.task_balance import TaskGradients
 

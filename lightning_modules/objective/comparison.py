@@ -11,8 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lightning_modules.losses import comparable, info_nce, kl_divergence, margin_mse
-from lightning_modules.masks import keep_own
+from lightning_modules.losses import comparable, info_nce, keep_own, kl_divergence, margin_mse
 from lightning_modules.objective.options import ObjectiveOptions, TeacherOptions
 from lightning_modules.objective.parts import in_parts, rows_at_once
 from lightning_modules.objective.sides import Judge, Side

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import gather_rows
+from lightning_modules.objective import FrozenEncoder
 from lightning_modules.objective.comparison import compare
-from lightning_modules.objective.frozen import FrozenEncoder
 from lightning_modules.objective.options import ObjectiveOptions
 from lightning_modules.objective.sides import Judge, Side, document_side, query_side
 from lightning_modules.objective.temperature import Temperature

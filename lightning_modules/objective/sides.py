@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.records import ContrastiveBatch
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
-from lightning_modules.masks import guide_mask, known_positive_mask, padded_by_first, repeated
+from lightning_modules.losses import guide_mask, known_positive_mask, padded_by_first, repeated
 from lightning_modules.objective.options import GuideOptions, ObjectiveOptions
 
 Mask = Callable[[slice], Tensor]  # rows -> (rows, C) bool: no negatives

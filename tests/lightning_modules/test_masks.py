@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.masks import guide_mask, keep_own, known_positive_mask, repeated
+from lightning_modules.losses import guide_mask, keep_own, known_positive_mask, repeated
 from tests.lightning_modules.objective_reference import guided
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datamodules.records import UserError
-from lightning_modules.objective.objective import Objective
+from lightning_modules.objective import Objective
 from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
 from lightning_modules.objective.parts import in_parts, rows_at_once
 from lightning_modules.objective.temperature import Temperature

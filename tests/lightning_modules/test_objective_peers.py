@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from datamodules.records import ContrastiveBatch
-from lightning_modules.objective.objective import Objective
+from lightning_modules.objective import Objective
 from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
 
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")

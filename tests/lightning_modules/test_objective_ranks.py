@@ -18,7 +18,7 @@ RANKS = textwrap.dedent(
 
     from datamodules.collate import padded
     from datamodules.records import ContrastiveBatch
-    from lightning_modules.objective.objective import Objective
+    from lightning_modules.objective import Objective
     from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
 
     SIZES, IDS = [4, 3, 5, 2], 14  # queries of each rank
