@@ -22,7 +22,6 @@ from lightning_modules.mining.mine import Mining
 log = logging.getLogger(__name__)
 
 
-
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
     """Let the data draw from mined hard negatives, if there are or will be any."""
     settings = config.mining
