@@ -41,7 +41,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def runs_there() -> str:
     """List the runs in runs/, for error messages."""
-    return f"In runs/ there are: {', '.join(sorted(str(path.parent) for path in Path('runs').glob('*/config.yaml'))) or 'none'}"
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    return f"In runs/ there are: {', '.join(runs) or 'none'}"
 
 
 def _with_current_paths(node: Any) -> Any:
