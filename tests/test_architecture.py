@@ -14,7 +14,6 @@ MAY_IMPORT = {
 }
 PURE = (
     "lightning_modules/losses.py",
-    "lightning_modules/losses.py",
     "lightning_modules/retrieval/metrics.py",
     "lightning_modules/retrieval/predictions.py",
     "datamodules/text.py",

@@ -35,7 +35,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def module_of(values: dict[str, int], cache: bool) -> ContrastiveModule:
     encoder = SharedEncoder(*backbone_of(values, VOCABULARY - 5), {"search": "search"}, pooling="mean")
-    return ContrastiveModule(encoder, similarity="cosine", temperature=0.05, grad_cache=cache).to(DEVICE)
+    options = {"similarity": "cosine", "temperature": 0.05, "total_steps": 1000}
+    return ContrastiveModule(encoder, grad_cache=cache, **options).to(DEVICE)
 
 
 def batch_of(values: dict[str, int], pairs: int) -> ContrastiveBatch:

@@ -73,7 +73,8 @@ def measured(rank: int, port: int, way: str, values: dict[str, int]) -> dict[str
     before = _peak()
     encoder = MoEEncoder(*backbone_of(values, VOCABULARY - 5), tasks_of(values["experts"]), pooling="mean")
     cached = WAYS[way].get("cache", False)
-    module = ContrastiveModule(encoder, similarity="cosine", temperature=0.05, grad_cache=cached).to(device).train()
+    options = {"similarity": "cosine", "temperature": 0.05, "total_steps": 1000}
+    module = ContrastiveModule(encoder, grad_cache=cached, **options).to(device).train()
     step: nn.Module = _Step(module)
     if way == "ddp":
         ids = [rank] if on_gpu else None

@@ -27,8 +27,8 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
 from lightning_modules.encoders.loading import continue_from, load_encoder
-from lightning_modules.objective.frozen import FrozenEncoder
-from lightning_modules.objective.options import GuideOptions, TeacherOptions
+from lightning_modules.objective import FrozenEncoder
+from lightning_modules.objective_options import GuideOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from lightning_modules.distributed.sharding import replica, sharded_gradients, s
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import log_picture
-from lightning_modules.losses import comparable, known_positive_mask, repeated
-from lightning_modules.objective.sides import reads_the_same
+from lightning_modules.losses import comparable, duplicate_mask, membership_mask
+from lightning_modules.objective import text_keys_of_queries
 from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
@@ -151,15 +151,15 @@ def _of_batch(module: ContrastiveModule, vectors: torch.Tensor, batch: Contrasti
     """What the vectors (U, D) of a batch tell of its negatives, over the distinct documents of all ranks."""
     options, temperature = module.objective.options, module.objective.temperature(batch.task)
     documents, ids = gather_rows(vectors[batch.documents]), gather_rows(batch.document_ids)
-    first = ~repeated(ids)
+    first = ~duplicate_mask(ids)
     documents, ids = documents[first], ids[first]
     own = torch.where(batch.positives < 0, -1, batch.document_ids[batch.positives.clamp(min=0)])  # (B, P) ids
-    own, masked = known_positive_mask(own, ids), torch.zeros(len(own), len(ids), dtype=torch.bool, device=own.device)
+    own, masked = membership_mask(own, ids), torch.zeros(len(own), len(ids), dtype=torch.bool, device=own.device)
     if options.mask_known_positives:
-        masked |= known_positive_mask(batch.known_positives, ids)
+        masked |= membership_mask(batch.known_positives, ids)
     if options.mask_same_text and batch.text_keys is not None:
         keys = gather_rows(batch.text_keys[batch.documents])[first]
-        masked |= reads_the_same(batch, keys)(slice(None))
+        masked |= membership_mask(text_keys_of_queries(batch), keys)
     with torch.autocast(module.device.type, enabled=False):
         queries, documents = (comparable(x, options.similarity) for x in (vectors[batch.queries], documents))
         mean_cosine, first_share = anisotropy(vectors)

@@ -261,7 +261,10 @@ def test_epochs_are_passes_through_all_examples():
             "has no class 'BM25'; expected one of BM25Miner",
         ),
         (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch'; did you mean search"),
-        (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),
+        (
+            ["mining.guide=/no/where", "mining.every_n_steps=2"],
+            "mining.guide: '/no/where' is not an existing file or folder",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):

@@ -91,7 +91,7 @@ def test_a_judge_must_know_the_tasks(plain, tmp_path, make_encoder):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model={other}"])
         with pytest.raises(UserError, match=rf"objective\.{name}\.model: '/no/where'"):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model=/no/where"])
-    with pytest.raises(UserError, match="objective.matryoshka: got 32, allowed are numbers below 32"):
+    with pytest.raises(UserError, match="matryoshka: expected numbers below 32, the whole vector, got 32"):
         train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, "objective.matryoshka=[32]"])
 
 

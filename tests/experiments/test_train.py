@@ -255,7 +255,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
     ("overrides", "message"),
     [
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
-        (["init_from=/no/where"], "init_from: '/no/where' is no file or folder here"),
+        (["init_from=/no/where"], "init_from: '/no/where' is not an existing file or folder"),
         (["encoder.layers=mod9"], "leaves no expert layer"),
         (["task.search.data.searches.num_papers=5"], "num_papers: got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
@@ -440,9 +440,9 @@ def test_a_new_task_is_given_to_a_trained_encoder(tmp_path, caplog):
         (["tasks=[classification]"], "task classification: the encoder has it already"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "brings an encoder with .'ffn': False., the experiment moe says .'ffn': True."),
-        (["extend.like=sarch"], "extend.like: expected one of nearest, classification"),
-        (["extend.model=/no/where"], "extend.model: '/no/where' is no file or folder"),
-        (["task.search.expert=classification"], r"task\.search\.expert: classification is there already"),
+        (["extend.like=sarch"], "extend.like: got 'sarch', allowed are nearest, classification"),
+        (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
+        (["task.search.expert=classification"], "task search: the expert classification exists already"),
     ],
 )
 def test_what_cannot_be_extended_is_refused(tmp_path, make_encoder, overrides, message):

@@ -60,8 +60,13 @@ def module_of(kind, cached, checkpointing):
     encoder = of_class(backbone, tokenizer, TASKS, pooling="mean", max_length=32, **own)
     set_dropout(encoder, 0.1, 0.1)
     encoder.gradient_checkpointing = checkpointing
-    options = OptimOptions(lr=1e-3, eps=1e-4)
-    return ContrastiveModule(encoder, grad_cache=cached, optim=options, similarity="cosine", temperature=0.1).double()
+    options = {
+        "optim": OptimOptions(lr=1e-3, eps=1e-4),
+        "total_steps": 1000,
+        "similarity": "cosine",
+        "temperature": 0.1,
+    }
+    return ContrastiveModule(encoder, grad_cache=cached, **options).double()
 
 
 def trained(module, step, own):

@@ -1,4 +1,4 @@
-"""What leaves the project: plain folders, ONNX, the experts' average, checkpoints of the authors' layout."""
+"""Exports: plain folders, ONNX, the average of the experts, checkpoints in the authors' layout."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from tests.conftest import TASKS, text_of
-from tests.lightning_modules.test_families import make_modern  # noqa: F401
-from tests.lightning_modules.test_pretrained import INSTRUCTIONS, KINDS
+from tests.lightning_modules.encoders.test_families import make_modern  # noqa: F401
+from tests.lightning_modules.encoders.test_pretrained import INSTRUCTIONS, KINDS
 
 PLAIN = ("shared", "attention", "ffn", "both", "prompt")
 TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 3 * i))) for i in range(8)]
 STRINGS = [f"{d.title} [SEP] {d.text}" if d.text else d.title for d in TEXTS]
 
-# Runs where our packages cannot be imported.
+# Runs in a process that cannot import our packages.
 LOADER = """
 import json, sys
 for name in ("lightning_modules", "datamodules", "experiments"):
@@ -56,16 +56,16 @@ def changed(encoder):
 
 @pytest.fixture
 def make(make_backbone):
-    def of(name, pooling="cls", normalize=False, seed=0, **further):
+    def build(name, pooling="cls", normalize=False, seed=0, **further):
         kind, arguments = KINDS[name]
         arguments = {"max_length": 16} | arguments | further
         return changed(kind(*make_backbone(seed), TASKS, pooling=pooling, normalize=normalize, **arguments))
 
-    return of
+    return build
 
 
 def loaded_elsewhere(folder, task, out):
-    """The folder's vectors in a process without our packages."""
+    """Load the folder in a process without our packages, and return its vectors."""
     command = [sys.executable, "-c", LOADER, task, str(folder), str(out)]
     done = subprocess.run(command, input=json.dumps(STRINGS), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -77,12 +77,12 @@ def loaded_elsewhere(folder, task, out):
     ("name", "pooling", "normalize"),
     [("shared", "cls", False), ("attention", "cls", False), ("ffn", "mean", True), ("both", "mean", False)],
 )
-def test_each_task_is_loaded_by_other_tools_without_our_code(make, tmp_path, name, pooling, normalize):
+def test_other_tools_load_each_task_without_our_code(make, tmp_path, name, pooling, normalize):
     encoder = make(name, pooling, normalize)
     for task in TASKS if name == "attention" else ["search"]:
         folder = save_dense(encoder, task, tmp_path / task, "cosine")
         found = loaded_elsewhere(folder, task, tmp_path / f"{task}.npz")
-        ours = encoder.encode(TEXTS, task).numpy()  # the last texts are longer than max_length
+        ours = encoder.encode(TEXTS, task).numpy()  # some texts are longer than max_length
         assert np.abs(found["sentence_transformers"] - ours).max() < 1e-5
         states, mask = found["states"], found["mask"][..., None]
         pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
@@ -93,7 +93,7 @@ def test_each_task_is_loaded_by_other_tools_without_our_code(make, tmp_path, nam
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pooling", "pool_prompt"), [("mean", True), ("mean", False), ("cls", False)])
-def test_a_prompt_goes_along(make, tmp_path, pooling, pool_prompt):
+def test_prompt_is_exported(make, tmp_path, pooling, pool_prompt):
     encoder = make("prompt", pooling, pool_prompt=pool_prompt, max_length=32)
     folder = save_dense(encoder, "search", tmp_path / "search")
     found = loaded_elsewhere(folder, "search", tmp_path / "found.npz")
@@ -102,14 +102,14 @@ def test_a_prompt_goes_along(make, tmp_path, pooling, pool_prompt):
     assert settings["prompts"] == {"search": INSTRUCTIONS["search"] + " "}
 
 
-def test_modernbert_is_exported_too(make_modern, tmp_path):  # noqa: F811
+def test_modernbert_is_exported(make_modern, tmp_path):  # noqa: F811
     encoder = changed(MoEEncoder(*make_modern(), TASKS, ffn=True, max_length=40))
     plain = load_encoder(save_dense(encoder, "search", tmp_path / "search"))
     ours = encoder.encode(TEXTS, "search")
     torch.testing.assert_close(plain.encode(TEXTS, "search"), ours, atol=1e-5, rtol=1e-5)
 
 
-def test_the_average_is_the_mean_of_the_experts(make):
+def test_average_is_the_mean_of_the_experts(make):
     encoder = make("both")
     general = average(encoder)
     assert general.tasks == encoder.tasks
@@ -122,13 +122,13 @@ def test_the_average_is_the_mean_of_the_experts(make):
     assert torch.equal(mean[shared], state[shared])
     at_first = MoEEncoder(general.backbone, general.tokenizer, TASKS, max_length=16)
     again = average(at_first).state_dict()
-    for name, tensor in mean.items():  # of equal experts it is these
+    for name, tensor in mean.items():  # the average of equal experts is one of them
         torch.testing.assert_close(again[name], tensor, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "pooling"), [("attention", "cls"), ("ffn", "mean")])
-def test_onnx_computes_the_same_for_any_batch_and_length(make, tmp_path, name, pooling):
+def test_onnx_gives_the_same_vectors_for_any_batch_and_length(make, tmp_path, name, pooling):
     import onnxruntime
 
     encoder = make(name, pooling, normalize=pooling == "mean", max_length=40)
@@ -143,31 +143,31 @@ def test_onnx_computes_the_same_for_any_batch_and_length(make, tmp_path, name, p
 
 
 @pytest.mark.parametrize("name", ["routed", "instruction", "prefix", "adapters"])
-def test_what_no_plain_model_computes_is_refused(make, tmp_path, name):
-    with pytest.raises(UserError, match="has no plain form: .*format=pretrained keeps it"):
+def test_plain_export_of_encoders_without_plain_form_raises_user_error(make, tmp_path, name):
+    with pytest.raises(UserError, match="has no plain form, .*format=pretrained exports the whole encoder"):
         save_dense(make(name), "search", tmp_path / "search")
     assert not (tmp_path / "search").exists()
 
 
-def test_what_cannot_be_exported_is_refused(make, tmp_path):
+def test_impossible_exports_raise_user_error(make, tmp_path):
     with pytest.raises(UserError, match="unknown task 'serach'"):
         dense(make("attention"), "serach")
     with pytest.raises(UserError, match="has no experts to average"):
         dense(make("shared"), "average")
     with pytest.raises(UserError, match="pool_prompt=false"):
         save_onnx(save_dense(make("prompt", "mean", max_length=32), "search", tmp_path / "p"))
-    with pytest.raises(UserError, match="RoutedEncoder over bert: .* SharedEncoder and MoEEncoder over bert alone"):
+    with pytest.raises(UserError, match="only SharedEncoder and MoEEncoder over bert, not RoutedEncoder over bert"):
         save_reference(make("routed"), tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="pooling mean with normalize False"):
+    with pytest.raises(UserError, match="not pooling mean with normalize false"):
         save_reference(make("attention", "mean", layers="mod2"), tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"layers \[0, 2\]: the reference knows mod2, mod3"):
+    with pytest.raises(UserError, match=r"layers \[0, 2\]: the authors' format supports only mod2, mod3"):
         save_reference(make("attention"), tmp_path / "x.ckpt")
     assert not (tmp_path / "x.ckpt").exists()
 
 
 @pytest.mark.parametrize("name", ["shared", "attention", "ffn", "both"])
 @pytest.mark.parametrize("rule", ["mod2", "mod3", "le7mod3", "ge6mod3"])
-def test_there_and_back_in_the_authors_layout_is_bit_equal(make, make_backbone, tmp_path, name, rule):
+def test_round_trip_through_the_authors_layout_is_bit_equal(make, make_backbone, tmp_path, name, rule):
     kind, arguments = KINDS[name]
     layers = {} if name == "shared" else {"layers": rule}
     torch.manual_seed(1)
@@ -189,7 +189,7 @@ def test_there_and_back_in_the_authors_layout_is_bit_equal(make, make_backbone, 
     assert first["model_dict"].keys() == second["model_dict"].keys()
 
 
-def test_files_have_the_usual_rights_and_failed_ones_leave_nothing(make, tmp_path):
+def test_files_get_default_permissions_and_failures_leave_no_files(make, tmp_path):
     encoder, mask = make("ffn", layers="mod2"), os.umask(0)
     os.umask(mask)
     save_dense(encoder, "search", tmp_path / "plain")
@@ -206,7 +206,7 @@ def test_files_have_the_usual_rights_and_failed_ones_leave_nothing(make, tmp_pat
     assert {p.name for p in tmp_path.iterdir()} == {"plain", "whole", "there.ckpt", "folder", "file"}
 
 
-def test_a_plain_folder_comes_back_with_its_pooling(make, tmp_path, caplog):
+def test_exported_plain_folder_loads_with_its_pooling(make, tmp_path, caplog):
     encoder = make("attention", "mean", normalize=True)
     plain = load_encoder(save_dense(encoder, "search", tmp_path / "search"))
     assert (plain.pooling, plain.normalize, plain.max_length) == ("mean", True, 16)
@@ -220,10 +220,10 @@ def test_a_plain_folder_comes_back_with_its_pooling(make, tmp_path, caplog):
     settings = tmp_path / "search" / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
     load_encoder(tmp_path / "search")
-    assert "has prompts (query, document), and none is its default" in caplog.text
+    assert "has prompts (query, document), but no default one" in caplog.text
 
 
-def test_a_plain_folder_holds_no_other_tasks_weights(make, tmp_path):
+def test_plain_folder_contains_only_the_weights_of_its_task(make, tmp_path):
     folder = save_dense(make("attention"), "search", tmp_path / "search")
     shared = save_dense(make("shared"), "search", tmp_path / "shared")
     assert load_file(folder / "model.safetensors").keys() == load_file(shared / "model.safetensors").keys()

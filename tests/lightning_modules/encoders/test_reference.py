@@ -1,4 +1,4 @@
-"""Checkpoints of SciMult's authors: vectors, loss and gradients as their own code computes them."""
+"""Checkpoints of SciMult's authors give the vectors, loss and gradients that their code computed."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.encoders.scimult_format import EXPERTS, _our_key
 from lightning_modules.losses import comparable, info_nce
 
-GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[4] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no outputs of the authors' code at {GOLDEN} (SCIMULT_GOLDEN names another folder)"
+    not GOLDEN.is_dir(), reason=f"no outputs of the authors' code in {GOLDEN} (SCIMULT_GOLDEN names another folder)"
 )
 MOE = ("moe_attn", "moe_fwd", "moe_attn_fwd")
 
@@ -41,7 +41,7 @@ def close(ours, expected, tolerance=1e-5):
 
 
 def states(encoder, ids, mask, task):
-    """The last layer's states (B, L, D), padding zeroed."""
+    """Return the states of the last layer, (B, L, D), with zeros for padding."""
     kept = []
     pooling, pool = encoder.pooling, encoder.pool
     encoder.pooling, encoder.pool = "mean", lambda hidden, *_: kept.append(hidden) or hidden[:, 0]
@@ -51,7 +51,7 @@ def states(encoder, ids, mask, task):
 
 
 @pytest.mark.parametrize("name", ["dense", *MOE])
-def test_vectors_are_those_of_the_authors_code(bert, tokens, name):
+def test_vectors_equal_those_of_the_authors_code(bert, tokens, name):
     encoder, expected = (
         load_encoder(GOLDEN / f"{name}.ckpt", backbone=bert),
         load_file(GOLDEN / f"{name}.expected.safetensors"),
@@ -67,7 +67,7 @@ def test_vectors_are_those_of_the_authors_code(bert, tokens, name):
 
 
 @pytest.mark.parametrize("name", MOE)
-def test_a_batch_of_several_tasks(bert, tokens, name):
+def test_vectors_of_a_mixed_batch_equal_those_of_the_authors_code(bert, tokens, name):
     encoder, expected = (
         load_encoder(GOLDEN / f"{name}.ckpt", backbone=bert),
         load_file(GOLDEN / f"{name}.expected.safetensors"),
@@ -78,7 +78,7 @@ def test_a_batch_of_several_tasks(bert, tokens, name):
         encoder(*tokens, tasks[:2])
 
 
-def test_texts_are_tokenised_as_there(bert):
+def test_token_ids_equal_those_of_the_authors_code(bert):
     encoder, expected = (
         load_encoder(GOLDEN / "dense.ckpt", backbone=bert),
         load_file(GOLDEN / "dense.expected.safetensors"),
@@ -90,7 +90,7 @@ def test_texts_are_tokenised_as_there(bert):
     assert torch.equal(ours.attention_mask, expected["text_attention_mask"][:, :length])
 
 
-def test_means_are_normalised(bert, tokens, tmp_path):
+def test_mean_pooling_equals_that_of_the_authors_code(bert, tokens, tmp_path):
     checkpoint = torch.load(GOLDEN / "moe_attn.ckpt", weights_only=True)
     checkpoint["encoder_params"]["mean_pool"] = True
     torch.save(checkpoint, tmp_path / "mean.ckpt")
@@ -102,7 +102,7 @@ def test_means_are_normalised(bert, tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["dense", *MOE])
 @pytest.mark.parametrize(("similarity", "temperature"), [("dot", 1.0), ("cosine", 0.01)])
-def test_loss_and_gradients_are_those_of_the_authors_code(bert, tokens, name, similarity, temperature):
+def test_loss_and_gradients_equal_those_of_the_authors_code(bert, tokens, name, similarity, temperature):
     encoder, expected = (
         load_encoder(GOLDEN / f"{name}.ckpt", backbone=bert),
         load_file(GOLDEN / f"{name}.expected.safetensors"),
@@ -133,7 +133,7 @@ def saved(tmp_path, change):
     return tmp_path / "changed.ckpt"
 
 
-def test_both_forms_of_settings_and_further_content(bert, tokens, tmp_path):
+def test_nested_settings_and_optimizer_states_are_accepted(bert, tokens, tmp_path):
     def change(checkpoint):
         checkpoint["encoder_params"] = {"encoder": checkpoint["encoder_params"]}
         checkpoint |= {"optimizer_dict": {"state": {}}, "scheduler_dict": {}, "offset": 3, "epoch": 1}
@@ -158,27 +158,27 @@ QUERY = "encoder.layer.1.attention.self.moe_query.2.weight"
     ("change", "message"),
     [
         (drop("encoder.layer.0.output.dense.weight"), "1 missing .backbone.encoder.layer.0.output.dense.weight"),
-        (lambda c: c["model_dict"].update({"span_proj.weight": torch.ones(1)}), "1 surplus keys .span_proj.weight"),
+        (lambda c: c["model_dict"].update({"span_proj.weight": torch.ones(1)}), "1 unexpected keys .span_proj.weight"),
         (lambda c: c["model_dict"].update({f"question_model.encoder.{QUERY}": torch.ones(32, 32)}), "different towers"),
-        (lambda c: c["encoder_params"].update(num_expert=4), "num_expert 4, the weights hold 3"),
+        (lambda c: c["encoder_params"].update(num_expert=4), "num_expert 4, but the weights contain 3"),
         (
             lambda c: c["encoder_params"].update(moe_type="mod3:attn"),
-            "mod3 puts experts into layers .2, 5., .* .1, 3, 5.",
+            "mod3 means experts in layers .2, 5., .* .1, 3, 5.",
         ),
         (lambda c: c["encoder_params"].update(use_infer_expert=True), "use_infer_expert"),
         (lambda c: c["encoder_params"].update(projection_dim=16), "projection of 16"),
         (lambda c: c.update(model_dict={}), "has no question_model"),
     ],
 )
-def test_what_does_not_fit_is_refused(bert, tmp_path, change, message):
+def test_inconsistent_checkpoints_raise_user_error(bert, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load_encoder(saved(tmp_path, change), backbone=bert)
 
 
-def test_a_backbone_is_needed_and_must_fit(bert, tmp_path):
-    with pytest.raises(UserError, match="by backbone="):
+def test_missing_or_unsuitable_backbone_raises_user_error(bert, tmp_path):
+    with pytest.raises(UserError, match="with backbone="):
         load_encoder(GOLDEN / "dense.ckpt")
-    with pytest.raises(UserError, match="backbone: '/no/where' is no file or folder here"):
+    with pytest.raises(UserError, match="backbone: '/no/where' is not an existing file or folder"):
         load_encoder(GOLDEN / "dense.ckpt", backbone="/no/where")
     wider = tmp_path / "wider"
     shutil.copytree(bert, wider)

@@ -1,4 +1,4 @@
-"""ModernBERT (LayerNorm first, rotary positions, windows) under every variant, against Hugging Face's own forward."""
+"""ModernBERT (LayerNorm first, rotary positions, windows) in all variants, compared with Hugging Face."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from tests.conftest import TASKS
 
 @pytest.fixture
 def make_modern(make_backbone):
-    """Windows of 8 positions to either side in two of four layers, so that texts of 40 do not fit."""
+    """A ModernBERT with windows of 8 positions to either side in two of four layers, smaller than texts of 40."""
 
     def make(**settings):
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def tokens(request):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [SharedEncoder, MoEEncoder])
-def test_equals_modernberts_own_forward(make_modern, tokens, pooling, bias, kind):
+def test_vectors_equal_those_of_modernbert(make_modern, tokens, pooling, bias, kind):
     ids, mask = tokens
     backbone, tokenizer = make_modern(attention_bias=bias, mlp_bias=bias, norm_bias=bias)
     states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -78,7 +78,7 @@ def test_equals_modernberts_own_forward(make_modern, tokens, pooling, bias, kind
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(True, False), (False, True), (True, True)])
-def test_separated_experts_equal_modernbert_with_one_tasks_weights(make_modern, tokens, attention, ffn):
+def test_vectors_of_an_expert_equal_those_of_modernbert_with_its_weights(make_modern, tokens, attention, ffn):
     backbone, tokenizer = make_modern()
     dense = make_modern()[0]
     encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=attention, ffn=ffn, max_length=64).eval()
@@ -94,7 +94,7 @@ def test_separated_experts_equal_modernbert_with_one_tasks_weights(make_modern, 
     assert not torch.allclose(encoder(*tokens, "classification"), wanted, atol=1e-3)
 
 
-def test_routed_equals_modernbert_at_first(make_modern, tokens):
+def test_new_routed_encoder_equals_modernbert(make_modern, tokens):
     backbone, tokenizer = make_modern()
     wanted = backbone(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
     for level, attention in (("sequence", True), ("token", False)):
@@ -102,8 +102,8 @@ def test_routed_equals_modernbert_at_first(make_modern, tokens):
         torch.testing.assert_close(encoder.eval()(*tokens, "search"), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_modernbert_attends_to_an_instruction_at_its_own_positions(make_modern, tokens):
-    """Independent answer for one layer: explicit softmax over the instruction's and the text's rotated keys."""
+def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, tokens):
+    """The expected states of one layer come from an explicit softmax over all rotated keys."""
     backbone, tokenizer = make_modern(num_hidden_layers=1, layer_types=["full_attention"])
     encoder = InstructEncoder(backbone, tokenizer, {"search": "s"}, {"search": "bara beli"}, max_length=64).eval()
     ids, mask = tokens
@@ -113,11 +113,11 @@ def test_modernbert_attends_to_an_instruction_at_its_own_positions(make_modern, 
         q, k, v = backbone.layers[0].attn.Wqkv(x).chunk(3, -1)
         split = lambda y: y.view(*y.shape[:2], 4, 8).transpose(1, 2)  # noqa: E731
         rope = backbone.config.rope_parameters["full_attention"]["rope_theta"]
-        place = torch.arange(x.shape[1])[:, None] * rope ** (-torch.arange(0, 8, 2) / 8.0)
+        angles = torch.arange(x.shape[1])[:, None] * rope ** (-torch.arange(0, 8, 2) / 8.0)
 
         def rotate(y):
             a, b = y.chunk(2, -1)
-            return torch.cat([a * place.cos() - b * place.sin(), b * place.cos() + a * place.sin()], -1)
+            return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
         return rotate(split(q)), rotate(split(k)), split(v)
 
@@ -132,7 +132,7 @@ def test_modernbert_attends_to_an_instruction_at_its_own_positions(make_modern, 
     torch.testing.assert_close(encoder(ids, mask, "search"), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_prefix_of_modernbert_trains_its_own_alone(make_modern, tokens):
+def test_prefix_of_modernbert_trains_only_the_instruction_encoder(make_modern, tokens):
     backbone, tokenizer = make_modern()
     encoder = InstructEncoder(backbone, tokenizer, {"s": "s"}, {"s": "bara"}, separate=True, max_length=64).train()
     encoder(*tokens, "s").square().sum().backward()
@@ -140,7 +140,7 @@ def test_prefix_of_modernbert_trains_its_own_alone(make_modern, tokens):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_modernbert_goes_to_a_folder_and_back(make_modern, tmp_path):
+def test_modernbert_is_saved_and_loaded(make_modern, tmp_path):
     backbone, tokenizer = make_modern()
     backbone.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
@@ -153,7 +153,7 @@ def test_modernbert_goes_to_a_folder_and_back(make_modern, tmp_path):
     torch.testing.assert_close(again.encode(["bara beli"], "search"), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_and_layer_decay_of_modernbert(make_modern, tokens):
+def test_dropout_and_layer_decay_apply_to_modernbert(make_modern, tokens):
     backbone, tokenizer = make_modern(attention_dropout=0.1)
     encoder = SharedEncoder(backbone, tokenizer, TASKS, max_length=64).train()
     set_dropout(backbone, 0.0, 0.0)
@@ -168,19 +168,17 @@ def test_dropout_and_layer_decay_of_modernbert(make_modern, tokens):
     assert rates[id(backbone.embeddings.tok_embeddings.weight)] == 0.5**4
 
 
-def test_what_no_variant_can_wrap_is_refused_with_its_name(make_modern, make_backbone, tmp_path):
+def test_unsupported_models_raise_user_error_with_their_name(make_modern, make_backbone, tmp_path):
     tokenizer = make_backbone()[1]
     shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     electra = ElectraModel(ElectraConfig(**shape, intermediate_size=64, embedding_size=16))
-    with pytest.raises(
-        UserError, match=r"backbone ElectraModel \(electra\) cannot be wrapped: supported are .*modernbert"
-    ):
+    with pytest.raises(UserError, match=r"backbone: ElectraModel \(electra\) is not supported; expected .*modernbert"):
         SharedEncoder(electra, tokenizer, TASKS)
     DistilBertModel(DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=64)).save_pretrained(
         tmp_path
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a model of type distilbert; supported are bert, roberta"):
+    with pytest.raises(UserError, match="is a model of type distilbert; expected bert, roberta"):
         load_encoder(tmp_path)
-    with pytest.raises(UserError, match="ModernBertModel cannot be given adapters"):
+    with pytest.raises(UserError, match="ModernBertModel cannot have adapters"):
         AdapterEncoder(*make_modern(), TASKS, max_length=64)

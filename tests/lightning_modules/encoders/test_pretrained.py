@@ -1,4 +1,4 @@
-"""Every encoder to a folder and back, through our own classes and transformers' AutoModel; several tasks at once."""
+"""Saving and loading all kinds of encoders, also with transformers' AutoModel; encoding for several tasks at once."""
 
 import json
 
@@ -33,7 +33,7 @@ TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 2 * i))) for i in range(
 
 @pytest.fixture(params=KINDS)
 def encoder(request, make_backbone):
-    """Each kind of encoder, with weights that no constructor gives."""
+    """Each kind of encoder, with changed weights."""
     kind, arguments = KINDS[request.param]
     encoder = kind(*make_backbone(), TASKS, pooling="mean", normalize=True, max_length=32, **arguments)
     torch.manual_seed(5)
@@ -47,21 +47,21 @@ def vectors(encoder):
     return torch.stack([encoder.encode(TEXTS, task) for task in TASKS])
 
 
-def test_a_folder_gives_the_same_encoder(encoder, tmp_path):
+def test_saved_folder_loads_as_the_same_encoder_of_the_same_class(encoder, tmp_path):
     folder = encoder.save_pretrained(tmp_path / "model")
     for loaded in (load_encoder(folder), type(encoder).from_pretrained(folder)):
         assert type(loaded) is type(encoder)
         assert loaded.config == encoder.config
         assert torch.equal(vectors(loaded), vectors(encoder))
         assert not loaded.training
-        learning = {n for n, p in loaded.named_parameters() if p.requires_grad}
-        assert learning == {n for n, p in encoder.named_parameters() if p.requires_grad}
+        trainable = {n for n, p in loaded.named_parameters() if p.requires_grad}
+        assert trainable == {n for n, p in encoder.named_parameters() if p.requires_grad}
     other = MoEEncoder if isinstance(encoder, SharedEncoder) else SharedEncoder
-    with pytest.raises(UserError, match=f"holds a {type(encoder).__name__}, not a {other.__name__}"):
+    with pytest.raises(UserError, match=f"contains a {type(encoder).__name__}, not a {other.__name__}"):
         other.from_pretrained(folder)
 
 
-def test_automodel_loads_and_saves_it(encoder, tmp_path):
+def test_automodel_loads_and_saves_encoders(encoder, tmp_path):
     folder = encoder.save_pretrained(tmp_path / "model")
     model = AutoModel.from_pretrained(folder)
     tokens = encoder.tokenizer(["bara beli bomu bito buna cara"], return_tensors="pt")
@@ -73,7 +73,7 @@ def test_automodel_loads_and_saves_it(encoder, tmp_path):
     assert torch.equal(vectors(load_encoder(tmp_path / "again")), vectors(encoder))
 
 
-def test_a_description_is_plain_and_builds_it(encoder):
+def test_encoder_is_built_from_a_json_description(encoder):
     description = describe(encoder)
     assert json.loads(json.dumps(description)) == description
     again = build(description)
@@ -82,7 +82,7 @@ def test_a_description_is_plain_and_builds_it(encoder):
     assert torch.equal(vectors(again.eval()), vectors(encoder))
 
 
-def test_several_tasks_at_once_are_each_alone(encoder):
+def test_encoding_for_several_tasks_equals_encoding_for_each(encoder):
     together = encoder.encode(TEXTS, tasks=list(TASKS), token_budget=64)
     assert list(together) == list(TASKS)
     for task in TASKS:

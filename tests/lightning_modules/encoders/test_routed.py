@@ -1,4 +1,4 @@
-"""Learned routing: one expert for each text or token, gradients that reach the gate, entropy in the loss."""
+"""Learned routing: one expert per text or token, gradients for the gate, and its entropy in the loss."""
 
 import pytest
 import torch
@@ -41,14 +41,14 @@ def tokens():
 
 
 def balance(gate, states):
-    """Choose a gate's bias so that the texts go to different experts."""
+    """Choose the bias of a gate so that it sends texts to different experts."""
     with torch.no_grad():
         gate.weight.mul_(20.0)
         gate.bias.copy_(-gate.weight @ states.mean(0))
 
 
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
-def test_at_first_it_equals_the_backbone(make_routed, make_encoder, tokens, level, attention, ffn):
+def test_new_routed_encoder_equals_the_backbone(make_routed, make_encoder, tokens, level, attention, ffn):
     routed, shared = make_routed(level, attention, ffn, separate=False), make_encoder("shared")
     wanted = shared.eval()(*tokens, "search")
     torch.testing.assert_close(routed.eval()(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
@@ -56,8 +56,8 @@ def test_at_first_it_equals_the_backbone(make_routed, make_encoder, tokens, leve
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(False, True), (True, False), (True, True)])
-def test_each_text_goes_through_its_gates_best_expert(make_routed, make_encoder, tokens, attention, ffn):
-    """An independent answer: Hugging Face's BERT with, in the one expert layer, the expert that the gate names."""
+def test_each_text_is_computed_by_the_expert_its_gate_prefers(make_routed, make_encoder, tokens, attention, ffn):
+    """The expected vectors come from a BERT of Hugging Face with the weights of the preferred expert."""
     encoder = make_routed(attention=attention, ffn=ffn, layers=[2]).eval()
     dense = make_encoder("shared").eval().backbone
     states = dense(input_ids=tokens[0], attention_mask=tokens[1], output_hidden_states=True).hidden_states
@@ -73,7 +73,7 @@ def test_each_text_goes_through_its_gates_best_expert(make_routed, make_encoder,
         torch.testing.assert_close(ours[row], wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_each_token_goes_through_its_gates_best_expert(make_routed, make_encoder, tokens):
+def test_each_token_is_computed_by_the_expert_its_gate_prefers(make_routed, make_encoder, tokens):
     encoder = make_routed("token", layers=[1], pooling="mean").eval()
     dense = make_encoder("shared").eval().backbone
     ids, mask = tokens
@@ -87,10 +87,10 @@ def test_each_token_goes_through_its_gates_best_expert(make_routed, make_encoder
     routed = torch.empty_like(middle)
     experts = encoder.family.layers[1]
     for row in range(8):
-        for place in range(20):
-            name = f"expert{choice[row, place]}"
-            up = experts.intermediate.experts[name](middle[row, place])
-            routed[row, place] = experts.output.experts[name](up, middle[row, place])
+        for column in range(20):
+            name = f"expert{choice[row, column]}"
+            up = experts.intermediate.experts[name](middle[row, column])
+            routed[row, column] = experts.output.experts[name](up, middle[row, column])
     for later in dense.encoder.layer[2:]:
         routed = later(routed, attention_mask=bias)
         routed = routed[0] if isinstance(routed, tuple) else routed
@@ -100,7 +100,7 @@ def test_each_token_goes_through_its_gates_best_expert(make_routed, make_encoder
 
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_reaches_every_gate_and_expert(make_routed, tokens, level, attention, ffn, checkpointing):
+def test_all_gates_and_experts_get_gradients(make_routed, tokens, level, attention, ffn, checkpointing):
     encoder = make_routed(level, attention, ffn).train()
     encoder.gradient_checkpointing = checkpointing
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def test_training_reaches_every_gate_and_expert(make_routed, tokens, level, atte
     assert all(gate.weight.grad.abs().sum() > 0 for gate in encoder.gates.values())
 
 
-def test_gradients_are_the_same_with_checkpointing(make_routed, tokens):
+def test_gradient_checkpointing_does_not_change_gradients_of_gates(make_routed, tokens):
     grads = []
     for checkpointing in (False, True):
         encoder = make_routed("sequence", entropy_weight=0.5).train()
@@ -127,7 +127,7 @@ def test_gradients_are_the_same_with_checkpointing(make_routed, tokens):
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("per_layer", [True, False])
-def test_penalty_is_the_mean_negative_entropy(make_routed, tokens, level, per_layer):
+def test_penalty_is_the_weighted_mean_negative_entropy(make_routed, tokens, level, per_layer):
     encoder = make_routed(level, entropy_weight=2.0, gate_per_layer=per_layer, layers=[0], separate=False).eval()
     _, penalty = encoder.forward_with_penalty(*tokens, "search")
     states, _ = encoder.family.begin(*tokens)
@@ -139,8 +139,8 @@ def test_penalty_is_the_mean_negative_entropy(make_routed, tokens, level, per_la
     assert all(gate.weight.grad.abs().sum() > 0 for gate in encoder.gates.values())
 
 
-def test_a_gate_learns_which_expert_is_better(make_routed, tokens):
-    """Two experts of which one gives the wanted vectors: after some steps the gate sends every text there."""
+def test_gate_learns_which_expert_is_better(make_routed, tokens):
+    """One of two experts gives the target vectors. After some steps the gate sends all texts to it."""
     encoder = make_routed(num_experts=2, layers=[3], separate=False, pooling="mean")
     with torch.no_grad():
         encoder.gates["3"].weight.zero_()
@@ -162,13 +162,13 @@ def test_a_gate_learns_which_expert_is_better(make_routed, tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 1}, "num_experts: got 1"),
-        ({"level": "word"}, "level: got 'word', allowed are sequence, token"),
+        ({"num_experts": 1}, "num_experts: expected at least 2, got 1"),
+        ({"level": "word"}, "level: expected one of sequence, token, got 'word'"),
         ({"level": "token", "attention": True}, "set attention=false"),
         ({"ffn": False}, "experts in attention, ffn or both"),
-        ({"gumbel_temperature": 0.0}, "gumbel_temperature: got 0.0"),
+        ({"gumbel_temperature": 0.0}, "gumbel_temperature: expected a number above 0, got 0.0"),
     ],
 )
-def test_what_cannot_be_is_refused(make_routed, arguments, message):
+def test_invalid_arguments_raise_user_error(make_routed, arguments, message):
     with pytest.raises(UserError, match=message):
         make_routed(**arguments)

@@ -1,4 +1,4 @@
-"""Instruction and Prefix as the authors' later code computes them, Prompt as sentence-transformers does."""
+"""Instruction and Prefix equal the authors' later code, Prompt equals sentence-transformers."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from lightning_modules.losses import info_nce
 from lightning_modules.optim import OptimOptions, parameter_groups
 from tests.conftest import TASKS
 
-GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "instruct"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files of the reference in {GOLDEN}")
+GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[4] / "shared" / "golden")) / "instruct"
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no outputs of the authors' code in {GOLDEN}")
 INSTRUCTIONS = {"classification": "tag bara beli", "link_prediction": "cite bomu", "search": "find bito buna cara"}
 
 
 class Numbered:
-    """A tokenizer of the golden instructions, which are given as ids: the text is the instruction's number."""
+    """A tokenizer for the golden instructions, which are stored as ids. The text is the number of the instruction."""
 
-    def __init__(self, padded: bool = False):
+    def __init__(self):
         ids, mask = np.load(GOLDEN / "instruct_ids.npy"), np.load(GOLDEN / "instruct_mask.npy")
         self.ids = [row[: m.sum()].tolist() for row, m in zip(ids, mask, strict=True)]
 
@@ -47,7 +47,7 @@ def kind(request):
 
 @pytest.fixture
 def reference(kind):
-    """The encoder of a golden case, its tasks named by the instructions' numbers."""
+    """The encoder of a golden case. Its tasks are named by the numbers of the instructions."""
     tasks = {number: number for number in "012"}
     encoder = InstructEncoder(
         bert_of("model.safetensors"),
@@ -72,7 +72,7 @@ def close(ours, wanted, atol=1e-5):
 
 
 @golden
-def test_vectors_and_states_are_those_of_the_authors_code(kind, reference, texts, monkeypatch):
+def test_vectors_and_states_equal_those_of_the_authors_code(kind, reference, texts, monkeypatch):
     expected = load_file(GOLDEN / f"{kind}.expected.safetensors")
     mask = texts[1]
     for number in "012":
@@ -80,7 +80,7 @@ def test_vectors_and_states_are_those_of_the_authors_code(kind, reference, texts
             close(reference(*texts, number), expected[f"cls_instr{number}{suffix}"])
     rows = [str(number) for number in np.load(GOLDEN / "mixed_instruct_ids.npy")]
     close(reference(*texts, rows), expected["cls_mixed"])
-    with torch.inference_mode():  # the instruction's keys and values are kept: twice the same
+    with torch.inference_mode():  # the second time, cached keys and values are used
         for _ in range(2):
             close(reference(*texts, "1"), expected["cls_instr1"])
     reference.pooling = "mean"  # so that the last layer computes all positions
@@ -90,7 +90,7 @@ def test_vectors_and_states_are_those_of_the_authors_code(kind, reference, texts
 
 
 @golden
-def test_loss_and_gradients_are_those_of_the_authors_code(kind, reference, texts):
+def test_loss_and_gradients_equal_those_of_the_authors_code(kind, reference, texts):
     expected = load_file(GOLDEN / f"{kind}.train.safetensors")
     vectors = reference(*texts, "1")
     close(vectors[:4], expected["q"])
@@ -99,18 +99,18 @@ def test_loss_and_gradients_are_those_of_the_authors_code(kind, reference, texts
     close(loss, expected["loss"])
     loss.backward()
     ours = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
-    place = "instruction_backbone." if kind == "prefix" else "backbone."
+    prefix = "instruction_backbone." if kind == "prefix" else "backbone."
     compared = 0
     for key, gradient in expected.items():
         if key.startswith("grad::"):
-            name = place + key.removeprefix("grad::").removeprefix("instruct_model.")
+            name = prefix + key.removeprefix("grad::").removeprefix("instruct_model.")
             if name in ours:
                 close(ours.pop(name), gradient, 5e-5)
                 compared += 1
             else:
                 assert not gradient.any(), name
     assert compared > 50
-    assert not ours, "parameters with a gradient that the authors' code gives none"
+    assert not ours, "parameters that have no gradient in the authors' code"
 
 
 @pytest.fixture
@@ -129,17 +129,17 @@ def test_each_task_reads_its_own_instruction(make_instruct):
             assert not torch.allclose(vectors[i], vectors[i - 1], atol=1e-3)
 
 
-def test_what_is_kept_of_an_instruction_follows_the_weights(make_instruct, tmp_path):
+def test_cached_prefixes_are_recomputed_when_weights_change(make_instruct, tmp_path):
     encoder = make_instruct().eval()
     before = encoder.encode(["bara"], "search")
-    kept = encoder._kept
+    cache = encoder._cache
     encoder.encode(["bomu"], "search")
-    assert encoder._kept is kept
-    assert len(kept.prefixes) == 1
+    assert encoder._cache is cache
+    assert len(cache.prefixes) == 1
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01, fused=True)
     tokens = encoder.tokenizer(["bara beli"], return_tensors="pt")
     encoder(tokens["input_ids"], tokens["attention_mask"], "search").sum().backward()
-    optimizer.step()  # no call of train() or eval() tells that the weights are others now
+    optimizer.step()  # without a call of train() or eval()
     fresh = build(describe(encoder))
     load_weights(fresh, encoder.state_dict(), "fresh")
     after = encoder.encode(["bara"], "search")
@@ -160,7 +160,7 @@ def test_what_is_kept_of_an_instruction_follows_the_weights(make_instruct, tmp_p
     assert torch.equal(encoder.encode(["bara"], "search"), encoder.encode(["bara"], "classification"))
 
 
-def test_prefix_begins_as_the_instruction_encoder_and_trains_its_own_alone(make_instruct, make_encoder):
+def test_new_prefix_encoder_equals_instruction_and_trains_only_its_instruction_encoder(make_instruct, make_encoder):
     shared, prefix = make_instruct(), make_instruct(separate=True)
     for task in TASKS:
         assert torch.equal(shared.encode(["bara beli"], task), prefix.encode(["bara beli"], task))
@@ -168,13 +168,13 @@ def test_prefix_begins_as_the_instruction_encoder_and_trains_its_own_alone(make_
     before = {n: p.detach().clone() for n, p in prefix.named_parameters()}
     tokens = prefix.tokenizer(["bara beli", "bomu bito"], return_tensors="pt")
     prefix.train()(tokens["input_ids"], tokens["attention_mask"], "search").square().sum().backward()
-    learning = {n for n, p in prefix.named_parameters() if p.requires_grad}
-    assert {n for n, p in prefix.named_parameters() if p.grad is not None} == learning  # none idle: plain DDP will do
+    trainable = {n for n, p in prefix.named_parameters() if p.requires_grad}
+    assert {n for n, p in prefix.named_parameters() if p.grad is not None} == trainable  # so that plain DDP works
     optimizer.step()
     moved = {n for n, p in prefix.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all(n.startswith("instruction_backbone.") for n in moved)
-    # The paper's second stage: both towers start from the trained Vanilla.
+    # The paper's second stage: both backbones start from a trained Vanilla.
     vanilla, target = make_encoder("shared", seed=9), make_instruct(separate=True)
     continue_from(vanilla, target, "vanilla")
     for name, tensor in target.state_dict().items():
@@ -182,7 +182,7 @@ def test_prefix_begins_as_the_instruction_encoder_and_trains_its_own_alone(make_
         assert torch.equal(tensor, vanilla.state_dict()[origin]), name
 
 
-def test_text_with_a_prompt_is_the_prompt_and_the_text(make_instruct, make_encoder):
+def test_prompt_is_the_beginning_of_the_text(make_instruct, make_encoder):
     prompt, plain = make_instruct(PromptEncoder), make_encoder("shared")
     paper = Document("p", "bara", "beli bomu")
     wanted = plain.encode(["find bito buna cara bara [SEP] beli bomu"], "search")
@@ -191,7 +191,7 @@ def test_text_with_a_prompt_is_the_prompt_and_the_text(make_instruct, make_encod
 
 
 @pytest.mark.parametrize("pool_prompt", [True, False])
-def test_prompt_is_pooled_or_not(make_instruct, pool_prompt):
+def test_mean_includes_the_prompt_only_with_pool_prompt(make_instruct, pool_prompt):
     encoder = make_instruct(PromptEncoder, pooling="mean", pool_prompt=pool_prompt).eval()
     tokens = encoder.tokenizer(["find bito buna cara bara beli"], return_tensors="pt")
     states = encoder.backbone(**tokens).last_hidden_state[0]
@@ -200,10 +200,12 @@ def test_prompt_is_pooled_or_not(make_instruct, pool_prompt):
     torch.testing.assert_close(encoder.encode(["bara beli"], "search"), wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_missing_and_too_long_instructions_are_refused(make_instruct):
-    with pytest.raises(UserError, match=r"task search has no instruction.*task\.search\.instruction"):
+def test_missing_and_too_long_instructions_raise_user_error(make_instruct):
+    with pytest.raises(UserError, match="task search has no instruction"):
         make_instruct(instructions=INSTRUCTIONS | {"search": " "})
-    with pytest.raises(UserError, match=r"task\.search\.instruction: has 72 tokens, the backbone positions for 64"):
+    with pytest.raises(
+        UserError, match="instruction of task search has 72 tokens, but the backbone has positions for 64"
+    ):
         make_instruct(instructions=INSTRUCTIONS | {"search": "bara " * 70})
     with pytest.raises(UserError, match="leaves no room for texts in max_length 32"):
         make_instruct(PromptEncoder, instructions=INSTRUCTIONS | {"search": "bara " * 40})

@@ -1,4 +1,4 @@
-"""Encoders in and out of files, and what is refused."""
+"""Saving encoders to files, loading them, and errors for damaged files."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def vectors(encoder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_folder_gives_the_same_encoder(make_encoder, tmp_path, kind):
+def test_saved_folder_loads_as_the_same_encoder(make_encoder, tmp_path, kind):
     encoder = scrambled(make_encoder(kind, pooling="mean", normalize=True))
     loaded = load_encoder(save_encoder(encoder, tmp_path / "model"))
     assert type(loaded) is type(encoder)
@@ -35,36 +35,36 @@ def test_an_exported_folder_gives_the_same_encoder(make_encoder, tmp_path, kind)
     assert torch.equal(vectors(loaded), vectors(encoder))
 
 
-def test_description_is_plain(make_encoder):
+def test_description_is_json(make_encoder):
     description = describe(make_encoder("attention", layers=[0, 2]))
     assert json.loads(json.dumps(description)) == description
     assert build(description).config["layers"] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_shared_encoder_starts_every_expert(make_encoder, kind):
+def test_experts_start_from_a_trained_shared_encoder(make_encoder, kind):
     source, target = scrambled(make_encoder("shared")), make_encoder(kind, seed=1)
     continue_from(source, target, "source")
     for task in TASKS:
         assert torch.equal(target.encode(["bara beli"], task), source.encode(["bara beli"], task))
 
 
-def test_experts_go_on_as_themselves(make_encoder):
+def test_experts_continue_from_the_same_architecture(make_encoder):
     source, target = scrambled(make_encoder("attention")), make_encoder("attention", seed=1)
     continue_from(source, target, "source")
     assert torch.equal(vectors(target), vectors(source))
 
 
-def test_experts_do_not_go_on_as_another_architecture(make_encoder):
+def test_continuing_from_another_architecture_raises_user_error(make_encoder):
     with pytest.raises(UserError, match="source: the weights are of another architecture than MoEEncoder: .* missing"):
         continue_from(make_encoder("attention"), make_encoder("ffn"), "source")
-    with pytest.raises(UserError, match="of another architecture than SharedEncoder: .* surplus"):
+    with pytest.raises(UserError, match="of another architecture than SharedEncoder: .* unexpected"):
         continue_from(make_encoder("attention"), make_encoder("shared"), "source")
     with pytest.raises(UserError, match="of another shape"):
         continue_from(make_encoder("shared", config={"intermediate_size": 32}), make_encoder("shared"), "source")
 
 
-def test_a_plain_bert_folder_serves_the_given_tasks(make_backbone, tmp_path):
+def test_plain_bert_folder_gets_the_given_tasks(make_backbone, tmp_path):
     backbone, tokenizer = make_backbone()
     backbone.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -75,29 +75,29 @@ def test_a_plain_bert_folder_serves_the_given_tasks(make_backbone, tmp_path):
     torch.testing.assert_close(encoder.encode(["bara beli"], "mine"), wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_a_name_that_is_nowhere_is_refused():
+def test_unknown_model_name_raises_user_error():
     with pytest.raises(UserError, match="model: 'no/such-model' cannot be loaded from a folder or the hub"):
         load_encoder("no/such-model")
-    with pytest.raises(UserError, match="init_from: '/no/such/run' is no file or folder here"):
+    with pytest.raises(UserError, match="init_from: '/no/such/run' is not an existing file or folder"):
         load_encoder("/no/such/run", key="init_from")
-    with pytest.raises(UserError, match="model: 'tests/nope' is no file or folder here"):
+    with pytest.raises(UserError, match="model: 'tests/nope' is not an existing file or folder"):
         load_encoder("tests/nope")
 
 
-def test_foreign_and_damaged_files_are_refused(make_encoder, tmp_path):
+def test_damaged_files_and_files_of_other_programs_raise_user_error(make_encoder, tmp_path):
     path = tmp_path / "x.ckpt"
-    path.write_bytes(b"nothing of the kind")
+    path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"x\.ckpt: is no checkpoint, or a damaged one"):
         load_encoder(path)
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(UserError, match=r"x\.ckpt: is no checkpoint of this project"):
+    with pytest.raises(UserError, match=r"x\.ckpt: is not a checkpoint of this project"):
         load_encoder(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="damaged"):
         load_encoder(path)
     folder = save_encoder(make_encoder("shared"), tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "scimult"}')
-    with pytest.raises(UserError, match=r"config\.json: is no description of an encoder"):
+    with pytest.raises(UserError, match=r"config\.json: does not describe an encoder"):
         load_encoder(folder)
     save_encoder(make_encoder("shared"), folder)
     (folder / "model.safetensors").write_bytes(b"{}")
@@ -110,7 +110,7 @@ class Payload:
         return print, ("code was run",)
 
 
-def test_a_pickle_with_code_is_refused(tmp_path, capsys):
+def test_pickle_with_code_raises_user_error_without_running_it(tmp_path, capsys):
     torch.save({"encoder": Payload(), "state_dict": {}}, tmp_path / "evil.ckpt")
     with pytest.raises(UserError, match="no checkpoint"):
         load_encoder(tmp_path / "evil.ckpt")
@@ -120,9 +120,9 @@ def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-def test_a_description_names_only_our_encoders(make_encoder):
+def test_description_of_another_class_raises_user_error(make_encoder):
     description = describe(make_encoder("shared"))
-    with pytest.raises(UserError, match="only those of lightning_modules.encoders"):
+    with pytest.raises(UserError, match="only classes of lightning_modules.encoders"):
         build(description | {"kind": "os.system"})
-    with pytest.raises(UserError, match="there is no encoder"):
+    with pytest.raises(UserError, match="has no such class"):
         build(description | {"kind": "lightning_modules.encoders.moe.Nothing"})

@@ -1,4 +1,4 @@
-"""Adapters: equal to the backbone at first, to the formula afterwards; SPECTER2's form is read from its files."""
+"""Adapters: a new one equals the backbone, a trained one its formula; files in SPECTER2's form are read."""
 
 import json
 
@@ -34,7 +34,7 @@ FORM = {
 
 
 def adapter_files(folder, seed, label="[PRX]", prefix="bert.", layers=4, safe=False, **changes):
-    """An adapter as the library `adapters` saves it, and its weights."""
+    """Write an adapter as the library `adapters` does, and return its weights."""
     torch.manual_seed(seed)
     shapes = {"adapter_down.0.weight": (8, 32), "adapter_down.0.bias": (8,)}
     shapes |= {"adapter_up.weight": (32, 8), "adapter_up.bias": (32,)}
@@ -54,7 +54,7 @@ def adapter_files(folder, seed, label="[PRX]", prefix="bert.", layers=4, safe=Fa
 
 
 def by_formula(bert, ids, mask, weights):
-    """Hugging Face's layers, with each output sub-layer spelled out."""
+    """Compute the layers of Hugging Face with each output sub-layer spelled out."""
     bias = torch.where(mask[:, None, None, :].bool(), 0.0, -1e30)
     hidden = bert.embeddings(input_ids=ids)
     for i, layer in enumerate(bert.encoder.layer):
@@ -85,7 +85,7 @@ def tokens():
     return ids * mask, mask
 
 
-def test_at_first_it_equals_the_backbone_and_trains_adapters_alone(make_backbone, make_encoder, tokens):
+def test_new_adapters_equal_the_backbone_and_are_all_that_is_trained(make_backbone, make_encoder, tokens):
     encoder = AdapterEncoder(*make_backbone(), TASKS, max_length=32).eval()
     wanted = make_encoder("shared").eval()(*tokens, "search")
     torch.testing.assert_close(encoder(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
@@ -98,7 +98,7 @@ def test_at_first_it_equals_the_backbone_and_trains_adapters_alone(make_backbone
     assert trained.backbone.embeddings.word_embeddings.weight.grad is not None
 
 
-def test_specter2s_adapters_compute_their_formula(bert, tokens, tmp_path):
+def test_adapters_of_specter2_compute_their_formula(bert, tokens, tmp_path):
     files = {
         "classification": adapter_files(tmp_path / "clf", 1, "[CLF]"),
         "link_prediction": adapter_files(tmp_path / "prx", 2, prefix="", safe=True),
@@ -116,7 +116,7 @@ def test_specter2s_adapters_compute_their_formula(bert, tokens, tmp_path):
     again = load_encoder(encoder.save_pretrained(tmp_path / "ours"))
     assert torch.equal(again(*tokens, "search"), encoder(*tokens, "search"))
 
-    # Queries by search's own adapter, documents by that of their side.
+    # Queries use the adapter of search, documents another one.
     paper, query = Document("d", "bara", "beli"), Document("q", "", "bomu")
     benchmark = Benchmark("toy", "search", "test", {"d": paper}, {"q": query}, {"q": {"d": 1}})
     score = rank_benchmark(again, benchmark, 1).scores[0, 0]
@@ -129,28 +129,28 @@ def test_specter2s_adapters_compute_their_formula(bert, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mh_adapter": True}, "mh_adapter True, supported is False"),
-        ({"original_ln_before": False}, "original_ln_before False, supported is True"),
-        ({"scaling": "learned"}, "scaling 'learned', supported is 1.0"),
-        ({"reduction_factor": {"0": 2}}, "reduction_factor .*, supported is a whole number"),
+        ({"mh_adapter": True}, "mh_adapter must be False, got True"),
+        ({"original_ln_before": False}, "original_ln_before must be True, got False"),
+        ({"scaling": "learned"}, "scaling must be 1.0, got 'learned'"),
+        ({"reduction_factor": {"0": 2}}, "reduction_factor must be a whole number"),
         ({"reduction_factor": 8}, "does not fit a backbone of 4 layers of 32, bottleneck 4"),
         ({"layers": 3}, "does not fit a backbone of 4 layers"),
-        ({"non_linearity": "square_dance"}, "activation: got 'square_dance'"),
+        ({"non_linearity": "square_dance"}, "activation: expected one of .*, got 'square_dance'"),
     ],
 )
-def test_adapters_of_another_form_are_refused(bert, tmp_path, changes, message):
+def test_adapters_of_another_form_raise_user_error(bert, tmp_path, changes, message):
     layers = changes.pop("layers", 4)
     adapter_files(tmp_path / "other", 1, layers=layers, **changes)
     with pytest.raises(UserError, match=message):
         load_encoder(bert, adapters={"search": str(tmp_path / "other")})
 
 
-def test_foreign_folders_and_models_are_refused(bert, make_encoder, tmp_path):
-    with pytest.raises(UserError, match="adapters.search: '/no/where' is no file or folder"):
+def test_folders_without_adapters_and_encoders_with_experts_raise_user_error(bert, make_encoder, tmp_path):
+    with pytest.raises(UserError, match="adapters.search: '/no/where' is not an existing file or folder"):
         load_encoder(bert, adapters={"search": "/no/where"})
     with pytest.raises(UserError, match="adapters.search: .* cannot be loaded"):
         load_encoder(bert, adapters={"search": str(bert)})
     adapter_files(tmp_path / "prx", 1)
     folder = make_encoder("attention").save_pretrained(tmp_path / "moe")
-    with pytest.raises(UserError, match="are for a plain model, not for a MoEEncoder"):
+    with pytest.raises(UserError, match="expected a plain model to add them to, got a MoEEncoder"):
         load_encoder(folder, adapters={"search": str(tmp_path / "prx")})

@@ -1,4 +1,4 @@
-"""Models of others: DPR (both forms), TASER's gates, RoBERTa folders, and what is refused."""
+"""Models of other projects: DPR (both formats), the gates of TASER, RoBERTa folders; errors for unsuitable files."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def tokens_of(encoder):
 
 
 @pytest.mark.parametrize("kind", [DPRQuestionEncoder, DPRContextEncoder])
-def test_dprs_encoders_as_hugging_face_stores_them(make_backbone, tmp_path, kind):
+def test_dpr_encoders_in_the_layout_of_hugging_face_are_loaded(make_backbone, tmp_path, kind):
     tokenizer = make_backbone()[1]
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = DPRConfig(vocab_size=400, max_position_embeddings=64, initializer_range=0.3, **shape)
@@ -60,7 +60,7 @@ def test_dprs_encoders_as_hugging_face_stores_them(make_backbone, tmp_path, kind
 
 
 @pytest.mark.parametrize("old_file", [False, True])
-def test_dprs_own_checkpoints_have_two_towers(make_backbone, bert, tmp_path, old_file):
+def test_one_tower_of_a_dpr_checkpoint_is_loaded(make_backbone, bert, tmp_path, old_file):
     towers = {"query": make_backbone(1)[0].eval(), "document": make_backbone(2)[0].eval()}
     prefixes = {"query": "question_model.", "document": "ctx_model."}
     model = {f"{prefixes[k]}{n}": p for k, b in towers.items() for n, p in b.state_dict().items()}
@@ -75,13 +75,13 @@ def test_dprs_own_checkpoints_have_two_towers(make_backbone, bert, tmp_path, old
         encoder = load_encoder(tmp_path / "dpr.cp", backbone=bert, tower=tower)
         wanted = backbone(*tokens_of(encoder)).last_hidden_state[:, 0]
         torch.testing.assert_close(encoder.encode(TEXTS, "search"), wanted, atol=2e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="tower: got 'both', allowed are query and document"):
+    with pytest.raises(UserError, match="tower: expected query or document, got 'both'"):
         load_encoder(tmp_path / "dpr.cp", backbone=bert, tower="both")
 
 
-@pytest.mark.parametrize(("level", "what", "per_layer"), [("sequence", "fwd", True), ("token", "fwd_tok", False)])
-def test_tasers_gates_are_read(make_backbone, bert, tmp_path, level, what, per_layer):
-    """Laid out by hand as TASER's code names its parameters; the forward is tested in test_routed."""
+@pytest.mark.parametrize(("level", "moe_type", "per_layer"), [("sequence", "fwd", True), ("token", "fwd_tok", False)])
+def test_gates_of_taser_are_loaded(make_backbone, bert, tmp_path, level, moe_type, per_layer):
+    """The checkpoint uses the parameter names of TASER's code. test_routed tests the forward pass."""
     torch.manual_seed(4)
     ours = RoutedEncoder(
         *make_backbone(), TASKS, num_experts=2, layers=[1, 3], level=level, gate_per_layer=per_layer, max_length=64
@@ -96,22 +96,27 @@ def test_tasers_gates_are_read(make_backbone, bert, tmp_path, level, what, per_l
             name = name.replace(f".intermediate.experts.expert{number}.", f".moe_layer.interm_layers.{number}.")
             name = name.replace(f".output.experts.expert{number}.", f".moe_layer.output_layers.{number}.")
         if name.startswith("gates."):
-            place = "" if name.startswith("gates.all") else f".{name.split('.')[1]}"
-            name = f"encoder.expert_gate{place}.fwd_func.{name.rpartition('.')[2]}"
+            layer = "" if name.startswith("gates.all") else f".{name.split('.')[1]}"
+            name = f"encoder.expert_gate{layer}.fwd_func.{name.rpartition('.')[2]}"
         for tower in ("question_model", "ctx_model"):
             model[f"{tower}.encoder.{name}"] = tensor
-    settings = {"use_infer_expert": True, "num_expert": 2, "moe_type": f"mod2:{what}", "per_layer_gating": per_layer}
+    settings = {
+        "use_infer_expert": True,
+        "num_expert": 2,
+        "moe_type": f"mod2:{moe_type}",
+        "per_layer_gating": per_layer,
+    }
     torch.save({"model_dict": model, "encoder_params": {"encoder": settings}}, tmp_path / "taser.cp")
     encoder = load_encoder(tmp_path / "taser.cp", backbone=bert)
     assert (encoder.level, encoder.gate_per_layer, encoder.expert_layers) == (level, per_layer, [1, 3])
     assert torch.equal(encoder(*tokens_of(encoder), "search"), ours(*tokens_of(encoder), "search"))
     settings["use_infer_expert"] = False
     torch.save({"model_dict": model, "encoder_params": settings}, tmp_path / "taser.cp")
-    with pytest.raises(UserError, match="use_infer_expert False, and the weights hold a gate"):
+    with pytest.raises(UserError, match="use_infer_expert False, but the weights contain a gate"):
         load_encoder(tmp_path / "taser.cp", backbone=bert)
 
 
-def test_a_roberta_folder(make_backbone, tmp_path):
+def test_roberta_folder_is_loaded(make_backbone, tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = RobertaConfig(vocab_size=400, max_position_embeddings=66, pad_token_id=1, initializer_range=0.3, **shape)
@@ -125,7 +130,7 @@ def test_a_roberta_folder(make_backbone, tmp_path):
     torch.testing.assert_close(encoder.encode(["bara beli"], "search"), wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_parameters_are_float32_however_they_are_stored(make_backbone, tmp_path):
+def test_half_precision_files_are_loaded_as_float32(make_backbone, tmp_path):
     backbone, tokenizer = make_backbone()
     backbone.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
@@ -136,7 +141,7 @@ def test_parameters_are_float32_however_they_are_stored(make_backbone, tmp_path)
     assert torch.equal(encoder.encode(TEXTS, "search"), again.encode(TEXTS, "search"))
 
 
-def test_damaged_and_foreign_files_are_refused(bert, make_encoder, tmp_path):
+def test_damaged_and_unrelated_checkpoints_raise_user_error(bert, make_encoder, tmp_path):
     good = tmp_path / "good.ckpt"
     torch.save(to_reference(make_encoder("attention", max_length=64)), good)
     assert load_encoder(good, backbone=bert).encode(TEXTS, "search").shape == (2, 32)
@@ -155,7 +160,7 @@ def test_damaged_and_foreign_files_are_refused(bert, make_encoder, tmp_path):
         load_encoder(bad, backbone=bert)
 
 
-def test_exported_folders_that_do_not_fit_are_refused(make_encoder, tmp_path):
+def test_exported_folders_with_other_weights_or_descriptions_raise_user_error(make_encoder, tmp_path):
     folder = make_encoder("attention").save_pretrained(tmp_path / "model")
     weights, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
     key = "encoder.backbone.encoder.layer.1.attention.self.experts.search.query.weight"
@@ -165,18 +170,18 @@ def test_exported_folders_that_do_not_fit_are_refused(make_encoder, tmp_path):
     ):
         load_encoder(folder)
     save_file(weights | {"encoder.more": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match="1 surplus .more"):
+    with pytest.raises(UserError, match="1 unexpected .more"):
         load_encoder(folder)
     save_file(weights | {key: torch.ones(2, 2)}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"of another shape .* \(2, 2\) there, \(32, 32\) here"):
         load_encoder(folder)
     save_file(weights, folder / "model.safetensors")
     for old, new, message in (
-        ('"num_hidden_layers": 4', '"num_hidden_layers": 3', "surplus"),
+        ('"num_hidden_layers": 4', '"num_hidden_layers": 3', "unexpected"),
         ('"search": "search"', '"search": "serach"', "missing .*serach"),
-        ('"lightning_modules.encoders.moe.MoEEncoder"', '"os.system"', "only those of lightning_modules.encoders"),
+        ('"lightning_modules.encoders.moe.MoEEncoder"', '"os.system"', "only classes of lightning_modules.encoders"),
         ('"attention": true', '"attenshun": true', "attenshun"),
-        ('"pooling": "cls"', '"pooling": "max"', "pooling: got 'max'"),
+        ('"pooling": "cls"', '"pooling": "max"', "pooling: expected one of cls, mean, got 'max'"),
     ):
         assert old in config
         (folder / "config.json").write_text(config.replace(old, new))
@@ -187,7 +192,7 @@ def test_exported_folders_that_do_not_fit_are_refused(make_encoder, tmp_path):
         load_encoder(folder)
 
 
-def test_a_plain_folder_whose_weights_do_not_fit_is_refused(bert, tmp_path):
+def test_plain_folder_with_other_weights_raises_user_error(bert, tmp_path):
     weights, config = load_file(bert / "model.safetensors"), (bert / "config.json").read_text()
     key = "encoder.layer.1.attention.self.query.weight"
     for changed, message in (
@@ -202,14 +207,14 @@ def test_a_plain_folder_whose_weights_do_not_fit_is_refused(bert, tmp_path):
         weights | {"pooler.dense.weight": torch.ones(32, 32)}, bert / "model.safetensors", metadata={"format": "pt"}
     )
     load_encoder(bert)
-    for layers, message in ((2, "surplus .encoder.layer.2"), (6, "missing .encoder.layer.4")):
+    for layers, message in ((2, "unexpected .encoder.layer.2"), (6, "missing .encoder.layer.4")):
         (bert / "config.json").write_text(config.replace('"num_hidden_layers": 4', f'"num_hidden_layers": {layers}'))
         with pytest.raises(UserError, match=message):
             load_encoder(bert)
 
 
 def mutated(value, draw):
-    """A copy of plain containers with one value of it changed."""
+    """Return a copy of plain containers in which one value is changed or removed."""
     value = copy.deepcopy(value)
     node, path = value, []
     while isinstance(node, dict | list) and node:
@@ -227,7 +232,7 @@ def mutated(value, draw):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_descriptions_are_refused_or_give_finite_vectors(make_encoder, tmp_path, seed):
+def test_mutated_descriptions_raise_user_error_or_give_finite_vectors(make_encoder, tmp_path, seed):
     draw = random.Random(seed)
     encoder = make_encoder("attention")
     good = {"encoder": describe(encoder), "state_dict": {f"encoder.{k}": v for k, v in encoder.state_dict().items()}}
