@@ -14,7 +14,7 @@ from datamodules.cache import only_one, unfinished
 from datamodules.readers.gathered import pour
 from datamodules.records import Collection, Sink, UserError
 from datamodules.store import ROWS, StoredCollection
-from datamodules.writer import write
+from datamodules.conversion import write
 
 log = logging.getLogger(__name__)
 

@@ -170,11 +170,11 @@ def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, coun
 
 def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
     objective = config.objective
-    frozen: dict[str, GuideOptions | TeacherOptions] = {"guide": objective.guide, "teacher": objective.teacher}
     return ContrastiveModule(
         encoder,
         tasks=list(config.task),
-        judges={name: _load_frozen(config, name, options) for name, options in frozen.items() if options.model},
+        guide_model=_load_frozen(config, "guide", objective.guide) if objective.guide.model else None,
+        teacher_model=_load_frozen(config, "teacher", objective.teacher) if objective.teacher.model else None,
         grad_cache=config.trainer.grad_cache,
         optim=config.optim,
         total_steps=config.trainer.max_steps,

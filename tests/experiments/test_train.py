@@ -440,7 +440,7 @@ def test_a_new_task_is_given_to_a_trained_encoder(tmp_path, caplog):
         (["tasks=[classification]"], "task classification: the encoder has it already"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "brings an encoder with .'ffn': False., the experiment moe says .'ffn': True."),
-        (["extend.like=sarch"], "extend.like: got 'sarch', allowed are nearest, classification"),
+        (["extend.like=sarch"], "extend.like: expected one of nearest, classification"),
         (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
         (["task.search.expert=classification"], "task search: the expert classification exists already"),
     ],
