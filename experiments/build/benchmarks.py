@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.matching import NameMatcher
 from datamodules.readers import reader_class_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
+from datamodules.text import NameMatcher
 from experiments.build.data import build_data
 from experiments.build.suite import BenchmarkConfig, choose, load_suite
 from experiments.config.schema import Config

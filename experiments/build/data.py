@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.batches import BatchOptions
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
 from datamodules.tasks import KINDS, Reader, TaskDataModule
@@ -140,10 +139,21 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
         raise UserError("data.curriculum: not with data.schedule=together, where every step has a batch of every task")
     phases = [Phase(0, task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights))]
     for i, phase in enumerate(settings.curriculum):
-        weights = checked_weights(f"data.curriculum[{i}].weights", phase.weights, sizes)
+        with _prefixed(f"data.curriculum[{i}]."):
+            weights = checked_weights(phase.weights, sizes)
         phases.append(Phase(phase.from_step * config.trainer.accumulate_grad_batches, weights))
-    check_phases(phases)
+    with _prefixed("data.curriculum: "):
+        check_phases(phases)
     return tuple(phases)
+
+
+@contextmanager
+def _prefixed(key: str) -> Iterator[None]:
+    """Put a configuration key before the messages of errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}{error}") from error
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cache import only_one
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
+from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.folders import reader_of
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
+from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
 
@@ -154,7 +154,7 @@ def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora:
 def _reader(folder: str) -> BeirReader | JsonlReader:
     """Return the reader of an evaluation's folder. Raises UserError if there is none."""
     try:
-        reader = reader_of(folder)(folder)
+        reader = reader_class_of(folder)(folder)
         reader.sources()
     except UserError as error:
         raise UserError(f"evaluation to compare with (data.leaks_in, or beir of make audit): {error}") from error

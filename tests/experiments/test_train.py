@@ -495,7 +495,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     ("overrides", "message"),
     [
         (["data.schedule=weights"], "data.weights: expected a weight for each of classification"),
-        (["data.weights={search: 1}"], "data.weights: are for data.schedule=weights"),
+        (["data.weights={search: 1}"], "data.weights: only the schedule 'weights' uses them"),
         (
             ["data.curriculum=[{from_step: 0, weights: {search: 1}}]"],
             r"data.curriculum\[0\].weights: expected a weight",
@@ -519,7 +519,7 @@ def test_bad_lines_are_skipped_into_the_runs_quarantine(tmp_path, beir_root):
     node = "{_target_: datamodules.readers.beir.BeirReader, folder: " + str(tmp_path / "scitldr") + "}"
     overrides = [*TINY[3:], "tasks=[search]", f"task.search.data={{sci: {node}}}", "evaluation.baselines=false"]
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: is no JSON"):
+    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: invalid JSON"):
         train("vanilla", two_steps(run, *overrides, f"data.cache={tmp_path / 'cache'}"))
     assert not run.exists()
     for cache in ("", str(tmp_path / "cache")):

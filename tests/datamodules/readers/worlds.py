@@ -1,4 +1,4 @@
-"""A tiny folder for each data format, as its authors lay it out, with the collection that it holds."""
+"""A tiny folder for each data format, in its authors' layout, with the collection that it contains."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ NUM = 8
 
 @dataclass(frozen=True)
 class World:
-    """write: fills a folder and gives what it holds. reader: class and its arguments, "FOLDER" for the folder.
+    """A folder in one format.
 
-    file: of records, one a line. bad: lines that are none of its records, with a part of the reason.
+    write: writes the folder, and returns its collection.
+    reader: class of the reader and its arguments, in which "FOLDER" stands for the folder.
+    file: file with one record per line.
+    bad: bad lines for this file, each with a part of the reason that is reported.
     """
 
     name: str
@@ -120,7 +123,7 @@ def dpr(folder: Path) -> Collection:
 
 
 def maple(folder: Path) -> Collection:
-    """Papers of 2014 to 2017; the paper p cites p - 1 and one that is not there, and has labels l(p) and l(p + 1)."""
+    """Papers of 2014 to 2017. Paper p cites p - 1 and an unknown paper, and has the labels p and p + 1."""
     found = papers("p", 12)
     labels = {f"l{i}": Document(f"l{i}", f"name {i}") for i in range(4)}
     put(folder / "labels.txt", *(f"{label.id}\t{label.title}" for label in labels.values()))
@@ -209,7 +212,7 @@ def scidocs_links(folder: Path) -> Collection:
 
 
 def one_object(records: dict) -> list[str]:
-    """A line each, and commas between."""
+    """Return the lines of a JSON object with one record per line."""
     inner = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items()]
     return ["{" + inner[0], *("," + line for line in inner[1:]), "}"]
 
@@ -320,7 +323,7 @@ def csfcube(folder: Path) -> Collection:
 
 
 def examples(folder: Path) -> Collection:
-    """The second test paper is judged twice, and one that is judged has no text."""
+    """One test paper is judged twice, and one judged paper has no text."""
     found = papers("30")
     put(folder / "texts" / "evaluation.jsonl", *(written(p, "doc_id") for p in found.values()))
     splits = {"train": {"300": 2, "301": 10, "305": 2}, "test": {"302": 10, "303": 2}}
@@ -337,7 +340,7 @@ def examples(folder: Path) -> Collection:
 
 
 def doris_mae(folder: Path) -> Collection:
-    """Paper 2 is judged twice in one aspect; paper 4 is nobody's candidate."""
+    """Paper 2 is judged twice in one aspect. Paper 4 is not a candidate."""
     corpus = {str(i): Document(str(i), "", f"ábstract of {i}") for i in range(5)}
     rows = [{"original_abstract": p.text, "title": "t", "abstract_id": int(id)} for id, p in corpus.items()]
     questions = [
@@ -356,16 +359,20 @@ def doris_mae(folder: Path) -> Collection:
     return Collection({id: corpus[id] for id in "0123"}, queries, {"test": qrels})
 
 
-NO_JSON = ('{"paper": ', "is no JSON")
-NO_OBJECT = ("[1, 2]", "expected an object")
+INVALID_JSON = ('{"paper": ', "invalid JSON")
+NOT_AN_OBJECT = ("[1, 2]", "expected an object")
 F = {"folder": "FOLDER"}
 YEARS = {"train_until": 2015, "dev_percent": 0}
-SCIMULT_PAPER = (NO_JSON, NO_OBJECT, ('{"paper": "x"}', "missing"), ('{"paper": 1.5, "title": "t"}', ""))
+SCIMULT_PAPER = (INVALID_JSON, NOT_AN_OBJECT, ('{"paper": "x"}', "missing"), ('{"paper": 1.5, "title": "t"}', ""))
 TSV = (("a b", "expected query-id, corpus-id and score"), ("8-0\t90\tx", "the score must be an integer, got 'x'"))
 
 WORLDS = (
     World(
-        "beir", beir, (BeirReader, F), "corpus.jsonl", (NO_JSON, ('{"_id": 1, "text": "x"}', "_id must be a string"))
+        "beir",
+        beir,
+        (BeirReader, F),
+        "corpus.jsonl",
+        (INVALID_JSON, ('{"_id": 1, "text": "x"}', "_id must be a string")),
     ),
     World(
         "jsonl",
@@ -373,13 +380,13 @@ WORLDS = (
         (JsonlReader, F),
         "train.jsonl",
         (
-            NO_JSON,
-            NO_OBJECT,
+            INVALID_JSON,
+            NOT_AN_OBJECT,
             ('{"query": "d0"}', "positives is missing (keys here: query)"),
             ('{"query": "d0", "positives": []}', "positives is empty"),
             ('{"query": "d0", "positives": ["d1", "x"]}', "positives: 1 of 2 ids are not in the corpus, first 'x'"),
-            ('{"query": "d0", "positives": ["d1"], "negatives": ["d1"]}', "'d1' is among the positives and the neg"),
-            ('{"query": "d0", "positives": ["d1", "d0"]}', "'d0' is the query itself, and among its positives"),
+            ('{"query": "d0", "positives": ["d1"], "negatives": ["d1"]}', "'d1' is both a positive and a negative"),
+            ('{"query": "d0", "positives": ["d1", "d0"]}', "the query 'd0' is one of its own positives or negatives"),
             ('{"query": {"id": "x"}, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first 'x'"),
             ('{"query": 7, "positives": ["d1"]}', "query: 1 of 1 ids are not in the corpus, first '7'"),
             ('{"query": " ", "positives": ["d1"]}', "query is empty"),
@@ -393,7 +400,7 @@ WORLDS = (
         (DprReader, {"train": "FOLDER/train.json", "dev": "FOLDER/dev.json"}),
         "train.json",
         (
-            ('{"question": nul}', "is no JSON"),
+            ('{"question": nul}', "invalid JSON"),
             ("[1, 2]", "expected an object"),
             ("17", "expected an object"),
             ('{"question": "q"}', "positive_ctxs is missing"),
@@ -402,7 +409,7 @@ WORLDS = (
             ('{"question": "q", "positive_ctxs": [{"text": 3}]}', "positive_ctxs, passage 1: text must be a string"),
             (
                 '{"question": "q", "positive_ctxs": [{"text": "other", "passage_id": "1"}]}',
-                "document '1' has another text here than before",
+                "document '1' has a different text on an earlier line",
             ),
         ),
     ),
@@ -412,7 +419,7 @@ WORLDS = (
         (MapleReader, F | YEARS),
         "papers.json",
         (
-            NO_JSON,
+            INVALID_JSON,
             ('{"paper": "x", "title": "t", "year": "2001"}', "label is missing"),
             ('{"paper": "x", "title": "t", "year": "y", "label": []}', "the year must be an integer, got 'y'"),
             ('{"paper": "x", "title": "t", "year": 2001, "label": "l1"}', "label must be a list"),
@@ -424,7 +431,7 @@ WORLDS = (
         maple_citations,
         (MapleReader, F | YEARS | {"view": "citations"}),
         "papers.json",
-        (NO_JSON, ('{"paper": "x", "title": "t", "year": 2001}', "reference is missing")),
+        (INVALID_JSON, ('{"paper": "x", "title": "t", "year": 2001}', "reference is missing")),
     ),
     World(
         "scirepeval-triplets",
@@ -432,7 +439,7 @@ WORLDS = (
         (SciRepEvalReader, F | {"view": "citations"}),
         "train.jsonl",
         (
-            NO_JSON,
+            INVALID_JSON,
             ("{}", "query must be an object, got None"),
             ('{"query": {"title": "t"}}', "query: doc_id or corpus_id"),
         ),
@@ -443,7 +450,7 @@ WORLDS = (
         (SciRepEvalReader, F | {"view": "search"}),
         "train.jsonl",
         (
-            NO_JSON,
+            INVALID_JSON,
             ('{"query": "w"}', "candidates must be a list of objects"),
             ('{"query": "w", "candidates": []}', "candidates is empty"),
             (
@@ -459,10 +466,10 @@ WORLDS = (
         (SciRepEvalReader, F | {"view": "labels", "label_key": "labels_text"}),
         "train.jsonl",
         (
-            NO_JSON,
+            INVALID_JSON,
             ('{"doc_id": "z", "title": "t"}', "labels_text is missing"),
             ('{"doc_id": "z", "title": "t", "labels_text": []}', "labels_text is empty"),
-            ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is no name; give the file of names"),
+            ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is not a name; give a file of names"),
         ),
     ),
     World(
@@ -474,8 +481,8 @@ WORLDS = (
         ),
         "judged/test.jsonl",
         (
-            NO_JSON,
-            NO_OBJECT,
+            INVALID_JSON,
+            NOT_AN_OBJECT,
             ('{"label": 2}', "paper_id is missing"),
             ('{"paper_id": "302"}', "label is missing (keys here: paper_id)"),
             ('{"paper_id": "302", "label": 0.5}', "label must be an id"),
@@ -488,7 +495,7 @@ WORLDS = (
         (DorisMaeReader, F | {"view": "sum"}),
         "DORIS-MAE_dataset_v1.json",
         (
-            ('{"query_text": nul}', "is no JSON"),
+            ('{"query_text": nul}', "invalid JSON"),
             ("[1, 2]", "expected an object"),
             ('{"candidate_pool": [1], "aspects": {"1": []}}', "query_text is missing"),
             ('{"query_text": "w", "aspects": {"1": []}}', "candidate_pool is missing"),
@@ -512,7 +519,7 @@ WORLDS = (
         (
             ("0a1 0a2 1", "expected query, 0, document and grade"),
             ("0a1 0 0a7 x", "the grade must be an integer, got 'x'"),
-            ("0a1 0 0a3 1", "have score 1 here and 0 above"),
+            ("0a1 0 0a3 1", "have score 1 here and 0 earlier"),
         ),
     ),
     World(
@@ -521,8 +528,8 @@ WORLDS = (
         (LitSearchReader, F),
         "query/full.jsonl",
         (
-            NO_JSON,
-            NO_OBJECT,
+            INVALID_JSON,
+            NOT_AN_OBJECT,
             ('{"query": "w", "corpusids": []}', "query or corpusids is empty"),
             ('{"query": "w", "corpusids": [9]}', "corpusids: 1 of 1 ids are not in the corpus"),
             ('{"corpusids": [200]}', "query is missing"),
@@ -534,8 +541,8 @@ WORLDS = (
         (CsfCubeReader, F | {"facet": "method"}),
         "abstracts-csfcube-preds.jsonl",
         (
-            NO_JSON,
-            NO_OBJECT,
+            INVALID_JSON,
+            NOT_AN_OBJECT,
             ('{"paper_id": "x", "abstract": ["s", 1]}', "abstract must be a list of sentences"),
             ('{"paper_id": "x", "abstract": "s"}', "abstract must be a list, got 's'"),
             ('{"paper_id": "x"}', "neither title nor abstract"),
@@ -546,7 +553,11 @@ WORLDS = (
         scimult_fine,
         (SciMultReader, F | {"task": "classification_fine", "dataset": "CSConference"}),
         "classification_fine/CSConference_papers_test.json",
-        (NO_JSON, ('{"title": "t"}', "label is missing"), ('{"title": "t", "label": ["x"]}', "1 of 1 ids are not in")),
+        (
+            INVALID_JSON,
+            ('{"title": "t"}', "label is missing"),
+            ('{"title": "t", "label": ["x"]}', "1 of 1 ids are not in"),
+        ),
     ),
     World(
         "scimult-coarse",
@@ -554,7 +565,7 @@ WORLDS = (
         (SciMultReader, F | {"task": "classification_coarse", "dataset": "MAG"}),
         "classification_coarse/MAG_papers_test.json",
         (
-            NO_JSON,
+            INVALID_JSON,
             ('{"title": "t", "label": true}', "label must be an id"),
             ('{"title": "t", "label": 9}', "1 of 1 ids"),
         ),
@@ -571,7 +582,11 @@ WORLDS = (
         scimult_patients,
         (SciMultReader, F | {"task": "link_prediction_retrieval", "dataset": "PMCPatientsPPR"}),
         "link_prediction_retrieval/PMCPatientsPPR_queries_test.json",
-        (NO_JSON, ('{"title": "t", "patient": []}', "has no judgement"), ('{"patient": ["7-0"]}', "neither title nor")),
+        (
+            INVALID_JSON,
+            ('{"title": "t", "patient": []}', "has no judgements"),
+            ('{"patient": ["7-0"]}', "neither title nor"),
+        ),
     ),
     World(
         "scimult-reranking",
@@ -585,7 +600,10 @@ WORLDS = (
         scimult_search,
         (SciMultReader, F | {"task": "search", "dataset": "Search"}),
         "search/Search_queries_test.json",
-        (NO_JSON, ('{"query_id": "x", "query": "w", "score": {"p1": 0.5}}', "the score must be an integer, got 0.5")),
+        (
+            INVALID_JSON,
+            ('{"query_id": "x", "query": "w", "score": {"p1": 0.5}}', "the score must be an integer, got 0.5"),
+        ),
     ),
     World(
         "scimult-pmc",
@@ -599,6 +617,10 @@ WORLDS = (
         pmc_patients,
         (PmcPatientsReader, F | {"task": "PAR"}),
         "PAR/corpus.jsonl",
-        (NO_JSON, ('{"text": "x"}', "_id is missing"), ('{"_id": "30", "text": "x"}', "stands on an earlier line too")),
+        (
+            INVALID_JSON,
+            ('{"text": "x"}', "_id is missing"),
+            ('{"_id": "30", "text": "x"}', "an earlier line has it too"),
+        ),
     ),
 )

@@ -1,15 +1,13 @@
-"""All readers against one contract, each format against the collection that its folder was written from."""
+"""Details of single formats, which the contract of all readers does not cover."""
 
 import gzip
 import json
-import re
 import sys
 import types
-from pathlib import Path
 
 import pyarrow
 import pytest
-import yaml
+from pyarrow import parquet
 
 from datamodules.batches import BatchOptions
 from datamodules.readers.beir_hub import BeirHubReader
@@ -23,192 +21,12 @@ from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
 from datamodules.records import Collection, Document, Task, UserError
-from datamodules.tasks import Reader, SearchDataModule
-from experiments.config.targets import READERS, check_target, instantiate
-from tests.datamodules.reader_worlds import (
-    WORLDS,
-    World,
-    beir,
-    doris_mae,
-    maple,
-    papers,
-    put,
-    search,
-    triplets,
-    written,
-)
-
-world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
-SEPARATED = {"dpr": ",", "doris-mae": ","}  # what stands between records
+from datamodules.tasks import SearchDataModule
+from tests.datamodules.readers.test_contract import check_consistent, error_of, files
+from tests.datamodules.readers.worlds import beir, doris_mae, maple, papers, put, search, triplets, written
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def insert(path: Path, line: str, separator: str = "") -> int:
-    """A line before the last record; its number."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    at = len(lines) - 1 - bool(separator)
-    lines.insert(at, line + separator)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return at + 1
-
-
-def refused(reader) -> str:
-    with pytest.raises(UserError) as caught:
-        reader.read()
-    return str(caught.value)
-
-
-def ended(reader) -> str:
-    """The error's text; empty if all is well."""
-    try:
-        consistent(reader.read())
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def consistent(collection: Collection) -> None:
-    assert collection.corpus
-    assert collection.qrels
-    for documents in (collection.corpus, collection.queries):
-        assert all(id == document.id and id for id, document in documents.items())
-    for qrels in collection.qrels.values():
-        assert qrels
-        for query, judged in qrels.items():
-            assert query in collection.queries
-            assert judged
-            assert judged.keys() <= collection.corpus.keys()
-            assert all(type(grade) is int for grade in judged.values())
-
-
-@world
-def test_what_was_written_is_read(world: World, tmp_path):
-    expected = world.write(tmp_path)
-    reader = world.make(tmp_path)
-    assert isinstance(reader, Reader)
-    found = reader.read()
-    consistent(found)
-    assert found == expected
-
-
-@world
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_are_the_same(world: World, tmp_path, suffix):
-    compress = gzip.compress if suffix == ".gz" else pytest.importorskip("zstandard").compress
-    expected = world.write(tmp_path)
-    for path in files(tmp_path):
-        Path(f"{path}{suffix}").write_bytes(compress(path.read_bytes()))
-        path.unlink()
-    assert world.make(tmp_path).read() == expected
-
-
-@world
-def test_windows_files_are_the_same(world: World, tmp_path):
-    expected = world.write(tmp_path)
-    for path in files(tmp_path):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert world.make(tmp_path).read() == expected
-
-
-@world
-def test_a_bad_line_is_an_error_with_its_place_or_is_set_aside(world: World, tmp_path, caplog):
-    for number, (line, reason) in enumerate(world.bad):
-        if not line:
-            continue
-        folder, quarantine = tmp_path / str(number), tmp_path / f"{number}.jsonl"
-        expected = world.write(folder)
-        path = folder / world.file
-        at = insert(path, line, SEPARATED.get(world.name, ""))
-        message = refused(world.make(folder))
-        assert message.startswith(f"{path}, line {at}"), message
-        assert reason in message
-        caplog.clear()
-        found = world.make(folder, on_error="skip", quarantine=str(quarantine)).read()
-        assert shifted(found) == shifted(expected)
-        (record,) = map(json.loads, quarantine.read_text().splitlines())
-        assert (record["file"], record["line"], record["text"]) == (str(path), at, line)
-        assert reason in record["reason"]
-        assert "1 bad line is left out" in caplog.text
-        assert str(quarantine) in caplog.text
-
-
-def shifted(collection: Collection) -> Collection:
-    """Ids that are made of a line's number, without the number: it moved by the line that was put in."""
-
-    def plain(id: str) -> str:
-        return re.sub(
-            r"^(train|dev|test)\.[0-9]+$",
-            lambda m: m[1] + collection.queries[id].text + collection.queries[id].title,
-            id,
-        )
-
-    queries = {plain(id): (d.title, d.text) for id, d in collection.queries.items()}
-    qrels = {s: {plain(id): judged for id, judged in qrels.items()} for s, qrels in collection.qrels.items()}
-    return Collection(collection.corpus, queries, qrels)
-
-
-@world
-def test_a_file_that_is_mostly_bad_is_refused(world: World, tmp_path):
-    world.write(tmp_path)
-    path = tmp_path / world.file
-    for _ in range(40):
-        insert(path, world.bad[0][0], SEPARATED.get(world.name, ""))
-    message = refused(world.make(tmp_path, on_error="skip", quarantine=str(tmp_path / "q.jsonl")))
-    assert f"{path}: 40 of " in message
-    assert "more than half" in message
-
-
-@world
-def test_a_file_cut_short_is_refused_under_both_policies(world: World, tmp_path):
-    world.write(tmp_path)
-    path = tmp_path / world.file
-    whole = gzip.compress(path.read_bytes())
-    path.unlink()
-    Path(f"{path}.gz").write_bytes(whole[: len(whole) * 2 // 3])
-    for policy in ("fail", "skip"):
-        reader = world.make(tmp_path, on_error=policy, quarantine=str(tmp_path / "q.jsonl"))
-        assert f"{path}.gz: the gzip file is damaged" in refused(reader)
-
-
-@world
-def test_missing_files_are_named(world: World, tmp_path):
-    world.write(tmp_path / "there")
-    assert "no such" in refused(world.make(tmp_path / "nowhere"))
-    for path in files(tmp_path / "there"):
-        content = path.read_bytes()
-        path.unlink()
-        message = ended(world.make(tmp_path / "there"))
-        assert not message or str(path.parent) in message  # or else it is read, with a split less
-        path.write_bytes(content)
-
-
-@world
-def test_arguments_are_checked(world: World, tmp_path):
-    with pytest.raises(UserError, match="on_error: got 'ignore', allowed are fail, skip"):
-        world.make(tmp_path, on_error="ignore")
-    for name in {"view", "task", "dataset", "relation"} & world.reader[1].keys():
-        with pytest.raises(UserError, match=f"{name}.*: got 'x', allowed are "):
-            world.make(tmp_path, **{name: "x"})
-
-
-def test_the_documented_nodes_are_readers():
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    nodes = [
-        node for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) for node in yaml.safe_load(block).values()
-    ]
-    classes = {node["_target_"].rpartition(".")[2] for node in nodes}
-    assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
-    for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS)), Reader)
-
-
-# --- what is particular to a format ---
-
-
-def test_jsonl_may_be_one_list(tmp_path):
+def test_jsonl_file_may_be_one_list(tmp_path):
     put(tmp_path / "corpus.json", [{"_id": "d1", "text": "x"}, {"_id": 2, "text": "y"}])
     put(tmp_path / "test.json", [{"query": "w", "positives": [2]}])
     collection = JsonlReader(str(tmp_path)).read()
@@ -224,11 +42,11 @@ def test_dpr_passages_without_ids_and_questions_without_positives(tmp_path, capl
     positive = next(iter(collection.corpus))
     assert collection.qrels == {"train": {"train.1": {positive: 1, "3": 0}}}
     assert list(collection.queries) == ["train.1"]
-    assert "1 questions have no positive passage" in caplog.text
+    assert "left out 1 questions without a positive passage" in caplog.text
     hard = DprReader(train=str(tmp_path / "train.json"), negatives=["hard_negative_ctxs"]).read()
     assert hard.qrels == {"train": {"train.1": {positive: 1}}}
     assert hard.corpus == collection.corpus
-    with pytest.raises(UserError, match="negatives: got 'x', allowed are hard_negative_ctxs, negative_ctxs"):
+    with pytest.raises(UserError, match="negatives: expected one of hard_negative_ctxs, negative_ctxs, got 'x'"):
         DprReader(train="x", negatives=["x"])
 
 
@@ -271,7 +89,7 @@ def test_maple_citation_negatives_are_not_cited(tmp_path):
         assert paper not in grades
 
 
-def test_maple_caps_the_pairs_of_a_label_in_training_alone(tmp_path):
+def test_maple_caps_pairs_per_label_only_in_training(tmp_path):
     found = papers("p", 300)
     put(tmp_path / "labels_mesh.txt", "D1\tone\tuno", "D2\ttwo")
     put(
@@ -289,7 +107,7 @@ def test_maple_caps_the_pairs_of_a_label_in_training_alone(tmp_path):
     assert collection.corpus["D1"].title == "one"
 
 
-def test_maple_takes_definitions_and_counts_labels_that_it_lacks(tmp_path, caplog):
+def test_maple_reads_definitions_and_counts_unknown_labels(tmp_path, caplog):
     expected = maple(tmp_path)
     rows = [{"label": f"l{i}", "name": f"name {i}", "combined_text": "x"} for i in range(3)]
     rows[1] = {"label": "l1", "name": ["name 1", "synonym"], "definition": "defined"}
@@ -300,7 +118,7 @@ def test_maple_takes_definitions_and_counts_labels_that_it_lacks(tmp_path, caplo
     assert collection.corpus["l2"] == Document("l2", "", "name and definition")
     assert collection.qrels["test"]["p2"] == {"l2": 1}
     assert collection.qrels["train"].keys() == expected.qrels["train"].keys()
-    assert "lacks 6 labels of papers; 0 papers have no other" in caplog.text
+    assert "dropped 6 labels of papers that are not in it; 0 papers have no other label" in caplog.text
 
 
 def test_maple_raw_texts_are_preferred(tmp_path):
@@ -310,8 +128,8 @@ def test_maple_raw_texts_are_preferred(tmp_path):
     assert collection.queries["1"] == Document("1", "A, b", "")
 
 
-def test_maple_folders_are_one_set(tmp_path):
-    """The cap holds over both; a paper that both have is one, with the labels of both."""
+def test_maple_folders_form_one_collection(tmp_path):
+    """The cap is for both folders together. A paper of both folders is one paper with the labels of both."""
     found = list(papers("p", 60).values())
     put(tmp_path / "Biology" / "labels.txt", "D1\tone", "D2\ttwo")
     put(tmp_path / "Biology" / "papers.json", *(written(p, label=["D1"]) for p in found[:40]))
@@ -327,7 +145,7 @@ def test_maple_folders_are_one_set(tmp_path):
 
 
 def test_maple_fields_are_labels_of_their_papers(tmp_path):
-    """Each field has max_per_label papers, drawn by the seed; hard negatives are fields of neighbours."""
+    """Each field has max_per_label papers, drawn by the seed. Hard negatives are fields of related papers."""
     names = ("Art", "Political_Science", "Physics")
     for number, name in enumerate(names):
         rows = (
@@ -362,8 +180,8 @@ def test_maple_fields_are_labels_of_their_papers(tmp_path):
     assert sum(grade == 0 for judged in every.values() for grade in judged.values()) > 200
 
 
-def test_maple_citations_outside_of_the_training_papers_do_not_cost_negatives(tmp_path):
-    """Of a thousand references one is a training paper: its label is drawn nevertheless."""
+def test_maple_references_outside_training_do_not_reduce_negatives(tmp_path):
+    """Only one of a thousand references is a training paper, but its label is still drawn."""
     elsewhere = [f"far{i}" for i in range(1000)]
     put(tmp_path / "labels.txt", "l0\tzero", "l1\tone")
     first, second = papers("p", 2).values()
@@ -393,7 +211,7 @@ MESH = """<?xml version="1.0"?>
 
 
 @pytest.mark.parametrize("name", ["desc2022.xml", "desc2022.xml.gz"])
-def test_descriptors_of_mesh_are_labels_with_their_scope_notes(tmp_path, name):
+def test_mesh_descriptors_are_labels_with_scope_notes(tmp_path, name):
     content = MESH.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     put(tmp_path / "papers.json", written(Document("p", "t", "a"), label=["D000001"]))
@@ -410,17 +228,17 @@ def test_descriptors_of_mesh_are_labels_with_their_scope_notes(tmp_path, name):
         (MESH[:300], "the XML file is damaged"),
         (MESH.replace("\u00f3", "\udcff"), "the XML file is damaged"),
         (MESH.replace("DescriptorUI>", "UI>"), "expected descriptors with DescriptorUI and DescriptorName, got none"),
-        (MESH.replace("D000002", "D000001"), "the id 'D000001' stands on an earlier line too"),
-        ("<DescriptorRecordSet></DescriptorRecordSet>", "holds no label"),
+        (MESH.replace("D000002", "D000001"), "duplicate id 'D000001': an earlier line has it too"),
+        ("<DescriptorRecordSet></DescriptorRecordSet>", "contains no labels"),
     ],
 )
-def test_damaged_descriptors_are_refused(tmp_path, content, reason):
+def test_damaged_mesh_file_raises_user_error(tmp_path, content, reason):
     (tmp_path / "labels.xml").write_bytes(content.encode("utf-8", "surrogateescape"))
     put(tmp_path / "papers.json", written(Document("p", "t", "a"), label=["D000001"]))
-    assert reason in refused(MapleReader(str(tmp_path), labels="labels.xml"))
+    assert reason in error_of(MapleReader(str(tmp_path), labels="labels.xml"))
 
 
-def test_scirepeval_lists_may_lie_the_other_way(tmp_path):
+def test_scirepeval_candidates_may_be_an_object_of_lists(tmp_path):
     expected = search(tmp_path)
     for path in files(tmp_path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -436,29 +254,25 @@ def test_scirepeval_lists_may_lie_the_other_way(tmp_path):
     assert SciRepEvalReader("search", folder=str(tmp_path)).read().qrels["train"] == {"x": {"a": 1}}
 
 
-def test_scirepeval_negatives_of_one_row_may_be_positives_of_another(tmp_path):
+def test_scirepeval_positive_of_one_row_overrides_negative_of_another(tmp_path):
     query, one, two = ({"doc_id": d.id, "title": d.title, "abstract": d.text} for d in papers("", 3).values())
     put(tmp_path / "train.jsonl", {"query": query, "pos": one, "neg": two}, {"query": query, "pos": two, "neg": one})
     collection = SciRepEvalReader("citations", folder=str(tmp_path)).read()
     assert collection.qrels == {"train": {"0": {"1": 1, "2": 1}}}
 
 
-def test_scirepeval_parts_must_be_whole(tmp_path):
+def test_scirepeval_missing_part_raises_user_error(tmp_path):
     triplets(tmp_path)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     expected = SciRepEvalReader("citations", folder=str(tmp_path)).read()
     (tmp_path / "train.jsonl").unlink()
     put(tmp_path / "train-00000-of-00002.jsonl", *lines[:3])
-    assert "all parts of one; found train-00000-of-00002" in refused(
-        SciRepEvalReader("citations", folder=str(tmp_path))
-    )
+    assert "all parts of one, got train-00000-of-00002" in error_of(SciRepEvalReader("citations", folder=str(tmp_path)))
     put(tmp_path / "train-00001-of-00002.jsonl", *lines[3:])
     assert SciRepEvalReader("citations", folder=str(tmp_path)).read() == expected
 
 
-def test_scirepeval_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+def test_scirepeval_reads_parquet(tmp_path):
     expected = search(tmp_path)
     for path in files(tmp_path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -466,10 +280,10 @@ def test_scirepeval_parquet(tmp_path):
         path.unlink()
     assert SciRepEvalReader("search", folder=str(tmp_path)).read() == expected
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:200])
-    assert "the parquet file is damaged" in refused(SciRepEvalReader("search", folder=str(tmp_path)))
+    assert "the parquet file is damaged" in error_of(SciRepEvalReader("search", folder=str(tmp_path)))
 
 
-def test_scirepeval_from_the_hub(tmp_path, monkeypatch):
+def test_scirepeval_reads_the_hub(tmp_path, monkeypatch):
     expected = triplets(tmp_path)
     loaded = {
         split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
@@ -480,17 +294,17 @@ def test_scirepeval_from_the_hub(tmp_path, monkeypatch):
     reader = SciRepEvalReader("citations", dataset="ours", config="triplets")
     assert reader.read() == expected
     loaded["train"].insert(2, {"query": None})
-    assert "ours/triplets/train, line 3, entry 3: query must be an object" in refused(reader)
+    assert "ours/triplets/train, line 3, entry 3: query must be an object" in error_of(reader)
     hub.load_dataset = lambda name, config: (_ for _ in ()).throw(FileNotFoundError("no such data set"))
-    assert "dataset ours, config triplets: cannot be loaded (no such data set)" in refused(reader)
+    assert "dataset ours, config triplets: cannot be loaded (no such data set)" in error_of(reader)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused(reader)
+    assert "pip install datasets" in error_of(reader)
     with pytest.raises(UserError, match="either folder or dataset"):
         SciRepEvalReader("citations")
 
 
 @pytest.mark.parametrize("qrels", [None, "ours-qrels"])
-def test_beir_from_the_hub(monkeypatch, qrels):
+def test_beir_hub_reader_reads_tables(monkeypatch, qrels):
     corpus = [{"_id": "4", "title": "t", "text": "x"}, {"_id": "5", "title": "", "text": "y"}]
     judged = {"test": [{"query-id": 1, "corpus-id": 4, "score": 1}], "validation": []}
     tables = {
@@ -501,19 +315,19 @@ def test_beir_from_the_hub(monkeypatch, qrels):
     hub = types.SimpleNamespace(load_dataset=lambda name, config: tables[name, config])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     reader = BeirHubReader("ours", qrels)
-    assert f"{qrels or 'ours'}/dev: the split is empty" in refused(reader)
+    assert f"{qrels or 'ours'}/dev: the split is empty" in error_of(reader)
     judged["validation"].append({"query-id": 1, "corpus-id": 5, "score": 0})
     documents = {"4": Document("4", "t", "x"), "5": Document("5", "", "y")}
     queries = {"1": Document("1", "", "asks")}
     assert reader.read() == Collection(documents, queries, {"test": {"1": {"4": 1}}, "dev": {"1": {"5": 0}}})
     judged["test"].append({"query-id": 2, "corpus-id": 4, "score": 1})
-    assert "/test, line 2, entry 2: query-id: '2' is not in the data set" in refused(reader)
+    assert "/test, line 2, entry 2: query-id: '2' is not in the data set" in error_of(reader)
     del corpus[0]["_id"]
-    assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in refused(reader)
+    assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in error_of(reader)
 
 
-def test_datasets_itself_loads_what_the_hub_readers_read(tmp_path):
-    """Folders stand in for the hub; what `datasets` raises of its own is told as all else."""
+def test_hub_readers_work_with_the_datasets_package(tmp_path):
+    """Folders replace the hub. Errors of `datasets` become user errors."""
     pytest.importorskip("datasets")
     expected = triplets(tmp_path / "triplets")
     reader = SciRepEvalReader("citations", dataset=str(tmp_path / "triplets"))
@@ -533,24 +347,24 @@ def test_datasets_itself_loads_what_the_hub_readers_read(tmp_path):
     assert BeirHubReader(str(home)).read() == expected
 
     put(tmp_path / "triplets" / "train.jsonl", '{"query": ')
-    assert "cannot be loaded (JSON parse error" in refused(reader)
-    assert "config nope: cannot be loaded" in refused(SciRepEvalReader("citations", dataset=str(home), config="nope"))
+    assert "cannot be loaded (JSON parse error" in error_of(reader)
+    assert "config nope: cannot be loaded" in error_of(SciRepEvalReader("citations", dataset=str(home), config="nope"))
 
 
-def test_a_text_is_not_taken_for_the_document_that_has_its_name(tmp_path):
+def test_jsonl_query_text_cannot_take_the_id_of_a_document(tmp_path):
     put(tmp_path / "corpus.jsonl", {"id": "train.1", "title": "a paper"}, {"id": "b", "title": "another"})
     put(tmp_path / "train.jsonl", {"query": "free words", "positives": ["b"]}, {"query": "train.1", "positives": ["b"]})
-    message = "line 1: the query is a text that would be named 'train.1', which is a document of the corpus"
-    assert message in refused(JsonlReader(str(tmp_path)))
+    message = "line 1: the query is named 'train.1' by its line, but a document has that id"
+    assert message in error_of(JsonlReader(str(tmp_path)))
 
 
-def test_citations_of_our_own_lines_are_divided_by_year(tmp_path):
+def test_jsonl_citations_are_split_by_year(tmp_path):
     years = {f"p{i}": 2000 + i % 20 for i in range(200)}
     put(tmp_path / "corpus.jsonl", *({"id": id, "title": id, "year": year} for id, year in years.items()))
     put(tmp_path / "train.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[1:150]))
     put(tmp_path / "dev.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[150:]))
     found = JsonlReader(str(tmp_path), train_until=2009, dev_percent=20).read()
-    consistent(found)
+    check_consistent(found)
     assert set(found.qrels["test"]) == {id for id, year in years.items() if year > 2009}
     train, dev = found.qrels["train"], found.qrels["dev"]
     assert set(train) | set(dev) == {id for id, year in years.items() if year <= 2009 and id != "p0"}
@@ -559,8 +373,8 @@ def test_citations_of_our_own_lines_are_divided_by_year(tmp_path):
     assert JsonlReader(str(tmp_path), train_until=2025, dev_percent=0).read().splits == {"train": 199}
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write('{"query": "words", "positives": ["p1"]}\n')
-    message = "train.jsonl, line 150: train_until: the query 'train.150' is no document of the corpus with a year"
-    assert message in refused(JsonlReader(str(tmp_path), train_until=2009))
+    message = "train.jsonl, line 150: train_until: the query 'train.150' is not a document of the corpus with a year"
+    assert message in error_of(JsonlReader(str(tmp_path), train_until=2009))
 
 
 def test_scidocs_labels_without_names(tmp_path):
@@ -572,32 +386,32 @@ def test_scidocs_labels_without_names(tmp_path):
     collection = SciDocsReader(str(tmp_path), "mesh").read()
     assert collection.corpus == {"Heart, failing": Document("Heart, failing", "Heart, failing")}
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", "a1,3")
-    assert "label '3' is no name; give the file of names" in refused(SciDocsReader(str(tmp_path), "mesh"))
+    assert "label '3' is a number, not a name; give a file of names" in error_of(SciDocsReader(str(tmp_path), "mesh"))
     assert list(SciDocsReader(str(tmp_path), "mesh", unnamed=True).read().corpus) == ["3"]
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", *(f"b{i},x" for i in range(7)))
-    assert "7 lines name 7 query ids that are not in paper_metadata_mag_mesh.json: 'b0'" in refused(
+    assert "7 lines have 7 query ids that are not in paper_metadata_mag_mesh.json: 'b0'" in error_of(
         SciDocsReader(str(tmp_path), "mesh")
     )
 
 
-def test_pmc_patients_other_names(tmp_path):
+def test_pmc_patients_accepts_alternative_file_names(tmp_path):
     put(tmp_path / "PPR" / "PPR_corpus.jsonl", {"_id": "7-1", "title": "", "text": "x"})
     put(tmp_path / "queries" / "test_queries.jsonl", {"_id": "8-1", "text": "y"})
     put(tmp_path / "PPR" / "PPR_test_qrels.tsv", "query-id\tcorpus-id\tscore", "8-1\t7-1\t2")
     collection = PmcPatientsReader(str(tmp_path), "PPR").read()
     assert collection.qrels == {"test": {"8-1": {"7-1": 2}}}
     put(tmp_path / "PPR" / "PPR_test_qrels.tsv", "query-id\tcorpus-id\tscore", "8-1\t7-2\t2")
-    assert "1 lines name 1 document ids that are not in PPR_corpus.jsonl: '7-2'" in refused(
+    assert "1 lines have 1 document ids that are not in PPR_corpus.jsonl: '7-2'" in error_of(
         PmcPatientsReader(str(tmp_path), "PPR")
     )
 
 
-def test_scimult_links_to_unknown_papers(tmp_path):
+def test_scimult_links_to_unknown_papers_are_bad_lines(tmp_path):
     rows = [written(p, cite=["p1", "p99"] if p.id == "p0" else ["p1"], **{"co-cite": []}) for p in papers().values()]
     path = tmp_path / "link_prediction_retrieval" / "SciDocs_papers_test.json"
     put(path, *rows)
     arguments = (str(tmp_path), "link_prediction_retrieval", "SciDocs")
-    assert refused(SciMultReader(*arguments)).startswith(f"{path}, line 1: the judged documents: 1 of 2 ids are not in")
+    assert error_of(SciMultReader(*arguments)).startswith(f"{path}, line 1: judged documents: 1 of 2 ids are not in")
     quarantine = tmp_path / "q.jsonl"
     collection = SciMultReader(*arguments, on_error="skip", quarantine=str(quarantine)).read()
     assert "p0" not in collection.qrels["test"]
@@ -605,61 +419,60 @@ def test_scimult_links_to_unknown_papers(tmp_path):
     assert len(quarantine.read_text().splitlines()) == 1
 
 
-def judged(folder, view, *labels, split="test"):
+def labelled(folder, view, *labels, split="test"):
     put(folder / "texts" / "evaluation.jsonl", *({"doc_id": f"p{i}", "title": f"t{i}"} for i in range(4)))
     rows = ({"paper_id": f"p{i}", "label": label} for i, label in enumerate(labels))
     put(folder / "judged" / f"{split}.jsonl", *rows)
     return SciRepEvalExamplesReader(str(folder / "texts"), str(folder / "judged"), view)
 
 
-def test_scirepevals_labels_and_numbers(tmp_path):
-    labels = judged(tmp_path / "a", "labels", [1, 0, 1], [0, 0, 0]).read()
+def test_scirepeval_examples_of_each_view(tmp_path):
+    labels = labelled(tmp_path / "a", "labels", [1, 0, 1], [0, 0, 0]).read()
     assert list(labels.corpus) == ["0", "1", "2"]
     assert labels.qrels["test"] == {"p0": {"0": 1, "1": 0, "2": 1}, "p1": {"0": 0, "1": 0, "2": 0}}
-    numbers = judged(tmp_path / "b", "number", 0.5, -3).read()
+    numbers = labelled(tmp_path / "b", "number", 0.5, -3).read()
     assert numbers.qrels["test"] == {"p0": {"number": 0.5}, "p1": {"number": -3}}
-    words = judged(tmp_path / "c", "class", "b", "a", 7).read()
+    words = labelled(tmp_path / "c", "class", "b", "a", 7).read()
     assert list(words.corpus) == ["7", "a", "b"]
-    assert list(judged(tmp_path / "c", "class", "b", "--1").read().corpus) == ["--1", "b"]
+    assert list(labelled(tmp_path / "c", "class", "b", "--1").read().corpus) == ["--1", "b"]
     for view, label, message in (
         ("labels", [1, 2], "label must be a list of 0 and 1"),
-        ("labels", [1, 0, 0], "label has 3 values, those before have 2"),
+        ("labels", [1, 0, 0], "label has 3 values, but earlier ones have 2"),
         ("number", "7", "label must be a number from"),
         ("number", float("nan"), "label must be a number from -1e+100 to 1e+100, got 'nan'"),
         ("number", 10**401, "label must be a number from -1e+100 to 1e+100, got '1000"),
         ("number", -1e308, "label must be a number from"),
     ):
         first = [1, 0] if view == "labels" else 1
-        assert message in refused(judged(tmp_path / "d", view, first, label))
-    judged(tmp_path / "e", "labels", [1, 0], split="train")
-    assert "splits have 2 and 3 labels" in refused(judged(tmp_path / "e", "labels", [1, 0, 0]))
+        assert message in error_of(labelled(tmp_path / "d", view, first, label))
+    labelled(tmp_path / "e", "labels", [1, 0], split="train")
+    assert "splits have 2 and 3 labels" in error_of(labelled(tmp_path / "e", "labels", [1, 0, 0]))
 
 
-def test_classes_that_are_equal_as_numbers_have_one_order(tmp_path):
-    """Ten ways to write a number would stand as the set of them does, which is another way in each process."""
+def test_scirepeval_classes_have_a_fixed_order(tmp_path):
+    """Sorted only as numbers, spellings of one number would follow the order of a set, which differs by process."""
     nines, tens = (["0" * zeros + number for zeros in range(10)] for number in ("9", "10"))
-    assert judged(tmp_path, "class")._corpus([*tens, *nines, "-7"]) == ["-7", *sorted(nines), *sorted(tens)]
+    assert labelled(tmp_path, "class")._corpus_ids([*tens, *nines, "-7"]) == ["-7", *sorted(nines), *sorted(tens)]
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_numbers_are_nothing_to_train_on(tmp_path, make_backbone, cache):
-    """In a cache they were a TypeError, and without one 0.5 was a hard negative."""
-    reader = judged(tmp_path, "number", 2, 0.5, -3, split="train")
+def test_training_on_numbers_raises_user_error(tmp_path, make_backbone, cache):
+    """They once raised a TypeError with a cache, and without a cache 0.5 became a hard negative."""
+    reader = labelled(tmp_path, "number", 2, 0.5, -3, split="train")
     options = BatchOptions(batch_size=1, num_batches=1, cache=str(tmp_path / "cache") if cache else None)
     data = SearchDataModule(Task("search", "search"), {"numbers": reader}, options, make_backbone()[1])
     with pytest.raises(UserError, match="numbers: .*'p1' and document 'number' have score 0.5; grades are whole"):
         data.setup()
 
 
-def test_papers_without_text_are_told(tmp_path, caplog):
-    assert len(judged(tmp_path, "number", *range(6)).read().queries) == 4
-    assert "2 papers have no text in" in caplog.text
+def test_papers_without_text_are_left_out_with_a_warning(tmp_path, caplog):
+    assert len(labelled(tmp_path, "number", *range(6)).read().queries) == 4
+    assert "left out 2 papers without a text in" in caplog.text
 
 
-def test_a_split_may_be_a_folder_as_the_hub_converts_it(tmp_path):
-    reader = judged(tmp_path, "number", 1, 2, 3)
+def test_split_may_be_a_folder_of_parquet_parts(tmp_path):
+    reader = labelled(tmp_path, "number", 1, 2, 3)
     (tmp_path / "judged" / "test.jsonl").unlink()
-    parquet = pytest.importorskip("pyarrow.parquet")
     home = tmp_path / "judged" / "test"
     home.mkdir()
     for part, papers_of_part in enumerate((("p0", "p1"), ("p2",))):
@@ -667,19 +480,19 @@ def test_a_split_may_be_a_folder_as_the_hub_converts_it(tmp_path):
         parquet.write_table(pyarrow.Table.from_pylist(rows), home / f"000{part}.parquet")
     assert list(reader.read().queries) == ["p0", "p1", "p2"]
     (home / "0000.parquet").unlink()
-    assert "the test split must be one file, or all parts of one; found test/0001.parquet" in refused(reader)
+    assert "the test split must be one file, or all parts of one, got test/0001.parquet" in error_of(reader)
 
 
 @pytest.mark.parametrize(
     ("view", "expected"),
     [("relevant", {"0": 1, "1": 0, "2": 1}), ("sum", {"0": 3, "1": 2, "2": 3}), ("best", {"0": 1, "1": 0, "2": 1})],
 )
-def test_doris_maes_grades(view, expected, tmp_path):
+def test_doris_mae_grades_depend_on_the_view(view, expected, tmp_path):
     doris_mae(tmp_path)
     reader = DorisMaeReader(str(tmp_path), view)
     assert reader.read().qrels["test"]["test.1"] == expected
     path = tmp_path / "DORIS-MAE_dataset_v1.json"
     path.write_text(path.read_text().replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
-    assert "test.2: candidate_pool: 1 of 2 ids are not in the corpus, first '9'" in refused(reader)
+    assert "test.2: candidate_pool: 1 of 2 ids are not in the corpus, first '9'" in error_of(reader)
     path.write_text(path.read_text().replace('"Annotation"', '"Annotations"'))
-    assert f"{path}: the object has no Annotation" in refused(reader)
+    assert f"{path}: the object has no Annotation" in error_of(reader)

@@ -1,7 +1,7 @@
-"""Real papers in BEIR layout: all sets load, and hold what their README and a plain reading of the files say.
+"""Real papers in BEIR layout: all collections load, and agree with their README and with a plain reading of the files.
 
-They come with no checkout: the tests are skipped where the folder (SCIMULT_DATA, or shared/data beside the checkout) is
-missing.
+The papers are not part of the repository. The tests are skipped if their folder (SCIMULT_DATA, or shared/data next to
+the checkout) is missing.
 """
 
 import gzip
@@ -15,25 +15,25 @@ import pytest
 from datamodules.conversion import stored
 from datamodules.readers.beir import BeirReader
 
-DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 ROW = re.compile(r"\| (\w+) [^|]*\|[^|]+\| (\d+)/(\d+)/(\d+) \| (\d+) \| (\d+) \|")
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real papers in {DATA} (or SCIMULT_DATA=FOLDER)")
 
 
-def told() -> dict[str, tuple[int, ...]]:
-    """Set -> queries of train, dev and test, documents, judgements: as the README says."""
+def documented_counts() -> dict[str, tuple[int, ...]]:
+    """Return for each collection the queries of train, dev and test, documents, and judgements in the README."""
     rows = ROW.findall((DATA / "README.md").read_text(encoding="utf-8"))
     return {name: tuple(map(int, counts)) for name, *counts in rows}
 
 
-@pytest.mark.parametrize("name", told() if DATA.is_dir() else ["every set"])
-def test_a_set_is_read_whole(name, tmp_path):
+@pytest.mark.parametrize("name", documented_counts() if DATA.is_dir() else ["every collection"])
+def test_collection_is_read_completely(name, tmp_path):
     reader = BeirReader(str(DATA / name))
     collection = reader.read()
     sizes = [len(collection.qrels[split]) for split in ("train", "dev", "test")]
     judgements = sum(len(grades) for qrels in collection.qrels.values() for grades in qrels.values())
-    assert (*sizes, len(collection.corpus), judgements) == told()[name]
+    assert (*sizes, len(collection.corpus), judgements) == documented_counts()[name]
 
     with gzip.open(DATA / name / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         plain = [json.loads(line) for line in file]
@@ -49,6 +49,6 @@ def test_a_set_is_read_whole(name, tmp_path):
     assert {split: kept.judged(split)[1] for split in kept.splits} == collection.qrels
 
 
-def test_no_set_is_missing():
-    assert len(told()) == 14
-    assert set(told()) == {path.name for path in DATA.iterdir() if path.is_dir()}
+def test_no_collection_is_missing():
+    assert len(documented_counts()) == 14
+    assert set(documented_counts()) == {path.name for path in DATA.iterdir() if path.is_dir()}

@@ -1,8 +1,8 @@
-"""Mutated files of all formats: each is read, set aside line by line or refused.
+"""Mutated files of all formats: each is read, quarantined line by line, or rejected with a UserError.
 
-None ends in an error of another kind, a hang, or the loss of more than what was damaged.
+No file ends in another error or a hang, or loses more than its damaged lines.
 
-SCIMULT_FUZZ=10000 sets how many; the seeds are always the same.
+SCIMULT_FUZZ=10000 sets the number of files. The seeds are always the same.
 """
 
 from __future__ import annotations
@@ -16,47 +16,38 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from datamodules.readers import json_window, lines
+from datamodules.readers import io
 from datamodules.records import Collection, UserError
-from tests.datamodules.reader_worlds import WORLDS, World
-from tests.datamodules.test_readers import consistent, shifted
+from tests.datamodules.readers.test_contract import check_consistent, shifted
+from tests.datamodules.readers.worlds import WORLDS, World
 
 NUMBER = int(os.environ.get("SCIMULT_FUZZ", "360"))
-OF_A_LINE = 6  # documents and judgements at most, in these worlds
+MAX_ITEMS_PER_LINE = 6  # documents and judgements, in these worlds
+
+
+STRUCTURE = (
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"\n",
+    b"\r",
+    b"\t",
+    b"\\",
+    b"\0",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"0",
+)
+VALUES = (b"null", b"NaN", b"-", b"1e999", b"9" * 5000, b"[" * 3000, b"\\ud800", b"\xef\xbb\xbf", b"true", b'""', b" ")
+TOKENS = (*STRUCTURE, *VALUES)
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to three changes: bytes flipped, cut, repeated, swapped for what JSON and tables are made of."""
-    pieces = [
-        b'"',
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b",",
-        b":",
-        b"\n",
-        b"\r",
-        b"\t",
-        b"\\",
-        b"\0",
-        b"\xff",
-        b"\xed\xa0\x80",
-        b"0",
-    ]
-    pieces += [
-        b"null",
-        b"NaN",
-        b"-",
-        b"1e999",
-        b"9" * 5000,
-        b"[" * 3000,
-        b"\\ud800",
-        b"\xef\xbb\xbf",
-        b"true",
-        b'""',
-        b" ",
-    ]
+    """Make one to three changes: flip, cut or repeat bytes, or replace them with tokens of JSON and tables."""
     for _ in range(rng.randint(1, 3)):
         start = rng.randrange(len(content) + 1)
         end = min(len(content), start + rng.choice((0, 1, 1, 2, 8, 60)))
@@ -68,36 +59,18 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             content = content[:end] + content[start:end] * rng.choice((1, 2, 50)) + content[end:]
         elif kind == 3:
-            content = content[:start] + rng.choice(pieces) + content[end:]
+            content = content[:start] + rng.choice(TOKENS) + content[end:]
         else:
-            content = content[:start] if rng.random() < 0.3 else content[:start] + rng.choice(pieces) + content[start:]
+            content = content[:start] if rng.random() < 0.3 else content[:start] + rng.choice(TOKENS) + content[start:]
     return content
 
 
-ODD_VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1.5,
-    float("nan"),
-    "",
-    " ",
-    "p1",
-    "d1",
-    "\ud800",
-    [],
-    [None],
-    [[]],
-    ["p1"],
-    {},
-    {"p1": 1},
-)
+ODD_VALUES = (None, True, -1, 0, 2**70, 1.5, float("nan"), "", " ", "p1", "d1", "\ud800")
+ODD_VALUES += ([], [None], [[]], ["p1"], {}, {"p1": 1})
 
 
 def retyped(content: bytes, rng: random.Random) -> bytes:
-    """One value in a JSON line, at any depth, is another or gone; JSON and its brackets stay whole."""
+    """Change or remove one value in a JSON line, at any depth. The line stays valid JSON."""
     rows = content.decode().splitlines()
     at = rng.randrange(len(rows))
     comma = "," if rows[at].endswith(",") else ""
@@ -105,22 +78,22 @@ def retyped(content: bytes, rng: random.Random) -> bytes:
         row = json.loads(rows[at].removesuffix(","))
     except ValueError:
         return mutated(content, rng)
-    place, node = None, row
-    while isinstance(node, dict | list) and node and (place is None or rng.random() < 0.6):
+    parent, node = None, row
+    while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.6):
         key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        place, node = (node, key), node[key]
-    if place is None:
+        parent, node = (node, key), node[key]
+    if parent is None:
         return mutated(content, rng)
     if rng.random() < 0.2:
-        del place[0][place[1]]
+        del parent[0][parent[1]]
     else:
-        place[0][place[1]] = rng.choice(ODD_VALUES)
+        parent[0][parent[1]] = rng.choice(ODD_VALUES)
     rows[at] = json.dumps(row) + comma
     return "\n".join(rows).encode()
 
 
 def confused(content: bytes, rng: random.Random) -> bytes:
-    """A line stands twice, or its id is another's: ids that are double or unknown, papers that cite themselves."""
+    """Repeat a line or swap ids, which gives duplicate or unknown ids and papers that cite themselves."""
     rows, ids = content.split(b"\n"), re.findall(rb"[a-z0-9-]*[0-9]+", content)
     at = rng.randrange(len(rows))
     if rng.random() < 0.5:
@@ -131,7 +104,7 @@ def confused(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage(path: Path, rng: random.Random) -> tuple[Path, bytes]:
-    """What takes the file's place."""
+    """Return the path and the content that replace a file."""
     content = path.read_bytes()
     bad = rng.choice((mutated, retyped, confused))(content, rng)
     if rng.random() < 0.1:
@@ -145,14 +118,14 @@ def whole_lines(content: bytes) -> Counter[bytes]:
 
 
 def items(collection: Collection) -> set[tuple[str, ...]]:
-    """Documents and judgements by their ids."""
+    """Return documents and judgements as tuples of ids."""
     plain = shifted(collection)
     judged = {(s, q, d) for s, qrels in plain.qrels.items() for q, grades in qrels.items() for d in grades}
     return {(id,) for id in plain.corpus} | judged
 
 
 def fuzz(world: World, folder: Path, seed: int, warnings: list) -> str:
-    """One damaged file of the world's folder (which is as it was afterwards): how reading it ends."""
+    """Damage one file of a world, read the world, restore the file, and return how reading ended."""
     rng = random.Random(f"{world.name}/{seed}")
     path, expected = rng.choice(world.make(folder).sources()), items(world.make(folder).read())
     content = path.read_bytes()
@@ -167,30 +140,29 @@ def fuzz(world: World, folder: Path, seed: int, warnings: list) -> str:
     try:
         found = world.make(folder, on_error=policy, quarantine=str(quarantine)).read()
     except UserError:
-        return "refused"
+        return "rejected"
     finally:
         target.unlink()
         path.write_bytes(content)
         assert time.monotonic() - started < 20
-    consistent(found)
+    check_consistent(found)
     left = whole_lines(gzip.decompress(bad) if target.suffix == ".gz" else bad)
-    set_aside = len(quarantine.read_bytes().splitlines()) if quarantine.exists() else 0
-    harmed = (whole_lines(content) - left).total() + set_aside
-    if all("left out and stand" in record.getMessage() for record in warnings):  # else more is lost, and told
+    num_quarantined = len(quarantine.read_bytes().splitlines()) if quarantine.exists() else 0
+    num_damaged = (whole_lines(content) - left).total() + num_quarantined
+    if all("saved in" in record.getMessage() for record in warnings):  # other warnings report more losses
         lost = expected - items(found)
-        assert len(lost) <= OF_A_LINE * harmed, (world.name, seed, path.name, sorted(lost), harmed)
-    return "quarantine" if set_aside else "read"
+        assert len(lost) <= MAX_ITEMS_PER_LINE * num_damaged, (world.name, seed, path.name, sorted(lost), num_damaged)
+    return "quarantine" if num_quarantined else "read"
 
 
-def test_mutated_files_are_read_set_aside_or_refused(tmp_path, monkeypatch, caplog):
-    for module in (lines, json_window):  # so that some lines are too long
-        monkeypatch.setattr(module, "MAX_LINE", 4000)
+def test_mutated_files_are_read_quarantined_or_rejected(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(io, "MAX_LINE", 4000)  # so that some lines are too long
     for world in WORLDS:
         world.write(tmp_path / world.name)
-    ends: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for number in range(NUMBER):
         world = WORLDS[number % len(WORLDS)]
-        ends[fuzz(world, tmp_path / world.name, number // len(WORLDS), caplog.records)] += 1
-    print(f"{NUMBER} mutated inputs: {dict(ends)}")
-    assert set(ends) == {"read", "quarantine", "refused"}
-    assert ends.total() == NUMBER
+        outcomes[fuzz(world, tmp_path / world.name, number // len(WORLDS), caplog.records)] += 1
+    print(f"{NUMBER} mutated inputs: {dict(outcomes)}")
+    assert set(outcomes) == {"read", "quarantine", "rejected"}
+    assert outcomes.total() == NUMBER
