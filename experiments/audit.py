@@ -84,9 +84,7 @@ def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
 def _show(report: Mapping[str, Any]) -> None:
     table = Table("evaluated", "documents", *WAYS, title="evaluation texts in the training data, by")
     for name, evaluated in report["evaluated"].items():
-        table.add_row(
-            name, f"{evaluated['documents']:,}", *(str(evaluated["overlaps"].get(way, "")) for way in WAYS)
-        )
+        table.add_row(name, f"{evaluated['documents']:,}", *(str(evaluated["overlaps"].get(way, "")) for way in WAYS))
     table_console().print(table)
     for name, evaluated in report["evaluated"].items():
         for example in evaluated["examples"]:

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of

@@ -21,8 +21,7 @@ from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
-from experiments.build.trainer import build_callbacks, build_trainer, precision_of
-from experiments.build.trainer import warn_about_cores
+from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
 from experiments.config.experiment import experiments, load_config
 from experiments.config.paths import LAST, folder_of
 from experiments.config.schema import Config

@@ -32,7 +32,9 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
     training: also handle leaks as data.on_leak asks, and draw from mined hard negatives.
     """
     options = batch_options(config)
-    data = MultiTaskDataModule([_build_task(config, name, task, options) for name, task in config.task.items()], options)
+    data = MultiTaskDataModule(
+        [_build_task(config, name, task, options) for name, task in config.task.items()], options
+    )
     data.setup()
     if training:
         warn_about_sample(config, data.tasks)

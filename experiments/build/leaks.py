@@ -17,7 +17,6 @@ from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
-from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
 

@@ -71,9 +71,7 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
     if not benchmarks:
         log.warning("no task has a dev split: no evaluation during training (evaluation.every_n_steps=0 hides this)")
     settings = config.evaluation
-    return Evaluation(
-        benchmarks, settings.metrics, settings.every_n_steps, config.data.token_budget, folder / BEST
-    )
+    return Evaluation(benchmarks, settings.metrics, settings.every_n_steps, config.data.token_budget, folder / BEST)
 
 
 def precision_of(config: Config) -> str:

@@ -104,7 +104,11 @@ def test_folder_in_both_layouts_needs_a_named_reader(folders):
 def test_missing_folder_error_names_the_keys_that_set_it():
     with pytest.raises(UserError) as caught:
         build_data(load_config("moe", ["scale=small", "data.root=/nowhere"]))
-    for part in ("task.classification.data=FOLDER", "data.root=FOLDER to the folder that contains arxiv_cats", "tasks=[...]"):
+    for part in (
+        "task.classification.data=FOLDER",
+        "data.root=FOLDER to the folder that contains arxiv_cats",
+        "tasks=[...]",
+    ):
         assert part in str(caught.value)
 
 
