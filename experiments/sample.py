@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SampleOptions:
-    """Write the embedded sample as folders in BEIR layout: to look at, for other tools, or as a pattern for your data."""
+    """Write the embedded sample in BEIR layout, to look at, for other tools, or as a pattern for your own data."""
 
     output: Path = option(help="folder for the three collections")
     papers: int = option(5000, "number of papers", minimum=1)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RULES = {
-    r"\b(is|are|was|were|be) told\b|\btold (of|by)\b|\btells? (of|whether|where|when)\b": "logs, prints, shows, reports",
+    r"\b(is|are|was|were|be) told\b|\btold (of|by)\b|\btells? (of|whether|where|when)\b": "logs, shows, reports",
     r"\b(stands?|stood) (in|beside|there|behind|on|for it)\b": "is in, is next to, is stored in",
     r"\b(lies|lay) (in|beside|there|below|at)\b|\bwhere [\w ]*\b(lies|lie)\b": "is in, is stored in",
     r"\b(go|goes|went|gone) on\b": "resumes, continues",
@@ -32,7 +32,7 @@ RULES = {
     r"\bwhat is left\b": "the rest",
     r"\bas (it is|they are)(?=[.,;:)]|$)": "unchanged",
     r"\bmend(ed|s|ing)?\b": "fix",
-    r"\b(who|whoever|whatever) (looks|calls|asks|judges|names|wants|writes|reads|has|is|measures|takes)\b": "the user, ...",
+    r"\b(who|whoever|whatever) (looks|calls|asks|judges|names|wants|writes|reads|has|is|takes)\b": "the user",
     r"\bwhat (judges|looks|stands|lies)\b": "name it",
     r"\bOf (what|whose|whom)\b|\bof (whose|whom)\b|\b(to|for) who\b": "say it with a noun",
     r"\bthat there (is|are)\b|\bthere is there\b|\bis there already\b": "exists, already exists",

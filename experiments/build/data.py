@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
-from datamodules.tasks import KINDS, Reader, TaskDataModule
+from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
 from experiments.config.paths import folder_of
 from experiments.config.schema import Config, TaskConfig
+from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
     data = MultiTaskDataModule(
         [_build_task(config, name, task, options) for name, task in config.task.items()], options
     )
-    data.setup()
+    try:
+        data.setup()
+    except CollectionError as error:
+        raise UserError(f"task.{error.task}.data.{error.collection}: {error.problem}") from error
     if training:
         warn_about_sample(config, data.tasks)
         handle_leaks(config.data, data.tasks)
@@ -139,23 +143,16 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
         raise UserError("data.curriculum: not with data.schedule=together, where every step has a batch of every task")
-    phases = [Phase(0, task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights))]
+    with prefixed("data."):
+        weights = task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights)
+    phases = [Phase(0, weights)]
     for i, phase in enumerate(settings.curriculum):
-        with _prefixed(f"data.curriculum[{i}]."):
+        with prefixed(f"data.curriculum[{i}]."):
             weights = checked_weights(phase.weights, sizes)
         phases.append(Phase(phase.from_step * config.trainer.accumulate_grad_batches, weights))
-    with _prefixed("data.curriculum: "):
+    with prefixed("data.curriculum: "):
         check_phases(phases)
     return tuple(phases)
-
-
-@contextmanager
-def _prefixed(key: str) -> Iterator[None]:
-    """Put a configuration key before the messages of errors."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}{error}") from error
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:

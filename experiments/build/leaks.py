@@ -17,6 +17,7 @@ from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
+from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
 
@@ -137,7 +138,7 @@ def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora:
     """Yield all sets of evaluation texts."""
     for task in tasks:
         for split in ("dev", "test"):
-            for benchmark in task.own_benchmarks(split):
+            for benchmark in task.benchmarks(split):
                 queries = list(benchmark.queries.values())
                 yield Source(f"{benchmark.name}, {split} queries", queries, task.task.name, benchmark.name)
         trained = task.examples_by_collection()
@@ -197,7 +198,7 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
     if config.cache is None:
         return find_leaks(tasks, config.leaks_in)
     path = Path(config.cache).expanduser() / f"leaks-{_data_key(config, tasks)}.json"
-    with only_one(path):  # the first rank searches, the others wait
+    with locked(path):  # the first rank searches, the others wait
         if path.is_file():
             content = read_json(path)
             sets = {name: EvaluatedSet(**evaluated) for name, evaluated in content["sets"].items()}

@@ -103,7 +103,7 @@ def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrain
 
 
 def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    """Give a trained encoder the experiment's tasks. Each starts as the expert of extend.like, or of the nearest task."""
+    """Give a trained encoder the experiment's tasks. Each starts as the expert of extend.like, or the nearest."""
     if config.init_from:
         raise UserError("extend.model and init_from: set only one of them")
     encoder = load_encoder(config.extend.model, key="extend.model")
