@@ -38,7 +38,6 @@ from experiments.config.schema import Config
 from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
 from experiments.config.sweep_file import read_sweep
-from experiments.run.folder import folder_of
 from experiments.run.trials import trials_of
 from experiments.shared.console import entry_point, whole_number
 
