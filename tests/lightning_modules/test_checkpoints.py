@@ -87,7 +87,7 @@ def test_a_name_that_is_nowhere_is_refused():
 def test_foreign_and_damaged_files_are_refused(make_encoder, tmp_path):
     path = tmp_path / "x.ckpt"
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match=r"x\.ckpt: is no checkpoint, or a damaged one"):
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint, or a damaged one"):
         load_encoder(path)
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(UserError, match=r"x\.ckpt: is no checkpoint of this project"):
