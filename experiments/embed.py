@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.config.experiment import from_dict

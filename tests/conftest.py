@@ -15,8 +15,7 @@ os.environ["MAKEFLAGS"] = os.environ["MFLAGS"] = os.environ["MAKELEVEL"] = ""  #
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader

@@ -9,7 +9,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("datamodules", "lightning_modules", "experiments", "tests")
 MAY_IMPORT = {
     "datamodules": {"datamodules"},
-    "lightning_modules": {"datamodules.options", "datamodules.records", "datamodules.text", "lightning_modules"},
+    "lightning_modules": {
+        "datamodules.files",
+        "datamodules.options",
+        "datamodules.records",
+        "datamodules.text",
+        "lightning_modules",
+    },
     "experiments": {"datamodules", "lightning_modules", "experiments"},
 }
 PURE = (

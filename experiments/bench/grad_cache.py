@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.collate import Collator
+from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.encoder_cost import backbone_of, seconds
 from experiments.shared.console import entry_point, key_values, whole_number

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from datamodules.collate import Collator
+from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.encoder_cost import backbone_of, seconds, tasks_of
 from experiments.shared.console import entry_point, key_values, whole_number

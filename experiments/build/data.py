@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.batches import BatchOptions
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
-from datamodules.tasks import KINDS, Reader
+from datamodules.tasks import KINDS, CollectionError, Reader
 from experiments.build.leaks import answer_leaks
 from experiments.build.mining import add_rounds
 from experiments.build.own_data import check_folder, tell_of_sample
@@ -52,7 +52,10 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
         own_options = dataclasses.replace(options, **own)
         tasks.append(KINDS[task.kind](Task(name, task.expert, task.instruction), readers, own_options))
     data = MultiTaskDataModule(tasks, options)
-    data.setup()
+    try:
+        data.setup()
+    except CollectionError as error:
+        raise UserError(f"task.{error.task}.data.{error.collection}: {error.problem}") from error
     if training:
         tell_of_sample(config, data.tasks)
         answer_leaks(config.data, data.tasks)
@@ -81,12 +84,24 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
         raise UserError("data.curriculum: with data.schedule=together every step has a batch of every task")
-    phases = [Phase(0, task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights))]
+    with _prefixed("data."):
+        phases = [Phase(0, task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights))]
     for i, phase in enumerate(settings.curriculum):
-        weights = checked_weights(f"data.curriculum[{i}].weights", phase.weights, sizes)
+        with _prefixed(f"data.curriculum[{i}]."):
+            weights = checked_weights(phase.weights, sizes)
         phases.append(Phase(phase.from_step * config.trainer.accumulate_grad_batches, weights))
-    check_phases(phases)
+    with _prefixed("data.curriculum: "):
+        check_phases(phases)
     return tuple(phases)
+
+
+@contextmanager
+def _prefixed(key: str) -> Iterator[None]:
+    """Put a configuration key before the messages of errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}{error}") from error
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:

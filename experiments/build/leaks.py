@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cache import only_one
 from datamodules.files import read_json, write_json
 from datamodules.leakage import Index, Overlap
+from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.folders import reader_of
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError
+from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
 
@@ -117,7 +117,7 @@ def _evaluated(
     """Task and collection, or None, name, and documents of everything that is evaluated on."""
     for task in tasks:
         for split in ("dev", "test"):
-            for benchmark in task.own_benchmarks(split):
+            for benchmark in task.benchmarks(split):
                 owner = task.task.name, benchmark.name
                 yield owner, f"{benchmark.name}, {split} queries", list(benchmark.queries.values())
         trained = task.examples_by_collection()
@@ -133,7 +133,7 @@ def _evaluated(
 def _folder(folder: str) -> BeirReader | JsonlReader:
     """Raises UserError, naming the key, if there is no such folder."""
     try:
-        reader = reader_of(folder)(folder)
+        reader = reader_class_of(folder)(folder)
         reader.sources()
     except UserError as error:
         raise UserError(f"an evaluation to be compared with (data.leaks_in, or beir of make audit): {error}") from error
@@ -186,7 +186,7 @@ def _kept(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
             status = source.stat()
             key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
     path = Path(config.cache).expanduser() / f"leaks-{key.hexdigest()}.json"
-    with only_one(path):  # of several ranks the first compares
+    with locked(path):  # of several ranks the first compares
         if path.is_file():
             content = read_json(path)
             return Leaks(**content | {"sets": {name: Found(**found) for name, found in content["sets"].items()}})

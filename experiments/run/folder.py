@@ -28,8 +28,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.batches import MultiTaskDataModule
 from datamodules.files import read_json, write_json, write_text
-from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.config.experiment import as_dict, digest
 from experiments.config.schema import Config

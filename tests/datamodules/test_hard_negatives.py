@@ -6,10 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.hard_negatives import HardNegativeStore, write_store
-from datamodules.pools import joined
+from datamodules.examples import ragged
+from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
 from datamodules.records import Collection, Document, MinedNegatives, UserError
-from datamodules.rounds import Rounds
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from tests.conftest import toy_collection
 
@@ -17,7 +16,7 @@ META = {"miner": "any", "model": "aaaa", "step": 0, "k": 10}
 
 
 def mined_of(lists) -> MinedNegatives:
-    starts, rows = joined(lists)
+    starts, rows = ragged(lists)
     return MinedNegatives(starts, rows, np.arange(len(rows), dtype=np.int32), np.linspace(1, 0, len(rows)), {"any": 3})
 
 
@@ -43,8 +42,8 @@ def test_a_store_gives_what_was_written(make_task, tmp_path):
     lists = [[1, 2], [], [7, 3, 5], *[[i] for i in range(9)]]
     store = written(tmp_path / "store", data, lists)
     for again in (store, HardNegativeStore(tmp_path / "store"), pickle.loads(pickle.dumps(store))):
-        assert [again.of("search", i) for i in range(12)] == lists
-        assert again.of("classification", 0) == []
+        assert [again.negatives_of("search", i) for i in range(12)] == lists
+        assert again.negatives_of("classification", 0) == []
         assert again.hash == store.hash
     meta = json.loads((tmp_path / "store" / "meta.json").read_text())
     assert meta["tasks"]["search"] == {"examples": 12, "negatives": 14, "taken": {"any": 3}}
@@ -57,7 +56,7 @@ def test_a_store_that_cannot_be_written_leaves_nothing_and_keeps_the_old_one(mak
     written(tmp_path / "store", data, [[1]] * 12)
     with pytest.raises(TypeError):
         written(tmp_path / "store", data, [[2]] * 12, model=object())
-    assert HardNegativeStore(tmp_path / "store").of("search", 0) == [1]
+    assert HardNegativeStore(tmp_path / "store").negatives_of("search", 0) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
@@ -65,10 +64,10 @@ def test_a_store_that_cannot_be_written_leaves_nothing_and_keeps_the_old_one(mak
 def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
     written(tmp_path / "store", make_task(SearchDataModule), [[1]] * 12)
     (tmp_path / "store" / damage).write_bytes(b"{")
-    with pytest.raises(UserError, match="no whole store of hard negatives"):
+    with pytest.raises(UserError, match="the mined hard negatives are damaged"):
         HardNegativeStore(tmp_path / "store")
     (tmp_path / "store" / damage).unlink()
-    with pytest.raises(UserError, match=f"holds no hard negatives .{damage} is not there"):
+    with pytest.raises(UserError, match=f"expected mined hard negatives, but {damage} is missing"):
         HardNegativeStore(tmp_path / "store")
 
 
@@ -104,7 +103,7 @@ def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_
     then, now = (d.fingerprints()["search"]["toy"] for d in (data, other))
     with pytest.raises(UserError, match=f"mined from other data .fingerprints then: toy {then}, .*; now: toy {now}, "):
         Rounds(tmp_path, "mined", other.fingerprints()).begin(0, "store")
-    with pytest.raises(UserError, match="which the run does not have"):
+    with pytest.raises(UserError, match="expected hard negatives of a task, but these are of search"):
         store.check({})
 
 
@@ -129,7 +128,7 @@ def test_drawn_are_mined_ones_or_those_of_the_data_or_both(make_task, tmp_path):
         data = with_rounds(make_task, tmp_path, source)
         written(tmp_path / "store", data, lists)
         data.rounds.begin(3, "store")
-        draw = data.rounds.of("search")
+        draw = data.rounds.negatives_for("search")
         for i in range(3):
             example = data.examples[i]
             own = list(example.hard_negatives)
@@ -137,7 +136,7 @@ def test_drawn_are_mined_ones_or_those_of_the_data_or_both(make_task, tmp_path):
             assert list(draw(i, example, 2)) == own
             wanted = {"mined": lists[i] or own, "data": own, "both": list(dict.fromkeys(lists[i] + own))}[source]
             assert list(draw(i, example, 3)) == wanted
-    with pytest.raises(UserError, match="mining.use: got 'mind', allowed are mined, data, both"):
+    with pytest.raises(UserError, match="source: expected one of mined, data, both, got 'mind'"):
         Rounds(tmp_path, "mind")
 
 
@@ -213,11 +212,11 @@ def test_a_checkpoint_whose_store_is_gone_or_another_is_refused(make_task, tmp_p
 
     resumed().load_state_dict(state)
     other = written(tmp_path / "one", data, [[2]] * 12, model="bbbb")
-    both = f"hash {store.hash}, mined by model aaaa; here: hash {other.hash}, model bbbb"
+    both = f"expected hash {store.hash}, mined by model aaaa; found hash {other.hash}, model bbbb"
     with pytest.raises(UserError, match=both):
         resumed().load_state_dict(state)
     (tmp_path / "one").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=f"one: the hard negatives that hold from batch 3 on are gone.*{store.hash}"):
+    with pytest.raises(UserError, match=f"one: the hard negatives used since batch 3 are missing.*{store.hash}"):
         resumed().load_state_dict(state)
     state["position"] = 2  # before the round: it will be mined again
     resumed().load_state_dict(state)
@@ -236,12 +235,10 @@ def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_p
     written(tmp_path / "moved", data, [[2]] * 12, model="bbbb")
     other = with_rounds(make_task, tmp_path)
     other.rounds.begin(0, str(tmp_path / "moved"))
-    with pytest.raises(
-        UserError, match="mining.store: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"
-    ):
+    with pytest.raises(UserError, match="moved: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"):
         other.train_dataloader().load_state_dict(state)
     without = make_task(SearchDataModule, num_batches=12)
-    with pytest.raises(UserError, match="was trained with mined hard negatives .*given.: give mining.store"):
+    with pytest.raises(UserError, match="was trained with mined hard negatives .*given., and this training has none"):
         without.train_dataloader().load_state_dict(state)
 
 
@@ -319,5 +316,5 @@ def test_writing_a_store_replaces_only_older_stores(make_task, tmp_path, kind):
         written(path, data, [[2]] * 12)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "other" / "meta.json").write_bytes(b"{")  # damaged
-    assert written(tmp_path / "other", data, [[2]] * 12).of("search", 0) == [2]
+    assert written(tmp_path / "other", data, [[2]] * 12).negatives_of("search", 0) == [2]
     assert sorted(tmp_path.rglob("*")) == before

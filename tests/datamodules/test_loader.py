@@ -45,7 +45,7 @@ def test_changed_data_are_noticed(make_task):
     collection = toy_collection()
     corpus = dict(collection.corpus) | {"d0": Document("d0", "another", "text")}
     changed = make_task(SearchDataModule, collection=Collection(corpus, collection.queries, collection.qrels))
-    with pytest.raises(UserError, match="the schedule has changed .data: "):
+    with pytest.raises(UserError, match="the schedule differs from the checkpoint's .data: "):
         changed.train_dataloader().load_state_dict(state)
 
 

@@ -3,8 +3,8 @@
 import random
 import re
 
-from datamodules.matching import NameMatcher
 from datamodules.records import Document
+from datamodules.text import NameMatcher
 
 
 def test_all_names_are_found_as_whole_words():

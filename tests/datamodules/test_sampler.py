@@ -141,12 +141,12 @@ def test_weights_of_strategies():
 @pytest.mark.parametrize(
     ("strategy", "weights", "message"),
     [
-        ("randomly", None, "data.schedule: got 'randomly', allowed are round_robin"),
-        ("proportional", WEIGHTS, "data.weights: are for data.schedule=weights"),
+        ("randomly", None, "schedule: expected one of round_robin, .*, got 'randomly'"),
+        ("proportional", WEIGHTS, "weights: only the schedule 'weights' uses them"),
         ("weights", None, "expected a weight for each of classification, link_prediction, search"),
         ("weights", WEIGHTS | {"serach": 1}, "serach unknown"),
-        ("weights", WEIGHTS | {"search": 0}, "allowed are numbers above 0"),
-        ("weights", WEIGHTS | {"search": float("nan")}, "allowed are numbers above 0"),
+        ("weights", WEIGHTS | {"search": 0}, "expected numbers above 0"),
+        ("weights", WEIGHTS | {"search": float("nan")}, "expected numbers above 0"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(strategy, weights, message):
@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_are_refused(strategy, weights, message):
 
 def test_phases_begin_at_0_and_rise():
     for firsts in ([1], [0, 5, 5], [0, 9, 3], []):
-        with pytest.raises(UserError, match="expected 0 and then rising steps"):
+        with pytest.raises(UserError, match="expected to start at step 0 and then at increasing steps"):
             Schedule(SIZES, dict.fromkeys(SIZES, 4), 1, [Phase(first) for first in firsts])
 
 
@@ -208,7 +208,7 @@ def test_ranks_share_a_batch_by_tokens_and_their_weights_give_its_mean(ranks):
 
 
 def test_an_example_longer_than_a_batch_is_refused():
-    with pytest.raises(UserError, match=r"data.batch_tokens: got 30, but an example of classification has 38 tokens"):
+    with pytest.raises(UserError, match=r"batch_tokens: got 30, but an example of classification has 38 tokens"):
         by_tokens(30)
 
 

@@ -13,7 +13,7 @@ import pytest
 from datamodules.batches import BatchOptions
 from datamodules.conversion import FileReader, StreamingReader, describe, stored
 from datamodules.examples import ExampleTable, in_memory
-from datamodules.readers import json_values, lines
+from datamodules.readers import io
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Collection, Document, Task, UserError
@@ -21,8 +21,8 @@ from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS
 from tests.conftest import text_of
-from tests.datamodules.reader_worlds import WORLDS
-from tests.datamodules.test_fuzz import mutated, retyped
+from tests.datamodules.readers.test_fuzz import mutated, retyped
+from tests.datamodules.readers.worlds import WORLDS
 
 VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
 
@@ -121,7 +121,7 @@ def test_a_failed_conversion_leaves_nothing_and_is_tried_again(streamed, tmp_pat
     reader._corpus = whole
     assert list(stored(reader, tmp_path / "cache").corpus) == list(reader._collection.corpus)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache: .*file cannot be used"):
+    with pytest.raises(UserError, match=r"cache: cannot use the folder .*file"):
         stored(reader, tmp_path / "file")
 
 
@@ -205,7 +205,7 @@ def test_documents_of_many_batches(tmp_path):
 def test_examples_keep_the_order_in_which_queries_come_and_need_a_positive():
     judgements = np.array([[2, 5, 1], [0, 1, 0], [2, 6, 0], [1, 3, 2], [0, 4, 0], [1, 2, 1], [2, 7, 3]]).T
     rows, own = np.array([10, 11, 12]), np.array([-1, 4, -1])
-    table = ExampleTable.of_judgements(*judgements, rows, own)
+    table = ExampleTable.from_judgements(*judgements, rows, own)
     assert [example.query for example in table] == [12, 11]
     first, second = table
     assert (first.positives, first.grades, first.hard_negatives, first.not_negatives) == ((5, 7), (1, 3), (6,), (5, 7))
@@ -251,7 +251,7 @@ def test_a_paper_is_not_relevant_to_itself(tmp_path, queries_are_documents, capl
             assert [example.query for example in examples] == [0, 3]
         else:
             assert found == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
-    assert caplog.text.count("3 of 5 judgements say that a paper is relevant, or not, to itself") == (
+    assert caplog.text.count("ignored 3 of 5 judgements: they relate a paper to itself") == (
         2 if queries_are_documents else 0
     )
 
@@ -291,7 +291,7 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
             f"{query}\t{document}\t{int(grade) + 1}",
             f"split train: query '{query}' and document '{document}' have score",
         ),
-        (f"nobody\t{document}\t1", "1 lines name 1 query ids that are not in queries.jsonl: 'nobody'"),
+        (f"nobody\t{document}\t1", "1 lines have 1 query ids that are not in queries.jsonl: 'nobody'"),
         (f"{query}\t{document}", "line [0-9]+: expected query-id, corpus-id and score"),
         (f"{query}\t{document}\thigh", "line [0-9]+: the score must be an integer"),
     ):
@@ -303,7 +303,9 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
     corpus = reader.folder / "corpus.jsonl"
     texts = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
-    with pytest.raises(UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: the id .* stands on an earlier line"):
+    with pytest.raises(
+        UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: duplicate id .*: an earlier line has it too"
+    ):
         stored(beir, tmp_path / "cache")
 
 
@@ -317,7 +319,7 @@ def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
         caplog.clear()
         found = stored(beir, tmp_path / "cache")
         assert list(found.corpus) == list(reader._collection.corpus)
-        assert "1 bad line is left out" in caplog.text
+        assert "left out 1 bad line" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
 
@@ -334,8 +336,7 @@ def test_what_any_reader_reads_is_kept_and_found_by_its_files(world, tmp_path, m
     world.write(tmp_path / "data")
     reader, opened = world.make(tmp_path / "data"), []
     assert isinstance(reader, FileReader)
-    monkeypatch.setattr(lines, "open_text", lambda path, real=lines.open_text: opened.append(path) or real(path))
-    monkeypatch.setattr(json_values, "open_text", lines.open_text)
+    monkeypatch.setattr(io, "open_text", lambda path, real=io.open_text: opened.append(path) or real(path))
     wanted = reader.read()
     assert set(opened) == set(reader.sources())
     found = stored(reader, tmp_path / "cache")
@@ -398,4 +399,4 @@ def test_another_score_of_the_same_pair_is_left_out_under_skip(streamed, tmp_pat
     skipping = BeirReader(str(reader.folder), on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl"))
     found = stored(skipping, tmp_path / "cache")
     assert found.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
-    assert "1 judgements of split train with another score" in caplog.text
+    assert "split train: 1 pairs are judged again with another score" in caplog.text

@@ -7,9 +7,7 @@ import random
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions
-from datamodules.collate import sampled_by_grade
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import BatchOptions, MultiTaskDataModule, sampled_by_grade
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
@@ -214,7 +212,7 @@ def test_multitask_takes_turns_and_masks_do_not_mix(make_task):
         make_task(LinkPredictionDataModule, "link_prediction", toy_collection(6, 10, papers=True)),
         make_task(SearchDataModule, "search"),
     ]
-    with pytest.raises(UserError, match="two tasks have toy"):
+    with pytest.raises(UserError, match="two tasks have a collection named toy"):
         MultiTaskDataModule(tasks).setup()
     for task in tasks:
         task.readers = {task.task.name: task.readers["toy"]}
@@ -238,14 +236,14 @@ def test_several_collections_of_one_task_share_no_identity(make_backbone):
 def test_a_task_without_positives_is_refused(make_task):
     collection = toy_collection()
     nothing = {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["train"].items()}
-    with pytest.raises(UserError, match="task search: no query of the train split of toy .train. has a positive"):
+    with pytest.raises(UserError, match="task search: no query of a train split has a positive, in toy .train."):
         make_task(SearchDataModule, collection=Collection(collection.corpus, collection.queries, {"train": nothing}))
 
 
 def test_multitask_refuses_none_and_doubles(make_task):
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="expected at least one task"):
         MultiTaskDataModule([])
-    with pytest.raises(UserError, match="once"):
+    with pytest.raises(UserError, match="expected different names, got search, search"):
         MultiTaskDataModule([make_task(SearchDataModule), make_task(SearchDataModule)])
 
 

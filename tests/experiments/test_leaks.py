@@ -78,7 +78,7 @@ def test_texts_of_other_folders_leave_the_positives_too(leaking, tmp_path, monke
 
 def test_nothing_left_is_an_error(leaking, tmp_path):
     folder, _ = leaking
-    with pytest.raises(UserError, match="without what is in the evaluation no example is left"):
+    with pytest.raises(UserError, match="no training example remains without the texts"):
         built(configured(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
 
 
@@ -123,7 +123,7 @@ def test_corpora_that_are_only_evaluated_are_compared_with_all_that_is_trained_o
 
 def test_where_nothing_is_evaluated_nothing_is_compared(tmp_path, monkeypatch):
     task = two(tmp_path)
-    monkeypatch.setattr(task, "own_benchmarks", lambda split: [])
+    monkeypatch.setattr(task, "benchmarks", lambda split: [])
     monkeypatch.setattr(leaks.Index, "overlaps", None)
     assert not leaks.find_leaks([task])
 

@@ -95,7 +95,7 @@ def test_value_that_is_not_a_collection_raises_user_error(folders, override, mes
 
 def test_folder_in_both_layouts_needs_a_named_reader(folders):
     (folders / "mine" / "qrels").mkdir()
-    with pytest.raises(UserError, match=r"holds train.jsonl, and queries.jsonl or qrels/ too"):
+    with pytest.raises(UserError, match=r"files of two layouts, train.jsonl \(JSON lines\) and queries"):
         data_of(folders, f"task.search.data={folders}/mine")
     named = f"task.search.data={{mine: {{_target_: jsonl.JsonlReader, folder: {folders}/mine}}}}"
     assert data_of(folders, named)["mine"]["_target_"] == JSONL

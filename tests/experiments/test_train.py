@@ -255,7 +255,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
     ("overrides", "message"),
     [
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
-        (["init_from=/no/where"], "init_from: '/no/where' is no file or folder here"),
+        (["init_from=/no/where"], "init_from: '/no/where' is not an existing file or folder"),
         (["encoder.layers=mod9"], "leaves no expert layer"),
         (["task.search.data.searches.num_papers=5"], "num_papers: got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
@@ -441,8 +441,8 @@ def test_a_new_task_is_given_to_a_trained_encoder(tmp_path, caplog):
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "brings an encoder with .'ffn': False., the experiment moe says .'ffn': True."),
         (["extend.like=sarch"], "extend.like: got 'sarch', allowed are nearest, classification"),
-        (["extend.model=/no/where"], "extend.model: '/no/where' is no file or folder"),
-        (["task.search.expert=classification"], r"task\.search\.expert: classification is there already"),
+        (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
+        (["task.search.expert=classification"], "task search: the expert classification exists already"),
     ],
 )
 def test_what_cannot_be_extended_is_refused(tmp_path, make_encoder, overrides, message):
@@ -495,7 +495,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     ("overrides", "message"),
     [
         (["data.schedule=weights"], "data.weights: expected a weight for each of classification"),
-        (["data.weights={search: 1}"], "data.weights: are for data.schedule=weights"),
+        (["data.weights={search: 1}"], "data.weights: only the schedule 'weights' uses them"),
         (
             ["data.curriculum=[{from_step: 0, weights: {search: 1}}]"],
             r"data.curriculum\[0\].weights: expected a weight",
@@ -519,7 +519,7 @@ def test_bad_lines_are_skipped_into_the_runs_quarantine(tmp_path, beir_root):
     node = "{_target_: datamodules.readers.beir.BeirReader, folder: " + str(tmp_path / "scitldr") + "}"
     overrides = [*TINY[3:], "tasks=[search]", f"task.search.data={{sci: {node}}}", "evaluation.baselines=false"]
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: is no JSON"):
+    with pytest.raises(UserError, match="corpus.jsonl, line [0-9]+: invalid JSON"):
         train("vanilla", two_steps(run, *overrides, f"data.cache={tmp_path / 'cache'}"))
     assert not run.exists()
     for cache in ("", str(tmp_path / "cache")):

@@ -16,7 +16,7 @@ RANKS = textwrap.dedent(
     import torch
     import torch.distributed as dist
 
-    from datamodules.collate import padded
+    from datamodules.batches import padded
     from datamodules.records import ContrastiveBatch
     from lightning_modules.objective import FrozenVectors, Objective
     from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
