@@ -33,11 +33,11 @@ import yaml
 from datamodules.files import write_text
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.paths import folder_of
 from experiments.config.schema import Config
 from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
 from experiments.config.sweep_file import read_sweep
-from experiments.run.folder import folder_of
 from experiments.run.trials import trials_of
 from experiments.shared.console import entry_point, whole_number
 

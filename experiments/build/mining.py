@@ -12,16 +12,14 @@ import torch
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
+from experiments.config.paths import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.run.folder import folder_of
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.mine import Mining
 
 log = logging.getLogger(__name__)
-
-NEGATIVES = "negatives"  # in a run's folder
 
 
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
