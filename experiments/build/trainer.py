@@ -21,7 +21,6 @@ from experiments.build.mining import build_mining_callback
 from experiments.config.paths import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
