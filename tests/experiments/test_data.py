@@ -358,6 +358,7 @@ def test_killed_download_resumes(files, server, tmp_path, recipe):
     assert (root / "downloads" / "maple" / "MAPLE.zip").read_bytes() == files["maple/MAPLE.zip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
