@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, load_model

@@ -30,7 +30,7 @@ from experiments.run.folder import flat
 from experiments.run.ranks import ranks
 from experiments.shared.console import entry_point, key_values
 from experiments.shared.output import writable_folder
-from lightning_modules.callbacks.hard_negatives import compare, write_report
+from lightning_modules.callbacks.hard_negatives import report_tasks, write_report
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import gate, table
 
@@ -77,7 +77,7 @@ def _mine(config: Config, values: dict[str, str], output: Path, vectors: Path) -
         log.info("%s: these hard negatives were mined already", output)
         return
     mined = mining.run(cache, data.pools())
-    reports = compare(mined, step=0)
+    reports = report_tasks(mined, step=0)
     for line in table(reports):
         log.info("%s", line)
     gate({task: found.values for task, found in reports.items()}, config.mining.stop_at)

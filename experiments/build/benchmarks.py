@@ -14,6 +14,7 @@ from datamodules.options import option
 from datamodules.readers.folders import reader_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
+from datamodules.text import NameMatcher
 from experiments.build.data import build_data
 from experiments.build.suite import BenchmarkConfig, choose, load_suite
 from experiments.config.schema import Config

@@ -13,7 +13,7 @@ import numpy as np
 from datamodules.records import MinedNegatives, UserError
 from lightning_modules.mining.filters import owners
 from lightning_modules.mining.mine import Mined
-from lightning_modules.svg import box, document, text
+from lightning_modules.pictures import box, document, text
 
 NUM_BINS = 24
 MEANS = {  # what is told beside the figures

@@ -81,7 +81,7 @@ def test_what_is_mined_holds_what_the_data_say_of_it(run):
     for task in data.tasks:
         corpus = task.corpus_rows()
         for i in range(0, len(task.examples), 7):
-            drawn = store.of(task.task.name, i)
+            drawn = store.negatives_of(task.task.name, i)
             assert len(drawn) == 8
             assert corpus[drawn].all()
             assert not set(drawn) & set(task.examples[i].not_negatives)
@@ -119,7 +119,7 @@ def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, ca
         example = task.examples[i]
         query = encoder.encode([task.documents[example.query]], "search").double()
         order = (torch.nn.functional.normalize(query, dim=-1) @ documents.T)[0].argsort(descending=True, stable=True)
-        assert store.of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
+        assert store.negatives_of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
     mine("moe", given)
     assert "were mined already" in caplog.text
     trained = tmp_path / "trained"
@@ -194,7 +194,8 @@ def test_structural_miners_by_task_without_a_model(tmp_path):
     data = build_data(load_config("moe", SMALL))
     for task in data.tasks[:2]:  # the sample's own hard negatives are by the same rules
         agree = [
-            set(store.of(task.task.name, i)) <= set(task.examples[i].hard_negatives) for i in range(len(task.examples))
+            set(store.negatives_of(task.task.name, i)) <= set(task.examples[i].hard_negatives)
+            for i in range(len(task.examples))
         ]
         assert np.mean(agree) == 1.0
 
@@ -255,13 +256,16 @@ def test_epochs_are_passes_through_all_examples():
             "mining.relative_margin: expected a number of at least 0 and below 1, got 1.5",
         ),
         (["mining.sampling=best"], "mining.sampling"),
-        (["mining.store=/no/where"], "/no/where: no such folder .meta.json is not there.; make mine"),
+        (["mining.store=/no/where"], "mining.store: /no/where: expected mined hard negatives, but no such folder"),
         (
             ["mining.miner._target_=lightning_modules.mining.miners.BM25"],
             "has no class 'BM25'; expected one of BM25Miner",
         ),
         (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch'; did you mean search"),
-        (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),
+        (
+            ["mining.guide=/no/where", "mining.every_n_steps=2"],
+            "mining.guide: '/no/where' is not an existing file or folder",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datamodules.pools import joined
+from datamodules.examples import ragged
 from lightning_modules.mining.filters import (
     Sieve,
     absolute_margin,
@@ -39,14 +39,14 @@ def same(found, wanted):
 
 
 def test_known_positives_and_the_query_itself():
-    same(unknown(ROWS, joined(LISTS), OWN), each(lambda q, j, row: row not in LISTS[q] and row != OWN[q]))
+    same(unknown(ROWS, ragged(LISTS), OWN), each(lambda q, j, row: row not in LISTS[q] and row != OWN[q]))
 
 
 def test_what_reads_as_a_positive_or_as_the_query():
     def keeps(q, j, row):
         return TEXTS[row] not in {TEXTS[p] for p in LISTS[q]} | {TEXT_OF_QUERY[q]}
 
-    same(other_text(ROWS, joined(LISTS), TEXTS, TEXT_OF_QUERY), each(keeps))
+    same(other_text(ROWS, ragged(LISTS), TEXTS, TEXT_OF_QUERY), each(keeps))
 
 
 def test_copies():
@@ -69,7 +69,7 @@ def test_margins(margin):
 
 @pytest.mark.parametrize(("which", "function"), [("mean", np.mean), ("lowest", min), ("highest", max)])
 def test_the_positives_score(which, function):
-    lists = joined(LISTS)
+    lists = ragged(LISTS)
     scores = rng.standard_normal(lists[0][-1])
     wanted = [function(scores[a:b]) for a, b in zip(lists[0], lists[0][1:], strict=False)]
     np.testing.assert_allclose(positive_score(scores, lists, which), wanted)
