@@ -21,9 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.options import option
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object, records
-from datamodules.readers.lines import find_file
+from datamodules.readers.checks import BadLines
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
@@ -35,7 +34,7 @@ from experiments.shared.output import whole_folder
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.evaluation import gather_run, rank_benchmark
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Job:
     """The encoder and the options of a command. output: folder to write into while it is incomplete."""
 
     encoder: Encoder
-    vectors: Vectors
+    vectors: VectorCache
     options: HarnessOptions
     output: Path
     similarity: str
@@ -117,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
     config = options.run_config()
     similarity = options.similarity or options.similarity_of(config)
     encoder = options.load_on_device(config)
-    vectors = Vectors(encoder, token_budget=options.token_budget, folder=options.vectors)
+    vectors = VectorCache(encoder, token_budget=options.token_budget, folder=options.vectors)
     write = {"scidocs": _write_scidocs, "scirepeval": _write_scirepeval, "pmc_patients": _write_pmc_patients}
     with whole_folder(options.output) as folder:
         written = write[options.format](Job(encoder, vectors, options, folder, similarity))
@@ -182,7 +181,7 @@ class SciRepEvalTask:
 def _read_tasks(path: Path) -> dict[str, SciRepEvalTask]:
     tasks = {}
     with BadLines("fail") as bad:
-        for place in records(path, bad):
+        for place in read_records(path, bad):
             with place:
                 record = as_object(place)
                 _check_choice("type", record.get("type"), list(SCIREPEVAL))

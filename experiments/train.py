@@ -27,7 +27,6 @@ from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
 from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
-from experiments.run.final_table import FinalTable
 from experiments.run.folder import begun_in, open_run, write_config, write_manifest
 from experiments.run.lock import only_job
 from experiments.run.next_steps import next_steps

@@ -14,12 +14,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from datamodules.matching import NameMatcher
 from datamodules.options import option
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
 from experiments.bench.encoder_cost import backbone_of
-from experiments.config.options import parse
+from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
@@ -27,7 +26,6 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.evaluation import evaluate, measure
 from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from datamodules.matching import NameMatcher
 from datamodules.options import option
-from datamodules.readers.folders import reader_of
+from datamodules.readers import reader_class_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
 from datamodules.text import NameMatcher
@@ -101,7 +100,7 @@ def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Bench
     folder, task, split = options.beir, options.task, options.split
     if not task:
         raise UserError(f"task: required, the task whose expert ranks {folder}, for instance task=search")
-    collection = reader_of(folder)(str(folder)).read()
+    collection = reader_class_of(folder)(str(folder)).read()
     if split not in collection.qrels:
         raise UserError(f"split: {folder} has no {split!r}; expected one of {', '.join(collection.qrels)}")
     qrels = collection.qrels[split]

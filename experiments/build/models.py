@@ -18,7 +18,7 @@ from experiments.config.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 MODEL_KEYS = {"model": "", "backbone": "", "pooling": "", "tower": "", "adapters": ""}
 
@@ -150,7 +150,7 @@ class System:
     model: str
     encoder: Encoder | None
     similarity: str
-    vectors: Vectors | None = None
+    vectors: VectorCache | None = None
 
     def obstacle(self, benchmark: Benchmark) -> str:
         """Return why the system cannot be evaluated on a benchmark, or "" if it can."""
@@ -188,7 +188,7 @@ def load_systems(
                 raise UserError(f"max_length: {options.model} has positions for {longest} tokens, got {max_length}")
             encoder.max_length = max_length
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        vectors = Vectors(encoder, token_budget=token_budget, folder=vectors_folder)
+        vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
         for similarity in similarities or [options.similarity_of(config)]:
             full_name = f"{name}-{similarity}" if len(similarities) > 1 else name
             systems.append(System(full_name, options.model, encoder, similarity, vectors))

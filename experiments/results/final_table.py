@@ -23,7 +23,7 @@ from experiments.results.tables import show
 from experiments.run.folder import RunFolder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class FinalTable:
         show(results.benchmarks, info.metrics, title)
 
     def _evaluate_encoder(self, name: str, encoder: Encoder) -> Benchmarks:
-        vectors = Vectors(encoder, token_budget=self.config.data.token_budget)
+        vectors = VectorCache(encoder, token_budget=self.config.data.token_budget)
         return self._evaluate(System(name, name, encoder, self.config.objective.similarity, vectors))
 
     def _evaluate(self, system: System) -> Benchmarks:

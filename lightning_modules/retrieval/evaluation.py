@@ -35,7 +35,7 @@ from lightning_modules.retrieval.metrics import (
 from lightning_modules.retrieval.probes import probe_runs
 from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 METRICS = ("ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100")
 JUDGE_BLOCK = 2**22  # ranked documents judged at a time
@@ -119,7 +119,7 @@ def evaluate(
     *,
     similarity: str = "dot",
     token_budget: int | None = None,
-    vectors: Vectors | None = None,
+    vectors: VectorCache | None = None,
     k: int | None = None,
     advance: StageAdvance | None = None,
 ) -> BenchmarkResult:
@@ -134,7 +134,7 @@ def evaluate(
 
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
-    vectors = vectors or Vectors(encoder, token_budget=token_budget)
+    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or _ignore_progress
     metrics = tuple(benchmark.metrics or metrics)
     k = k or ranking_depth(metrics, benchmark)
@@ -183,19 +183,19 @@ def rank_benchmark(
     similarity: str = "dot",
     token_budget: int | None = None,
     advance: Callable[[int], None] | None = None,
-    vectors: Vectors | None = None,
+    vectors: VectorCache | None = None,
 ) -> Run:
     """Rank this rank's share of a benchmark's queries, without measuring: queries rank, rank + world size, ...
 
     advance: called with the number of texts encoded since the last call. Other arguments are those of evaluate().
     """
-    vectors = vectors or Vectors(encoder, token_budget=token_budget)
+    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     query_ids, queries, documents = encode_benchmark(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, query_ids, queries, documents, k, similarity, device=encoder.device)
 
 
 def encode_benchmark(
-    encoder: Encoder, benchmark: Benchmark, vectors: Vectors, advance: Callable[[int], None] | None = None
+    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None = None
 ) -> tuple[list[str], np.ndarray, Shards]:
     """Return this rank's query ids, their vectors (q, D), and those of all documents, or training papers, (M, D)."""
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task

@@ -12,7 +12,6 @@ from experiments.train import train
 from lightning_modules.callbacks import evaluation
 from lightning_modules.distributed import signals
 from lightning_modules.encoders.base import Encoder
-
 from tests.experiments.kills import figures
 from tests.experiments.test_train import TINY, rows
 

@@ -14,7 +14,7 @@ from experiments.build.suite import load_suite
 from experiments.evaluate import main
 from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
 from experiments.results.tables import show_cost
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
@@ -42,7 +42,7 @@ def encoder(make_encoder, monkeypatch):
 
 
 def evaluated(encoder, benchmark, folder):
-    system = System("numbers", "numbers", encoder, "dot", Vectors(encoder, token_budget=1000))
+    system = System("numbers", "numbers", encoder, "dot", VectorCache(encoder, token_budget=1000))
     return tables_to_json(evaluate_system(system, benchmark, ["ndcg@1"], folder))[benchmark.name]
 
 
@@ -238,7 +238,10 @@ GOOD = """
         ),
         (f"benchmarks:\n  mine:{GOOD}    metrics: [kendall_tau]", "metric 'kendall_tau': does not apply to a ranking"),
         (f"benchmarks:\n  mine:{GOOD}    probe: {{draws: 2}}", "probe: needs train_on"),
-        (f"benchmarks:\n  mine:{GOOD}    probe: {{drawn: 2}}", "unknown key mine.probe.drawn; did you mean mine.probe.draws"),
+        (
+            f"benchmarks:\n  mine:{GOOD}    probe: {{drawn: 2}}",
+            "unknown key mine.probe.drawn; did you mean mine.probe.draws",
+        ),
         (PROBE.format("learns: numbers"), "probe.learns: expected one of class, labels, number, got 'numbers'"),
         (PROBE.format("loss: log"), "probe.loss: expected one of squared_hinge, hinge, got 'log'"),
         (PROBE.format("costs: [0]"), r"probe.costs: expected positive numbers, at least one, got \[0.0\]"),
