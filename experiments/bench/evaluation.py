@@ -26,6 +26,7 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.evaluation import evaluate, measure
 from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _loop(options: BenchOptions) -> None:
     encoder.encode(list(benchmark.corpus.values())[:100], "task0")  # warm up
     started = _clock()
     NameMatcher(benchmark.corpus).of_all(benchmark.queries.values())
-    vectors = Vectors(encoder, token_budget=2048)
+    vectors = VectorCache(encoder, token_budget=2048)
     with tempfile.TemporaryDirectory() as folder:
         result = evaluate(encoder, benchmark, metrics, vectors=vectors)
         result.write(Path(folder), "ours")
@@ -118,7 +119,7 @@ def _labels_and_papers(num_queries: int, num_documents: int) -> Benchmark:
 
 @torch.no_grad()
 def _authors_program(
-    encoder: Encoder, vectors: Vectors, benchmark: Benchmark, sample: int
+    encoder: Encoder, vectors: VectorCache, benchmark: Benchmark, sample: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return the time of each part of the authors' program, and the metrics of all queries.
 
