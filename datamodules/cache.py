@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datamodules.locks import lock_file
 from datamodules.records import UserError
 
 
@@ -20,11 +20,10 @@ def only_one(folder: Path) -> Iterator[None]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115 (closed below)
+        lock = lock_file(folder.parent / f".{folder.name}.lock")
     except OSError as error:
         raise UserError(f"data.cache: {folder.parent} cannot be used ({error})") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

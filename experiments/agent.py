@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER
+from experiments.config.experiment import FOLDER
 from experiments.shared.console import entry_point, key_values, whole_number
 from experiments.shared.files import read_json, write_json
 from lightning_modules.distributed import launch

@@ -25,7 +25,7 @@ from datamodules.leakage import WAYS
 from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.leaks import EXAMPLES, find_leaks
-from experiments.config.config import digest, experiments, load_config
+from experiments.config.experiment import digest, experiments, load_config
 from experiments.config.schema import Config
 from experiments.shared.console import entry_point, table_console, whole_number
 from experiments.shared.files import write_json

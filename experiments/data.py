@@ -12,7 +12,6 @@ them. What is done is not done again: an interrupted command goes on, and a comp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,12 +23,13 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from datamodules.locks import lock_file
 from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.beir import write_beir
 from datamodules.readers.fields import allowed
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
-from experiments.config.targets import check_target, instantiate, taken
+from experiments.config.targets import accepted_arguments, check_target, instantiate
 from experiments.download.recipe import (
     COUNTS,
     FOLDER,
@@ -91,16 +91,12 @@ def _alone(root: Path) -> Iterator[None]:
     """One command at a time works in a folder; the lock goes with its process."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "a")  # noqa: SIM115 (closed below)
+        lock = lock_file(root / ".lock", wait=False)
     except OSError as error:
         raise UserError(f"data.root: {root} cannot be written ({error.strerror})") from error
+    if lock is None:
+        raise UserError(f"data.root: another command is at work in {root}; wait for its end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"data.root: another command is at work in {root}; wait for its end") from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s); give one command at a time", root, error.strerror)
         yield
 
 
@@ -132,7 +128,9 @@ def _build(sources: Sources, folder: Path, output: OutputSpec, lacking: Sequence
         log.warning("%s: built without %s. %s", folder.name, source, sources.instructions(source))
     checked = check_target(f"outputs.{folder.name}.reader", with_folders(node(output, lacking), sources.folder), Reader)
     given = {"on_error": on_error, "quarantine": str(folder.with_name(f"{folder.name}.quarantine.jsonl"))}
-    reader = instantiate(checked, **{key: given[key] for key in taken(checked, given) if key not in checked})
+    reader = instantiate(
+        checked, **{key: given[key] for key in accepted_arguments(checked, given) if key not in checked}
+    )
     with Progress(f"building {folder.name}"):
         collection = selected(reader.read(), output.splits, folder.name)
         stamp = {"fingerprint": _fingerprint(sources, output, lacking), "without": list(lacking)}

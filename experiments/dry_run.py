@@ -20,7 +20,7 @@ from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import precision_of
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.predict import Prediction, predict, ranks_of
 from experiments.shared.console import counted, entry_point, table_console

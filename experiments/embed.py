@@ -32,7 +32,7 @@ from datamodules.readers.bad_lines import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.run.folder import read_config
 from experiments.run.workers import Share, run_processes, share_of
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number

@@ -49,7 +49,7 @@ from experiments.build.benchmarks import benchmarks_of, suite_of
 from experiments.build.models import MODEL_KEYS, run_of
 from experiments.build.suite import load_suite
 from experiments.build.systems import System, load_systems, models_of, short_name
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.config.schema import EvaluationConfig
 from experiments.results.cost import with_money
 from experiments.results.place import default_output, refuse_other_data, refuse_others

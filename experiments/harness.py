@@ -27,7 +27,7 @@ import torch
 from datamodules.readers.bad_lines import BadLines
 from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
 from experiments.run.folder import read_config
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number

@@ -24,7 +24,7 @@ from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
 from experiments.build.models import load_model
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.folder import flat
 from experiments.run.ranks import ranks

@@ -24,7 +24,7 @@ from rich.table import Table
 from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.build.systems import short_name
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.interop.mteb_encoder import MtebEncoder
 from experiments.run.folder import read_config
 from experiments.shared.console import choice, entry_point, key_values, table_console, token_budget

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from datamodules.records import UserError
-from experiments.config.config import as_dict, load_config
+from experiments.config.experiment import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
 from experiments.run.folder import flat
 from experiments.shared.console import counted, entry_point, key_values, table_console

@@ -31,8 +31,9 @@ from typing import Any
 import yaml
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER, experiments, load_config
-from experiments.config.merging import keys
+from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.schema import Config
+from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
 from experiments.run.folder import folder_of
 from experiments.shared.console import entry_point, whole_number
@@ -114,7 +115,7 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
     for text in arguments:
         key, equals, value = text.partition("=")
         if key not in values or not equals:
-            hint = did_you_mean(key, [*values, *keys()])
+            hint = did_you_mean(key, [*values, *keys(Config)])
             raise UserError(
                 f"the command line: got {text!r}; {hint}allowed are {', '.join(values)}, and keys of an experiment"
             )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.records import UserError
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.endings import PREEMPTED
 from experiments.shared.console import choice, entry_point, key_values, near, whole_number

@@ -21,7 +21,7 @@ from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.config.schema import Config
 from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.run.final_table import FinalTable

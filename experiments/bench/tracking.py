@@ -20,7 +20,7 @@ import torch
 
 from experiments.build.data import build_data
 from experiments.build.module import build_module
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.run.tracking import build_loggers
 from experiments.shared.console import entry_point, key_values, whole_number
 from lightning_modules.loggers import RunLogger

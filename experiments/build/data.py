@@ -19,7 +19,7 @@ from experiments.build.leaks import answer_leaks
 from experiments.build.mining import add_rounds
 from experiments.build.own_data import check_folder, tell_of_sample
 from experiments.config.schema import Config
-from experiments.config.targets import instantiate, taken
+from experiments.config.targets import accepted_arguments, instantiate
 from experiments.run.folder import folder_of
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _reader(config: Config, node: Mapping[str, Any]) -> Reader:
     rank = rank_zero_only.rank
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # ranks read the same files
     given = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
-    return instantiate(node, **{key: given[key] for key in taken(node, given) if key not in node})
+    return instantiate(node, **{key: given[key] for key in accepted_arguments(node, given) if key not in node})
 
 
 def batches_per_step(config: Config) -> int:

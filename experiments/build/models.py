@@ -11,7 +11,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.config.schema import Config
 from experiments.run.folder import read_config, runs_there
 from lightning_modules.encoders.backbone import PACKAGE, package_folder

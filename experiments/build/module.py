@@ -13,7 +13,7 @@ from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.config.schema import Config
-from experiments.config.targets import instantiate, taken
+from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
@@ -49,7 +49,7 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
         "instructions": {name: task.instruction for name, task in config.task.items()},
         "max_length": config.data.max_length,
     }
-    encoder = instantiate(config.encoder, **{name: given[name] for name in taken(config.encoder, given)})
+    encoder = instantiate(config.encoder, **{name: given[name] for name in accepted_arguments(config.encoder, given)})
     if source is not None:
         continue_from(source, encoder, config.init_from)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
@@ -76,7 +76,7 @@ def _backbone(config: Config, texts: Iterable[Document]):
         name = folder
     if name:
         return load_backbone(name)
-    reads = taken(config.encoder, ["instructions"])
+    reads = accepted_arguments(config.encoder, ["instructions"])
     instructions = [task.instruction for task in config.task.values() if reads]
     words = (input_text(text, " ") for text in texts)
     vocabulary = word_vocabulary(words, config.backbone.vocab_size, required=instructions)

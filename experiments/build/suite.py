@@ -105,7 +105,7 @@ def _known(path: Path, prefix: str, node: DictConfig, allowed: Sequence[str]) ->
 
 def _check(where: str, config: BenchmarkConfig) -> None:
     try:
-        config.reader = check_target("reader", config.reader, Reader, home=READERS)
+        config.reader = check_target("reader", config.reader, Reader, package=READERS)
         for key, allowed in (
             ("candidates", CANDIDATES),
             ("names_first", NAMES_FIRST),

@@ -1,4 +1,4 @@
-"""The open part of a configuration: nodes with `_target_`, a class of ours and its arguments."""
+"""The open part of a configuration: nodes with `_target_`, a class of this project, and its arguments."""
 
 from __future__ import annotations
 
@@ -14,79 +14,116 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.readers.folders import reader_of
 from datamodules.records import UserError
 from experiments.config.moved import current_path
-from experiments.config.suggest import did_you_mean
+from experiments.config.structured import describe
+from experiments.config.suggest import did_you_mean, expected_one_of
 
 PACKAGES = ("datamodules.", "lightning_modules.")
 READERS = "datamodules.readers."
 EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 
 
-def check_target(key: str, node: Any, base: type = object, given: Sequence[str] = (), home: str = "") -> dict[str, Any]:
-    """The `_target_` node with its arguments checked against the class's signature, and converted to its types.
+def check_target(
+    key: str, node: Any, base: type = object, provided: Sequence[str] = (), package: str = ""
+) -> dict[str, Any]:
+    """Return a `_target_` node whose arguments are checked against the class's signature and converted to its types.
 
-    base: what the class must be. given: arguments that the project provides. home: a package whose classes may be
-    named without it (jsonl.JsonlReader). Raises UserError.
+    key: path of the node, for errors. base: required base class. provided: arguments that the project provides.
+    package: package that may be left out of `_target_` (jsonl.JsonlReader). Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        hint = f", such as {{_target_: {EXAMPLES[home]}}}" if home in EXAMPLES else ""
-        raise UserError(f"{key}: expected a node with _target_{hint}, got {node!r}")
-    target = current_path(node["_target_"])
-    if home and target.partition(".")[0] in _modules(home):
-        target = current_path(home + target)
-    if not target.startswith(PACKAGES):
-        hint = did_you_mean(target.partition(".")[0], _modules(home)) if home else ""
-        raise UserError(f"{key}._target_: got {target!r}; {hint}allowed are classes of {' and '.join(PACKAGES)}*")
-    module_name, _, name = target.rpartition(".")
+        example = f", such as {{_target_: {EXAMPLES[package]}}}" if package in EXAMPLES else ""
+        raise UserError(f"{key}: expected a node with _target_{example}, got {node!r}")
+    cls = _import_class(key, node["_target_"], package)
+    path = f"{cls.__module__}.{cls.__name__}"
+    if not issubclass(cls, base):
+        raise UserError(f"{key}._target_: expected a subclass of {base.__name__}, got {path!r}")
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    return {"_target_": _full_path(node["_target_"], package)} | _check_arguments(key, cls, arguments, provided)
+
+
+def _full_path(path: str, package: str) -> str:
+    """Return the present dotted path of a class, with the package that may be left out."""
+    path = current_path(path)
+    return current_path(package + path) if package and path.partition(".")[0] in _modules(package) else path
+
+
+def _import_class(key: str, path: str, package: str) -> type:
+    path = _full_path(path, package)
+    if not path.startswith(PACKAGES):
+        hint = did_you_mean(path.partition(".")[0], _modules(package)) if package else ""
+        packages = " or ".join(name.removesuffix(".") for name in PACKAGES)
+        start = "Expected" if hint else "expected"
+        raise UserError(f"{key}._target_: {hint}{start} a class of {packages}, got {path!r}")
+    module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{key}._target_: there is no module {module_name!r} ({error})") from error
+        raise UserError(f"{key}._target_: module {module_name!r} does not exist ({error})") from error
     if not inspect.isclass(getattr(module, name, None)):
         classes = [n for n, o in inspect.getmembers(module, inspect.isclass) if o.__module__ == module_name]
-        raise UserError(f"{key}._target_: {module_name} has no class {name!r}, it has {', '.join(classes)}")
-    cls = getattr(module, name)
-    if not issubclass(cls, base):
-        raise UserError(f"{key}._target_: got {target!r}, which is no {base.__name__}")
-    return {"_target_": target} | _checked(key, cls, {k: v for k, v in node.items() if k != "_target_"}, given)
+        raise UserError(f"{key}._target_: {module_name} has no class {name!r}; {expected_one_of(classes)}")
+    return getattr(module, name)
 
 
 def _modules(package: str) -> list[str]:
-    found = importlib.import_module(package.rstrip("."))
-    return [module.name for module in pkgutil.iter_modules(found.__path__)]
+    path = importlib.import_module(package.rstrip(".")).__path__
+    return [module.name for module in pkgutil.iter_modules(path)]
 
 
-def _checked(key: str, cls: type, arguments: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """Arguments with names and types of a class's signature, by a dataclass made from it."""
+def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments, converted by a dataclass that is made from the class's signature."""
     hints = typing.get_type_hints(cls.__init__)
-    parameters = [p for p in list(inspect.signature(cls.__init__).parameters.values())[1:] if p.name not in given]
-    allowed = [p.name for p in parameters]
+    signature = list(inspect.signature(cls.__init__).parameters.values())[1:]  # without self
+    parameters = {parameter.name: parameter for parameter in signature if parameter.name not in provided}
     for name in arguments:
-        if name not in allowed:
-            hint = did_you_mean(str(name), allowed)
-            raise UserError(f"{key}: {cls.__name__} has no argument {name!r}; {hint}it has {', '.join(allowed)}")
-    for parameter in parameters:
-        if parameter.default is parameter.empty and parameter.name not in arguments:
-            raise UserError(f"{key}: {cls.__name__} needs the argument {parameter.name!r}")
-    fields = [(p.name, hints.get(p.name, Any), field(default=MISSING)) for p in parameters]
+        if name not in parameters:
+            hint = did_you_mean(str(name), parameters)
+            raise UserError(
+                f"{key}: {cls.__name__} has no argument {name!r}; {hint}{expected_one_of(parameters, hint)}"
+            )
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            raise UserError(f"{key}: {cls.__name__} needs the argument {name!r}")
+    fields = [(name, hints.get(name, Any), field(default=MISSING)) for name in parameters]
     try:
         schema = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields))
         converted = OmegaConf.to_container(OmegaConf.merge(schema, dict(arguments)))
     except OmegaConfBaseException as error:
-        raise UserError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key}.{describe(error)}") from error
     return {name: converted[name] for name in arguments}
 
 
-def taken(node: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Which of the names are arguments of a checked node's class."""
-    module, _, name = node["_target_"].rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
+def with_reader(key: str, node: Any) -> Any:
+    """Add the class of the reader to the node of a collection that names only a folder, by the folder's files.
+
+    key: path of the node, for errors. Raises UserError if the folder is missing, or its layout is not recognised.
+    """
+    if isinstance(node, str):
+        node = {"folder": node}
+    if not isinstance(node, Mapping) or "_target_" in node or not isinstance(node.get("folder"), str):
+        return node
+    try:
+        reader = reader_of(node["folder"])
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return {"_target_": f"{reader.__module__}.{reader.__name__}"} | dict(node)
+
+
+def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the names that are arguments of a checked node's class."""
+    parameters = inspect.signature(_checked_class(node).__init__).parameters
     return [name for name in names if name in parameters]
 
 
-def instantiate(node: Mapping[str, Any], **given: Any) -> Any:
-    """The object that a checked `_target_` node describes."""
+def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
+    """Create the object that a checked `_target_` node describes. arguments: those that the project provides."""
+    own = {key: value for key, value in node.items() if key != "_target_"}
+    return _checked_class(node)(**own, **arguments)
+
+
+def _checked_class(node: Mapping[str, Any]) -> type:
     module, _, name = node["_target_"].rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    return cls(**{key: value for key, value in node.items() if key != "_target_"}, **given)
+    return getattr(importlib.import_module(module), name)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.readers.fields import SPLITS
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.config.config import names
+from experiments.config.experiment import names
 from experiments.config.targets import check_target
 
 FOLDER = Path(__file__).parents[1] / "recipes"

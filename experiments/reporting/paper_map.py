@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import Benchmark, UserError
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.reporting.charts import NUM_TONES
 from experiments.reporting.run_files import RunFiles
 from experiments.results.differences import words

@@ -9,7 +9,7 @@ from pathlib import Path
 from datamodules.records import Benchmark, UserError
 from experiments.build.data import build_data
 from experiments.build.models import run_of
-from experiments.config.config import from_dict
+from experiments.config.experiment import from_dict
 from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.results.measured import Measured
 from experiments.run.folder import read_config

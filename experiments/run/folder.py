@@ -30,8 +30,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.records import UserError
-from experiments.config.config import as_dict, digest
+from experiments.config.experiment import as_dict, digest
 from experiments.config.schema import Config
+from experiments.run.lock import replace_folder
 from experiments.shared.files import read_json, write_atomically, write_json
 from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
@@ -131,7 +132,7 @@ def _prepare(config: Config, path: Path, anew: bool) -> None:
     if anew and (path / "config.yaml").exists():
         path = path.resolve()
         kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
-        path.rename(kept)
+        replace_folder(path, kept)
         log.info("the run that was in %s is kept in %s", path, kept)
     if (path / "config.yaml").exists():
         _refuse_other_run(config, path)

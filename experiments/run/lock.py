@@ -1,118 +1,106 @@
-"""One job at a time trains in a run's folder."""
+"""The lock on a run's folder: one job at a time trains in it."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.locks import is_locked, lock_file
 from datamodules.records import UserError
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import leave_if_asked
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 30.0  # seconds for the processes of a former attempt to end
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+PATIENCE = 30.0  # seconds to wait for the processes of the previous attempt to end
+LOCK = ".lock"  # in the run's folder, so that it is the same file under every name of the folder
 
 
 @contextmanager
 def only_job(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, on the first rank, by a lock on the file .NAME.lock beside it.
+    """Hold the lock on a run's folder, on the first rank. The folder is created for it, and removed if it stays empty.
 
-    The system gives it back when the process ends, however it ends, so none is ever stale; on NFS it holds over
-    machines. Raises UserError if another process still holds it after PATIENCE seconds.
+    Raises UserError if another process still holds the lock after PATIENCE seconds.
     """
     if rank_zero_only.rank > 0:
         yield
         return
-    path = _path(folder)
-    lock = _locked(path, folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    if (folder / LOCK).exists():  # left by a killed job, which may have created the folder for it
+        created = created or [folder]
+    lock = _wait_for_lock(folder)
     try:
+        lock.truncate(0)
+        lock.write(_this_process())
+        lock.flush()
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
+        (folder / LOCK).unlink(missing_ok=True)  # still locked: a job that waits for this file sees that it is gone
         lock.close()
+        with suppress(OSError):  # not empty, or in use by another job
+            for path in created:
+                path.rmdir()
 
 
-def _path(folder: Path) -> Path:
-    return folder.absolute().parent / f".{folder.absolute().name}.lock"
+def is_in_use(folder: Path) -> bool:
+    """Return whether a job is training in a run's folder."""
+    return is_locked(folder / LOCK)
 
 
-def _locked(path: Path, folder: Path) -> IO[str]:
-    deadline, told = time.monotonic() + PATIENCE, False
+def replace_folder(folder: Path, kept: Path) -> None:
+    """Rename a run's folder to `kept` and put an empty one in its place, which keeps the lock. Raises OSError."""
+    empty = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    empty.chmod(folder.stat().st_mode)
+    try:
+        if (folder / LOCK).exists():
+            # Two names of one file, so that no other job finds an unlocked one meanwhile.
+            os.link(folder / LOCK, empty / LOCK)
+        folder.rename(kept)
+        empty.rename(folder)  # fails if another job has just created the folder
+    except OSError:
+        (empty / LOCK).unlink(missing_ok=True)
+        empty.rmdir()
+        raise
+    (kept / LOCK).unlink(missing_ok=True)
+
+
+def _wait_for_lock(folder: Path) -> IO[str]:
+    deadline, announced = time.monotonic() + PATIENCE, False
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock, holder = _take(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            if lock := lock_file(folder / LOCK, wait=False):
+                return lock
+            holder = _holder(folder / LOCK)
         except OSError as error:
+            if folder.is_file():
+                raise UserError(f"run.dir: {folder} is a file") from None
+            if isinstance(error, FileNotFoundError) and time.monotonic() < deadline:
+                continue  # the last job has just removed the folder
             raise UserError(f"run.dir: {folder} cannot be used ({error})") from error
-        if lock:
-            return lock
-        if holder and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             raise UserError(f"run.dir: {folder} is in use by {holder}. Wait for it, end it, or choose another run.dir.")
-        if holder and not told:
-            log.info("%s is in use by %s: waiting up to %.0f seconds for its end", folder, holder, PATIENCE)
-            told = True
+        if not announced:
+            log.info("%s is in use by %s: waiting up to %.0f seconds for it to end", folder, holder, PATIENCE)
+            announced = True
         leave_if_asked()
         time.sleep(0.2)
 
 
-def _take(path: Path) -> tuple[IO[str] | None, str]:
-    """The lock; or none and who holds it, or "" if the file has just been removed."""
-    lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read()
-        lock.close()
-        return None, holder or "another process"
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        log.warning("%s cannot be locked here (%s): see to it that one job alone trains there", path, error)
-    if not _is_there(lock, path):
-        lock.close()
-        return None, ""
-    lock.truncate(0)
-    lock.write(_this_process())
-    lock.flush()
-    return lock, ""
-
-
-def _is_there(lock: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _holder(path: Path) -> str:
+    return path.read_text(encoding="utf-8") or "another process"
 
 
 def _this_process() -> str:
     job = launch.slurm_job()
-    of_job = f" (job {job})" if job else ""
-    return f"process {os.getpid()} on {platform.node()}{of_job} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-
-
-def is_in_use(folder: Path) -> bool:
-    """Whether a job trains in a run's folder just now."""
-    path = _path(folder)
-    if not path.exists():
-        return False
-    with open(path, encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # it cannot be locked here, so nobody holds it
-            return False
-    return False
+    suffix = f" (job {job})" if job else ""
+    return f"process {os.getpid()} on {platform.node()}{suffix} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiments.config.config import as_dict
+from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
 from experiments.run.endings import PREEMPTED
 from experiments.run.final_table import FinalTable

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER
+from experiments.config.experiment import FOLDER
 from experiments.run.endings import PREEMPTED
 from experiments.shared.console import near
 from experiments.sweeping.file import Sweep
@@ -50,10 +50,14 @@ class Controller:
         self._slots: SimpleQueue[int] = SimpleQueue()
 
     def states(self) -> dict[int, dict[str, Any]]:
-        """Trial -> the last line of trials.jsonl on it."""
-        path = self.folder / "trials.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return {row["trial"]: row for row in map(json.loads, lines)}
+        """Return the last row of trials.jsonl of each trial. Lines that a kill or a full disk cut short are skipped."""
+        path, states = self.folder / "trials.jsonl", {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "trial" in row:
+                    states[row["trial"]] = row
+        return states
 
     def run(self) -> None:
         """Run what is left.
@@ -180,8 +184,10 @@ class Controller:
 
     def _note(self, trial: Trial, state: str, **more: Any) -> None:
         row = {"trial": trial.number, "state": state, "parameters": trial.parameters, "time": round(time.time(), 1)}
-        with self._writing, open(self.folder / "trials.jsonl", "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row | more) + "\n")
+        with self._writing, open(self.folder / "trials.jsonl", "ab+", buffering=0) as lines:
+            lines.seek(max(0, lines.seek(0, os.SEEK_END) - 1))
+            cut_short = lines.read(1) not in (b"", b"\n")  # the next row must not continue such a line
+            lines.write(("\n" * cut_short + json.dumps(row | more) + "\n").encode())
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self.asked = signal.Signals(number)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.records import UserError
-from experiments.config.config import FOLDER, load_config, names
+from experiments.config.experiment import FOLDER, load_config, names
 from experiments.config.schema import Config
 from experiments.config.suggest import did_you_mean
 from experiments.sweeping.hyperband import Hyperband, check_reached, read_hyperband

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -10,11 +9,12 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.locks import lock_file
 from experiments.sweeping.file import Sweep, as_override
 
 SHOWN = 15  # lines of a failed trial's log
@@ -94,11 +94,10 @@ class Trial:
 
         None while another controller runs it, or a process that a killed one left. wait: whether to try again.
         """
-        lock = os.open(self.folder.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
-        try:
-            yield lock if _locked(lock, wait) else None
-        finally:
-            os.close(lock)
+        while (lock := lock_file(self.folder.with_suffix(".lock"), wait=False)) is None and wait():
+            pass
+        with lock or nullcontext():
+            yield lock.fileno() if lock else None
 
 
 def _is_number(value: Any) -> bool:
@@ -108,16 +107,6 @@ def _is_number(value: Any) -> bool:
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
     """All trials of a sweep, with their folders in one."""
     return [Trial(number, values, folder / f"t{number:03}") for number, values in enumerate(sweep.trials())]
-
-
-def _locked(lock: int, wait: Callable[[], bool]) -> bool:
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if not wait():
-                return False
 
 
 def _variables_of_make() -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 from datamodules.records import UserError
 from experiments import agent
 from experiments.agent import tell_other_ranks
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.run.folder import folder_of
 from experiments.sweep import main as sweep
 from tests.experiments.test_train import TINY

@@ -1,5 +1,6 @@
 """How a run ends that is asked to, and that one job alone trains in a folder."""
 
+import errno
 import os
 import signal
 import threading
@@ -7,6 +8,8 @@ import time
 
 import pytest
 
+from datamodules import locks
+from datamodules.cache import only_one
 from datamodules.records import UserError
 from experiments.run import lock as run_lock
 from experiments.run.endings import answer
@@ -116,4 +119,55 @@ def test_the_next_attempt_waits_for_the_end_of_the_former(tmp_path, caplog):
     threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
     with only_job(tmp_path / "run"):
         assert os.waitpid(holder, os.WNOHANG) == (holder, signal.SIGKILL)
-    assert "waiting up to 30 seconds for its end" in caplog.text
+    assert "waiting up to 30 seconds for it to end" in caplog.text
+
+
+def test_a_run_is_locked_under_every_name_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    runs, link = tmp_path / "runs", tmp_path / "link"
+    (runs / "a").mkdir(parents=True)
+    link.symlink_to(runs / "a")
+    (tmp_path / "elsewhere").symlink_to(runs)
+    holder = holder_of(runs / "a")
+    try:
+        for name in (link, tmp_path / "elsewhere" / "a", runs / ".." / "runs" / "a"):
+            assert run_lock.is_in_use(name)
+            with pytest.raises(UserError, match="is in use by process"), only_job(name):
+                pass
+        (runs / "a").rename(runs / "b")  # the same folder at another place, as through a bind mount
+        with pytest.raises(UserError, match="is in use by process"), only_job(runs / "b"):
+            pass
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    assert not run_lock.is_in_use(runs / "b")
+
+
+def test_the_lock_stays_with_the_folder_that_replaces_an_old_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    folder, kept = tmp_path / "run", tmp_path / "run.1"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0")
+    with only_job(folder):
+        run_lock.replace_folder(folder, kept)
+        assert (kept / "config.yaml").exists()
+        assert run_lock.is_in_use(folder)
+        assert not run_lock.is_in_use(kept)
+        (folder / "config.yaml").write_text("seed: 1")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "run",
+        "run.1",
+        "run.1/config.yaml",
+        "run/config.yaml",
+    ]
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    with only_job(tmp_path / "run"), only_one(tmp_path / "cache"):
+        assert (tmp_path / "run").is_dir()
+        assert not run_lock.is_in_use(tmp_path / "run")
+    assert caplog.text.count("no locks on this file system") == 2

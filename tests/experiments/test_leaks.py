@@ -11,7 +11,7 @@ from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from experiments.build import leaks
 from experiments.build.data import build_data
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.config.schema import DataConfig
 from tests.experiments.test_train import TINY
 

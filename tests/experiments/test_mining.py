@@ -19,7 +19,7 @@ from datamodules.records import UserError
 from datamodules.schedule import STRATEGIES
 from experiments.build.data import build_data
 from experiments.build.mining import steps_between
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.mine import mine
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
@@ -237,18 +237,30 @@ def test_epochs_are_passes_through_all_examples():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["mining.every_n_steps=-1"], "mining.every_n_steps: got -1"),
-        (["mining.every_n_steps=2", "mining.every_n_epochs=1"], "set one of them"),
-        (["mining.first_step=2"], "mining.first_step: is for mining in training"),
-        (["mining.store=x", "mining.every_n_steps=2", "mining.first_step=0"], "both say which hard negatives hold"),
-        (["mining.first_rank=100"], "mining.first_rank: got 100, allowed are ranks below mining.k, 100"),
-        (["mining.every_n_steps=2", "mining.use=data"], "mining.use: with data, what is mined would never be used"),
-        (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so what is mined would never be used"),
-        (["mining.relative_margin=1.5"], "mining.relative_margin: got 1.5"),
+        (["mining.every_n_steps=-1"], "mining.every_n_steps: expected a number of at least 0, got -1"),
+        (["mining.every_n_steps=2", "mining.every_n_epochs=1"], "set only one of them"),
+        (["mining.first_step=2"], "mining.first_step: only used with mining during training"),
+        (
+            ["mining.store=x", "mining.every_n_steps=2", "mining.first_step=0"],
+            "set only one source of the first hard negatives",
+        ),
+        (["mining.first_rank=100"], "mining.first_rank: expected a rank below mining.k .100., got 100"),
+        (
+            ["mining.every_n_steps=2", "mining.use=data"],
+            "mining.use: with data, the mined hard negatives are never used",
+        ),
+        (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so mined hard negatives are never used"),
+        (
+            ["mining.relative_margin=1.5"],
+            "mining.relative_margin: expected a number of at least 0 and below 1, got 1.5",
+        ),
         (["mining.sampling=best"], "mining.sampling"),
         (["mining.store=/no/where"], "/no/where: no such folder .meta.json is not there.; make mine"),
-        (["mining.miner._target_=lightning_modules.mining.miners.BM25"], "has no class 'BM25', it has BM25Miner"),
-        (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch': did you mean search"),
+        (
+            ["mining.miner._target_=lightning_modules.mining.miners.BM25"],
+            "has no class 'BM25'; expected one of BM25Miner",
+        ),
+        (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch'; did you mean search"),
         (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),
     ],
 )

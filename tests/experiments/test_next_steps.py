@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from experiments.build.trainer import tell_of_cores
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.run.folder import folder_of
 from experiments.run.next_steps import next_steps
 

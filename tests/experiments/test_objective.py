@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder

@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.options import check_options, option
 from datamodules.records import UserError
-from experiments.config.options import as_argument, parse, parse_known
+from experiments.config.arguments import as_argument, parse, parse_known
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""A user's own collections: named in few words, instead of the scale's or beside them, and measured as they are."""
+"""A user's own collections: short ways to name them, in place of those of the scale or in addition to them."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import pytest
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments.build.data import build_data
-from experiments.config.config import as_dict, from_dict, load_config
+from experiments.config.experiment import as_dict, from_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.train import train
 from tests.conftest import toy_collection
@@ -40,7 +40,7 @@ def data_of(folders, *overrides):
     return load_config("moe", ["tasks=[search]", root, *overrides]).task["search"].data
 
 
-def test_data_that_are_given_whole_stand_instead_of_the_scales(folders):
+def test_data_of_a_task_replaces_that_of_the_scale(folders):
     mine = {"_target_": JSONL, "folder": f"{folders}/mine"}
     beir = {"_target_": BEIR, "folder": f"{folders}/beir"}
     assert data_of(folders, f"task.search.data={folders}/mine") == {"mine": mine}
@@ -51,7 +51,7 @@ def test_data_that_are_given_whole_stand_instead_of_the_scales(folders):
     assert data_of(folders, f"task.search.data={{own: {node}}}") == {"own": mine | {"on_error": "skip"}}
 
 
-def test_a_single_collection_stands_beside_the_scales(folders):
+def test_single_collection_is_added_to_those_of_the_scale(folders):
     for override in (f"task.search.data.mine={folders}/mine", f"task.search.data.mine.folder={folders}/mine"):
         data = data_of(folders, override)
         assert list(data) == ["searches", "mine"]
@@ -76,21 +76,24 @@ def test_the_order_of_keys_does_not_matter(folders):
     [
         ("task.search.data={root}/mines", "task.search.data.mines: {root}/mines: no such folder"),
         ("task.search.data={root}", "queries.jsonl and qrels/"),
-        ("task.search.data=[{root}/mine, {root}/beir/../mine]", "two are called mine; give them names"),
-        ("task.search.data=5", "got 5, expected FOLDER"),
-        ("task.search.data=null", "got None, expected FOLDER"),
-        ("task.serach.data={root}/mine", "unknown task 'serach': did you mean search?"),
-        ("task.search.data.mine._target_=jsnl.JsonlReader", "'jsnl.JsonlReader'; did you mean jsonl?"),
+        ("task.search.data=[{root}/mine, {root}/beir/../mine]", "two folders are called mine; give them names"),
+        ("task.search.data=5", "expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got 5"),
+        ("task.search.data=null", "expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got None"),
+        ("task.serach.data={root}/mine", "unknown task 'serach'; did you mean search?"),
+        (
+            "task.search.data.mine._target_=jsnl.JsonlReader",
+            "did you mean jsonl? Expected a class of datamodules or lightning_modules, got 'jsnl.JsonlReader'",
+        ),
         ("task.search.data.mine.view=x", "with _target_, such as {{_target_: jsonl.JsonlReader, folder: FOLDER}}"),
     ],
 )
-def test_what_is_no_collection_is_refused(folders, override, message):
+def test_value_that_is_not_a_collection_raises_user_error(folders, override, message):
     with pytest.raises(UserError) as caught:
         data_of(folders, override.format(root=folders))
     assert message.format(root=folders) in str(caught.value)
 
 
-def test_a_folder_in_both_layouts_is_not_guessed(folders):
+def test_folder_in_both_layouts_needs_a_named_reader(folders):
     (folders / "mine" / "qrels").mkdir()
     with pytest.raises(UserError, match=r"holds train.jsonl, and queries.jsonl or qrels/ too"):
         data_of(folders, f"task.search.data={folders}/mine")
@@ -98,14 +101,14 @@ def test_a_folder_in_both_layouts_is_not_guessed(folders):
     assert data_of(folders, named)["mine"]["_target_"] == JSONL
 
 
-def test_a_missing_folder_of_a_scale_is_told_with_the_keys_that_name_another():
+def test_missing_folder_error_names_the_keys_that_set_it():
     with pytest.raises(UserError) as caught:
         build_data(load_config("moe", ["scale=small", "data.root=/nowhere"]))
     for part in ("task.classification.data=FOLDER", "data.root=FOLDER the one that holds arxiv_cats", "tasks=[...]"):
         assert part in str(caught.value)
 
 
-def test_the_sample_beside_own_data_is_told_and_own_data_alone_are_not(folders, caplog):
+def test_sample_in_addition_to_own_data_is_warned_about(folders, caplog):
     sample = "task.search.data.searches.num_papers=500"
     beside = ["tasks=[search]", sample, f"task.search.data.mine={folders}/mine", "data.cache=null"]
     build_data(load_config("moe", beside), training=True)
@@ -117,7 +120,8 @@ def test_the_sample_beside_own_data_is_told_and_own_data_alone_are_not(folders, 
     assert "sample" not in caplog.text
 
 
-def test_what_was_trained_on_json_lines_is_evaluated_on_their_folder(folders):
+@pytest.mark.slow
+def test_model_trained_on_json_lines_is_evaluated_on_their_folder(folders):
     run, out = folders / "run", folders / "out"
     steps = ["trainer.max_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
     tiny = [setting for setting in TINY if "num_papers" not in setting]  # of the sample

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from datamodules.records import UserError
 from experiments import doctor
 from experiments.build.trainer import precision_of
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.evaluate import main as evaluate
 from experiments.train import train
 from lightning_modules.callbacks import rank_report

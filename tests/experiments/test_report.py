@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from datamodules.records import UserError
 from datamodules.sample import science
 from experiments.compare import main as compare
-from experiments.config.config import as_dict, load_config
+from experiments.config.experiment import as_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.html import tag

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from datamodules.records import UserError
-from experiments.config.config import load_config
+from experiments.config.experiment import load_config
 from experiments.slurm import slurm
 from experiments.sweep import main as sweep
 from experiments.sweeping import controller as controller_module
@@ -313,6 +313,21 @@ def test_preempted_trials_go_on_failed_ones_are_kept_and_the_best_is_told(
     sweep(["moe", f"sweep={path}", f"output={output}", "run.seed=3", "retry_failed=yes"])
     assert len(attempts(output / "t000")) == 1
     assert len(attempts(output / "t001")) == 2
+
+
+@pytest.mark.parametrize("torn", ['{"trial": 1, "state": "fini', '{"trial": 1, "state": "\\xc3', "null"])
+def test_a_line_that_was_cut_short_costs_one_row_and_not_the_sweep(make_sweep, tmp_path, torn):
+    path, output = make_sweep("method: grid\nparameters: {optim.lr: {values: [0.1, 0.2, 0.3]}}\n"), tmp_path / "out"
+    sweep(["moe", f"sweep={path}", f"output={output}"])
+    states = output / "trials.jsonl"
+    lines = states.read_text().splitlines()
+    states.write_bytes("\n".join([*lines[:-1], torn.encode().decode("unicode_escape")]).encode("latin1"))
+    (output / "t002" / "results.json").unlink()
+    sweep(["moe", f"sweep={path}", f"output={output}"])
+    rows = json.loads((output / "results.json").read_text())["trials"]
+    assert [row["state"] for row in rows] == ["finished"] * 3
+    assert [len(attempts(output / f"t00{i}")) for i in range(3)] == [1, 1, 2]
+    assert json.loads(states.read_text(errors="replace").splitlines()[-1])["state"] == "finished"
 
 
 def test_a_sweep_tells_how_far_a_trial_is_and_names_its_run_from_here(make_sweep, tmp_path, caplog, monkeypatch):

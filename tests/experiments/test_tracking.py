@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments import sync as sync_module
-from experiments.config.config import as_dict, load_config
+from experiments.config.experiment import as_dict, load_config
 from experiments.run.lock import only_job
 from experiments.run.tracking import WandbLogger, build_loggers
 from experiments.sync import main as sync

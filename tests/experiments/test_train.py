@@ -22,7 +22,7 @@ from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments.build import module as build_module
 from experiments.build.data import build_data
-from experiments.config.config import experiments, load_config
+from experiments.config.experiment import experiments, load_config
 from experiments.export import main as export
 from experiments.run.folder import folder_of
 from experiments.train import train
@@ -411,7 +411,7 @@ def test_wandb_is_offline_by_default_and_when_its_server_is_away(tmp_path):
 def test_an_error_is_one_line_without_traceback(tmp_path):
     done = subprocess.run(command(tmp_path, "optim.lrr=1"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the command line (optim.lrr=1): unknown key optim.lrr")
+    assert done.stderr.startswith("error: command line (optim.lrr=1): unknown key optim.lrr")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
-from experiments.config.suggest import did_you_mean
+from experiments.config.suggest import did_you_mean, expected_one_of
 
 T = TypeVar("T")
 SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
@@ -26,22 +26,21 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
     Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds. With --help
     it prints all options and exits.
     """
+    _print_help(options, arguments)
     parsed, rest = parse_known(options, arguments)
     if rest:
         word, equals, _ = rest[0].partition("=")
         if not equals:
             raise UserError(f"command line: expected key=value, got {word!r}")
-        keys = [_key(field) for field in dataclasses.fields(options)]
-        hint = did_you_mean(word, keys)
-        raise UserError(f"command line: unknown key {word!r}; {hint}Expected one of {', '.join(keys)} (or --help)")
+        hint = did_you_mean(word, option_keys(options))
+        expected = expected_one_of(option_keys(options), hint)
+        raise UserError(f"command line: unknown key {word!r}; {hint}{expected} (or --help)")
     return parsed
 
 
 def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     """Return the options, and the arguments that are none of them: the keys of an experiment, for instance."""
-    if any(argument in ("--help", "-h") for argument in arguments):
-        print(usage(options))
-        sys.exit(0)
+    _print_help(options, arguments, "Further key=value arguments are keys of the experiment: see docs/reference.md.")
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
@@ -63,6 +62,17 @@ def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str
     return parsed, unknown
 
 
+def option_keys(options: type) -> list[str]:
+    """Return the keys of a command's options."""
+    return [_key(field) for field in dataclasses.fields(options)]
+
+
+def _print_help(options: type, arguments: Sequence[str], note: str = "") -> None:
+    if {"--help", "-h"}.intersection(arguments):
+        print("\n\n".join(filter(None, (usage(options), note))))
+        sys.exit(0)
+
+
 def usage(options: type) -> str:
     """Return the text of --help: what the command does, and each option with its type, default and meaning."""
     hints = get_type_hints(options)
@@ -72,7 +82,7 @@ def usage(options: type) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
     for field in dataclasses.fields(options):
         key = _key(field)
-        head = key.upper() if field.metadata.get("positional") else f"{key}={_type_name(hints[field.name])}"
+        head = key.upper() if field.metadata.get("positional") else f"{key}={type_name(hints[field.name])}"
         notes = [field.metadata.get("help", ""), describe_bounds(field), _default(field)]
         text = "; ".join(filter(None, notes))
         lines.append(f"  {head}")
@@ -100,13 +110,14 @@ def _default(field: dataclasses.Field) -> str:
     return f"default: {text}" if text else ""
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """Return how a value of this type is written: its choices, or INTEGER, NUMBER, PATH, TEXT, ..."""
     if choices := literal_choices(hint):
         return "|".join(map(str, choices))
     if get_origin(hint) in (Union, types.UnionType):
-        return "|".join(_type_name(each) for each in get_args(hint) if each is not type(None))
+        return "|".join(type_name(each) for each in get_args(hint) if each is not type(None))
     if get_origin(hint) in (tuple, list):
-        name = _type_name(get_args(hint)[0])
+        name = type_name(get_args(hint)[0])
         return f"{name},{name},..."
     return {bool: "yes|no", int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")
 

@@ -1,0 +1,65 @@
+"""Locks on files. The system releases them when the process ends, however it ends, so no lock is ever stale.
+
+This is `flock` from the standard library, not the filelock package: a sweep hands the lock on a trial down to the
+trial's process, which filelock cannot do, and on a file system without locks filelock leaves a file that stays after a
+kill.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
+    """Lock a file, which is created if necessary. Closing the returned file releases the lock.
+
+    wait: whether to wait while another process holds the lock. If not, return None.
+
+    A lock belongs to the file itself (its inode), so it holds under every name of the file: through links, bind mounts
+    and other spellings. On a file system without locks, log a warning and return the file unlocked. Raises OSError if
+    the file cannot be written.
+    """
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            log.warning("%s: no locks on this file system (%s); run one job at a time here", path, error.strerror)
+            return file
+        if _is_at(file, path):
+            return file
+        file.close()  # its holder removed it while we waited
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock on a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks on this file system
+        pass
+    return False
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
