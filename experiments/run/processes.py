@@ -24,7 +24,7 @@ from datamodules.records import UserError
 from lightning_modules.distributed import launch
 
 LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable: process id of the command that launched this process
-GRACE = 3.0  # seconds that a rank waits with its error, so that the rank that caused it prints it first
+GRACE = 10.0  # seconds that a rank waits with its error, so that the rank that caused it can print it and exit first
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 

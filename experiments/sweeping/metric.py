@@ -9,7 +9,7 @@ from datamodules.records import UserError
 from experiments.config.schema import Config
 from experiments.config.suggest import did_you_mean
 from lightning_modules.callbacks.diagnostics import OF_TASK
-from lightning_modules.mining.report import MEANS
+from lightning_modules.mining.report import FIGURES
 
 DISTANCE = re.compile(r"diag/experts/.+-.+/(distance|cosine)")
 
@@ -41,4 +41,4 @@ def _of_callbacks(config: Config) -> Iterator[str]:
         yield "diag/seconds"
     if config.mining.every_n_steps:
         yield "mine/seconds"
-        yield from (f"mine/{task}/{name}" for task in config.tasks for name in MEANS)
+        yield from (f"mine/{task}/{name}" for task in config.tasks for name in FIGURES)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,8 +14,16 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
-from lightning_modules.mining.mine import Mined, Mining
-from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table, write_svg
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.report import (
+    check_false_negatives,
+    histograms,
+    metrics,
+    read_values,
+    reports_of,
+    table,
+    write_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +62,22 @@ class HardNegativeMining(L.Callback):
         data, started = trainer.datamodule, time.perf_counter()
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
-        meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         told = data.rounds.folder / name / "report.json"
         # Of an attempt that ended before its checkpoint. One rank looks, so that all do the same.
         if trainer.strategy.broadcast(trainer.is_global_zero and told.is_file() and data.rounds.has_made(name, meta)):
             log.info("step %d: these hard negatives were mined already", step)
-            gate(values_of(told), self.stop_at)
+            check_false_negatives(read_values(told), self.stop_at)
             data.rounds.begin(batch, name)
             return
         self._pools = self._pools or data.pools()
         former = data.rounds.at(batch)
         mined = self.mining.run(cache, self._pools, step)
-        reports = compare(mined, step, former)
+        reports = reports_of(mined, step, former)
         for line in table(reports):
             log.info("%s", line)
         for logger in trainer.loggers:
-            logger.log_metrics(logged(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
+            logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
         trainer.strategy.barrier()  # before vectors are removed that another rank may still read
         if trainer.is_global_zero:
@@ -82,24 +86,5 @@ class HardNegativeMining(L.Callback):
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
-        gate({task: found.values for task, found in reports.items()}, self.stop_at)
+        check_false_negatives({task: found.values for task, found in reports.items()}, self.stop_at)
         data.rounds.begin(batch, name)
-
-
-def compare(mined: Mapping[str, Mined], step: int, former: Any = None) -> dict[str, TaskReport]:
-    """A report for each task. former: the store that held before, if any."""
-    tasks, since = (former.tasks, former.meta["step"]) if former else ({}, 0)
-    return {task: report(part, step, tasks.get(task), since) for task, part in mined.items()}
-
-
-def values_of(told: Path) -> dict[str, dict[str, float]]:
-    """Task -> values of a report.json."""
-    return {task: found["values"] for task, found in json.loads(told.read_text(encoding="utf-8")).items()}
-
-
-def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    """report.svg, and then report.json, whole: where it lies, the mining was finished."""
-    write_svg(folder / "report.svg", reports, title)
-    partial = folder / ".report.json"
-    partial.write_text(json.dumps(plain(reports), indent=2), encoding="utf-8")
-    os.replace(partial, folder / "report.json")

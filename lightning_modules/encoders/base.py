@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.records import Document, UserError
 from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import Surroundings, family_of
-from lightning_modules.retrieval.compute import token_budget_of
+from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
 BLOCK = 8192  # texts that are sorted by length together, so that token ids of a whole corpus never stand in memory
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
         if task is None and (isinstance(tasks, str) or not tasks):
             raise TypeError(f"tasks: got {tasks!r}, expected a list of tasks")
         wanted = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
-        token_budget = token_budget or token_budget_of(self.device)
+        token_budget = token_budget or default_token_budget(self.device)
         for name in wanted:
             self.expert_of(name)
         documents = as_documents(documents)

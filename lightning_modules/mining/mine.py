@@ -125,9 +125,7 @@ def mine(
         )
     if options.k > len(pool.corpus):
         log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
-    context = MiningContext(
-        pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared
-    )
+    context = MiningContext(pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared)
     if miner.needs_vectors or options.compares:
         if encoder is None:
             reason = type(miner).__name__ if miner.needs_vectors else "a margin"
@@ -182,6 +180,11 @@ class Mining:
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.description for task, miner in self.miners.items()}
         return {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether a miner or a margin needs an encoder."""
+        return self.options.compares or any(miner.needs_vectors for miner in self.miners.values())
 
     def cache(self, encoder: Encoder) -> VectorCache:
         """Return the cache of an encoder's vectors in the folder."""
@@ -332,10 +335,7 @@ def _joined_pools(pools: Sequence[Mined]) -> Mined:
     """Join what was mined from a task's pools, in the order of their examples."""
     offsets = np.cumsum([0, *(pool.texts.max(initial=-1) + 1 for pool in pools)])
     return _joined(
-        [
-            dataclasses.replace(pool, texts=pool.texts + offset)
-            for pool, offset in zip(pools, offsets, strict=False)
-        ]
+        [dataclasses.replace(pool, texts=pool.texts + offset) for pool, offset in zip(pools, offsets, strict=False)]
     )
 
 

@@ -90,7 +90,8 @@ class RankBandMiner(DenseMiner):
         rows, scores = super().rank(pool, queries, self.last, context)
         if rows.shape[1] <= self.first:
             raise UserError(
-                f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got {self.first}"
+                f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got "
+                f"{self.first}"
             )
         rows[:, : self.first] = -1  # so that ranks remain those of the complete ranking
         return rows, scores

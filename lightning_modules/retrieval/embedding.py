@@ -28,7 +28,7 @@ import torch
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
-from lightning_modules.retrieval.vector_cache import atomic_writer, text_hash
+from lightning_modules.retrieval.vector_cache import atomic_file, text_hash
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class ShardFolder:
         try:
             self._record_path(number).unlink(missing_ok=True)  # it may describe other texts
             for task, array in vectors.items():
-                with atomic_writer(self._vectors_path(number, task)) as file:
+                with atomic_file(self._vectors_path(number, task)) as file:
                     np.save(file, array)
             write_json(self._record_path(number), record)
         except OSError as error:
@@ -173,7 +173,7 @@ class ShardFolder:
             log.warning("%s: %d ids occur more than once in the input; each occurrence has a row", path, repeated)
         try:
             delete_metadata(path)  # it may describe other vectors
-            with atomic_writer(path) as file:
+            with atomic_file(path) as file:
                 for number, record in enumerate(records):
                     vectors = self.vectors(number, task, record)
                     if number == 0:
@@ -261,7 +261,7 @@ def read_ids(path: Path, count: int) -> list[str]:
 
 def write_metadata(path: Path, ids: Sequence[str], metadata: Mapping[str, Any]) -> None:
     """Write ids and metadata next to a matrix or an index."""
-    with atomic_writer(_beside(path, ".ids.txt")) as file:
+    with atomic_file(_beside(path, ".ids.txt")) as file:
         file.write("".join(f"{id}\n" for id in ids).encode())
     write_json(_beside(path, ".json"), metadata)
 
@@ -273,7 +273,7 @@ def delete_metadata(path: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file completely or not at all."""
-    with atomic_writer(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(content, ensure_ascii=False).encode())
 
 

@@ -136,7 +136,9 @@ def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory
         chunk = rows[first : first + step]
         vectors = documents.gather(np.maximum(chunk, 0).ravel()).astype(np.float64).reshape(*chunk.shape, -1)
         # einsum sums each pair separately, so equal vectors have equal scores in any position.
-        scores[first : first + step] = np.einsum("qd,qwd->qw", queries[first : first + step].astype(np.float64), vectors)
+        scores[first : first + step] = np.einsum(
+            "qd,qwd->qw", queries[first : first + step].astype(np.float64), vectors
+        )
     return np.where(rows < 0, -np.inf, scores)
 
 

@@ -87,6 +87,8 @@ class VectorCache:
         """Return the vectors (q, D) of this rank's texts: numbers rank, rank + world size, ... of the texts."""
         return self.vectors(texts, task, name, advance).gather(np.arange(rank(), len(texts), world_size()))
 
+    of_all_ranks, of_this_rank = vectors, vectors_of_rank
+
     def remove(self) -> None:
         """Delete this encoder's vectors."""
         self._kept.clear()
@@ -108,7 +110,7 @@ class VectorCache:
                 paths.append(path)
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(shard, task, name, first, advance)
-                    with atomic_writer(path) as file:
+                    with atomic_file(path) as file:
                         np.save(file, vectors)
 
         together(encode_missing)
@@ -160,7 +162,9 @@ def fingerprint(encoder: Encoder) -> str:
     digest = hashlib.blake2b(digest_size=8)
     arguments = {name: str(value) for name, value in encoder.config.items()}
     backbone = encoder.backbone.config
-    arguments |= {name: str(getattr(backbone, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")}
+    arguments |= {
+        name: str(getattr(backbone, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")
+    }
     digest.update(json.dumps([type(encoder).__name__, arguments], sort_keys=True).encode())
     digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
     for name, tensor in encoder.state_dict().items():
@@ -178,7 +182,7 @@ def text_hash(documents: Iterable[Document], *keys: str) -> str:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once it is completely on disk. After an error nothing is left of it."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
