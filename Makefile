@@ -129,7 +129,7 @@ check: ## formatting, lint, and the sweeps' files
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
-	@$(PY) -m experiments.sweeping.check
+	@$(PY) -m experiments.sweep moe check=yes
 
 bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed, sharding
 	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)

@@ -1,7 +1,11 @@
-"""What one task and several have in common: how batches are made, and the loader that follows the schedule."""
+"""From scheduled examples to batches: collation, the loader that resumes at the exact batch, and the data modules."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import random
+import signal
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,129 +13,391 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from datamodules.collate import Collator
-from datamodules.loader import MultiTaskBatches, ResumableLoader
-from datamodules.records import Benchmark, Document, MiningPool
-from datamodules.rounds import Rounds, negatives_of_data
-from datamodules.schedule import Phase, Schedule
+from datamodules.hard_negatives import NegativesOf, Rounds, negatives_of_data
+from datamodules.options import check_options, option
+from datamodules.records import Benchmark, ContrastiveBatch, Document, Example, MiningPool, Tokens, UserError
+from datamodules.schedule import Draw, Phase, Schedule, mix
+from datamodules.text import length_sorted_chunks, pad
 from datamodules.tokens import Encoding, TokenTable
 
 if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
+DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with one that has no max_steps
+
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """How batches are made. A task's own batch_size, max_length, num_positives and num_hard_negatives hold for its
-    batches.
+    """How batches are made. Tasks may have their own batch_size, batch_tokens, max_length and numbers of documents."""
 
-    batch_size: queries on each rank. batch_tokens: tokens on each rank, instead of batch_size. num_batches: in the
-    whole training. max_length: tokens of a text, special tokens included. token_budget: padded tokens of one chunk.
-    num_positives, num_hard_negatives: for each query, where it has them. carry_texts: batches hold their texts, for
-    encoders that judge them. num_workers: processes that prepare batches. phases: of the schedule. cache: folder of
-    converted collections, none for data in memory.
+    batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
+    batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
+    num_batches: int = option(0, "batches of the whole training; 0 makes those of the trainer's max_steps", minimum=0)
+    max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=1)
+    token_budget: int = option(16384, "maximum number of padded tokens in a chunk", minimum=1)
+    num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
+    num_hard_negatives: int = option(1, "hard negatives per query, if it has that many", minimum=0)
+    carry_texts: bool = option(False, "whether batches contain their texts, for frozen models that score them")
+    num_workers: int = option(0, "processes that prepare batches; 0 uses the training process", minimum=0)
+    seed: int = option(0, "seed of the schedule and of everything that is sampled")
+    phases: tuple[Phase, ...] = option((Phase(0),), "shares of the tasks, from given steps on; by default in turns")
+    cache: str = option("", "folder of converted collections; empty keeps collections in memory")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def override(self, **changes: Any) -> BatchOptions:
+        """Return a copy with other values. A new batch_size replaces batch_tokens."""
+        if "batch_size" in changes:
+            changes = {"batch_tokens": 0} | changes
+        return dataclasses.replace(self, **changes)
+
+
+def sampled_by_grade(example: Example, count: int, rng: random.Random) -> list[int]:
+    """Sample up to `count` positives without replacement, in proportion to their grades."""
+    remaining = dict(zip(example.positives, example.grades, strict=True))
+    sampled: list[int] = []
+    while remaining and len(sampled) < count:
+        sampled += rng.choices(list(remaining), weights=list(remaining.values()))
+        del remaining[sampled[-1]]
+    return sampled
+
+
+def padded(lists: Sequence[Sequence[int]]) -> Tensor:
+    """Return lists of integers as one tensor, (n, longest) int64, padded with -1."""
+    rows = [torch.tensor(values, dtype=torch.int64) for values in lists]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def text_key(ids: np.ndarray) -> int:
+    """Return a hash of a text's token ids: equal, on every rank, for texts that look the same to the encoder."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.uint32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
+
+
+class Collator:
+    """Make batches of one task's examples.
+
+    tokens: token ids of each row of the document table.
+    pad_id: padding id of the tokenizer.
+    token_budget: maximum number of padded tokens in a chunk.
+    num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
+    negatives_of: rows from which an example's hard negatives are sampled.
+    texts: documents of all rows, if batches shall contain their texts.
     """
 
-    batch_size: int = 32
-    batch_tokens: int = 0
-    num_batches: int = 1000
-    max_length: int = 256
-    token_budget: int = 16384
-    num_positives: int = 1
-    num_hard_negatives: int = 1
-    carry_texts: bool = False
-    num_workers: int = 0
-    seed: int = 0
-    phases: tuple[Phase, ...] = (Phase(0),)
-    cache: str = ""
+    def __init__(
+        self,
+        task: str,
+        examples: Sequence[Example],
+        tokens: Sequence[np.ndarray],
+        pad_id: int,
+        *,
+        token_budget: int,
+        num_hard_negatives: int,
+        seed: int,
+        num_positives: int = 1,
+        negatives_of: NegativesOf = negatives_of_data,
+        texts: Sequence[Document] | None = None,
+    ):
+        self.task, self.examples, self.tokens, self.pad_id = task, examples, tokens, pad_id
+        self.token_budget, self.seed, self.texts = token_budget, seed, texts
+        self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
+        self.negatives_of = negatives_of
+
+    def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
+        queries, positives, negatives = [], [], []
+        for index, epoch in draws:
+            example, rng = self.examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
+            queries.append(example.query)
+            positives.append(sampled_by_grade(example, self.num_positives, rng))
+            candidates = self.negatives_of(index, example, step)
+            negatives.append(rng.sample(candidates, min(self.num_hard_negatives, len(candidates))))
+
+        sampled = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
+        document_rows = list(dict.fromkeys(sampled[0] + sampled[1]))  # distinct, in order of appearance
+        column = {row: index for index, row in enumerate(document_rows)}
+        chunks, text_index = self._chunks(list(dict.fromkeys(queries + document_rows)))
+        return ContrastiveBatch(
+            step=step,
+            task=self.task,
+            seed=mix(self.seed, "step", step, *draws[0]),
+            fingerprint=hashlib.blake2b(repr((queries, *sampled)).encode(), digest_size=6).hexdigest(),
+            num_tokens=sum(int(chunk.attention_mask.sum()) for chunk in chunks),
+            chunks=chunks,
+            queries=torch.tensor([text_index[row] for row in queries]),
+            documents=torch.tensor([text_index[row] for row in document_rows]),
+            document_ids=torch.tensor(document_rows),
+            positives=padded([[column[row] for row in rows] for rows in positives]),
+            hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
+            known_positives=padded([self.examples[index].not_negatives for index, _ in draws]),
+            text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
+            texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
+        )
+
+    def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
+        """Return the texts of some rows in chunks, and the index of each row's text among them."""
+        ids = [self.tokens[row] for row in rows]
+        chunks, text_index = [], {}
+        for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
+            chunks.append(pad((ids[i] for i in indices), self.pad_id))
+            for i in indices:
+                text_index[rows[i]] = len(text_index)
+        return tuple(chunks), text_index
+
+
+class MultiTaskBatches(Dataset):
+    """The batches of one rank, by step."""
+
+    def __init__(self, collators: Mapping[str, Collator], schedule: Schedule, rank: int, world_size: int):
+        self.collators = collators
+        self.schedule, self.rank, self.world_size = schedule, rank, world_size
+
+    def __getitem__(self, step: int) -> ContrastiveBatch:
+        draws = self.schedule.draws(step, self.rank, self.world_size)
+        weight = self.schedule.share(step, self.rank, self.world_size)
+        return dataclasses.replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Let a worker ignore signals to its process group, so that the training process can finish its last step.
+
+    Workers end when the training process is done with them or dies.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class ResumableLoader:
+    """Iterate over the batches from the current position to num_batches.
+
+    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
+    state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
+    the same on all ranks, and the rounds of hard negatives.
+
+    signature: everything besides the step that determines the batches; a state with another signature is refused.
+    rounds: mined hard negatives. Workers do not prepare batches beyond the next batch at which a round may start; new
+        workers, which see the new round, make those after it.
+    """
+
+    def __init__(
+        self,
+        batches: Dataset,
+        num_batches: int,
+        signature: Mapping[str, Any],
+        num_workers: int = 0,
+        rounds: Rounds | None = None,
+    ):
+        self.batches, self.num_batches, self.num_workers = batches, num_batches, num_workers
+        self.signature, self.rounds = dict(signature), rounds
+        self.position = 0  # number of batches handed out; workers may have prepared more
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[ContrastiveBatch]:
+        while self.position < self.num_batches:
+            boundary = self.rounds.boundary_after(self.position) if self.rounds else None
+            last = min(self.num_batches, boundary or self.num_batches)
+            loader = DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=range(self.position, last),
+                num_workers=self.num_workers,
+                worker_init_fn=_ignore_signals,
+            )
+            for batch in loader:
+                self.position = batch.step + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        rounds = {"rounds": self.rounds.state()} if self.rounds else {}
+        return {"position": self.position, "signature": self.signature} | rounds
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        changed = [
+            f"{key}: {state['signature'].get(key)} in the checkpoint, {value} now"
+            for key, value in self.signature.items()
+            if state["signature"].get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
+                "Restore the old values, or start a new training from the checkpoint's weights"
+            )
+        self.position = state["position"]
+        if not self.rounds and state.get("rounds"):
+            last = state["rounds"][-1]["store"]
+            raise UserError(
+                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), and this training has "
+                "none; use that store again"
+            )
+        if self.rounds:
+            self.rounds.load(state.get("rounds", ()), self.position)
 
 
 class ContrastiveDataModule(L.LightningDataModule):
-    """What tasks and their combination have in common: a loader over the schedule, and benchmarks."""
+    """Base of one task's data and of the combination of several: a loader that follows the schedule.
+
+    tokenizer: tokenizer of the encoder; by default that of the module that is trained.
+    prompts: text that precedes the inputs of each task.
+    rounds: mined hard negatives.
+    """
 
     options: BatchOptions
-    # Needed for batches, and set before them: a random backbone takes its vocabulary from the texts.
-    tokenizer: Any
-    prompts: Mapping[str, str] = {}  # task -> what precedes its texts
-    rounds: Rounds | None = None  # of mined hard negatives
+    tokenizer: Any = None
+    prompts: Mapping[str, str] = {}
+    rounds: Rounds | None = None
 
     @property
     @abstractmethod
     def tasks(self) -> Sequence[TaskDataModule]:
         """The single tasks."""
 
+    @abstractmethod
+    def pools(self) -> list[MiningPool]:
+        """Return each collection with training queries, as a pool from which hard negatives are mined."""
+
+    @abstractmethod
+    def benchmarks(self, split: str) -> list[Benchmark]:
+        """Return the queries of a split, of each collection that has the split."""
+
     def schedule(self) -> Schedule:
         sizes = {task.task.name: len(task.examples) for task in self.tasks}
         batch_sizes = {t.task.name: t.options.batch_tokens or t.options.batch_size for t in self.tasks}
         costs = {task.task.name: self._costs(task) for task in self.tasks if task.options.batch_tokens}
-        parts = {task.task.name: task.examples_by_collection() for task in self.tasks}
-        several = {task: counts for task, counts in parts.items() if len(counts) > 1}
-        return Schedule(sizes, batch_sizes, self.options.seed, self.options.phases, costs, several)
+        return Schedule(sizes, batch_sizes, self.options.seed, self.options.phases, costs, self._several_collections())
 
-    def _encoding(self, task: TaskDataModule) -> Encoding:
-        return Encoding(self.tokenizer, self.prompts.get(task.task.name, ""), task.options.max_length)
+    def _several_collections(self) -> dict[str, dict[str, int]]:
+        """Return the number of examples of each collection, for tasks that have several."""
+        counts = {task.task.name: task.examples_by_collection() for task in self.tasks}
+        return {task: sizes for task, sizes in counts.items() if len(sizes) > 1}
 
     def _costs(self, task: TaskDataModule) -> np.ndarray:
         lengths = task.tokens(self._encoding(task)).concatenated(TokenTable.lengths)
         return task.examples.costs(lengths, task.options.num_positives, task.options.num_hard_negatives)
 
+    def _encoding(self, task: TaskDataModule) -> Encoding:
+        if self.tokenizer is None:
+            encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
+            if encoder is None:
+                raise UserError("tokenizer: needed to make batches; pass one, or train a module that has an encoder")
+            self.tokenizer, self.prompts = encoder.tokenizer, encoder.prompts
+        return Encoding(self.tokenizer, self.prompts.get(task.task.name, ""), task.options.max_length)
+
     def train_dataloader(self) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         schedule = self.schedule()
+        collators = {task.task.name: self._collator(task) for task in self.tasks}
+        batches = MultiTaskBatches(collators, schedule, rank, world_size)
+        signature = self._signature(schedule, world_size)
+        return ResumableLoader(batches, self._num_batches(), signature, self.options.num_workers, self.rounds)
+
+    def _num_batches(self) -> int:
+        if self.options.num_batches:
+            return self.options.num_batches
+        if self.trainer and self.trainer.max_steps > 0:
+            return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return DEFAULT_NUM_BATCHES
+
+    def _signature(self, schedule: Schedule, world_size: int) -> dict[str, Any]:
+        """Return everything besides the step that determines the batches. Checkpoints have it, so keys stay."""
         signature = {
             "seed": self.options.seed,
-            # Of all ranks together: another number of them may go on with the same global batches.
+            # Over all ranks: another number of ranks may resume with the same global batches.
             "batch_size": {task: size * world_size for task, size in schedule.batch_sizes.items()},
             "schedule": repr(schedule.phases),
             "examples": schedule.sizes,
             "data": {name: c.fingerprint() for task in self.tasks for name, c in task.collections.items()},
         }
-        several = {task.task.name: parts for task in self.tasks if len(parts := task.examples_by_collection()) > 1}
-        if several:
+        if several := self._several_collections():
             signature["collections"] = several
         if any(task.is_stripped for task in self.tasks):
             signature["examples that are left"] = {t.task.name: t.examples_fingerprint() for t in self.tasks}
         if schedule.costs:
             signature["tokens"] = {task: int(tokens.sum()) for task, tokens in schedule.costs.items()}
-        collators = {task.task.name: self._collator(task) for task in self.tasks}
-        batches = MultiTaskBatches(collators, schedule, rank, world_size)
-        return ResumableLoader(batches, self.options.num_batches, signature, self.options.num_workers, self.rounds)
+        return signature
 
     def _collator(self, task: TaskDataModule) -> Collator:
+        tokens = task.tokens(self._encoding(task))
         return Collator(
             task.task.name,
             task.examples,
-            task.tokens(self._encoding(task)),
+            tokens,
             self.tokenizer.pad_token_id,
             token_budget=self.options.token_budget,
             num_positives=task.options.num_positives,
             num_hard_negatives=task.options.num_hard_negatives,
             texts=task.documents if self.options.carry_texts else None,
             seed=self.options.seed,
-            negatives_of=self.rounds.of(task.task.name) if self.rounds else negatives_of_data,
+            negatives_of=self.rounds.negatives_for(task.task.name) if self.rounds else negatives_of_data,
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Task -> collection -> fingerprint, in the order of their rows, and "examples": of which are trained on."""
+        """Return the fingerprints of each task's collections, in the order of their rows, and of its "examples"."""
         return {
             task.task.name: {name: collection.fingerprint() for name, collection in task.collections.items()}
             | {"examples": task.examples_fingerprint()}
             for task in self.tasks
         }
 
-    def pools(self) -> list[MiningPool]:
-        """What hard negatives are mined from: every collection with training queries."""
-        return [pool for task in self.tasks for pool in task.own_pools()]
-
     def texts(self) -> Iterator[Document]:
-        """Documents and training queries of all tasks."""
+        """Yield the documents and training queries of all tasks."""
         for task in self.tasks:
             for collection in task.collections.values():
                 yield from collection.corpus.values()
-            corpora = task.corpus_rows()
-            yield from (task.documents[row] for row in task.examples.query_rows() if not corpora[row])
+            in_corpus = task.corpus_rows()
+            yield from (task.documents[row] for row in task.examples.query_rows() if not in_corpus[row])
+
+
+class MultiTaskDataModule(ContrastiveDataModule):
+    """Several tasks that take turns, one task per step (schedule.py).
+
+        MultiTaskDataModule([ClassificationDataModule(...), SearchDataModule(...)], batch_size=16)
+
+    options: options of all batches; single options may be given as keywords. Tasks that were given no BatchOptions use
+        them too.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskDataModule],
+        options: BatchOptions | None = None,
+        tokenizer: Any = None,
+        **overrides: Any,
+    ):
+        super().__init__()
+        if not tasks:
+            raise UserError("tasks: expected at least one task, got none")
+        names = [task.task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks: expected different names, got {', '.join(names)}")
+        self._tasks, self.tokenizer = tuple(tasks), tokenizer
+        self.options = (options or BatchOptions()).override(**overrides)
+        for task in tasks:
+            task.inherit_options(self.options)
+
+    @property
+    def tasks(self) -> Sequence[TaskDataModule]:
+        return self._tasks
+
+    def setup(self, stage: str | None = None) -> None:
+        names = [name for task in self.tasks for name in task.readers]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise UserError(
+                f"two tasks have a collection named {', '.join(duplicates)}; rename one, since results are reported by "
+                "collection"
+            )
+        for task in self.tasks:
+            task.setup(stage)
+
+    def pools(self) -> list[MiningPool]:
+        return [pool for task in self.tasks for pool in task.pools()]
 
     def benchmarks(self, split: str) -> list[Benchmark]:
-        """Every collection's queries of a split; collections without that split are left out."""
-        return [benchmark for task in self.tasks for benchmark in task.own_benchmarks(split)]
+        return [benchmark for task in self.tasks for benchmark in task.benchmarks(split)]

@@ -1,32 +1,36 @@
-"""From a reader to a folder of store.py: once, and found again while its files are the same."""
+"""Convert a reader's collection into the folder of store.py, once, and find it again while its files are unchanged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import time
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from datamodules.cache import only_one, unfinished
-from datamodules.readers.gathered import pour
-from datamodules.records import Collection, Sink, UserError
-from datamodules.store import ROWS, StoredCollection
-from datamodules.writer import write
+import numpy as np
+
+from datamodules.examples import ExampleTable, whole_grade
+from datamodules.readers.checks import stream_collection
+from datamodules.records import Collection, Document, Sink, UserError
+from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the store's layout: another one is converted anew
+VERSION = 3  # of the store's layout; collections of another version are converted again
+LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
 @runtime_checkable
 class FileReader(Protocol):
-    """A reader of files, whose collection can be kept: it is the same while its arguments and files are."""
+    """A reader of files. The same arguments and files always give the same collection, so it can be stored."""
 
     def sources(self) -> list[Path]:
-        """The files that it reads; none where that is not known, as for data of the hub."""
+        """Return the files to read, or an empty list if they are not known (data of the Hugging Face hub)."""
         ...
 
     def read(self) -> Collection: ...
@@ -34,15 +38,15 @@ class FileReader(Protocol):
 
 @runtime_checkable
 class StreamingReader(FileReader, Protocol):
-    """A reader whose data need not be in memory at once."""
+    """A reader that does not need all of its data in memory at once."""
 
     def stream(self, sink: Sink) -> None:
-        """All documents, then each query and its judgements."""
+        """Add all documents to the sink, then each query and its judgements."""
         ...
 
 
 def describe(reader: FileReader) -> str:
-    """A reader's class and attributes, but where bad lines go: they differ where its data may differ."""
+    """Return a reader's class and settings, without where it writes bad lines: the key of its conversion."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
     shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
@@ -55,9 +59,9 @@ def _absolute(value: Any) -> Any:
 
 
 def stored(reader: FileReader, cache: Path) -> StoredCollection:
-    """The reader's collection from the cache, converted first if it is not there.
+    """Return the reader's collection from the cache; convert it first if needed.
 
-    It is found again by the reader's description, and its files' names, sizes and times.
+    The key is the reader's description and the name, size and times of its files.
     """
     description = describe(reader)
     key = hashlib.blake2b(digest_size=10)
@@ -66,53 +70,223 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
         status = source.stat()
         key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
     folder = cache / key.hexdigest()
-    if not (folder / "meta.json").is_file():
-        with only_one(folder):
-            if not (folder / "meta.json").is_file():
-                _convert(reader, folder, description)
-                return StoredCollection(folder)
-    found = StoredCollection(folder)
-    _check_sizes(found)
-    for warning in found.meta["warnings"]:
-        log.warning("%s (said when it was converted into %s)", warning, folder)
-    return found
-
-
-def _check_sizes(collection: StoredCollection) -> None:
-    """Raise UserError if a file is missing or has another size than when it was written.
-
-    The fingerprint is not computed again: every rank would read the whole corpus at every start.
-    """
-    for name, size in collection.meta.get("files", {}).items():
-        path = collection.folder / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            found = "no such file" if actual is None else f"{actual}"
-            raise UserError(
-                f"{path}: expected {size} bytes, found {found}; delete {path.parent}, and it is converted again"
-            )
+    is_new = make_once(folder, lambda new: _convert(reader, new, description))
+    collection = StoredCollection(folder)
+    if not is_new:
+        collection.check_sizes()
+        for warning in collection.meta["warnings"]:
+            log.warning("%s (logged when it was converted into %s)", warning, folder)
+    return collection
 
 
 def _convert(reader: FileReader, folder: Path, description: str) -> None:
-    log.info("converting %s (once) into %s", description, folder)
-    with unfinished(folder) as new, _warnings() as warnings:
+    log.info("converting %s (once) into %s", description, folder.parent)
+    with _recorded_warnings() as warnings:
         streams = isinstance(reader, StreamingReader)
-        meta = write(reader.stream if streams else lambda sink: pour(reader.read(), sink), new)
-        meta |= {"version": VERSION, "reader": description, "warnings": warnings}
-        meta["sources"] = [str(source) for source in reader.sources()]
-        meta["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
-        (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), folder)
+    meta |= {"version": VERSION, "reader": description, "warnings": warnings}
+    meta["sources"] = [str(source) for source in reader.sources()]
+    meta["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What reading warns of, such as lines that are left out: to be said again where the conversion is used."""
-    said: list[str] = []
+def _recorded_warnings() -> Iterator[list[str]]:
+    """Record the warnings of reading, such as skipped lines, to repeat them whenever the conversion is used."""
+    messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     readers = logging.getLogger(__package__)
     readers.addHandler(handler)
     try:
-        yield said
+        yield messages
     finally:
         readers.removeHandler(handler)
+
+
+def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
+    """Write everything that a reader streams. Return its counts and fingerprint."""
+    sink = _Writer(folder)
+    try:
+        stream(sink)
+    finally:
+        sink.close()
+    first = _write_query_documents(sink, folder)
+    splits = {split: _write_split(sink, split, first, folder) for split in sink.judgements}
+    return {
+        "documents": len(sink.documents),
+        "queries": len(sink.queries),
+        "splits": splits,
+        "fingerprint": sink.digest.hexdigest(),
+    }
+
+
+def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
+    """Write first.npy, own.npy and same.npy. Return the first of them."""
+    own = np.fromiter((sink.documents.get(id, -1) for id in sink.queries), dtype=np.int32, count=len(sink.queries))
+    corpus, queries = StoredDocuments(folder / "corpus.arrow"), StoredDocuments(folder / "queries.arrow")
+    same = np.zeros(len(own), dtype=bool)
+    for number in np.flatnonzero(own >= 0).tolist():
+        same[number] = _same_text(corpus.row(int(own[number])), queries.row(number))
+    first = _first_of_same_text(sink.hashes, corpus)
+    own[own >= 0] = first[own[own >= 0]]
+    for name, values in (("first", first), ("own", own), ("same", same)):
+        np.save(folder / f"{name}.npy", values)
+    return first
+
+
+def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> int:
+    """Write the judgements of a split, and the examples of the train split. Return the number of queries."""
+    queries, documents, grades = sink.distinct(split)
+    for name, rows in (("queries", queries), ("documents", documents), ("grades", grades)):
+        np.save(folder / f"{split}.{name}.npy", rows)
+        sink.digest.update(split.encode() + rows.tobytes())
+    if split == "train":
+        numbers = np.arange(len(sink.queries), dtype=np.int32)
+        table = ExampleTable.from_judgements(queries, first[documents], grades, numbers, numbers)
+        for name in ("queries", "starts", "documents", "grades"):
+            np.save(folder / f"examples.{name}.npy", getattr(table, name))
+    return len(np.unique(queries))
+
+
+def _same_text(one: Document, other: Document) -> bool:
+    return (one.title, one.text) == (other.title, other.text)
+
+
+def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
+    """Do as examples.first_of_same_text, without holding the texts in memory. hashes: hash of each text."""
+    _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
+    first = firsts[group].astype(np.int32)
+    for row in np.flatnonzero(first != np.arange(len(first))).tolist():
+        if not _same_text(texts.row(row), texts.row(int(first[row]))):  # different texts may have equal hashes
+            first[row] = row
+    return first
+
+
+class _Writer:
+    """A sink that writes documents to Arrow files as they come, and collects judgements in arrays of rows.
+
+    documents, queries: row of each id.
+    hashes: hash of each document's text, valid in this process only.
+    """
+
+    def __init__(self, folder: Path):
+        self.documents: dict[str, int] = {}
+        self.queries: dict[str, int] = {}
+        self.hashes = array("q")
+        self.judgements: dict[str, tuple[array, array, array]] = {}
+        self.keep_first = False
+        self.digest = hashlib.blake2b(digest_size=8)
+        self._files = {
+            "documents": _ArrowFile(folder / "corpus.arrow", self.digest, "documents"),
+            "queries": _ArrowFile(folder / "queries.arrow", self.digest, "queries"),
+        }
+        self._corpus = StoredDocuments(folder / "corpus.arrow")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add_document(self, document: Document) -> None:
+        self._add(self.documents, "documents", document)
+        self.hashes.append(hash((document.title, document.text)))
+
+    def add_query(self, query: Document) -> None:
+        self._add(self.queries, "queries", query)
+
+    def _add(self, rows: dict[str, int], kind: str, document: Document) -> None:
+        if document.id in rows:
+            raise UserError(f"duplicate id {document.id!r}: an earlier line has it too")
+        rows[document.id] = len(rows)
+        self._files[kind].add(document)
+
+    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
+        if split not in self.judgements:
+            self.judgements[split] = (array("i"), array("i"), array("i"))
+        queries, documents, grades = self.judgements[split]
+        queries.append(self.queries[query])
+        documents.append(self.documents[document])
+        grades.append(whole_grade(split, query, document, grade))
+
+    def document(self, id: str) -> Document:
+        self._files["documents"].close()  # no document comes after the first query
+        return self._corpus.row(self.documents[id])
+
+    def has(self, split: str) -> bool:
+        return split in self.judgements
+
+    def distinct(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return queries, documents and grades of a split's judgements, (j,) each, without repeated pairs.
+
+        Raises UserError if a pair is repeated with another grade, unless keep_first.
+        """
+        queries, documents, grades = (np.frombuffer(values, dtype=np.int32) for values in self.judgements[split])
+        pairs = queries.astype(np.int64) << 32 | documents
+        order = np.argsort(pairs, kind="stable")
+        repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
+        differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
+        if len(differ) and self.keep_first:
+            log.warning("split %s: %d pairs are judged again with another score; the first counts", split, len(differ))
+        elif len(differ):
+            first, second = order[differ[0]], order[differ[0] + 1]
+            query, document = (
+                next(id for id, row in rows.items() if row == wanted)
+                for rows, wanted in ((self.queries, queries[first]), (self.documents, documents[first]))
+            )
+            raise UserError(
+                f"split {split}: query {query!r} and document {document!r} have score {grades[second]} and "
+                f"{grades[first]}; keep one of them ({len(differ)} such pairs)"
+            )
+        kept = np.ones(len(pairs), dtype=bool)
+        kept[order[repeated + 1]] = False
+        return queries[kept], documents[kept], grades[kept]
+
+
+class _ArrowFile:
+    """Writer of documents to an Arrow file, batch by batch. kind: "documents" or "queries", for the log."""
+
+    def __init__(self, path: Path, digest, kind: str):
+        import pyarrow as pa
+
+        self._pa, self._digest, self._kind = pa, digest, kind
+        self._schema = pa.schema([(name, pa.large_string()) for name in FIELDS])
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        self._columns: tuple[list[str], ...] = ([], [], [])
+        self._count, self._started, self._logged = 0, 0.0, 0.0
+        self._closed = False
+
+    def add(self, document: Document) -> None:
+        if not self._count:
+            self._started = self._logged = time.monotonic()
+        self._count += 1
+        for column, value in zip(self._columns, (document.id, document.title, document.text), strict=True):
+            column.append(value)
+        if len(self._columns[0]) == ROWS:
+            self._flush()
+            self._log_progress()
+
+    def _flush(self) -> None:
+        pa = self._pa
+        batch = pa.record_batch([pa.array(column, pa.large_string()) for column in self._columns], schema=self._schema)
+        for column in batch.columns:
+            for buffer in column.buffers()[1:]:
+                self._digest.update(buffer)
+        self._writer.write_batch(batch)
+        for column in self._columns:
+            column.clear()
+
+    def _log_progress(self) -> None:
+        now = time.monotonic()
+        if now - self._logged > LOG_INTERVAL:
+            self._logged = now
+            log.info("  %s %s, %.0f per second", f"{self._count:,}", self._kind, self._count / (now - self._started))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._columns[0]:
+            self._flush()
+        self._writer.close()
+        self._file.close()

@@ -1,59 +1,64 @@
-"""Mined hard negatives on disk.
+"""Mined hard negatives on disk, and the batch from which they are used.
 
-A store holds those of one mining, of one or more tasks:
+A store has the negatives of one mining, for one or more tasks:
 
-    FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives; documents are rows of the task's table
+    FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives
     FOLDER/meta.json                                   see write_store
+
+A round is a store and the first batch that draws from it. Rounds start at batches that are known in advance, so all
+workers and ranks switch at the same batch, and a batch is a pure function of seed, step and rounds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.records import MinedNegatives, UserError
+from datamodules.files import atomic_folder
+from datamodules.records import Example, MinedNegatives, UserError
 
 VERSION = 1  # of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores")
+SOURCES = ("mined", "data", "both")  # values of Rounds.source
+
+# Number of the example, the example, step -> rows from which its hard negatives are drawn.
+NegativesOf = Callable[[int, Example, int], Sequence[int]]
 
 
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
-    """Write hard negatives, whole or not at all; a store that is there already is replaced.
+    """Write mined hard negatives, completely or not at all. An existing store, even a damaged one, is replaced.
 
-    meta: what they were made with: "miner" (its class and arguments), "model" (fingerprint, or none), "data" (task ->
-    collection -> fingerprint), "step", "k" and whatever else is to be kept. Added are the layout's version, the numbers
-    of examples and negatives, what the filters took, and a hash of all arrays.
+    meta: how they were mined: "miner" (class and arguments), "model" (fingerprint, or None), "data" (fingerprint of
+        each task's collections), "step", "k" and any other entries. The layout's version, the counts of examples,
+        negatives and filtered candidates, and a hash of all arrays are added.
+
+    Raises UserError if path exists and is not a store.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    if path.is_symlink() or (path.exists() and not _is_store(path)):
+        raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
+    tasks = {
+        task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)} for task, n in mined.items()
+    }
+    with atomic_folder(path) as new:
         for task, negatives in mined.items():
             for name in ARRAYS:
-                np.save(unfinished / f"{task}.{name}.npy", np.ascontiguousarray(getattr(negatives, name)))
-        tasks = {
-            task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)}
-            for task, n in mined.items()
-        }
-        about = {"version": VERSION, "hash": hash_arrays(mined), **meta, "tasks": tasks}
-        (unfinished / "meta.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-        unfinished.chmod(0o755)
-        for file in unfinished.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        _replace_store(path, unfinished)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+                np.save(new / f"{task}.{name}.npy", np.ascontiguousarray(getattr(negatives, name)))
+        meta = {"version": VERSION, "hash": hash_arrays(mined), **meta, "tasks": tasks}
+        (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return HardNegativeStore(path, verify=False)
+
+
+def _is_store(path: Path) -> bool:
+    """Return whether a folder has only files of a store. An empty folder has, too."""
+    files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
+    return path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
 
 
 def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
@@ -67,25 +72,10 @@ def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
     return digest.hexdigest()
 
 
-def _replace_store(path: Path, new: Path) -> None:
-    """Rename the new folder to path. An older store there, even a damaged one, is removed; nothing else is."""
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    elif path.exists() or path.is_symlink():
-        files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
-        if path.is_symlink() or not path.is_dir() or not all(files.fullmatch(p.name) for p in path.iterdir()):
-            raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
-        path.replace(old := new.with_name(f"{new.name}.old"))
-        new.replace(path)
-        shutil.rmtree(old)
-        return
-    new.replace(path)
-
-
 class HardNegativeStore:
     """Mined hard negatives on disk, as memory-mapped arrays.
 
-    verify: compare the arrays with the stored hash.
+    verify: whether to compare the arrays with the stored hash.
 
     Raises UserError if the store is missing or damaged.
     """
@@ -95,17 +85,17 @@ class HardNegativeStore:
         try:
             self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
             if self.meta["version"] != VERSION:
-                raise UserError(f"{path}: is of layout {self.meta['version']}, this is {VERSION}; mine anew")
-            self._arrays = {task: self._load(task) for task in self.meta["tasks"]}
+                raise UserError(f"{path}: expected layout {VERSION}, got {self.meta['version']}; mine again")
+            self.hash: str = self.meta["hash"]
+            self.tasks: dict[str, MinedNegatives] = {task: self._load(task) for task in self.meta["tasks"]}
         except FileNotFoundError as error:
-            there = "holds no hard negatives" if self.path.is_dir() else "no such folder"
-            missing = Path(error.filename).name
-            raise UserError(f"{path}: {there} ({missing} is not there); make mine output={path} mines some") from error
+            problem = f"{Path(error.filename).name} is missing" if self.path.is_dir() else "no such folder"
+            raise UserError(f"{path}: expected mined hard negatives, but {problem}; mine them first") from error
         except (OSError, KeyError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path}: is no whole store of hard negatives ({error})") from error
-        if verify and (actual := hash_arrays(self._arrays)) != self.hash:
+            raise UserError(f"{path}: the mined hard negatives are damaged ({error}); mine again") from error
+        if verify and (actual := hash_arrays(self.tasks)) != self.hash:
             raise UserError(
                 f"{path}: the arrays do not match the hash in meta.json ({self.hash} stored, {actual} found), so they "
                 "were changed or damaged after mining; restore the folder from a copy, or delete it and mine again"
@@ -121,34 +111,171 @@ class HardNegativeStore:
     def __setstate__(self, path: Path) -> None:
         self.__init__(path, verify=False)  # the process that started the worker has verified it
 
-    @property
-    def hash(self) -> str:
-        return self.meta["hash"]
-
-    @property
-    def tasks(self) -> Mapping[str, MinedNegatives]:
-        return self._arrays
-
-    def of(self, task: str, example: int) -> list[int]:
-        """Rows of an example's hard negatives, best first; none for a task that was not mined."""
-        if task not in self._arrays:
+    def negatives_of(self, task: str, example: int) -> list[int]:
+        """Return the rows of an example's hard negatives, best first; none for a task that was not mined."""
+        if task not in self.tasks:
             return []
-        found = self._arrays[task]
-        return found.documents[found.starts[example] : found.starts[example + 1]].tolist()
+        mined = self.tasks[task]
+        return mined.documents[mined.starts[example] : mined.starts[example + 1]].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise UserError unless it was mined from these data: task -> collection -> fingerprint, in their order.
+        """Raise UserError unless the negatives were mined from these data. The store may have further tasks.
 
-        It may hold further tasks.
+        data: fingerprint of each collection of each task, in order.
         """
         common = [task for task in self.tasks if task in data]
         if not common:
-            raise UserError(f"{self.path}: has hard negatives of {', '.join(self.tasks)}, which the run does not have")
+            raise UserError(
+                f"{self.path}: expected hard negatives of {' or '.join(data) or 'a task'}, but these are of "
+                f"{', '.join(self.tasks)}"
+            )
         for task in common:
-            mined, now = list(self.meta["data"][task].items()), list(data.get(task, {}).items())
-            if mined != now:
-                was, has = (", ".join(f"{name} {mark}" for name, mark in part) or "none" for part in (mined, now))
+            mined, current = list(self.meta["data"][task].items()), list(data[task].items())
+            if mined != current:
+                then, now = (", ".join(f"{name} {mark}" for name, mark in m) or "none" for m in (mined, current))
                 raise UserError(
-                    f"{self.path}: hard negatives of {task} were mined from other data "
-                    f"(fingerprints then: {was}; now: {has}). Mine anew."
+                    f"{self.path}: the hard negatives of {task} were mined from other data "
+                    f"(fingerprints then: {then}; now: {now}); mine again"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A store, and the batches that draw from it.
+
+    batch: first batch that draws from the store.
+    store: folder of the store, relative to Rounds.folder or absolute.
+    hash, model: hash of the store's arrays, and fingerprint of the model that mined it.
+    """
+
+    batch: int
+    store: str
+    hash: str
+    model: str | None
+
+
+class Rounds:
+    """Which mined hard negatives are used at which batch.
+
+    folder: folder of the stores that are mined during the training.
+    source: "mined" uses an example's mined negatives if it has any, otherwise those of the data; "data" uses only those
+        of the data; "both" uses all.
+    data: fingerprints of the training data, which every store must have.
+    """
+
+    def __init__(self, folder: Path, source: str = "mined", data: Mapping[str, Mapping[str, str]] | None = None):
+        if source not in SOURCES:
+            raise UserError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+        self.folder, self.source, self.data = Path(folder), source, data or {}
+        self.first, self.every = 0, 0  # rounds may start at batches first, first + every, ...
+        self._rounds: list[Round] = []
+        self._stores: dict[int, HardNegativeStore] = {}
+
+    def plan(self, first: int, every: int) -> None:
+        """Set the batches at which rounds may start: first, first + every, ..."""
+        self.first, self.every = first, every
+
+    def boundary_after(self, batch: int) -> int | None:
+        """Return the next batch at which a round may start."""
+        if not self.every:
+            return None
+        return self.first if batch < self.first else batch + self.every - (batch - self.first) % self.every
+
+    def is_planned(self, batch: int) -> bool:
+        """Return whether a round may start at a batch."""
+        return bool(self.every) and batch >= self.first and (batch - self.first) % self.every == 0
+
+    def has(self, batch: int) -> bool:
+        """Return whether a round has started at a batch."""
+        return any(r.batch == batch for r in self._rounds)
+
+    def begin(self, batch: int, store: str) -> None:
+        """Use a store from a batch on. store: its name in the folder, or its path.
+
+        Raises UserError if the store is missing, damaged or of other data.
+        """
+        negatives = HardNegativeStore(self.folder / store)  # an absolute path replaces the folder
+        negatives.check(self.data)
+        self._rounds = [r for r in self._rounds if r.batch < batch]
+        self._rounds.append(Round(batch, store, negatives.hash, negatives.meta.get("model")))
+        self._stores = {batch: negatives}
+
+    def write(self, name: str, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> Path:
+        """Write a store into the folder (write_store)."""
+        return write_store(self.folder / name, mined, meta).path
+
+    def has_made(self, name: str, meta: Mapping[str, Any]) -> bool:
+        """Return whether the folder has an intact store of this name with exactly these settings."""
+        try:
+            store = HardNegativeStore(self.folder / name)
+        except UserError:
+            return False
+        return all(store.meta.get(key) == value for key, value in json.loads(json.dumps(meta)).items())
+
+    def at(self, step: int) -> HardNegativeStore | None:
+        """Return the store that is used at a step."""
+        current = max((r for r in self._rounds if r.batch <= step), key=lambda r: r.batch, default=None)
+        return None if current is None else self._open(current)
+
+    def _open(self, current: Round) -> HardNegativeStore:
+        if current.batch not in self._stores:
+            path = self.folder / current.store
+            if not (path / "meta.json").is_file():
+                raise UserError(
+                    f"{path}: the hard negatives used since batch {current.batch} are missing; restore the folder "
+                    f"(hash {current.hash}), or start a new training from the checkpoint's weights"
+                )
+            store = HardNegativeStore(path)
+            if store.hash != current.hash:
+                raise UserError(
+                    f"{path}: not the hard negatives used since batch {current.batch} (expected hash {current.hash}, "
+                    f"mined by model {current.model}; found hash {store.hash}, model {store.meta.get('model')}); "
+                    "restore the folder, or start a new training from the checkpoint's weights"
+                )
+            store.check(self.data)
+            self._stores[current.batch] = store
+        return self._stores[current.batch]
+
+    def negatives_for(self, task: str) -> NegativesOf:
+        return TaskNegatives(self, task)
+
+    def state(self) -> list[dict[str, Any]]:
+        return [asdict(r) for r in self._rounds]
+
+    def load(self, state: Sequence[Mapping[str, Any]], position: int) -> None:
+        """Restore the rounds of a checkpoint. position: number of batches it was trained on.
+
+        Raises UserError if the store used at the position is missing, damaged or another one.
+        """
+        initial = next((r for r in self._rounds if r.batch == 0), None)  # mined in advance; its folder may have moved
+        rounds = [Round(**r) for r in state]
+        if initial is not None:
+            if not rounds or rounds[0].batch != 0 or rounds[0].hash != initial.hash:
+                expected = f"hash {rounds[0].hash}, model {rounds[0].model}" if rounds else "none"
+                raise UserError(
+                    f"{initial.store}: the checkpoint was trained with other hard negatives (expected {expected}; "
+                    f"found hash {initial.hash}, model {initial.model})"
+                )
+            rounds[0] = initial
+        self._rounds = rounds
+        self.at(position)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskNegatives:
+    """The hard negatives from which a task's examples draw (NegativesOf)."""
+
+    rounds: Rounds
+    task: str
+
+    def __call__(self, index: int, example: Example, step: int) -> Sequence[int]:
+        store = self.rounds.at(step) if self.rounds.source != "data" else None
+        mined = store.negatives_of(self.task, index) if store else []
+        if self.rounds.source == "both":
+            return list(dict.fromkeys([*mined, *example.hard_negatives]))
+        return mined or example.hard_negatives
+
+
+def negatives_of_data(index: int, example: Example, step: int) -> Sequence[int]:
+    """Draw from the hard negatives of the data (NegativesOf)."""
+    return example.hard_negatives

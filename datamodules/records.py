@@ -1,7 +1,7 @@
-"""The vocabulary of the data: what a document, an example, a task, a batch and a benchmark are.
+"""The vocabulary of the data: document, example, task, collection, benchmark, batch.
 
-The words are those of TREC and BEIR. A label is a document (its name is the title, its definition the text) and so is a
-query (its words are the text), so that one encoder and one path serve all tasks.
+The words are those of TREC and BEIR. Labels and queries are documents too, so one encoder and one code path serve all
+tasks: the title of a label is its name and its text is the definition; a query has a text and no title.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,16 +17,16 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Something the user can mend, told in the user's words. Entry points print it without a traceback."""
+    """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
 
 
-# Query id -> document id -> grade; above 0 is relevant. For a probe that learns numbers, the number, of any kind.
+# Query id -> document id -> grade. Grades above 0 are relevant. A probe that predicts numbers has any number as grade.
 Qrels = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A paper (title, abstract), a label (name, definition) or a query (no title)."""
+    """A paper (title and abstract), a label (name and definition) or a query (no title)."""
 
     id: str
     title: str = ""
@@ -35,10 +35,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one query teaches, by rows of its task's document table.
+    """A training example: a query with its documents, as rows of its task's document table.
 
-    grades: of the positives, in their order; a positive is drawn in proportion to its grade.
-    not_negatives: rows that must not serve as its negatives: its positives, and itself where it is a document.
+    grades: grade of each positive; positives are sampled in proportion to their grades.
+    not_negatives: rows that must not serve as negatives of the query: its positives, and the query if it is a document.
     """
 
     query: int
@@ -50,19 +50,27 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task of the encoder: its name, the expert that serves it and its instruction (paper, table 1)."""
+    """A task of the encoder.
+
+    expert: name of the expert that serves the task; by default the task's name.
+    instruction: text that precedes the task's inputs in instruction-tuned encoders (SciMult paper, table 1).
+    """
 
     name: str
-    expert: str
+    expert: str = ""
     instruction: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.expert:
+            object.__setattr__(self, "expert", self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A corpus with queries and judgements, as a reader gives it.
+    """A corpus with queries and relevance judgements, as a reader returns it.
 
-    qrels: split ("train", "dev", "test") -> judgements. A grade of 0 says "judged and not relevant": in the train split
-    it is a hard negative.
+    qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
+    split such a document is a hard negative.
     """
 
     corpus: Mapping[str, Document]
@@ -71,15 +79,15 @@ class Collection:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> its number of queries."""
+        """Number of queries in each split."""
         return {split: len(qrels) for split, qrels in self.qrels.items()}
 
     def judged(self, split: str) -> tuple[Mapping[str, Document], Qrels]:
-        """A split's queries and judgements."""
+        """Return the queries and judgements of a split."""
         return {query: self.queries[query] for query in self.qrels[split]}, self.qrels[split]
 
     def fingerprint(self) -> str:
-        """Of all texts and judgements: equal for equal data, on any machine."""
+        """Return a hash of all texts and judgements. Equal data have equal fingerprints on every machine."""
         digest = hashlib.blake2b(digest_size=8)
         for documents in (self.corpus, self.queries):
             for document in documents.values():
@@ -89,11 +97,13 @@ class Collection:
 
 
 class Sink(Protocol):
-    """What a reader that streams gives its documents and judgements to, one by one.
+    """Receiver of the documents and judgements of a streaming reader, one at a time.
 
-    documents, queries: ids that were given. All documents come first; a query comes before its judgements. Raises
-    UserError for an id that was given before, or another grade of the same pair, unless keep_first: then the first one
-    counts.
+    All documents come before the first query, and a query comes before its judgements.
+
+    documents, queries: ids received so far.
+    keep_first: whether the first of two contradicting judgements counts. Otherwise a second, different grade of a pair
+        raises UserError. A second document or query of the same id always does.
     """
 
     keep_first: bool
@@ -108,36 +118,34 @@ class Sink(Protocol):
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None: ...
 
     def document(self, id: str) -> Document:
-        """A document that was given, once all were."""
+        """Return a document of the corpus. Call it only after the last document was added."""
         ...
 
     def has(self, split: str) -> bool:
-        """Whether a judgement of the split was given."""
+        """Return whether the split has a judgement."""
         ...
 
 
 def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
-    """The id of ranking a split's whole corpus."""
+    """Return the protocol id of ranking the whole corpus for each query of a split."""
     return f"{name}/{split}" + ("/without-own" if exclude_query else "")
 
 
-WITHOUT_RELEVANT = ("skip", "zero", "error")
-
-
-LEARNS = ("class", "labels", "number")
-LOSSES = ("squared_hinge", "hinge")
+WITHOUT_RELEVANT = ("skip", "zero", "error")  # values of Benchmark.without_relevant
+LEARNS = ("class", "labels", "number")  # values of Probe.learns
+LOSSES = ("squared_hinge", "hinge")  # values of Probe.loss
 
 
 @dataclass
 class Probe:
-    """What a linear model learns from the vectors of training papers, to tell it of the queries.
+    """A linear model on frozen vectors: it is fitted on training papers and predicts for the queries.
 
-    learns: the one "class" of a paper, any number of "labels", or a "number". Classes and labels are the corpus; a
-    number is the grade of the corpus's one document. loss: of classifiers; of regression it is the absolute error.
-    costs: values of C, of which three-fold cross-validation chooses.
-
-    samples: few-shot learning, from so many training papers (with labels: of each label) instead of all; 0 for all.
-    draws: how often they are drawn; figures are the means.
+    learns: "class" (one per paper), "labels" (any number per paper) or "number". Classes and labels are the documents
+        of the corpus. A number is the grade of the corpus's only document.
+    loss: loss of a classifier. Regression always uses the absolute error.
+    costs: values of the regularisation parameter C; three-fold cross-validation chooses one.
+    samples: number of training papers (for "labels": per label) in few-shot learning; 0 uses all papers.
+    draws: number of random draws of the training papers in few-shot learning; results are means over them.
     """
 
     learns: str = "class"
@@ -149,16 +157,21 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Queries of a collection, to be ranked by one task's expert, and how.
+    """Queries of a collection, and how the expert of a task ranks documents for them.
 
-    split: of the collection; several that are merged have a + between. protocol: id of all that follows; scores of
-    different ids cannot be compared. metrics: its own, the main one first; none where those of a run are taken.
-    exclude_query: leave the document with the query's own id out of its ranking (papers that are queries and corpus).
-    candidates: query -> the documents that are ranked for it; none where all are. first: query -> documents that
-    stand before all others. similarity: "dot", "cosine" or "l2"; none for the model's own. without_relevant: queries
-    without any relevant document are left out of the means ("skip"), count 0 ("zero"), or are an error.
-    training: papers with their judgements, whom a linear model learns from that then tells as much of the queries,
-    instead of a ranking of the corpus; none where that is ranked. probe: what it learns, and how.
+    split: split of the collection; names of merged splits are joined by "+".
+    protocol: id of all settings below. Scores with different ids are not comparable.
+    metrics: metrics of this benchmark, the main one first; if empty, those of the run.
+    exclude_query: whether to leave the document with the query's id out of its ranking. Set it where papers are both
+        queries and corpus.
+    candidates: documents to rank for each query; None ranks the whole corpus.
+    first: documents that are placed before all others, for each query.
+    similarity: "dot", "cosine" or "l2"; "" uses the similarity of the model.
+    without_relevant: treatment of queries without a relevant document: "skip" leaves them out of the means, "zero"
+        scores them 0, "error" raises.
+    training: training papers and their judgements. If given, a linear probe is fitted on them and predicts for the
+        queries, and no ranking is made.
+    probe: settings of that probe.
     """
 
     name: str
@@ -179,34 +192,49 @@ class Benchmark:
 
     @property
     def encoded_documents(self) -> Mapping[str, Document]:
-        """What is encoded beside the queries: the corpus, or the papers that a linear model learns from."""
+        """Documents that are encoded besides the queries: the corpus, or the training papers of the probe."""
         return self.corpus if self.training is None else self.training[0]
 
     def fingerprint(self) -> str:
-        """Of its texts, judgements, candidates and what stands first: equal for equal data, on any machine."""
+        """Return a hash of texts, judgements and candidates. Equal data have equal fingerprints on every machine."""
         digest = hashlib.blake2b(digest_size=8)
         papers, classes = self.training or ({}, {})
         for documents in (self.corpus, self.queries, papers):
             for document in documents.values():
                 digest.update(repr((document.id, document.title, document.text)).encode())
-        for of_queries in (self.qrels, self.candidates or {}, self.first or {}, classes):
-            for query, documents in of_queries.items():
+        for documents_by_query in (self.qrels, self.candidates or {}, self.first or {}, classes):
+            for query, documents in documents_by_query.items():
                 digest.update(repr((query, list(documents))).encode())
         for grades in (*self.qrels.values(), *classes.values()):
             digest.update(repr(list(grades.values())).encode())
         return digest.hexdigest()
 
 
+class Ragged(NamedTuple):
+    """Lists of integers of different lengths in two arrays: list i is values[starts[i] : starts[i + 1]].
+
+    starts: (n + 1,) int64. values: (j,) int32.
+    """
+
+    starts: np.ndarray
+    values: np.ndarray
+
+
 @dataclass(frozen=True)
 class MiningPool:
-    """What hard negatives of one collection are mined from. Q training queries, M documents of its corpus.
+    """A collection from which hard negatives are mined: Q training queries and a corpus of M documents.
 
-    name: of the collection. corpus: M documents. queries: Q documents, one for each example. first_row, first_example:
-    where the corpus and the examples begin in the task's table. own: (Q,) the document that the query itself is, or -1.
-    positives: of query q are documents[starts[q] : starts[q + 1]], for (starts, documents) of (Q + 1,), (P,).
-    revealed: as positives, those that only other splits than train judge relevant: for reports, never for choosing.
-    shown: as positives, those that the train split judges irrelevant (grade 0).
-    excluded: documents that are not trained on.
+    name: name of the collection.
+    corpus: M documents.
+    queries: Q documents, the query of each training example.
+    first_row: row of the first corpus document in the task's document table.
+    first_example: number of the first query's example in the task's list of examples.
+    own: corpus row of each query, -1 if the query is not a document of the corpus, (Q,).
+    positives: corpus rows of the positives of each query.
+    revealed: corpus rows that only other splits than train judge relevant. Use them in reports, never to choose
+        negatives.
+    shown: corpus rows that the train split judges irrelevant (grade 0).
+    excluded: corpus rows that are not trained on.
     """
 
     task: str
@@ -216,18 +244,21 @@ class MiningPool:
     first_row: int
     first_example: int
     own: np.ndarray
-    positives: tuple[np.ndarray, np.ndarray]
-    revealed: tuple[np.ndarray, np.ndarray]
-    shown: tuple[np.ndarray, np.ndarray]
+    positives: Ragged
+    revealed: Ragged
+    shown: Ragged
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class MinedNegatives:
-    """Hard negatives of n examples: of example i those from starts[i] to starts[i + 1], best first.
+    """Mined hard negatives of n examples. Those of example i are at starts[i] to starts[i + 1], best first.
 
-    starts: (n + 1,) int64. documents: (j,) rows, int32. ranks: (j,) place in the miner's ranking, from 0, int32.
-    scores: (j,) the miner's, float32. taken: filter -> how many candidates it took.
+    starts: (n + 1,) int64.
+    documents: rows of the task's document table, (j,) int32.
+    ranks: position of each document in the miner's ranking, from 0, (j,) int32.
+    scores: score of each document by the miner, (j,) float32.
+    taken: number of candidates that each filter removed.
     """
 
     starts: np.ndarray
@@ -242,7 +273,7 @@ class MinedNegatives:
 
 @dataclass
 class Tokens:
-    """A chunk of texts of similar length. input_ids, attention_mask: (b, L) int64."""
+    """A chunk of b texts of similar length. input_ids, attention_mask: (b, L) int64."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -259,26 +290,26 @@ class Tokens:
 
 @dataclass
 class ContrastiveBatch:
-    """B queries of one task with the documents that they are compared with, each distinct text once.
+    """B queries of one task and the M documents that they are compared with. Each distinct text is encoded once.
 
-    The U distinct texts lie in chunks, shortest first; their embeddings, one chunk after the other, make (U, D).
+    The U distinct texts are in chunks, shortest first. The embeddings of all chunks, concatenated, have shape (U, D).
 
-    step             the position of the batch in the schedule
-    task             the task of all its queries
-    seed             of the step's dropout on this rank
-    fingerprint      of the ids in the batch: equal for equal batches, on any machine
-    num_tokens       of all U texts, without padding
-    chunks           U texts
+    step             position of the batch in the schedule
+    task             task of all queries
+    seed             seed of this step's dropout on this rank
+    fingerprint      hash of the ids in the batch; equal batches have equal fingerprints on every machine
+    num_tokens       number of tokens of all U texts, without padding
+    chunks           token ids of the U texts
     queries          (B,)   row of each query among the U texts
     documents        (M,)   row of each document among the U texts
-    document_ids     (M,)   identity of each document, the same on every rank
-    positives        (B, P) indices among the M documents of the sampled positives, at least one; padded with -1
-    hard_negatives   (B, N) indices among the M documents of the query's own hard negatives; padded with -1
-    known_positives  (B, K) identities that are no negatives of the query: all its positives, and itself where queries
-                            are documents too; padded with -1
-    text_keys        (U,)   equal for texts that the encoder reads alike; none where that is not known
-    texts            of the U rows, where another encoder judges the batch, else none
-    weight           of the mean loss of these queries: their number, over the mean of all ranks
+    document_ids     (M,)   identity of each document, the same on all ranks
+    positives        (B, P) columns among the M documents of the sampled positives, at least one; padded with -1
+    hard_negatives   (B, N) columns among the M documents of the query's own hard negatives; padded with -1
+    known_positives  (B, K) identities that must not be negatives of the query: all its positives, and the query itself
+                            if it is a document; padded with -1
+    texts            documents of the U rows if a frozen model scores the batch, else empty
+    weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
+    text_keys        (U,)   hashes of token ids: equal for texts that look the same to the encoder; None if unknown
     """
 
     step: int

@@ -1,39 +1,43 @@
-"""Collections on disk: texts in memory-mapped Arrow, all else as integers in memory-mapped arrays.
+"""A collection on disk: texts in memory-mapped Arrow files, everything else in memory-mapped integer arrays.
 
-A training process maps them, and holds no Python object for a document or a judgement. conversion.py makes them.
+A training process keeps no Python object per document or judgement. conversion.py writes the folder:
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
-    FOLDER/first.npy                       (M,) the first document with each document's text
-    FOLDER/own.npy                         (Q,) the document with a query's id, by its first; -1 if there is none
-    FOLDER/same.npy                        (Q,) whether that has the query's text too
-    FOLDER/SPLIT.{queries,documents,grades}.npy    judgements, by rows
-    FOLDER/examples.{queries,starts,documents,grades}.npy    of the train split, by first documents (examples.py)
-    FOLDER/meta.json                       what it was made from, counts, fingerprint
+    FOLDER/first.npy                       (M,) the first document with the same text, for each document
+    FOLDER/own.npy                         (Q,) the document with the query's id (the first of its text); -1 if none
+    FOLDER/same.npy                        (Q,) whether that document has the query's text too
+    FOLDER/SPLIT.{queries,documents,grades}.npy    judgements of a split, as rows
+    FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
+    FOLDER/meta.json                       reader, counts, fingerprint, sizes of the files
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datamodules.examples import ExampleTable, query_rows
-from datamodules.records import Document, Qrels
+from datamodules.files import atomic_folder
+from datamodules.locks import lock_file
+from datamodules.records import Document, Qrels, UserError
 
-ROWS = 1 << 15  # documents of one Arrow batch
+ROWS = 1 << 15  # documents in one Arrow batch
 FIELDS = ("id", "title", "text")
 
 
 class StoredDocuments(Mapping[str, Document]):
-    """Documents in an Arrow file, by id or, through rows, by their number."""
+    """Documents in an Arrow file, by id or, through `rows`, by number."""
 
     def __init__(self, path: Path):
         self.path = path
         self._batches: list[Any] | None = None
-        self._places: dict[str, int] | None = None
+        self._row_by_id: dict[str, int] | None = None
 
     def __getstate__(self) -> Path:  # workers map the file themselves
         return self.path
@@ -43,13 +47,13 @@ class StoredDocuments(Mapping[str, Document]):
 
     @property
     def batches(self) -> list[Any]:
-        """Columns of each batch, mapped at the first use."""
+        """Columns of each Arrow batch; the file is mapped at the first use."""
         if self._batches is None:
             import pyarrow as pa
 
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-            found = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            self._batches = [tuple(batch.column(name) for name in FIELDS) for batch in found]
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            self._batches = [tuple(batch.column(name) for name in FIELDS) for batch in batches]
         return self._batches
 
     def __len__(self) -> int:
@@ -71,11 +75,12 @@ class StoredDocuments(Mapping[str, Document]):
         return self.rows
 
     def __getitem__(self, key: str) -> Document:
-        if self._places is None:
-            self._places = {name: i for i, name in enumerate(self)}
-        return self.row(self._places[key])
+        if self._row_by_id is None:
+            self._row_by_id = {name: i for i, name in enumerate(self)}
+        return self.row(self._row_by_id[key])
 
     def ids(self, rows: Sequence[int]) -> list[str]:
+        """Return the ids of some rows, without reading their texts."""
         return [self.batches[row // ROWS][0][row % ROWS].as_py() for row in rows]
 
 
@@ -95,13 +100,26 @@ class Rows(Sequence[Document]):
 
 
 class StoredCollection:
-    """A converted collection. It stands where a Collection stands."""
+    """A converted collection, with the interface of Collection."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.corpus = StoredDocuments(folder / "corpus.arrow")
         self.queries = StoredDocuments(folder / "queries.arrow")
+
+    def check_sizes(self) -> None:
+        """Raise UserError if a file is missing or has another size than when it was written.
+
+        The fingerprint is not computed again: every rank would read the whole corpus at every start.
+        """
+        for name, size in self.meta.get("files", {}).items():
+            path = self.folder / name
+            actual = f"{path.stat().st_size}" if path.is_file() else "no such file"
+            if actual != str(size):
+                raise UserError(
+                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder}, and it is converted again"
+                )
 
     def fingerprint(self) -> str:
         return self.meta["fingerprint"]
@@ -111,23 +129,60 @@ class StoredCollection:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> its number of queries."""
+        """Number of queries in each split."""
         return self.meta["splits"]
 
     def judged(self, split: str) -> tuple[dict[str, Document], Qrels]:
-        """A split's queries and judgements, in memory: for evaluation."""
-        queries, documents, grades = (self.array(f"{split}.{name}") for name in ("queries", "documents", "grades"))
+        """Load the queries and judgements of a split into memory, for evaluation."""
+        numbers, rows, grades = (self.array(f"{split}.{name}") for name in ("queries", "documents", "grades"))
+        queries = {number: self.queries.row(number) for number in dict.fromkeys(numbers.tolist())}
         qrels: dict[str, dict[str, int]] = {}
-        found = {number: self.queries.row(number) for number in dict.fromkeys(queries.tolist())}
-        for query, document, grade in zip(queries.tolist(), self.corpus.ids(documents), grades.tolist(), strict=True):
-            qrels.setdefault(found[query].id, {})[document] = grade
-        return {query.id: query for query in found.values()}, qrels
+        for number, document, grade in zip(numbers.tolist(), self.corpus.ids(rows), grades.tolist(), strict=True):
+            qrels.setdefault(queries[number].id, {})[document] = grade
+        return {query.id: query for query in queries.values()}, qrels
 
     def table(self, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
-        """Its documents (corpus, then queries), and the examples of its train split over their rows."""
+        """Return the documents (corpus, then queries) and the examples of the train split over their rows."""
         numbers = self.array("examples.queries") if "train" in self.splits else np.zeros(0, dtype=np.int32)
-        parts = [self.array(f"examples.{n}") for n in ("starts", "documents", "grades")] if len(numbers) else None
-        parts = parts or [np.zeros(1, dtype=np.int64), numbers, numbers]
+        if len(numbers):
+            starts, documents, grades = (self.array(f"examples.{n}") for n in ("starts", "documents", "grades"))
+        else:
+            starts, documents, grades = np.zeros(1, dtype=np.int64), numbers, numbers
         rows, own = query_rows(numbers, len(self.corpus), self.array("own"), self.array("same"), queries_are_documents)
-        table = ExampleTable(rows, own, *parts)
+        table = ExampleTable(rows, own, starts, documents, grades)
         return [self.corpus.rows, self.queries.rows], table.without_itself() if queries_are_documents else table
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time make a file or folder of the cache: the first rank makes it, the others wait.
+
+    Raises UserError if the folder that is to contain it cannot be used.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path.parent / f".{path.name}.lock")
+    except OSError as error:
+        raise UserError(f"cache: cannot use the folder {path.parent} ({error})") from error
+    with lock:
+        yield
+
+
+def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
+    """Make a folder of the cache unless it exists; `write` fills it. Return whether this process made it.
+
+    Raises UserError if the folder cannot be written.
+    """
+    if folder.is_dir():
+        return False
+    with locked(folder):
+        if folder.is_dir():
+            return False
+        for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            with atomic_folder(folder) as new:
+                write(new)
+        except OSError as error:
+            raise UserError(f"cache: cannot write to the folder {folder.parent} ({error})") from error
+        return True

@@ -1,30 +1,28 @@
-"""One LightningDataModule per kind of task. Each trains alone, or with others in a MultiTaskDataModule.
+"""One LightningDataModule for each kind of task. Train it alone, or with others in a MultiTaskDataModule.
 
-The kinds differ in what a query and a document are, and so in which documents may not be negatives and which are left
-out of a ranking. What they share is the table of documents and the examples over its rows.
+The kinds differ in what queries and documents are, and so in which documents must not be negatives and which are left
+out of a ranking. All have a table of documents and examples over its rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
-from datamodules.examples import Joined, in_memory
-from datamodules.pools import pool_of
+from datamodules.examples import ExampleTable, Joined, JoinedExamples, in_memory, ragged
 from datamodules.records import (
     Benchmark,
     Collection,
     Document,
-    Example,
     MiningPool,
+    Ragged,
     Task,
     UserError,
     plain_protocol,
@@ -35,31 +33,63 @@ from datamodules.tokens import Encoding, token_tables
 
 @runtime_checkable
 class Reader(Protocol):
-    """What every file of datamodules/readers provides: one data format as a Collection."""
+    """A reader of one data format; datamodules/readers has one per format."""
 
     def read(self) -> Collection: ...
 
 
-class TaskDataModule(ContrastiveDataModule):
-    """One task's collections: a table of documents, and examples over its rows.
+class CollectionError(UserError):
+    """An error in one of a task's collections. problem: the message without their names."""
 
-    documents: of all collections, each one's corpus and then its queries. A row is the identity of a document in
-    batches; a query that is a document has that one's.
+    def __init__(self, task: str, collection: str, problem: str):
+        super().__init__(task, collection, problem)
+        self.task, self.collection, self.problem = task, collection, problem
+
+    def __str__(self) -> str:
+        return f"task {self.task}, collection {self.collection}: {self.problem}"
+
+
+class TaskDataModule(ContrastiveDataModule):
+    """The data of one task: its collections, a table of their documents, and examples over the table's rows.
+
+        SearchDataModule("search", BeirReader("data/scifact"), batch_size=16)
+
+    task: the task, or its name.
+    data: a reader, a Collection, or several of them by name. A single one has the task's name.
+    options: options of the batches; single options may be given as keywords.
+    tokenizer: tokenizer of the encoder; by default that of the module that is trained.
+
+    documents: the corpus and then the queries of each collection. The row of a document identifies it in batches; a
+        query that is a document has the document's row.
     """
 
-    queries_are_documents: ClassVar[bool] = False  # a query's own id, among the documents, is the query itself
-    corpus_is_evaluated: ClassVar[bool] = True  # to have trained on documents that are only evaluated is a leak
+    queries_are_documents: ClassVar[bool] = False  # whether the document with a query's id is the query itself
+    corpus_is_evaluated: ClassVar[bool] = True  # whether training on documents of an evaluation is a leak
 
-    def __init__(self, task: Task, readers: Mapping[str, Reader], options: BatchOptions | None = None, tokenizer=None):
+    def __init__(
+        self,
+        task: Task | str,
+        data: Reader | Collection | Mapping[str, Reader | Collection],
+        options: BatchOptions | None = None,
+        tokenizer: Any = None,
+        **overrides: Any,
+    ):
         super().__init__()
-        self.task, self.readers = task, dict(readers)
-        self.options, self.tokenizer = options or BatchOptions(), tokenizer
+        self.task = Task(task) if isinstance(task, str) else task
+        self.readers = dict(data) if isinstance(data, Mapping) else {self.task.name: data}
+        self._overrides = overrides if options is None else None
+        self.options, self.tokenizer = (options or BatchOptions()).override(**overrides), tokenizer
         self.collections: dict[str, Collection | StoredCollection] = {}
         self.documents: Joined[Document] = Joined()
-        self.examples: Joined[Example] = Joined()
+        self.examples = JoinedExamples()
         self.stripped = np.zeros(0, dtype=np.int64)  # rows of documents that are not trained on
         self.is_stripped = False
         self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # of the last encoding
+
+    def inherit_options(self, options: BatchOptions) -> None:
+        """Use the options of several tasks, unless this one was given its own."""
+        if self._overrides is not None:
+            self.options = options.override(**self._overrides)
 
     @property
     def tasks(self) -> Sequence[TaskDataModule]:
@@ -79,12 +109,14 @@ class TaskDataModule(ContrastiveDataModule):
         if not self.examples:
             names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
             raise UserError(
-                f"task {self.task.name}: no query of the train split of {names} has a positive document. What has "
-                "dev or test alone is measured beside a collection that is trained on"
+                f"task {self.task.name}: no query of a train split has a positive, in {names}; add a collection to "
+                "train on (a collection with only dev or test is only evaluated)"
             )
 
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
+        if isinstance(reader, Collection):
+            return reader
         with self._naming(name):
             if self.options.cache and isinstance(reader, FileReader) and reader.sources():
                 return stored(reader, Path(self.options.cache).expanduser())
@@ -92,33 +124,33 @@ class TaskDataModule(ContrastiveDataModule):
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Errors of a collection with its key."""
+        """Add the names of task and collection to errors."""
         try:
             yield
         except UserError as error:
-            raise UserError(f"task.{self.task.name}.data.{name}: {error}") from error
+            raise CollectionError(self.task.name, name, str(error)) from error
 
     def _add(self, collection: Collection | StoredCollection) -> None:
         if isinstance(collection, StoredCollection):
-            parts, examples = collection.table(self.queries_are_documents)
+            documents, examples = collection.table(self.queries_are_documents)
         else:
-            parts, examples = in_memory(collection, self.queries_are_documents)
+            documents, examples = in_memory(collection, self.queries_are_documents)
         self.examples.append(examples, offset=len(self.documents))
-        for part in parts:
+        for part in documents:
             self.documents.append(part)
 
     def tokens(self, encoding: Encoding) -> Joined[np.ndarray]:
-        """The ids of all its documents' texts."""
+        """Return the token ids of each row of the document table."""
         if self._tokens is None or self._tokens[0] != encoding:
-            found: Joined[np.ndarray] = Joined()
+            tokens: Joined[np.ndarray] = Joined()
             for collection in self.collections.values():
                 for table in token_tables(collection, encoding):
-                    found.append(table)
-            self._tokens = encoding, found
+                    tokens.append(table)
+            self._tokens = encoding, tokens
         return self._tokens[1]
 
     def examples_fingerprint(self) -> str:
-        """Of the queries and documents that are trained on, and of the documents that must not be."""
+        """Return a hash of the examples and of the documents that are not trained on."""
         digest = hashlib.blake2b(self.stripped.tobytes(), digest_size=8)
         for table, _ in self.examples.parts:
             for array in (table.queries, table.starts, table.documents, table.grades):
@@ -126,80 +158,146 @@ class TaskDataModule(ContrastiveDataModule):
         return digest.hexdigest()
 
     def collection_of(self, row: int) -> str:
-        """The name of the collection that a row of the table is of."""
+        """Return the name of the collection that a row of the document table belongs to."""
         for name, collection in self.collections.items():
             row -= len(collection.corpus) + len(collection.queries)
             if row < 0:
                 return name
-        raise IndexError("no such row")
+        raise IndexError("row out of range")
 
     def examples_by_collection(self) -> dict[str, int]:
-        """Collection -> number of its examples; those without any are left out."""
+        """Return the number of examples of each collection that has any."""
         counts = zip(self.collections, self.examples.parts, strict=True)
         return {name: len(table) for name, (table, _) in counts if len(table)}
 
     def strip(self, queries: np.ndarray, documents: np.ndarray) -> None:
-        """Train without some queries, and without some documents, by rows of the table.
+        """Remove queries and documents, given as rows of the document table, from the training.
 
-        Raises UserError if nothing is left.
+        Raises UserError if no example remains.
         """
         if not len(queries) and not len(documents):
             return
         self.examples, self.is_stripped = self.examples.without(queries, documents), True
         self.stripped = np.union1d(self.stripped, documents)
         if not self.examples:
-            raise UserError(f"task {self.task.name}: without what is in the evaluation no example is left to train on")
+            raise UserError(
+                f"task {self.task.name}: no training example remains without the texts that are in the evaluation"
+            )
 
     def corpus_rows(self) -> np.ndarray:
-        """(documents,) bool, true where a row is of a corpus."""
-        found = np.zeros(len(self.documents), dtype=bool)
+        """Return which rows of the document table belong to a corpus, (documents,) bool."""
+        in_corpus = np.zeros(len(self.documents), dtype=bool)
         start = 0
         for collection in self.collections.values():
-            found[start : start + len(collection.corpus)] = True
+            in_corpus[start : start + len(collection.corpus)] = True
             start += len(collection.corpus) + len(collection.queries)
-        return found
+        return in_corpus
 
-    def own_pools(self) -> list[MiningPool]:
-        found, first_example = [], 0
+    def pools(self) -> list[MiningPool]:
+        pools, first_example = [], 0
         for (name, collection), (table, row) in zip(self.collections.items(), self.examples.parts, strict=True):
             if len(table):
-                pool = pool_of(self.task.name, name, collection, table, self.documents, row, first_example)
-                found.append(dataclasses.replace(pool, excluded=self.stripped - row))
+                pools.append(self._pool(name, collection, table, row, first_example))
             first_example += len(table)
-        return found
+        return pools
 
-    def own_benchmarks(self, split: str) -> list[Benchmark]:
-        return [
-            Benchmark(
-                name=name,
-                task=self.task.name,
-                split=split,
-                corpus=collection.corpus,
-                queries=judged[0],
-                qrels=judged[1],
-                exclude_query=self.queries_are_documents,
-                protocol=plain_protocol(name, split, self.queries_are_documents),
-            )
-            for name, collection in self.collections.items()
-            if collection.splits.get(split)
-            for judged in [collection.judged(split)]
-        ]
+    def _pool(
+        self,
+        name: str,
+        collection: Collection | StoredCollection,
+        table: ExampleTable,
+        first_row: int,
+        first_example: int,
+    ) -> MiningPool:
+        corpus = Selection(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
+        queries = Selection(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
+        positives = table.judged(np.asarray(table.grades) > 0)
+        return MiningPool(
+            task=self.task.name,
+            name=name,
+            corpus=corpus,
+            queries=queries,
+            first_row=first_row,
+            first_example=first_example,
+            own=np.asarray(table.own),
+            positives=positives,
+            revealed=_held_out_positives(collection, corpus, queries, positives),
+            shown=table.judged(np.asarray(table.grades) == 0),
+            excluded=self.stripped - first_row,
+        )
+
+    def benchmarks(self, split: str) -> list[Benchmark]:
+        benchmarks = []
+        for name, collection in self.collections.items():
+            if collection.splits.get(split):
+                queries, qrels = collection.judged(split)
+                benchmarks.append(
+                    Benchmark(
+                        name=name,
+                        task=self.task.name,
+                        split=split,
+                        corpus=collection.corpus,
+                        queries=queries,
+                        qrels=qrels,
+                        exclude_query=self.queries_are_documents,
+                        protocol=plain_protocol(name, split, self.queries_are_documents),
+                    )
+                )
+        return benchmarks
+
+
+class Selection(Sequence[Document]):
+    """Documents of a sequence, selected by row."""
+
+    def __init__(self, documents: Sequence[Document], rows: np.ndarray):
+        self.documents, self.rows = documents, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.documents[row] for row in self.rows[index].tolist()]
+        return self.documents[int(self.rows[index])]
+
+
+def _held_out_positives(
+    collection: Collection | StoredCollection,
+    corpus: Sequence[Document],
+    queries: Sequence[Document],
+    positives: Ragged,
+) -> Ragged:
+    """Return for each training query the corpus rows that only other splits than train judge relevant."""
+    relevant: dict[str, set[str]] = {}
+    for split in collection.splits:
+        if split != "train":
+            for query, grades in collection.judged(split)[1].items():
+                relevant.setdefault(query, set()).update(d for d, grade in grades.items() if grade > 0)
+    if not relevant:
+        return Ragged(np.zeros(len(queries) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+    ids = set().union(*relevant.values())
+    row_of = {document.id: i for i, document in enumerate(corpus) if document.id in ids}
+    starts, known = positives
+    return ragged(
+        sorted({row_of[d] for d in relevant.get(query.id, ())} - set(known[starts[i] : starts[i + 1]].tolist()))
+        for i, query in enumerate(queries)
+    )
 
 
 class ClassificationDataModule(TaskDataModule):
-    """Paper -> label. The corpus is the label space; a paper's other labels are never its negatives."""
+    """Rank labels for a paper. The corpus is the label space; a paper's other labels are never its negatives."""
 
-    corpus_is_evaluated = False  # labels are known to all
+    corpus_is_evaluated = False  # labels are no secret
 
 
 class LinkPredictionDataModule(TaskDataModule):
-    """Paper -> paper that it cites. A paper is neither its own negative nor in its own ranking."""
+    """Rank papers that a paper cites. A paper is neither its own negative nor in its own ranking."""
 
     queries_are_documents = True
 
 
 class SearchDataModule(TaskDataModule):
-    """Query -> paper, with graded relevance; grade 0 in the train split was shown and not clicked."""
+    """Rank papers for a query, with graded relevance. Grade 0 in the train split: shown but not clicked."""
 
 
 KINDS: dict[str, type[TaskDataModule]] = {

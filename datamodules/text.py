@@ -1,14 +1,15 @@
-"""The only place where title, separator and text become the input of an encoder (paper, section 3.1).
+"""From a document to the input of an encoder: title [SEP] text, tokens, chunks, padding; and label names in texts.
 
     paper   title [SEP] abstract
     label   name [SEP] definition
     query   query
 
-The tokenizer adds the outer [CLS] and [SEP]. Token types stay 0, as in the paper.
+The tokenizer adds the outer [CLS] and [SEP]. Token types are all 0, as in the SciMult paper (section 3.1).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,17 +18,19 @@ import torch
 
 from datamodules.records import Document, Tokens
 
-BODIES = ("text", "abstract")  # keys of a paper's text, the first that it has
+TEXT_KEYS = ("text", "abstract")  # keys of a paper's text in a mapping; the first that is present counts
 
 
 def as_documents(items: Sequence[Any]) -> list[Document]:
-    """What a caller has as documents: a string (a text without title), a mapping with title and text (or abstract), or
-    a Document.
+    """Convert strings, mappings and Documents to Documents.
 
-    Of a mapping, other keys are not read, and None is no text. Raises TypeError naming the item and what came.
+    items: a string is a text without title; a mapping has a title and a text (or abstract). Other keys are ignored,
+        and None is treated as missing.
+
+    Raises TypeError that names the item and what was found.
     """
     if isinstance(items, str | Mapping | Document):
-        raise TypeError(f"documents: got one {_named(items)}, expected a list of them")
+        raise TypeError(f"documents: expected a list, got one {_describe(items)}")
     return [_as_document(f"documents[{i}]", item) for i, item in enumerate(items)]
 
 
@@ -37,29 +40,28 @@ def _as_document(where: str, item: Any) -> Document:
     if isinstance(item, str):
         return Document("", "", item)
     if not isinstance(item, Mapping):
-        allowed = "a text, a dict with title and text (or abstract), or a Document"
-        raise TypeError(f"{where}: got {_named(item)}, expected {allowed}")
-    body = next((key for key in BODIES if item.get(key) is not None), BODIES[0])
-    title, text = ("" if item.get(key) is None else item[key] for key in ("title", body))
-    for key, value in (("title", title), (body, text)):
+        expected = "a text, a dict with title and text (or abstract), or a Document"
+        raise TypeError(f"{where}: expected {expected}, got {_describe(item)}")
+    text_key = next((key for key in TEXT_KEYS if item.get(key) is not None), TEXT_KEYS[0])
+    title, text = ("" if item.get(key) is None else item[key] for key in ("title", text_key))
+    for key, value in (("title", title), (text_key, text)):
         if not isinstance(value, str):
-            raise TypeError(f"{where}: {key}: got {_named(value)}, expected a text")
+            raise TypeError(f"{where}: {key}: expected a text, got {_describe(value)}")
     if not (title.strip() or text.strip()):
-        raise TypeError(
-            f"{where}: has neither title nor text nor abstract, but {', '.join(map(str, item)) or 'no key'}"
-        )
+        keys = ", ".join(map(str, item)) or "no keys"
+        raise TypeError(f"{where}: expected a title, text or abstract that is not empty, got {keys}")
     return Document(str(item.get("id", "")), title, text)
 
 
-def _named(value: Any) -> str:
+def _describe(value: Any) -> str:
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 def input_text(document: Document, separator: str) -> str:
-    """The text of a document with the tokenizer's separator between title and text.
+    """Return the text of a document, with the tokenizer's separator between title and text.
 
-    A query in several segments has tabs or a literal "[SEP]" between them: both become the separator.
+    The segments of a query are separated by tabs or a literal "[SEP]"; both become the separator.
     """
     title, text = document.title.strip(), document.text.strip()
     if not title:
@@ -68,16 +70,17 @@ def input_text(document: Document, separator: str) -> str:
 
 
 def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
-    """Token ids of each text with special tokens, cut at max_length tokens, not padded."""
+    """Return the token ids of each text, with special tokens, truncated to max_length and not padded."""
     if not texts:
         return []
     return tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 
 def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices of the texts, shortest first, in chunks whose padded size (texts x longest) is at most token_budget.
+    """Yield chunks of text indices, shortest texts first, of at most token_budget padded tokens each.
 
-    A text longer than the budget is a chunk of its own. Sorting is stable: equal lengths keep their order.
+    A chunk has (number of texts x longest text) padded tokens. A text longer than the budget is a chunk of its own.
+    Texts of equal length keep their order.
     """
     chunk: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -90,7 +93,7 @@ def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[
 
 
 def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
-    """Token ids of b texts as (b, L) tensors, L the longest of them."""
+    """Pad the token ids of b texts to the longest one, L: tensors of shape (b, L)."""
     rows = list(sequences)
     lengths = np.array([len(row) for row in rows])
     input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
@@ -98,3 +101,42 @@ def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
         input_ids[number, : len(row)] = row
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     return Tokens(torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64)))
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+class NameMatcher:
+    """Find the names (titles) of labels in papers, as whole words, ignoring case, spacing and punctuation.
+
+    An automaton over words finds all names in one pass over a paper, however many names there are.
+    """
+
+    END = ""  # key of the labels whose name ends at a node; no word is empty
+
+    def __init__(self, labels: Mapping[str, Document]):
+        self.root: dict = {}
+        for id, label in labels.items():
+            node = self.root
+            for word in words(label.title):
+                node = node.setdefault(word, {})
+            if node is not self.root:
+                node.setdefault(self.END, []).append(id)
+
+    def labels_in(self, document: Document) -> list[str]:
+        """Return the ids of the labels whose names occur in a document, once each, in order of appearance."""
+        text = words(input_text(document, " "))
+        labels: dict[str, None] = {}
+        for start, word in enumerate(text):
+            node, position = self.root.get(word), start
+            while node is not None:
+                labels.update(dict.fromkeys(node.get(self.END, ())))
+                position += 1
+                node = node.get(text[position]) if position < len(text) else None
+        return list(labels)
+
+    def of_all(self, documents: Iterable[Document]) -> dict[str, list[str]]:
+        """Return the labels named in each document, by document id."""
+        return {document.id: self.labels_in(document) for document in documents}

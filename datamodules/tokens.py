@@ -1,10 +1,9 @@
-"""Texts as token ids: tokenised once, before the first batch, and kept beside the stored texts that they are of.
+"""Texts as token ids: tokenised once, before the first batch, and stored next to the texts.
 
-    FOLDER/tokens-KEY/{corpus,queries}.ids       all texts' ids, one after the other: uint16, or uint32 where the
-                                                 vocabulary needs it
-    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, where each text's begin
+    FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
+    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, where each text starts
 
-KEY is of tokenizer, prompt and max_length; FOLDER of a StoredCollection is of the texts.
+FOLDER is that of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
 """
 
 from __future__ import annotations
@@ -21,20 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.cache import only_one, unfinished
 from datamodules.records import Collection, Document, UserError
-from datamodules.store import StoredCollection
+from datamodules.store import StoredCollection, make_once
 from datamodules.text import input_text, token_ids
 
 log = logging.getLogger(__name__)
 
 BLOCK = 4096  # texts that are tokenised together
-TELL = 10.0  # seconds between two lines of the log
+LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a text becomes ids. prompt: precedes it. max_length: of its ids, special tokens included."""
+    """How a text becomes token ids.
+
+    prompt: text that precedes every text.
+    max_length: maximum number of tokens of a text, special tokens included.
+    """
 
     tokenizer: Any
     prompt: str = ""
@@ -49,17 +51,17 @@ class Encoding:
         return np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
 
     def fingerprint(self) -> str | None:
-        """Equal for encodings that give equal ids; None if the tokenizer cannot be told from others."""
+        """Return a hash that is equal for encodings with equal ids; None if the tokenizer cannot be identified."""
         if not getattr(self.tokenizer, "is_fast", False):
             return None
-        described = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        described |= {"truncation": None, "padding": None}  # of its last call
+        description = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        description |= {"truncation": None, "padding": None}  # state of its last call
         settings = (self.tokenizer.sep_token, self.prompt, self.max_length, self.tokenizer.truncation_side)
-        return hashlib.blake2b(repr((json.dumps(described), settings)).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(repr((json.dumps(description), settings)).encode(), digest_size=8).hexdigest()
 
 
 class TokenTable(Sequence[np.ndarray]):
-    """The ids of texts, in memory. starts: (n + 1,) where each text's begin among the ids."""
+    """Token ids of n texts in memory. starts: (n + 1,) where each text starts among the ids."""
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray):
         self.ids, self.starts = ids, starts
@@ -72,7 +74,7 @@ class TokenTable(Sequence[np.ndarray]):
         return self._between(int(self.starts[row]), int(self.starts[row + 1]))
 
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each text."""
+        """Return the number of tokens of each text, (n,)."""
         return np.diff(self.starts)
 
     def _between(self, start: int, end: int) -> np.ndarray:
@@ -80,13 +82,16 @@ class TokenTable(Sequence[np.ndarray]):
 
 
 class TokenFile(TokenTable):
-    """The ids of texts in a file. They are read and not mapped: memory stays that of a batch, however long it runs."""
+    """Token ids of texts in a file. They are read, not mapped, so memory stays small however long a training runs."""
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger]):
         self.path, self.dtype = path, np.dtype(dtype)
         self.starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
-        if path.stat().st_size != self.starts[-1] * self.dtype.itemsize:
-            raise UserError(f"{path}: is not as it was written; delete {path.parent}, and it is made anew")
+        expected, actual = int(self.starts[-1]) * self.dtype.itemsize, path.stat().st_size
+        if actual != expected:
+            raise UserError(
+                f"{path}: expected {expected} bytes, found {actual}; delete {path.parent}, and it is tokenised again"
+            )
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the table)
 
     def __getstate__(self) -> tuple[Path, type[np.unsignedinteger]]:  # workers open the file themselves
@@ -101,16 +106,13 @@ class TokenFile(TokenTable):
 
 
 def token_tables(collection: Collection | StoredCollection, encoding: Encoding) -> list[TokenTable]:
-    """The ids of a collection's corpus, and of its queries."""
+    """Return the token ids of a collection's corpus, and those of its queries."""
     parts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
     key = encoding.fingerprint()
     if not isinstance(collection, StoredCollection) or key is None:
         return [_in_memory(list(documents), encoding) for documents in parts.values()]
     folder = collection.folder / f"tokens-{key}"
-    if not folder.is_dir():
-        with only_one(folder):
-            if not folder.is_dir():
-                _write(parts, encoding, folder)
+    make_once(folder, lambda new: _write(parts, encoding, new))
     return [TokenFile(folder / f"{name}.ids", encoding.dtype) for name in parts]
 
 
@@ -122,28 +124,27 @@ def _in_memory(documents: Sequence[Document], encoding: Encoding) -> TokenTable:
 
 def _write(parts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:
     log.info("tokenising %s (once)", folder.parent)
-    with unfinished(folder) as new:
-        for name, documents in parts.items():
-            lengths = []
-            with open(new / f"{name}.ids", "wb") as file:
-                for ids, some in _blocks(documents, encoding, name):
-                    file.write(ids.tobytes())
-                    lengths.append(some)
-            np.save(new / f"{name}.npy", _starts(lengths))
+    for name, documents in parts.items():
+        lengths = []
+        with open(folder / f"{name}.ids", "wb") as file:
+            for ids, block_lengths in _blocks(documents, encoding, name):
+                file.write(ids.tobytes())
+                lengths.append(block_lengths)
+        np.save(folder / f"{name}.npy", _starts(lengths))
 
 
 def _starts(lengths: list[list[int]]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([length for some in lengths for length in some])]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum([length for block in lengths for length in block])]).astype(np.int64)
 
 
-def _blocks(documents: Sequence[Document], encoding: Encoding, what: str) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Ids and lengths of block after block; how far it is, in the log."""
-    started = told = time.monotonic()
+def _blocks(documents: Sequence[Document], encoding: Encoding, kind: str) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Tokenise block by block: yield the ids and the lengths of each block, and log progress."""
+    started = logged = time.monotonic()
     for first in range(0, len(documents), BLOCK):
-        found = encoding.ids(documents[first : first + BLOCK])
-        yield np.array([id for ids in found for id in ids], dtype=encoding.dtype), [len(ids) for ids in found]
+        texts = encoding.ids(documents[first : first + BLOCK])
+        yield np.array([id for ids in texts for id in ids], dtype=encoding.dtype), [len(ids) for ids in texts]
         done, now = min(first + BLOCK, len(documents)), time.monotonic()
-        if now - told > TELL:
-            told, rate = now, done / (now - started)
-            shown = f"{done:,} of {len(documents):,} {what} tokenised, {rate:,.0f} a second"
-            log.info("  %s, %.0f min left", shown, (len(documents) - done) / rate / 60)
+        if now - logged > LOG_INTERVAL:
+            logged, rate = now, done / (now - started)
+            progress = f"{done:,} of {len(documents):,} {kind} tokenised, {rate:,.0f} per second"
+            log.info("  %s, %.0f min left", progress, (len(documents) - done) / rate / 60)

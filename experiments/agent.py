@@ -22,10 +22,10 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
+from datamodules.files import read_json, write_json
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER
 from experiments.shared.console import entry_point, key_values, whole_number
-from experiments.shared.files import read_json, write_json
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import ASKING
 

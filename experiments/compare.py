@@ -26,11 +26,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.files import write_json
 from datamodules.records import UserError
 from experiments.results.differences import largest
 from experiments.results.measured import Measured, aligned, open_measured, why_not
 from experiments.shared.console import entry_point, key_values, table_console, whole_number
-from experiments.shared.files import shortened, write_json
+from experiments.shared.output import shortened
 from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)

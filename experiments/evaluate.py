@@ -44,21 +44,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import benchmarks_of, suite_of
 from experiments.build.models import MODEL_KEYS, run_of
 from experiments.build.suite import load_suite
 from experiments.build.systems import System, load_systems, models_of, short_name
 from experiments.config.experiment import from_dict
+from experiments.config.paths import read_config
 from experiments.config.schema import EvaluationConfig
 from experiments.results.cost import with_money
 from experiments.results.place import default_output, refuse_other_data, refuse_others
 from experiments.results.results import Results, combine
 from experiments.results.table import show, show_cost, show_suite
-from experiments.run.folder import git_state, read_config, versions
-from experiments.run.processes import run_on_ranks
-from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
-from experiments.shared.files import read_json, writable_folder, write_json
+from experiments.run.folder import git_state, versions
+from experiments.run.ranks import ranks
+from experiments.shared.console import choice, entry_point, key_values, token_budget
+from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.compute import PRECISIONS
 from lightning_modules.retrieval.metrics import check_metric

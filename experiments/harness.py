@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.config.experiment import from_dict
+from experiments.config.paths import read_config
 from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
-from experiments.run.folder import read_config
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
-from experiments.shared.files import whole_folder
+from experiments.shared.output import whole_folder
 from lightning_modules.retrieval.similarity import SIMILARITIES
 from lightning_modules.retrieval.vector_cache import VectorCache
 

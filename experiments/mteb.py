@@ -25,8 +25,8 @@ from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.build.systems import short_name
 from experiments.config.experiment import from_dict
+from experiments.config.paths import read_config
 from experiments.interop.mteb_encoder import MtebEncoder
-from experiments.run.folder import read_config
 from experiments.shared.console import choice, entry_point, key_values, table_console, token_budget
 
 log = logging.getLogger(__name__)

@@ -1,44 +1,48 @@
-"""Write a run's report as one HTML page: python -m experiments.report RUN=FOLDER [output=FILE.html] [map=400]
-
-RUN      a run's folder; incomplete runs too
-output   by default report.html in the run's folder; report.json, what the report works out itself, lies beside it
-map      papers that are encoded and drawn, 0 for none
-
-The page needs no network. Every figure in it has a data-source: the file of the run, and the place in it.
-"""
+"""Write a run's report as one HTML page that needs no network."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.files import write_json, write_text
+from datamodules.options import option
 from datamodules.records import UserError
-from experiments.reporting.figures import work_out
-from experiments.reporting.page import page
-from experiments.reporting.run_files import FIGURES, RunFiles
-from experiments.shared.console import entry_point, key_values, whole_number
-from experiments.shared.files import write_atomically, write_json
+from experiments.config.arguments import parse
+from experiments.reporting.computed import compute
+from experiments.reporting.page import render
+from experiments.reporting.run_files import COMPUTED, RunFiles
+from experiments.shared.console import entry_point
 
 log = logging.getLogger(__name__)
 
-KEYS = {"RUN": "", "output": "", "map": "400"}
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Show a run as one HTML page: results, curves, experts, mined negatives, a map of papers, and failures.
+
+    Each figure on the page names the file and the place it comes from. Runs that are not complete have a report too.
+    """
+
+    run: Path = option(help="folder of the run, such as runs/moe-sample-seed0-1a2b3c", key="RUN")
+    output: Path | None = option(None, "HTML file; by default report.html in the run's folder")
+    map: int = option(400, "number of papers on the map, 0 for no map", minimum=0)
 
 
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    if not values["RUN"]:
-        raise UserError("RUN: which run? For instance make report RUN=runs/moe-sample-seed0-...")
-    run = RunFiles(Path(values["RUN"]))
-    output = Path(values["output"] or run.path / "report.html")
-    run.figures = work_out(run, whole_number("map", values["map"], 0))
+    options = parse(ReportOptions, arguments)
+    run = RunFiles(options.run)
+    output = options.output or run.path / "report.html"
+    run.computed = compute(run, options.map)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output.with_name(FIGURES), run.figures)
-        write_atomically(output, page(run))
+        write_json(output.with_name(COMPUTED), run.computed)
+        write_text(output, render(run))
     except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error})") from error
-    log.info("The report: %s", output)
+        raise UserError(f"output: cannot write {output} ({error})") from error
+    log.info("Report: %s", output)
 
 
 if __name__ == "__main__":

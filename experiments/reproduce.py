@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.results.paper import tables
 from experiments.results.reproduction import Comparison, compare
 from experiments.shared.console import choice, entry_point, key_values, table_console
-from experiments.shared.files import read_json
 
 log = logging.getLogger(__name__)
 

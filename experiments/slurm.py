@@ -30,16 +30,16 @@ from typing import Any
 
 import yaml
 
+from datamodules.files import write_text
 from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.paths import folder_of
 from experiments.config.schema import Config
 from experiments.config.structured import keys
 from experiments.config.suggest import did_you_mean
-from experiments.run.folder import folder_of
+from experiments.config.sweep_file import read_sweep
+from experiments.run.trials import trials_of
 from experiments.shared.console import entry_point, whole_number
-from experiments.shared.files import write_atomically
-from experiments.sweeping.file import read_sweep
-from experiments.sweeping.trial import trials_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def slurm(experiment: str, arguments: Sequence[str]) -> Path:
     script = Path("slurm", f"{name}.sbatch").absolute()
     try:
         script.parent.mkdir(exist_ok=True)
-        write_atomically(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
+        write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
     except OSError as error:
         raise UserError(f"{script}: cannot be written ({error})") from error
     log.info("the job: %s", script)
@@ -185,8 +185,10 @@ def _trials(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]
     if values["EXPS"] or values["SEEDS"]:
         raise UserError("SWEEP: its trials are the array; EXPS and SEEDS make another one")
     found = read_sweep(values["SWEEP"], experiment, overrides)
-    if found.hyperband:
+    if found.early_terminate:
         log.warning("early_terminate of %s: nobody leads an array, so its tasks run to their end", found.name)
+    if found.method == "bayes":
+        raise UserError("SWEEP: method bayes chooses values by the results of earlier trials; expected grid or random")
     return [trial.arguments(found) for trial in trials_of(found, found.folder)]
 
 

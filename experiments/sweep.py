@@ -1,119 +1,187 @@
-"""Run a sweep, or register it with W&B: python -m experiments.sweep EXPERIMENT sweep=NAME [key=value ...]
-
-sweep          a file of experiments/sweeps by name, or a path
-parallel       trials beside each other on this machine; on a machine with GPUs each has one of them
-run_cap        so many trials, over the file's own number
-trial          run this one alone, from 0, in this process: what the task of a SLURM array does
-retry_failed   yes runs those again that failed
-output         folder of the trials' runs, by default one that the same sweep finds again
-key=value      of the experiment, for all trials; with wandb.mode=online the sweep is registered, for `make agent`
-"""
+"""Run a sweep, or register it with W&B: python -m experiments.sweep EXPERIMENT sweep=NAME [key=value ...]"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
+from rich.table import Table
+
+from datamodules.files import write_json
+from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.experiment import experiments, load_config
+from experiments.config.arguments import option_keys
+from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
+from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.endings import PREEMPTED
-from experiments.shared.console import choice, entry_point, key_values, near, whole_number
-from experiments.sweeping.controller import Controller
-from experiments.sweeping.file import Sweep, as_override, check_trials, read_sweep, sweeps
-from experiments.sweeping.table import ranked, show, write_table
+from experiments.run.trials import Controller, Trial
+from experiments.shared.console import entry_point, near, table_console
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
 
-KEYS = {"sweep": "", "parallel": "1", "run_cap": "", "trial": "", "retry_failed": "no", "output": ""}
 
+@dataclass(kw_only=True)
+class SweepOptions(ExperimentOptions):
+    """Run the trials of a sweep on this machine, or register it with W&B (wandb.mode=online) for `make agent`."""
 
-def sweep(experiment: str, arguments: Sequence[str]) -> None:
-    """Run a sweep to its end, one trial of it, or register it with W&B."""
-    own = [text for text in arguments if text.partition("=")[0] in KEYS]
-    values = key_values(own, KEYS)
-    if not values["sweep"]:
-        raise UserError(f"which sweep? There are {', '.join(sweeps())}: make sweep EXP=moe SWEEP=lr")
-    cap = whole_number("run_cap", values["run_cap"]) if values["run_cap"] else None
-    overrides = [text for text in arguments if text not in own]
-    config = load_config(experiment, overrides, [*KEYS, "SWEEP", "PARALLEL", "TRIAL"])
-    found = read_sweep(values["sweep"], experiment, overrides, cap)
-    online = os.environ.get("WANDB_MODE", config.wandb.mode) == "online" and not values["trial"]
-    if not online:
-        found.trials()  # that there are any is soon said
-    check_trials(found)
-    if online:
-        _register(found, config)
-        return
-    folder = Path(values["output"]).absolute() if values["output"] else found.folder
-    retry = choice("retry_failed", values["retry_failed"], ("yes", "no")) == "yes"
-    controller = Controller(found, folder, whole_number("parallel", values["parallel"]), retry)
-    if values["trial"]:
-        _one(controller, whole_number("trial", values["trial"], least=0))
-    else:
-        _all(controller)
-
-
-def _all(controller: Controller) -> None:
-    found, folder = controller.sweep, controller.folder
-    log.info("%s: %d trials of %s, in %s", found.name, len(controller.trials), found.experiment, near(folder))
-    try:
-        controller.run()
-    except Preempted as preempted:
-        log.info("%s: the same command goes on", preempted)
-        sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
-    finally:
-        rows = ranked(controller)
-        write_table(folder, found, rows)
-    show(found, rows)
-    if failed := [str(row["trial"]) for row in rows if row["state"] == "failed"]:
-        log.warning(
-            "failed: %s (their logs lie beside their runs; retry_failed=yes runs them again)", ", ".join(failed)
-        )
-    best = rows[0]
-    if best["value"] is None:
-        raise UserError(f"no trial logged {found.metric}")
-    settings = " ".join(as_override(key, value) for key, value in best["parameters"].items())
-    log.info("The best is trial %d: %s; %s %.4f", best["trial"], settings, found.metric, best["value"])
-    run = near(best["run"])
-    log.info("Its run lies in %s. Next: make eval model=%s split=dev", run, run)
-
-
-def _one(controller: Controller, number: int) -> None:
-    """Become the training of one trial; every rank of it computes the same parameters by itself."""
-    if number >= len(controller.trials):
-        raise UserError(f"trial: got {number}, the sweep has {len(controller.trials)}, from 0")
-    trial, found = controller.trials[number], controller.sweep
-    arguments = [*found.overrides, *trial.arguments(found)]
-    os.execv(sys.executable, [sys.executable, "-m", "experiments.train", found.experiment, *arguments])
-
-
-def _register(found: Sweep, config: Config) -> None:
-    import wandb
-
-    content = dict(found.content) | {"command": found.command(["${args_no_hyphens}"])}
-    if found.run_cap:
-        content["run_cap"] = found.run_cap
-    try:
-        name = wandb.sweep(content, entity=config.wandb.entity, project=config.wandb.project)
-    except wandb.errors.Error as error:
-        raise UserError(f"W&B did not take the sweep ({error}); without wandb.mode=online it runs here") from error
-    place = [
-        os.environ[f"WANDB_{part}"] for part in ("ENTITY", "PROJECT") if f"WANDB_{part}" in os.environ
-    ]  # as it was taken
-    log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s", "/".join([*place, name]))
+    sweep: str = option("", "name of a file in experiments/sweeps, or a path")
+    parallel: int = option(1, "number of trials to run at a time; on a machine with GPUs, each has one", minimum=1)
+    run_cap: int | None = option(None, "maximum number of trials, instead of the file's run_cap", minimum=1)
+    trial: int | None = option(None, "run only this trial, in this process, as a job array does", minimum=0)
+    retry_failed: bool = option(False, "run failed trials again")
+    output: Path | None = option(None, "folder of the trials' runs; by default the same sweep finds it again")
+    check: bool = option(False, "check all files in experiments/sweeps, and run nothing")
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise UserError(
-            f"which experiment? There are {', '.join(experiments())}: python -m experiments.sweep moe sweep=lr"
+    options, overrides = parse_overrides(SweepOptions, arguments)
+    if options.check:
+        check_files(options.experiment)
+        return
+    if not options.sweep:
+        raise UserError(f"sweep: expected one of {', '.join(sweeps())}, for instance make sweep EXP=moe SWEEP=lr")
+    config = load_config(options.experiment, overrides, [*option_keys(SweepOptions), "SWEEP", "PARALLEL", "TRIAL"])
+    sweep = read_sweep(options.sweep, options.experiment, overrides, options.run_cap)
+    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
+    if mode == "online" and options.trial is None:
+        check_trials(sweep)
+        register(sweep, config)
+        return
+    folder = options.output.absolute() if options.output else sweep.folder
+    controller = Controller(sweep, folder, options.parallel, options.retry_failed)
+    check_trials(sweep)
+    if options.trial is None:
+        run_all(controller)
+    else:
+        run_one(controller, options.trial)
+
+
+def check_files(experiment: str) -> None:
+    for name in sweeps():
+        check_trials(read_sweep(name, experiment))
+    print(f"{len(sweeps())} sweeps are valid")
+
+
+def register(sweep: Sweep, config: Config) -> None:
+    """Register a sweep with W&B's server, which then leads it."""
+    import wandb
+
+    content = dict(sweep.content) | {"command": sweep.command(["${args_no_hyphens}"])}
+    if sweep.run_cap:
+        content["run_cap"] = sweep.run_cap
+    try:
+        sweep_id = wandb.sweep(content, entity=config.wandb.entity, project=config.wandb.project)
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B refused the sweep ({error}); without wandb.mode=online it runs here") from error
+    # wandb.sweep sets the names that it has used.
+    path = [os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ]
+    log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s", "/".join([*path, sweep_id]))
+
+
+def run_all(controller: Controller) -> None:
+    """Run all trials, print their table, and name the best one."""
+    sweep, folder = controller.sweep, controller.folder
+    log.info("%s: %d trials of %s, in %s", sweep.name, len(controller.trials), sweep.experiment, near(folder))
+    try:
+        controller.run()
+    except Preempted as preempted:
+        log.info("%s: the same command resumes the sweep", preempted)
+        sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
+    finally:
+        rows = ranking(controller)
+        _write_results(folder, sweep, rows)
+    _show(sweep, rows)
+    if failed := [str(row["trial"]) for row in rows if row["state"] == "failed"]:
+        log.warning(
+            "failed: %s (their logs are next to their runs; retry_failed=yes runs them again)", ", ".join(failed)
         )
-    sweep(arguments[0], arguments[1:])
+    best = rows[0]
+    if best["value"] is None:
+        raise UserError(f"no trial logged {sweep.metric}")
+    settings = " ".join(starmap(as_override, best["parameters"].items()))
+    log.info("The best is trial %d: %s; %s %.4f", best["trial"], settings, sweep.metric, best["value"])
+    log.info("Its run is in %s. Next: make eval model=%s split=dev", near(best["run"]), near(best["run"]))
+
+
+def run_one(controller: Controller, number: int) -> None:
+    """Replace this process by the training of one trial. Every rank computes the same values on its own."""
+    sweep = controller.sweep
+    if number >= len(controller.trials):
+        raise UserError(f"trial: expected a number from 0 to {len(controller.trials) - 1}, got {number}")
+    trial = controller.trials[number]
+    if not trial.values:
+        raise UserError("trial: method bayes chooses values by the results of earlier trials, so no trial runs alone")
+    arguments = [*sweep.overrides, *trial.arguments(sweep)]
+    os.execv(sys.executable, [sys.executable, "-m", "experiments.train", sweep.experiment, *arguments])
+
+
+def ranking(controller: Controller) -> list[dict[str, Any]]:
+    """Return a row for each trial, the best first: number, values, state, value, run, and why it was stopped."""
+    states = controller.states()
+    rows = [_row(controller.sweep, trial, states.get(trial.number, {})) for trial in controller.trials]
+    return sorted(rows, key=lambda row: _rank(row, controller.sweep.maximize))
+
+
+def _row(sweep: Sweep, trial: Trial, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """recorded: the trial's last row of trials.jsonl."""
+    state = recorded.get("state", "waiting")
+    return {
+        "trial": trial.number,
+        "parameters": dict(recorded.get("parameters", trial.values)),
+        "state": state,
+        "value": trial.best(sweep.metric, sweep.maximize),
+        **({"step": recorded["step"], "reason": recorded["reason"]} if state == "stopped" else {}),
+        "run": str(trial.folder),
+    }
+
+
+def _rank(row: Mapping[str, Any], maximize: bool) -> tuple[bool, float]:
+    """Sort finished trials first, then by value."""
+    if row["value"] is None:
+        return True, math.inf
+    return row["state"] != "finished", -row["value"] if maximize else row["value"]
+
+
+def _write_results(folder: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> None:
+    content = {
+        "sweep": sweep.name,
+        "experiment": sweep.experiment,
+        "overrides": list(sweep.overrides),
+        "metric": sweep.metric,
+        "goal": sweep.settings.metric.goal,
+        "trials": rows,
+    }
+    write_json(folder / "results.json", content)
+
+
+def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{sweep.name} ({sweep.experiment}): {sweep.metric}", title_justify="left")
+    names = [parameter.name for parameter in sweep.parameters]
+    for heading in ("trial", *names, "state", sweep.metric.rpartition("/")[2]):
+        table.add_column(heading, justify="left" if heading == "state" else "right")
+    any_stopped = any("reason" in row for row in rows)
+    if any_stopped:
+        table.add_column("why", overflow="fold")
+    for row in rows:
+        values = [_cell(row["parameters"][name]) if name in row["parameters"] else "" for name in names]
+        state = f"stopped early at step {row['step']}" if "reason" in row else row["state"]
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        why = [row.get("reason", "")] if any_stopped else []
+        table.add_row(str(row["trial"]), *values, state, value, *why)
+    table_console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,22 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
-from experiments.build.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
+from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
 from experiments.config.experiment import experiments, load_config
+from experiments.config.paths import LAST, folder_of
 from experiments.config.schema import Config
 from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
 from experiments.run.final_table import FinalTable
-from experiments.run.folder import LAST, begun_in, folder_of, open_run, write_config, write_manifest
+from experiments.run.folder import begun_in, open_run, write_config, write_manifest
 from experiments.run.lock import only_job
 from experiments.run.next_steps import next_steps
 from experiments.run.tracking import build_loggers, log_end
 from experiments.shared.console import entry_point
-from experiments.shared.files import read_json
 from lightning_modules.callbacks.before_first_step import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch
@@ -65,7 +66,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
         return
 
-    tell_of_cores(config)
+    warn_about_cores(config)
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
     leave_if_asked()

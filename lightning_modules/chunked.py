@@ -1,22 +1,25 @@
-"""Vectors of a batch's texts, chunk by chunk: with all chunks' graphs in memory, or with one at a time.
+"""Large batches in little memory: texts chunk by chunk, score matrices block by block.
 
-GradCache (Gao et al., 2021, section 3): an in-batch loss needs all vectors at once, but not all graphs. The chunks are
-embedded without graph; the loss on their vectors gives the gradient of each vector; then each chunk is embedded again,
-with graph, and its gradient carried to the parameters. Memory is that of one chunk, whatever the size of the batch.
+GradCache (Gao et al., 2021, section 3). An in-batch loss needs the vectors of all texts at once, but not all graphs.
+The chunks are embedded without a graph; the loss gives the gradient of each vector; then each chunk is embedded again,
+with a graph, and its gradients are propagated to the parameters. Memory is that of one chunk, however large the batch.
+Here this is one differentiable function of the encoder's parameters, so the objective, learned temperatures, gradient
+accumulation, clipping and DDP (which sees each parameter's gradient once, after the last chunk) work unchanged.
 
-Here it is one differentiable function of the encoder's parameters. So the objective, learned temperatures,
-accumulation, clipping and ranks (DDP sees every parameter's gradient once, after the last chunk) need not know of it.
+Blocks of scores. The matrix of scores is computed a few rows at a time. The gradients of a block are taken while its
+scores are in memory, so nothing is computed twice (as in Liger's fused losses, arXiv 2410.10989).
 
-A sharded encoder (sharding.py) is called equally often on all ranks, and exchanges gradients after each chunk: whole
-ones of all layers never stand in memory.
-
-Shapes: U texts, D dimensions, P parameters.
+Shapes
+    U   texts of a batch, u of a chunk
+    D   dimensions of a vector
+    R   queries, r of a block
+    C   candidates that each query is compared with
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,105 +29,200 @@ from datamodules.records import ContrastiveBatch
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
+# Score-sized matrices in memory at the same time, measured: scores, softmax, masks and gradients.
+MATRICES_PER_BLOCK = 4
+
+
+class Embedded(NamedTuple):
+    """Vectors (u, D) of texts, and their share of the encoder's mean penalty, a scalar."""
+
+    vectors: Tensor
+    penalty: Tensor
+
+
+def embed(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+    """Embed the texts of a batch, in the order of its chunks, with the graphs of all chunks in memory."""
+    return _embed_chunks(encoder, batch, num_forwards(encoder, batch))
+
+
+def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+    """Embed the texts of a batch with the graph of one chunk in memory at a time, at the cost of a second forward."""
+    forwards = num_forwards(encoder, batch)
+    if not torch.is_grad_enabled() or forwards == 1:
+        return _embed_chunks(encoder, batch, forwards)
+    if encoder.sharded:
+        leaf = torch.zeros((), device=encoder.device, requires_grad=True)  # makes autograd call backward
+        return Embedded(*_ShardedGradCache.apply(encoder, batch, forwards, leaf))
+    return Embedded(*_GradCache.apply(encoder, batch, forwards, *_trained_parameters(encoder)))
+
 
 def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
-    """Of a batch: one for each chunk; of a sharded encoder as many as the rank has that has most chunks."""
+    """Return the number of forward passes of a batch: one per chunk.
+
+    All ranks of a sharded encoder run as many as the rank with the most chunks, because they compute layers together.
+    """
     chunks = len(batch.chunks)
     return largest(chunks, encoder.device) if encoder.sharded else chunks
 
 
-def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> tuple[Tensor, Tensor]:
-    """Vectors (u, D) of a chunk's texts, and their part of the encoder's mean penalty, a scalar.
+def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedded:
+    """Embed one chunk of a batch.
 
-    Dropout depends on the batch's seed and the chunk alone: a resumed run draws what the uninterrupted one would have
-    drawn, and a chunk that is embedded again what it drew before.
+    Dropout depends only on the batch's seed and the chunk. So a resumed run draws the same dropout as an uninterrupted
+    one, and a chunk draws the same dropout when it is embedded again.
     """
     torch.manual_seed(batch.seed + index)
     if index >= len(batch.chunks):
-        return _embed_idly(encoder, batch)
+        return _embed_nothing(encoder, batch)
     chunk = batch.chunks[index]
     vectors, penalty = encoder.forward_with_penalty(chunk.input_ids, chunk.attention_mask, batch.task)
-    return vectors, penalty * (len(chunk) / sum(len(other) for other in batch.chunks))
+    return Embedded(vectors, penalty * (len(chunk) / sum(len(other) for other in batch.chunks)))
 
 
-def _embed_idly(encoder: Encoder, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-    """No vectors (0, D), and no penalty, from a text whose layers are computed because other ranks compute them."""
+def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+    """Run the layers because other ranks do, and return no vectors (0, D) and no penalty."""
     text = batch.chunks[0]
     vectors, penalty = encoder.forward_with_penalty(text.input_ids[:1], text.attention_mask[:1], batch.task)
-    return vectors[:0], 0.0 * penalty
+    return Embedded(vectors[:0], 0.0 * penalty)
 
 
-def embed(encoder: Encoder, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-    """Vectors (U, D) of a batch's texts, in the order of its chunks, and the encoder's mean penalty."""
-    return _embed(encoder, batch, num_forwards(encoder, batch))
+def _embed_chunks(encoder: Encoder, batch: ContrastiveBatch, forwards: int) -> Embedded:
+    chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
+    return Embedded(torch.cat([chunk.vectors for chunk in chunks]), sum(chunk.penalty for chunk in chunks))
 
 
-def _embed(encoder: Encoder, batch: ContrastiveBatch, forwards: int) -> tuple[Tensor, Tensor]:
-    found = [embed_chunk(encoder, batch, index) for index in range(forwards)]
-    return torch.cat([vectors for vectors, _ in found]), sum(penalty for _, penalty in found)
-
-
-def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-    """As embed, with the graph of one chunk in memory at a time; costs a second forward."""
-    forwards = num_forwards(encoder, batch)
-    if not torch.is_grad_enabled() or forwards == 1:
-        return _embed(encoder, batch, forwards)
-    if encoder.sharded:
-        leaf = torch.zeros((), device=encoder.device, requires_grad=True)  # so that there is a backward pass
-        return _CachedSharded.apply(encoder, batch, forwards, leaf)
-    return _Cached.apply(encoder, batch, forwards, *_trained(encoder))
-
-
-def _trained(encoder: Encoder) -> list[Tensor]:
+def _trained_parameters(encoder: Encoder) -> list[Tensor]:
     return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
 
 
-class _Cached(torch.autograd.Function):
+class _GradCache(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, encoder: Encoder, batch: ContrastiveBatch, forwards: int, *_: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        kind = encoder.device.type
+    def forward(ctx: Any, encoder: Encoder, batch: ContrastiveBatch, forwards: int, *_: Tensor) -> Embedded:
+        device = encoder.device.type
         ctx.encoder, ctx.batch, ctx.forwards = encoder, batch, forwards
         ctx.autocast = {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
         }
-        return _embed(encoder, batch, forwards)
+        return _embed_chunks(encoder, batch, forwards)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_vectors: Tensor, of_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of all parameters; None for those that no text met, such as the experts of other tasks."""
-        trained = _trained(ctx.encoder)
-        total: list[Tensor | None] = [None] * len(trained)
-        for ours, theirs in _chunks(ctx, of_vectors, of_penalty):
-            for place, gradient in enumerate(torch.autograd.grad(ours, trained, theirs, allow_unused=True)):
-                if gradient is not None:
-                    if total[place] is None:
-                        total[place] = torch.zeros_like(gradient)
-                    total[place] += gradient  # in place: new memory for each sum leaves gaps among what chunks free
-        return None, None, None, *total
+    def backward(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all parameters; None for those without one, such as the experts of other tasks."""
+        trained = _trained_parameters(ctx.encoder)
+        totals: list[Tensor | None] = [None] * len(trained)
+        for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
+            gradients = torch.autograd.grad(chunk.outputs, trained, chunk.gradients, allow_unused=True)
+            for i, gradient in enumerate(gradients):
+                if gradient is None:
+                    continue
+                if totals[i] is None:
+                    totals[i] = torch.zeros_like(gradient)
+                totals[i] += gradient  # in place: a new tensor per sum would fragment the memory that chunks free
+        return None, None, None, *totals
 
 
-class _CachedSharded(_Cached):
+class _ShardedGradCache(_GradCache):
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_vectors: Tensor, of_penalty: Tensor) -> tuple[None, ...]:
-        """Adds to the parameters' gradients itself, because they are exchanged as each chunk's backward pass ends."""
-        for ours, theirs in _chunks(ctx, of_vectors, of_penalty):
-            torch.autograd.backward(ours, theirs)
+    def backward(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> tuple[None, ...]:
+        """Accumulate into the parameters' gradients, which ranks exchange at the end of each chunk's backward pass.
+
+        So the whole gradients of all layers are never in memory together.
+        """
+        for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
+            torch.autograd.backward(chunk.outputs, chunk.gradients)
         return None, None, None, None
 
 
-def _chunks(ctx: Any, of_vectors: Tensor, of_penalty: Tensor) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-    """Of each chunk, embedded with graph: its vectors (u, D) and its penalty, and the gradients of both.
+class _ChunkWithGraph(NamedTuple):
+    """Outputs of a chunk that have a graph, and their gradients."""
 
-    The last chunk first, as autograd goes through the plain graph: then even the last bits of the sums agree.
+    outputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+def _chunks_with_graph(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> Iterator[_ChunkWithGraph]:
+    """Embed each chunk again, with a graph.
+
+    The last chunk comes first, the order in which autograd would walk one graph of all chunks. So the sums of gradients
+    agree to the last bit.
     """
     sizes = [len(chunk) for chunk in ctx.batch.chunks] + [0] * (ctx.forwards - len(ctx.batch.chunks))
-    for index, part in reversed(list(enumerate(of_vectors.split(sizes)))):
+    for index, gradients in reversed(list(enumerate(vector_gradients.split(sizes)))):
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            outputs = zip(embed_chunk(ctx.encoder, ctx.batch, index), (part, of_penalty), strict=True)
-        yield tuple(zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True))  # most have no penalty
+            embedded = embed_chunk(ctx.encoder, ctx.batch, index)
+        pairs = zip(embedded, (gradients, penalty_gradient), strict=True)
+        outputs, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        yield _ChunkWithGraph(outputs, gradients)  # the penalty of most encoders has no graph
+
+
+class LossTerms(NamedTuple):
+    """Sums over queries, scalars. Only the loss has a gradient; the other terms are logged."""
+
+    loss: Tensor
+    accuracy: Tensor
+    contrastive: Tensor
+    distillation: Tensor
+
+
+# queries (r, D), candidates (C, D), temperature, rows of the block -> the block's part of the sums
+BlockLoss = Callable[[Tensor, Tensor, "float | Tensor", slice], LossTerms]
+
+
+def rows_per_block(memory: float, candidates: Tensor, num_positives: int = 1) -> int:
+    """Return the number of queries whose score-sized matrices take at most `memory` MiB together, at least 1."""
+    bytes_per_row = len(candidates) * candidates.element_size() * (MATRICES_PER_BLOCK + num_positives - 1)
+    return max(1, int(memory * 2**20 / bytes_per_row))
+
+
+def sum_over_blocks(
+    block_loss: BlockLoss, block_size: int, queries: Tensor, candidates: Tensor, temperature: float | Tensor
+) -> LossTerms:
+    """Return the sums of a loss that is computed for block_size queries at a time.
+
+    The gradients with respect to queries (R, D), candidates (C, D) and temperature are those of the whole matrix.
+    """
+    if len(queries) <= block_size:
+        return block_loss(queries, candidates, temperature, slice(0, len(queries)))
+    return LossTerms(*_SumOverBlocks.apply(block_loss, block_size, queries, candidates, temperature))
+
+
+class _SumOverBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block_loss: BlockLoss,
+        block_size: int,
+        queries: Tensor,
+        candidates: Tensor,
+        temperature: float | Tensor,
+    ) -> LossTerms:
+        needs_gradient = ctx.needs_input_grad[2:]
+        inputs = (queries, candidates, temperature)
+        totals = [torch.zeros_like(x) if needed else None for x, needed in zip(inputs, needs_gradient, strict=True)]
+        sums: LossTerms | None = None
+        for start in range(0, len(queries), block_size):
+            rows = slice(start, min(len(queries), start + block_size))
+            leaves = [x.detach() if isinstance(x, Tensor) else x for x in (queries[rows], candidates, temperature)]
+            trained = [leaf.requires_grad_() for leaf, needed in zip(leaves, needs_gradient, strict=True) if needed]
+            with torch.set_grad_enabled(bool(trained)):
+                terms = block_loss(*leaves, rows)
+            if trained:
+                query_total, *other_totals = totals
+                targets = [query_total if query_total is None else query_total[rows], *other_totals]
+                gradients = torch.autograd.grad(terms.loss, trained)
+                for target, gradient in zip((t for t in targets if t is not None), gradients, strict=True):
+                    target += gradient
+            terms = [term.detach() for term in terms]
+            sums = LossTerms(*(a + b for a, b in zip(sums, terms, strict=True)) if sums else terms)
+        ctx.save_for_backward(*totals)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if total is None else loss_gradient * total for total in ctx.saved_tensors)

@@ -1,31 +1,37 @@
-"""Contrastive training of an encoder on batches of one task at a time."""
+"""Contrastive training of an encoder, one task per batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from datamodules.options import check_options
 from datamodules.records import ContrastiveBatch, UserError
-from lightning_modules.chunked import embed, embed_cached
+from lightning_modules.chunked import Embedded, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
-from lightning_modules.objective.frozen import FrozenEncoder
-from lightning_modules.objective.objective import Objective
-from lightning_modules.objective.options import ObjectiveOptions
+from lightning_modules.objective import FrozenEncoder, Objective
+from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
 from lightning_modules.task_balance import UncertaintyWeights
 
 
 class ContrastiveModule(L.LightningModule):
-    """An encoder, its objective and its optimizer.
+    """An encoder with its objective and optimizer.
 
-    tasks: of the batches, by default the encoder's. judges: "guide" and "teacher" of the objective, where it has them.
-    grad_cache: keep the graph of one chunk at a time in memory (gradcache.py). total_steps: optimizer steps of the
-    schedule. objective: fields of ObjectiveOptions.
+    L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
+
+    tasks: tasks of the batches, by default all tasks of the encoder.
+    guide_model, teacher_model: frozen models for the objective, needed if its options name them.
+    grad_cache: embed the texts chunk by chunk, in the memory of one chunk (chunked.py).
+    optim: options of the optimizer.
+    total_steps: optimizer steps of the learning-rate schedule, by default those of the trainer.
+    objective: fields of ObjectiveOptions.
     """
 
     def __init__(
@@ -33,44 +39,49 @@ class ContrastiveModule(L.LightningModule):
         encoder: Encoder,
         *,
         tasks: Sequence[str] | None = None,
-        judges: Mapping[str, FrozenEncoder] | None = None,
+        guide_model: FrozenEncoder | None = None,
+        teacher_model: FrozenEncoder | None = None,
         grad_cache: bool = False,
         optim: OptimOptions | None = None,
-        total_steps: int = 1000,
+        total_steps: int | None = None,
         **objective: Any,
     ):
         super().__init__()
         if any(encoder.document_task(task) != task for task in encoder.tasks):
-            raise UserError(
-                "an encoder whose documents have an adapter of their own is for inference, not for training"
-            )
-        self.encoder = encoder
+            raise UserError("an encoder with a separate adapter for documents cannot be trained, only used")
         options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
-        self.objective = Objective(options, tasks, encoder.dimension, judges or {})
+        self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
+        check_options(self.optim)
+        self.encoder = encoder
+        self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
-        self.grad_cache = grad_cache
-        self.optim, self.total_steps = optim or OptimOptions(), total_steps
+
+    def setup(self, stage: str) -> None:
+        """Let a data module without a tokenizer tokenize for this encoder."""
+        data = self.trainer.datamodule
+        if data is not None and getattr(data, "tokenizer", self) is None:
+            data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
 
     def on_fit_start(self) -> None:
-        self.train()  # pretrained backbones come in eval mode, and Lightning leaves modules as they are
+        self.train()  # pretrained backbones come in eval mode, and Lightning does not change the mode of modules
 
-    def embed(self, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-        """Vectors (U, D) of the batch's distinct texts, in the order of its chunks, and the encoder's mean penalty."""
+    def embed(self, batch: ContrastiveBatch) -> Embedded:
+        """Embed the distinct texts of a batch, in the order of its chunks: vectors (U, D) and the mean penalty."""
         return (embed_cached if self.grad_cache else embed)(self.encoder, batch)
 
     def training_step(self, batch: ContrastiveBatch, batch_idx: int) -> dict[str, Tensor]:
         vectors, penalty = self.embed(batch)
-        found = self.objective(vectors, batch)
-        found["loss"] = found["loss"] + penalty
+        outputs = self.objective(vectors, batch)
+        outputs["loss"] = outputs["loss"] + penalty
         if self.uncertainty is not None:
-            found["loss"], found["weight"] = self.uncertainty(found["loss"], batch.task)
-        return found
+            outputs["loss"], outputs["weight"] = self.uncertainty(outputs["loss"], batch.task)
+        return outputs
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         options = self.optim
         groups = parameter_groups(self.encoder, options, self.encoder.num_layers)
         temperatures = list(self.objective.parameters())
-        # Not last: the learning rate of the last group is the one that is logged.
+        # In front, because the learning rate of the last group is the one that is logged.
         if temperatures:
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
@@ -81,14 +92,23 @@ class ContrastiveModule(L.LightningModule):
         )
         if temperatures:
             optimizer.register_step_post_hook(lambda *_: self.objective.temperature.clamp())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(options.warmup, self.total_steps))
+        factor = linear_schedule(options.warmup, self._num_steps())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _num_steps(self) -> int:
+        if self.total_steps is not None:
+            return self.total_steps
+        steps = math.inf if self._trainer is None else self.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise UserError("total_steps is needed without a trainer that has max_steps or max_epochs")
+        return int(steps)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Lightning refuses to clip for a fused optimizer under autocast, because of loss scaling; bf16 has none.
+        # Lightning does not clip for a fused optimizer under autocast, because of loss scaling; bf16 has none.
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """A checkpoint holds all that is needed to build its encoder: kind, arguments, backbone, tokenizer."""
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to build the encoder: kind, arguments, backbone configuration and tokenizer."""
         checkpoint["encoder"] = describe(self.encoder)

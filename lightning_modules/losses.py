@@ -1,7 +1,13 @@
-"""The losses of one query over its row of scores: pure functions on tensors.
+"""Losses and masks of a contrastive batch: pure functions on tensors.
 
-Shapes: B queries, M documents, D dimensions, P positives of a query (columns, padded with -1; the first is always
-there). A score of -inf is a document that is no negative of the query. Every loss is (B,).
+Shapes
+    B   queries
+    M   documents that each query is compared with
+    P   positives of a query: columns of the scores, padded with -1; the first one is always present
+    K   keys of a query, such as the ids of its known positives, padded with -1
+    D   dimensions of a vector
+
+A loss is one number per query, (B,). A score of -inf marks a document that is not a negative of the query.
 """
 
 from __future__ import annotations
@@ -12,41 +18,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.masks import padded_by_first
-
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")
+MARGINS = ("absolute", "relative")
 
 
 def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
-    """Vectors (n, D) whose dot product is the similarity, in float32 at least: raw dot products are large."""
+    """Return vectors (n, D) whose dot product is the similarity, in float32 or better.
+
+    Half precision is too coarse here, because raw dot products are large.
+    """
     if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
     return F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors
 
 
+# Losses
+
+
 def info_nce(
     scores: Tensor, positives: Tensor, form: str = "mean_log", positives_in_denominator: bool = False
 ) -> Tensor:
-    """InfoNCE (paper, equation 2) with one or several positives.
+    """Return the InfoNCE loss (paper, equation 2) of queries with one or several positives, (B,).
 
-    scores: (B, M), divided by the temperature. Of positive p with score s_p, and the negatives n,
+    A positive p with score s_p and the negatives n of its query have
 
         q_p = exp(s_p) / (exp(s_p) + sum_n exp(s_n))        mean_log: -mean_p log q_p        log_mean: -log mean_p q_p
 
-    so the other positives are no negatives of p; with positives_in_denominator they stand beside the negatives, and the
-    forms are the two of SupCon (arXiv 2004.11362: mean_log is "out", equation 2, log_mean "in", equation 3). With one
-    positive all are the same.
+    With positives_in_denominator, the other positives are added to the denominator. The two forms are then those of
+    SupCon (arXiv 2004.11362): mean_log is "out" (equation 2) and log_mean is "in" (equation 3). With a single positive,
+    all variants are equal.
+
+    scores: similarities divided by the temperature, (B, M).
+    positives: columns of the positives, (B, P).
     """
-    present, columns = positives >= 0, padded_by_first(positives)
+    present, columns = positives >= 0, fill_padding(positives)
     if positives_in_denominator or positives.shape[1] == 1:
-        log_q = scores.log_softmax(1).gather(1, columns)
+        log_q = scores.log_softmax(1).gather(1, columns)  # (B, P)
     else:
-        # The lowest number instead of -inf: a row without negatives has a gradient of 0, not NaN.
+        # The lowest finite number instead of -inf, so that a query without negatives has a gradient of 0, not NaN.
         negatives = scores.scatter(1, columns, torch.finfo(scores.dtype).min).logsumexp(1, keepdim=True)
-        log_q = F.logsigmoid(scores.gather(1, columns) - negatives)
+        log_q = F.logsigmoid(scores.gather(1, columns) - negatives)  # (B, P)
     count = present.sum(1, dtype=scores.dtype)
     if form == "mean_log":
         return -(log_q * present).sum(1) / count
@@ -54,10 +68,12 @@ def info_nce(
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, candidates: Tensor) -> Tensor:
-    """KL divergence of the student's distribution over candidates from the teacher's.
+    """Return the KL divergence of the student's softmax over candidates from the teacher's, (B,).
 
-    student, teacher: (B, M) scores, each divided by its temperature. candidates: (B, M) bool, at least one in a row.
-    (Hinton et al., arXiv 1503.02531, without the factor of the squared temperature: the weight has it.)
+    This is the loss of Hinton et al. (arXiv 1503.02531) without the factor of the squared temperature.
+
+    student, teacher: scores, each divided by its own temperature, (B, M).
+    candidates: documents in the softmax, (B, M) bool, at least one per query.
     """
     student = student.masked_fill(~candidates, -math.inf).log_softmax(1)
     teacher = teacher.masked_fill(~candidates, -math.inf).log_softmax(1)
@@ -65,14 +81,68 @@ def kl_divergence(student: Tensor, teacher: Tensor, candidates: Tensor) -> Tenso
 
 
 def margin_mse(student: Tensor, teacher: Tensor, positives: Tensor, candidates: Tensor) -> Tensor:
-    """Mean squared error of the student's margins between positive and negative from the teacher's.
+    """Return the mean squared difference between the student's and the teacher's margins, (B,).
 
-    student, teacher: (B, M) scores. candidates: (B, M) bool; those that are no positives are the negatives. A query
-    without any has a loss of 0. (Hofstätter et al., arXiv 2010.02666.)
+    A margin is the score of a positive minus that of a negative (Hofstätter et al., arXiv 2010.02666). A query without
+    negatives has a loss of 0.
+
+    student, teacher: scores, (B, M).
+    positives: columns of the positives, (B, P).
+    candidates: positives and negatives, (B, M) bool.
     """
-    present, columns = positives >= 0, padded_by_first(positives)
+    present, columns = positives >= 0, fill_padding(positives)
     error = (student - teacher).masked_fill(~candidates, 0.0)
     negatives = candidates.scatter(1, columns, False)
     pairs = present[:, :, None] & negatives[:, None, :]  # (B, P, M)
     squares = (error.gather(1, columns)[:, :, None] - error[:, None, :]).square() * pairs
     return squares.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+# Masks: documents that must not serve as negatives
+
+
+def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
+    """Return whether the key of a document is among the keys of a query, (B, M) bool.
+
+    keys: keys of each query, (B, K).
+    document_keys: key of each document, (M,). A key may occur several times.
+    """
+    distinct, column = torch.unique(document_keys, return_inverse=True)  # sorted (M',), (M,)
+    position = torch.searchsorted(distinct, keys).clamp(max=len(distinct) - 1)  # (B, K)
+    is_member = distinct[position] == keys
+    mask = torch.zeros(len(keys), len(distinct), dtype=torch.int8, device=document_keys.device)
+    mask.scatter_reduce_(1, position, is_member.to(torch.int8), reduce="amax")
+    return mask.bool()[:, column]
+
+
+def duplicate_mask(ids: Tensor) -> Tensor:
+    """Return whether the same id already occurs further left, (M,) bool. ids: (M,)."""
+    distinct, column = torch.unique(ids, return_inverse=True)
+    positions = torch.arange(len(ids), device=ids.device)
+    first = positions.new_full((len(distinct),), len(ids)).scatter_reduce_(0, column, positions, reduce="amin")
+    return positions != first[column]
+
+
+def guide_mask(scores: Tensor, positives: Tensor, margin: float = 0.0, kind: str = "absolute") -> Tensor:
+    """Return whether a guide model scores a document above the query's positives minus a margin, (B, M) bool.
+
+    The idea is GISTEmbed's (arXiv 2402.16829), the margins are those of NV-Retriever (arXiv 2407.15831).
+
+    scores: scores of the guide, (B, M).
+    positives: columns of the positives, (B, P). If there are several, their mean score counts.
+    margin: difference of scores, or for kind "relative" a share of the positive's score.
+    """
+    present = positives >= 0
+    positive_scores = scores.gather(1, positives.clamp(min=0))
+    threshold = (positive_scores * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)  # (B, 1)
+    return scores > threshold - margin * (threshold.abs() if kind == "relative" else 1.0)
+
+
+def unmask_positives(mask: Tensor, positives: Tensor) -> Tensor:
+    """Return the mask (B, M) with the columns of each query's positives (B, P) set to False."""
+    return mask.scatter(1, fill_padding(positives), False)
+
+
+def fill_padding(positives: Tensor) -> Tensor:
+    """Return the positives (B, P) with the query's first positive in place of -1."""
+    return torch.where(positives < 0, positives[:, :1], positives)

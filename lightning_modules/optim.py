@@ -1,43 +1,43 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""Parameter groups of AdamW, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
+
+from datamodules.options import option
 
 
 @dataclass
 class OptimOptions:
-    """lr: peak learning rate. warmup: share of all steps in which it rises linearly; after them it falls linearly to 0.
-    layer_decay: factor from each layer to the one below, 1 for none. weight_decay: not on biases and LayerNorms.
-    """
+    """AdamW with a linear warm-up and a linear decay to 0."""
 
-    lr: float = 3e-4
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    warmup: float = 0.05
-    layer_decay: float = 1.0
+    lr: float = option(3e-4, "peak learning rate", above=0)
+    weight_decay: float = option(0.01, "weight decay, except on biases and LayerNorms", minimum=0)
+    beta1: float = option(0.9, "decay rate of the mean of the gradients", minimum=0, below=1)
+    beta2: float = option(0.999, "decay rate of the mean of the squared gradients", minimum=0, below=1)
+    eps: float = option(1e-8, "term added to the denominator of an update", above=0)
+    warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
+    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0)
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:
-    """Groups for AdamW: one for each pair of layer depth and decay.
+    """Return groups for AdamW: one for each combination of learning rate and weight decay.
 
-    Layers are found by "layer.<i>." or "layers.<i>." in their names.
-    With layer_decay, the last layer has the full learning rate, layer i layer_decay ** (num_layers - 1 - i) of it, and
-    the embeddings layer_decay ** num_layers.
+    With layer_decay, layer i of n has the learning rate lr * layer_decay ** (n - 1 - i), and the embeddings have
+    lr * layer_decay ** n. A layer is recognised by "layer.<i>." or "layers.<i>." in the names of its parameters.
     """
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = re.search(r"\.layers?\.(\d+)\.", name)
-        below = num_layers - 1 - int(layer[1]) if layer else num_layers if ".embeddings." in name else 0
-        scale = options.layer_decay**below
+        layers_above = num_layers - 1 - int(layer[1]) if layer else num_layers if ".embeddings." in name else 0
+        scale = options.layer_decay**layers_above
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "lr": options.lr * scale, "weight_decay": decay})
         group["params"].append(parameter)
@@ -45,12 +45,14 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
 
 
 def linear_schedule(warmup: float, total_steps: int) -> Callable[[int], float]:
-    """Factor of the peak learning rate at a step, from 0: (step + 1) / warm-up steps, then linear from 1 to 0."""
-    warmup_steps = max(1, round(warmup * total_steps))
+    """Return step -> factor of the peak learning rate: rising during the warm-up, then falling to 0.
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    warmup: share of the steps.
+    """
+    return partial(_linear_factor, max(1, round(warmup * total_steps)), total_steps)
 
-    return factor
+
+def _linear_factor(warmup_steps: int, total_steps: int, step: int) -> float:
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))

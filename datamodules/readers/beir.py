@@ -7,76 +7,79 @@ import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.gathered import gathered
-from datamodules.readers.json_values import as_object
-from datamodules.readers.lines import find_file, lines
+from datamodules.readers.checks import (
+    SPLITS,
+    BadLines,
+    Judgements,
+    check_choice,
+    check_grade,
+    get_text,
+    read_into_memory,
+)
+from datamodules.readers.io import as_object, find_file, read_lines
 from datamodules.records import Collection, Document, Qrels, Sink, UserError
 
 
 class BeirReader:
     """A folder in BEIR layout.
 
-    folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} a line
+    folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
     folder/queries.jsonl   the same, title optional
-    folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer, above 0 is relevant)
+    folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
 
-    Every file may end in .gz or .zst. on_error, quarantine: see BadLines.
+    Every file may be compressed as .gz or .zst.
+
+    on_error, quarantine: see BadLines.
     """
 
-    SPLITS = fields.SPLITS
+    SPLITS = SPLITS
 
     def __init__(self, folder: str, on_error: str = "fail", quarantine: str | None = None):
         self.folder = Path(folder)
-        self.on_error, self.quarantine = on_error, quarantine
-        BadLines(on_error)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def read(self) -> Collection:
-        """Read and check the whole folder.
-
-        Raises UserError naming the file, the line and what is wrong with it.
-        """
-        return gathered(self.stream)
+        """Read and check the whole folder. Raises UserError with file, line and reason."""
+        return read_into_memory(self.stream)
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
+        """Return the files to read."""
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder (expected corpus.jsonl, queries.jsonl and qrels/ in it)")
         files = [find_file(self.folder, "corpus.jsonl"), find_file(self.folder, "queries.jsonl")]
         splits = [find_file(self.folder, f"qrels/{split}.tsv", required=False) for split in self.SPLITS]
         if not any(splits):
-            allowed = ", ".join(f"{split}.tsv" for split in self.SPLITS)
-            raise UserError(f"{self.folder / 'qrels'}: holds none of {allowed} (plain, .gz or .zst)")
+            names = ", ".join(f"{split}.tsv" for split in self.SPLITS)
+            raise UserError(f"{self.folder / 'qrels'}: contains none of {names} (plain, .gz or .zst)")
         return [*files, *(path for path in splits if path)]
 
     def stream(self, sink: Sink) -> None:
-        """The whole folder into a sink, without holding it in memory. Raises UserError as read does."""
+        """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
         self.sources()
         sink.keep_first = self.on_error == "skip"
         with BadLines(self.on_error, self.quarantine) as bad:
             for name, add in (("corpus.jsonl", sink.add_document), ("queries.jsonl", sink.add_query)):
                 path, empty = find_file(self.folder, name), True
-                for place in lines(path, bad):
-                    with place:
-                        add(document(as_object(place, " with _id, title and text")))
+                for row in read_lines(path, bad):
+                    with row:
+                        add(_document(as_object(row, " with _id, title and text")))
                         empty = False
                 if empty:
-                    raise UserError(f"{path}: holds no document")
+                    raise UserError(f"{path}: contains no documents")
             for split in self.SPLITS:
                 path = find_file(self.folder, f"qrels/{split}.tsv", required=False)
                 if path is not None:
-                    put = functools.partial(sink.add_judgement, split)
-                    homes = ("queries.jsonl", "corpus.jsonl")
-                    judgements(path, fields.Judgements(sink.queries, sink.documents, bad, *homes, put=put))
+                    add_judgement = functools.partial(sink.add_judgement, split)
+                    files = ("queries.jsonl", "corpus.jsonl")
+                    read_qrels(path, Judgements(sink.queries, sink.documents, bad, *files, target=add_judgement))
                     if not sink.has(split):
-                        raise UserError(f"{path}: the split is empty (no judgement below the header)")
+                        raise UserError(f"{path}: the split is empty (no judgements below the header)")
 
 
-def document(record: Mapping) -> Document:
-    id, title, text = (fields.text(record, key) for key in ("_id", "title", "text"))
+def _document(record: Mapping[str, Any]) -> Document:
+    id, title, text = (get_text(record, key) for key in ("_id", "title", "text"))
     if not id:
         raise UserError(f"_id is missing or empty (keys here: {', '.join(map(str, record)) or 'none'})")
     if not (title.strip() or text.strip()):
@@ -84,28 +87,28 @@ def document(record: Mapping) -> Document:
     return Document(id, title, text)
 
 
-def judgements(path: Path, found: fields.Judgements) -> Qrels:
-    """The judgements of a qrels file."""
-    for order, place in enumerate(lines(path, found.bad)):
-        columns = place.text.split("\t")
-        if order == 0 and columns[-1].strip() == "score":
+def read_qrels(path: Path, judgements: Judgements) -> Qrels:
+    """Add the judgements of a qrels file, and return all of them."""
+    for index, row in enumerate(read_lines(path, judgements.bad)):
+        columns = row.text.split("\t")
+        if index == 0 and columns[-1].strip() == "score":
             continue
-        with place:
+        with row:
             if len(columns) != 3:
-                raise UserError(f"expected query-id, corpus-id and score between tabs, got {place.text[:60]!r}")
+                raise UserError(f"expected query-id, corpus-id and score, separated by tabs, got {row.text[:60]!r}")
             query, document, score = (column.strip() for column in columns)
-            found.add(query, document, fields.grade(score))
-    return found.finished(path)
+            judgements.add(query, document, check_grade(score))
+    return judgements.finish(path)
 
 
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
-    """Write a collection as a folder that BeirReader reads. compress: its texts, with gzip."""
+    """Write a collection as a folder that BeirReader reads. compress: whether to gzip corpus and queries."""
     folder = Path(folder)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, texts in (("corpus", collection.corpus), ("queries", collection.queries)):
-        with _written(folder / f"{name}.jsonl", compress) as file:
-            for one in texts.values():
-                record = {"_id": one.id, "title": one.title, "text": one.text}
+    for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
+        with _open_for_writing(folder / f"{name}.jsonl", compress) as file:
+            for document in documents.values():
+                record = {"_id": document.id, "title": document.title, "text": document.text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     for split, qrels in collection.qrels.items():
         with open(folder / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
@@ -114,7 +117,7 @@ def write_beir(collection: Collection, folder: Path | str, compress: bool = Fals
                 file.writelines(f"{query}\t{document}\t{grade}\n" for document, grade in grades.items())
 
 
-def _written(path: Path, compress: bool) -> TextIO:
+def _open_for_writing(path: Path, compress: bool) -> TextIO:
     if compress:
         return gzip.open(f"{path}.gz", "wt", compresslevel=3, encoding="utf-8")
     return open(path, "w", encoding="utf-8")

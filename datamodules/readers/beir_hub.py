@@ -1,58 +1,64 @@
-"""BEIR's sets as the Hugging Face hub has them: corpus, queries and judgements as tables."""
+"""BEIR's data sets on the Hugging Face hub: corpus, queries and judgements as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines, Place
-from datamodules.readers.gathered import gathered
-from datamodules.readers.json_values import as_object
-from datamodules.readers.rows import hub_splits, load_hub, rows_of_hub
+from datamodules.readers.checks import (
+    BadLines,
+    Row,
+    check_choice,
+    check_collection,
+    check_grade,
+    get_document,
+    get_id,
+    read_into_memory,
+)
+from datamodules.readers.io import as_object
+from datamodules.readers.tables import load_hub, load_hub_splits, read_hub_table
 from datamodules.records import Collection, Sink, UserError
 
 
 class BeirHubReader:
-    """A data set of the hub, or a folder that `datasets` can load.
+    """A data set of the hub, or a folder that `datasets` can load. Needs `pip install datasets`.
 
-    dataset: BeIR/scifact, with the configs "corpus" and "queries" of {"_id", "title", "text"}
-    qrels: BeIR/scifact-qrels, of {"query-id", "corpus-id", "score"}; if not given, the config "default" of the data set
-    (mteb/scifact)
-
-    Needs `pip install datasets`. on_error, quarantine: see BadLines.
+    dataset: name such as BeIR/scifact. Its configs "corpus" and "queries" have rows {"_id", "title", "text"}.
+    qrels: data set of the judgements, such as BeIR/scifact-qrels, with rows {"query-id", "corpus-id", "score"}. By
+        default the config "default" of the data set (as in mteb/scifact).
+    on_error, quarantine: see BadLines.
     """
 
     def __init__(self, dataset: str, qrels: str | None = None, on_error: str = "fail", quarantine: str | None = None):
         self.dataset, self.qrels = dataset, qrels
-        self.on_error, self.quarantine = on_error, quarantine
-        BadLines(on_error)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def read(self) -> Collection:
-        """Raises UserError naming the table, the row and what is wrong with it."""
-        return fields.checked(gathered(self._stream), self.dataset)
+        """Read and check the data set. Raises UserError with table, row and reason."""
+        return check_collection(read_into_memory(self._stream), self.dataset)
 
     def _stream(self, sink: Sink) -> None:
         with BadLines(self.on_error, self.quarantine) as bad:
             for config, add in (("corpus", sink.add_document), ("queries", sink.add_query)):
-                for place in self._rows(config, bad):
-                    with place:
-                        add(fields.document(as_object(place), ("_id", "id"), body="text"))
-            tables = hub_splits(self.qrels, None) if self.qrels else hub_splits(self.dataset, "default")
-            for split, rows in tables.items():
+                for row in self._read_config(config, bad):
+                    with row:
+                        add(get_document(as_object(row), ("_id", "id"), body="text"))
+            tables = load_hub_splits(self.qrels, None) if self.qrels else load_hub_splits(self.dataset, "default")
+            for split, records in tables.items():
                 name = f"{self.qrels or self.dataset}/{split}"
-                for place in rows_of_hub(name, rows, bad):
-                    with place:
-                        self._judge(as_object(place), split, sink)
+                for row in read_hub_table(name, records, bad):
+                    with row:
+                        self._add_judgement(as_object(row), split, sink)
                 if not sink.has(split):
                     raise UserError(f"{name}: the split is empty")
 
-    def _rows(self, config: str, bad: BadLines) -> Iterator[Place]:
-        for split, rows in load_hub(self.dataset, config).items():
-            yield from rows_of_hub(f"{self.dataset}/{config}/{split}", rows, bad)
+    def _read_config(self, config: str, bad: BadLines) -> Iterator[Row]:
+        for split, records in load_hub(self.dataset, config).items():
+            yield from read_hub_table(f"{self.dataset}/{config}/{split}", records, bad)
 
-    def _judge(self, record: dict, split: str, sink: Sink) -> None:
-        query, document = (fields.identifier(record, key) for key in ("query-id", "corpus-id"))
+    def _add_judgement(self, record: Mapping[str, Any], split: str, sink: Sink) -> None:
+        query, document = get_id(record, "query-id"), get_id(record, "corpus-id")
         for key, id, known in (("query-id", query, sink.queries), ("corpus-id", document, sink.documents)):
             if id not in known:
                 raise UserError(f"{key}: {id!r} is not in the data set")
-        sink.add_judgement(split, query, document, fields.grade(record.get("score")))
+        sink.add_judgement(split, query, document, check_grade(record.get("score")))

@@ -1,4 +1,4 @@
-"""CSFCube: papers, and candidates that are judged by how alike their background, method or result is.
+"""CSFCube: papers whose candidates are judged by the similarity of their background, method or result.
 
 Source: Mysore et al., CSFCube: A Test Collection of Computer Science Research Articles for Faceted Query by Example,
 NeurIPS 2021 (iesl/CSFCube).
@@ -6,68 +6,78 @@ NeurIPS 2021 (iesl/CSFCube).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object, records, whole
-from datamodules.readers.lines import find_file
+from datamodules.readers.checks import (
+    BadLines,
+    add_document,
+    check_choice,
+    check_collection,
+    check_grade,
+    check_id,
+    check_known,
+    get_document,
+    get_list,
+    get_object,
+)
+from datamodules.readers.io import as_object, find_file, read_records, read_whole_json
 from datamodules.records import Collection, Document, Qrels, UserError
 
 
 class CsfCubeReader:
-    """The folder of the release; all of it is the test split.
+    """The folder of the release; all of it is the test split. Each query has its own candidates.
 
-    folder/abstracts-csfcube-preds.jsonl           {"paper_id", "title", "abstract": [sentence]} a line
+    folder/abstracts-csfcube-preds.jsonl           {"paper_id", "title", "abstract": [sentence]} per line
     folder/test-pid2anns-csfcube-background.json   {query: {"cands": [paper], "relevance_adju": [grade from 0 to 3]}}
 
-    facet: "background", "method" or "result". Each query has its own candidates. on_error, quarantine: see BadLines.
+    facet: "background", "method" or "result".
+    on_error, quarantine: see BadLines.
     """
 
     FACETS = ("background", "method", "result")
 
     def __init__(self, folder: str, facet: str, on_error: str = "fail", quarantine: str | None = None):
-        fields.allowed("facet", [facet], self.FACETS)
-        BadLines(on_error)
-        self.folder, self.facet = Path(folder), facet
-        self.on_error, self.quarantine = on_error, quarantine
+        self.folder, self.facet = Path(folder), check_choice("facet", facet, self.FACETS)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
+        """Return the files to read."""
         names = ("abstracts-csfcube-preds.jsonl", f"test-pid2anns-csfcube-{self.facet}.json")
         return [find_file(self.folder, name) for name in names]
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
-        papers_path, judged_path = self.sources()
+        """Read and check the folder. Raises UserError with file, line and reason."""
+        papers_path, judgements_path = self.sources()
         papers: dict[str, Document] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            for place in records(papers_path, bad):
-                with place:
-                    fields.add_new(papers, _paper(as_object(place)))
-        qrels = _judgements(judged_path, papers)
-        return fields.checked(Collection(papers, {id: papers[id] for id in qrels}, {"test": qrels}), self.folder)
+            for row in read_records(papers_path, bad):
+                with row:
+                    add_document(papers, _read_paper(as_object(row)))
+        qrels = _read_judgements(judgements_path, papers)
+        return check_collection(Collection(papers, {id: papers[id] for id in qrels}, {"test": qrels}), self.folder)
 
 
-def _paper(record) -> Document:
-    sentences = fields.listed(record, "abstract")
+def _read_paper(record: Mapping[str, Any]) -> Document:
+    sentences = get_list(record, "abstract")
     if not all(isinstance(sentence, str) for sentence in sentences):
         raise UserError("abstract must be a list of sentences")
-    return fields.document(record | {"abstract": " ".join(sentences)}, ("paper_id",))
+    return get_document({**record, "abstract": " ".join(sentences)}, ("paper_id",))
 
 
-def _judgements(path: Path, papers: dict[str, Document]) -> Qrels:
-    content, qrels = whole(path), {}
+def _read_judgements(path: Path, papers: Mapping[str, Document]) -> Qrels:
+    content, qrels = read_whole_json(path), {}
     try:
         if not isinstance(content, dict):
             raise UserError("expected an object of queries")
         for query in content:
-            judged = fields.nested(content, query)
-            ids = [fields.as_identifier(id, "cands") for id in fields.listed(judged, "cands", required=True)]
-            grades = [fields.grade(grade, "grade") for grade in fields.listed(judged, "relevance_adju", required=True)]
+            annotation = get_object(content, query)
+            ids = [check_id(id, "cands") for id in get_list(annotation, "cands", required=True)]
+            grades = [check_grade(grade, "grade") for grade in get_list(annotation, "relevance_adju", required=True)]
             if len(ids) != len(grades):
-                raise UserError(f"query {query!r} has {len(ids)} candidates and {len(grades)} grades")
-            fields.all_known([query, *ids], papers, f"query {query!r}")
+                raise UserError(f"query {query!r} has {len(ids)} candidates but {len(grades)} grades")
+            check_known([query, *ids], papers, f"query {query!r}")
             qrels[query] = dict(zip(ids, grades, strict=True))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Our own layout for pairs of queries and documents: corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl."""
+"""Our own JSON lines layout for pairs of queries and documents: corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl."""
 
 from __future__ import annotations
 
@@ -6,31 +6,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines, Place
-from datamodules.readers.gathered import gathered
-from datamodules.readers.json_values import as_object, records
-from datamodules.readers.lines import find_file
+from datamodules.readers.checks import (
+    SPLITS,
+    BadLines,
+    Row,
+    check_choice,
+    check_grade,
+    check_known,
+    check_text,
+    get_document,
+    get_grades,
+    get_id,
+    get_ids,
+    read_into_memory,
+    split_of,
+)
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.records import Collection, Document, Sink, UserError
 
 
 class JsonlReader:
     """A folder with a corpus, and a file of queries with their documents for each split.
 
-    folder/corpus.jsonl   {"id": ..., "title": ..., "text": ...} a line (or "_id"); title or text may be missing
-    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} a line; negatives are optional
-    folder/dev.jsonl, folder/test.jsonl   the same
+    folder/corpus.jsonl   {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
+    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; the latter optional
+    folder/dev.jsonl      the same
+    folder/test.jsonl     the same; at least one of the three files must exist
 
-    A query is {"id": ...}, which is a document of the corpus; {"title": ..., "text": ...}; or a string: the document
-    with that id if the corpus has it, else a text. Positives may be {id: grade, ...}, grades above 0; negatives are
-    judged and not relevant, hard negatives in the train split. At least one split must be there.
+    A query is {"id": ...}, a document of the corpus; or {"title": ..., "text": ...}; or a string, which is the document
+    with that id if the corpus has one, else a text. Positives may be {id: grade, ...} with grades above 0. Negatives
+    are judged as not relevant, and are hard negatives in the train split.
 
-    train_until: for citations, a year. The lines of all files are then divided anew: those whose query is a paper of a
-    later year are the test split, dev_percent of the others, by a hash of the query's id, are dev, and the rest is
-    train. Every query must be a document of the corpus with a "year".
+    Every file may be compressed as .gz or .zst, and may be one JSON list instead of JSON lines.
 
-    Every file may end in .gz or .zst, and may be one JSON list instead of JSON lines. on_error, quarantine: see
-    BadLines.
+    train_until: last year of training. The lines of all files are then split by the year of their query, which must be
+        a document of the corpus with a "year": later years are the test split, and dev_percent of the other queries,
+        chosen by a hash of their ids, the dev split.
+    dev_percent: percentage of queries in the dev split, from 0 to 99, used with train_until.
+    on_error, quarantine: see BadLines.
     """
 
     def __init__(
@@ -42,104 +55,108 @@ class JsonlReader:
         quarantine: str | None = None,
     ):
         if not 0 <= dev_percent < 100:
-            raise UserError(f"dev_percent: got {dev_percent}, allowed are 0 to 99")
+            raise UserError(f"dev_percent: expected a number from 0 to 99, got {dev_percent}")
         self.folder, self.train_until, self.dev_percent = Path(folder), train_until, dev_percent
-        self.on_error, self.quarantine = on_error, quarantine
-        BadLines(on_error)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
-        return gathered(self.stream)
+        """Read and check the whole folder. Raises UserError with file, line and reason."""
+        return read_into_memory(self.stream)
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
-        return [self._corpus(), *self._splits().values()]
+        """Return the files to read."""
+        return [self._corpus_file(), *self._split_files().values()]
 
-    def _corpus(self) -> Path:
+    def _corpus_file(self) -> Path:
         return find_file(self.folder, "corpus.jsonl", "corpus.json")
 
-    def _splits(self) -> dict[str, Path]:
-        found = {s: find_file(self.folder, f"{s}.jsonl", f"{s}.json", required=False) for s in fields.SPLITS}
-        if not any(found.values()):
-            raise UserError(f"{self.folder}: holds none of train.jsonl, dev.jsonl and test.jsonl")
-        return {split: path for split, path in found.items() if path}
+    def _split_files(self) -> dict[str, Path]:
+        files = {split: find_file(self.folder, f"{split}.jsonl", f"{split}.json", required=False) for split in SPLITS}
+        if not any(files.values()):
+            raise UserError(f"{self.folder}: contains none of train.jsonl, dev.jsonl and test.jsonl")
+        return {split: path for split, path in files.items() if path}
 
     def stream(self, sink: Sink) -> None:
-        """The whole folder into a sink, without holding it in memory. Raises UserError as read does."""
+        """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
         sink.keep_first = self.on_error == "skip"
-        years: dict[str, int] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            for place in records(self._corpus(), bad):
-                with place:
-                    record = as_object(place)
-                    document = fields.document(record, ("id", "_id"), body="text")
-                    year = None if self.train_until is None else record.get("year")
-                    if year is not None:
-                        years[document.id] = fields.grade(year, "year")
-                    sink.add_document(document)
-            if not sink.documents:
-                raise UserError(f"{self._corpus()}: holds no document")
-            for split, path in self._splits().items():
-                for place in records(path, bad):
-                    with place:
-                        self._add(place, split, sink, years)
+            years = self._stream_corpus(sink, bad)
+            for split, path in self._split_files().items():
+                for row in read_records(path, bad):
+                    with row:
+                        self._add_example(row, split, sink, years)
                 if self.train_until is None and not sink.has(split):
-                    raise UserError(f"{path}: the split is empty ({split})")
-            if not any(sink.has(split) for split in fields.SPLITS):
-                raise UserError(f"{self.folder}: holds no line with a query")
+                    raise UserError(f"{path}: the {split} split is empty")
+            if not any(sink.has(split) for split in SPLITS):
+                raise UserError(f"{self.folder}: contains no queries")
 
-    def _add(self, place: Place, split: str, sink: Sink, years: Mapping[str, int]) -> None:
-        query, judged = _example(place, split, sink)
+    def _stream_corpus(self, sink: Sink, bad: BadLines) -> dict[str, int]:
+        """Write the corpus to a sink, and return the years of its documents (only with train_until)."""
+        years: dict[str, int] = {}
+        for row in read_records(self._corpus_file(), bad):
+            with row:
+                record = as_object(row)
+                document = get_document(record, ("id", "_id"), body="text")
+                year = None if self.train_until is None else record.get("year")
+                if year is not None:
+                    years[document.id] = check_grade(year, "year")
+                sink.add_document(document)
+        if not sink.documents:
+            raise UserError(f"{self._corpus_file()}: contains no documents")
+        return years
+
+    def _add_example(self, row: Row, split: str, sink: Sink, years: Mapping[str, int]) -> None:
+        query, grades = _read_example(row, split, sink)
         if self.train_until is not None:
             if query.id not in years:
-                raise UserError(f"train_until: the query {query.id!r} is no document of the corpus with a year")
-            split = fields.split_of(query.id, self.dev_percent, 0, years[query.id], self.train_until)
+                raise UserError(f"train_until: the query {query.id!r} is not a document of the corpus with a year")
+            split = split_of(query.id, self.dev_percent, 0, years[query.id], self.train_until)
         if query.id not in sink.queries:
             sink.add_query(query)
-        wrong = []
-        for document, grade in judged.items():
+        errors = []
+        for document, grade in grades.items():
             try:
                 sink.add_judgement(split, query.id, document, grade)
-            except UserError as error:  # of this pair, an earlier grade counts
-                wrong.append(error)
-        if wrong:
-            raise wrong[0]
+            except UserError as error:  # the pair has another grade on an earlier line, which is kept
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
-def _example(place: Place, split: str, sink: Sink) -> tuple[Document, dict[str, int]]:
-    """A line's query, and the grades of its documents."""
-    record = as_object(place, " with query, positives and negatives")
+def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str, int]]:
+    """Return the query of a line, and the grades of its documents."""
+    record = as_object(row, " with query, positives and negatives")
     if isinstance(record.get("positives"), dict):
-        positives = fields.grades(record, "positives")
+        positives = get_grades(record, "positives")
         if any(grade <= 0 for grade in positives.values()):
             raise UserError(f"positives: grades must be above 0, got {positives}")
     else:
-        positives = dict.fromkeys(fields.identifiers(record, "positives", required=True), 1)
-    negatives = dict.fromkeys(fields.identifiers(record, "negatives"), 0)
+        positives = dict.fromkeys(get_ids(record, "positives", required=True), 1)
+    negatives = dict.fromkeys(get_ids(record, "negatives"), 0)
     if not positives:
         raise UserError("positives is empty")
     both = [id for id in negatives if id in positives]
     if both:
-        raise UserError(f"{both[0]!r} is among the positives and the negatives")
-    fields.all_known(list(positives), sink.documents, "positives")
-    fields.all_known(list(negatives), sink.documents, "negatives")
-    query = _query(record, f"{split}.{place.ordinal}", sink)
+        raise UserError(f"{both[0]!r} is both a positive and a negative")
+    check_known(list(positives), sink.documents, "positives")
+    check_known(list(negatives), sink.documents, "negatives")
+    query = _read_query(record, f"{split}.{row.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
-        raise UserError(f"the query is a text that would be named {query.id!r}, which is a document of the corpus")
+        raise UserError(f"the query is named {query.id!r} by its line, but a document has that id; rename the document")
     if query.id in positives | negatives:
-        raise UserError(f"{query.id!r} is the query itself, and among its positives or negatives")
+        raise UserError(f"the query {query.id!r} is one of its own positives or negatives")
     return query, positives | negatives
 
 
-def _query(record: Mapping[str, Any], id: str, sink: Sink) -> Document:
-    """id: of a query that is no document."""
+def _read_query(record: Mapping[str, Any], new_id: str, sink: Sink) -> Document:
+    """Return the query of a record. new_id: id of a query that is not a document."""
     query = record.get("query")
     if isinstance(query, dict) and "id" not in query:
-        return fields.document(query, (), body="text", id=id)
+        return get_document(query, (), body="text", id=new_id)
     if isinstance(query, str) and query not in sink.documents:
         if not query.strip():
             raise UserError("query is empty")
-        return Document(id, "", fields.as_text(query, "query"))
-    named = fields.identifier(query, "id") if isinstance(query, dict) else fields.identifier(record, "query")
-    fields.all_known([named], sink.documents, "query")
-    return sink.document(named)
+        return Document(new_id, "", check_text(query, "query"))
+    id = get_id(query, "id") if isinstance(query, dict) else get_id(record, "query")
+    check_known([id], sink.documents, "query")
+    return sink.document(id)

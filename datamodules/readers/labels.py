@@ -1,4 +1,4 @@
-"""Label spaces: the ids, names and definitions of labels, as documents."""
+"""Label files: ids, names and definitions of labels, as documents."""
 
 from __future__ import annotations
 
@@ -6,78 +6,74 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines, Place
-from datamodules.readers.json_values import as_object, records
-from datamodules.readers.lines import SUFFIXES, lines, open_text, read
+from datamodules.readers.checks import BadLines, Row, add_document, get_document
+from datamodules.readers.io import CHUNK, SUFFIXES, as_object, open_text, read_chunk, read_lines, read_records
 from datamodules.records import Document, UserError
-
-CHUNK = 2**20  # characters
 
 
 def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
-    """A label's document has its first name as title and its definition as text.
+    """Return the labels of a file. The title of a label is its first name, and the text its definition.
 
-    A file in .json or .jsonl (MICoL, SciMult): {"label": id, "name": [name, synonym, ...], "definition": ...} a line;
-    the name may be a string, and "combined_text" stands in for a name and a definition. A file in .xml: MeSH's
-    descriptors (desc2022.xml), with their scope notes as definitions. Any other (MAPLE): id <tab> name <tab> synonym
-    ... a line.
+    .json, .jsonl (MICoL, SciMult)   {"label": id, "name": [name, synonym, ...], "definition": ...} per line; the name
+                                     may be a string, and "combined_text" may replace name and definition
+    .xml (MeSH: desc2022.xml)        descriptors, whose scope notes are the definitions
+    other (MAPLE)                    id <tab> name <tab> synonym ... per line
     """
-    found: dict[str, Document] = {}
-    if _is(path, "xml"):
-        for label in _of_mesh(path):
-            fields.add_new(found, label)
+    labels: dict[str, Document] = {}
+    if _has_suffix(path, "xml"):
+        for label in _read_mesh(path):
+            add_document(labels, label)
     else:
-        is_json = _is(path, "json", "jsonl")
-        for place in records(path, bad) if is_json else lines(path, bad):
-            with place:
-                fields.add_new(found, _of_object(place) if is_json else _of_columns(place))
-    if not found:
-        raise UserError(f"{path}: holds no label")
-    return found
+        is_json = _has_suffix(path, "json", "jsonl")
+        for row in read_records(path, bad) if is_json else read_lines(path, bad):
+            with row:
+                add_document(labels, _from_object(row) if is_json else _from_columns(row))
+    if not labels:
+        raise UserError(f"{path}: contains no labels")
+    return labels
 
 
-def _is(path: Path, *kinds: str) -> bool:
-    return any(path.name.endswith(f".{kind}{suffix}") for kind in kinds for suffix in SUFFIXES)
+def _has_suffix(path: Path, *suffixes: str) -> bool:
+    return any(path.name.endswith(f".{suffix}{compression}") for suffix in suffixes for compression in SUFFIXES)
 
 
-def _of_object(place: Place) -> Document:
-    record = as_object(place, " with label, name and definition")
+def _from_object(row: Row) -> Document:
+    record = as_object(row, " with label, name and definition")
     name = record.get("name")
     if isinstance(name, list):
         name = name[0] if name else None
     body = "definition" if "definition" in record or name is not None else "combined_text"
-    return fields.document({**record, "name": name}, ("label",), title="name", body=body)
+    return get_document({**record, "name": name}, ("label",), title="name", body=body)
 
 
-def _of_columns(place: Place) -> Document:
-    columns = [column.strip() for column in place.text.split("\t")]
+def _from_columns(row: Row) -> Document:
+    columns = [column.strip() for column in row.text.split("\t")]
     if len(columns) < 2 or not columns[0] or not columns[1]:
-        raise UserError(f"expected a label and its name between tabs, got {place.text[:60]!r}")
+        raise UserError(f"expected a label and its name, separated by a tab, got {row.text[:60]!r}")
     return Document(columns[0], columns[1])
 
 
-def _of_mesh(path: Path) -> Iterator[Document]:
-    """One descriptor after the other, of which the file (300 MB) holds one alone in memory."""
+def _read_mesh(path: Path) -> Iterator[Document]:
+    """Yield the descriptors of a MeSH file. The file has 300 MB, so only one descriptor is in memory at a time."""
     parser = ElementTree.XMLPullParser(["start", "end"])
     root = None
     with open_text(path) as stream:
         try:
-            while text := read(stream, path, 0, CHUNK):
+            while text := read_chunk(stream, path, 0, CHUNK):
                 parser.feed(text)
                 for event, element in parser.read_events():
                     root = element if root is None else root
                     if event == "end" and element.tag == "DescriptorRecord":
-                        yield _descriptor(path, element)
+                        yield _from_descriptor(path, element)
                         root.clear()
             parser.close()
-        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter: bytes that are no UTF-8
+        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8
             raise UserError(f"{path}: the XML file is damaged ({error})") from error
 
 
-def _descriptor(path: Path, record: ElementTree.Element) -> Document:
-    def text(place: str) -> str:
-        return " ".join((record.findtext(place) or "").split())
+def _from_descriptor(path: Path, record: ElementTree.Element) -> Document:
+    def text(element: str) -> str:
+        return " ".join((record.findtext(element) or "").split())
 
     id, name = text("DescriptorUI"), text("DescriptorName/String")
     if not (id and name):

@@ -1,8 +1,8 @@
 """MAPLE: papers of one field with labels, authors, venue and references.
 
-Source: Zhang et al., The Effect of Metadata on Scientific Literature Tagging, WWW 2023 (yuzhimanhua/MAPLE, data on
+Sources: Zhang et al., The Effect of Metadata on Scientific Literature Tagging, WWW 2023 (yuzhimanhua/MAPLE, data on
 Zenodo). How SciMult trains on it: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific
-Literature Understanding, Findings of EMNLP 2023, section 3.4 (hard negatives) and appendix A (100 pairs a label).
+Literature Understanding, Findings of EMNLP 2023, section 3.4 (hard negatives) and appendix A (100 pairs per label).
 """
 
 from __future__ import annotations
@@ -12,45 +12,74 @@ import logging
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object, records
+from datamodules.readers.checks import (
+    BadLines,
+    check_choice,
+    check_choices,
+    check_collection,
+    check_grade,
+    get_document,
+    get_id,
+    get_ids,
+    split_of,
+    stable_hash,
+)
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.labels import read_labels
-from datamodules.readers.lines import find_file
-from datamodules.readers.neighbours import SOURCES, Neighbours, Paper
 from datamodules.records import Collection, Document, UserError
 
 log = logging.getLogger(__name__)
 
+NEGATIVES = ("cited", "author", "venue")
+ATTEMPTS = 8  # draws per hard negative
+
+
+@dataclass(slots=True)
+class Paper:
+    """A paper with what its labels, links and hard negatives are made from."""
+
+    document: Document
+    year: int | None
+    venue: str
+    authors: list[str]
+    references: list[str]
+    labels: list[str]
+
 
 class MapleReader:
-    """One folder of MAPLE, such as MAPLE/Computer_Science, or several as one set.
+    """One folder of MAPLE, such as MAPLE/Computer_Science, or several folders as one collection.
 
     folder/papers.json   {"paper", "venue", "year", "title", "abstract", "label": [id], "author": [id],
-                         "reference": [id]} a line; title_raw and abstract_raw are taken where they are given
-    folder/labels.txt    id <tab> name, or labels_mesh.txt; or the file of the folder, or with its whole path, that
-                         `labels` names: see read_labels
+                         "reference": [id]} per line; title_raw and abstract_raw are preferred if present
+    folder/labels.txt    id <tab> name per line (or labels_mesh.txt)
 
-    view: "labels" (queries are papers, the corpus is the label space), "citations" (queries and corpus are papers, the
-    relevant ones are the references within the corpus) or "fields" (queries are papers, the corpus is the names of the
-    folders, which are fields).
-    further: folders whose papers belong to the same set, with the labels of the first. A paper that several folders
-    have is one paper, with the text of the first, and with the labels of all.
-    max_per_label: positive pairs of a label, or papers of a field, in the train split at most, drawn by the seed; 0 for
-    all. In "fields" no other papers are kept in memory, so they are drawn by a hash of their id, from each split.
-    negatives: from where hard negatives come: papers that the paper cites, that share an author, or the venue. In
-    "labels" and "fields" such a paper's label that is none of the paper's own; in "citations" what a cited paper cites,
-    or the paper of the same author or venue, if the paper does not cite it. For each training paper up to
-    num_negatives.
-    Splits: by a hash of the paper's id, dev_percent and test_percent of the papers. With train_until, papers of later
-    years are the test split (MAPLE's own split is 2015), and dev_percent of the others dev.
+    Files may be compressed as .gz or .zst. Labels that the label file lacks are dropped, with the papers that have no
+    other label, and a warning counts them.
 
-    Labels that the label file does not have are dropped, with the papers that have no other, and counted in a warning.
-    Files may end in .gz or .zst. on_error, quarantine: see BadLines.
+    view: "labels": queries are papers, the corpus is the label space. "citations": queries and corpus are papers, and
+        the references within the corpus are relevant. "fields": queries are papers, and the corpus is the names of the
+        folders.
+    labels: another label file, in the folder or with its full path (see read_labels).
+    label_key: key of a paper's labels.
+    further: more folders of the same collection, with the labels of the first. A paper of several folders is one paper,
+        with the text from the first folder and the labels from all.
+    max_per_label: maximum number of training papers for each label or field, drawn by the seed; 0 for all. In "fields"
+        only these papers are kept in memory, so they are drawn for each split, by a hash of their ids.
+    negatives: sources of hard negatives: papers that the paper "cited", or that share an "author" or the "venue". In
+        "labels" and "fields" a hard negative is a label of such a paper that the paper itself does not have. In
+        "citations" it is a reference of a cited paper, or the paper of the same author or venue, unless the paper cites
+        it.
+    num_negatives: maximum number of hard negatives for each training paper.
+    train_until: last year of training. Papers of later years are the test split (MAPLE's own split is 2015).
+    dev_percent, test_percent: percentages of papers in the dev and test splits, chosen by a hash of their ids.
+        test_percent is not used with train_until.
+    seed: seed of all draws.
+    on_error, quarantine: see BadLines.
     """
 
     VIEWS = ("labels", "citations", "fields")
@@ -72,23 +101,25 @@ class MapleReader:
         on_error: str = "fail",
         quarantine: str | None = None,
     ):
-        fields.allowed("view", [view], self.VIEWS)
-        BadLines(on_error)
         if min(dev_percent, test_percent) < 0 or dev_percent + test_percent >= 100:
             raise UserError(
-                f"dev_percent, test_percent: got {dev_percent}, {test_percent}; both from 0, below 100 in sum"
+                "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
+                f"got {dev_percent} and {test_percent}"
             )
         if min(max_per_label, num_negatives) < 0:
-            raise UserError(f"max_per_label, num_negatives: got {max_per_label}, {num_negatives}, allowed from 0 on")
-        self.folder, self.view, self.labels, self.label_key = Path(folder), view, labels, label_key
+            raise UserError(
+                f"max_per_label, num_negatives: expected numbers of at least 0, got {max_per_label} and {num_negatives}"
+            )
+        self.folder, self.view = Path(folder), check_choice("view", view, self.VIEWS)
+        self.labels, self.label_key = labels, label_key
         self.folders = [self.folder, *map(Path, further or ())]
         self.max_per_label, self.num_negatives, self.seed = max_per_label, num_negatives, seed
-        self.negatives = fields.allowed("negatives", negatives or [], SOURCES)
+        self.negatives = check_choices("negatives", negatives or [], NEGATIVES)
         self.train_until, self.dev_percent, self.test_percent = train_until, dev_percent, test_percent
-        self.on_error, self.quarantine = on_error, quarantine
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
+        """Return the files to read."""
         labels = [self._labels_file()] if self.view == "labels" else []
         return [*map(self._papers_file, self.folders), *labels]
 
@@ -99,79 +130,86 @@ class MapleReader:
         return find_file(self.folder, *([str(Path(self.labels))] if self.labels else ("labels.txt", "labels_mesh.txt")))
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
+        """Read and check all folders. Raises UserError with file, line and reason."""
         with BadLines(self.on_error, self.quarantine) as bad:
-            papers = self._papers(bad)
-            corpus, relevant = self._judged(papers, bad)
+            papers = self._read_papers(bad)
+            corpus, relevant = self._judge(papers, bad)
         splits: dict[str, dict[str, list[str]]] = {split: {} for split in self._splits()}
-        for id, its in relevant.items():
-            if its:
-                splits[self._split(papers[id])][id] = its
-        train, of_labels = splits["train"], self.view != "citations"
-        near = Neighbours(papers, train, of_labels, self.negatives, self.seed)
+        for id, documents in relevant.items():
+            if documents:
+                splits[self._split(papers[id])][id] = documents
+        train, is_labelled = splits["train"], self.view != "citations"
+        neighbours = _Neighbours(papers, train, is_labelled, self.negatives, self.seed)
         judged = {
-            id: dict.fromkeys(near.negatives(id, relevant[id], self.num_negatives), 0) | dict.fromkeys(its, 1)
-            for id, its in (self._capped(train) if of_labels else train).items()
+            id: dict.fromkeys(neighbours.draw(id, relevant[id], self.num_negatives), 0) | dict.fromkeys(documents, 1)
+            for id, documents in (self._cap(train) if is_labelled else train).items()
         }
-        others = {s: {id: dict.fromkeys(its, 1) for id, its in q.items()} for s, q in splits.items() if s != "train"}
+        others = {
+            split: {id: dict.fromkeys(documents, 1) for id, documents in queries.items()}
+            for split, queries in splits.items()
+            if split != "train"
+        }
         qrels = {"train": judged} | others
         queries = {id: papers[id].document for split in qrels.values() for id in split}
-        return fields.checked(Collection(corpus, queries, qrels), self.folder)
+        return check_collection(Collection(corpus, queries, qrels), self.folder)
 
-    def _judged(self, papers: dict[str, Paper], bad: BadLines) -> tuple[dict[str, Document], dict[str, list[str]]]:
-        """The corpus, and for each paper what is relevant to it."""
+    def _judge(self, papers: dict[str, Paper], bad: BadLines) -> tuple[dict[str, Document], dict[str, list[str]]]:
+        """Return the corpus, and the relevant documents of each paper."""
         if self.view == "citations":
             relevant = {id: [r for r in p.references if r in papers and r != id] for id, p in papers.items()}
             within, total = sum(map(len, relevant.values())), sum(len(p.references) for p in papers.values())
-            log.info("%s: %d of %d references are papers of the folder", self.folder, within, total)
+            log.info("%s: %d of %d references are papers of the collection", self.folder, within, total)
             return {id: paper.document for id, paper in papers.items()}, relevant
         if self.view == "fields":
             names = {folder.name: folder.name.replace("_", " ") for folder in self.folders}
             return {id: Document(id, name) for id, name in names.items()}, {id: p.labels for id, p in papers.items()}
         path = self._labels_file()
         corpus = read_labels(path, bad)
-        return corpus, self._known(papers, corpus, path)
+        return corpus, self._drop_unknown_labels(papers, corpus, path)
 
-    def _papers(self, bad: BadLines) -> dict[str, Paper]:
+    def _read_papers(self, bad: BadLines) -> dict[str, Paper]:
         papers: dict[str, Paper] = {}
         for folder in self.folders:
-            found: dict[str, Paper] = {}
-            lowest: dict[str, list[tuple[int, str]]] = defaultdict(list)  # of "fields": a heap for each split
-            for place in records(self._papers_file(folder), bad):
-                with place:
-                    paper = self._paper(as_object(place, " with paper, title, abstract and label"), folder)
-                    if paper.document.id in found:
-                        raise UserError(f"the id {paper.document.id!r} stands on an earlier line too")
-                    found[paper.document.id] = paper
+            new: dict[str, Paper] = {}
+            kept: dict[str, list[tuple[int, str]]] = defaultdict(list)  # split -> heap, in "fields"
+            for row in read_records(self._papers_file(folder), bad):
+                with row:
+                    paper = self._read_paper(as_object(row, " with paper, title, abstract and label"), folder)
+                    if paper.document.id in new:
+                        raise UserError(f"duplicate id {paper.document.id!r}: an earlier line has it too")
+                    new[paper.document.id] = paper
                     if self.view == "fields" and self.max_per_label:
-                        self._drop_highest(found, lowest[self._split(paper)], paper.document.id)
-            for id, paper in found.items():
-                before = papers.setdefault(id, paper)
-                before.labels = list(dict.fromkeys((*before.labels, *paper.labels)))
+                        self._drop_surplus(new, kept[self._split(paper)], paper.document.id)
+            for id, paper in new.items():
+                first = papers.setdefault(id, paper)
+                first.labels = list(dict.fromkeys((*first.labels, *paper.labels)))
         return papers
 
-    def _paper(self, record: Mapping[str, Any], folder: Path) -> Paper:
+    def _read_paper(self, record: Mapping[str, Any], folder: Path) -> Paper:
         title, body = (f"{key}_raw" if record.get(f"{key}_raw") else key for key in ("title", "abstract"))
-        document = fields.document(record, ("paper",), title, body)
-        labels = fields.identifiers(record, self.label_key, required=self.view == "labels")
-        authors = fields.identifiers(record, "author")
-        references = fields.identifiers(record, "reference", required=self.view == "citations")
+        document = get_document(record, ("paper",), title, body)
+        labels = get_ids(record, self.label_key, required=self.view == "labels")
+        authors = get_ids(record, "author")
+        references = get_ids(record, "reference", required=self.view == "citations")
         return Paper(
             document,
-            None if self.train_until is None else fields.grade(record.get("year"), "year"),
-            "" if record.get("venue") in (None, "") else fields.identifier(record, "venue"),
-            [sys.intern(author) for author in authors],  # one string in memory for all that name it
+            None if self.train_until is None else check_grade(record.get("year"), "year"),
+            "" if record.get("venue") in (None, "") else get_id(record, "venue"),
+            [sys.intern(author) for author in authors],  # papers share the strings, which saves memory
             [sys.intern(reference) for reference in references],
             [folder.name] if self.view == "fields" else [sys.intern(label) for label in labels],
         )
 
-    def _drop_highest(self, papers: dict[str, Paper], heap: list[tuple[int, str]], id: str) -> None:
-        """Of more than max_per_label papers in the heap, drop the one of the highest hash."""
-        heapq.heappush(heap, (-fields.hashed(f"{self.seed}/{id}"), id))
+    def _drop_surplus(self, papers: dict[str, Paper], heap: list[tuple[int, str]], id: str) -> None:
+        """Add a paper to the heap, and drop the paper with the highest hash if there are more than max_per_label."""
+        heapq.heappush(heap, (-stable_hash(f"{self.seed}/{id}"), id))
         if len(heap) > self.max_per_label:
             del papers[heapq.heappop(heap)[1]]
 
-    def _known(self, papers: Mapping[str, Paper], corpus: Mapping[str, Document], path: Path) -> dict[str, list[str]]:
+    def _drop_unknown_labels(
+        self, papers: Mapping[str, Paper], corpus: Mapping[str, Document], path: Path
+    ) -> dict[str, list[str]]:
+        """Drop labels that are not in the corpus, and return the other labels of each paper."""
         relevant, num_labels, num_papers = {}, 0, 0
         for id, paper in papers.items():
             known = [label for label in paper.labels if label in corpus]
@@ -179,7 +217,12 @@ class MapleReader:
             num_papers += bool(paper.labels) and not known
             relevant[id] = paper.labels = known
         if num_labels:
-            log.warning("%s: lacks %d labels of papers; %d papers have no other", path, num_labels, num_papers)
+            log.warning(
+                "%s: dropped %d labels of papers that are not in it; %d papers have no other label",
+                path,
+                num_labels,
+                num_papers,
+            )
         return relevant
 
     def _splits(self) -> list[str]:
@@ -187,13 +230,13 @@ class MapleReader:
         return ["train", *(["dev"] if self.dev_percent else []), *(["test"] if has_test else [])]
 
     def _split(self, paper: Paper) -> str:
-        return fields.split_of(paper.document.id, self.dev_percent, self.test_percent, paper.year, self.train_until)
+        return split_of(paper.document.id, self.dev_percent, self.test_percent, paper.year, self.train_until)
 
-    def _capped(self, train: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """At most max_per_label papers for each label, and no paper without a label."""
+    def _cap(self, train: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """Draw at most max_per_label papers for each label. Papers that keep no label are left out."""
         by_label = defaultdict(list)
-        for id, its in train.items():
-            for label in its:
+        for id, labels in train.items():
+            for label in labels:
                 by_label[label].append(id)
         kept: dict[str, list[str]] = {id: [] for id in train}
         for label, ids in by_label.items():
@@ -201,4 +244,54 @@ class MapleReader:
                 ids = random.Random(f"{self.seed}/{label}").sample(ids, self.max_per_label)
             for id in ids:
                 kept[id].append(label)
-        return {id: its for id, its in kept.items() if its}
+        return {id: labels for id, labels in kept.items() if labels}
+
+
+class _Neighbours:
+    """Hard negatives from related training papers (SciMult, section 3.4), drawn by the paper's id and the seed.
+
+    train: relevant documents (labels, or cited papers) of each training paper.
+    is_labelled: whether the relevant documents are labels. A related paper then contributes its labels. Otherwise a
+        cited paper contributes its references, and other related papers contribute themselves.
+    sources: some of NEGATIVES.
+    """
+
+    def __init__(
+        self,
+        papers: Mapping[str, Paper],
+        train: Mapping[str, Sequence[str]],
+        is_labelled: bool,
+        sources: Sequence[str],
+        seed: int,
+    ):
+        self.papers, self.train, self.is_labelled = papers, train, is_labelled
+        self.sources, self.seed = sources, seed
+        self.by_author, self.by_venue = defaultdict(list), defaultdict(list)
+        for id in train if sources else ():
+            self.by_venue[papers[id].venue].append(id)
+            for author in papers[id].authors:
+                self.by_author[author].append(id)
+
+    def draw(self, id: str, relevant: Sequence[str], number: int) -> list[str]:
+        """Return up to `number` documents that are not relevant to the paper, and not the paper itself."""
+        paper, rng = self.papers[id], random.Random(f"{self.seed}/{id}")
+        cited = [other for other in paper.references if other in self.train] if "cited" in self.sources else []
+        negatives: dict[str, None] = {}
+        for _ in range(ATTEMPTS * number if self.sources else 0):
+            source = rng.choice(self.sources)
+            neighbour = rng.choice(cited) if source == "cited" and cited else self._related(paper, source, rng)
+            if neighbour is None or neighbour == id:
+                continue
+            candidates = self.train.get(neighbour, ()) if self.is_labelled or source == "cited" else (neighbour,)
+            candidate = rng.choice(candidates) if candidates else id
+            if candidate != id and candidate not in relevant:
+                negatives[candidate] = None
+            if len(negatives) == number:
+                break
+        return list(negatives)
+
+    def _related(self, paper: Paper, source: str, rng: random.Random) -> str | None:
+        """Return a training paper that shares an author, or the venue."""
+        if source == "author" and paper.authors:
+            return rng.choice(self.by_author[rng.choice(paper.authors)])
+        return rng.choice(self.by_venue[paper.venue]) if source == "venue" and paper.venue else None

@@ -8,65 +8,72 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.beir import judgements
-from datamodules.readers.json_values import as_object, records
-from datamodules.readers.lines import find_file
+from datamodules.readers.beir import read_qrels
+from datamodules.readers.checks import (
+    SPLITS,
+    BadLines,
+    Judgements,
+    add_document,
+    check_choice,
+    check_collection,
+    get_document,
+)
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.records import Collection, Document
 
 
 class PmcPatientsReader:
     """The folder of the ReCDS benchmark.
 
-    folder/queries/train_queries.jsonl   {"_id", "text"} a line; dev_queries.jsonl and test_queries.jsonl the same
-    folder/PAR/corpus.jsonl              {"_id", "title", "text"} a line (or PAR_corpus.jsonl); PPR the same
+    folder/queries/train_queries.jsonl   {"_id", "text"} per line; dev_queries.jsonl and test_queries.jsonl alike
+    folder/PAR/corpus.jsonl              {"_id", "title", "text"} per line (or PAR_corpus.jsonl); PPR alike
     folder/PAR/qrels_train.tsv           a header, then query-id <tab> corpus-id <tab> score, 1 or 2 (or
-                                         PAR_train_qrels.tsv); dev and test the same
+                                         PAR_train_qrels.tsv); dev and test alike
 
-    task: "PAR" or "PPR". In PPR, queries of the train split are documents of the corpus. A split is read if it has
-    qrels; at least one must. Every file may end in .gz or .zst. on_error, quarantine: see BadLines.
+    Splits with qrels are read, at least one. Every file may be compressed as .gz or .zst.
+
+    task: "PAR" or "PPR". In PPR, queries of the train split are documents of the corpus.
+    on_error, quarantine: see BadLines.
     """
 
     TASKS = ("PAR", "PPR")
 
     def __init__(self, folder: str, task: str, on_error: str = "fail", quarantine: str | None = None):
-        fields.allowed("task", [task], self.TASKS)
-        BadLines(on_error)
-        self.folder, self.task = Path(folder), task
-        self.on_error, self.quarantine = on_error, quarantine
+        self.folder, self.task = Path(folder), check_choice("task", task, self.TASKS)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
-        splits = self._splits()
+        """Return the files to read."""
+        splits = self._split_files()
         queries = [find_file(self.folder, f"queries/{split}_queries.jsonl") for split in splits]
-        return [self._corpus(), *queries, *splits.values()]
+        return [self._corpus_file(), *queries, *splits.values()]
 
-    def _corpus(self) -> Path:
+    def _corpus_file(self) -> Path:
         return find_file(self.folder, f"{self.task}/corpus.jsonl", f"{self.task}/{self.task}_corpus.jsonl")
 
-    def _splits(self) -> dict[str, Path]:
-        names = {s: (f"{self.task}/qrels_{s}.tsv", f"{self.task}/{self.task}_{s}_qrels.tsv") for s in fields.SPLITS}
-        found = {split: find_file(self.folder, *both, required=False) for split, both in names.items()}
-        return {split: path for split, path in found.items() if path}
+    def _split_files(self) -> dict[str, Path]:
+        names = {s: (f"{self.task}/qrels_{s}.tsv", f"{self.task}/{self.task}_{s}_qrels.tsv") for s in SPLITS}
+        files = {split: find_file(self.folder, *both, required=False) for split, both in names.items()}
+        return {split: path for split, path in files.items() if path}
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
+        """Read and check the folder. Raises UserError with file, line and reason."""
         corpus: dict[str, Document] = {}
         queries: dict[str, Document] = {}
         qrels = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            path = self._corpus()
-            _add(path, corpus, bad)
-            for split, qrels_path in self._splits().items():
-                file = find_file(self.folder, f"queries/{split}_queries.jsonl")
-                _add(file, queries, bad)
-                found = fields.Judgements(queries, corpus, bad, file.name, path.name)
-                qrels[split] = judgements(qrels_path, found)
-        return fields.checked(Collection(corpus, queries, qrels), self.folder / self.task)
+            corpus_path = self._corpus_file()
+            _read_documents(corpus_path, corpus, bad)
+            for split, qrels_path in self._split_files().items():
+                queries_path = find_file(self.folder, f"queries/{split}_queries.jsonl")
+                _read_documents(queries_path, queries, bad)
+                judgements = Judgements(queries, corpus, bad, queries_path.name, corpus_path.name)
+                qrels[split] = read_qrels(qrels_path, judgements)
+        return check_collection(Collection(corpus, queries, qrels), self.folder / self.task)
 
 
-def _add(path: Path, documents: dict[str, Document], bad: BadLines) -> None:
-    for place in records(path, bad):
-        with place:
-            fields.add_new(documents, fields.document(as_object(place), ("_id",), body="text"))
+def _read_documents(path: Path, documents: dict[str, Document], bad: BadLines) -> None:
+    """Add the documents of a file to those that were read before."""
+    for row in read_records(path, bad):
+        with row:
+            add_document(documents, get_document(as_object(row), ("_id",), body="text"))

@@ -11,12 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import QUARANTINED_TEXT, BadLines, Place
-from datamodules.readers.beir import judgements
-from datamodules.readers.json_values import as_object, records
+from datamodules.readers.beir import read_qrels
+from datamodules.readers.checks import (
+    QUARANTINED_TEXT,
+    BadLines,
+    Judgements,
+    Row,
+    add_document,
+    check_choice,
+    check_collection,
+    check_known,
+    get_document,
+    get_grades,
+    get_id,
+    get_ids,
+    get_text,
+)
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.labels import read_labels
-from datamodules.readers.lines import find_file
 from datamodules.records import Collection, Document, UserError
 
 DATASETS = {
@@ -28,14 +40,16 @@ DATASETS = {
     "pmc_patients": ("PMCPatientsPAR", "PMCPatientsPPR"),
 }
 
+GradesOf = Callable[[Mapping[str, Any]], dict[str, int]]  # grades of a query's documents, from its record
+
 
 class SciMultReader:
-    """One data set of the folder that holds classification_fine, search and so on; all of it is the test split.
+    """One data set of the folder that contains classification_fine, search and so on. All of it is the test split.
 
     classification_fine/D_label.json, D_papers_test.json (and classification_coarse)
         {"label", "name": [...], "definition"}, {"title", "abstract", "label": [id], or one id}
     link_prediction_retrieval/SciDocs_papers_test.json
-        {"paper", "title", "abstract", "cite": [id], "co-cite": [id]}; `relation` says which of the two
+        {"paper", "title", "abstract", "cite": [id], "co-cite": [id]}
     link_prediction_retrieval/PMCPatientsPPR_patients_test.json, PMCPatientsPPR_queries_test.json
         {"patient", "title", "abstract"}, {"title", "abstract", "patient": [id]}
     link_prediction_reranking/Recommendation_papers_test.json
@@ -46,10 +60,14 @@ class SciMultReader:
         {"article" or "patient", "title", "abstract"}, {"query", "title", "abstract"}; with the judgements of
         pmc_patients/PMCPatients/PAR/PAR_test_qrels.tsv
 
-    All are JSON lines. Where each query has its own candidates (Recommendation, Search, TRECCOVID_SciRepEval), these
-    are the documents with a grade, 0 included: what else is in the corpus is not to be ranked for it. A query without
-    an id is named by its line. The labels whose names occur in a paper are in classification_fine/D_matched.json,
-    {"candidate": [id]}, a line a paper. The folder scidocs is SciDocsReader's. Every file may end in .gz or .zst.
+    All files are JSON lines, and may be compressed as .gz or .zst. A query without an id is named by its line. Queries
+    of Recommendation, Search and TRECCOVID_SciRepEval have their own candidates: the documents with a grade, including
+    0. Other documents of the corpus must not be ranked for them. classification_fine/D_matched.json lists the labels
+    whose names occur in each paper, {"candidate": [id]} per line. The folder scidocs is read by SciDocsReader.
+
+    task: folder of the data set, such as "search".
+    dataset: name of the data set (D above), such as "SciFact".
+    relation: links of SciDocs, "cite" or "co-cite".
     on_error, quarantine: see BadLines.
     """
 
@@ -65,142 +83,141 @@ class SciMultReader:
         on_error: str = "fail",
         quarantine: str | None = None,
     ):
-        fields.allowed("task", [task], self.TASKS)
-        fields.allowed(f"dataset (of {task})", [dataset], DATASETS[task])
-        fields.allowed("relation", [relation], self.RELATIONS)
-        BadLines(on_error)
-        self.folder, self.task, self.dataset, self.relation = Path(folder), task, dataset, relation
-        self.on_error, self.quarantine = on_error, quarantine
+        self.folder, self.task = Path(folder), check_choice("task", task, self.TASKS)
+        self.dataset = check_choice(f"dataset (of {task})", dataset, DATASETS[task])
+        self.relation = check_choice("relation", relation, self.RELATIONS)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
+        """Return the files to read."""
         folder = self.folder / self.task
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder (expected {self.dataset}_papers_test.json or the like in it)")
-        return sorted(path for path in folder.rglob("*") if path.is_file() and self._concerns(path.name))
+            raise UserError(f"{folder}: no such folder (expected files such as {self.dataset}_papers_test.json in it)")
+        return sorted(path for path in folder.rglob("*") if path.is_file() and self._is_source(path.name))
 
-    def _concerns(self, name: str) -> bool:
+    def _is_source(self, name: str) -> bool:
         return name.startswith((f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels"))
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
+        """Read and check the data set. Raises UserError with file, line and reason."""
         with BadLines(self.on_error, self.quarantine) as bad:
             if self.task.startswith("classification"):
-                collection = self._classification(bad)
+                labels = read_labels(self._file("label"), bad)
+                collection = self._read_queries(bad, labels, _unnamed_query, _label_grades, kind="papers")
             elif self.task == "pmc_patients":
-                collection = self._pmc_patients(bad)
+                collection = self._read_pmc_patients(bad)
             elif self.dataset == "SciDocs":
-                collection = self._papers(bad, lambda record: _linked(record, self.relation))
+                collection = self._read_linked_papers(bad, lambda record: _link_grades(record, self.relation))
             elif self.dataset == "PMCPatientsPPR":
-                patients = self._documents("patients", "patient", bad)
-                collection = self._queries(bad, patients, _unnamed, lambda record: _linked(record, "patient"))
+                patients = self._read_documents("patients", "patient", bad)
+                collection = self._read_queries(
+                    bad, patients, _unnamed_query, lambda record: _link_grades(record, "patient")
+                )
             elif self.task == "link_prediction_reranking":
-                collection = self._papers(bad, _scored)
+                collection = self._read_linked_papers(bad, _score_grades)
             else:
-                collection = self._queries(bad, self._documents("papers", "paper", bad), _search, _scored)
-        return fields.checked(collection, self.folder / self.task / self.dataset)
+                papers = self._read_documents("papers", "paper", bad)
+                collection = self._read_queries(bad, papers, _search_query, _score_grades)
+        return check_collection(collection, self.folder / self.task / self.dataset)
 
     def named_labels(self) -> dict[str, list[str]]:
-        """Paper -> the labels whose names occur in it, as the authors found them (classification_fine alone)."""
-        found = {}
+        """Return the labels whose names occur in each paper, as the authors matched them (classification_fine only)."""
+        labels = {}
         with BadLines("fail") as bad:
-            for place in records(self.named_labels_file(), bad):
-                with place:
-                    found[f"test.{place.ordinal}"] = fields.identifiers(as_object(place), "candidate", required=True)
-        return found
+            for row in read_records(self.named_labels_file(), bad):
+                with row:
+                    labels[f"test.{row.ordinal}"] = get_ids(as_object(row), "candidate", required=True)
+        return labels
 
     def named_labels_file(self) -> Path:
-        """Raises UserError if it is not there."""
+        """Return the file of matched labels. Raises UserError if it is missing."""
         return self._file("matched")
 
     def _file(self, kind: str) -> Path:
         return find_file(self.folder / self.task, f"{self.dataset}_{kind}.json")
 
-    def _documents(self, kind: str, key: str, bad: BadLines) -> dict[str, Document]:
-        found: dict[str, Document] = {}
-        for place in records(self._file(f"{kind}_test"), bad):
-            with place:
-                fields.add_new(found, fields.document(as_object(place), (key,)))
-        return found
+    def _read_documents(self, kind: str, key: str, bad: BadLines) -> dict[str, Document]:
+        documents: dict[str, Document] = {}
+        for row in read_records(self._file(f"{kind}_test"), bad):
+            with row:
+                add_document(documents, get_document(as_object(row), (key,)))
+        return documents
 
-    def _queries(
+    def _read_queries(
         self,
         bad: BadLines,
         corpus: Mapping[str, Document],
-        query_of: Callable[[Place], Document],
-        judged_of: Callable[[Mapping[str, Any]], dict[str, int]],
+        query_of: Callable[[Row], Document],
+        grades_of: GradesOf,
         kind: str = "queries",
     ) -> Collection:
-        """Queries with their own judgements, a line each."""
+        """Return a collection whose queries have their judgements on their own line."""
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, int]] = {}
-        for place in records(self._file(f"{kind}_test"), bad):
-            with place:
-                query, judged = query_of(place), judged_of(as_object(place))
-                fields.all_known(list(judged), corpus, "the judged documents")
-                if not judged:
-                    raise UserError(f"query {query.id!r} has no judgement")
-                fields.add_new(queries, query)
-                qrels[query.id] = judged
+        for row in read_records(self._file(f"{kind}_test"), bad):
+            with row:
+                query, grades = query_of(row), grades_of(as_object(row))
+                check_known(list(grades), corpus, "judged documents")
+                if not grades:
+                    raise UserError(f"query {query.id!r} has no judgements")
+                add_document(queries, query)
+                qrels[query.id] = grades
         return Collection(corpus, queries, {"test": qrels})
 
-    def _classification(self, bad: BadLines) -> Collection:
-        labels = read_labels(self._file("label"), bad)
-        return self._queries(bad, labels, _unnamed, _labelled, kind="papers")
-
-    def _papers(self, bad: BadLines, judged_of: Callable[[Mapping[str, Any]], dict[str, int]]) -> Collection:
-        """Papers that are corpus and queries; those without judgements are no queries."""
+    def _read_linked_papers(self, bad: BadLines, grades_of: GradesOf) -> Collection:
+        """Return a collection of papers that are corpus and queries. Papers without judgements are not queries."""
         corpus: dict[str, Document] = {}
-        pending: list[tuple[Place, str, dict[str, int]]] = []
+        pending: list[tuple[Row, str, dict[str, int]]] = []
         path, num_lines = self._file("papers_test"), 0
-        for place in records(path, bad):
+        for row in read_records(path, bad):
             num_lines += 1
-            with place:
-                record = as_object(place)
-                judged = judged_of(record)
-                fields.add_new(corpus, fields.document(record, ("paper",)))
-                if judged:
-                    short = replace(place, text=place.text[:QUARANTINED_TEXT], value=None)
-                    pending.append((short, fields.identifier(record, "paper"), judged))
+            with row:
+                record = as_object(row)
+                grades = grades_of(record)
+                add_document(corpus, get_document(record, ("paper",)))
+                if grades:
+                    short = replace(row, text=row.text[:QUARANTINED_TEXT], value=None)
+                    pending.append((short, get_id(record, "paper"), grades))
         qrels = {}
-        for place, paper, judged in pending:  # papers cite later lines too
-            with place:
-                fields.all_known(list(judged), corpus, "the judged documents")
-                qrels[paper] = judged
+        for row, paper, grades in pending:  # papers also cite papers of later lines
+            with row:
+                check_known(list(grades), corpus, "judged documents")
+                qrels[paper] = grades
         bad.end_of_file(path, num_lines)
         return Collection(corpus, {id: corpus[id] for id in qrels}, {"test": qrels})
 
-    def _pmc_patients(self, bad: BadLines) -> Collection:
+    def _read_pmc_patients(self, bad: BadLines) -> Collection:
         task = self.dataset.removeprefix("PMCPatients")
         kind = {"PAR": "article", "PPR": "patient"}[task]
-        corpus = self._documents(f"{kind}s", kind, bad)
-        queries = self._documents("queries", "query", bad)
+        corpus = self._read_documents(f"{kind}s", kind, bad)
+        queries = self._read_documents("queries", "query", bad)
         path = find_file(self.folder / self.task, f"PMCPatients/{task}/{task}_test_qrels.tsv")
-        homes = (self._file("queries_test").name, self._file(f"{kind}s_test").name)
-        return Collection(corpus, queries, {"test": judgements(path, fields.Judgements(queries, corpus, bad, *homes))})
+        files = (self._file("queries_test").name, self._file(f"{kind}s_test").name)
+        qrels = read_qrels(path, Judgements(queries, corpus, bad, *files))
+        return Collection(corpus, queries, {"test": qrels})
 
 
-def _unnamed(place: Place) -> Document:
-    return fields.document(as_object(place), (), id=f"test.{place.ordinal}")
+def _unnamed_query(row: Row) -> Document:
+    return get_document(as_object(row), (), id=f"test.{row.ordinal}")
 
 
-def _search(place: Place) -> Document:
-    record = as_object(place)
-    words = fields.text(record, "query", required=True)
-    if not words.strip():
+def _search_query(row: Row) -> Document:
+    record = as_object(row)
+    text = get_text(record, "query", required=True)
+    if not text.strip():
         raise UserError("query is empty")
-    return Document(fields.identifier(record, "query_id"), "", words)
+    return Document(get_id(record, "query_id"), "", text)
 
 
-def _linked(record: Mapping[str, Any], key: str) -> dict[str, int]:
-    return dict.fromkeys(fields.identifiers(record, key, required=True), 1)
+def _link_grades(record: Mapping[str, Any], key: str) -> dict[str, int]:
+    return dict.fromkeys(get_ids(record, key, required=True), 1)
 
 
-def _scored(record: Mapping[str, Any]) -> dict[str, int]:
-    return fields.grades(record, "score")
+def _score_grades(record: Mapping[str, Any]) -> dict[str, int]:
+    return get_grades(record, "score")
 
 
-def _labelled(record: Mapping[str, Any]) -> dict[str, int]:
+def _label_grades(record: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(record.get("label"), list):
-        return _linked(record, "label")
-    return {fields.identifier(record, "label"): 1}
+        return _link_grades(record, "label")
+    return {get_id(record, "label"): 1}

@@ -1,4 +1,4 @@
-"""SciRepEval's labelled examples: papers, and what a linear model is to tell of them by their vectors.
+"""SciRepEval's labelled examples: papers, and labels that a linear model predicts from their vectors.
 
 Source: Singh et al., SciRepEval: A Multi-Format Benchmark for Scientific Document Representations, EMNLP 2023
 (allenai/scirepeval and allenai/scirepeval_test on the Hugging Face hub).
@@ -9,121 +9,136 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object
-from datamodules.readers.rows import files_by_split, rows_of_files
-from datamodules.readers.scirepeval import IDS
+from datamodules.readers.checks import (
+    BadLines,
+    check_choice,
+    check_collection,
+    check_id,
+    get_document,
+    get_id,
+    get_list,
+)
+from datamodules.readers.io import as_object
+from datamodules.readers.scirepeval import ID_KEYS
+from datamodules.readers.tables import files_by_split, read_tables
 from datamodules.records import Collection, Document, UserError
 
 log = logging.getLogger(__name__)
 
 NUMBER = "number"
-LARGEST = 1e100  # number: the squares of larger ones, by which C is chosen, are no floats
+MAX_NUMBER = 1e100  # the choice of C squares the numbers, and larger squares are not finite
+
+Label = str | tuple[int, ...] | float  # of the views "class", "labels" and "number"
 
 
 class SciRepEvalExamplesReader:
-    """A config of both data sets. Queries are papers; this is to be measured on, by a benchmark with train_on.
+    """A config of both data sets, for benchmarks with train_on. Queries are papers.
 
-    folder/evaluation.jsonl              {"doc_id" or "corpus_id", "title", "abstract"} a row, of allenai/scirepeval
-    judgements/train.jsonl, test.jsonl   {"paper_id", "label"} a row, of allenai/scirepeval_test
+    folder/evaluation.jsonl              {"doc_id" or "corpus_id", "title", "abstract"} per row, of allenai/scirepeval
+    judgements/train.jsonl, test.jsonl   {"paper_id", "label"} per row, of allenai/scirepeval_test
 
-    Files as SciRepEvalReader takes them.
+    Files may have the formats that SciRepEvalReader reads. A paper that is judged twice counts twice. Papers without
+    text are left out with a warning, as in SciRepEval's own program.
 
-    view: what a label is. "class": the one class of a paper, a number or a word; the corpus is the classes, in order.
-    "labels": a list of 0 and 1, one for each label; the corpus is their places. "number": the corpus is one document,
-    which has the number as its grade. A paper that is judged twice counts twice. Papers without text are left out, with
-    a warning, as SciRepEval's own program leaves them out. on_error, quarantine: see BadLines.
+    view: what a label is. "class": the one class of a paper, a number or a word; the corpus is the sorted classes.
+        "labels": a list of 0 and 1, one for each label; the corpus is their indices. "number": the corpus is a single
+        document, whose grade is the number.
+    on_error, quarantine: see BadLines.
     """
 
     VIEWS = ("class", "labels", NUMBER)
 
     def __init__(self, folder: str, judgements: str, view: str, on_error: str = "fail", quarantine: str | None = None):
-        fields.allowed("view", [view], self.VIEWS)
-        BadLines(on_error)
-        self.folder, self.judgements, self.view = Path(folder), Path(judgements), view
-        self.on_error, self.quarantine = on_error, quarantine
+        self.folder, self.judgements = Path(folder), Path(judgements)
+        self.view = check_choice("view", view, self.VIEWS)
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """The files that it reads."""
-        return [*self._texts(), *(path for paths in files_by_split(self.judgements).values() for path in paths)]
+        """Return the files to read."""
+        return [*self._text_files(), *(path for paths in files_by_split(self.judgements).values() for path in paths)]
 
-    def _texts(self) -> list[Path]:
+    def _text_files(self) -> list[Path]:
         splits = files_by_split(self.folder)
         if "test" not in splits:
-            raise UserError(f"{self.folder}: has no file of the split evaluation (evaluation.jsonl, or .parquet)")
+            raise UserError(f"{self.folder}: no file of the split evaluation (evaluation.jsonl, or .parquet)")
         return splits["test"]
 
     def read(self) -> Collection:
-        """Raises UserError naming the file, the line and what is wrong with it."""
+        """Read and check both folders. Raises UserError with file, line and reason."""
         texts: dict[str, Document] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            for place in rows_of_files(self._texts(), bad):
-                with place:
-                    paper = fields.document(as_object(place), IDS)
+            for row in read_tables(self._text_files(), bad):
+                with row:
+                    paper = get_document(as_object(row), ID_KEYS)
                     texts.setdefault(paper.id, paper)
             splits = {
-                split: self._examples(paths, texts, bad) for split, paths in files_by_split(self.judgements).items()
+                split: self._read_examples(paths, texts, bad)
+                for split, paths in files_by_split(self.judgements).items()
             }
-        found = [label for examples in splits.values() for _, label in examples]
-        corpus = {id: Document(id, id) for id in self._corpus(found)}
+        labels = [label for examples in splits.values() for _, label in examples]
+        corpus = {id: Document(id, id) for id in self._corpus_ids(labels)}
         queries = {paper.id: paper for examples in splits.values() for paper, _ in examples}
-        qrels = {s: {paper.id: self._grades(label) for paper, label in examples} for s, examples in splits.items()}
-        return fields.checked(Collection(corpus, queries, qrels), self.judgements)
+        qrels = {
+            split: {paper.id: self._grades(label) for paper, label in examples} for split, examples in splits.items()
+        }
+        return check_collection(Collection(corpus, queries, qrels), self.judgements)
 
-    def _examples(self, paths: Sequence[Path], texts: dict[str, Document], bad: BadLines) -> list[tuple[Document, Any]]:
-        """Papers of a split with their labels, in the order of the file: folds of cross-validation follow from it."""
-        found, times, without, length = [], Counter(), 0, None
-        for place in rows_of_files(paths, bad):
-            with place:
-                record = as_object(place)
-                id, label = fields.identifier(record, "paper_id"), self._label(record)
-                length = length or (len(label) if self.view == "labels" else 1)
-                if self.view == "labels" and len(label) != length:
-                    raise UserError(f"label has {len(label)} values, those before have {length}")
+    def _read_examples(
+        self, paths: Sequence[Path], texts: Mapping[str, Document], bad: BadLines
+    ) -> list[tuple[Document, Label]]:
+        """Return the papers of a split with their labels, in file order, which sets the folds of cross-validation."""
+        examples: list[tuple[Document, Label]] = []
+        count: Counter[str] = Counter()
+        num_without_text, num_labels = 0, None
+        for row in read_tables(paths, bad):
+            with row:
+                record = as_object(row)
+                id, label = get_id(record, "paper_id"), self._read_label(record)
+                if self.view == "labels":
+                    num_labels = num_labels or len(label)
+                    if len(label) != num_labels:
+                        raise UserError(f"label has {len(label)} values, but earlier ones have {num_labels}")
                 if id not in texts:
-                    without += 1
+                    num_without_text += 1
                     continue
-                times[id] += 1
-                name = id if times[id] == 1 else f"{id}#{times[id]}"
-                found.append((Document(name, texts[id].title, texts[id].text), label))
-        if without:
-            log.warning("%s: %d papers have no text in %s, and are left out", paths[0], without, self.folder)
-        return found
+                count[id] += 1
+                name = id if count[id] == 1 else f"{id}#{count[id]}"
+                examples.append((Document(name, texts[id].title, texts[id].text), label))
+        if num_without_text:
+            log.warning("%s: left out %d papers without a text in %s", paths[0], num_without_text, self.folder)
+        return examples
 
-    def _label(self, record: dict[str, Any]) -> Any:
+    def _read_label(self, record: Mapping[str, Any]) -> Label:
         if self.view == "labels":
-            label = fields.listed(record, "label", required=True)
-            if len(label) < 2 or not all(one in (0, 1) for one in label):
+            label = get_list(record, "label", required=True)
+            if len(label) < 2 or not all(value in (0, 1) for value in label):
                 raise UserError(f"label must be a list of 0 and 1, one for each label, got {str(label)[:60]}")
             return tuple(map(int, label))
         if "label" not in record:
             raise UserError(f"label is missing (keys here: {', '.join(record)})")
         label = record["label"]
         if self.view == "class":
-            return fields.as_identifier(
-                int(label) if isinstance(label, float) and label.is_integer() else label, "label"
-            )
-        if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= LARGEST:
-            raise UserError(f"label must be a number from -{LARGEST:g} to {LARGEST:g}, got {str(label)[:60]!r}")
+            return check_id(int(label) if isinstance(label, float) and label.is_integer() else label, "label")
+        if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= MAX_NUMBER:
+            raise UserError(f"label must be a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, got {str(label)[:60]!r}")
         return label
 
-    def _corpus(self, labels: Sequence[Any]) -> list[str]:
+    def _corpus_ids(self, labels: Sequence[Label]) -> list[str]:
         if self.view == NUMBER:
             return [NUMBER]
         if self.view == "labels":
             if len(lengths := {len(label) for label in labels}) > 1:
                 raise UserError(f"{self.judgements}: splits have {' and '.join(map(str, sorted(lengths)))} labels")
-            return [str(place) for place in range(max(lengths, default=0))]
+            return [str(index) for index in range(max(lengths, default=0))]
         classes = set(labels)
-        of_numbers = all(re.fullmatch(r"-?\d{1,100}", label) for label in classes)
-        return sorted(classes, key=(lambda label: (int(label), label)) if of_numbers else str)  # "1" is not "01"
+        are_numbers = all(re.fullmatch(r"-?\d{1,100}", label) for label in classes)
+        return sorted(classes, key=(lambda label: (int(label), label)) if are_numbers else str)  # "1" is not "01"
 
-    def _grades(self, label: Any) -> dict[str, Any]:
+    def _grades(self, label: Label) -> dict[str, float]:
         if self.view == "labels":
-            return {str(place): one for place, one in enumerate(label)}
+            return {str(index): value for index, value in enumerate(label)}
         return {NUMBER: label} if self.view == NUMBER else {label: 1}

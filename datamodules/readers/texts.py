@@ -1,6 +1,6 @@
-"""Texts of one file, one after the other, in shards of a fixed number of lines: what is embedded.
+"""Texts of one file, in shards of a fixed number of lines, to be embedded.
 
-A shard is lines, not documents, so that who wants only some of them need not parse the others.
+A shard is counted in lines and not in documents, so that lines of unwanted shards need not be parsed.
 """
 
 from __future__ import annotations
@@ -10,66 +10,66 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from datamodules.readers import fields
-from datamodules.readers.bad_lines import BadLines, Place
-from datamodules.readers.json_values import as_object
-from datamodules.readers.lines import find_file
-from datamodules.readers.rows import rows_of_files
+from datamodules.readers.checks import BadLines, Row, get_document
+from datamodules.readers.io import as_object, find_file
+from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
 
 ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 
 
 def text_file(source: Path) -> Path:
-    """The file itself, or the corpus of a folder. Raises UserError if there is none."""
+    """Return the file itself, or the corpus of a folder. Raises UserError if there is none."""
     if source.is_dir():
         return find_file(source, "corpus.jsonl", "corpus.json")
     if not source.is_file():
-        raise UserError(f"input: {source} is no file, and no folder with a corpus.jsonl")
+        raise UserError(f"input: {source} is neither a file nor a folder with a corpus.jsonl")
     return source
 
 
 def count_lines(path: Path, on_error: str) -> int:
-    """Lines (rows of parquet, entries of one JSON list) that shards are made of. Raises UserError."""
-    bad = BadLines(on_error, os.devnull)  # they are told of when their shard is read
-    return sum(1 for _ in rows_of_files([path], bad))
+    """Return the number of lines (rows of parquet, entries of a JSON list) in a file. Raises UserError."""
+    bad = BadLines(on_error, os.devnull)  # bad lines are reported when their shard is read
+    return sum(1 for _ in read_tables([path], bad))
 
 
 def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) -> Iterator[tuple[int, list[Document]]]:
-    """Numbers and documents of the wanted shards, of `size` lines each, but for bad lines and the last shard.
+    """Yield number and documents of each wanted shard.
 
     A line is {"id": ..., "title": ..., "text" or "abstract": ...}. Raises UserError for a bad line, unless the policy
     skips it.
+
+    size: number of lines per shard. Bad lines count, and the last shard may be shorter.
     """
     number, documents, line = 0, [], -1
-    for line, place in enumerate(rows_of_files([path], bad)):
+    for line, row in enumerate(read_tables([path], bad)):
         if line // size != number:
             if number in wanted:
                 yield number, documents
             number, documents = line // size, []
         if number in wanted:
-            with place:
-                documents.append(_document(place))
+            with row:
+                documents.append(_document(row))
     if line >= 0 and number in wanted:
         yield number, documents
 
 
-def _document(place: Place) -> Document:
-    record = as_object(place, " with id, title and text")
-    body = "text" if "text" in record or "abstract" not in record else "abstract"
-    document = fields.document(record, ID_KEYS, body=body)
-    if "\n" in document.id or "\r" in document.id:
-        raise UserError(f"the id {document.id!r} has a line end")
-    return document
-
-
 def documents_at(path: Path, lines: Iterable[int]) -> dict[int, Document]:
-    """The documents of some lines, counted from 0, of a file without bad ones; of those that are none now, nothing."""
-    found, wanted = {}, set(lines)
-    for line, place in enumerate(rows_of_files([path], BadLines())):
+    """Return the documents of some lines, by line number from 0. Lines that hold no document are left out."""
+    documents, wanted = {}, set(lines)
+    for line, row in enumerate(read_tables([path], BadLines())):
         if line in wanted:
             with suppress(UserError):
-                found[line] = _document(place)
-            if len(wanted) == len(found):
+                documents[line] = _document(row)
+            if len(wanted) == len(documents):
                 break
-    return found
+    return documents
+
+
+def _document(row: Row) -> Document:
+    record = as_object(row, " with id, title and text")
+    body = "text" if "text" in record or "abstract" not in record else "abstract"
+    document = get_document(record, ID_KEYS, body=body)
+    if "\n" in document.id or "\r" in document.id:
+        raise UserError(f"the id {document.id!r} contains a line break")
+    return document

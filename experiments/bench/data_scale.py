@@ -95,7 +95,7 @@ def trained(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> 
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = SharedEncoder(*random_backbone(MINILM, vocabulary), {"search": "search"}, pooling="mean")
-    module = ContrastiveModule(encoder).to(device).train()
+    module = ContrastiveModule(encoder, total_steps=1000).to(device).train()
     optimizer, started = module.configure_optimizers()["optimizer"], 0.0
     for number, batch in enumerate(batches):
         optimizer.zero_grad()

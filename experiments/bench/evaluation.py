@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.matching import NameMatcher
 from datamodules.records import Benchmark, Document
-from datamodules.text import input_text
+from datamodules.text import NameMatcher, input_text
 from experiments.bench.encoder_cost import backbone_of
 from experiments.results.results import evaluate_encoder
 from experiments.shared.console import choice, entry_point, key_values, whole_number

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.collate import Collator
+from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.encoder_cost import backbone_of, seconds
 from experiments.shared.console import entry_point, key_values, whole_number
@@ -35,7 +35,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def module_of(values: dict[str, int], cache: bool) -> ContrastiveModule:
     encoder = SharedEncoder(*backbone_of(values, VOCABULARY - 5), {"search": "search"}, pooling="mean")
-    return ContrastiveModule(encoder, similarity="cosine", temperature=0.05, grad_cache=cache).to(DEVICE)
+    options = {"similarity": "cosine", "temperature": 0.05, "total_steps": 1000}
+    return ContrastiveModule(encoder, grad_cache=cache, **options).to(DEVICE)
 
 
 def batch_of(values: dict[str, int], pairs: int) -> ContrastiveBatch:

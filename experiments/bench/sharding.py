@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from datamodules.collate import Collator
+from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.encoder_cost import backbone_of, seconds, tasks_of
 from experiments.shared.console import entry_point, key_values, whole_number
@@ -73,7 +73,8 @@ def measured(rank: int, port: int, way: str, values: dict[str, int]) -> dict[str
     before = _peak()
     encoder = MoEEncoder(*backbone_of(values, VOCABULARY - 5), tasks_of(values["experts"]), pooling="mean")
     cached = WAYS[way].get("cache", False)
-    module = ContrastiveModule(encoder, similarity="cosine", temperature=0.05, grad_cache=cached).to(device).train()
+    options = {"similarity": "cosine", "temperature": 0.05, "total_steps": 1000}
+    module = ContrastiveModule(encoder, grad_cache=cached, **options).to(device).train()
     step: nn.Module = _Step(module)
     if way == "ddp":
         ids = [rank] if on_gpu else None

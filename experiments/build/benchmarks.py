@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.matching import NameMatcher
-from datamodules.readers.folders import reader_of
+from datamodules.readers import reader_class_of
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
+from datamodules.text import NameMatcher
 from experiments.build.data import build_data
 from experiments.build.suite import BenchmarkConfig, choose, load_suite
 from experiments.config.schema import Config
@@ -72,7 +72,7 @@ def _beir_benchmark(values: Mapping[str, str], config: Config | None) -> Benchma
     folder, task, split = Path(values["beir"]), values["task"], values["split"]
     if not task:
         raise UserError(f"task: whose expert ranks {folder}? For instance task=search")
-    collection = reader_of(folder)(str(folder)).read()
+    collection = reader_class_of(folder)(str(folder)).read()
     if split not in collection.qrels:
         raise UserError(f"split: {folder} has no {split!r}, it has {', '.join(collection.qrels)}")
     qrels = collection.qrels[split]

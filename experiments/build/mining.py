@@ -9,12 +9,12 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
+from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
-from datamodules.rounds import Rounds
+from experiments.config.paths import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.run.folder import folder_of
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.mine import Mining
@@ -31,7 +31,10 @@ def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
         return
     data.rounds = Rounds(folder_of(config).absolute() / NEGATIVES, settings.use, data.fingerprints())
     if settings.store:
-        data.rounds.begin(0, str(Path(settings.store).absolute()))
+        try:
+            data.rounds.begin(0, str(Path(settings.store).absolute()))
+        except UserError as error:
+            raise UserError(f"mining.store: {error}") from error
 
 
 def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: int) -> int:

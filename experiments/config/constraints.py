@@ -10,7 +10,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.config.schema import Config
-from lightning_modules.objective.options import check_objective
+from lightning_modules.objective_options import check_objective
 from lightning_modules.retrieval.metrics import check_metric
 
 # Settings of the lower packages whose fields have no bounds yet.
@@ -39,7 +39,7 @@ def check_constraints(config: Config) -> None:
     _check_sharding(config)
     _check_mining_times(config)
     _check_mined_negatives_are_used(config)
-    check_objective(config.objective, list(config.task))
+    check_objective(config.objective, list(config.task), "objective.")
 
 
 def _check_bounds(config: Config, keys: Sequence[str], is_valid: Callable[[float], bool], expected: str) -> None:

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from datamodules.options import option
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.mining.mine import MiningOptions
-from lightning_modules.objective.options import ObjectiveOptions
+from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.readers.folders import reader_of
+from datamodules.readers import reader_class_of
 from datamodules.records import UserError
 from experiments.config.moved import current_path
 from experiments.config.structured import describe
@@ -106,7 +106,7 @@ def with_reader(key: str, node: Any) -> Any:
     if not isinstance(node, Mapping) or "_target_" in node or not isinstance(node.get("folder"), str):
         return node
     try:
-        reader = reader_of(node["folder"])
+        reader = reader_class_of(node["folder"])
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     return {"_target_": f"{reader.__module__}.{reader.__name__}"} | dict(node)

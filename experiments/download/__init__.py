@@ -1,1 +1,1 @@
-"""Training data from public files."""
+"""Public files that training data are built from: recipes, downloads, checksums and archives."""

@@ -1,21 +1,22 @@
-"""Recipes: which public files make which training data. One is a YAML file in experiments/recipes."""
+"""Recipes: which public files make which training data. A recipe is a YAML file in experiments/recipes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
 
-from datamodules.readers.fields import SPLITS
+from datamodules.options import option
+from datamodules.readers.checks import SPLITS
 from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.experiment import names
+from experiments.config.structured import read_yaml, structured
+from experiments.config.suggest import did_you_mean, expected_one_of
 from experiments.config.targets import check_target
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -24,71 +25,64 @@ COUNTS = ("documents", "queries", "pairs", "negatives")
 
 @dataclass
 class FileSpec:
-    """sha256: null where it is not known: then that of the first download is held on to. bytes: of the whole file."""
+    """A published file."""
 
-    sha256: str | None = MISSING
-    md5: str | None = None
-    bytes: int | None = None
+    sha256: str | None = option(MISSING, "checksum; null if unknown, then the first download sets it")
+    md5: str | None = option(None, "checksum, if only this one is published")
+    bytes: int | None = option(None, "size of the file", minimum=0)
 
 
 @dataclass
 class SourceSpec:
-    """page: where it is described. terms: of its use. url: what precedes the files' names; null where they can only be
-    placed by hand. unpack: its files are archives, of which the members that match a pattern are taken.
-    """
+    """Files with a common URL and license."""
 
-    page: str = MISSING
-    terms: str = MISSING
-    url: str | None = MISSING
-    files: dict[str, FileSpec] = MISSING
-    unpack: Literal["no", "zip", "tar"] = "no"
-    members: list[str] = field(default_factory=lambda: ["*"])
+    page: str = option(MISSING, "web page that describes the files")
+    terms: str = option(MISSING, "license or terms of use")
+    url: str | None = option(MISSING, "URL of the folder of the files; null if they must be downloaded by hand")
+    files: dict[str, FileSpec] = option(MISSING, "files by name")
+    unpack: Literal["no", "zip", "tar"] = option("no", "type of the archives, if the files are archives")
+    members: list[str] = option(["*"], "patterns of the archive members to unpack")
 
 
 @dataclass
 class OutputSpec:
-    """A folder in BEIR layout.
+    """A folder in BEIR layout, built from sources by a reader."""
 
-    reader: its node; SOURCE:PATH stands for a path in a source's folder. splits: of the folder -> those of the reader
-    that they are made of; none for all as they are. without: source -> arguments of the reader while its files are not
-    there, which makes the source one that may lack. expected: counts as published. note: how it differs from that.
-    """
-
-    reader: dict[str, Any] = MISSING
-    splits: dict[str, list[str]] = field(default_factory=dict)
-    without: dict[str, dict[str, Any]] = field(default_factory=dict)
-    expected: dict[str, int] = field(default_factory=dict)
-    note: str = ""
+    reader: dict[str, Any] = option(MISSING, "node of the reader; SOURCE:PATH is a path in the folder of a source")
+    splits: dict[str, list[str]] = option({}, "splits of the reader that make up each split; by default unchanged")
+    without: dict[str, dict[str, Any]] = option({}, "optional source -> arguments of the reader if it is missing")
+    expected: dict[str, int] = option({}, "published counts of documents, queries, pairs or negatives")
+    note: str = option("", "reason for differences from the published counts")
 
 
 @dataclass
 class Recipe:
-    """then: the command to go on with, with ROOT for data.root."""
+    """Sources, and the folders to build from them."""
 
-    then: str = ""
-    sources: dict[str, SourceSpec] = MISSING
-    outputs: dict[str, OutputSpec] = MISSING
+    then: str = option("", "next command to suggest, with ROOT for data.root")
+    sources: dict[str, SourceSpec] = option(MISSING, "sources by name")
+    outputs: dict[str, OutputSpec] = option(MISSING, "outputs by the name of their folder")
 
 
 def recipes() -> list[str]:
+    """Return the names of the recipes in experiments/recipes."""
     return names(FOLDER)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe, checked. overrides: such as outputs.NAME.reader.seed=1. Raises UserError with file and key."""
-    try:
-        layer = OmegaConf.load(path)
-        if not isinstance(layer, DictConfig):
-            raise UserError(f"{path}: expected keys with values")
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), layer, OmegaConf.from_dotlist(list(overrides)))
-        if missing := OmegaConf.missing_keys(merged):
-            raise UserError(f"{path}: no value for {', '.join(sorted(missing))}")
-        recipe: Recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        where = f"{path}: {error.full_key}" if error.full_key else str(path)
-        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
-    except (yaml.YAMLError, OSError, UnicodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a checked recipe. Raises UserError with file and key.
+
+    name: name of a recipe in experiments/recipes, or path of a YAML file.
+    overrides: changed values, such as outputs.NAME.reader.seed=1.
+    """
+    path = Path(name)
+    if path.suffix != ".yaml":
+        if name not in recipes():
+            hint = did_you_mean(name, recipes())
+            expected = expected_one_of([*recipes(), "a YAML file"], hint)
+            raise UserError(f"recipe: unknown recipe {name!r}; {hint}{expected}")
+        path = FOLDER / f"{name}.yaml"
+    recipe = structured(Recipe, [read_yaml(path), OmegaConf.from_dotlist(list(overrides))], str(path))
     _check(path, recipe)
     return recipe
 
@@ -96,62 +90,69 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def _check(path: Path, recipe: Recipe) -> None:
     for name, source in recipe.sources.items():
         key = f"{path}: sources.{name}"
-        _is_name(key, name)
+        _check_name(key, name)
         if not source.files:
-            raise UserError(f"{key}.files: name at least one")
+            raise UserError(f"{key}.files: expected at least one file")
         if source.url is not None and not re.match("https?://", source.url):
-            raise UserError(f"{key}.url: got {source.url!r}, allowed are http:// and https://")
+            raise UserError(f"{key}.url: expected http:// or https://, got {source.url!r}")
         for file, spec in source.files.items():
             _check_file(f"{key}.files.{file}", file, spec)
     for name, output in recipe.outputs.items():
         key = f"{path}: outputs.{name}"
-        _is_name(key, name)
+        _check_name(key, name)
         if name in ("downloads", "unpacked"):
-            raise UserError(f"{key}: this folder is taken; give the output another name")
-        for given, allowed in ((output.splits, SPLITS), (output.expected, COUNTS)):
-            if unknown := [one for one in given if one not in allowed]:
-                raise UserError(f"{key}: unknown {unknown[0]!r}, allowed are {', '.join(allowed)}")
-        for lacking in ([], list(output.without)):
-            check_target(f"{key}.reader", node(output, lacking), Reader)
-        for source in {*needed(output), *output.without} - recipe.sources.keys():
-            raise UserError(f"{key}: there is no source {source!r}, there are {', '.join(recipe.sources)}")
+            raise UserError(f"{key}: this folder holds the sources; use another name")
+        _check_keys(f"{key}.splits", output.splits, SPLITS)
+        _check_keys(f"{key}.expected", output.expected, COUNTS)
+        for missing in ([], list(output.without)):
+            check_target(f"{key}.reader", reader_node(output, missing), Reader)
+        for source in {*needed_sources(output), *output.without} - recipe.sources.keys():
+            hint = did_you_mean(source, recipe.sources)
+            raise UserError(f"{key}: unknown source {source!r}; {hint}{expected_one_of(recipe.sources, hint)}")
 
 
 def _check_file(key: str, file: str, spec: FileSpec) -> None:
     parts = PurePosixPath(file).parts
     if not parts or parts[0] == "/" or ".." in parts or file.endswith((".part", ".sign")):
-        raise UserError(f"{key}: the name must be that of a file in its folder")
+        raise UserError(f"{key}: expected the name of a file inside the source's folder")
     for name, value, digits in (("sha256", spec.sha256, 64), ("md5", spec.md5, 32)):
         if value is not None and not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
-            raise UserError(f"{key}.{name}: got {value!r}, expected {digits} digits from 0 to f, or null")
+            raise UserError(f"{key}.{name}: expected {digits} digits from 0 to f, or null, got {value!r}")
 
 
-def _is_name(key: str, name: str) -> None:
+def _check_keys(key: str, values: dict[str, Any], expected: Sequence[str]) -> None:
+    for name in values:
+        if name not in expected:
+            hint = did_you_mean(name, expected)
+            raise UserError(f"{key}: unknown key {name!r}; {hint}{expected_one_of(expected, hint)}")
+
+
+def _check_name(key: str, name: str) -> None:
     if not re.fullmatch("[a-z0-9_]+", str(name)):
-        raise UserError(f"{key}: names are made of a to z, 0 to 9 and _")
+        raise UserError(f"{key}: names may only have a to z, 0 to 9 and _")
 
 
-def node(output: OutputSpec, lacking: Sequence[str] = ()) -> dict[str, Any]:
-    """The node of an output's reader while some of the sources that may lack do."""
-    found = dict(output.reader)
-    for source in lacking:
-        found |= output.without[source]
-    return found
+def reader_node(output: OutputSpec, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the node of an output's reader. missing: optional sources that are not available."""
+    node = dict(output.reader)
+    for source in missing:
+        node |= output.without[source]
+    return node
 
 
-def needed(output: OutputSpec, lacking: Sequence[str] = ()) -> list[str]:
-    """The sources that it names."""
-    found: dict[str, None] = {}
-    with_folders(node(output, lacking), lambda source: Path(found.setdefault(source) or ""))
-    return list(found)
+def needed_sources(output: OutputSpec, missing: Sequence[str] = ()) -> list[str]:
+    """Return the names of the sources that an output's reader uses, given the missing optional ones."""
+    sources: dict[str, None] = {}
+    resolve_paths(reader_node(output, missing), lambda source: Path(sources.setdefault(source) or ""))
+    return list(sources)
 
 
-def with_folders(value: Any, folder: Callable[[str], Path]) -> Any:
-    """A node, or a part of one, with each SOURCE:PATH as a path in the source's folder."""
+def resolve_paths(value: Any, folder_of: Callable[[str], Path]) -> Any:
+    """Replace each SOURCE:PATH in a node by a path in the source's folder."""
     if isinstance(value, dict):
-        return {key: with_folders(one, folder) for key, one in value.items()}
+        return {key: resolve_paths(item, folder_of) for key, item in value.items()}
     if isinstance(value, list):
-        return [with_folders(one, folder) for one in value]
+        return [resolve_paths(item, folder_of) for item in value]
     if isinstance(value, str) and (match := re.fullmatch("([a-z0-9_]+):(.*)", value)):
-        return str(folder(match[1]) / match[2])
+        return str(folder_of(match[1]) / match[2])
     return value

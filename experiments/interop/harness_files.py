@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.bad_lines import BadLines
-from datamodules.readers.json_values import as_object, records
-from datamodules.readers.lines import find_file
+from datamodules.readers.checks import BadLines
+from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
@@ -128,7 +127,7 @@ def _tasks(path: Path) -> dict[str, tuple[dict[str, Any], str, str]]:
     """Name -> the task as it stands in the file, its config and its type."""
     found = {}
     with BadLines("fail") as bad:
-        for place in records(path, bad):
+        for place in read_records(path, bad):
             with place:
                 record = as_object(place)
                 kind = choice("type", record.get("type"), list(SCIREPEVAL))

@@ -1,39 +1,37 @@
-"""Charts as SVG that the page's style colours: no script, no fonts, and text of the size of the page's.
+"""Charts as lists of shapes, which a template draws as SVG in the page's own colours.
 
-A chart is as wide as a phone; several stand side by side where there is room. Numbers on axes have the class "tick".
+A chart is as wide as a phone; several stand in a row where there is room. Coordinates are in pixels, y grows downwards.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.reporting.html import Html, join, shown, tag
-from experiments.reporting.source import Source
+from experiments.reporting.run_files import Source, shown
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
-MOST_POINTS, MOST_MARKS, FEW_POINTS = 400, 60, 5
-NUM_TONES = 8  # colours of the style
+MAX_POINTS, MAX_MARKS, FEW_POINTS = 400, 60, 5
+NUM_COLOURS = 8  # of the style sheet
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, and where its values at some steps stand. tone: number of its colour."""
+    """One line of a chart: values over steps. colour: number of a colour in the style sheet."""
 
     label: str
     steps: Sequence[int]
     values: Sequence[Source]
-    tone: int
+    colour: int
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale of values on pixels."""
+    """Map values from low to high onto pixels from start to end."""
 
     low: float
     high: float
@@ -44,7 +42,7 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Round numbers on it."""
+        """Return round values along the axis, about as many as asked for."""
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -52,8 +50,149 @@ class Axis:
         return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def span(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
-    """From the lowest to the highest with a little room; zero: from 0 on."""
+@dataclass(frozen=True)
+class Rule:
+    """A straight line."""
+
+    x1: float
+    x2: float
+    y1: float
+    y2: float
+    style: str = "grid"
+
+
+@dataclass(frozen=True)
+class Label:
+    text: str
+    x: float
+    y: float
+    anchor: str = "middle"
+    style: str = "tick"
+
+
+@dataclass(frozen=True)
+class Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    style: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point. title: what a reader sees when pointing at it. source: where its value is stored."""
+
+    x: float
+    y: float
+    colour: int
+    title: str
+    source: str
+    style: str = "dot"
+    radius: float = 3.2
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A name with its colour, and the last value of its line. form: a format specification."""
+
+    label: str
+    colour: int
+    value: Source | None = None
+    form: str = ".3f"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure. description: the drawing in words, for screen readers. curves: points of a polyline and its colour."""
+
+    title: str
+    width: float
+    height: float
+    description: str
+    rules: Sequence[Rule] = ()
+    labels: Sequence[Label] = ()
+    bars: Sequence[Bar] = ()
+    curves: Sequence[tuple[str, int]] = ()
+    dots: Sequence[Dot] = ()
+    legend: Sequence[LegendEntry] = field(default_factory=list)
+
+
+def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = False) -> Chart | None:
+    """Return a chart of values over steps, with the last value of each line in the legend; None without values.
+
+    zero: whether the axis of values starts at 0.
+    """
+    series = [_thin(line) for line in series if len(line.steps)]
+    if not series:
+        return None
+    y = Axis(*value_range([v.value for line in series for v in line.values], zero), HEIGHT - BOTTOM, TOP)
+    x = Axis(0, max(1, *(line.steps[-1] for line in series)), LEFT, WIDTH - RIGHT)
+    rules, labels = _grid(x, y, form)
+    if y.low < 0:
+        rules.append(Rule(x.start, x.end, y(0), y(0), "axis"))
+    curves, dots = [], []
+    for line in series:
+        points = [(s, v) for s, v in zip(line.steps, line.values, strict=True) if math.isfinite(v.value)]
+        curves.append((" ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points), line.colour))
+        style = "dot" if len(points) <= FEW_POINTS else "mark"
+        for step, value in points if len(points) <= MAX_MARKS else ():
+            text = f"{line.label}, step {step}: {shown(value.value, form)}"
+            dots.append(Dot(x(step), y(value.value), line.colour, text, value.place, style))
+    legend = [LegendEntry(line.label, line.colour, line.values[-1], form) for line in series]
+    description = f"{title}, over steps: {', '.join(line.label for line in series)}"
+    return Chart(title, WIDTH, HEIGHT, description, rules, labels, (), curves, dots, legend)
+
+
+def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Chart:
+    """Return a chart of bars. Those below 0 have another colour, and a line marks 0."""
+    height = 130
+    low, high = min(0.0, edges[0]), max(0.0, edges[-1])
+    x = Axis(low, high if low < high else low + 1, RIGHT, WIDTH - RIGHT)
+    y = Axis(0, max(1, *counts), height - BOTTOM, 8)
+    bars = [
+        Bar(x(a), y(count), max(0.5, x(b) - x(a) - 1), y(0) - y(count), "bad" if b <= 0 else "good")
+        for count, a, b in zip(counts, edges, edges[1:], strict=False)
+    ]
+    rules = [Rule(x(0), x(0), 4, y(0), "axis")]
+    labels = [Label(tick_text(value), x(value), height - 9) for value in x.ticks(5)]
+    return Chart(title, WIDTH, height, f"Histogram: {title}", rules, labels, bars)
+
+
+def scatter(title: str, points: np.ndarray, colours: Sequence[int], titles: Sequence[Source]) -> Chart:
+    """Return a map of points (n, 2), each at most 1 from the centre. titles: the name of each point."""
+    size = 320
+    axis = Axis(-1.04, 1.04, 6, size - 6)
+    dots = [
+        Dot(axis(px), axis(-py), colour, str(title.value), title.place)
+        for (px, py), colour, title in zip(points.tolist(), colours, titles, strict=True)
+    ]
+    return Chart(title, size, size, f"Map of papers: {title}", dots=dots)
+
+
+def dot_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, Source]]]]) -> Chart:
+    """Return a chart with a line from 0 to 1 for each row, and a dot on it for each system.
+
+    rows: (name, [(system, colour, value)]).
+    """
+    spacing, left = 44, 12
+    height = len(rows) * spacing + 24
+    x = Axis(0, 1.0, left, WIDTH - left)
+    rules = [Rule(x(value), x(value), 4, height - 22) for value in x.ticks(5)]
+    labels = [Label(tick_text(value), x(value), height - 7) for value in x.ticks(5)]
+    dots, systems = [], {}
+    for number, (name, values) in enumerate(rows):
+        y = number * spacing + 30
+        labels.append(Label(name, left, y - 12, "start", "name"))
+        rules.append(Rule(left, WIDTH - left, y, y))
+        for system, colour, value in values:
+            dots.append(Dot(x(value.value), y, colour, f"{system}: {value.value:.4f}", value.place, radius=6))
+            systems[system] = LegendEntry(system, colour)
+    return Chart(title, WIDTH, height, title, rules, labels, dots=dots, legend=list(systems.values()))
+
+
+def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
+    """Return the lowest and the highest finite value, with a little room around them."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     if zero:
@@ -64,121 +203,25 @@ def span(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
     return (low - room if low < 0 else max(0.0, low - room)), high + room
 
 
-def frame(title: str, *marks: Any, legend: Any = "", below: Any = "", size: tuple[int, int], told: str) -> Html:
-    """A figure: its caption and legend, the drawing, and what stands below. told: what the drawing shows, in words."""
-    drawing = tag("svg", *marks, viewBox=f"0 0 {size[0]} {size[1]}", role="img", aria_label=told)
-    return tag("figure", tag("figcaption", title), legend, drawing, below)
-
-
-def grid(x: Axis, y: Axis, form: str) -> Html:
-    """Steps across and values upwards, with ticks and horizontal lines. form: of the values."""
-    marks = []
-    for value in y.ticks(4):
-        at = f"{y(value):.1f}"
-        marks.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-        label = f"{tick(100 * value)}%" if form.endswith("%") else tick(value)
-        marks.append(tag("text", label, x=x.start - 5, y=at, dy="0.32em", text_anchor="end", class_="tick"))
-    marks.append(tag("text", "step", x=0, y=y.start + 17, class_="tick"))
-    for value in x.ticks(4):
-        label = tick(value)
-        marks.append(tag("text", label, x=f"{x(value):.1f}", y=y.start + 17, text_anchor="middle", class_="tick"))
-    return join(marks)
-
-
-def tick(value: float) -> str:
+def tick_text(value: float) -> str:
+    """Return a number on an axis, thousands as k."""
     if abs(value) >= 1000:
         return shown(value / 1000, ".4g") + "k"
     return shown(0.0 if abs(value) < 1e-12 else value, ".4g")
 
 
-def lines(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = False) -> Html:
-    """Values over steps, and in the legend the last of each."""
-    series = [thinned(one) for one in series if len(one.steps)]
-    if not series:
-        return Html("")
-    y = Axis(*span([v.value for one in series for v in one.values], zero), HEIGHT - BOTTOM, TOP)
-    x = Axis(0, max(1, *(one.steps[-1] for one in series)), LEFT, WIDTH - RIGHT)
-    marks = [grid(x, y, form)]
-    if y.low < 0:
-        marks.append(tag("line", x1=x.start, x2=x.end, y1=f"{y(0):.1f}", y2=f"{y(0):.1f}", class_="axis"))
-    for one in series:
-        pairs = zip(one.steps, one.values, strict=True)
-        points = [(x(s), y(v.value), s, v) for s, v in pairs if math.isfinite(v.value)]
-        line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
-        marks.append(tag("polyline", points=line, class_=f"line s{one.tone}"))
-        for px, py, step, value in points if len(points) <= MOST_MARKS else ():
-            told = value.told(f"{one.label}, step {step}: {shown(value.value, form)}", "title")
-            kind = "dot" if len(points) <= FEW_POINTS else "mark"
-            marks.append(tag("circle", told, cx=f"{px:.1f}", cy=f"{py:.1f}", r=3.2, class_=f"{kind} s{one.tone}"))
-    key = [(one.label, one.tone, one.values[-1].figure(form)) for one in series]
-    told = f"{title}, over steps: {', '.join(one.label for one in series)}"
-    return frame(title, *marks, legend=legend(key), size=(WIDTH, HEIGHT), told=told)
+def _grid(x: Axis, y: Axis, form: str) -> tuple[list[Rule], list[Label]]:
+    """Return horizontal lines with their values, and the steps below. form: format of the values."""
+    rules = [Rule(x.start, x.end, y(value), y(value)) for value in y.ticks(4)]
+    texts = {value: f"{tick_text(100 * value)}%" if form.endswith("%") else tick_text(value) for value in y.ticks(4)}
+    labels = [Label(text, x.start - 5, y(value) + 4, "end") for value, text in texts.items()]
+    labels.append(Label("step", 0, y.start + 17, "start"))
+    labels += [Label(tick_text(value), x(value), y.start + 17) for value in x.ticks(4)]
+    return rules, labels
 
 
-def legend(entries: Sequence[tuple[str, int, Any]]) -> Html:
-    """Names with their colour, and a figure or nothing after each."""
-    return tag(
-        "ul",
-        *(tag("li", tag("i", class_=f"s{tone}"), label, " ", value) for label, tone, value in entries),
-        class_="legend",
-    )
-
-
-def thinned(one: Series) -> Series:
-    """At most MOST_POINTS of its points, the last among them."""
-    every = math.ceil(len(one.steps) / MOST_POINTS)
-    kept = slice((len(one.steps) - 1) % every, None, every)
-    return Series(one.label, one.steps[kept], one.values[kept], one.tone)
-
-
-def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Html:
-    """Bars; those below 0 in another colour, with a line at 0."""
-    height = 130
-    x = Axis(*_around_zero(edges), RIGHT, WIDTH - RIGHT)
-    y = Axis(0, max(1, *counts), height - BOTTOM, 8)
-    bars = [
-        tag("rect", x=f"{x(low):.1f}", y=f"{y(count):.1f}", width=f"{max(0.5, x(high) - x(low) - 1):.1f}",
-            height=f"{y(0) - y(count):.1f}", class_="bad" if high <= 0 else "good")
-        for count, low, high in zip(counts, edges, edges[1:], strict=False)
-    ]  # fmt: skip
-    zero = tag("line", x1=f"{x(0):.1f}", x2=f"{x(0):.1f}", y1=4, y2=y(0), class_="axis")
-    ticks = [
-        tag("text", tick(value), x=f"{x(value):.1f}", y=height - 9, text_anchor="middle", class_="tick")
-        for value in x.ticks(5)
-    ]
-    return frame(title, *bars, zero, *ticks, size=(WIDTH, height), told=f"Histogram: {title}")
-
-
-def _around_zero(edges: Sequence[float]) -> tuple[float, float]:
-    low, high = min(0.0, edges[0]), max(0.0, edges[-1])
-    return (low, high) if low < high else (low, low + 1)
-
-
-def scatter(title: str, points: np.ndarray, tones: Sequence[int], titles: Sequence[Html], below: Any = "") -> Html:
-    """Points (n, 2), at most 1 from the middle, in the colours of tones. titles: a <title> for each."""
-    size = 320
-    across = Axis(-1.04, 1.04, 6, size - 6)
-    dots = [
-        tag("circle", told, cx=f"{across(px):.1f}", cy=f"{across(-py):.1f}", r=3.2, class_=f"dot s{tone}")
-        for (px, py), tone, told in zip(points.tolist(), tones, titles, strict=True)
-    ]
-    return frame(title, *dots, below=below, size=(size, size), told=f"Map of papers: {title}")
-
-
-def intervals(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, float, Html]]]], high: float) -> Html:
-    """Dots on a line for each row: (its name, (label, tone, value, <title>)...), on an axis from 0 to high."""
-    step, left = 44, 12
-    height = len(rows) * step + 24
-    x = Axis(0, high, left, WIDTH - left)
-    marks = []
-    for value in x.ticks(5):
-        at = f"{x(value):.1f}"
-        marks.append(tag("line", x1=at, x2=at, y1=4, y2=height - 22, class_="grid"))
-        marks.append(tag("text", tick(value), x=at, y=height - 7, text_anchor="middle", class_="tick"))
-    for number, (name, dots) in enumerate(rows):
-        y = number * step + 30
-        marks.append(tag("text", name, x=left, y=y - 12, class_="name"))
-        marks.append(tag("line", x1=left, x2=WIDTH - left, y1=y, y2=y, class_="grid"))
-        marks += [tag("circle", told, cx=f"{x(v):.1f}", cy=y, r=6, class_=f"dot s{tone}") for _, tone, v, told in dots]
-    entries = {label: (label, tone, "") for _, dots in rows for label, tone, _, _ in dots}
-    return frame(title, *marks, legend=legend(list(entries.values())), size=(WIDTH, height), told=title)
+def _thin(line: Series) -> Series:
+    """Return at most MAX_POINTS of a line's points, among them the last."""
+    every = math.ceil(len(line.steps) / MAX_POINTS)
+    kept = slice((len(line.steps) - 1) % every, None, every)
+    return Series(line.label, line.steps[kept], line.values[kept], line.colour)

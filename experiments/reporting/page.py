@@ -1,65 +1,283 @@
-"""The page as a whole."""
+"""The report as one HTML page: what each section shows. The markup is in report.html.jinja and charts.html.jinja."""
 
 from __future__ import annotations
 
+import itertools
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from experiments.reporting.experts import experts
-from experiments.reporting.html import Html, tag
-from experiments.reporting.identity import head, identity, title
-from experiments.reporting.papers import failures, papers_map, queries
-from experiments.reporting.results import results
-from experiments.reporting.run_files import RunFiles
-from experiments.reporting.training import curves, mining
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+from experiments.reporting.charts import (
+    NUM_COLOURS,
+    Chart,
+    LegendEntry,
+    Series,
+    dot_rows,
+    histogram,
+    line_chart,
+    scatter,
+)
+from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source, shown
+
+PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # the rows of the paper's tables that are shown
+SYSTEM_COLOURS = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 SECTIONS = {
-    "results": ("Results", results),
-    "curves": ("Training", curves),
-    "experts": ("Experts", experts),
-    "mining": ("Hard negatives", mining),
-    "map": ("Map", papers_map),
-    "queries": ("What it finds", queries),
-    "failures": ("Where it fails", failures),
-    "run": ("The run", identity),
+    "results": "Results",
+    "curves": "Training",
+    "experts": "Experts and gradients",
+    "mining": "Hard negatives",
+    "map": "Map of papers",
+    "queries": "Examples",
+    "failures": "Failures",
+    "run": "The run",
+}
+MINING_COLUMNS = {  # key in a mining's report -> heading and format
+    "negatives": ("per query", ".1f"),
+    "false_negative_rate": ("look like positives", ".1%"),
+    "margin_p50": ("median margin", ".3g"),
+    "without": ("queries without", ".1%"),
+    "distinct": ("distinct", ".1%"),
+    "kept": ("kept from before", ".1%"),
+    "age": ("age in steps", ",.0f"),
 }
 
-# What browsers show when the mouse rests on a mark, told below the figure as well: fingers do not rest.
-SCRIPT = """
-for (const figure of document.querySelectorAll('figure')) {
-  if (!figure.querySelector('circle title')) continue;
-  const told = document.createElement('output');
-  let chosen = null;
-  figure.append(told);
-  for (const event of ['pointerover', 'click']) figure.addEventListener(event, ({target}) => {
-    const title = target.closest('circle')?.querySelector('title');
-    if (!title) return;
-    chosen?.classList.remove('chosen');
-    chosen = target;
-    chosen.classList.add('chosen');
-    told.textContent = title.textContent;
-  });
-}
-"""
+
+def render(run: RunFiles) -> str:
+    """Return the page. Style, script and charts are inside it, so it needs no other file."""
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters |= {"figure": figure, "quote": quote}
+    return environment.get_template("report.html.jinja").render(
+        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        sections=SECTIONS,
+        run=run,
+        config=run.source(CONFIG),
+        computed=run.source(COMPUTED),
+        results=run.source("results.json"),
+        unfinished=None if run.results else run.source("baselines.json"),
+        manifest=run.source("manifest.json"),
+        tiles=_tiles(run),
+        result_tables=result_tables,
+        result_chart=_result_chart,
+        curves=_curves(run),
+        expert_charts=_expert_charts(run),
+        transplants=_transplants(run),
+        mining_charts=_mining_charts(run),
+        margins=_margins(run),
+        mining_columns=MINING_COLUMNS,
+        maps=_maps(run),
+        map_legend=[LegendEntry(name, i) for i, name in enumerate((run.computed.get("map") or {}).get("labels", ()))],
+        train_command=lambda attempt: shlex.join(["python", "-m", "experiments.train", *attempt.value["command"][1:]]),
+        settings=yaml.safe_dump(dict(run.config), sort_keys=False),
+    )
 
 
-def page(run: RunFiles) -> str:
-    """One HTML file that needs nothing else."""
-    links = (tag("li", tag("a", label, href=f"#{id}")) for id, (label, _) in SECTIONS.items())
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    body = tag(
-        "body",
-        head(run),
-        tag("nav", tag("ul", *links), aria_label="Sections"),
-        tag("main", *(of(run) for _, of in SECTIONS.values())),
-        tag("script", Html(SCRIPT)),
-    )
-    top = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title(run)),
-        Html('<link rel="icon" href="data:,">'),  # else browsers ask for one
-        tag("style", Html(style)),
-    )
-    return f"<!doctype html>\n{tag('html', top, body, lang='en')}\n"
+def figure(source: Source, form: str = ".3f") -> Markup:
+    """Return a number as HTML that says where the number is stored. form: a format specification."""
+    markup = '<data value="{}" data-source="{}">{}</data>'
+    return Markup(markup).format(repr(source.value), source.place, shown(source.value, form))
+
+
+def quote(source: Source, text: Any = None) -> Markup:
+    """Return text as HTML that says where it is stored. text: by default the source's value."""
+    text = source.value if text is None else text
+    return Markup('<span data-source="{}">{}</span>').format(source.place, text)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the large figures at the top of the page."""
+
+    label: str
+    value: Source
+    form: str
+    unit: str = ""
+
+
+@dataclass
+class ResultRow:
+    system: str
+    values: Source
+    style: str = ""
+
+
+@dataclass
+class ResultBlock:
+    """The rows of one benchmark. paper_sizes: sizes of the paper's data where they differ from ours."""
+
+    name: str
+    protocol: str
+    source: Source
+    rows: list[ResultRow] = field(default_factory=list)
+    paper_sizes: Source | None = None
+
+
+def _tiles(run: RunFiles) -> list[Tile]:
+    computed, tiles = run.source(COMPUTED), []
+    if "mean" in computed:
+        metric = run.results["metrics"][0]
+        labels = {"trained": f"mean {metric}", "bm25": f"mean {metric} of BM25", "untrained": "untrained"}
+        means = computed["mean"]
+        tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]
+    if computed["time"].value["value"]:
+        tiles.append(Tile("training", computed["time"]["value"], ".1f", computed["time"].value["unit"]))
+    if computed["parameters_million"].value:
+        tiles.append(Tile("parameters", computed["parameters_million"], ",.1f", "million"))
+    return tiles
+
+
+def metrics_of(benchmark: Source, results: Source) -> Sequence[str]:
+    return benchmark.value.get("metrics") or results.value["metrics"]
+
+
+def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[str, ...], list[ResultBlock]]:
+    """Return the blocks of benchmarks by their metrics: those with the same metrics share a table.
+
+    paper: figures of the paper for benchmarks that follow its protocols.
+    """
+    tables: dict[tuple[str, ...], list[ResultBlock]] = {}
+    for name, result in results["benchmarks"]:
+        protocol = result.value.get("protocol") or f"{result.value['task']}, {result.value['split']}"
+        block = ResultBlock(name, protocol, result)
+        for system, values in result["systems"]:
+            block.rows.append(ResultRow(system, values, "best" if system in ("trained", "encoder") else ""))
+        if paper and name in paper:
+            if "systems" in paper[name]:
+                for system, values in paper[name]["systems"]:
+                    if system.startswith(PAPER_SYSTEMS):
+                        block.rows.append(ResultRow(system, values, "paper"))
+            else:
+                block.paper_sizes = paper[name]["sizes"]
+        tables.setdefault(tuple(metrics_of(result, results)), []).append(block)
+    return tables
+
+
+def _result_chart(results: Source) -> Chart:
+    rows = []
+    for name, result in results["benchmarks"]:
+        metric = metrics_of(result, results)[0]
+        values = [
+            (system, SYSTEM_COLOURS.get(system, (2 + i) % NUM_COLOURS), values[metric])
+            for i, (system, values) in enumerate(result["systems"])
+        ]
+        rows.append((f"{name}, {metric}", values))
+    return dot_rows("Main metric of each benchmark", rows)
+
+
+def _series(run: RunFiles, key: str, label: str, colour: int) -> Series:
+    history = run.history(key)
+    return Series(label, list(history), list(history.values()), colour % NUM_COLOURS)
+
+
+def _by_task(run: RunFiles, prefix: str, suffix: str) -> list[Series]:
+    """Return one line per task, of the keys prefix/TASK/suffix."""
+    return [_series(run, f"{prefix}/{task}/{suffix}", task, colour) for colour, task in enumerate(run.tasks)]
+
+
+def _curves(run: RunFiles) -> list[Chart | None]:
+    metric = run.config["evaluation"]["metrics"][0]
+    dev = [key for key in run.keys if key.startswith("val/") and key.endswith(f"/{metric}")]
+    dev_series = [_series(run, key, key.split("/")[1], colour) for colour, key in enumerate(dev)]
+    speed = _series(run, "train/tokens_per_second", "all ranks", 5)
+    return [
+        line_chart("Training loss", _by_task(run, "train", "loss"), zero=True),
+        line_chart("Training accuracy", _by_task(run, "train", "accuracy")),
+        line_chart(f"{metric} on dev", dev_series),
+        line_chart("Temperature", _by_task(run, "train", "temperature"), ".4f"),
+        line_chart("Task weight", _by_task(run, "train", "weight")),
+        line_chart("Learning rate", [_series(run, "train/lr", "last group", 0)], ".2g", zero=True),
+        line_chart("Tokens per second", [speed], ",.0f", zero=True),
+    ]
+
+
+def _expert_charts(run: RunFiles) -> list[Chart | None]:
+    pairs = [(f"{a} and {b}", f"diag/{a}/gradient_cosine/{b}") for a, b in itertools.permutations(run.tasks, 2)]
+    cosines = [(label, key) for label, key in pairs if key in run.keys]
+    keys = [key for key in run.keys if key.startswith("diag/experts/") and key.endswith("/distance")]
+    distances = [(key.split("/")[2].replace("-", " and "), key) for key in keys]
+
+    def labelled(entries: Sequence[tuple[str, str]]) -> list[Series]:
+        return [_series(run, key, label, colour) for colour, (label, key) in enumerate(entries)]
+
+    return [
+        line_chart("Cosine of gradients", labelled(cosines)),
+        line_chart("Distance of experts", labelled(distances), zero=True),
+        line_chart("Gradient norm", _by_task(run, "diag", "gradient_norm"), zero=True),
+        line_chart("Effective negatives", _by_task(run, "diag", "effective_negatives"), ".1f", zero=True),
+        line_chart("Masked documents", _by_task(run, "diag", "masked_share"), ".2%", zero=True),
+        line_chart("Mean cosine of texts", _by_task(run, "diag", "mean_cosine")),
+    ]
+
+
+@dataclass(frozen=True)
+class TransplantCell:
+    """A task's loss with some expert. excess: 0 for the task's own expert, 1 for the worst. loss: None if shared."""
+
+    loss: Source | None
+    excess: float
+    is_own: bool
+
+
+@dataclass(frozen=True)
+class Transplants:
+    """The last transplant matrix: each task's loss with the expert of each task."""
+
+    step: int
+    source: Source
+    rows: dict[str, list[TransplantCell]]
+
+
+def _transplants(run: RunFiles) -> Transplants | None:
+    steps = [step for step, row in run.metrics.items() if any("/transplant/" in key for key in row)]
+    if not steps:
+        return None
+    logged = run.row(steps[-1])
+    rows = {task: row for task in run.tasks if (row := _transplant_row(logged, task, run.tasks))}
+    return Transplants(steps[-1], logged, rows) if rows else None
+
+
+def _transplant_row(logged: Source, task: str, tasks: Sequence[str]) -> list[TransplantCell]:
+    """Return a task's losses, or nothing if only its own expert was tried."""
+    losses = {other: logged[key] for other in tasks if (key := f"diag/{task}/transplant/{other}") in logged}
+    if task not in losses or len(losses) < 2:
+        return []
+    own, worst = losses[task].value, max(loss.value for loss in losses.values())
+    cells = []
+    for other in tasks:
+        loss = losses.get(other)
+        excess = max(0.0, loss.value - own) / max(worst - own, 1e-12) if loss else 0.0
+        cells.append(TransplantCell(loss, excess, other == task))
+    return cells
+
+
+def _mining_charts(run: RunFiles) -> list[Chart | None]:
+    return [
+        line_chart("Look like positives", _by_task(run, "mine", "false_negative_rate"), ".1%", zero=True),
+        line_chart("Median margin", _by_task(run, "mine", "margin_p50")),
+    ]
+
+
+def _margins(run: RunFiles) -> list[Chart]:
+    """Return a histogram of margins for each task of the last mining."""
+    if not run.minings:
+        return []
+    last = run.minings[next(reversed(run.minings))]
+    histograms = {task: report.value["histogram"] for task, report in last}
+    return [histogram(f"Margins, {task}", h["counts"], h["edges"]) for task, h in histograms.items() if h["counts"]]
+
+
+def _maps(run: RunFiles) -> list[tuple[Source, Chart]]:
+    """Return for each task its entry in report.json and its map."""
+    if not run.computed.get("map"):
+        return []
+    content = run.source(COMPUTED)["map"]
+    groups, titles = content.value["groups"], list(content["titles"])
+    return [(entry, scatter(task, np.array(entry.value["places"]), groups, titles)) for task, entry in content["tasks"]]

@@ -1,50 +1,74 @@
-"""What a run's folder holds, read once: whatever is missing or was cut short is simply not there."""
+"""The files in a run's folder, read once. A missing or truncated file counts as absent."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.reporting.charts import NUM_TONES, Series
-from experiments.reporting.source import Source
-from experiments.run.folder import read_config, runs_there
-from experiments.shared.files import read_json
+from experiments.config.paths import read_config, runs_there
 
 CONFIG = "config.yaml"
-FIGURES = "report.json"  # what the report itself works out, beside the page
+COMPUTED = "report.json"  # the report's own calculations, stored next to the page
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value of a run, and where it is stored.
+
+    place: FILE#/KEY/KEY with keys as in RFC 6901 (JSON pointers), or FILE#step=STEP/KEY in JSON lines.
+    """
+
+    value: Any
+    place: str
+
+    def __getitem__(self, key: Any) -> Source:
+        return Source(self.value[key], f"{self.place}/{str(key).replace('~', '~0').replace('/', '~1')}")
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.value
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the items of a list, or the keys and values of a mapping."""
+        if isinstance(self.value, list):
+            return (self[i] for i in range(len(self.value)))
+        return ((key, self[key]) for key in self.value)
 
 
 class RunFiles:
-    """path: of the run. figures: what stands in report.json.
+    """The files of one run. Raises UserError if the folder is not a run.
 
-    Raises UserError for a folder that is no run.
+    path: folder of the run.
+    computed: content of report.json.
     """
 
     def __init__(self, path: Path):
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"RUN: {path} is no run's folder (it has no config.yaml). {runs_there()}")
+        if not (path / CONFIG).is_file():
+            raise UserError(f"RUN: {path} is not a run's folder (it has no {CONFIG}). {runs_there()}")
         self.path = path
         self.config = read_config(path)
-        self.figures: dict[str, Any] = {}
+        self.computed: dict[str, Any] = {}
 
     def json(self, name: str) -> Any:
-        """The content of a JSON file of the run, None where it has none."""
+        """Return the content of a JSON file, or None if there is no such file."""
         path = self.path / name
         return read_json(path) if path.is_file() else None
 
-    def at(self, name: str) -> Source | None:
-        """The content of a file with its place; of report.json, what will stand in it."""
-        if name == FIGURES:
-            return Source(self.figures, f"{FIGURES}#")
+    def source(self, name: str) -> Source | None:
+        """Return the content of a file with its place, or None if there is no such file."""
+        if name == COMPUTED:
+            return Source(self.computed, f"{COMPUTED}#")
         content = self.config if name == CONFIG else self.json(name)
         return None if content is None else Source(content, f"{name}#")
 
     def row(self, step: int) -> Source:
-        """What was logged at a step."""
+        """Return the values logged at a step."""
         return Source(self.metrics[step], f"metrics.jsonl#step={step}")
 
     @cached_property
@@ -57,56 +81,67 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:
-        """Step -> its values: of what was logged twice, after a resume, the later. A line cut short is left out."""
-        found: dict[int, dict[str, Any]] = {}
+        """Logged values by step. After a resume, the later value of a step counts. Truncated lines are left out."""
+        metrics: dict[int, dict[str, Any]] = {}
         path = self.path / "metrics.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            found.setdefault(row["step"], {}).update(row)
-        return dict(sorted(found.items()))
+            metrics.setdefault(row["step"], {}).update(row)
+        return dict(sorted(metrics.items()))
 
     def means(self) -> dict[str, float]:
-        """System that was measured on all benchmarks -> mean of the first metric over them; none without results."""
+        """Return the mean of the first metric for each system that was measured on all benchmarks."""
         if not self.results:
             return {}
         metric, benchmarks = self.results["metrics"][0], self.results["benchmarks"].values()
-        systems = dict.fromkeys(system for of in benchmarks for system in of["systems"])
-        values = {s: [of["systems"][s][metric] for of in benchmarks if s in of["systems"]] for s in systems}
-        return {s: sum(of) / len(of) for s, of in values.items() if len(of) == len(benchmarks)}
+        systems = dict.fromkeys(system for result in benchmarks for system in result["systems"])
+        values = {s: [b["systems"][s][metric] for b in benchmarks if s in b["systems"]] for s in systems}
+        return {s: sum(v) / len(v) for s, v in values.items() if len(v) == len(benchmarks)}
 
     @property
     def last_step(self) -> int:
-        """The last step of which anything was logged."""
+        """The last step with a logged value."""
         return max(self.metrics, default=0)
 
     @cached_property
     def keys(self) -> list[str]:
-        """All names of metrics.jsonl, in order of appearance."""
+        """All keys of metrics.jsonl, in order of appearance."""
         return list(dict.fromkeys(key for row in self.metrics.values() for key in row))
 
-    def series(self, key: str, label: str, tone: int) -> Series:
-        """The values of a name over steps."""
-        steps = [step for step, row in self.metrics.items() if isinstance(row.get(key), int | float)]
-        return Series(label, steps, [self.row(step)[key] for step in steps], tone % NUM_TONES)
+    def history(self, key: str) -> dict[int, Source]:
+        """Return the values of a key by step."""
+        return {s: self.row(s)[key] for s, row in self.metrics.items() if isinstance(row.get(key), int | float)}
 
     @cached_property
     def tasks(self) -> list[str]:
         return list(self.config.get("tasks", ()))
 
-    def each(self, pattern: str) -> dict[str, Source]:
-        """Path -> content of the JSON files of a pattern, in order of their names."""
+    def matching(self, pattern: str) -> dict[str, Source]:
+        """Return the content of the JSON files whose path matches a pattern, ordered by path."""
         paths = sorted(str(path.relative_to(self.path)) for path in self.path.glob(pattern))
-        return {path: self.at(path) for path in paths}
+        return {path: self.source(path) for path in paths}
 
     @cached_property
-    def rounds(self) -> Mapping[str, Source]:
-        """The report of each mining."""
-        return self.each("negatives/*/report.json")
+    def minings(self) -> Mapping[str, Source]:
+        """The report of each mining during training."""
+        return self.matching("negatives/*/report.json")
 
     @cached_property
     def evaluations(self) -> Mapping[str, Source]:
         """The results of each `make eval` in the run's folder."""
-        return self.each("evaluation/*/results.json")
+        return self.matching("evaluation/*/results.json")
+
+
+def shown(value: Any, form: str = ".3f") -> str:
+    """Return a number as people read it, with a true minus sign. NaN and None become a dash, other values stay.
+
+    form: a format specification.
+    """
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return format(value, form).replace("-", "−") if math.isfinite(value) else str(value)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.systems import models_of, short_name
-from experiments.shared.files import read_json, shortened
+from experiments.shared.output import shortened
 
 # What decides a result, beside the data and what stands in the folder's name.
 DECIDING = (

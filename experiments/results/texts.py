@@ -6,15 +6,15 @@ import functools
 import logging
 from pathlib import Path
 
+from datamodules.files import read_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.data import build_data
 from experiments.build.models import run_of
 from experiments.config.experiment import from_dict
+from experiments.config.paths import read_config
 from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.results.measured import Measured
-from experiments.run.folder import read_config
 from experiments.shared.console import key_values
-from experiments.shared.files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import lightning as L
 
 from datamodules.records import UserError
-from experiments.run.folder import LAST
+from experiments.config.paths import LAST
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates, read_checkpoint

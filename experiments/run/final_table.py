@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.config.schema import Config
 from experiments.results.results import Results, combine, evaluate_bm25, evaluate_encoder
 from experiments.results.table import show
 from experiments.run.folder import RunFolder
-from experiments.shared.files import read_json, write_json
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder
 

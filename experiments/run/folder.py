@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -28,12 +27,13 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
+from datamodules.files import read_json, write_json, write_text
 from datamodules.records import UserError
-from experiments.config.experiment import as_dict, digest
+from experiments.config.experiment import as_dict
+from experiments.config.paths import LAST, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
-from experiments.shared.files import read_json, write_atomically, write_json
 from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
 
@@ -48,8 +48,6 @@ CHANGEABLE = (
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
     *("trainer.strategy", "trainer.timeout"),
 )
-LAST = Path("checkpoints", "last.ckpt")
-EXPERTS = "experts.svg"
 VERSIONS = (
     "torch",
     "lightning",
@@ -76,21 +74,6 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.path / "results.json"
-
-
-def folder_of(config: Config) -> Path:
-    """run.dir, by default a name that the same configuration finds again, or the id of a trial of W&B's."""
-    if config.run.dir:
-        return Path(config.run.dir)
-    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
-        return Path("runs") / f"sweep-{os.environ['WANDB_SWEEP_ID']}" / os.environ["WANDB_RUN_ID"]
-    return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
-
-
-def runs_there() -> str:
-    """The runs in runs/, for errors."""
-    found = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))) or "none"
-    return f"In runs/ there are: {found}"
 
 
 def open_run(config: Config) -> RunFolder:
@@ -156,20 +139,9 @@ def write_config(folder: RunFolder, config: Config) -> None:
     if rank_zero_only.rank == 0:
         try:
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomically(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+            write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.yaml in plain containers."""
-    try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
-    return settings
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from datamodules.multitask import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step

@@ -1,4 +1,4 @@
-"""Hard negatives that stay hard: mined anew with the current model, again and again (ANCE, Xiong et al., 2021)."""
+"""Mine hard negatives again and again with the current model, so that they stay hard (ANCE, Xiong et al., 2021)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from datamodules.files import read_json, write_json
 from datamodules.records import MiningPool
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
@@ -29,10 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class HardNegativeMining(L.Callback):
-    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; what is mined holds from the next batch on.
+    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; the next batch already uses the result.
 
-    Each mining has its folder among the data module's rounds, with report.json and report.svg. Folders of former ones
-    stay, since checkpoints may need them. stop_at: see report.gate.
+    Each mining has a folder in the data module's folder of rounds, with report.json and report.svg. Earlier folders
+    stay, because checkpoints may need them.
+
+    stop_at: share of likely false negatives above which the training stops (mining.report.gate).
     """
 
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
@@ -54,7 +57,7 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            # A run that is asked to end leaves the mining to the one that goes on, which finds the vectors made so far.
+            # A preempted run leaves the mining to the resumed one, which finds the vectors embedded so far.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
@@ -62,29 +65,42 @@ class HardNegativeMining(L.Callback):
         data, started = trainer.datamodule, time.perf_counter()
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
-        meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
-        told = data.rounds.folder / name / "report.json"
-        # Of an attempt that ended before its checkpoint. One rank looks, so that all do the same.
-        if trainer.strategy.broadcast(trainer.is_global_zero and told.is_file() and data.rounds.has_made(name, meta)):
+        meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        report_file = data.rounds.folder / name / "report.json"
+        # A previous attempt may have finished this mining and ended before its checkpoint. One rank decides for all.
+        finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
+        if trainer.strategy.broadcast(finished):
             log.info("step %d: these hard negatives were mined already", step)
-            check_false_negatives(read_values(told), self.stop_at)
+            gate({task: entry["values"] for task, entry in read_json(report_file).items()}, self.stop_at)
             data.rounds.begin(batch, name)
             return
         self._pools = self._pools or data.pools()
         former = data.rounds.at(batch)
         mined = self.mining.run(cache, self._pools, step)
-        reports = reports_of(mined, step, former)
+        reports = report_tasks(mined, step, former)
         for line in table(reports):
             log.info("%s", line)
         for logger in trainer.loggers:
             logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
-        trainer.strategy.barrier()  # before vectors are removed that another rank may still read
+        trainer.strategy.barrier()  # another rank may still read the vectors that are removed below
         if trainer.is_global_zero:
-            path = data.rounds.write(name, {task: part.negatives for task, part in mined.items()}, meta)
+            path = data.rounds.write(name, {task: result.negatives for task, result in mined.items()}, meta)
             write_report(path, reports, f"hard negatives mined at step {step}")
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
-        check_false_negatives({task: found.values for task, found in reports.items()}, self.stop_at)
+        gate({task: task_report.values for task, task_report in reports.items()}, self.stop_at)
         data.rounds.begin(batch, name)
+
+
+def report_tasks(mined: Mapping[str, Mined], step: int, former: Any = None) -> dict[str, TaskReport]:
+    """Return a report for each task. former: store of the hard negatives used until now, if any."""
+    tasks, since = (former.tasks, former.meta["step"]) if former else ({}, 0)
+    return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
+
+
+def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
+    """Write report.svg and then report.json, whose existence says that the mining is finished."""
+    write_svg(folder / "report.svg", reports, title)
+    write_json(folder / "report.json", plain(reports))

@@ -1,1 +1,1 @@
-"""Encoders of documents into vectors, all with forward(input_ids, attention_mask, task) -> (B, D)."""
+"""Encoders that turn documents into vectors. All have forward(input_ids, attention_mask, task) -> (B, D)."""

@@ -1,4 +1,4 @@
-"""Where a backbone and its tokenizer come from: a folder, the hub, an installed package, or a random start."""
+"""Backbones and their tokenizers: from a folder, the hub or an installed package, or initialized at random."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,20 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from datamodules.options import option
 from datamodules.records import UserError
 from lightning_modules.encoders.families import FAMILIES
 
@@ -29,21 +39,23 @@ PACKAGE = "package:"
 
 @dataclass
 class BackboneOptions:
-    """name: a folder, a hub name, or "package:NAME", an installed Python package whose get_model_path() is a folder.
-    With no name, or a package that is not installed, a BERT of the shape in config is drawn at random, and its
-    vocabulary of vocab_size words is taken from the training texts. dropout: of embeddings and sub-layers;
-    attention_dropout: of attention weights. Either None leaves the backbone's own.
-    """
+    """The Transformer inside the encoder. Without a name, or if its package is missing, a random BERT is used."""
 
-    name: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    vocab_size: int = 8192
-    dropout: float | None = None
-    attention_dropout: float | None = None
+    name: str | None = option(
+        None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"
+    )
+    config: dict[str, Any] = option({}, "shape of a random BERT: fields of transformers.BertConfig")
+    vocab_size: int = option(8192, "number of tokens of a random BERT, taken from the training texts", minimum=1)
+    dropout: float | None = option(
+        None, "dropout of embeddings and sub-layers, by default the backbone's", minimum=0, below=1
+    )
+    attention_dropout: float | None = option(
+        None, "dropout of attention weights, by default the backbone's", minimum=0, below=1
+    )
 
 
 def package_folder(name: str) -> str | None:
-    """The model folder of an installed package, or None if it is not installed."""
+    """Return the model folder of an installed package, or None if it is not installed."""
     try:
         return str(importlib.import_module(name.removeprefix(PACKAGE)).get_model_path())
     except ImportError:
@@ -51,12 +63,13 @@ def package_folder(name: str) -> str | None:
 
 
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:
-    """The size most frequent words of the texts, with special tokens and single characters, token -> id.
+    """Return token -> id for the most frequent words of the texts, the special tokens and all single characters.
 
-    required: texts whose words come first, however rare.
+    Characters, alone and inside words, spell all other words. Ties are broken alphabetically, so that equal texts give
+    equal vocabularies; trained word pieces differ from one process to the next.
 
-    Characters, alone and within words, spell what is not among the words. Ties are broken by the alphabet, so that
-    equal texts give equal vocabularies (trained word pieces differ from process to process).
+    size: number of tokens.
+    required: texts whose words come first, however rare they are.
     """
     splitter = BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
 
@@ -66,38 +79,42 @@ def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = (
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))
-    wanted = {word for text in required for word in split(text)}
-    counts.update(wanted)
+    required_words = {word for text in required for word in split(text)}
+    counts.update(required_words)
     characters = sorted({character for word in counts for character in word})
     tokens = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters)]
     if len(tokens) > size:
-        raise UserError(f"backbone.vocab_size: got {size}, but special tokens and characters alone are {len(tokens)}")
-    words = sorted((word for word in counts if len(word) > 1), key=lambda w: (w not in wanted, -counts[w], w))
+        raise UserError(f"vocab_size: got {size}, but special tokens and characters alone are {len(tokens)}")
+    words = sorted((word for word in counts if len(word) > 1), key=lambda w: (w not in required_words, -counts[w], w))
     return {token: i for i, token in enumerate((tokens + words)[:size])}
 
 
 def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple[nn.Module, BertTokenizer]:
-    """A BERT drawn at random (torch's generator) and its tokenizer. config: fields of transformers.BertConfig."""
-    known = BertConfig().to_dict()
+    """Return a BERT initialized by torch's random generator, and its tokenizer.
+
+    config: fields of transformers.BertConfig.
+    vocabulary: token -> id.
+    """
     if config.get("num_hidden_layers") == 0:
-        raise UserError("backbone.config.num_hidden_layers: got 0, allowed are numbers above 0")
-    unknown = sorted(set(config) - set(known))
+        raise UserError("backbone config: num_hidden_layers must be at least 1, got 0")
+    unknown = sorted(set(config) - set(BertConfig().to_dict()))
     if unknown:
-        raise UserError(f"backbone.config: {', '.join(unknown)} are no fields of transformers.BertConfig")
+        raise UserError(f"backbone config: transformers.BertConfig has no field {', '.join(unknown)}")
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
-        raise UserError(f"backbone.config: {' '.join(str(error).split())}") from error
-    tokenizer = BertTokenizer(vocab=vocabulary)
-    return backbone, tokenizer
+        raise UserError(f"backbone config: {' '.join(str(error).split())}") from error
+    return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, Any]:
-    """Backbone and tokenizer from a folder or the hub: BERT, RoBERTa and ModernBERT families, and the BERT of a DPR.
+def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer.
 
-    key: where the name came from, for errors. Raises UserError if there is none of that name, it cannot be reached, or
-    is of another family.
+    name: folder or hub name.
+    key: argument that the name comes from, for error messages.
+
+    Raises UserError if there is no such model, it cannot be downloaded, or it belongs to another family.
     """
     with reading(name, key):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -106,59 +123,66 @@ def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, Any
             return bert_of_dpr(name, config), tokenizer
         check_family(config, name, key)
         options = options_of(config) | {"trust_remote_code": False}
-        return whole(name, *AutoModel.from_pretrained(name, output_loading_info=True, **options)), tokenizer
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        check_complete(name, info)
+        return model, tokenizer
 
 
-def empty_backbone(name: str, key: str) -> tuple[nn.Module, Any]:
-    """The same with parameters that have no memory, to be given weights."""
+def empty_backbone(name: str, key: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return a backbone whose parameters have no memory yet, and its tokenizer. Arguments as in load_backbone."""
     with reading(name, key):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_family(config, name, key)
         return backbone_without_memory(config), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def whole(name: str, model: nn.Module, info: dict[str, Any]) -> nn.Module:
-    """The model, if its file held all of its layers and no others: transformers draws at random what is missing.
+def check_complete(name: str, info: dict[str, Any]) -> None:
+    """Raise UserError if a model's file did not have exactly the weights of its layers.
 
-    Poolers and heads may be missing or left over. Raises UserError naming the keys.
+    Otherwise transformers initializes missing weights at random. Poolers and heads may be missing or unused.
+
+    info: what from_pretrained returns with output_loading_info.
     """
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
-    surplus = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.|embeddings\.", key)]
-    surplus = [key for key in surplus if not key.endswith("position_ids")]
-    for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", info["mismatched_keys"])):
+    unexpected = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.|embeddings\.", key)]
+    unexpected = [key for key in unexpected if not key.endswith("position_ids")]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    for problem, keys in problems.items():
         if keys:
-            shown = ", ".join(map(str, sorted(keys, key=str)[:3]))
-            raise UserError(f"{name}: the weights do not fit config.json: {len(keys)} {what} ({shown})")
-    return model
+            examples = ", ".join(map(str, sorted(keys, key=str)[:3]))
+            raise UserError(f"{name}: the weights do not fit config.json: {len(keys)} {problem} ({examples})")
 
 
 @contextmanager
 def reading(name: str, key: str) -> Iterator[None]:
-    """Errors of transformers in the user's words."""
+    """Turn errors while a model is read into UserError.
+
+    name: folder, file or hub name. key: argument that the name comes from.
+    """
     hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not ("/" in name and Path(name).parent.is_dir())
     if not Path(name).exists() and not hub_name:
-        raise UserError(f"{key}: {name!r} is no file or folder here, nor a name of the hub")
+        raise UserError(f"{key}: {name!r} is not an existing file or folder, and not a valid hub name")
     quiet_transformers()
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever libraries make of files that are damaged, or no models
+    except Exception as error:  # libraries raise all kinds of errors for damaged files, and for files of other kinds
         raise UserError(f"{key}: {name!r} cannot be loaded from a folder or the hub: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """Return the first line of an error message, or the kind of the error if it has none."""
     text = str(error).strip()
-    if "weights_only" in text:  # torch's advice there is to run the code in the file
-        return "it holds more than tensors and plain containers, or is damaged; nothing of it was run"
+    if "weights_only" in text:  # torch's message advises to run the code in the file
+        return "it contains more than tensors and plain containers, or is damaged; no code in it was run"
     if isinstance(error, KeyError):
         return f"{text} is missing"
     return (text or type(error).__name__).splitlines()[0]
 
 
-def give_usual_rights(folder: Path) -> None:
-    """To files that their library wrote for their owner alone."""
+def apply_umask(folder: Path) -> None:
+    """Give the files in a folder default permissions. Some libraries make them readable only by their owner."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.iterdir():
@@ -167,25 +191,25 @@ def give_usual_rights(folder: Path) -> None:
 
 
 def quiet_transformers() -> None:
-    """Silence its bars, and its report of the pooler that we leave out."""
+    """Silence the progress bars of transformers, and its warning about the pooler, which we do not use."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def check_family(config: PreTrainedConfig, name: str, key: str) -> None:
     if config.model_type not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; supported are {supported} and dpr")
+        types = ", ".join(FAMILIES)
+        raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types} or dpr")
 
 
 def options_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Parameters are float32, however they are stored. The pooler, which nothing here reads, is left out."""
+    """Return the options for AutoModel: parameters in float32, however they are stored, and no pooler."""
     options: dict[str, Any] = {"dtype": torch.float32}
     return options if config.model_type == "modernbert" else options | {"add_pooling_layer": False}
 
 
 def backbone_without_memory(config: PreTrainedConfig) -> nn.Module:
-    """A backbone whose parameters are on the meta device, and whose buffers (positions) are as they should be."""
+    """Return a backbone whose parameters are on the meta device. Its buffers (positions) have their values."""
     with no_init_weights():
         backbone = AutoModel.from_config(config, **options_of(config))
     for module in backbone.modules():
@@ -195,16 +219,15 @@ def backbone_without_memory(config: PreTrainedConfig) -> nn.Module:
 
 
 def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
-    """The BERT inside one of DPR's two encoders (Karpukhin et al., 2020), as Hugging Face stores them."""
+    """Load the BERT inside one of DPR's two encoders (Karpukhin et al., 2020) in the layout of Hugging Face."""
     kind = (config.architectures or ["DPRQuestionEncoder"])[0]
     towers = {"DPRQuestionEncoder": "question_encoder", "DPRContextEncoder": "ctx_encoder"}
     if kind not in towers:
-        raise UserError(f"{name}: is a {kind}, supported are {' and '.join(towers)}")
+        raise UserError(f"{name}: expected a {' or '.join(towers)}, got a {kind}")
     if config.projection_dim:
         raise UserError(f"{name}: has a projection of {config.projection_dim} dimensions, which is not supported")
-    model = whole(
-        name, *getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    )
+    model, info = getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    check_complete(name, info)
     tower = getattr(model, towers[kind]).bert_model
     settings = {k: v for k, v in config.to_dict().items() if k in BertConfig().to_dict() and k != "model_type"}
     bert = BertModel(BertConfig(**settings), add_pooling_layer=False)
@@ -213,14 +236,14 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
 
 
 def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
-    """Set dropout of hidden states and of attention weights, where given."""
+    """Set the dropout of hidden states and of attention weights. None leaves it unchanged."""
     attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout
             if p is not None:
                 module.p = p
-        if attention_dropout is not None and hasattr(module, "attention_dropout"):  # ModernBERT's is no module
+        if attention_dropout is not None and hasattr(module, "attention_dropout"):  # ModernBERT has a number there
             module.attention_dropout = attention_dropout
     values = {
         ("hidden_dropout_prob", "embedding_dropout", "mlp_dropout"): dropout,

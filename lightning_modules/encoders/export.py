@@ -1,8 +1,8 @@
-"""Encoders as something that any tool loads, without this project.
+"""Exporting encoders to formats that other tools load without this project.
 
-save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder, with the files of sentence-transformers
+save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
 save_onnx        ONNX of such a folder
-average          a general model: every expert the mean of all
+average          a general model, whose weights are the mean of all experts
 save_reference   a checkpoint in the layout of SciMult's authors
 """
 
@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from datamodules.records import UserError
-from lightning_modules.encoders.backbone import (
-    backbone_without_memory,
-    give_usual_rights,
-    options_of,
-    quiet_transformers,
-)
+from lightning_modules.encoders.backbone import apply_umask, backbone_without_memory, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.loading import dense_key, load_weights
@@ -38,48 +33,51 @@ AVERAGE = "average"
 
 
 def dense(encoder: Encoder, task: str) -> Encoder:
-    """The encoder of one task without experts: a SharedEncoder, or PromptEncoder, of the same vectors.
+    """Return an encoder without experts, a SharedEncoder or PromptEncoder, that gives the vectors of one task.
 
-    task: or "average", for the mean of all experts. Raises UserError for an encoder that has no such form.
+    task: a task of the encoder, or "average" for the mean of all experts.
+
+    Raises UserError if no plain model can compute these vectors.
     """
     if type(encoder) not in (SharedEncoder, MoEEncoder, PromptEncoder):
         raise UserError(
-            f"{type(encoder).__name__} has no plain form: its vectors depend on more than a plain model computes "
-            "(format=pretrained keeps it whole)"
+            f"{type(encoder).__name__} has no plain form, because its vectors depend on more than a plain model "
+            "computes; format=pretrained exports the whole encoder"
         )
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")
     expert = None if task == AVERAGE else encoder.expert_of(task)
-    groups: dict[str, list[Tensor]] = {}
+    tensors: dict[str, list[Tensor]] = {}  # the selected experts' tensors by their common name
     for key, tensor in encoder.state_dict().items():
-        own = re.search(r"\.experts\.(\w+)", key)
-        if own is None or expert in (None, own[1]):
-            groups.setdefault(dense_key(key), []).append(tensor)
-    config = copy.deepcopy(encoder.backbone.config)
+        match = re.search(r"\.experts\.(\w+)", key)
+        if match is None or expert in (None, match[1]):
+            tensors.setdefault(dense_key(key), []).append(tensor)
     arguments: dict[str, Any] = {name: getattr(encoder, name) for name in ("pooling", "normalize", "max_length")}
     kind: type[Encoder] = SharedEncoder
     if isinstance(encoder, PromptEncoder):
         kind = PromptEncoder
         arguments |= {"instructions": {task: encoder.instructions[task]}, "pool_prompt": encoder.pool_prompt}
+    config = copy.deepcopy(encoder.backbone.config)
     plain = kind(backbone_without_memory(config), encoder.tokenizer, {task: expert or task}, **arguments)
-    load_weights(
-        plain, {key: torch.stack(group).mean(0) if group[1:] else group[0] for key, group in groups.items()}, task
-    )
+    load_weights(plain, {key: torch.stack(t).mean(0) if t[1:] else t[0] for key, t in tensors.items()}, task)
     return plain.eval()
 
 
 def average(encoder: Encoder) -> Encoder:
-    """A general model: a SharedEncoder of the mean of all experts, under the encoder's tasks."""
+    """Return a general model: a SharedEncoder with the mean of all experts, for the same tasks."""
     plain = dense(encoder, AVERAGE)
     plain.tasks = dict(encoder.tasks)
     return plain
 
 
 def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str = "dot") -> Path:
-    """Write one task ("average" for the mean of all experts) as a plain folder, made if it is not there.
+    """Write one task as a plain folder, which is created if needed.
 
-    It holds config.json, model.safetensors and the tokenizer, as transformers knows them, and what
-    sentence-transformers, text-embeddings-inference and others read beside: pooling, normalisation, prompt, similarity.
+    It contains config.json, model.safetensors and the tokenizer for transformers, and pooling, normalization, prompt
+    and similarity for sentence-transformers, text-embeddings-inference and others.
+
+    task: a task of the encoder, or "average" for the mean of all experts.
+    similarity: "dot" or "cosine", how the vectors are compared.
     """
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
@@ -87,13 +85,23 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
     tokenizer = copy.deepcopy(plain.tokenizer)
     tokenizer.model_max_length = plain.max_length
     tokenizer.save_pretrained(folder)
-    modules = ["Transformer", "Pooling", "Normalize"] if plain.normalize else ["Transformer", "Pooling"]
-    paths = ["" if name == "Transformer" else f"{i}_{name}" for i, name in enumerate(modules)]
+    for name, content in _sentence_transformers_files(plain, task, similarity).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if plain.normalize:
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+    apply_umask(folder)
+    return folder
+
+
+def _sentence_transformers_files(plain: Encoder, task: str, similarity: str) -> dict[str, Any]:
+    """Return name -> content of the files that sentence-transformers reads."""
+    modules = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if plain.normalize else {})
     prompts = plain.prompts
-    files: dict[str, Any] = {
+    return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (name, path) in enumerate(zip(modules, paths, strict=True))
+            for i, (name, path) in enumerate(modules.items())
         ],
         "sentence_bert_config.json": {"max_seq_length": plain.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
@@ -108,20 +116,14 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
             "pooling_mode_mean_tokens": plain.pooling == "mean",
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
-            # Only a mean can leave the prompt out: [CLS] stands before it.
+            # Only a mean can exclude the prompt: [CLS] precedes it.
             "include_prompt": plain.pooling == "cls" or not isinstance(plain, PromptEncoder) or plain.pool_prompt,
         },
     }
-    for path in paths[1:]:
-        (folder / path).mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    give_usual_rights(folder)
-    return folder
 
 
 class _Pooled(nn.Module):
-    """A plain model with its pooling, as ONNX is to hold it."""
+    """A plain model with its pooling, for ONNX."""
 
     def __init__(self, model: nn.Module, pooling: str, normalize: bool):
         super().__init__()
@@ -137,8 +139,10 @@ class _Pooled(nn.Module):
 def save_onnx(folder: str | Path) -> Path:
     """Write onnx/model.onnx into a folder of save_dense.
 
-    Inputs input_ids and attention_mask (B, L) int64; outputs last_hidden_state (B, L, D) and sentence_embedding (B, D).
-    Raises UserError if the packages that write it are missing, or the prompt is not part of the mean.
+    Its inputs are input_ids and attention_mask, (B, L) int64; its outputs are last_hidden_state, (B, L, D), and
+    sentence_embedding, (B, D).
+
+    Raises UserError if the required packages are missing, or if mean pooling excludes the prompt.
     """
     try:
         import onnx  # noqa: F401
@@ -146,17 +150,17 @@ def save_onnx(folder: str | Path) -> Path:
     except ImportError as error:
         raise UserError("onnx: needs the packages onnx and onnxscript (make install EXTRAS=cpu,onnx)") from error
     quiet_transformers()
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # what they optimise, and that torchvision is not there
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they log optimizations, and that torchvision is missing
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     if not pooling["include_prompt"]:
-        raise UserError("onnx: an encoder with pool_prompt=false needs to know the prompt, which ONNX does not")
+        raise UserError("onnx: an ONNX model cannot tell the prompt from the text, as pool_prompt=false needs")
     # Eager attention, because its masks are plain arithmetic.
     config = AutoConfig.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options_of(config))
-    way = "cls" if pooling["pooling_mode_cls_token"] else "mean"
-    module = _Pooled(model, way, (folder / "2_Normalize").is_dir()).eval()
+    kind = "cls" if pooling["pooling_mode_cls_token"] else "mean"
+    module = _Pooled(model, kind, (folder / "2_Normalize").is_dir()).eval()
     ids = torch.ones((2, 8), dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -177,17 +181,17 @@ def save_onnx(folder: str | Path) -> Path:
 
 
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
-    """Write a checkpoint in the layout of SciMult's authors, whole or not at all."""
+    """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
     path = Path(path)
     checkpoint = to_reference(encoder)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    partial = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(checkpoint, unfinished)
-            unfinished.replace(path)
+            torch.save(checkpoint, partial)
+            partial.replace(path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return path

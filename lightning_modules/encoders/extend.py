@@ -1,6 +1,6 @@
-"""New tasks for a trained encoder: copies of its nearest experts are trained, everything else stays as it is.
+"""New tasks for a trained encoder: copies of its nearest experts are trained, and everything else is frozen.
 
-The vectors of the tasks that were there before stay the same, bit for bit.
+The vectors of the existing tasks do not change, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lightning_modules.encoders.base import Encoder
 
 
 def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
-    """Raise UserError for tasks (task -> expert) that are there already, or would change an expert that is.
+    """Raise UserError if a task or its expert exists already, or if the encoder has no experts by task.
 
-    Also for an encoder that has no experts by task.
+    tasks: task -> expert.
     """
     if type(encoder).add_expert is Encoder.add_expert:
         encoder.add_expert("", "")
@@ -26,14 +26,16 @@ def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
         if task in encoder.tasks:
             raise UserError(f"task {task}: the encoder has it already (its tasks are {', '.join(encoder.tasks)})")
         if expert in encoder.tasks.values():
-            raise UserError(f"task.{task}.expert: {expert} is there already; a new task needs an expert of its own")
+            raise UserError(f"task {task}: the expert {expert} exists already; a new task needs a new expert")
 
 
 def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str]) -> None:
-    """Give an encoder new tasks, and freeze all but their experts.
+    """Add tasks to an encoder, and freeze everything except their experts.
 
-    tasks: task -> expert; tasks may share one. like: task -> an older task, whose expert the new one begins as. Raises
-    UserError as check_new_tasks, and for an encoder without experts.
+    tasks: task -> expert. New tasks can share an expert.
+    like: task -> the existing task from whose expert the new one is initialized.
+
+    Raises UserError as check_new_tasks does.
     """
     check_new_tasks(encoder, tasks)
     encoder.requires_grad_(False)
@@ -44,7 +46,10 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 
 
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
-    """The mean loss of batches of a new task if they were of each of the encoder's tasks: the lowest is the nearest."""
+    """Return the mean loss of a new task's batches when they are encoded for each existing task.
+
+    The task with the lowest loss is the nearest one.
+    """
     tasks, batches = list(module.encoder.tasks), list(batches)
     training = module.training
     module.eval()
@@ -55,6 +60,6 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
 
 
 def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
-    """A batch's loss, by its own task's objective, if its texts were encoded for another task."""
+    """Return the loss of a batch, by the objective of its own task, when its texts are encoded for another task."""
     vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
     return float(module.objective(vectors, batch)["loss"] + penalty)

@@ -1,8 +1,8 @@
-"""Encoders out of files of every kind, and out of one another.
+"""Loading encoders from files of all kinds, and starting one encoder from another.
 
-An encoder is described by plain containers (kind, arguments, backbone configuration, tokenizer files), which stand in
-every training checkpoint and, without the tokenizer, in config.json of an exported folder. Nothing is unpickled beyond
-tensors and those.
+Plain containers describe an encoder: its class, the arguments of its constructor, the configuration of its backbone and
+the files of its tokenizer. The description is part of each checkpoint, and of config.json in an exported folder. Only
+tensors and plain containers are unpickled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from datamodules.records import UserError
@@ -43,7 +43,7 @@ DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_pr
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """All that build needs, in plain containers."""
+    """Return the description from which build makes an encoder of the same kind, in plain containers."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
@@ -51,6 +51,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def describe_architecture(encoder: Encoder) -> dict[str, Any]:
+    """Return the description of an encoder without its tokenizer."""
     kind = type(encoder)
     return {
         "kind": f"{kind.__module__}.{kind.__name__}",
@@ -59,12 +60,17 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def build(description: Mapping[str, Any], tokenizer=None, source: str = "the encoder") -> Encoder:
-    """An encoder of that description. Its parameters have no memory yet: they are given by load_weights.
+def build(
+    description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, source: str = "the encoder"
+) -> Encoder:
+    """Return an encoder of the given description. Its parameters get their memory from load_weights.
 
-    tokenizer: by default that of the description. source: where it came from, for errors. Raises UserError.
+    tokenizer: by default that of the description.
+    source: name of what is loaded, for error messages.
+
+    Raises UserError if the description is damaged.
     """
-    kind = _kind(description.get("kind"))
+    kind = _encoder_class(description.get("kind"))
     quiet_transformers()
     try:
         if tokenizer is None:
@@ -77,20 +83,20 @@ def build(description: Mapping[str, Any], tokenizer=None, source: str = "the enc
         return kind(backbone_without_memory(config), tokenizer, **description["arguments"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    except Exception as error:  # whatever a damaged description leads to
-        raise UserError(f"{source}: its description builds no {kind.__name__} ({reason(error)})") from error
+    except Exception as error:  # a damaged description can raise anything
+        raise UserError(f"{source}: no {kind.__name__} can be built from its description ({reason(error)})") from error
 
 
-def _kind(path: Any) -> type[Encoder]:
+def _encoder_class(path: object) -> type[Encoder]:
     module, _, name = str(path).rpartition(".")
     if not module.startswith("lightning_modules.encoders."):
-        raise UserError(f"encoder of kind {path!r}: only those of lightning_modules.encoders are built")
+        raise UserError(f"encoder {path!r}: only classes of lightning_modules.encoders can be loaded")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"there is no encoder {path} in this version of the project") from error
+        raise UserError(f"encoder {path}: this version of the project has no such class") from error
     if not (isinstance(kind, type) and issubclass(kind, Encoder)):
-        raise UserError(f"there is no encoder {path}: that is something else")
+        raise UserError(f"encoder {path}: this is not an encoder class")
     return kind
 
 
@@ -103,16 +109,21 @@ def load_encoder(
     adapters: Mapping[str, str] | None = None,
     key: str = "model",
 ) -> Encoder:
-    """An encoder, in eval mode, from any of these:
+    """Load an encoder, in eval mode.
 
-    a run's folder (its best checkpoint, else its last), or a checkpoint; a folder that save_pretrained wrote, or the
-    hub name of such a one; a checkpoint of SciMult's authors or of DPR; a plain BERT, RoBERTa, ModernBERT, or one of
-    DPR's two (folder or hub name), alone or with adapters in the form of SPECTER2's.
+    model: one of
 
-    tasks, pooling: of a plain model; task -> expert, by default the paper's three; "cls" or "mean", by default what its
-    sentence-transformers files say, else "cls". backbone: folder or hub name with
-    configuration and tokenizer, which the authors' checkpoints do not have. tower: "query" or "document", of a DPR
-    checkpoint. adapters: task -> folder or hub name of its adapter. key: where model came from, for errors.
+        - the folder of a run (its best checkpoint, or else its last), or a checkpoint
+        - a folder of save_pretrained, or its hub name
+        - a checkpoint of SciMult's authors or of DPR
+        - a plain BERT, RoBERTa or ModernBERT, or one of DPR's two encoders (folder or hub name)
+
+    tasks: task -> expert, for a plain model; by default the paper's three tasks.
+    backbone: folder or hub name of configuration and tokenizer, which checkpoints of the authors and of DPR lack.
+    pooling: "cls" or "mean", for a plain model; by default what its sentence-transformers files say, or else "cls".
+    tower: "query" or "document", for a DPR checkpoint.
+    adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
+    key: argument that model comes from, for error messages.
 
     Raises UserError if it is none of these, is damaged, or its weights do not fit its description.
     """
@@ -133,90 +144,95 @@ def load_encoder(
     return encoder.eval()
 
 
+def checkpoint_of(run: Path) -> Path:
+    """Return the best checkpoint of a run, or else its last one."""
+    for name in ("best.ckpt", "last.ckpt"):
+        if (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise UserError(f"{run}: the run has no checkpoint yet (neither checkpoints/best.ckpt nor last.ckpt exists)")
+
+
 def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: str) -> Encoder:
-    """A plain model, with what its sentence-transformers files say, if it has some."""
+    """Load a plain model, with the settings of its sentence-transformers files if it has any."""
     backbone, tokenizer = load_backbone(name, key)
 
-    def beside(file: str) -> Any:
+    def read(file: str) -> Any:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
     with reading(name, key):
-        way = beside("1_Pooling/config.json") or {}
-        kinds = [module["type"].rpartition(".")[2] for module in beside("modules.json") or []]
-        settings = beside("config_sentence_transformers.json") or {}
+        pooling_config = read("1_Pooling/config.json") or {}
+        modules = [module["type"].rpartition(".")[2] for module in read("modules.json") or []]
+        settings = read("config_sentence_transformers.json") or {}
         prompts = settings.get("prompts") or {}
-        longest = (beside("sentence_bert_config.json") or {}).get("max_seq_length") or 512
+        max_length = (read("sentence_bert_config.json") or {}).get("max_seq_length") or 512
     if pooling is None:
-        mean = way.get("pooling_mode_mean_tokens") or way.get("pooling_mode") == "mean"
-        pooling = "mean" if mean else "cls"
-    common = {"pooling": pooling, "normalize": "Normalize" in kinds}
+        is_mean = pooling_config.get("pooling_mode_mean_tokens") or pooling_config.get("pooling_mode") == "mean"
+        pooling = "mean" if is_mean else "cls"
+    arguments = {
+        "pooling": pooling,
+        "normalize": "Normalize" in modules,
+        "max_length": min(max_length, family_of(backbone).max_positions),
+    }
     prompt = (prompts.get(settings.get("default_prompt_name") or "") or "").strip()
     if prompt:
-        longest = min(longest, family_of(backbone).max_positions)
-        common |= {"pool_prompt": way.get("include_prompt", True), "max_length": longest}
-        return PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **common)
+        arguments["pool_prompt"] = pooling_config.get("include_prompt", True)
+        return PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **arguments)
     if any(prompts.values()):
-        log.warning(
-            "%s: has prompts (%s), and none is its default: texts are taken as they are", name, ", ".join(prompts)
-        )
-    encoder = SharedEncoder(backbone, tokenizer, tasks, max_length=3, **common)
-    encoder.max_length = min(longest, encoder.family.max_positions)
-    return encoder
-
-
-def checkpoint_of(run: Path) -> Path:
-    """The best checkpoint of a run, else its last."""
-    for name in ("best.ckpt", "last.ckpt"):
-        if (run / "checkpoints" / name).is_file():
-            return run / "checkpoints" / name
-    raise UserError(f"{run}: the run has no checkpoint yet (looked for checkpoints/best.ckpt and last.ckpt)")
+        log.warning("%s has prompts (%s), but no default one: texts are encoded without", name, ", ".join(prompts))
+    return SharedEncoder(backbone, tokenizer, tasks, **arguments)
 
 
 def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None) -> Encoder:
+    """Load a checkpoint of this project, of SciMult's authors, or of DPR."""
     checkpoint = read_checkpoint(path)
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"{path}: has no configuration and tokenizer of its BERT: name a folder or hub name by backbone= "
-                "(or write it once with format=pretrained, by make export)"
+                f"{path}: has no configuration and tokenizer of its BERT; name a folder or hub name with backbone= "
+                "(or convert it once with make export format=pretrained)"
             )
         empty, tokenizer = empty_backbone(str(backbone), "backbone")
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)
     elif isinstance(checkpoint, dict) and {"encoder", "state_dict"} <= set(checkpoint):
-        prefix = "encoder."
         if not isinstance(checkpoint["encoder"], Mapping) or not isinstance(checkpoint["state_dict"], Mapping):
             raise UserError(f"{path}: encoder and state_dict are not as in a checkpoint of this project")
+        prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         encoder = build(checkpoint["encoder"], source=str(path))
     else:
-        raise UserError(f"{path}: is no checkpoint of this project (it has no description of its encoder)")
+        raise UserError(f"{path}: is not a checkpoint of this project; it has no description of its encoder")
     load_weights(encoder, weights, str(path))
     return encoder
 
 
 def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into an encoder, one after the other.
+    """Copy weights into an encoder, one tensor at a time.
 
-    Raises UserError naming the first keys that are missing, surplus or of another shape.
+    source: name of what is loaded, for error messages.
+
+    Raises UserError naming the first keys that are missing, unexpected or of another shape.
     """
-    own = encoder.state_dict(keep_vars=True)
+    parameters = encoder.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{source}: {name} holds {kind}, expected floating-point numbers")
-    misfits = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+            raise UserError(f"{source}: {name} contains {kind}, expected floating-point numbers")
     problems = {
-        "missing": [k for k in own if k not in weights],
-        "surplus": [k for k in weights if k not in own],
-        "of another shape": [f"{k} {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here" for k in misfits],
+        "missing": [name for name in parameters if name not in weights],
+        "unexpected": [name for name in weights if name not in parameters],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} there, {tuple(tensor.shape)} here"
+            for name, tensor in parameters.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
     }
-    found = [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
-    if found:
+    shown = [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
+    if shown:
         raise UserError(
-            f"{source}: the weights are of another architecture than {type(encoder).__name__}: {', '.join(found)}"
+            f"{source}: the weights are of another architecture than {type(encoder).__name__}: {', '.join(shown)}"
         )
-    for name, tensor in own.items():
+    for name, tensor in parameters.items():
         if tensor.is_meta:
             copied = weights[name].to(tensor.dtype, copy=True)
             module, _, leaf = name.rpartition(".")
@@ -227,21 +243,23 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
 
 
 def continue_from(source: Encoder, target: Encoder, name: str) -> None:
-    """Give a new encoder the weights of a trained one (the paper's second stage, appendix C).
+    """Copy the weights of a trained encoder into a new one (the paper's second stage, appendix C).
 
-    From a shared encoder every expert, instruction encoder, gate and adapter starts as in a new encoder over the shared
-    weights; otherwise both must have the same layout. name: of the source, in errors.
+    From a SharedEncoder, each expert and instruction encoder starts as a copy of the shared weights; gates and adapters
+    keep their initial values. Otherwise both encoders must have the same architecture.
+
+    name: name of the source, for error messages.
     """
     weights = source.state_dict()
     if isinstance(source, SharedEncoder):
-        new = {key: tensor for key, tensor in target.state_dict().items() if not dense_key(key).startswith("backbone.")}
-        dense = {key: dense_key(key) for key in target.state_dict() if key not in new}
-        surplus = {key: tensor for key, tensor in weights.items() if key not in dense.values()}
-        weights = {key: weights[origin] for key, origin in dense.items() if origin in weights} | new | surplus
+        copied = {key: origin for key in target.state_dict() if (origin := dense_key(key)).startswith("backbone.")}
+        initial = {key: tensor for key, tensor in target.state_dict().items() if key not in copied}
+        unexpected = {key: tensor for key, tensor in weights.items() if key not in set(copied.values())}
+        weights = {key: weights[origin] for key, origin in copied.items() if origin in weights} | initial | unexpected
     load_weights(target, weights, name)
 
 
 def dense_key(key: str) -> str:
-    """The key, in a backbone without experts, of what a parameter is a copy of at first."""
+    """Return the name that an expert's or instruction encoder's parameter has in a backbone without experts."""
     key = re.sub(r"^instruction_backbone\.", "backbone.", key)
     return re.sub(r"\.experts\.\w+", "", key)

@@ -1,10 +1,10 @@
-"""Mixture of Experts: sub-layers specialised by task (paper, section 3.2).
+"""Mixture of experts: sub-layers that are specialized by task (paper, section 3.2).
 
-    MHAExpert   expert = query, key, value and output projections of attention; LayerNorm shared
-    FFNExpert   expert = both projections of the feed-forward sub-layer, and its LayerNorm (ModernBERT's stays shared)
+    MHAExpert   an expert is the query, key, value and output projections of attention; LayerNorm is shared
+    FFNExpert   an expert is both projections of the feed-forward sub-layer and its LayerNorm (ModernBERT's is shared)
 
-Routing is a table look-up: the task names its expert, and only that expert is computed. Experts begin as copies of the
-backbone's own sub-layer, so at initialisation the encoder equals the backbone.
+The task names its expert, and only that expert is computed. Experts start as copies of the backbone's sub-layer, so a
+new encoder equals its backbone.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import UserError
-from lightning_modules.encoders.base import Encoder, check_one_each
-from lightning_modules.encoders.families import Experts, Family, Surroundings
+from lightning_modules.encoders.base import Condition, Encoder, check_one_task_per_text
+from lightning_modules.encoders.families import AttentionContext, Experts, Family
 
-RULES = "mod2, mod3, ... (every second, third, ...), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
+RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
 
 
 def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
-    """Layers, counted from 0, that hold experts.
+    """Return the layers, counted from 0, that have experts.
 
-    "modK": every K-th layer, the last of each K. "ge6mod3" and "le7mod3" are the reference's further rules, for twelve
-    layers 5, 8, 11 and 0, 3, 6. "lastK": the last K. "all". Or a list of layers.
+    rule: "modK" is the last layer of each K. "ge6mod3" and "le7mod3" are those of the authors' code, in twelve layers
+        5, 8, 11 and 0, 3, 6. "lastK" is the last K layers, "all" all of them. A list names the layers.
 
-    Raises UserError for another rule, and for one that no layer fits.
+    Raises UserError for an unknown rule, and for one that selects no layer.
     """
     if isinstance(rule, str):
         every, last = re.fullmatch(r"mod([1-9]\d*)", rule), re.fullmatch(r"last([1-9]\d*)", rule)
@@ -38,15 +39,14 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
             layers = [i for i in range(num_layers) if (i + 1) % int(every[1]) == 0]
         elif last:
             layers = [i for i in range(num_layers) if i >= num_layers - int(last[1])]
-        elif rule in ("all", "ge6mod3", "le7mod3"):
-            fits = {
-                "all": lambda i: True,
-                "ge6mod3": lambda i: i + 1 >= 6 and (i + 1) % 3 == 0,
-                "le7mod3": lambda i: i + 1 <= 7 and i % 3 == 0,
-            }[rule]
-            layers = [i for i in range(num_layers) if fits(i)]
+        elif rule == "all":
+            layers = list(range(num_layers))
+        elif rule == "ge6mod3":
+            layers = [i for i in range(5, num_layers) if (i + 1) % 3 == 0]
+        elif rule == "le7mod3":
+            layers = [i for i in range(min(7, num_layers)) if i % 3 == 0]
         else:
-            raise UserError(f"layers: got {rule!r}, allowed are {RULES}")
+            raise UserError(f"layers: expected {RULES}, got {rule!r}")
     else:
         layers = sorted(set(rule))
         wrong = [i for i in layers if not 0 <= i < num_layers]
@@ -58,10 +58,13 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
 
 
 class MoEEncoder(Encoder):
-    """An encoder whose expert layers are specialised by task.
+    """An encoder whose expert layers are specialized by task.
 
-    attention, ffn: which sub-layers hold experts (the paper's MHAExpert and FFNExpert; both is allowed). layers: rule
-    or list, see expert_layers; the paper's is "mod2". Further arguments as in Encoder.
+    attention: whether attention has experts (the paper's MHAExpert).
+    ffn: whether the feed-forward sub-layer has experts (the paper's FFNExpert). Both together are possible.
+    layers: rule or list of the expert layers, see expert_layers. The paper uses "mod2".
+
+    The other arguments are those of Encoder.
     """
 
     has_idle_parameters = True
@@ -69,7 +72,7 @@ class MoEEncoder(Encoder):
     def __init__(
         self,
         backbone: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         attention: bool = True,
         ffn: bool = False,
@@ -80,7 +83,7 @@ class MoEEncoder(Encoder):
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         if not (attention or ffn):
-            raise UserError("an MoE encoder needs experts in attention, ffn or both (use SharedEncoder for neither)")
+            raise UserError("an MoE encoder needs experts in attention, ffn or both (SharedEncoder has none)")
         self.attention, self.ffn, self.layers = attention, ffn, layers
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)
@@ -99,8 +102,8 @@ class MoEEncoder(Encoder):
     def served_by(self, task: str) -> str:
         return self.expert_of(task)
 
-    def guide(self, task: str) -> str:
-        return self.expert_of(task)
+    def condition(self, task: str) -> Condition:
+        return Condition(expert=self.expert_of(task))
 
     def add_expert(self, name: str, like: str) -> None:
         check_expert_names([name])
@@ -109,51 +112,50 @@ class MoEEncoder(Encoder):
             if isinstance(module, Experts):
                 module.experts[name] = copy.deepcopy(module.experts[like]).requires_grad_(True)
 
-    def _by_task(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
-        """Vectors (B, D) of texts with a task each: sorted by expert, so that only experts see parts of the batch."""
-        check_one_each(tasks, input_ids)
+    def _forward_mixed(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
+        """Sort the texts by expert, so that everything except the experts is computed for the whole batch at once."""
+        check_one_task_per_text(tasks, input_ids)
         experts = [self.expert_of(task) for task in tasks]
+        names = list(dict.fromkeys(experts))
         groups, end = [], 0
-        for expert in dict.fromkeys(experts):
-            groups.append((expert, slice(end, end := end + experts.count(expert))))
-        names = [expert for expert, _ in groups]
+        for name in names:
+            groups.append((name, slice(end, end := end + experts.count(name))))
         order = sorted(range(len(experts)), key=lambda i: names.index(experts[i]))
         rows = torch.tensor(order, device=input_ids.device)
-        hidden, around = self.family.begin(input_ids[rows], attention_mask[rows])
-        hidden = self._layers(range(self.num_layers), hidden, around, groups)
+        hidden, context = self.family.begin(input_ids[rows], attention_mask[rows])
+        hidden = self._layers(range(self.num_layers), hidden, context, Condition(groups=tuple(groups)))
         return self.pool(hidden, attention_mask[rows], tasks[0])[rows.argsort()]
 
     def layer(
-        self,
-        index: int,
-        hidden: Tensor,
-        context: Tensor,
-        around: Surroundings,
-        guide: str | list[tuple[str, slice]],
+        self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """guide: the expert of all texts, or the experts of slices of the batch."""
         layer, family = self.family.layers[index], self.family
-        special = index in self.expert_layers and not isinstance(guide, str)
-        expert = guide if isinstance(guide, str) else None
-        if special and self.attention:
-            parts = [family.attention(layer, hidden[s], context[s], around.of(s), expert=e) for e, s in guide]
-            hidden = torch.cat(parts)
+        groups = condition.groups if index in self.expert_layers else ()
+        if groups and self.attention:
+            outputs = [
+                family.attention(layer, hidden[rows], states[rows], context.select(rows), expert)
+                for expert, rows in groups
+            ]
+            hidden = torch.cat(outputs)
         else:
-            hidden = family.attention(layer, hidden, context, around, expert=expert)
-        if special and self.ffn:
-            return torch.cat([family.feed_forward(layer, hidden[s], expert=e) for e, s in guide])
-        return family.feed_forward(layer, hidden, expert=expert)
+            hidden = family.attention(layer, hidden, states, context, condition.expert)
+        if groups and self.ffn:
+            return torch.cat([family.feed_forward(layer, hidden[rows], expert) for expert, rows in groups])
+        return family.feed_forward(layer, hidden, condition.expert)
 
 
 def check_expert_names(experts: Sequence[str]) -> None:
-    """Raise UserError for a name that cannot be a module's."""
+    """Raise UserError for a name that torch does not accept for a module."""
     for name in experts:
         if not re.fullmatch(r"[A-Za-z]\w*", name) or hasattr(nn.ModuleDict, name):
-            raise UserError(f"expert {name!r}: allowed are names of letters, digits and _, other than torch's own")
+            raise UserError(
+                f"expert {name!r}: expected a name of letters, digits and _ that starts with a letter and is not a "
+                "method of torch.nn.ModuleDict"
+            )
 
 
 def add_experts(family: Family, layers: Sequence[int], experts: Sequence[str], attention: bool, ffn: bool) -> None:
-    """Replace sub-layers of a backbone's layers by experts, all copies of them."""
+    """Replace sub-layers of the given layers by experts that are copies of them."""
     modules = (family.attention_modules if attention else ()) + (family.ffn_modules if ffn else ())
     for index in layers:
         for name in modules:

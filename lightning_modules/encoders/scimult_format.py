@@ -1,15 +1,15 @@
-"""Checkpoints of SciMult's authors (github.com/yuzhimanhua/SciMult), and others of the same layout, in and out.
+"""Checkpoints of SciMult's authors (github.com/yuzhimanhua/SciMult) and others with the same layout, read and written.
 
-    model_dict       every tensor twice, under question_model. and ctx_model. (one shared tower)
+    model_dict       each tensor twice, under question_model. and ctx_model. (one shared tower)
     encoder_params   settings, flat or under "encoder"
 
-An expert is a number there. Layers with experts are recognised by their keys:
+There an expert is a number. The keys show which layers have experts:
 
     ...layer.<l>.attention.self.moe_{query,key,value}.<e>.*    ...layer.<l>.attention.output.moe_dense.<e>.*
     ...layer.<l>.moe_layer.{interm,output}_layers.<e>.*        ...expert_gate[.<l>].fwd_func.*
 
-Checkpoints of DPR (Karpukhin et al., 2020) have the same layout without the level "encoder." and, mostly, two different
-towers, of which one is taken.
+Checkpoints of DPR (Karpukhin et al., 2020) have the same layout without the level "encoder.". Their two towers usually
+differ, and one of them is loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
@@ -27,97 +28,101 @@ from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 
-EXPERTS = ("search", "link_prediction", "classification")  # by the reference's numbers
-RULES = ("mod2", "mod3", "mod4", "mod6", "mod12", "ge6mod3", "le7mod3")  # that the reference knows
+EXPERTS = ("search", "link_prediction", "classification")  # in the order of the authors' numbers
+RULES = ("mod2", "mod3", "mod4", "mod6", "mod12", "ge6mod3", "le7mod3")  # rules of the authors' code
 TOWERS = {"query": "question_model.", "document": "ctx_model."}
 UNUSED = ("embeddings.position_ids", "pooler.")
 
-# (pattern of a key there, our key); <e> is the expert's number there and its name here
+# Their keys. The expert is a number.
 ATTENTION = re.compile(
     r"(encoder\.layer\.(\d+)\.attention)\.(?:self\.moe_(query|key|value)|output\.moe_dense)\.(\d+)\.(\w+)"
 )
 FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d+))\.moe_layer\.(interm|output)_layers\.(\d+)\.(.+)")
 GATE = re.compile(r"encoder\.expert_gate\.(?:(\d+)\.)?fwd_func\.(\w+)")
 
+# Our keys. The expert is a name.
 OUR_ATTENTION = re.compile(r"(encoder\.layer\.\d+\.attention)\.(self|output\.dense)\.experts\.(\w+)\.(.+)")
 OUR_FEED_FORWARD = re.compile(r"(encoder\.layer\.\d+)\.(intermediate|output)\.experts\.(\w+)\.(.+)")
 
 
-def is_reference(checkpoint: Any) -> bool:
+def is_reference(checkpoint: object) -> bool:
+    """Return whether the content of a file has the authors' layout."""
     return isinstance(checkpoint, Mapping) and {"model_dict", "encoder_params"} <= set(checkpoint)
 
 
 def from_reference(
-    checkpoint: Mapping[str, Any], backbone: nn.Module, tokenizer, source: str, tower: str | None = None
+    checkpoint: Mapping[str, Any],
+    backbone: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    tower: str | None = None,
 ) -> tuple[Encoder, dict[str, Tensor]]:
-    """An encoder, its weights not loaded, and the weights under its own names.
+    """Return an encoder without its weights, and the weights under the encoder's names.
 
-    backbone: a BERT of the checkpoint's shape. source: the checkpoint's name in errors. tower: "query" or "document",
-    where they differ. Raises UserError for settings that have no counterpart here.
+    backbone: a BERT of the checkpoint's shape.
+    source: name of the checkpoint, for error messages.
+    tower: "query" or "document", if the two towers differ.
+
+    Raises UserError for settings that no encoder of this project has.
     """
     settings = checkpoint["encoder_params"]
     if not isinstance(settings, Mapping) or not isinstance(checkpoint["model_dict"], Mapping):
         raise UserError(f"{source}: model_dict and encoder_params are not as in a checkpoint of SciMult or DPR")
     settings = settings.get("encoder", settings)
     if settings.get("projection_dim"):
-        raise UserError(
-            f"{source}: has a projection of {settings['projection_dim']} dimensions, which is not supported"
-        )
+        size = settings["projection_dim"]
+        raise UserError(f"{source}: has a projection of {size} dimensions, which is not supported")
     if settings.get("factor_rep"):
         raise UserError(f"{source}: was trained with factor_rep, which is not supported")
 
     weights = _one_tower(checkpoint["model_dict"], source, tower)
     num_experts = max((int(m[4]) + 1 for key in weights if (m := _expert_key(key))), default=0)
-    gates = {match[1] for key in weights if (match := GATE.fullmatch(key))}
-    if gates:
-        experts: Sequence[str] = tuple(f"expert{e}" for e in range(num_experts))
-    else:
-        experts = EXPERTS if num_experts == len(EXPERTS) else tuple(f"expert{e}" for e in range(num_experts))
-    in_attention = {int(m[2]) for key in weights if (m := ATTENTION.fullmatch(key))}
-    in_ffn = {int(m[2]) for key in weights if (m := FEED_FORWARD.fullmatch(key))}
-    if bool(settings.get("use_infer_expert")) != bool(gates):
+    gates = {match[1] for key in weights if (match := GATE.fullmatch(key))}  # layers, or None for one common gate
+    use_gates = bool(settings.get("use_infer_expert"))
+    if use_gates != bool(gates):
         raise UserError(
-            f"{source}: encoder_params say use_infer_expert {bool(settings.get('use_infer_expert'))}, and the weights "
-            f"hold {'a' if gates else 'no'} gate"
+            f"{source}: encoder_params have use_infer_expert {use_gates}, but the weights contain "
+            f"{'a' if gates else 'no'} gate"
         )
-    renamed = {_our_key(key, experts): tensor for key, tensor in weights.items()}
+    names: Sequence[str] = EXPERTS
+    if gates or num_experts != len(EXPERTS):
+        names = tuple(f"expert{e}" for e in range(num_experts))
+    renamed = {_our_key(key, names): tensor for key, tensor in weights.items()}
 
-    mean = bool(settings.get("mean_pool"))  # the reference normalises its means
-    common = {
+    mean = bool(settings.get("mean_pool"))  # the authors' code normalizes means
+    arguments = {
         "pooling": "mean" if mean else "cls",
         "normalize": mean,
-        # Their sequence_length is of training; they evaluate with all positions. max_length is a key of to_reference.
+        # Their sequence_length is for training; they evaluate with all positions. Only to_reference writes max_length.
         "max_length": settings.get("max_length", backbone.config.max_position_embeddings),
     }
+    tasks = {name: name for name in EXPERTS}
     if not num_experts:
-        return SharedEncoder(backbone, tokenizer, {name: name for name in EXPERTS}, **common), renamed
+        return SharedEncoder(backbone, tokenizer, tasks, **arguments), renamed
+    in_attention = {int(m[2]) for key in weights if (m := ATTENTION.fullmatch(key))}
+    in_ffn = {int(m[2]) for key in weights if (m := FEED_FORWARD.fullmatch(key))}
     layers = sorted(in_attention | in_ffn)
     _check_settings(settings, num_experts, layers, backbone.config.num_hidden_layers, source)
-    common |= {"attention": bool(in_attention), "ffn": bool(in_ffn), "layers": layers}
+    arguments |= {"attention": bool(in_attention), "ffn": bool(in_ffn), "layers": layers}
     if not gates:
-        return MoEEncoder(backbone, tokenizer, {name: name for name in experts}, **common), renamed
-    level = "token" if "tok" in str(settings.get("moe_type")) else "sequence"
-    routed = RoutedEncoder(
-        backbone,
-        tokenizer,
-        {name: name for name in EXPERTS},
-        num_experts=num_experts,
-        level=level,
-        gate_per_layer=gates != {None},
-        **common,
-    )
-    return routed, renamed
+        return MoEEncoder(backbone, tokenizer, {name: name for name in names}, **arguments), renamed
+    arguments |= {
+        "num_experts": num_experts,
+        "level": "token" if "tok" in str(settings.get("moe_type")) else "sequence",
+        "gate_per_layer": gates != {None},
+    }
+    return RoutedEncoder(backbone, tokenizer, tasks, **arguments), renamed
 
 
 def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> dict[str, Tensor]:
-    """One tower's tensors by their names in a BERT. Without tower, both must be the same."""
+    """Return the tensors of one tower under their names in a BERT. If no tower is given, both must be equal."""
     if tower not in (None, *TOWERS):
-        raise UserError(f"tower: got {tower!r}, allowed are {' and '.join(TOWERS)}")
+        raise UserError(f"tower: expected {' or '.join(TOWERS)}, got {tower!r}")
     level = "" if any(key.startswith(f"{p}embeddings.") for p in TOWERS.values() for key in model) else "encoder."
     prefixes = {name: f"{prefix}{level}" for name, prefix in TOWERS.items()}
-    surplus = [key for key in model if not key.startswith(tuple(prefixes.values()))]
-    if surplus:
-        raise UserError(f"{source}: {len(surplus)} surplus keys ({', '.join(map(str, surplus[:3]))})")
+    unexpected = [key for key in model if not key.startswith(tuple(prefixes.values()))]
+    if unexpected:
+        raise UserError(f"{source}: {len(unexpected)} unexpected keys ({', '.join(map(str, unexpected[:3]))})")
     towers = {
         name: {
             key.removeprefix(prefix): tensor
@@ -126,26 +131,27 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
         }
         for name, prefix in prefixes.items()
     }
-    if tower:
-        if not towers[tower]:
-            raise UserError(f"{source}: has no {prefixes[tower]}* weights")
-        return towers[tower]
+    chosen = tower or "query"
+    if not towers[chosen]:
+        raise UserError(f"{source}: has no {prefixes[chosen]}* weights")
     queries, documents = towers["query"], towers["document"]
-    if not queries:
-        raise UserError(f"{source}: has no {prefixes['query']}* weights")
-    if documents and (queries.keys() != documents.keys() or any(not _same(queries[k], documents[k]) for k in queries)):
+    if tower is None and documents and not _equal_towers(queries, documents):
         raise UserError(
-            f"{source}: has different towers for queries and documents; take one of them: tower=query or tower=document"
+            f"{source}: has different towers for queries and documents; choose one with tower=query or tower=document"
         )
-    return queries
+    return towers[chosen]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equality that does not read what is stored once."""
+def _equal_towers(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal, without reading them if they share their memory."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
-    stored_once = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
-    return stored_once or a.equal(b)
+    shared = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
+    return shared or a.equal(b)
 
 
 def _expert_key(key: str) -> re.Match | None:
@@ -153,15 +159,15 @@ def _expert_key(key: str) -> re.Match | None:
 
 
 def _our_key(key: str, experts: Sequence[str]) -> str:
-    """The reference's name of a tensor as ours."""
+    """Translate the authors' name of a tensor into ours."""
     if match := ATTENTION.fullmatch(key):
         head, _, projection, expert, rest = match.groups()
         name = experts[int(expert)]
-        where = f"self.experts.{name}.{projection}" if projection else f"output.dense.experts.{name}"
-        return f"backbone.{head}.{where}.{rest}"
+        module = f"self.experts.{name}.{projection}" if projection else f"output.dense.experts.{name}"
+        return f"backbone.{head}.{module}.{rest}"
     if match := FEED_FORWARD.fullmatch(key):
-        head, _, part, expert, rest = match.groups()
-        module = {"interm": "intermediate", "output": "output"}[part]
+        head, _, kind, expert, rest = match.groups()
+        module = {"interm": "intermediate", "output": "output"}[kind]
         return f"backbone.{head}.{module}.experts.{experts[int(expert)]}.{rest}"
     if match := GATE.fullmatch(key):
         return f"gates.{match[1] or 'all'}.{match[2]}"
@@ -169,28 +175,27 @@ def _our_key(key: str, experts: Sequence[str]) -> str:
 
 
 def _check_settings(settings: Mapping[str, Any], num_experts: int, layers: list[int], depth: int, source: str) -> None:
-    """What the settings say must be what the tensors show."""
+    """Raise UserError if the settings contradict the tensors."""
     if settings.get("num_expert") != num_experts:
-        said = settings.get("num_expert")
-        raise UserError(f"{source}: encoder_params say num_expert {said}, the weights hold {num_experts} experts")
+        number = settings.get("num_expert")
+        raise UserError(f"{source}: encoder_params have num_expert {number}, but the weights contain {num_experts}")
     rule = str(settings.get("moe_type", "")).partition(":")[0]
-    if rule and expert_layers(rule, depth) != layers:
-        said = expert_layers(rule, depth)
-        raise UserError(f"{source}: moe_type {rule} puts experts into layers {said}, the weights hold them in {layers}")
+    if rule and (expected := expert_layers(rule, depth)) != layers:
+        raise UserError(f"{source}: moe_type {rule} means experts in layers {expected}, but the weights have {layers}")
 
 
 def to_reference(encoder: Encoder) -> dict[str, Any]:
-    """A checkpoint as the authors' code reads it: both towers, settings, and what its loader expects beside them.
+    """Return a checkpoint that the authors' code can load: both towers, the settings, and what else its loader reads.
 
-    Raises UserError for an encoder that the reference has no counterpart of.
+    Raises UserError for an encoder that their code does not have.
     """
     if type(encoder) not in (SharedEncoder, MoEEncoder) or encoder.backbone.config.model_type != "bert":
         kind = f"{type(encoder).__name__} over {encoder.backbone.config.model_type}"
-        raise UserError(f"{kind}: the reference's checkpoints hold SharedEncoder and MoEEncoder over bert alone")
+        raise UserError(f"the authors' format supports only SharedEncoder and MoEEncoder over bert, not {kind}")
     if (encoder.pooling == "mean") != encoder.normalize:
         raise UserError(
-            f"pooling {encoder.pooling} with normalize {encoder.normalize}: the reference has either [CLS] as it is "
-            "(encoder.pooling=cls) or normalised means (encoder.pooling=mean encoder.normalize=true)"
+            "the authors' format supports only pooling cls with normalize false, and pooling mean with normalize true, "
+            f"not pooling {encoder.pooling} with normalize {str(encoder.normalize).lower()}"
         )
     experts = list(encoder.experts) if isinstance(encoder, MoEEncoder) else []
     if set(experts) == set(EXPERTS):
@@ -201,7 +206,7 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
     }
     config = encoder.backbone.config
     tower["embeddings.position_ids"] = torch.arange(config.max_position_embeddings)[None]
-    # Its strict loading wants a pooler, which nothing reads.
+    # Their strict loading expects a pooler, which is not used.
     tower["pooler.dense.weight"] = torch.zeros(config.hidden_size, config.hidden_size)
     tower["pooler.dense.bias"] = torch.zeros(config.hidden_size)
     return {
@@ -232,24 +237,29 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def is_exported_reference(checkpoint: object) -> bool:
+    """Return whether to_reference made the content of a file. The authors' own settings have no max_length."""
+    return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
+
+
 def _their_key(key: str, experts: Sequence[str]) -> str:
-    """Our name of a tensor of the backbone as the reference's."""
+    """Translate our name of a tensor of the backbone into the authors'."""
     if match := OUR_ATTENTION.fullmatch(key):
-        head, part, expert, rest = match.groups()
+        head, module, expert, rest = match.groups()
         number = experts.index(expert)
-        if part == "self":
+        if module == "self":
             projection, _, rest = rest.partition(".")
             return f"{head}.self.moe_{projection}.{number}.{rest}"
         return f"{head}.output.moe_dense.{number}.{rest}"
     if match := OUR_FEED_FORWARD.fullmatch(key):
-        head, part, expert, rest = match.groups()
-        module = {"intermediate": "interm", "output": "output"}[part]
-        return f"{head}.moe_layer.{module}_layers.{experts.index(expert)}.{rest}"
+        head, module, expert, rest = match.groups()
+        kind = {"intermediate": "interm", "output": "output"}[module]
+        return f"{head}.moe_layer.{kind}_layers.{experts.index(expert)}.{rest}"
     return key
 
 
 def _their_rule(encoder: MoEEncoder) -> str:
-    """The reference's moe_type of an encoder's expert layers."""
+    """Return the authors' moe_type for an encoder's expert layers."""
 
     def fits(rule: str) -> bool:
         try:
@@ -259,5 +269,6 @@ def _their_rule(encoder: MoEEncoder) -> str:
 
     rule = next((rule for rule in RULES if fits(rule)), None)
     if rule is None:
-        raise UserError(f"layers {encoder.expert_layers}: the reference knows {', '.join(RULES)} alone")
-    return f"{rule}:" + "_".join(w for w, has in (("attn", encoder.attention), ("fwd", encoder.ffn)) if has)
+        raise UserError(f"layers {encoder.expert_layers}: the authors' format supports only {', '.join(RULES)}")
+    sub_layers = {"attn": encoder.attention, "fwd": encoder.ffn}
+    return f"{rule}:" + "_".join(name for name, has_experts in sub_layers.items() if has_experts)

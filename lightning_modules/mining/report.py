@@ -15,7 +15,7 @@ import numpy as np
 from datamodules.records import MinedNegatives, UserError
 from lightning_modules.mining.filters import query_of_entries
 from lightning_modules.mining.mine import Mined
-from lightning_modules.svg import box, document, text
+from lightning_modules.pictures import box, document, text
 
 NUM_BINS = 24
 WIDTH, HEIGHT, GAP = 420, 160, 46  # of a histogram, in pixels

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.search import Advance, Shards, check_finite

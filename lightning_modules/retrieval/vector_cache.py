@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import socket
 from collections import OrderedDict
@@ -18,11 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.records import Document
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked

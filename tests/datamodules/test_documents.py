@@ -18,11 +18,11 @@ def test_strings_dicts_and_documents_are_read_alike():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (("t", "x"), r"documents\[1\]: got tuple \('t', 'x'\), expected a text, a dict with title and text"),
-        (None, r"documents\[1\]: got NoneType None, expected a text"),
-        ({"titel": "a"}, r"documents\[1\]: has neither title nor text nor abstract, but titel"),
-        ({"title": "a", "abstract": float("nan")}, r"documents\[1\]: abstract: got float nan, expected a text"),
-        ({"title": " ", "text": ""}, r"documents\[1\]: has neither title nor text"),
+        (("t", "x"), r"documents\[1\]: expected a text, a dict .*, got tuple \('t', 'x'\)"),
+        (None, r"documents\[1\]: expected a text, .*, got NoneType None"),
+        ({"titel": "a"}, r"documents\[1\]: expected a title, text or abstract that is not empty, got titel"),
+        ({"title": "a", "abstract": float("nan")}, r"documents\[1\]: abstract: expected a text, got float nan"),
+        ({"title": " ", "text": ""}, r"documents\[1\]: expected a title, .* got title, text"),
     ],
 )
 def test_other_items_are_refused_with_their_place(item, message):
@@ -32,7 +32,7 @@ def test_other_items_are_refused_with_their_place(item, message):
 
 @pytest.mark.parametrize("items", ["words", {"title": "a"}, Document("", "a")])
 def test_one_paper_is_no_list(items):
-    with pytest.raises(TypeError, match="got one .*, expected a list of them"):
+    with pytest.raises(TypeError, match="expected a list, got one "):
         as_documents(items)
 
 
@@ -41,5 +41,5 @@ def test_encode_takes_them(make_encoder):
     paper = {"title": "bara celi", "abstract": "domu fito"}
     vectors = encoder.encode([paper, Document("", "bara celi", "domu fito")], task="search")
     assert vectors[0].equal(vectors[1])
-    with pytest.raises(TypeError, match=r"documents\[0\]: got tuple"):
+    with pytest.raises(TypeError, match=r"documents\[0\]: expected a text, .* got tuple"):
         encoder.encode([("bara", "celi")], task="search")

@@ -9,7 +9,7 @@ import math
 import re
 from pathlib import Path
 
-from tests.datamodules.reader_worlds import one_object, put
+from tests.datamodules.readers.worlds import one_object, put
 
 SECOND = 1 / math.log2(3)  # gain at the second place
 THIRD = 1 / 2

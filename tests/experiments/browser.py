@@ -1,4 +1,4 @@
-"""A headless Chromium by its DevTools protocol: what a page looks like to who reads it."""
+"""Headless Chromium, driven by its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUIET = ("--disable-background-networking", "--disable-component-update", "--dis
 
 
 class Page:
-    """One tab. events: all that the browser told of it, (name, parameters)."""
+    """One tab of the browser. events: (name, parameters) of all events so far."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
         self.socket, self.sent, self.events = socket, 0, []
@@ -28,14 +28,14 @@ class Page:
         self.sent += 1
         await self.socket.send_json({"id": self.sent, "method": method, "params": parameters})
         while True:
-            told = await asyncio.wait_for(self.socket.receive_json(), 60)
-            if told.get("id") == self.sent:
-                assert "error" not in told, (method, told["error"])
-                return told["result"]
-            self.events.append((told["method"], told["params"]))
+            message = await asyncio.wait_for(self.socket.receive_json(), 60)
+            if message.get("id") == self.sent:
+                assert "error" not in message, (method, message["error"])
+                return message["result"]
+            self.events.append((message["method"], message["params"]))
 
     async def open(self, url: str, width: int, scheme: str = "light") -> None:
-        """Load a page in a window of that width (below 600 a phone's), in the light or dark scheme."""
+        """Load a page in a window of some width, below 600 as a phone, in the light or dark colour scheme."""
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -48,20 +48,20 @@ class Page:
         raise TimeoutError(url)
 
     async def run(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
-        found = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        """Return the value of a JavaScript expression."""
+        answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     async def screenshot(self, path: Path) -> None:
-        """The page in its whole length."""
-        taken = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(taken["data"]))
+        """Write a picture of the whole page."""
+        picture = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(picture["data"]))
 
 
 @asynccontextmanager
 async def chromium(folder: Path):
-    """A browser with an empty profile in a folder; gives a Page."""
+    """Run a browser with an empty profile in a folder, and yield a Page."""
     command = [CHROMIUM, *FLAGS, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -16,7 +16,7 @@ from datamodules.records import UserError
 from experiments import agent
 from experiments.agent import tell_other_ranks
 from experiments.config.experiment import load_config
-from experiments.run.folder import folder_of
+from experiments.config.paths import folder_of
 from experiments.sweep import main as sweep
 from tests.experiments.test_train import TINY
 from tests.experiments.wandb_server import wandb_server

@@ -1,4 +1,4 @@
-"""`make data`: the recipe of the paper on small files from a server of this machine."""
+"""`make data`: the recipes on small files from a local server."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from datamodules.readers.beir import BeirReader
 from datamodules.records import UserError
 from experiments import data
 from experiments.data import main
-from experiments.download import downloads, sources, unpacking
+from experiments.download import fetch, sources
 from experiments.download.recipe import load_recipe
 from experiments.train import train
 from tests.experiments.loopback import loopback
@@ -49,7 +49,7 @@ def files():
 
 @pytest.fixture
 def server(files, monkeypatch):
-    monkeypatch.setattr(downloads, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.01))
     with loopback() as state:
         state.files = dict(files)
         yield state
@@ -72,7 +72,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def built(files, tmp_path_factory):
-    """The mixture, and what was asked of the server."""
+    """The built mixture, its recipe, and the requests to the server."""
     folder = tmp_path_factory.mktemp("mixture")
     recipe = str(write_recipe(folder / "scimult.yaml", files))
     with loopback() as server:
@@ -108,8 +108,8 @@ def test_each_row_of_table_a1_becomes_a_folder(built, files):
 @pytest.mark.parametrize(
     ("name", "fields"), [("maple_cs", {"Computer_Science": 1}), ("maple_mesh", {"Biology_MeSH": 3, "Medicine_MeSH": 4})]
 )
-def test_labels_are_capped_and_have_negatives_of_three_kinds(built, name, fields):
-    """Against a plain reading of the papers: names, definitions, 100 pairs a label, and where negatives come from."""
+def test_labels_are_capped_and_have_negatives_from_related_papers(built, name, fields):
+    """Names, definitions, 100 pairs per label, and sources of negatives are as in a plain reading of the papers."""
     root = built[0]
     mesh = name == "maple_mesh"
     collection = BeirReader(str(root / name)).read()
@@ -146,7 +146,7 @@ def test_labels_are_capped_and_have_negatives_of_three_kinds(built, name, fields
     assert kinds["venue"]
 
 
-def test_coarse_fields_have_as_many_papers_each(built):
+def test_coarse_fields_have_equally_many_papers(built):
     collection = BeirReader(str(built[0] / "maple_coarse")).read()
     assert len(collection.corpus) == FIELDS
     assert "Computer_Science" not in collection.corpus
@@ -159,7 +159,7 @@ def test_coarse_fields_have_as_many_papers_each(built):
     assert set(counts.values()) == {50}
 
 
-def test_train_and_validation_are_one_for_citations_and_search(built):
+def test_train_and_validation_are_merged_for_citations_and_search(built):
     cited = BeirReader(str(built[0] / "cite_prediction")).read().qrels["train"]
     assert len(cited) == 8 * 4
     assert cited["0"] == {"1000": 1, "1001": 1, "1002": 1, "2000": 0, "2001": 0, "2002": 0}
@@ -168,17 +168,18 @@ def test_train_and_validation_are_one_for_citations_and_search(built):
     assert searched["16-1"] == {"1601": 2, "1602": 1, "1603": 0, "1604": 0, "1605": 0}
 
 
-def test_a_second_command_does_nothing(built, server, caplog):
+def test_second_command_does_nothing(built, server, caplog):
     root, recipe, _ = built
     before = tree(root)
     with caplog.at_level("INFO"):
         make(recipe, server, root)
     assert server.requests == []
     assert tree(root) == before
-    assert caplog.text.count("is there already") == len(OUTPUTS)
+    assert caplog.text.count("exists already") == len(OUTPUTS)
 
 
-def test_two_training_steps_on_what_was_built(built, tmp_path, make_backbone):
+@pytest.mark.slow
+def test_training_runs_on_the_built_data(built, tmp_path, make_backbone):
     backbone, tokenizer = make_backbone(max_position_embeddings=256)
     backbone.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
@@ -187,21 +188,21 @@ def test_two_training_steps_on_what_was_built(built, tmp_path, make_backbone):
     check_complete(tmp_path / "run", benchmarks=1)
 
 
-def test_counts_stand_beside_the_published_ones(built, server, capsys, caplog):
+def test_counts_are_shown_next_to_published_ones(built, server, capsys, caplog):
     root, recipe, _ = built
     with caplog.at_level("INFO"):
         make(recipe, server, root, "only=maple_coarse")
     table = capsys.readouterr().out
     assert "900,000 (-99.9%)" in table
     assert (
-        "maple_coarse: differs from the published by more than 2% in queries, pairs. A paper that was drawn"
+        "maple_coarse: differs from the published counts by more than 2% in queries, pairs. A paper that was drawn"
         in caplog.text
     )
     assert "maple_cs" not in table
     assert f"Next: make train EXP=moe SCALE=paper data.root={root}" in caplog.text
 
 
-def test_downloads_and_archives_may_go_when_all_is_built(files, server, tmp_path, recipe):
+def test_downloads_and_archives_may_be_deleted_once_built(files, server, tmp_path, recipe):
     root = tmp_path / "root"
     make(recipe, server, root, "only=maple_cs")
     assert {path for path, _ in server.requests} == {"maple/MAPLE.zip", "micol/MICoL.zip"}
@@ -213,7 +214,7 @@ def test_downloads_and_archives_may_go_when_all_is_built(files, server, tmp_path
     assert {path for path, _ in server.requests} == {"maple/MAPLE.zip", "micol/MICoL.zip"}
 
 
-def test_another_argument_builds_that_folder_again(server, tmp_path, recipe):
+def test_changed_argument_rebuilds_only_its_folder(server, tmp_path, recipe):
     root = tmp_path / "root"
     make(recipe, server, root, "only=maple_cs,cite_prediction")
     old = {name: tree(root / name) for name in ("maple_cs", "cite_prediction")}
@@ -226,7 +227,7 @@ def test_another_argument_builds_that_folder_again(server, tmp_path, recipe):
     assert {split: len(judged) for split, judged in collection.qrels.items()} == {"train": 6 * 4, "dev": 2 * 4}
 
 
-def test_names_without_definitions_until_they_are_placed_by_hand(files, server, tmp_path, recipe, caplog):
+def test_missing_optional_source_is_replaced_until_placed_by_hand(files, server, tmp_path, recipe, caplog):
     root = tmp_path / "root"
     del server.files["micol/MICoL.zip"]
     make(recipe, server, root, "only=maple_cs")
@@ -241,7 +242,7 @@ def test_names_without_definitions_until_they_are_placed_by_hand(files, server, 
     assert corpus["1"].text == "what 1 is"
 
 
-def test_what_can_only_be_placed_by_hand_is_told_before_any_download(server, tmp_path, recipe):
+def test_files_to_place_by_hand_are_listed_before_any_download(server, tmp_path, recipe):
     with pytest.raises(UserError) as caught:
         main(
             [
@@ -253,19 +254,17 @@ def test_what_can_only_be_placed_by_hand_is_told_before_any_download(server, tmp
             ]
         )
     for source in ("cite_prediction", "search_test"):
-        assert f"{source} has no address for programs: fetch it from https://huggingface.co/datasets" in str(
+        assert f"{source} cannot be downloaded automatically: get it from https://huggingface.co/datasets" in str(
             caught.value
         )
     assert server.requests == []
 
 
-def test_a_file_placed_by_hand_is_verified_and_used(files, server, tmp_path, recipe):
+def test_file_placed_by_hand_is_verified_and_used(files, server, tmp_path, recipe):
     path = tmp_path / "root" / "downloads" / "search_test" / "evaluation-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"something else")
-    with pytest.raises(
-        UserError, match="expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}, as the recipe says. Place the"
-    ):
+    with pytest.raises(UserError, match="the recipe has sha256 [0-9a-f]{64}, the file has [0-9a-f]{64}. Place the"):
         make(recipe, server, tmp_path / "root", "only=scirepeval_search_test")
     assert path.read_bytes() == b"something else"
     path.write_bytes(files["search_test/evaluation-00000-of-00001.parquet"])
@@ -273,17 +272,20 @@ def test_a_file_placed_by_hand_is_verified_and_used(files, server, tmp_path, rec
     assert server.requests == []
 
 
-def test_wrong_bytes_from_the_server_are_an_error_with_both_checksums(server, tmp_path):
-    """The recipe as it is, whose checksums the small files do not have."""
+def test_wrong_download_raises_user_error_with_both_checksums(server, tmp_path):
+    """The original recipe has other checksums than the small files."""
     with pytest.raises(UserError) as caught:
         make("scimult", server, tmp_path / "root", "only=scirepeval_search_test")
-    said = str(caught.value)
-    assert "evaluation-00000-of-00001.parquet.part: expected sha256 7ea437366c9820991ff0918a4f399d6493901a1a" in said
-    assert "by hand as" in said
+    message = str(caught.value)
+    assert (
+        "evaluation-00000-of-00001.parquet.part: the recipe has sha256 7ea437366c9820991ff0918a4f399d6493901a1a"
+        in message
+    )
+    assert "place the file yourself as" in message
     assert not list((tmp_path / "root" / "downloads").rglob("*.parquet*"))
 
 
-def test_a_rest_that_does_not_fit_is_fetched_from_the_beginning(files, server, tmp_path, recipe, caplog):
+def test_part_of_another_version_is_downloaded_from_the_beginning(files, server, tmp_path, recipe, caplog):
     server.tags = False
     path = tmp_path / "root" / "downloads" / "search_test" / "evaluation-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
@@ -291,21 +293,21 @@ def test_a_rest_that_does_not_fit_is_fetched_from_the_beginning(files, server, t
     make(recipe, server, tmp_path / "root", "only=scirepeval_search_test")
     assert path.read_bytes() == files["search_test/evaluation-00000-of-00001.parquet"]
     assert [wanted for _, wanted in server.requests] == ["bytes=19-", None]
-    assert "did not fit the rest; from the beginning" in caplog.text
+    assert "did not match the rest; downloading it from the beginning" in caplog.text
 
 
-def test_without_a_checksum_the_first_download_counts(files, server, tmp_path, recipe, caplog):
+def test_first_download_without_checksum_is_pinned(files, server, tmp_path, recipe, caplog):
     root = tmp_path / "root"
     make(recipe, server, root, "only=maple_mesh")
-    assert "mesh/desc2022.xml: the recipe knows no checksum of it. Trusted as it is, sha256" in caplog.text
+    assert "mesh/desc2022.xml: the recipe has no checksum. This first download is trusted, and" in caplog.text
     path = root / "downloads" / "mesh" / "desc2022.xml"
     path.unlink()
     server.files["mesh/desc2022.xml"] = files["mesh/desc2022.xml"].replace(b"What 3 is", b"What 3 was")
     make(recipe, server, root, "only=maple_mesh")  # built, so nothing is needed
-    with pytest.raises(UserError, match="as it first was, got .* remove mesh/desc2022.xml from .*checksums.json"):
+    with pytest.raises(UserError, match="first download had sha256 .* remove mesh/desc2022.xml from .*checksums.json"):
         make(recipe, server, root, "only=maple_mesh", "outputs.maple_mesh.reader.seed=3")
     path.write_bytes(server.files["mesh/desc2022.xml"])
-    with pytest.raises(UserError, match="as it first was, got"):
+    with pytest.raises(UserError, match="first download had sha256"):
         make(recipe, server, root, "only=maple_mesh")
     ledger = json.loads((root / "checksums.json").read_text())
     del ledger["mesh/desc2022.xml"]
@@ -314,18 +316,19 @@ def test_without_a_checksum_the_first_download_counts(files, server, tmp_path, r
     assert BeirReader(str(root / "maple_mesh")).read().corpus["D3"].text == "What 3 was."
 
 
-def test_an_archive_that_is_none_is_not_held_on_to(files, server, tmp_path, recipe):
+def test_checksum_of_an_invalid_archive_is_forgotten(files, server, tmp_path, recipe):
     root = tmp_path / "root"
     server.files["maple/MAPLE.zip"] = b"an error page"
-    with pytest.raises(UserError, match="MAPLE.zip: the archive is damaged .* Remove it to have it downloaded again"):
+    with pytest.raises(UserError, match="MAPLE.zip: the archive is damaged .* Delete it to download it again"):
         make(recipe, server, root, "only=maple_cs")
     (root / "downloads" / "maple" / "MAPLE.zip").unlink()
     server.files["maple/MAPLE.zip"] = files["maple/MAPLE.zip"]
     make(recipe, server, root, "only=maple_cs")
 
 
-def test_a_download_that_was_killed_goes_on(files, server, tmp_path, recipe):
-    """With kill -9, in another process, at a server that is slow."""
+@pytest.mark.slow
+def test_killed_download_resumes(files, server, tmp_path, recipe):
+    """Another process is killed with SIGKILL while it downloads from a slow server."""
     root = tmp_path / "root"
     server.waits = 0.3
     command = [
@@ -355,26 +358,27 @@ def test_a_download_that_was_killed_goes_on(files, server, tmp_path, recipe):
     assert (root / "downloads" / "maple" / "MAPLE.zip").read_bytes() == files["maple/MAPLE.zip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
-        (unpacking, "_write", 3),
+        (fetch, "_write_member", 3),
         (data, "write_beir", 1),
         (data, "write_json", 1),
-        (data, "counts", 2),
+        (data, "count", 2),
     ],
 )
-def test_who_is_killed_anywhere_goes_on(built, server, tmp_path, monkeypatch, recipe, module, function, call):
-    """The end is the same; what was complete is not done again."""
+def test_interrupted_command_resumes_anywhere(built, server, tmp_path, monkeypatch, recipe, module, function, call):
+    """The result is the same, and finished steps are not repeated."""
     original, calls = getattr(module, function), []
 
-    def killed(*arguments, **options):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, function, killed)
+    monkeypatch.setattr(module, function, interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(recipe, server, tmp_path / "root")
     monkeypatch.setattr(module, function, original)
@@ -382,21 +386,23 @@ def test_who_is_killed_anywhere_goes_on(built, server, tmp_path, monkeypatch, re
     assert len({path for path, _ in server.requests}) == len(server.requests)
     for name in OUTPUTS:
         assert BeirReader(str(tmp_path / "root" / name)).read() == BeirReader(str(built[0] / name)).read()
-    assert not [path for path in (tmp_path / "root").rglob("*") if path.name.endswith((".part", ".old"))]
+    assert not [
+        path for path in (tmp_path / "root").rglob("*") if path.name.endswith(".part") or "maple_cs-" in path.name
+    ]
 
 
-def test_who_is_killed_while_a_file_is_verified_has_it(server, tmp_path, monkeypatch, recipe):
-    """Also where no checksum is known: the server is asked whether it is still the same file, and sends nothing."""
+def test_command_interrupted_during_verification_does_not_download_again(server, tmp_path, monkeypatch, recipe):
+    """Without a known checksum, the server confirms the version of the file, and sends nothing."""
 
-    def killed(path):
+    def interrupted(path):
         raise KeyboardInterrupt
 
-    measured = sources._measured
-    monkeypatch.setattr(sources, "_measured", killed)
+    measure = sources._measure
+    monkeypatch.setattr(sources, "_measure", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             make(recipe, server, tmp_path / "root", "only=maple_mesh")
-    monkeypatch.setattr(sources, "_measured", measured)
+    monkeypatch.setattr(sources, "_measure", measure)
     make(recipe, server, tmp_path / "root", "only=maple_mesh")
     size = len(server.files["maple/MAPLE.zip"])
     wanted = [wanted for path, wanted in server.requests if path == "maple/MAPLE.zip"]
@@ -404,78 +410,99 @@ def test_who_is_killed_while_a_file_is_verified_has_it(server, tmp_path, monkeyp
     assert not list((tmp_path / "root" / "downloads").rglob("*.sign"))
 
 
-def test_folders_that_no_recipe_built_are_not_touched(server, tmp_path, recipe):
+def test_folder_of_the_user_is_not_overwritten(server, tmp_path, recipe):
     mine = tmp_path / "root" / "maple_cs" / "precious.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(UserError, match="maple_cs: is there already, and no recipe built it"):
+    with pytest.raises(UserError, match="maple_cs: exists, but no recipe built it"):
         make(recipe, server, tmp_path / "root", "only=maple_cs")
     assert mine.read_text() == "mine"
 
 
-def test_bad_lines_may_be_skipped(server, tmp_path, recipe):
+def test_bad_lines_can_be_skipped(server, tmp_path, recipe):
     root = tmp_path / "root"
     make(recipe, server, root, "only=maple_cs")
     papers = root / "unpacked" / "maple" / "MAPLE" / "Computer_Science" / "papers.json"
-    papers.write_text(papers.read_text() + "{no paper}\n")
+    papers.write_text(papers.read_text() + "{not a paper}\n")
     again = ["only=maple_cs", "outputs.maple_cs.reader.seed=1"]
-    with pytest.raises(UserError, match=f"papers.json, line {NUM_PAPERS + 1}: is no JSON"):
+    with pytest.raises(UserError, match=f"papers.json, line {NUM_PAPERS + 1}: invalid JSON"):
         make(recipe, server, root, *again)
     make(recipe, server, root, *again, "data.on_error=skip")
-    assert "is no JSON" in (root / "maple_cs.quarantine.jsonl").read_text()
+    assert "invalid JSON" in (root / "maple_cs.quarantine.jsonl").read_text()
 
 
-def test_one_command_at_a_time(server, tmp_path, recipe):
-    with data._alone(tmp_path / "root"), pytest.raises(UserError, match="another command is at work in"):
+def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
+    with data._locked(tmp_path / "root"), pytest.raises(UserError, match="another command is working in"):
         make(recipe, server, tmp_path / "root")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ([], "which recipe? There are beir_sci, scimult"),
-        (["data.root=x"], "which recipe? There are beir_sci, scimult"),
-        (["simult"], "recipe: got 'simult', allowed are beir_sci, scimult"),
+        ([], "recipe: required, beir_sci, scimult, or a YAML file"),
+        (["data.root=x"], "recipe: required, beir_sci, scimult, or a YAML file"),
+        (
+            ["simult"],
+            "recipe: unknown recipe 'simult'; did you mean scimult? Expected one of beir_sci, scimult, a YAML",
+        ),
         (
             ["scimult", "root=x"],
-            "unknown key 'root'; did you mean data.root? allowed are data.root, mirror, only, data.on_error",
+            "unknown key 'root'; did you mean data.root? Expected one of recipe, data.root, mirror, only",
         ),
-        (["scimult", "only=maple"], "only: got 'maple', allowed are maple_cs, maple_mesh"),
-        (["scimult", "mirror=/files"], "mirror: got '/files', allowed are http:// and https://"),
-        (["scimult", "data.on_error=x"], "data.on_error: got 'x', allowed are fail, skip"),
-        (["scimult", "outputs.maple_cs.readr=x"], "scimult.yaml: outputs.maple_cs.readr: Key 'readr' not in"),
+        (["scimult", "only=maple"], "only: expected one of maple_cs, maple_mesh"),
+        (["scimult", "mirror=/files"], "mirror: expected http:// or https://, got '/files'"),
+        (["scimult", "data.on_error=x"], "data.on_error: expected one of fail, skip, got 'x'"),
+        (
+            ["scimult", "outputs.maple_cs.readr=x"],
+            "scimult.yaml: unknown key outputs.maple_cs.readr; did you mean outputs.maple_cs.reader?",
+        ),
         (["scimult", "outputs.maple_cs.reader.max=1"], "outputs.maple_cs.reader: MapleReader has no argument 'max'"),
-        (["scimult", "outputs.maple_cs.reader.folder=mapel:x"], "there is no source 'mapel', there are maple, micol"),
-        (["scimult", "outputs.maple_cs.expected.pears=1"], "unknown 'pears', allowed are documents, queries, pairs"),
-        (["scimult", "outputs.maple_cs.splits.validation=[dev]"], "unknown 'validation', allowed are train, dev, test"),
-        (["scimult", "sources.mesh.url=ftp://x"], "sources.mesh.url: got 'ftp://x', allowed are http:// and https://"),
+        (
+            ["scimult", "outputs.maple_cs.reader.folder=mapel:x"],
+            "unknown source 'mapel'; did you mean maple? Expected one of maple, micol",
+        ),
+        (
+            ["scimult", "outputs.maple_cs.expected.pears=1"],
+            "outputs.maple_cs.expected: unknown key 'pears'; did you mean pairs?",
+        ),
+        (
+            ["scimult", "outputs.maple_cs.splits.validation=[dev]"],
+            "outputs.maple_cs.splits: unknown key 'validation'; expected one of train, dev, test",
+        ),
+        (["scimult", "sources.mesh.url=ftp://x"], "sources.mesh.url: expected http:// or https://, got 'ftp://x'"),
         (["scimult", "sources.mesh.unpack=rar"], "sources.mesh.unpack:"),
-        (["scimult", "sources.mesh.files={../x: {sha256: null}}"], "the name must be that of a file in its folder"),
-        (["scimult", "sources.mesh.files={x: {sha256: 12}}"], "sha256: got '12', expected 64 digits from 0 to f"),
+        (
+            ["scimult", "sources.mesh.files={../x: {sha256: null}}"],
+            "expected the name of a file inside the source's folder",
+        ),
+        (
+            ["scimult", "sources.mesh.files={x: {sha256: 12}}"],
+            "sha256: expected 64 digits from 0 to f, or null, got '12'",
+        ),
         (["scimult", "sources.mesh.files={x: {}}"], "no value for"),
         (["nowhere.yaml"], "nowhere.yaml: "),
     ],
 )
-def test_what_is_wrong_is_told_with_its_key(tmp_path, arguments, said):
+def test_invalid_argument_raises_user_error_with_its_key(tmp_path, arguments, message):
     with pytest.raises(UserError) as caught:
         main([*arguments, *([f"data.root={tmp_path}"] if arguments else [])])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_splits_that_the_reader_does_not_give(server, tmp_path, recipe):
-    with pytest.raises(UserError, match=r"cite_prediction.splits.dev: the reader gives no 'test', it gives train, dev"):
+def test_unknown_split_of_the_reader_raises_user_error(server, tmp_path, recipe):
+    with pytest.raises(UserError, match=r"cite_prediction.splits.dev: the reader has no split 'test', only train, dev"):
         make(recipe, server, tmp_path, "only=cite_prediction", "outputs.cite_prediction.splits.dev=[test]")
 
 
-def test_the_paper_recipe_names_the_folders_that_tasks_read():
+def test_paper_recipe_builds_the_folders_that_tasks_read():
     tasks = "".join(path.read_text() for path in (ROOT / "experiments" / "tasks").glob("*.yaml"))
-    assert list(load_recipe(RECIPE).outputs) == list(OUTPUTS)
+    assert list(load_recipe(str(RECIPE)).outputs) == list(OUTPUTS)
     for output in OUTPUTS:
         assert f"${{data.root}}/{output}\n" in tasks
 
 
 def test_evaluation_sets_are_verified_by_md5_and_merged(tmp_path, server):
-    """The second recipe, on archives in BEIR's layout."""
+    """The second recipe, on archives in BEIR layout."""
     recipe = yaml.safe_load((ROOT / "experiments" / "recipes" / "beir_sci.yaml").read_text())
     for source, spec in recipe["sources"].items():
         archive = io.BytesIO()
@@ -498,9 +525,9 @@ def test_evaluation_sets_are_verified_by_md5_and_merged(tmp_path, server):
     assert found["scifact"] == {"test": {"train": {"d1": 2}, "test": {"d1": 2}}}
     assert found["nfcorpus"] == {"test": {"train": {"d2": 1}, "dev": {"d1": 2}, "test": {"d2": 1}}}
     assert found["trec_covid"] == {"test": {"test": {"d1": 2}}}
-    with pytest.raises(UserError, match="the recipe says 2,816,079 bytes, the server has"):
+    with pytest.raises(UserError, match="expected a file of 2,816,079 bytes, but the server has"):
         main(["beir_sci", f"data.root={tmp_path / 'other'}", f"mirror={server.url}"])
     recipe["sources"]["scifact"]["files"]["scifact.zip"]["md5"] = "0" * 32
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match="scifact.zip: expected md5 0{32}, got [0-9a-f]{32}, as the recipe says"):
+    with pytest.raises(UserError, match="scifact.zip: the recipe has md5 0{32}, the file has [0-9a-f]{32}"):
         main(arguments)

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from datamodules import locks
-from datamodules.cache import only_one
 from datamodules.records import UserError
+from datamodules.store import locked
 from experiments.run import lock as run_lock
 from experiments.run.endings import answer
 from experiments.run.lock import only_job
@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplo
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(locks.fcntl, "flock", missing)
-    with only_job(tmp_path / "run"), only_one(tmp_path / "cache"):
+    with only_job(tmp_path / "run"), locked(tmp_path / "cache"):
         assert (tmp_path / "run").is_dir()
         assert not run_lock.is_in_use(tmp_path / "run")
     assert caplog.text.count("no locks on this file system") == 2

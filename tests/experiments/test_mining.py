@@ -81,7 +81,7 @@ def test_mined_negatives_agree_with_the_data(run):
     for task in data.tasks:
         corpus = task.corpus_rows()
         for i in range(0, len(task.examples), 7):
-            drawn = store.of(task.task.name, i)
+            drawn = store.negatives_of(task.task.name, i)
             assert len(drawn) == 8
             assert corpus[drawn].all()
             assert not set(drawn) & set(task.examples[i].not_negatives)
@@ -194,7 +194,8 @@ def test_tasks_can_have_miners_that_need_no_model(tmp_path):
     data = build_data(load_config("moe", SMALL))
     for task in data.tasks[:2]:  # the sample's own hard negatives follow the same rules
         agree = [
-            set(store.of(task.task.name, i)) <= set(task.examples[i].hard_negatives) for i in range(len(task.examples))
+            set(store.negatives_of(task.task.name, i)) <= set(task.examples[i].hard_negatives)
+            for i in range(len(task.examples))
         ]
         assert np.mean(agree) == 1.0
 
@@ -255,13 +256,16 @@ def test_every_n_epochs_counts_passes_over_all_examples():
             "mining.relative_margin: expected a number of at least 0 and below 1, got 1.5",
         ),
         (["mining.sampling=best"], "mining.sampling"),
-        (["mining.store=/no/where"], "/no/where: no such folder .meta.json is not there.; make mine"),
+        (["mining.store=/no/where"], "mining.store: /no/where: expected mined hard negatives, but no such folder"),
         (
             ["mining.miner._target_=lightning_modules.mining.miners.BM25"],
             "has no class 'BM25'; expected one of BM25Miner",
         ),
         (["mining.miners={sarch: null}"], "unknown task in mining.miners 'sarch'; did you mean search"),
-        (["mining.guide=/no/where", "mining.every_n_steps=2"], "mining.guide: '/no/where' is no file or folder"),
+        (
+            ["mining.guide=/no/where", "mining.every_n_steps=2"],
+            "mining.guide: '/no/where' is not an existing file or folder",
+        ),
     ],
 )
 def test_invalid_settings_raise_user_errors(tmp_path, overrides, message):

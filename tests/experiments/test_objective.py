@@ -87,11 +87,11 @@ def test_each_task_samples_its_number_of_positives(tmp_path):
 def test_a_judge_must_know_the_tasks(plain, tmp_path, make_encoder):
     other = make_encoder("shared", tasks={"cite": "cite"}).save_pretrained(tmp_path / "other")
     for name in ("guide", "teacher"):
-        with pytest.raises(UserError, match=rf"objective\.{name}\.model: has no task .*search .it has cite"):
+        with pytest.raises(UserError, match=rf"objective\.{name}\.model: has no task .*search .its tasks are cite"):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model={other}"])
         with pytest.raises(UserError, match=rf"objective\.{name}\.model: '/no/where'"):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model=/no/where"])
-    with pytest.raises(UserError, match="objective.matryoshka: got 32, allowed are numbers below 32"):
+    with pytest.raises(UserError, match="matryoshka: expected numbers below 32, the whole vector, got 32"):
         train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, "objective.matryoshka=[32]"])
 
 

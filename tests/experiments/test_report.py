@@ -1,4 +1,4 @@
-"""The report of a run: every figure stands in a file of the run, and a browser shows it as it should be."""
+"""The report of a run: each figure comes from a file of the run, and a browser renders the page correctly."""
 
 import asyncio
 import io
@@ -22,8 +22,9 @@ from experiments.compare import main as compare
 from experiments.config.experiment import as_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.report import main
-from experiments.reporting.html import tag
-from experiments.reporting.paper_map import same_label, two_components
+from experiments.reporting.computed import principal_components, same_label_share
+from experiments.reporting.page import figure, quote
+from experiments.reporting.run_files import Source
 from experiments.runs import HEADINGS, differences, table_of
 from experiments.runs import main as list_runs
 from experiments.train import train
@@ -31,7 +32,7 @@ from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY
 
 VOID = ("meta", "link", "line", "circle", "rect", "path", "polyline", "br")
-UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names, and what is its own source
+UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names, and texts that are their own source
 NUMBER = re.compile(r"(?<![\w.])[−+]?\d[\d,]*(?:\.\d+)?(?:e[−+]?\d+)?%?")
 METRIC = re.compile(r"\b[a-z_]+@\d+")
 
@@ -43,7 +44,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with all that a report shows: mining, diagnostics, results, and an evaluation."""
+    """Train a run that fills every section: mining, diagnostics, results."""
     folder = tmp_path_factory.mktemp("report") / "run"
     train("moe_mined", [f"run.dir={folder}", *TINY, *SETTINGS])
     main([f"RUN={folder}", "map=30"])
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
 
 
 class Texts(HTMLParser):
-    """All texts of a page, each with the data-source that it stands under and the names of what it stands in."""
+    """Collect the texts of a page, each with its data-source and the names and classes of the elements around it."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -77,7 +78,7 @@ class Texts(HTMLParser):
 
 
 def resolve(run: Path, source: str):
-    """What stands at a data-source, and the step of its row."""
+    """Return the value at a data-source, and the step of its row."""
     name, _, where = source.partition("#")
     step, _, keys = where.partition("/")
     keys = [key.replace("~1", "/").replace("~0", "~") for key in keys.split("/")] if keys else []
@@ -97,7 +98,7 @@ def resolve(run: Path, source: str):
 
 
 def is_rounded(shown: str, value) -> bool:
-    """Whether a number as it is shown is a value, up to its last digit."""
+    """Return whether a number on the page is the value, rounded to its last digit."""
     digits = shown.replace("−", "-").replace(",", "").rstrip("%")
     decimals = len(digits.partition("e")[0].partition(".")[2])
     power = int(digits.partition("e")[2] or 0)
@@ -106,7 +107,7 @@ def is_rounded(shown: str, value) -> bool:
 
 
 def check_figures(run: Path) -> int:
-    """How many figures of the report were found in the run's files; all have to be."""
+    """Check every figure of the report against the run's files, and return their number."""
     checked = 0
     for text, source, within in Texts((run / "report.html").read_text(encoding="utf-8")).found:
         numbers = NUMBER.findall(METRIC.sub("", text))
@@ -124,11 +125,13 @@ def check_figures(run: Path) -> int:
     return checked
 
 
-def test_every_figure_stands_in_a_file_of_the_run(run):
+@pytest.mark.slow
+def test_every_figure_equals_the_value_at_its_data_source(run):
     assert check_figures(run) > 200
 
 
-def test_a_changed_figure_would_be_noticed(run):
+@pytest.mark.slow
+def test_rounding_check_rejects_a_changed_figure(run):
     value, _ = resolve(run, "results.json#/benchmarks/topics/systems/trained/ndcg@10")
     assert is_rounded(f"{value:.4f}", value)
     assert not is_rounded(f"{value + 0.0001:.4f}", value)
@@ -136,8 +139,8 @@ def test_a_changed_figure_would_be_noticed(run):
     assert not is_rounded("12.4%", 0.1234)
 
 
-def test_what_the_report_works_out_itself_is_right(run):
-    """Single queries by pytrec_eval and from the ranking's lines."""
+@pytest.mark.slow
+def test_single_queries_and_differences_equal_pytrec_eval(run):
     figures = json.loads((run / "report.json").read_text())
     for name, of in figures["queries"].items():
         qrels, ranking = {}, {}
@@ -161,10 +164,10 @@ def test_what_the_report_works_out_itself_is_right(run):
         assert means == pytest.approx({system: results[system]["ndcg@10"] for system in means})
 
 
-def test_the_map_is_scikit_learns_pca_and_neighbours_are_counted_right():
+def test_map_equals_pca_of_scikit_learn_and_a_naive_neighbour_count():
     rng = np.random.default_rng(0)
     vectors, groups = rng.normal(size=(40, 12)) * np.arange(1, 13), rng.integers(3, size=40)
-    places, shares = two_components(vectors)
+    places, shares = principal_components(vectors)
     theirs = PCA(2).fit(vectors)
     assert shares[:2] == pytest.approx(theirs.explained_variance_ratio_)
     their_places = theirs.transform(vectors)
@@ -172,10 +175,11 @@ def test_the_map_is_scikit_learns_pca_and_neighbours_are_counted_right():
     assert places == pytest.approx(their_places)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     nearest = [max((j for j in range(40) if j != i), key=lambda j, i=i: unit[i] @ unit[j]) for i in range(40)]
-    assert same_label(vectors, groups) == np.mean([groups[i] == groups[j] for i, j in enumerate(nearest)])
+    assert same_label_share(vectors, groups) == np.mean([groups[i] == groups[j] for i, j in enumerate(nearest)])
 
 
-def test_the_papers_figures_stand_beside_those_of_its_protocol_and_data(run, tmp_path):
+@pytest.mark.slow
+def test_figures_of_the_paper_are_shown_only_for_the_same_protocol_and_data(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "evaluation" / "search").mkdir(parents=True)
     about = {"task": "search", "split": "test", "metrics": ["ndcg@10"], "systems": {"encoder": {"ndcg@10": 0.5}}}
@@ -187,17 +191,19 @@ def test_the_papers_figures_stand_beside_those_of_its_protocol_and_data(run, tmp
     rows = re.findall(r"<tr.*?</tr>", (tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     told = [unescape(re.sub(r"<[^>]+>", "", row.replace("</th>", " "))) for row in rows if "paper" in row]
     assert "SciMult-MHAExpert (paper) 0.7067" in told  # table 8
-    assert "The paper's figures are of other data: 1,109 queries, 5,183 documents " in told
+    assert "The paper measured on other data: 1,109 queries, 5,183 documents " in told
     assert len(told) == 8  # five of SciMult's, BM25, SPECTER 2.0, and the line
     check_figures(tmp_path / "run")
 
 
-def test_words_are_never_markup():
-    assert tag("p", "<script>&", title='"') == '<p title="&quot;">&lt;script&gt;&amp;</p>'
+def test_text_of_a_run_is_escaped():
+    source = Source("<script>&", 'report.json#/"')
+    assert quote(source) == '<span data-source="report.json#/&#34;">&lt;script&gt;&amp;</span>'
+    assert "<script>" not in figure(source)
 
 
 def incomplete(run: Path, folder: Path, *removed: str) -> str:
-    """The report of a run of which some files are not there."""
+    """Return the text of the report of a run with some files removed."""
     shutil.copytree(run, folder)
     for name in removed:
         for path in folder.glob(name):
@@ -206,24 +212,26 @@ def incomplete(run: Path, folder: Path, *removed: str) -> str:
     return re.sub(r"<[^>]+>", "", (folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_incomplete_runs_say_what_is_missing(run, tmp_path):
+@pytest.mark.slow
+def test_report_of_an_incomplete_run_names_what_is_missing(run, tmp_path):
     begun = incomplete(run, tmp_path / "begun", "*.json", "*.jsonl", "checkpoints/*", "negatives", "runs")
     assert "No results yet: training has reached step 0 of 9" in begun
     assert "Nothing was logged yet" in begun
-    assert "diagnostics.every_n_steps=100 turns it on" in begun
-    assert "mining.every_n_steps=500 mines them" in begun
+    assert "diagnostics.every_n_steps=100 turns them on" in begun
+    assert "mining.every_n_steps=500 mines them during training" in begun
     assert "No queries to show before there are results" in begun
 
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)
     rows = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (cut / "metrics.jsonl").write_text("".join(rows[:3]) + rows[3][:20])  # killed while writing
+    (cut / "metrics.jsonl").write_text("".join(rows[:3]) + rows[3][:20])  # as a kill while writing leaves it
     told = incomplete(cut, tmp_path / "killed", "results.json")
     assert "incomplete, at step 3 of 9" in told
     assert "untrained" in told  # the baselines are there
 
 
-def test_compare_tells_the_words_of_queries_of_runs_and_of_evaluations(run, beir_root, tmp_path):
+@pytest.mark.slow
+def test_compare_shows_the_text_of_queries_of_runs_and_evaluations(run, beir_root, tmp_path):
     for name, model in (("a", run), ("b", "bm25")):
         evaluate(
             [f"model={model}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path / name}"]
@@ -240,7 +248,8 @@ def test_compare_tells_the_words_of_queries_of_runs_and_of_evaluations(run, beir
             assert {example["text"], example["first_B"]["text"]} <= papers
 
 
-def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
+@pytest.mark.slow
+def test_runs_are_listed_with_progress_and_results(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "done")
     shutil.copytree(run, tmp_path / "begun")
     (tmp_path / "begun" / "results.json").unlink()
@@ -251,7 +260,7 @@ def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
     (tmp_path / "done" / "manifest.json").write_text(json.dumps(manifest))
     list_runs([f"root={tmp_path}"])
     told = capsys.readouterr().out
-    assert " 2.25 " in told, "device hours; of an older attempt one device"
+    assert " 2.25 " in told, "device hours; an attempt without a device count used one"
     mean = json.loads((run / "report.json").read_text())["mean"]["trained"]
     assert "2 runs in" in told
     assert " 9 of 9 " in told
@@ -263,7 +272,7 @@ def test_runs_are_listed_with_how_far_they_are(run, tmp_path, capsys):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
 
 
-def test_runs_are_told_apart_by_their_settings_and_have_whole_names_on_narrow_terminals():
+def test_list_of_runs_shows_differing_settings_and_full_names_on_narrow_terminals():
     overrides = ["optim.lr=0.5", "tasks=[search]", "trainer.grad_cache=true"]
     assert list(differences(as_dict(load_config("moe", overrides)))) == [
         *("tasks=[search]", "optim.lr=0.5", "trainer.grad_cache=true")
@@ -278,8 +287,9 @@ def test_runs_are_told_apart_by_their_settings_and_have_whole_names_on_narrow_te
     assert "last logged" in shown
 
 
-def test_a_run_whose_baselines_were_measured_otherwise_ends_without_them(run, tmp_path, caplog):
-    """Before, it trained to its end and could not put its results together."""
+@pytest.mark.slow
+def test_baselines_of_another_protocol_are_left_out_of_the_final_table(run, tmp_path, caplog):
+    """Such a run used to train to its end and then fail to write its results."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     baselines = json.loads((tmp_path / "run" / "baselines.json").read_text())
@@ -294,14 +304,19 @@ def test_a_run_whose_baselines_were_measured_otherwise_ends_without_them(run, tm
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "RUN: which run"), (["RUN=nowhere"], "nowhere is no run's folder"), (["RUN={run}", "map=x"], "map: got 'x'")],
+    [
+        ([], "RUN: required"),
+        (["RUN=nowhere"], "nowhere is not a run's folder"),
+        (["RUN={run}", "map=x"], "map: expected a whole number, got 'x'"),
+    ],
 )
-def test_bad_input_is_refused(run, arguments, message):
+@pytest.mark.slow
+def test_wrong_argument_raises_user_error(run, arguments, message):
     with pytest.raises(UserError, match=message):
         main([argument.format(run=run) for argument in arguments])
 
 
-# Text whose contrast with what is behind it is below 4.5, as WCAG 2 has it for text of this size.
+# Find text whose contrast with its background is below 4.5, the limit of WCAG 2 for this size.
 CONTRAST = """
 (() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -338,7 +353,7 @@ WIDER = "[document.documentElement.scrollWidth, document.documentElement.clientW
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
-def test_a_browser_shows_it_at_phone_and_desk_width_in_light_and_dark(run, tmp_path):
+def test_page_fits_and_has_contrast_on_phones_and_desks_in_both_colour_schemes(run, tmp_path):
     url = (run / "report.html").resolve().as_uri()
     backgrounds = {}
 

@@ -1,4 +1,4 @@
-"""The objective again, in plain loops of numpy over one query after the other, and random batches to compare it on."""
+"""An independent objective, in numpy loops over one query at a time, and random batches to compare it on."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from datamodules.records import ContrastiveBatch
 
 
 def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives=3, num_negatives=2, task="search"):
-    """Queries with 1 to num_positives positives and 0 to num_negatives hard negatives; known positives among others.
+    """Return queries with 1 to num_positives positives, 0 to num_negatives hard negatives, and more known positives.
 
-    Some texts read alike.
+    Some texts have the same key.
     """
     ids = rng.permutation(num_ids)[:num_documents]
     positives = np.full((num_queries, num_positives), -1)
@@ -21,8 +21,8 @@ def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives
         columns = rng.permutation(num_documents)
         count = rng.integers(1, num_positives + 1)
         positives[b, :count] = columns[:count]
-        others = rng.integers(0, num_negatives + 1) if num_negatives else 0
-        negatives[b, :others] = columns[num_positives : num_positives + others]
+        num_own = rng.integers(0, num_negatives + 1) if num_negatives else 0
+        negatives[b, :num_own] = columns[num_positives : num_positives + num_own]
         known[b, :count] = ids[columns[:count]]
         known[b, num_positives] = ids[columns[-1]]  # a positive that was not sampled
         known[b, num_positives + 1] = num_ids + 5  # and one that is not in the batch
@@ -52,24 +52,25 @@ def log_sum_exp(values):
     return values.max() + np.log(np.exp(values - values.max()).sum())
 
 
-def row_loss(scores, positives, forbidden, form, in_denominator):
-    """Of one row. scores: (C,), divided by the temperature. forbidden: columns that are no negatives."""
-    negatives = [c for c in range(len(scores)) if c not in forbidden and c not in positives]
+def row_loss(scores, positives, masked, form, in_denominator):
+    """Return InfoNCE of one query. scores: divided by the temperature, (C,). masked: columns that are not negatives."""
+    negatives = [c for c in range(len(scores)) if c not in masked and c not in positives]
     log_q = []
     for p in positives:
-        beside = positives if in_denominator else [p]
-        log_q.append(scores[p] - log_sum_exp([scores[c] for c in [*beside, *negatives]]))
+        denominator = [*(positives if in_denominator else [p]), *negatives]
+        log_q.append(scores[p] - log_sum_exp([scores[c] for c in denominator]))
     return -np.mean(log_q) if form == "mean_log" else np.log(len(log_q)) - log_sum_exp(log_q)
 
 
-def guided(scores, positives, margin, kind):
-    own = np.mean([scores[p] for p in positives])
-    limit = own - (margin if kind == "absolute" else abs(own) * margin)
+def above_guide(scores, positives, margin, kind):
+    """Return the columns that the guide scores above the positives minus the margin."""
+    mean = np.mean([scores[p] for p in positives])
+    limit = mean - (margin if kind == "absolute" else abs(mean) * margin)
     return {c for c in range(len(scores)) if scores[c] > limit}
 
 
-def distilled(student, teacher, positives, candidates, temperature, options):
-    """Of one row. student, teacher: (C,) scores."""
+def distillation_loss(student, teacher, positives, candidates, temperature, options):
+    """Return the distillation loss of one query. student, teacher: scores, (C,)."""
     if options.loss == "kl":
         s = np.array([student[c] for c in candidates]) / temperature
         t = np.array([teacher[c] for c in candidates]) / options.temperature
@@ -81,15 +82,15 @@ def distilled(student, teacher, positives, candidates, temperature, options):
 
 
 def reference(vectors, batch, options, temperature, guide=None, teacher=None):
-    """Loss of vectors (U, D) in float64. guide, teacher: (queries, documents) vectors, compared by dot product."""
+    """Return the loss of vectors (U, D). guide, teacher: vectors of queries and documents, compared by dot product."""
     total = 0.0
     weights = [1.0, *(options.matryoshka_weights or [1.0] * len(options.matryoshka))]
     for prefix, weight in zip([None, *options.matryoshka], weights, strict=True):
-        total += weight * _at(vectors[:, :prefix], batch, options, temperature, guide, teacher)
+        total += weight * _loss_of_prefix(vectors[:, :prefix], batch, options, temperature, guide, teacher)
     return options.task_weights.get(batch.task, 1.0) * total
 
 
-def _at(vectors, batch, options, temperature, guide, teacher):
+def _loss_of_prefix(vectors, batch, options, temperature, guide, teacher):
     queries, documents = vectors[batch.queries.numpy()], vectors[batch.documents.numpy()]
     if options.similarity == "cosine":
         queries, documents = normalized(queries), normalized(documents)
@@ -99,32 +100,34 @@ def _at(vectors, batch, options, temperature, guide, teacher):
     query_keys, document_keys = keys[batch.queries.numpy()], keys[batch.documents.numpy()]
     positives = [[c for c in row if c >= 0] for row in batch.positives.tolist()]
     negatives = [[c for c in row if c >= 0] for row in batch.hard_negatives.tolist()]
-    seen = None if guide is None else guide[0] @ guide[1].T
-    judged = None if teacher is None else teacher[0] @ teacher[1].T
+    guide_scores = None if guide is None else guide[0] @ guide[1].T
+    teacher_scores = None if teacher is None else teacher[0] @ teacher[1].T
     margin = (options.guide.margin, options.guide.kind)
     rule = (options.positives, options.positives_in_denominator)
     forward, backward, distillation = [], [], []
     for b in range(len(queries)):
-        forbidden = {c for c in range(len(ids)) if options.mask_known_positives and ids[c] in known[b]}
+        masked = {c for c in range(len(ids)) if options.mask_known_positives and ids[c] in known[b]}
         if options.mask_same_text:
             texts = {query_keys[b]} | {document_keys[p] for p in positives[b]}
-            forbidden |= {c for c in range(len(ids)) if document_keys[c] in texts}
-        if seen is not None:
-            forbidden |= guided(seen[b], positives[b], *margin)
-        forward.append(row_loss(scores[b] / temperature, positives[b], forbidden, *rule))
-        if judged is not None:
-            allowed = [c for c in range(len(ids)) if c in positives[b] or c not in forbidden]
+            masked |= {c for c in range(len(ids)) if document_keys[c] in texts}
+        if guide_scores is not None:
+            masked |= above_guide(guide_scores[b], positives[b], *margin)
+        forward.append(row_loss(scores[b] / temperature, positives[b], masked, *rule))
+        if teacher_scores is not None:
+            candidates = [c for c in range(len(ids)) if c in positives[b] or c not in masked]
             if options.teacher.candidates == "own":
-                allowed = [c for c in positives[b] + negatives[b] if c in allowed]
-            distillation.append(distilled(scores[b], judged[b], positives[b], allowed, temperature, options.teacher))
+                candidates = [c for c in positives[b] + negatives[b] if c in candidates]
+            distillation.append(
+                distillation_loss(scores[b], teacher_scores[b], positives[b], candidates, temperature, options.teacher)
+            )
         terms = []
         for p in positives[b]:
-            others = {q for q in range(len(queries)) if options.mask_known_positives and ids[p] in known[q]}
+            masked_queries = {q for q in range(len(queries)) if options.mask_known_positives and ids[p] in known[q]}
             if options.mask_same_text:
-                others |= {q for q in range(len(queries)) if query_keys[q] in (query_keys[b], document_keys[p])}
-            if seen is not None:
-                others |= guided(seen[:, p], [b], *margin)
-            terms.append(row_loss(scores[:, p] / temperature, [b], others, *rule))
+                masked_queries |= {q for q in range(len(queries)) if query_keys[q] in (query_keys[b], document_keys[p])}
+            if guide_scores is not None:
+                masked_queries |= above_guide(guide_scores[:, p], [b], *margin)
+            terms.append(row_loss(scores[:, p] / temperature, [b], masked_queries, *rule))
         backward.append(np.mean(terms))
     loss = (np.mean(forward) + np.mean(backward)) / 2 if options.symmetric else np.mean(forward)
-    return loss + (options.teacher.weight * np.mean(distillation) if judged is not None else 0.0)
+    return loss + (options.teacher.weight * np.mean(distillation) if teacher_scores is not None else 0.0)

@@ -1,4 +1,4 @@
-"""The objective against loops of numpy, its gradients against finite differences, and parts against the whole."""
+"""The objective equals numpy loops, its gradients equal finite differences, and blocks equal the whole."""
 
 import dataclasses
 import math
@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datamodules.records import UserError
-from lightning_modules.objective.objective import Objective
-from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
-from lightning_modules.objective.parts import in_parts, rows_at_once
-from lightning_modules.objective.temperature import Temperature
+from lightning_modules.chunked import rows_per_block, sum_over_blocks
+from lightning_modules.objective import FrozenVectors, Objective, Temperature
+from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 from tests.lightning_modules.objective_reference import normalized, random_batch, reference
 
 COSINE = {"similarity": "cosine", "temperature": 0.1}
@@ -41,26 +40,31 @@ CASES = {
 }
 
 
-class Fixed:
-    """A judge whose vectors are given."""
+class FrozenModel:
+    """A frozen model with random vectors."""
 
     def __init__(self, rng, batch):
         sizes = (len(batch.queries), len(batch.documents))
         self.arrays = tuple(normalized(rng.normal(size=(size, 5))) for size in sizes)
 
-    def vectors(self, batch):
-        return tuple(torch.tensor(array) for array in self.arrays)
+    def embed(self, batch):
+        return FrozenVectors(*(torch.tensor(array) for array in self.arrays))
+
+
+def frozen_models(options, rng, batch):
+    """Return the frozen models that the options name."""
+    models = {"guide": options.guide.model, "teacher": options.teacher.model}
+    return {name: FrozenModel(rng, batch) for name, model in models.items() if model}
 
 
 def world(seed, case, num_positives=3, **more):
-    """An objective with its batch, vectors (U, 8) in float64, and the judges that its options name."""
+    """Return an objective with its frozen models, vectors (U, 8) in float64, and a batch."""
     rng = np.random.default_rng(seed)
     batch = random_batch(rng, num_positives=num_positives)
     options = ObjectiveOptions(**(CASES[case] | more))
-    named = {"guide": options.guide.model, "teacher": options.teacher.model}
-    judges = {name: Fixed(rng, batch) for name, model in named.items() if model}
+    models = frozen_models(options, rng, batch)
     vectors = torch.tensor(rng.normal(size=(17, 8)), requires_grad=True)
-    return Objective(options, ["search"], 8, judges).double(), vectors, batch
+    return Objective(options, ["search"], 8, **models).double(), vectors, batch
 
 
 @pytest.mark.parametrize("num_positives", [1, 3])
@@ -68,16 +72,18 @@ def world(seed, case, num_positives=3, **more):
 def test_equals_numpy(case, num_positives):
     for seed in range(5):
         objective, vectors, batch = world(seed, case, num_positives)
-        arrays = {name: judge.arrays for name, judge in objective.judges.items()}
-        wanted = reference(vectors.detach().numpy(), batch, objective.options, objective.options.temperature, **arrays)
-        assert abs(objective(vectors, batch)["loss"].item() - wanted) < 1e-12 * max(1, abs(wanted))
+        models = {"guide": objective.guide, "teacher": objective.teacher}
+        arrays = {name: model.arrays for name, model in models.items() if model}
+        options = objective.options
+        expected = reference(vectors.detach().numpy(), batch, options, options.temperature, **arrays)
+        assert abs(objective(vectors, batch)["loss"].item() - expected) < 1e-12 * max(1, abs(expected))
         objective = objective.float()
-        for judge in objective.judges.values():
-            judge.arrays = tuple(array.astype(np.float32) for array in judge.arrays)
-        assert objective(vectors.float(), batch)["loss"].item() == pytest.approx(wanted, rel=2e-6, abs=1e-6)
+        for model in filter(None, models.values()):
+            model.arrays = tuple(array.astype(np.float32) for array in model.arrays)
+        assert objective(vectors.float(), batch)["loss"].item() == pytest.approx(expected, rel=2e-6, abs=1e-6)
 
 
-def test_every_option_matters():
+def test_every_option_changes_the_loss():
     losses = {case: world(1, case)[0](*world(1, case)[1:])["loss"].item() for case in CASES}
     assert len({round(loss, 6) for loss in losses.values()}) == len(CASES)
 
@@ -91,66 +97,64 @@ def test_gradients_equal_finite_differences(case, memory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("memory", [1e-6, 2.2e-3])
-def test_parts_equal_the_whole(case, memory, monkeypatch):
-    """Scores of one row, or a few rows, at a time: loss, gradients of vectors and temperature, and accuracy."""
-    found, sizes = [], []
+def test_blocks_equal_the_whole(case, memory, monkeypatch):
+    """Loss, gradients of vectors and temperature, and accuracy, with scores of one or a few rows at a time."""
+    results, sizes = [], []
 
-    def spied(function, at_once, rows, *rest):
-        sizes.append((len(rows), at_once))
-        return in_parts(function, at_once, rows, *rest)
+    def spy(block_loss, block_size, queries, *rest):
+        sizes.append((len(queries), block_size))
+        return sum_over_blocks(block_loss, block_size, queries, *rest)
 
-    monkeypatch.setattr("lightning_modules.objective.comparison.in_parts", spied)
+    monkeypatch.setattr("lightning_modules.objective.sum_over_blocks", spy)
     for limit in (512, memory):
         objective, vectors, batch = world(3, case, score_memory=limit, learn_temperature="one")
         outputs = objective(vectors, batch)
         outputs["loss"].backward()
         temperature = objective.temperature.log["all"]
-        found.append([outputs["loss"].detach(), vectors.grad, temperature.grad, outputs["accuracy"]])
-    assert any(at_once < num_rows for num_rows, at_once in sizes)
-    for whole, parts in zip(*found, strict=True):
-        assert (whole - parts).abs().max() <= 1e-12 * whole.abs().max()
+        results.append([outputs["loss"].detach(), vectors.grad, temperature.grad, outputs["accuracy"]])
+    assert any(block_size < num_queries for num_queries, block_size in sizes)
+    for whole, blocks in zip(*results, strict=True):
+        assert (whole - blocks).abs().max() <= 1e-12 * whole.abs().max()
 
 
-class Largest(TorchDispatchMode):
-    """The most bytes of a tensor that any operation makes."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns, in bytes."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor) and not function._schema.name.startswith("aten::expand"):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return found
+        return outputs
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_matrix_of_all_scores_ever_stands(case):
-    """256 queries, 512 documents: nothing that is made, scores, masks or gradients, is larger than a part's budget."""
+def test_no_tensor_exceeds_the_memory_budget(case):
+    """With 256 queries and 512 documents, no scores, masks or gradients are larger than score_memory."""
     rng = np.random.default_rng(0)
     batch = random_batch(rng, num_queries=256, num_documents=512, num_ids=2000)
     options = ObjectiveOptions(**(CASES[case] | {"score_memory": 0.25}))
-    named = {"guide": options.guide.model, "teacher": options.teacher.model}
-    judges = {name: Fixed(rng, batch) for name, model in named.items() if model}
+    models = frozen_models(options, rng, batch)
     vectors = torch.tensor(rng.normal(size=(768, 8)), requires_grad=True)
-    with Largest() as largest:
-        Objective(options, ["search"], 8, judges).double()(vectors, batch)["loss"].backward()
+    with LargestTensor() as largest:
+        Objective(options, ["search"], 8, **models).double()(vectors, batch)["loss"].backward()
     assert largest.bytes <= 2**18 < 256 * 512 * 8
 
 
-def test_parts_without_gradients():
+def test_blocks_work_without_gradients():
     objective, vectors, batch = world(3, "symmetric", score_memory=1e-6)
-    wanted = objective(vectors, batch)["loss"].item()
+    expected = objective(vectors, batch)["loss"].item()
     with torch.no_grad():
-        assert objective(vectors, batch)["loss"].item() == wanted
+        assert objective(vectors, batch)["loss"].item() == expected
 
 
-def test_the_budget_sets_the_rows_of_a_part():
-    columns = torch.zeros(1024, 3)
-    assert rows_at_once(1, columns) == 2**20 // (1024 * 4 * 4)
-    assert rows_at_once(512, torch.zeros(2**26, 1)) == 1
+def test_memory_budget_sets_the_rows_of_a_block():
+    assert rows_per_block(1, torch.zeros(1024, 3)) == 2**20 // (1024 * 4 * 4)
+    assert rows_per_block(512, torch.zeros(2**26, 1)) == 1
 
 
 def test_masked_documents_get_no_gradient():
@@ -165,7 +169,7 @@ def test_masked_documents_get_no_gradient():
     assert (grads[others].abs().sum(1) > 0).all()
 
 
-def test_a_query_without_negatives_has_no_loss_and_no_gradient():
+def test_query_without_negatives_has_no_loss_and_no_gradient():
     for case in ("cosine", "log_mean", "supcon_out"):
         objective, vectors, batch = world(0, case)
         batch.known_positives = batch.document_ids.repeat(6, 1)
@@ -177,7 +181,7 @@ def test_a_query_without_negatives_has_no_loss_and_no_gradient():
             assert vectors.grad.abs().max() < 1e-12
 
 
-def test_half_precision_is_compared_in_float32():
+def test_half_precision_vectors_are_compared_in_float32():
     objective, vectors, batch = world(0, "default")
     half = vectors.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -186,7 +190,7 @@ def test_half_precision_is_compared_in_float32():
     assert loss.item() == pytest.approx(objective(half.double(), batch)["loss"].item(), rel=1e-5)
 
 
-def test_is_a_function_of_its_arguments():
+def test_objective_is_deterministic_and_draws_no_random_numbers():
     objective, vectors, batch = world(0, "guided_kl_own", symmetric=True)
     state = torch.get_rng_state()
     one, two = objective(vectors, batch), objective(vectors, batch)
@@ -194,14 +198,14 @@ def test_is_a_function_of_its_arguments():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_distillation_is_logged_apart():
+def test_distillation_is_logged_separately():
     objective, vectors, batch = world(0, "kl")
-    found = objective(vectors, batch)
-    assert set(found) == {"loss", "accuracy", "contrastive", "distillation"}
-    assert found["loss"].item() == pytest.approx((found["contrastive"] + 0.7 * found["distillation"]).item())
+    outputs = objective(vectors, batch)
+    assert set(outputs) == {"loss", "accuracy", "contrastive", "distillation"}
+    assert outputs["loss"].item() == pytest.approx((outputs["contrastive"] + 0.7 * outputs["distillation"]).item())
 
 
-def test_a_learned_temperature_has_a_gradient_and_stays_in_its_range():
+def test_learned_temperature_has_a_gradient_and_stays_in_its_range():
     objective, vectors, batch = world(0, "cosine", learn_temperature="one", temperature_range=[0.05, 0.2])
     assert objective(vectors, batch)["temperature"].item() == pytest.approx(0.1)
     parameter = objective.temperature.log["all"]
@@ -214,23 +218,41 @@ def test_a_learned_temperature_has_a_gradient_and_stays_in_its_range():
     start = math.log(0.1)
     objective(vectors, batch)["loss"].backward()
     assert parameter.grad.item() == pytest.approx((loss(start + 1e-5) - loss(start - 1e-5)) / 2e-5, rel=1e-6)
-    for value, wanted in ((math.log(0.01), 0.05), (math.log(7.0), 0.2), (math.log(0.12), 0.12)):
+    for value, expected in ((math.log(0.01), 0.05), (math.log(7.0), 0.2), (math.log(0.12), 0.12)):
         loss(value)
         objective.temperature.clamp()
-        assert objective.temperature("search").item() == pytest.approx(wanted)
+        assert objective.temperature("search").item() == pytest.approx(expected)
 
 
-def test_temperatures_by_task():
+def test_temperature_per_task():
     fixed = Temperature({"search": 0.05, "links": 2.0})
     assert (fixed("search"), fixed("links"), list(fixed.parameters())) == (0.05, 2.0, [])
     learned = Temperature({"search": 0.05, "links": 2.0}, "per_task", ["search", "links"])
     assert learned("links").item() == pytest.approx(2.0)
     learned("search").backward()
-    assert learned.log["links"].grad is None  # an optimizer leaves it where it is
+    assert learned.log["links"].grad is None  # so an optimizer does not change it
     same = Temperature(0.3, "per_task", ["search", "links"])
     assert {round(p.exp().item(), 6) for p in same.parameters()} == {0.3}
 
 
-def test_a_prefix_as_long_as_the_vectors_is_refused():
-    with pytest.raises(UserError, match="objective.matryoshka: got 8, allowed are numbers below 8"):
-        Objective(ObjectiveOptions(matryoshka=[4, 8]), ["search"], 8, {})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matryoshka": [4, 8]}, "matryoshka: expected numbers below 8, the whole vector, got 8"),
+        ({"matryoshka": [0]}, "matryoshka: expected a number above 0, got 0"),
+        ({"matryoshka": [4, 4]}, r"matryoshka: expected different numbers, got \[4, 4\]"),
+        ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "matryoshka_weights: expected 1 as in matryoshka, got 2"),
+        ({"temperature": "warm"}, "temperature: expected a number above 0, got 'warm'"),
+        ({"temperature": {"serach": 1}}, "temperature: expected a number, or one for each of search; got .* serach"),
+        (
+            {"temperature": 0.2, "learn_temperature": "one", "temperature_range": [0.3, 1]},
+            "number in temperature_range",
+        ),
+        ({"guide": GuideOptions("x", 1.5, "relative")}, "guide.margin: expected a number below 1"),
+        ({"task_weights": {"serach": 2.0}}, "task_weights: expected one of search, got 'serach'"),
+        ({"positives": "median"}, "positives: expected one of mean_log, log_mean, got 'median'"),
+    ],
+)
+def test_invalid_options_raise_user_error(options, message):
+    with pytest.raises(UserError, match=message):
+        Objective(ObjectiveOptions(**options), ["search"], 8)

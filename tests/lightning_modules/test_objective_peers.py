@@ -1,12 +1,12 @@
-"""The objective against the losses of sentence-transformers, on the same vectors."""
+"""The objective equals the losses of sentence-transformers on the same vectors."""
 
 import pytest
 import torch
 from torch import nn
 
 from datamodules.records import ContrastiveBatch
-from lightning_modules.objective.objective import Objective
-from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
+from lightning_modules.objective import FrozenVectors, Objective
+from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
 
@@ -15,7 +15,7 @@ COSINE = {"similarity": "cosine", "temperature": 0.05}
 
 
 class Vectors(nn.Sequential):
-    """Stands for a model whose vectors of given features are given."""
+    """A stand-in for a model: its output is its input."""
 
     def __init__(self):
         super().__init__(nn.Identity())
@@ -32,7 +32,7 @@ def features(*columns):
 
 
 def world(seed, num_negatives=N):
-    """Vectors of queries, positives and hard negatives, and the batch of them: a query has N hard negatives."""
+    """Return vectors of queries, positives and N hard negatives per query, and the batch that they form."""
     torch.manual_seed(seed)
     columns = [torch.randn(B, D, dtype=torch.float64, requires_grad=True) for _ in range(2 + num_negatives)]
     documents = B * (1 + num_negatives)
@@ -53,14 +53,15 @@ def world(seed, num_negatives=N):
     return columns, batch
 
 
-def loss_of(columns, batch, judges=None, **options):
-    return Objective(ObjectiveOptions(**options), ["search"], D, judges or {})(torch.cat(columns), batch)["loss"]
+def loss_of(columns, batch, frozen_models=None, **options):
+    objective = Objective(ObjectiveOptions(**options), ["search"], D, **(frozen_models or {}))
+    return objective(torch.cat(columns), batch)["loss"]
 
 
-def check(columns, found, wanted):
-    """Value and gradients equal those of a loss of sentence-transformers."""
-    assert found.item() == pytest.approx(wanted.item(), abs=1e-6)
-    for one, other in zip(torch.autograd.grad(found, columns), torch.autograd.grad(wanted, columns), strict=True):
+def check(columns, loss, expected):
+    """Compare a loss and its gradients with those of sentence-transformers."""
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for one, other in zip(torch.autograd.grad(loss, columns), torch.autograd.grad(expected, columns), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
@@ -88,10 +89,10 @@ def test_cached_multiple_negatives_ranking():
     columns, batch = world(3)
     loss = losses.CachedMultipleNegativesRankingLoss(Vectors(), scale=20.0, mini_batch_size=2)
     reps = [[c.detach().requires_grad_() for c in column.split(2)] for column in columns]
-    wanted = loss.calculate_loss(reps, with_backward=True)
+    expected = loss.calculate_loss(reps, with_backward=True)
     cached = [torch.cat([part.grad for part in column]) for column in reps]
-    found = loss_of(columns, batch, score_memory=1e-6, **COSINE)  # in parts of a single row
-    assert found.item() == pytest.approx(wanted.item(), abs=1e-6)
+    found = loss_of(columns, batch, score_memory=1e-6, **COSINE)  # in blocks of a single row
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
     for one, other in zip(torch.autograd.grad(found, columns), cached, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
@@ -104,14 +105,14 @@ def test_matryoshka():
     check(columns, loss_of(columns, batch, **options), loss(features(*columns), None))
 
 
-class Judge:
+class FrozenModel:
     """The same vectors for every batch: queries (B, G) and documents (m, G)."""
 
     def __init__(self, queries, documents):
-        self.queries, self.documents = queries, documents
+        self.vectors = FrozenVectors(queries, documents)
 
-    def vectors(self, batch):
-        return self.queries, self.documents
+    def embed(self, batch):
+        return self.vectors
 
 
 @pytest.mark.parametrize(("kind", "margin"), [("absolute", 0.0), ("absolute", 0.1), ("relative", 0.2)])
@@ -126,46 +127,46 @@ def test_gist_embed(kind, margin):
     loss.gather_across_devices = False
     for name, value in options.items():
         setattr(loss, name, value)
-    judges = {"guide": Judge(guide[0], torch.cat(guide[1:]))}
-    wanted = loss(features(*columns), None)
+    models = {"guide": FrozenModel(guide[0], torch.cat(guide[1:]))}
+    expected = loss(features(*columns), None)
     plain = losses.MultipleNegativesRankingLoss(Vectors(), scale=20.0)(features(*columns), None)
-    assert abs(wanted - plain) > 1e-3  # the guide masks something
-    check(columns, loss_of(columns, batch, judges, guide=GuideOptions("x", margin, kind), **COSINE), wanted)
+    assert abs(expected - plain) > 1e-3  # the guide masks something
+    check(columns, loss_of(columns, batch, models, guide=GuideOptions("x", margin, kind), **COSINE), expected)
 
 
 class Guide(Vectors):
-    """Gives its own vectors, one column after the other, whatever it is asked."""
+    """A model that returns fixed vectors, one column per call, whatever its input."""
 
     def __init__(self, columns):
         super().__init__()
-        self.columns, self.asked = columns, 0
+        self.columns, self.calls = columns, 0
 
     def forward(self, features):
-        self.asked += 1
-        return dict(features) | {"sentence_embedding": self.columns[(self.asked - 1) % len(self.columns)]}
+        self.calls += 1
+        return dict(features) | {"sentence_embedding": self.columns[(self.calls - 1) % len(self.columns)]}
 
 
 def teacher_of(batch):
-    """A teacher, and its scores (B, 1 + N) of each query's positive and hard negatives."""
+    """Return a teacher and its scores of each query's positive and hard negatives, (B, 1 + N)."""
     queries, documents = torch.randn(B, 4, dtype=torch.float64), torch.randn(len(batch.documents), 4).double()
     own = torch.cat([batch.positives, batch.hard_negatives], 1)
-    return {"teacher": Judge(queries, documents)}, (queries @ documents.T).gather(1, own)
+    return {"teacher": FrozenModel(queries, documents)}, (queries @ documents.T).gather(1, own)
 
 
 def test_margin_mse():
     columns, batch = world(6)
-    judges, scores = teacher_of(batch)
-    wanted = losses.MarginMSELoss(Vectors())(features(*columns), scores)
-    whole = loss_of(columns, batch, judges, teacher=TeacherOptions("x", "margin_mse", "own"))
-    check(columns, whole - loss_of(columns, batch), wanted)
+    models, scores = teacher_of(batch)
+    expected = losses.MarginMSELoss(Vectors())(features(*columns), scores)
+    whole = loss_of(columns, batch, models, teacher=TeacherOptions("x", "margin_mse", "own"))
+    check(columns, whole - loss_of(columns, batch), expected)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(1.0, 1.0), (0.5, 2.0)])
 def test_distillation_by_kl_divergence(student, teacher):
     columns, batch = world(7)
-    judges, scores = teacher_of(batch)
+    models, scores = teacher_of(batch)
     loss = losses.DistillKLDivLoss(Vectors(), student_temperature=student, teacher_temperature=teacher)
-    wanted = loss(features(*columns), scores) / student**2  # the factor is left to the weight here
+    expected = loss(features(*columns), scores) / student**2  # our loss leaves this factor to the weight
     options = TeacherOptions("x", "kl", "own", temperature=teacher)
-    whole = loss_of(columns, batch, judges, temperature=student, teacher=options)
-    check(columns, whole - loss_of(columns, batch, temperature=student), wanted)
+    whole = loss_of(columns, batch, models, temperature=student, teacher=options)
+    check(columns, whole - loss_of(columns, batch, temperature=student), expected)

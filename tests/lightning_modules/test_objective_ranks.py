@@ -1,4 +1,4 @@
-"""Loss and gradient of several ranks against one process with the whole batch."""
+"""The loss and its gradient on several ranks equal those of one process with the whole batch."""
 
 import os
 import subprocess
@@ -16,10 +16,10 @@ RANKS = textwrap.dedent(
     import torch
     import torch.distributed as dist
 
-    from datamodules.collate import padded
+    from datamodules.batches import padded
     from datamodules.records import ContrastiveBatch
-    from lightning_modules.objective.objective import Objective
-    from lightning_modules.objective.options import GuideOptions, ObjectiveOptions, TeacherOptions
+    from lightning_modules.objective import FrozenVectors, Objective
+    from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 
     SIZES, IDS = [4, 3, 5, 2], 14  # queries of each rank
     COSINE = {"similarity": "cosine", "temperature": 0.3}
@@ -36,39 +36,39 @@ RANKS = textwrap.dedent(
     ]
 
     def examples(world):
-        \"\"\"(query, positives, hard negatives, known positives); few documents, so that ranks share some.\"\"\"
-        rng, found = random.Random(0), []
+        \"\"\"Return (query, positives, hard negatives, known positives). Ranks share some documents.\"\"\"
+        rng, rows = random.Random(0), []
         for rank in range(world):
             for query in range(SIZES[rank]):
                 ids = rng.sample(range(IDS), 7)
-                known = ids[: rng.randint(1, 3 + rank)]  # lists of other lengths on other ranks
+                known = ids[: rng.randint(1, 3 + rank)]  # lists of different lengths on different ranks
                 positives = known[: rng.randint(1, min(3, len(known)))]
-                found.append((IDS + len(found), positives, ids[6 : 6 + query % 2], known))
-        return found
+                rows.append((IDS + len(rows), positives, ids[6 : 6 + query % 2], known))
+        return rows
 
     def batch_of(examples, weight=1.0):
         documents = list(dict.fromkeys(d for _, positives, negatives, _ in examples for d in positives + negatives))
-        place = {d: i for i, d in enumerate(documents)}
+        column = {d: i for i, d in enumerate(documents)}
         queries = [query for query, *_ in examples]
         return ContrastiveBatch(
             step=0, task="search", seed=0, fingerprint="", num_tokens=0, chunks=(),
             queries=torch.arange(len(queries)),
             documents=torch.arange(len(queries), len(queries) + len(documents)),
             document_ids=torch.tensor(documents),
-            positives=padded([[place[d] for d in positives] for _, positives, _, _ in examples]),
-            hard_negatives=padded([[place[d] for d in negatives] for _, _, negatives, _ in examples]),
+            positives=padded([[column[d] for d in positives] for _, positives, _, _ in examples]),
+            hard_negatives=padded([[column[d] for d in negatives] for _, _, negatives, _ in examples]),
             known_positives=padded([known for *_, known in examples]),
             texts=tuple(queries + documents), weight=weight,
             text_keys=torch.tensor([number % 11 for number in queries + documents]),
         )
 
-    class Judge:
+    class FrozenModel:
         def __init__(self, features):
-            self.vectors_of = torch.nn.functional.normalize(features, dim=1)
+            self.vectors = torch.nn.functional.normalize(features, dim=1)
 
-        def vectors(self, batch):
-            vectors = self.vectors_of[list(batch.texts)]
-            return vectors[batch.queries], vectors[batch.documents]
+        def embed(self, batch):
+            vectors = self.vectors[list(batch.texts)]
+            return FrozenVectors(vectors[batch.queries], vectors[batch.documents])
 
     def gradient(objective, features, weight, batch):
         vectors = features[list(batch.texts)] @ weight
@@ -82,20 +82,20 @@ RANKS = textwrap.dedent(
         torch.manual_seed(0)
         features = torch.randn(IDS + len(everything), 6, dtype=torch.float64)
         weight = (torch.eye(6) + 0.1 * torch.randn(6, 6)).double().requires_grad_()
-        judges = {name: Judge(torch.randn(len(features), 5).double()) for name in ("guide", "teacher")}
+        models = {name: FrozenModel(torch.randn(len(features), 5).double()) for name in ("guide", "teacher")}
         objectives = []
         for case in CASES:
             options = ObjectiveOptions(**case)
-            used = {name: judges[name] for name in judges if getattr(options, name).model}
-            objectives.append(Objective(options, ["search"], 6, used).double())
-        wanted = [gradient(objective, features, weight, batch_of(everything)) for objective in objectives]
+            used = {name: models[name] for name in models if getattr(options, name).model}
+            objectives.append(Objective(options, ["search"], 6, **used).double())
+        expected = [gradient(objective, features, weight, batch_of(everything)) for objective in objectives]
 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         start, size = sum(SIZES[:rank]), SIZES[rank]
-        mine = batch_of(everything[start : start + size], weight=size * world / len(everything))
-        for objective, whole in zip(objectives, wanted):
-            found = gradient(objective, features, weight, mine) / world
-            dist.all_reduce(found)  # what DDP does
+        own_batch = batch_of(everything[start : start + size], weight=size * world / len(everything))
+        for objective, whole in zip(objectives, expected):
+            found = gradient(objective, features, weight, own_batch) / world
+            dist.all_reduce(found)  # as DDP does
             error = ((found - whole).abs().max() / whole.abs().max()).item()
             assert error < 1e-12, (objective.options, error)
         print("equal")
@@ -108,8 +108,8 @@ RANKS = textwrap.dedent(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_several_ranks_equal_one_process(world_size, tmp_path, free_port):
-    """Though they draw the same documents, and other numbers of queries, documents and known positives."""
+def test_ranks_equal_one_process(world_size, tmp_path, free_port):
+    """Ranks draw some of the same documents, and different numbers of queries, documents and known positives."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

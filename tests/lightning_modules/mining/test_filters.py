@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datamodules.pools import joined
+from datamodules.examples import ragged
 from lightning_modules.mining.filters import (
     Sieve,
     absolute_margin,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.pools import joined
+from datamodules.examples import ragged
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
@@ -183,7 +183,7 @@ def test_text_numbers_ignore_case_and_spaces():
 
 
 def made_up(margins, lists, revealed=None, texts=None):
-    starts, rows = joined(lists)
+    starts, rows = ragged(lists)
     margins = np.array(margins, dtype=np.float32)
     revealed = np.zeros(len(rows), bool) if revealed is None else np.array(revealed)
     texts = rows.astype(np.int64) if texts is None else np.array(texts)
@@ -193,7 +193,7 @@ def made_up(margins, lists, revealed=None, texts=None):
 
 def test_report_figures_match_their_definitions():
     mined = made_up([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
-    former = MinedNegatives(*joined([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
+    former = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
     values = report(mined, 60, former, 40).values
     assert values == {
         "negatives": 4 / 3,

@@ -1,0 +1,431 @@
+"""Checks of what files contain: the policy for bad lines, the fields of records, and whole collections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from datamodules.records import Collection, Document, Qrels, Sink, UserError
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "dev", "test")
+MAX_GRADE = 10**9
+QUARANTINED_TEXT = 2000  # characters
+# Halves of surrogate pairs are not text. Bytes that are not UTF-8 are decoded to them.
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+JudgementTarget = Callable[[str, str, int], None]  # receives query id, document id and grade
+
+
+# --- bad lines ---
+
+
+@dataclass(slots=True)
+class Row:
+    """A line of a file, an entry of a JSON list or object, or a row of a table, with its location.
+
+    Within `with row:`, a UserError is reported to the policy for bad lines.
+
+    number: line number, from 1.
+    text: the line or entry as in the file.
+    entry: number of the entry or row, from 1. None for a plain line.
+    value: the parsed entry or row. Lines are parsed later, by `as_object`.
+    """
+
+    bad: BadLines
+    path: Path
+    number: int
+    text: str
+    entry: int | None = None
+    value: Any = None
+
+    @property
+    def ordinal(self) -> int:
+        """Number of the line or entry in its file, bad ones included. Records without an id are named by it."""
+        return self.number if self.entry is None else self.entry
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}" + ("" if self.entry is None else f", entry {self.entry}")
+
+    def __enter__(self) -> Row:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if not isinstance(error, UserError):
+            return False
+        self.bad.report(self, str(error), error)
+        return True
+
+
+class BadLines:
+    """The policy for bad lines during one `read()`, used as `with BadLines(...) as bad:`.
+
+    on_error: "fail" raises UserError at the first bad line. "skip" leaves bad lines out, appends them to the quarantine
+        file, and logs a warning with their number at the end. A file with more than half of its lines bad is an error
+        under "skip" too, because it is probably in another format.
+    quarantine: file for skipped lines, by default quarantine.jsonl. Each line is a JSON object with file, line, reason
+        and text (the first 2,000 characters).
+    """
+
+    POLICIES = ("fail", "skip")
+
+    def __init__(self, on_error: str = "fail", quarantine: str | None = None):
+        self.fails = check_choice("on_error", on_error, self.POLICIES) == "fail"
+        self.quarantine = Path(quarantine or "quarantine.jsonl")
+        self.by_file: Counter[Path] = Counter()
+        self.by_reason: Counter[str] = Counter()
+        self._file: TextIO | None = None
+
+    def report(self, row: Row, reason: str, cause: Exception | None = None) -> None:
+        """Handle a bad line. Raises UserError under "fail", and if the quarantine file cannot be written."""
+        if self.fails:
+            raise UserError(f"{row}: {reason}") from cause
+        self.by_file[row.path] += 1
+        self.by_reason[_without_details(reason)] += 1
+        record = {
+            "file": str(row.path),
+            "line": row.number,
+            "reason": reason if row.entry is None else f"entry {row.entry}: {reason}",
+            "text": row.text[:QUARANTINED_TEXT],
+        }
+        try:
+            if self._file is None:
+                self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+                # Bytes that are not UTF-8 are surrogates in the text; they are written as JSON escapes.
+                self._file = open(self.quarantine, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.quarantine}: cannot write the quarantine file ({error.strerror})") from error
+
+    def end_of_file(self, path: Path, num_lines: int) -> None:
+        """Raise UserError if more than half of the file's lines are bad."""
+        bad = self.by_file[path]
+        if bad * 2 > num_lines:
+            raise UserError(
+                f"{path}: {bad} of {num_lines} lines are bad, more than half ({self.summary()}). "
+                f"Is the file in this reader's format? The bad lines are in {self.quarantine}"
+            )
+
+    def summary(self) -> str:
+        """Return the most frequent reasons with their counts."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.by_reason.most_common(8))
+
+    def __enter__(self) -> BadLines:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._file is not None:
+            self._file.close()
+            total = self.by_reason.total()
+            count = "1 bad line" if total == 1 else f"{total} bad lines"
+            log.warning("left out %s, saved in %s: %s", count, self.quarantine, self.summary())
+
+
+def _without_details(reason: str) -> str:
+    """Remove quoted values, numbers and parentheses, which differ from line to line."""
+    return re.sub(r"'.*'|\".*\"|\(.*\)|[0-9]+", "...", reason, flags=re.DOTALL)
+
+
+# --- arguments of readers ---
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> str:
+    """Return the value of an argument. Raises UserError unless it is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_choices(argument: str, values: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
+    """Return the values of an argument. Raises UserError unless each is one of the choices."""
+    return tuple(check_choice(argument, value, choices) for value in values)
+
+
+# --- fields of records; all raise UserError ---
+
+
+def get_text(record: Mapping[str, Any], key: str, required: bool = False) -> str:
+    """Return a text. A missing key or null is an empty text, unless the text is required."""
+    value = record.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        if key not in record:
+            raise UserError(f"{key} is missing ({_keys(record)})")
+        raise UserError(f"{key} must be a string, got {_short(value)}")
+    return check_text(value, key)
+
+
+def check_text(value: str, key: str) -> str:
+    """Return a string that is valid Unicode."""
+    if not value.isascii() and SURROGATES.search(value):
+        raise UserError(f"{key} contains half of a surrogate pair, which is not valid text")
+    return value
+
+
+def get_id(record: Mapping[str, Any], *keys: str) -> str:
+    """Return the value of the first key that the record has. An id is a string or an integer."""
+    for key in keys:
+        if record.get(key) is not None:
+            return check_id(record[key], key)
+    raise UserError(f"{' or '.join(keys)} is missing ({_keys(record)})")
+
+
+def check_id(value: Any, key: str) -> str:
+    """Return an id as a string."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{key} must be an id, a non-empty string or an integer, got {_short(value)}")
+    return check_text(value, key)
+
+
+def get_list(record: Mapping[str, Any], key: str, required: bool = False) -> list[Any]:
+    """Return a list. A missing key or null is an empty list, unless the list is required."""
+    value = record.get(key)
+    if value is None and not required:
+        return []
+    if not isinstance(value, list):
+        if key not in record:
+            raise UserError(f"{key} is missing ({_keys(record)})")
+        raise UserError(f"{key} must be a list, got {_short(value)}")
+    return value
+
+
+def get_ids(record: Mapping[str, Any], key: str, required: bool = False) -> list[str]:
+    """Return a list of ids without duplicates."""
+    values = get_list(record, key, required)
+    return list(dict.fromkeys(check_id(value, key) for value in values))
+
+
+def check_grade(value: Any, key: str = "score") -> int:
+    """Return a whole number that is given as a number (1, 1.0) or as a string ("1")."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value) and len(value) < 20:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_GRADE:
+        raise UserError(f"the {key} must be an integer, got {_short(value)}")
+    return value
+
+
+def get_grades(record: Mapping[str, Any], key: str) -> dict[str, int]:
+    """Return an object that maps ids to scores."""
+    value = record.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be an object of ids and scores, got {_short(value)}")
+    return {check_id(document, key): check_grade(score) for document, score in value.items()}
+
+
+def get_object(record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return an object inside the record."""
+    if not isinstance(record.get(key), dict):
+        raise UserError(f"{key} must be an object, got {_short(record.get(key))} ({_keys(record)})")
+    return record[key]
+
+
+def get_document(
+    record: Mapping[str, Any], id_keys: Sequence[str], title: str = "title", body: str = "abstract", id: str = ""
+) -> Document:
+    """Return the record as a document.
+
+    id_keys: keys that may hold the id.
+    title, body: keys of the title and of the text. One of the two may be empty.
+    id: id of a record that has none.
+    """
+    id = id or get_id(record, *id_keys)
+    document = Document(id, get_text(record, title), get_text(record, body))
+    if not (document.title.strip() or document.text.strip()):
+        raise UserError(f"document {id!r} has neither {title} nor {body} ({_keys(record)})")
+    return document
+
+
+def content_id(title: str, body: str) -> str:
+    """Return an id for a document that has none. Equal texts have equal ids."""
+    return hashlib.blake2b(repr((title, body)).encode(), digest_size=8).hexdigest()
+
+
+def stable_hash(text: str) -> int:
+    """Return a number from 0 to 2**64 - 1 that is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def split_of(
+    id: str, dev_percent: int, test_percent: int, year: int | None = None, train_until: int | None = None
+) -> str:
+    """Return the split of a paper, chosen by a hash of its id.
+
+    train_until: papers of later years are the test split, and test_percent is not used.
+    """
+    percent = stable_hash(id) % 100
+    if train_until is not None and year > train_until:
+        return "test"
+    if percent < dev_percent:
+        return "dev"
+    return "test" if train_until is None and percent < dev_percent + test_percent else "train"
+
+
+# --- collections; all raise UserError ---
+
+
+def add_document(documents: dict[str, Document], document: Document) -> None:
+    """Add a document to a corpus in which each id occurs once."""
+    if document.id in documents:
+        raise UserError(f"duplicate id {document.id!r}: an earlier line has it too")
+    documents[document.id] = document
+
+
+def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> None:
+    """Add all documents of a line, or none, to a corpus whose lines may repeat documents."""
+    added: dict[str, Document] = {}
+    for document in new:
+        earlier = documents.get(document.id) or added.setdefault(document.id, document)
+        if earlier != document:
+            raise UserError(f"document {document.id!r} has a different text on an earlier line")
+    documents.update(added)
+
+
+def add_grades(qrels: dict[str, dict[str, int]], query: str, grades: Mapping[str, int]) -> None:
+    """Add all judgements of a query, or none."""
+    earlier = qrels.get(query, {})
+    for document, grade in grades.items():
+        if earlier.get(document, grade) != grade:
+            raise _conflict(query, document, grade, earlier[document])
+    qrels[query] = earlier | grades
+
+
+def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
+    """Check ids that one record lists under a key."""
+    unknown = [id for id in ids if id not in corpus]
+    if unknown:
+        raise UserError(f"{key}: {len(unknown)} of {len(ids)} ids are not in the corpus, first {unknown[0]!r}")
+
+
+class Judgements:
+    """The judgements of one split, collected line by line from a file of its own.
+
+    queries, corpus: known ids.
+    query_file, corpus_file: names of the files with the queries and the documents, for errors.
+    target: function that receives the judgements, instead of `qrels`.
+
+    Under "fail", unknown ids are reported together by `finish`, which shows how many there are. Under "skip", each is a
+    bad line.
+    """
+
+    def __init__(
+        self,
+        queries: Container[str],
+        corpus: Container[str],
+        bad: BadLines,
+        query_file: str,
+        corpus_file: str,
+        target: JudgementTarget | None = None,
+    ):
+        self.known = (("query", queries, query_file), ("document", corpus, corpus_file))
+        self.bad, self.target = bad, target or self._keep
+        self.qrels: dict[str, dict[str, int]] = {}
+        self.unknown: dict[str, list[str]] = {"query": [], "document": []}
+
+    def add(self, query: str, document: str, grade: int) -> None:
+        for (kind, known, file), id in zip(self.known, (query, document), strict=True):
+            if id not in known:
+                if not self.bad.fails:
+                    raise UserError(f"the {kind} id {id!r} is not in {file}")
+                self.unknown[kind].append(id)
+                return
+        self.target(query, document, grade)
+
+    def _keep(self, query: str, document: str, grade: int) -> None:
+        earlier = self.qrels.setdefault(query, {}).setdefault(document, grade)
+        if earlier != grade:
+            raise _conflict(query, document, grade, earlier)
+
+    def finish(self, path: Path) -> Qrels:
+        """Return all judgements. Raises UserError if there were unknown ids."""
+        for kind, _, file in self.known:
+            if ids := self.unknown[kind]:
+                distinct = list(dict.fromkeys(ids))
+                first = ", ".join(map(repr, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+                raise UserError(
+                    f"{path}: {len(ids)} lines have {len(distinct)} {kind} ids that are not in {file}: {first}"
+                )
+        return self.qrels
+
+
+class MemorySink:
+    """The sink of a collection in memory. A second grade for a pair is an error on its own line."""
+
+    def __init__(self) -> None:
+        self.keep_first = False
+        self.documents: dict[str, Document] = {}
+        self.queries: dict[str, Document] = {}
+        self.qrels: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add_document(self, document: Document) -> None:
+        add_document(self.documents, document)
+
+    def add_query(self, query: Document) -> None:
+        add_document(self.queries, query)
+
+    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
+        earlier = self.qrels.setdefault(split, {}).setdefault(query, {}).setdefault(document, grade)
+        if earlier != grade:
+            raise _conflict(query, document, grade, earlier)
+
+    def document(self, id: str) -> Document:
+        return self.documents[id]
+
+    def has(self, split: str) -> bool:
+        return split in self.qrels
+
+
+def read_into_memory(stream: Callable[[Sink], None]) -> Collection:
+    """Return everything that a reader streams as a collection."""
+    sink = MemorySink()
+    stream(sink)
+    return Collection(sink.documents, sink.queries, sink.qrels)
+
+
+def stream_collection(collection: Collection, sink: Sink) -> None:
+    """Write a collection to a sink."""
+    for document in collection.corpus.values():
+        sink.add_document(document)
+    for query in collection.queries.values():
+        sink.add_query(query)
+    for split, qrels in collection.qrels.items():
+        for query, grades in qrels.items():
+            for document, grade in grades.items():
+                sink.add_judgement(split, query, document, grade)
+
+
+def check_collection(collection: Collection, source: Path | str) -> Collection:
+    """Return a collection that has documents, and judgements in each of its splits."""
+    if not collection.corpus:
+        raise UserError(f"{source}: contains no documents")
+    if not collection.qrels:
+        raise UserError(f"{source}: contains no splits")
+    for split, qrels in collection.qrels.items():
+        if not qrels:
+            raise UserError(f"{source}: the {split} split is empty")
+    return collection
+
+
+def _conflict(query: str, document: str, grade: int, earlier: int) -> UserError:
+    return UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    return f"keys here: {', '.join(map(str, record))[:200] or 'none'}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,97 @@
+"""Early termination of a sweep's trials, by W&B's schema and rule (`early_terminate`).
+
+An iteration is a logged value of the metric, as on W&B's server, and not an optimizer step. A trial is compared
+whenever it has logged a value: successive halving without waiting (Li et al., arXiv 1810.05934, section 3.2).
+
+Optuna's HyperbandPruner is not used. It treats trials differently by a hash of their number, has to know how many
+values a run logs, allows integers for eta only, rounds down the number of trials that continue, and gives no reason;
+so the same file would stop other trials here than on W&B's server.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, repeat, takewhile
+from typing import Literal
+
+from datamodules.options import option
+from datamodules.records import UserError
+from experiments.config.schema import Config
+
+LARGEST = 10**9  # number of values: no run logs more
+MAX_BRACKETS = 100  # after min_iter, as on W&B's server
+
+
+@dataclass
+class Hyperband:
+    """Stop trials that are behind. They are compared at the brackets: numbers of logged values of the metric."""
+
+    type: Literal["hyperband"] = option(help="W&B knows no other rule")
+    min_iter: int | None = option(
+        None, "first bracket; the others are min_iter * eta, min_iter * eta^2, ...", minimum=1, maximum=LARGEST
+    )
+    max_iter: int | None = option(
+        None, "instead of min_iter: brackets max_iter / eta, max_iter / eta^2, ...", minimum=1, maximum=LARGEST
+    )
+    s: int | None = option(None, "number of brackets, with max_iter", minimum=1, maximum=LARGEST)
+    eta: float = option(3.0, "one trial in eta continues after each bracket", above=1, maximum=LARGEST)
+    strict: bool = option(False, "compare a trial by its value at the bracket, not by its best value so far")
+
+    @property
+    def brackets(self) -> list[int]:
+        """The numbers of values at which trials are compared, ascending. Raises UserError if there are none."""
+        if (self.min_iter is None) == (self.max_iter is None) or (self.max_iter is None) != (self.s is None):
+            raise UserError("early_terminate: expected either min_iter, or max_iter and s")
+        if self.min_iter is not None:
+            numbers = accumulate(repeat(self.eta, MAX_BRACKETS - 1), operator.mul, initial=self.min_iter)
+        else:
+            numbers = accumulate(repeat(self.eta, self.s), operator.truediv, initial=self.max_iter)
+            next(numbers)  # max_iter itself is not a bracket
+        if brackets := sorted({int(number) for number in takewhile(lambda number: 1 <= number <= LARGEST, numbers)}):
+            return brackets
+        raise UserError(f"early_terminate: max_iter / eta is {self.max_iter / self.eta:.3g}, so no trial is stopped")
+
+    def reason(self, values: Sequence[float], others: Sequence[Sequence[float]], maximize: bool) -> str:
+        """Return why a trial should be stopped, or "".
+
+        values, others: values of the metric that this trial and each other trial have logged.
+
+        The trial is compared at the last bracket that it has reached, with all trials that have reached it. It
+        continues if it is among the best 1/eta of them, rounded up, or ties with one of these; so the first trial to
+        reach a bracket always continues.
+        """
+        reached = [bracket for bracket in self.brackets if bracket <= len(values)]
+        if not reached:
+            return ""
+        bracket = reached[-1]
+        costs, *other_costs = [[_cost(value, maximize) for value in each] for each in (values, *others)]
+        ranking = sorted(each[bracket - 1] for each in (costs, *other_costs) if len(each) >= bracket)
+        num_continue = math.ceil(round(len(ranking) / self.eta, 9))
+        cost, limit = costs[bracket - 1] if self.strict else min(costs), ranking[num_continue - 1]
+        if cost <= limit:
+            return ""
+        shown, needed = (-x if maximize else x for x in (cost, limit))
+        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} have {needed:.4g}"
+
+    def check_reached(self, metric: str, config: Config) -> None:
+        """Raise UserError if runs of a configuration end before the first bracket, where a trial could be stopped."""
+        every_n_steps = {
+            config.evaluation.split: config.trainer.max_steps,
+            "val": config.evaluation.every_n_steps,
+            "train": config.trainer.log_every_n_steps,
+            "diag": config.diagnostics.every_n_steps,
+        }.get(metric.partition("/")[0])
+        first = self.brackets[0]
+        if every_n_steps and (count := math.ceil(config.trainer.max_steps / every_n_steps)) <= first:
+            raise UserError(
+                f"early_terminate: no trial would be stopped. Trials are compared from value {first} of {metric} on, "
+                f"but a run logs {count}, the last one at its end"
+            )
+
+
+def _cost(value: float, maximize: bool) -> float:
+    """Return a number that is smaller for a better value, and infinite for NaN."""
+    return math.inf if math.isnan(value) else -value if maximize else value

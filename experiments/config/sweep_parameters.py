@@ -1,0 +1,248 @@
+"""Parameters of a sweep: the distributions of W&B's format, and the values of each trial.
+
+Trials of a grid or random sweep are a function of the file and their number alone, so each task of a SLURM array and
+each rank can compute its own. This is why they are drawn here and not by Optuna, whose samplers depend on the trials
+before; Optuna also has no normal distributions and no probabilities. It chooses the values of `method: bayes`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from datamodules.records import UserError
+from experiments.config.suggest import expected_one_of
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """draw: function of a generator and the parameter's settings. required, optional: keys of the settings."""
+
+    draw: Callable[[random.Random, Mapping[str, Any]], Any]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def _uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
+    return generator.uniform(settings["min"], settings["max"])
+
+
+def _log_uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
+    value = math.exp(generator.uniform(math.log(settings["min"]), math.log(settings["max"])))
+    return min(max(value, settings["min"]), settings["max"])  # exp(log(x)) may round to beyond x
+
+
+def _normal(generator: random.Random, settings: Mapping[str, Any]) -> float:
+    return generator.normalvariate(settings.get("mu", 0.0), settings.get("sigma", 1.0))
+
+
+def _log_normal(generator: random.Random, settings: Mapping[str, Any]) -> float:
+    return math.exp(_normal(generator, settings))
+
+
+def _categorical(generator: random.Random, settings: Mapping[str, Any]) -> Any:
+    return generator.choices(settings["values"], settings.get("probabilities"))[0]
+
+
+RANGE, NORMAL = ("min", "max"), ("mu", "sigma")
+DISTRIBUTIONS = {
+    "constant": Distribution(lambda _, settings: settings["value"], ("value",)),
+    "categorical": Distribution(_categorical, ("values",), ("probabilities",)),
+    "int_uniform": Distribution(lambda generator, settings: generator.randint(settings["min"], settings["max"]), RANGE),
+    "uniform": Distribution(_uniform, RANGE),
+    "q_uniform": Distribution(_uniform, RANGE, ("q",)),
+    "log_uniform_values": Distribution(_log_uniform, RANGE),
+    "q_log_uniform_values": Distribution(_log_uniform, RANGE, ("q",)),
+    "normal": Distribution(_normal, (), NORMAL),
+    "q_normal": Distribution(_normal, (), (*NORMAL, "q")),
+    "log_normal": Distribution(_log_normal, (), NORMAL),
+    "q_log_normal": Distribution(_log_normal, (), (*NORMAL, "q")),
+}
+REPLACEMENTS = {  # for W&B's other distributions
+    "log_uniform": "log_uniform_values, whose min and max are the values and not their logarithms",
+    "q_log_uniform": "q_log_uniform_values, whose min and max are the values and not their logarithms",
+    "inv_log_uniform": "log_uniform_values",
+    "inv_log_uniform_values": "log_uniform_values, which is the same",
+    "categorical_w_probabilities": "categorical with probabilities",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a sweep.
+
+    name: dotted key of the configuration. distribution: a name in DISTRIBUTIONS. settings: its block in the file.
+    """
+
+    name: str
+    distribution: str
+    settings: Mapping[str, Any]
+
+    def draw(self, generator: random.Random) -> Any:
+        return self._round(DISTRIBUTIONS[self.distribution].draw(generator, self.settings))
+
+    def grid(self) -> list[Any]:
+        """Return all values. Raises UserError if there are infinitely many."""
+        settings = self.settings
+        if self._is_list():
+            return list(settings.get("values", [settings.get("value")]))
+        if self.distribution == "int_uniform":
+            return list(range(settings["min"], settings["max"] + 1))
+        if self.distribution == "q_uniform":
+            q = settings.get("q", 1)
+            multiples = range(math.ceil(settings["min"] / q - 1e-9), math.floor(settings["max"] / q + 1e-9) + 1)
+            return [_multiple(number, q) for number in multiples]
+        raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
+
+    def optuna_range(self) -> BaseDistribution:
+        """Return the range in which Optuna chooses; of a list, it chooses positions. Raises UserError if it cannot."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if "normal" in self.distribution or "probabilities" in self.settings:
+            raise UserError(
+                f"parameters.{self.name}: method bayes needs min and max, or values without probabilities; W&B's "
+                "server supports more (wandb.mode=online)"
+            )
+        if self._is_list():
+            return CategoricalDistribution(range(len(self.grid())))
+        low, high = self.settings["min"], self.settings["max"]
+        if self.distribution == "int_uniform":
+            return IntDistribution(low, high)
+        return FloatDistribution(low, high, log="log" in self.distribution)
+
+    def to_optuna(self, value: Any) -> Any:
+        if self._is_list():
+            return self.grid().index(value)
+        return min(max(value, self.settings["min"]), self.settings["max"])  # a multiple of q may be outside the range
+
+    def from_optuna(self, value: Any) -> Any:
+        return self.grid()[value] if self._is_list() else self._round(value)
+
+    def _is_list(self) -> bool:
+        return self.distribution in ("constant", "categorical")
+
+    def _round(self, value: Any) -> Any:
+        q = self.settings.get("q")
+        return value if q is None else _multiple(round(value / q), q)
+
+
+def _multiple(number: int, q: float) -> float:
+    """Return a multiple of q: an integer if q is one, otherwise without the noise of floating point."""
+    return number * q if isinstance(q, int) else float(f"{number * q:.12g}")
+
+
+def fixed_trials(method: str, parameters: Sequence[Parameter], run_cap: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the values of each trial of a grid or random sweep. In a grid, the last parameter changes first.
+
+    A value of a random trial depends on the numbers of the trial alone. The leading 0 is the seed of former versions.
+    """
+    if method == "grid":
+        names = [parameter.name for parameter in parameters]
+        combinations = itertools.product(*(parameter.grid() for parameter in parameters))
+        for values in itertools.islice(combinations, run_cap):
+            yield dict(zip(names, values, strict=True))
+        return
+    for number in range(run_cap or 0):
+        yield {p.name: p.draw(random.Random(f"0/{number}/{p.name}")) for p in parameters}
+
+
+def suggest_trial(
+    parameters: Sequence[Parameter],
+    past: Sequence[tuple[Mapping[str, Any], float | None]],
+    maximize: bool,
+    number: int,
+) -> dict[str, Any]:
+    """Return the values of a trial of a `method: bayes` sweep, chosen by Optuna's TPE sampler.
+
+    past: values and score of the earlier trials; None for a trial without a score yet. number: of the trial.
+
+    The study is rebuilt from the past trials each time. Optuna's own journal is not used: JournalFileBackend (5.0)
+    cannot be read any more after a kill has cut a line short, and a failed trial could not run again.
+    """
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # constant_liar: trials that are still running count as bad ones, so that parallel trials differ.
+    sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
+    study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
+    ranges = {parameter.name: parameter.optuna_range() for parameter in parameters}
+    for values, score in past:
+        chosen = {parameter.name: parameter.to_optuna(values[parameter.name]) for parameter in parameters}
+        state = TrialState.RUNNING if score is None else TrialState.COMPLETE
+        study.add_trial(create_trial(params=chosen, distributions=ranges, value=score, state=state))
+    suggestion = study.ask(ranges).params
+    return {parameter.name: parameter.from_optuna(suggestion[parameter.name]) for parameter in parameters}
+
+
+def read_parameters(node: Mapping[str, Any], prefix: str = "") -> list[Parameter]:
+    """Return the parameters of a sweep's file, nested ones too. Raises UserError that names key and value."""
+    parameters: list[Parameter] = []
+    for key, settings in node.items():
+        name = f"{prefix}{key}"
+        if not isinstance(settings, Mapping):
+            raise UserError(f"parameters.{name}: expected value, values, or min and max; got {settings!r}")
+        if "parameters" in settings:
+            parameters += read_parameters(settings["parameters"], f"{name}.")
+        else:
+            parameters.append(_read_parameter(name, settings))
+    return parameters
+
+
+def _read_parameter(name: str, settings: Mapping[str, Any]) -> Parameter:
+    distribution = settings.get("distribution") or _default_distribution(name, settings)
+    if distribution not in DISTRIBUTIONS:
+        replacement = REPLACEMENTS.get(distribution)
+        hint = f"use {replacement}" if replacement else expected_one_of(DISTRIBUTIONS)
+        raise UserError(f"parameters.{name}.distribution: got {distribution!r}, {hint}")
+    kind, given = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
+    if missing := [key for key in kind.required if key not in given]:
+        raise UserError(f"parameters.{name}: {distribution} needs {' and '.join(missing)}")
+    keys = (*kind.required, *kind.optional)
+    if unknown := sorted(given - {*keys}):
+        raise UserError(f"parameters.{name}: unknown key {unknown[0]!r}; {distribution} has {', '.join(keys)}")
+    _check_settings(name, distribution, settings)
+    return Parameter(name, distribution, settings)
+
+
+def _default_distribution(name: str, settings: Mapping[str, Any]) -> str:
+    if "values" in settings:
+        return "categorical"
+    if "value" in settings:
+        return "constant"
+    if "min" in settings and "max" in settings:
+        types = {type(settings["min"]), type(settings["max"])}
+        if types not in ({int}, {float}):
+            raise UserError(f"parameters.{name}: min and max must both be whole numbers, or both have a decimal point")
+        return "int_uniform" if types == {int} else "uniform"
+    raise UserError(
+        f"parameters.{name}: expected value, values, min and max, or a distribution; got {', '.join(settings)}"
+    )
+
+
+def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -> None:
+    numbers = int if distribution == "int_uniform" else (int, float)
+    for key in settings.keys() & {*RANGE, *NORMAL, "q"}:
+        if isinstance(settings[key], bool) or not isinstance(settings[key], numbers):
+            raise UserError(f"parameters.{name}.{key}: expected a number, got {settings[key]!r}")
+        if key in ("q", "sigma") and settings[key] <= 0:
+            raise UserError(f"parameters.{name}.{key}: expected a number above 0, got {settings[key]}")
+    if "min" in settings and settings["min"] > settings["max"]:
+        raise UserError(f"parameters.{name}: min {settings['min']} is above max {settings['max']}")
+    if "log_uniform" in distribution and settings["min"] <= 0:
+        raise UserError(f"parameters.{name}.min: {distribution} needs a number above 0, got {settings['min']}")
+    if distribution == "categorical":
+        values, probabilities = settings["values"], settings.get("probabilities")
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise UserError(f"parameters.{name}.values: expected a list of at least one value, got {values!r}")
+        if probabilities and (len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1)):
+            raise UserError(
+                f"parameters.{name}.probabilities: expected {len(values)} that sum to 1, got {probabilities}"
+            )

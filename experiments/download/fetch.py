@@ -1,0 +1,268 @@
+"""Download one file, and unpack one archive. Both resume after an interruption.
+
+An unfinished download is FILE.part, and FILE.part.sign has the server's version of the file. pooch verifies and unpacks
+too, but it starts an interrupted download from the beginning, and our files have several GB. huggingface_hub resumes,
+but serves only one host.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import gzip
+import http.client
+import logging
+import lzma
+import os
+import shutil
+import ssl
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from datamodules.files import write_text
+from datamodules.records import UserError
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[int, int | None], None]  # receives the bytes so far, and the total if the server sends it
+
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt; after the last one without progress, give up
+MAX_PAUSE = 120  # seconds; servers may ask for a longer pause
+TIMEOUT = 60  # seconds without a byte
+CHUNK = 1 << 20
+RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+RETRIED_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+DAMAGED_ARCHIVE = (
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(NotImplementedError, RuntimeError),  # raised by zipfile for archives it cannot read
+)
+
+
+# --- downloads ---
+
+
+class Interrupted(Exception):
+    """The download stopped before its end. Another attempt, after some seconds, may bring the rest."""
+
+    def __init__(self, reason: str, seconds: float = 0):
+        super().__init__(reason)
+        self.seconds = min(seconds, MAX_PAUSE)
+
+
+class NotOnServer(UserError):
+    """The server does not have the file."""
+
+
+def download(
+    url: str, path: Path, size: int | None, has_checksum: bool, report: Report = lambda done, total: None
+) -> Path:
+    """Download a file as path.part, and return that. The caller verifies it, then calls `keep` or `discard`.
+
+    size: number of bytes, if known.
+    has_checksum: whether the caller can verify the file. If not, a partial download is resumed only if the server
+        confirms that it still has the same version.
+
+    Raises UserError after several attempts without progress. The partial download stays.
+    """
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            _receive(url, part, size, has_checksum, report)
+            return part
+        except Interrupted as error:
+            failures = 1 if _size(part) > before else failures + 1
+            if failures > len(PAUSES):
+                raise UserError(f"{url}: {error}, {failures} times without progress. {manual_help(path)}") from error
+            pause = max(error.seconds, PAUSES[failures - 1])
+            log.info("%s: %s; trying again in %g s", url, error, pause)
+            time.sleep(pause)
+
+
+def keep(part: Path) -> None:
+    """Give a verified download its final name."""
+    part.replace(_final_path(part))
+    _version_file(part).unlink(missing_ok=True)
+
+
+def discard(part: Path) -> None:
+    """Delete a partial download."""
+    part.unlink()
+    _version_file(part).unlink(missing_ok=True)
+
+
+def manual_help(path: Path) -> str:
+    """Return what a user can do about a failed download."""
+    return f"Run the same command again to resume, or place the file yourself as {path}, and then run it."
+
+
+def _final_path(part: Path) -> Path:
+    return part.with_name(part.name.removesuffix(".part"))
+
+
+def _version_file(part: Path) -> Path:
+    """Return the file that stores the version of a partial download: the server's ETag or date."""
+    return part.with_name(f"{part.name}.sign")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report: Report) -> None:
+    """Download the rest of a file. Raises Interrupted and UserError."""
+    version_file = _version_file(part)
+    version = version_file.read_text(encoding="utf-8") if version_file.exists() else ""
+    start = _size(part) if version or has_checksum else 0
+    headers = {"User-Agent": "scimult", "Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+            if response.headers.get_content_type() == "text/html":
+                advice = manual_help(_final_path(part))
+                raise UserError(f"{url}: the server sends a web page instead of the file. {advice}")
+            start = _first_byte(response, start)
+            total = _total_size(response, start)
+            if size is not None and total is not None and total != size:
+                raise UserError(f"{url}: expected a file of {size:,} bytes, but the server has {total:,}")
+            write_text(version_file, _version(response))
+            _append(response, part, start, size if total is None else total, report)
+    except urllib.error.HTTPError as error:
+        _handle_refusal(url, part, error, start, size)
+    except RETRIED_ERRORS as error:
+        raise Interrupted(f"cannot be reached ({getattr(error, 'reason', error)})") from error
+    except OSError as error:
+        reason = "the disk is full" if error.errno in NO_SPACE else f"cannot be written ({error.strerror})"
+        raise UserError(f"{part}: {reason}; the same command resumes the download") from error
+
+
+def _first_byte(response: http.client.HTTPResponse, requested: int) -> int:
+    """Return the position of the first byte of a response. Servers may send the whole file."""
+    if response.status != 206:
+        return 0
+    content_range = response.headers.get("Content-Range", "")
+    if not content_range.startswith(f"bytes {requested}-"):
+        raise Interrupted(f"requested the bytes from {requested} on, but got {content_range!r}")
+    return requested
+
+
+def _total_size(response: http.client.HTTPResponse, start: int) -> int | None:
+    rest = response.headers.get("Content-Length", "")
+    return start + int(rest) if rest.isdecimal() else None
+
+
+def _version(response: http.client.HTTPResponse) -> str:
+    """Return the ETag, or the date if there is none or only a weak one."""
+    tag = response.headers.get("ETag", "")
+    return response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
+
+
+def _append(response: http.client.HTTPResponse, part: Path, start: int, total: int | None, report: Report) -> None:
+    if total is not None and (free := shutil.disk_usage(part.parent).free) < total - start:
+        raise UserError(f"{part}: {total - start:,} bytes are needed, but only {free:,} are free on the disk")
+    done = start
+    with open(part, "ab" if start else "wb", buffering=0) as file:  # unbuffered, so that a kill loses nothing
+        while chunk := response.read1(CHUNK):
+            file.write(chunk)
+            done += len(chunk)
+            report(done, total)
+        os.fsync(file.fileno())
+    if total is not None and done < total:
+        raise Interrupted(f"the connection ended after {done:,} of {total:,} bytes")
+
+
+def _handle_refusal(url: str, part: Path, error: urllib.error.HTTPError, start: int, size: int | None) -> None:
+    """Raise Interrupted or UserError, unless the partial download is complete already."""
+    if error.code == 416 and start:  # the requested range begins at or behind the end of the file
+        if size == start or error.headers.get("Content-Range") == f"bytes */{start}":
+            return
+        part.unlink()
+        raise Interrupted("the file on the server is shorter than the partial download; starting from the beginning")
+    if error.code in RETRIED_STATUS:
+        seconds = error.headers.get("Retry-After", "")
+        raise Interrupted(f"the server answers {error.code} {error.reason}", int(seconds) if seconds.isdecimal() else 0)
+    kind = NotOnServer if error.code in (404, 410) else UserError
+    raise kind(f"{url}: the server answers {error.code} {error.reason}. {manual_help(_final_path(part))}")
+
+
+# --- archives ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, report: Callable[[str], None]) -> None:
+    """Unpack the members of an archive that match a pattern. Complete files from an earlier attempt are kept.
+
+    Only regular files inside the folder are written.
+
+    kind: "zip", or "tar" (compressed or not).
+    report: function that receives the name of each unpacked member.
+
+    Raises UserError if the archive is damaged, or if nothing matches a pattern.
+    """
+    matched: set[str] = set()
+    try:
+        for member in _zip_members(archive) if kind == "zip" else _tar_members(archive):
+            patterns = {pattern for pattern in members if fnmatch.fnmatchcase(member.name, pattern)}
+            if not patterns:
+                continue
+            matched |= patterns
+            target = _target_path(archive, folder, member.name)
+            if not (target.is_file() and target.stat().st_size == member.size):
+                report(member.name)
+                _write_member(member, target)
+    except DAMAGED_ARCHIVE as error:
+        raise UserError(f"{archive}: the archive is damaged ({error}). Delete it to download it again.") from error
+    except OSError as error:
+        raise UserError(f"{folder}: {archive.name} cannot be unpacked ({error.strerror or error})") from error
+    if missing := [pattern for pattern in members if pattern not in matched]:
+        raise UserError(f"{archive}: does not contain {', '.join(missing)}; is it the right archive?")
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            if not info.is_dir():
+                yield _Member(info.filename, info.file_size, lambda info=info: opened.open(info))
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive) as opened:
+        for info in opened:
+            if info.isfile():  # neither links nor devices
+                yield _Member(info.name.removeprefix("./"), info.size, lambda info=info: opened.extractfile(info))
+        while opened.fileobj.read(CHUNK):  # the checksum of gzip comes after the last member
+            pass
+
+
+def _target_path(archive: Path, folder: Path, name: str) -> Path:
+    """Return the path of an unpacked member. Raises UserError if it is outside the folder."""
+    target = Path(os.path.normpath(folder / name))
+    if "\\" in name or not target.is_relative_to(folder) or target == folder:
+        raise UserError(f"{archive}: not unpacked, because its member {name!r} is outside the folder")
+    return target
+
+
+def _write_member(member: _Member, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    with member.open() as source, open(partial, "wb") as file:
+        shutil.copyfileobj(source, file, CHUNK)  # at the end of a zip member, this verifies its checksum
+    os.replace(partial, target)

@@ -1,0 +1,357 @@
+"""Trials of a sweep on this machine: what their runs logged, what became of them, and the processes that train them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+from datamodules.locks import lock_file
+from datamodules.records import UserError
+from experiments.config.experiment import FOLDER
+from experiments.config.sweep_file import Sweep, as_override
+from experiments.config.sweep_parameters import suggest_trial
+from experiments.run.endings import PREEMPTED
+from experiments.shared.console import near
+from lightning_modules.distributed.signals import ASKING, Preempted
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeeded
+POLL_EVERY = 3.0  # seconds between two looks at what a trial has logged
+REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
+LOG_TAIL = 15  # lines of a failed trial's log in the error message
+ENDED = ("finished", "stopped")  # stopped: by early_terminate
+MAKE_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # that the make of a trial inherits
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a sweep.
+
+    values: key -> value of the sweep's parameters; {} if they are not chosen yet. folder: of the trial's run.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    @property
+    def has_results(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+    def __str__(self) -> str:
+        return " ".join(as_override(key, value) for key, value in self.values.items())
+
+    def arguments(self, sweep: Sweep) -> list[str]:
+        """Return the key=value arguments of this trial alone."""
+        overrides = [as_override(key, value) for key, value in self.values.items()]
+        has_group = any(text.startswith("wandb.group=") for text in sweep.overrides)
+        group = [] if has_group else [f"wandb.group={self.folder.parent.name}"]
+        return [*overrides, f"run.dir={self.folder}", *group]
+
+    def metric_values(self, metric: str) -> dict[int, float]:
+        """Return what the run has logged of a metric, by step. If a step was logged twice, the last row counts."""
+        values = {row["step"]: row[metric] for row in self._rows() if _is_number(row.get(metric))}
+        return dict(sorted(values.items()))
+
+    def best(self, metric: str, maximize: bool) -> float | None:
+        """Return the best finite value of a metric, or None if there is none yet."""
+        values = filter(math.isfinite, self.metric_values(metric).values())
+        return (max if maximize else min)(values, default=None)
+
+    def progress(self, metric: str) -> str:
+        """Describe how far the run is."""
+        steps, values = [row["step"] for row in self._rows()], self.metric_values(metric)
+        if not steps:
+            return "starting"
+        if not values:
+            return f"step {max(steps)}"
+        step, value = next(reversed(values.items()))
+        return f"step {max(steps)}, {metric} {value:.4f} at step {step}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for row in read_rows(self.folder / "metrics.jsonl") if _is_number(row.get("step"))]
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
+
+    def exit_status(self, command: str, status: int) -> int:
+        """Return the exit status of the training. make always ends with 2, but its last line has the status."""
+        if command != "make" or status != 2:
+            return status
+        statuses = re.findall(r"^make: \*\*\* .* Error (\d+)$", self.log_tail(), re.MULTILINE)
+        return int(statuses[-1]) if statuses else status
+
+    @contextmanager
+    def lock(self, wait: Callable[[], bool]) -> Iterator[IO[str] | None]:
+        """Hold the lock on the trial, which its process inherits.
+
+        None if another controller runs the trial, or a process that a killed controller left.
+        wait: wait a moment, and return whether to try again.
+        """
+        while (file := lock_file(self.folder.with_suffix(".lock"), wait=False)) is None and wait():
+            pass
+        with file or nullcontext():
+            yield file
+
+
+def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
+    """Return all trials of a sweep whose runs are in a folder."""
+    return [Trial(number, values, folder / f"t{number:03}") for number, values in enumerate(sweep.trials())]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON lines file. Lines that a kill or a full disk has cut short are skipped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Controller:
+    """Run the trials of a sweep: several processes in parallel, and again after a kill.
+
+    The sweep's folder holds the trials' runs, and trials.jsonl with what became of each. Several controllers, on one or
+    several machines, may share a folder: each trial is run by one of them at a time.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
+        self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
+        self.trials = trials_of(sweep, folder)
+        self.signal: signal.Signals | None = None  # that asked this controller to end
+        self._stop_reasons: dict[int, dict[str, Any]] = {}  # number of a trial that is being stopped -> step and reason
+        self._failed: list[Trial] = []
+        self._any_succeeded = False
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._writing = threading.Lock()
+        self._slots: SimpleQueue[int] = SimpleQueue()
+
+    def states(self) -> dict[int, dict[str, Any]]:
+        """Return the last row of trials.jsonl of each trial, by number."""
+        return {row["trial"]: row for row in read_rows(self.folder / "trials.jsonl") if "trial" in row}
+
+    def run(self) -> None:
+        """Run all trials that have not ended.
+
+        Raises Preempted after a signal; the trials have saved by then. Raises UserError if the first trials all fail.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in ASKING:
+            signal.signal(number, self._on_signal)
+        for slot in range(self.parallel):
+            self._slots.put(slot)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            free = list(pool.map(lambda trial: self._run(trial, lambda: False), self.trials))
+            busy = [trial for trial, was_free in zip(self.trials, free, strict=True) if not was_free]
+            if busy and self.signal is None:
+                log.info("waiting for %d trials that another controller or its last process is running", len(busy))
+            list(pool.map(lambda trial: self._run(trial, self._wait), busy))
+        if self.signal is not None:
+            raise Preempted(self.signal)
+        if self._is_hopeless():
+            raise UserError(
+                f"the first {len(self._failed)} trials failed; the log of the last one ends with\n"
+                f"{self._failed[-1].log_tail()}"
+            )
+
+    def _is_hopeless(self) -> bool:
+        return len(self._failed) >= MAX_FAILED and not self._any_succeeded
+
+    def _wait(self) -> bool:
+        time.sleep(1)
+        return self.signal is None
+
+    def _run(self, trial: Trial, wait: Callable[[], bool]) -> bool:
+        """Run a trial unless it has ended. Returns False if another process is running it. wait: see Trial.lock."""
+        if self.signal is not None or self._is_hopeless():
+            return True
+        slot = self._slots.get()
+        try:
+            with trial.lock(wait) as lock:
+                if lock is None:
+                    return False
+                state = self.states().get(trial.number, {}).get("state")
+                if trial.has_results and state != "finished":  # run by a job array, or for a killed controller
+                    self._record(trial, "finished", value=self._best(trial))
+                elif state not in ENDED and (state != "failed" or self.retry_failed):
+                    self._run_to_its_end(self._with_values(trial), slot, lock)
+            return True
+        finally:
+            self._slots.put(slot)
+
+    def _with_values(self, trial: Trial) -> Trial:
+        """Record that a trial starts, and return it with the values of its parameters."""
+        with lock_file(self.folder / "trials.lock"):  # one controller at a time chooses values
+            states = self.states()
+            if self.sweep.method == "bayes":
+                trial = dataclasses.replace(trial, values=self._suggest(trial, states))
+                self.trials[trial.number] = trial
+            self._record(trial, "started")
+        return trial
+
+    def _suggest(self, trial: Trial, states: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+        if trial.number in states:
+            return states[trial.number]["parameters"]
+        past = [
+            (row["parameters"], self._best(self.trials[number]))
+            for number, row in sorted(states.items())
+            if row["state"] != "failed" and number < len(self.trials)
+        ]
+        return suggest_trial(self.sweep.parameters, past, self.sweep.maximize, trial.number)
+
+    def _run_to_its_end(self, trial: Trial, slot: int, lock: IO[str]) -> None:
+        """Run a trial, again whenever it is preempted, until it finishes, fails or is stopped."""
+        while True:
+            log.info("trial %d of %d: %s", trial.number, len(self.trials), trial)
+            start = time.monotonic()
+            status = self._run_process(trial, slot, lock)
+            state, value = self._state(trial, status), self._best(trial)
+            reason = self._stop_reasons[trial.number] if state == "stopped" else {}
+            self._record(trial, state, status=status, seconds=round(time.monotonic() - start, 1), value=value, **reason)
+            if state != "preempted" or self.signal is not None:
+                break
+            log.info("trial %d was preempted and is resumed", trial.number)
+            self._record(trial, "started")
+        if state in ENDED:
+            self._any_succeeded = True
+            log.info("trial %d %s: %s %s", trial.number, state, self.sweep.metric, value)
+        elif state == "failed":
+            self._failed.append(trial)
+            log.error("trial %d failed with status %d; its log is %s", trial.number, status, near(trial.log))
+        else:
+            log.info("trial %d was preempted and will be resumed later", trial.number)
+
+    def _run_process(self, trial: Trial, slot: int, lock: IO[str]) -> int:
+        command = self.sweep.command(trial.arguments(self.sweep))
+        if command[0] == "make":
+            command += _make_variables()
+        with open(trial.log, "a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=FOLDER.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(slot, self.parallel),
+                process_group=0,  # so that only this process passes signals on to it
+                pass_fds=[lock.fileno()],  # if this process is killed, the trial remains locked until its own end
+            )
+            self._processes[trial.number] = process
+            if self.signal is not None:  # it came before the process was known
+                _send(process, self.signal)
+            status = self._watch(trial, process)
+            del self._processes[trial.number]
+        return trial.exit_status(command[0], status)
+
+    def _watch(self, trial: Trial, process: subprocess.Popen) -> int:
+        """Wait for the end of a process, and stop it if early_terminate says so. Returns its exit status."""
+        rule, num_seen, reported = self.sweep.early_terminate, 0, time.monotonic()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL_EVERY)
+            if time.monotonic() - reported >= REPORT_EVERY:
+                reported = time.monotonic()
+                log.info("  trial %d: %s", trial.number, trial.progress(self.sweep.metric))
+            if rule is None or trial.number in self._stop_reasons or self.signal is not None:
+                continue
+            values = trial.metric_values(self.sweep.metric)
+            if len(values) > num_seen:
+                num_seen = len(values)
+                self._stop_if_behind(trial, values, process)
+
+    def _stop_if_behind(self, trial: Trial, values: Mapping[int, float], process: subprocess.Popen) -> None:
+        """values: the metric by step."""
+        others = [
+            list(other.metric_values(self.sweep.metric).values())
+            for other in self.trials
+            if other.number != trial.number
+        ]
+        rule = self.sweep.early_terminate
+        if reason := rule.reason(list(values.values()), others, self.sweep.maximize):
+            self._stop_reasons[trial.number] = {"step": max(values), "reason": reason}
+            # Before the signal: if this process is killed now, another controller does not resume the trial.
+            self._record(trial, "stopped", **self._stop_reasons[trial.number])
+            log.info("trial %d is stopped early at step %d: %s", trial.number, max(values), reason)
+            _send(process, signal.SIGTERM)
+
+    def _state(self, trial: Trial, status: int) -> str:
+        if status == 0 and trial.has_results:
+            return "finished"
+        if trial.number in self._stop_reasons:
+            return "stopped"
+        is_requeued = status == 0 and "SLURM_JOB_ID" in os.environ  # with the job, which includes this process
+        return "preempted" if status == PREEMPTED or is_requeued or self.signal is not None else "failed"
+
+    def _best(self, trial: Trial) -> float | None:
+        return trial.best(self.sweep.metric, self.sweep.maximize)
+
+    def _record(self, trial: Trial, state: str, **details: Any) -> None:
+        row = {"trial": trial.number, "state": state, "parameters": trial.values, "time": round(time.time(), 1)}
+        with self._writing, open(self.folder / "trials.jsonl", "ab+", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            is_cut_short = file.read(1) not in (b"", b"\n")  # the new row must not continue such a line
+            file.write(("\n" * is_cut_short + json.dumps(row | details) + "\n").encode())
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.signal = signal.Signals(number)
+        for process in list(self._processes.values()):
+            _send(process, self.signal)
+
+
+def _send(process: subprocess.Popen, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def environment(slot: int, parallel: int) -> dict[str, str]:
+    """Return the environment of a trial: without the variables of an outer make, and with one GPU if trials share.
+
+    slot: number of the trial among the `parallel` ones that run at a time.
+    """
+    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    variables |= {"LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
+    if parallel > 1 and (gpus := _gpus()):
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return variables
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _make_variables() -> list[str]:
+    words = shlex.split(os.environ.get("MAKEFLAGS", ""))
+    inherited = [word for word in words if word.partition("=")[0] in MAKE_VARIABLES]
+    has_python = any(word.startswith("PY=") for word in inherited)
+    return inherited if has_python else [*inherited, f"PY={sys.executable}"]

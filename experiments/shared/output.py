@@ -1,0 +1,57 @@
+"""Folders that commands write their results to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datamodules.files import atomic_folder
+from datamodules.records import UserError
+
+
+@contextmanager
+def writable_folder(key: str, path: Path) -> Iterator[None]:
+    """Create a folder if needed. On an error, the folders created here are removed again unless they hold files.
+
+    key: option that names the folder, for errors. Raises UserError if it cannot be created.
+    """
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be used ({error})") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty, or in use by another process
+            for folder in created:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
+    """Create a folder to fill, which becomes path once it is complete. On an error nothing is left of it.
+
+    replaces: replace an existing folder then; without it, only an empty one. Raises UserError if path is in use, or if
+    it cannot be created.
+    """
+    path = path.resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
+        raise UserError(f"output: {path} already exists; name another folder, or remove it")
+    with writable_folder("output", path.parent), contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(atomic_folder(path))
+        except OSError as error:
+            raise UserError(f"output: {path} cannot be written ({error})") from error
+        yield folder
+
+
+def shortened(name: str, longest: int = 60) -> str:
+    """Return a folder name, cut after `longest` characters and made unique by a hash."""
+    if len(name) <= longest:
+        return name
+    return f"{name[:longest]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

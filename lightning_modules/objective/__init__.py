@@ -1,1 +1,0 @@
-"""The loss of every path, and what its options bring."""

@@ -1,0 +1,113 @@
+"""The options of the objective, with their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datamodules.options import check_options, option
+from datamodules.records import UserError
+
+
+@dataclass
+class GuideOptions:
+    """A frozen model that finds false negatives (GISTEmbed, arXiv 2402.16829)."""
+
+    model: str | None = option(None, "frozen model that finds false negatives: a run, checkpoint, folder or hub name")
+    margin: float = option(
+        0.0, "a document is no negative if the guide scores it above the positives minus this margin", minimum=0
+    )
+    kind: Literal["absolute", "relative"] = option(
+        "absolute", "whether the margin is a difference of scores or a share of the positive's score"
+    )
+    similarity: Literal["cosine", "dot"] = option("cosine", "similarity of the guide's vectors")
+
+
+@dataclass
+class TeacherOptions:
+    """A frozen model whose scores are distilled into the encoder."""
+
+    model: str | None = option(None, "frozen model whose scores are learned: a run, checkpoint, folder or hub name")
+    loss: Literal["kl", "margin_mse"] = option(
+        "kl", "KL divergence of softmaxes, or squared error of score differences"
+    )
+    candidates: Literal["batch", "own"] = option(
+        "batch", "compare on all documents that are not masked, or on the query's own positives and hard negatives"
+    )
+    temperature: float = option(0.05, "temperature of the teacher's softmax", above=0)
+    similarity: Literal["cosine", "dot"] = option("cosine", "similarity of the teacher's vectors")
+    weight: float = option(1.0, "weight of the distillation loss; that of InfoNCE is 1", above=0)
+
+
+@dataclass
+class ObjectiveOptions:
+    """What the encoder is trained for."""
+
+    similarity: Literal["dot", "cosine"] = option("dot", "similarity of two vectors")
+    temperature: Any = option(1.0, "a number, or one per task; the initial value if it is learned")
+    learn_temperature: Literal["no", "one", "per_task"] = option(
+        "no", "learn one temperature for all tasks, or one per task"
+    )
+    temperature_range: list[float] = option([0.01, 100.0], "lowest and highest value of a learned temperature", above=0)
+    temperature_lr: float | None = option(None, "peak learning rate of the temperature; by default optim.lr", above=0)
+    mask_known_positives: bool = option(True, "never use a known positive of a query as its negative")
+    mask_same_text: bool = option(
+        True, "never use a document that reads like the query or one of its positives as a negative"
+    )
+    positives: Literal["mean_log", "log_mean"] = option(
+        "mean_log", "with several positives: the mean of their losses, or the loss of their mean probability"
+    )
+    positives_in_denominator: bool = option(False, "let the positives of a query compete with each other, as in SupCon")
+    symmetric: bool = option(False, "also let documents find their queries; each direction has half the weight")
+    matryoshka: list[int] = option([], "shorter dimensions to train along with the full vector", above=0)
+    matryoshka_weights: list[float] = option([], "weight of the loss of each shorter dimension; by default 1", above=0)
+    guide: GuideOptions = field(default_factory=GuideOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    balance: Literal["none", "uncertainty", "gradnorm", "pcgrad"] = option(
+        "none", "balance tasks by learned weights, by the norms of their gradients, or by projecting conflicts away"
+    )
+    gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
+    gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)
+    task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0)
+    score_memory: int = option(512, "MiB for the scores of a batch; a larger matrix is computed in blocks", above=0)
+
+
+def check_objective(options: ObjectiveOptions, tasks: Sequence[str], prefix: str = "") -> None:
+    """Raise UserError for a value outside its bounds, and for a task that is not one of `tasks`.
+
+    prefix: path of the options in a configuration, such as "objective.", for the message.
+    """
+    check_options(options, prefix)
+    _check_temperature(options, tasks, prefix)
+    guide, limit = options.guide, 1.0 if options.guide.kind == "relative" else 2.0
+    if guide.margin >= limit:
+        raise UserError(f"{prefix}guide.margin: expected a number below {limit:g} ({guide.kind}), got {guide.margin}")
+    prefixes, weights = options.matryoshka, options.matryoshka_weights
+    if len(set(prefixes)) < len(prefixes):
+        raise UserError(f"{prefix}matryoshka: expected different numbers, got {prefixes}")
+    if len(weights) not in (0, len(prefixes)):
+        raise UserError(f"{prefix}matryoshka_weights: expected {len(prefixes)} as in matryoshka, got {len(weights)}")
+    for task in options.task_weights:
+        if task not in tasks:
+            raise UserError(f"{prefix}task_weights: expected one of {', '.join(tasks)}, got {task!r}")
+
+
+def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
+    key, temperature, bounds = f"{prefix}temperature", options.temperature, options.temperature_range
+    values = {key: temperature}
+    if isinstance(temperature, Mapping):
+        if set(temperature) != set(tasks):
+            names = ", ".join(map(str, temperature)) or "no task"
+            raise UserError(f"{key}: expected a number, or one for each of {', '.join(tasks)}; got one for {names}")
+        if options.learn_temperature == "one":
+            raise UserError(f"{prefix}learn_temperature: expected per_task with a temperature per task, got one")
+        values = {f"{key}.{task}": value for task, value in temperature.items()}
+    if len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise UserError(f"{key}_range: expected a lower and a higher number, got {bounds}")
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{key}: expected a number above 0, got {value!r}")
+        if options.learn_temperature != "no" and not bounds[0] <= value <= bounds[1]:
+            raise UserError(f"{key}: expected a number in {prefix}temperature_range {bounds}, got {value}")

@@ -1,0 +1,128 @@
+"""Saving encoders to files, loading them, and errors for damaged files."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from datamodules.records import UserError
+from lightning_modules.encoders.loading import build, continue_from, describe, load_encoder
+from lightning_modules.encoders.pretrained import save_encoder
+from tests.conftest import TASKS
+
+KINDS = ("shared", "attention", "ffn", "both")
+
+
+def scrambled(encoder, seed=5):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder
+
+
+def vectors(encoder):
+    return torch.stack([encoder.encode(["bara beli", "bomu"], task) for task in TASKS])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folder_loads_as_the_same_encoder(make_encoder, tmp_path, kind):
+    encoder = scrambled(make_encoder(kind, pooling="mean", normalize=True))
+    loaded = load_encoder(save_encoder(encoder, tmp_path / "model"))
+    assert type(loaded) is type(encoder)
+    assert loaded.config == encoder.config
+    assert torch.equal(vectors(loaded), vectors(encoder))
+
+
+def test_description_is_json(make_encoder):
+    description = describe(make_encoder("attention", layers=[0, 2]))
+    assert json.loads(json.dumps(description)) == description
+    assert build(description).config["layers"] == [0, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_start_from_a_trained_shared_encoder(make_encoder, kind):
+    source, target = scrambled(make_encoder("shared")), make_encoder(kind, seed=1)
+    continue_from(source, target, "source")
+    for task in TASKS:
+        assert torch.equal(target.encode(["bara beli"], task), source.encode(["bara beli"], task))
+
+
+def test_experts_continue_from_the_same_architecture(make_encoder):
+    source, target = scrambled(make_encoder("attention")), make_encoder("attention", seed=1)
+    continue_from(source, target, "source")
+    assert torch.equal(vectors(target), vectors(source))
+
+
+def test_continuing_from_another_architecture_raises_user_error(make_encoder):
+    with pytest.raises(UserError, match="source: the weights are of another architecture than MoEEncoder: .* missing"):
+        continue_from(make_encoder("attention"), make_encoder("ffn"), "source")
+    with pytest.raises(UserError, match="of another architecture than SharedEncoder: .* unexpected"):
+        continue_from(make_encoder("attention"), make_encoder("shared"), "source")
+    with pytest.raises(UserError, match="of another shape"):
+        continue_from(make_encoder("shared", config={"intermediate_size": 32}), make_encoder("shared"), "source")
+
+
+def test_plain_bert_folder_gets_the_given_tasks(make_backbone, tmp_path):
+    backbone, tokenizer = make_backbone()
+    backbone.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path, {"mine": "mine"})
+    assert encoder.tasks == {"mine": "mine"}
+    tokens = tokenizer(["bara beli"], return_tensors="pt")
+    wanted = backbone.eval()(tokens["input_ids"]).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder.encode(["bara beli"], "mine"), wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_unknown_model_name_raises_user_error():
+    with pytest.raises(UserError, match="model: 'no/such-model' cannot be loaded from a folder or the hub"):
+        load_encoder("no/such-model")
+    with pytest.raises(UserError, match="init_from: '/no/such/run' is not an existing file or folder"):
+        load_encoder("/no/such/run", key="init_from")
+    with pytest.raises(UserError, match="model: 'tests/nope' is not an existing file or folder"):
+        load_encoder("tests/nope")
+
+
+def test_damaged_files_and_files_of_other_programs_raise_user_error(make_encoder, tmp_path):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint, or a damaged one"):
+        load_encoder(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(UserError, match=r"x\.ckpt: is not a checkpoint of this project"):
+        load_encoder(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="damaged"):
+        load_encoder(path)
+    folder = save_encoder(make_encoder("shared"), tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "scimult"}')
+    with pytest.raises(UserError, match=r"config\.json: does not describe an encoder"):
+        load_encoder(folder)
+    save_encoder(make_encoder("shared"), folder)
+    (folder / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_encoder(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def test_pickle_with_code_raises_user_error_without_running_it(tmp_path, capsys):
+    torch.save({"encoder": Payload(), "state_dict": {}}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_encoder(tmp_path / "evil.ckpt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_encoder(tmp_path / "evil.pkl")
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_description_of_another_class_raises_user_error(make_encoder):
+    description = describe(make_encoder("shared"))
+    with pytest.raises(UserError, match="only classes of lightning_modules.encoders"):
+        build(description | {"kind": "os.system"})
+    with pytest.raises(UserError, match="has no such class"):
+        build(description | {"kind": "lightning_modules.encoders.moe.Nothing"})

@@ -1,0 +1,229 @@
+"""Exports: plain folders, ONNX, the average of the experts, checkpoints in the authors' layout."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from datamodules.records import Document, UserError
+from lightning_modules.encoders.export import average, dense, save_dense, save_onnx, save_reference
+from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.shared import SharedEncoder
+from tests.conftest import TASKS, text_of
+from tests.lightning_modules.encoders.test_families import make_modern  # noqa: F401
+from tests.lightning_modules.encoders.test_pretrained import INSTRUCTIONS, KINDS
+
+PLAIN = ("shared", "attention", "ffn", "both", "prompt")
+TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 3 * i))) for i in range(8)]
+STRINGS = [f"{d.title} [SEP] {d.text}" if d.text else d.title for d in TEXTS]
+
+# Runs in a process that cannot import our packages.
+LOADER = """
+import json, sys
+for name in ("lightning_modules", "datamodules", "experiments"):
+    sys.modules[name] = None
+import numpy as np
+task, folder, out = sys.argv[1:4]
+texts = json.load(sys.stdin)
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(folder, device="cpu")
+found = {"sentence_transformers": model.encode(texts, batch_size=3), "length": model.max_seq_length,
+         "similarity": model.similarity_fn_name}
+import torch
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    found["states"] = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.numpy()
+found["mask"] = tokens["attention_mask"].numpy()
+np.savez(out, **found)
+"""
+
+
+def changed(encoder):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder.eval()
+
+
+@pytest.fixture
+def make(make_backbone):
+    def build(name, pooling="cls", normalize=False, seed=0, **further):
+        kind, arguments = KINDS[name]
+        arguments = {"max_length": 16} | arguments | further
+        return changed(kind(*make_backbone(seed), TASKS, pooling=pooling, normalize=normalize, **arguments))
+
+    return build
+
+
+def loaded_elsewhere(folder, task, out):
+    """Load the folder in a process without our packages, and return its vectors."""
+    command = [sys.executable, "-c", LOADER, task, str(folder), str(out)]
+    done = subprocess.run(command, input=json.dumps(STRINGS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pooling", "normalize"),
+    [("shared", "cls", False), ("attention", "cls", False), ("ffn", "mean", True), ("both", "mean", False)],
+)
+def test_other_tools_load_each_task_without_our_code(make, tmp_path, name, pooling, normalize):
+    encoder = make(name, pooling, normalize)
+    for task in TASKS if name == "attention" else ["search"]:
+        folder = save_dense(encoder, task, tmp_path / task, "cosine")
+        found = loaded_elsewhere(folder, task, tmp_path / f"{task}.npz")
+        ours = encoder.encode(TEXTS, task).numpy()  # some texts are longer than max_length
+        assert np.abs(found["sentence_transformers"] - ours).max() < 1e-5
+        states, mask = found["states"], found["mask"][..., None]
+        pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+        pooled = pooled / np.linalg.norm(pooled, axis=1, keepdims=True) if normalize else pooled
+        assert np.abs(pooled - ours).max() < 1e-5
+        assert (found["length"], str(found["similarity"])) == (16, "cosine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pooling", "pool_prompt"), [("mean", True), ("mean", False), ("cls", False)])
+def test_prompt_is_exported(make, tmp_path, pooling, pool_prompt):
+    encoder = make("prompt", pooling, pool_prompt=pool_prompt, max_length=32)
+    folder = save_dense(encoder, "search", tmp_path / "search")
+    found = loaded_elsewhere(folder, "search", tmp_path / "found.npz")
+    assert np.abs(found["sentence_transformers"] - encoder.encode(TEXTS, "search").numpy()).max() < 1e-5
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {"search": INSTRUCTIONS["search"] + " "}
+
+
+def test_modernbert_is_exported(make_modern, tmp_path):  # noqa: F811
+    encoder = changed(MoEEncoder(*make_modern(), TASKS, ffn=True, max_length=40))
+    plain = load_encoder(save_dense(encoder, "search", tmp_path / "search"))
+    ours = encoder.encode(TEXTS, "search")
+    torch.testing.assert_close(plain.encode(TEXTS, "search"), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_average_is_the_mean_of_the_experts(make):
+    encoder = make("both")
+    general = average(encoder)
+    assert general.tasks == encoder.tasks
+    assert isinstance(general, SharedEncoder)
+    state, mean = encoder.state_dict(), general.state_dict()
+    key = "backbone.encoder.layer.1.attention.self"
+    three = [state[f"{key}.experts.{expert}.query.weight"].double().numpy() for expert in TASKS]
+    np.testing.assert_allclose(mean[f"{key}.query.weight"].numpy(), sum(three) / 3, atol=1e-7)
+    shared = "backbone.embeddings.word_embeddings.weight"
+    assert torch.equal(mean[shared], state[shared])
+    at_first = MoEEncoder(general.backbone, general.tokenizer, TASKS, max_length=16)
+    again = average(at_first).state_dict()
+    for name, tensor in mean.items():  # the average of equal experts is one of them
+        torch.testing.assert_close(again[name], tensor, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pooling"), [("attention", "cls"), ("ffn", "mean")])
+def test_onnx_gives_the_same_vectors_for_any_batch_and_length(make, tmp_path, name, pooling):
+    import onnxruntime
+
+    encoder = make(name, pooling, normalize=pooling == "mean", max_length=40)
+    session = onnxruntime.InferenceSession(save_onnx(save_dense(encoder, "search", tmp_path / "search")))
+    for texts in (TEXTS[:1], TEXTS):
+        strings = [f"{d.title} [SEP] {d.text}" if d.text else d.title for d in texts]
+        tokens = encoder.tokenizer(strings, padding=True, return_tensors="np")
+        feed = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        states, vectors = session.run(["last_hidden_state", "sentence_embedding"], feed)
+        assert states.shape == (*tokens["input_ids"].shape, 32)
+        assert np.abs(vectors - encoder.encode(texts, "search").numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["routed", "instruction", "prefix", "adapters"])
+def test_plain_export_of_encoders_without_plain_form_raises_user_error(make, tmp_path, name):
+    with pytest.raises(UserError, match="has no plain form, .*format=pretrained exports the whole encoder"):
+        save_dense(make(name), "search", tmp_path / "search")
+    assert not (tmp_path / "search").exists()
+
+
+def test_impossible_exports_raise_user_error(make, tmp_path):
+    with pytest.raises(UserError, match="unknown task 'serach'"):
+        dense(make("attention"), "serach")
+    with pytest.raises(UserError, match="has no experts to average"):
+        dense(make("shared"), "average")
+    with pytest.raises(UserError, match="pool_prompt=false"):
+        save_onnx(save_dense(make("prompt", "mean", max_length=32), "search", tmp_path / "p"))
+    with pytest.raises(UserError, match="only SharedEncoder and MoEEncoder over bert, not RoutedEncoder over bert"):
+        save_reference(make("routed"), tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="not pooling mean with normalize false"):
+        save_reference(make("attention", "mean", layers="mod2"), tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"layers \[0, 2\]: the authors' format supports only mod2, mod3"):
+        save_reference(make("attention"), tmp_path / "x.ckpt")
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["shared", "attention", "ffn", "both"])
+@pytest.mark.parametrize("rule", ["mod2", "mod3", "le7mod3", "ge6mod3"])
+def test_round_trip_through_the_authors_layout_is_bit_equal(make, make_backbone, tmp_path, name, rule):
+    kind, arguments = KINDS[name]
+    layers = {} if name == "shared" else {"layers": rule}
+    torch.manual_seed(1)
+    encoder = changed(kind(*make_backbone(num_layers=6), TASKS, **arguments | layers, max_length=64))
+    encoder.save_pretrained(tmp_path / "bert")
+    plain = dense(encoder, "search")
+    plain.backbone.save_pretrained(tmp_path / "bert")
+    plain.tokenizer.save_pretrained(tmp_path / "bert")
+    again = load_encoder(save_reference(encoder, tmp_path / "there.ckpt"), backbone=tmp_path / "bert")
+    back = load_encoder(save_reference(again, tmp_path / "again.ckpt"), backbone=tmp_path / "bert")
+    for other in (again, back):
+        assert other.state_dict().keys() == encoder.state_dict().keys()
+        for key, tensor in encoder.state_dict().items():
+            assert torch.equal(other.state_dict()[key], tensor), key
+        for task in TASKS:
+            assert torch.equal(other.encode(TEXTS, task), encoder.encode(TEXTS, task))
+    first, second = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("there", "again"))
+    assert first["encoder_params"]["moe_type"] == second["encoder_params"]["moe_type"]
+    assert first["model_dict"].keys() == second["model_dict"].keys()
+
+
+def test_files_get_default_permissions_and_failures_leave_no_files(make, tmp_path):
+    encoder, mask = make("ffn", layers="mod2"), os.umask(0)
+    os.umask(mask)
+    save_dense(encoder, "search", tmp_path / "plain")
+    encoder.save_pretrained(tmp_path / "whole")
+    save_reference(encoder, tmp_path / "there.ckpt")
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "folder", tmp_path / "file" / "x.ckpt"):
+        with pytest.raises(UserError, match="cannot be written"):
+            save_reference(encoder, target)
+    assert {p.name for p in tmp_path.iterdir()} == {"plain", "whole", "there.ckpt", "folder", "file"}
+
+
+def test_exported_plain_folder_loads_with_its_pooling(make, tmp_path, caplog):
+    encoder = make("attention", "mean", normalize=True)
+    plain = load_encoder(save_dense(encoder, "search", tmp_path / "search"))
+    assert (plain.pooling, plain.normalize, plain.max_length) == ("mean", True, 16)
+    torch.testing.assert_close(plain.encode(TEXTS, "search"), encoder.encode(TEXTS, "search"), atol=1e-5, rtol=1e-5)
+    assert load_encoder(tmp_path / "search", pooling="cls").pooling == "cls"
+    for pooling, pool_prompt in (("mean", False), ("mean", True), ("cls", False)):
+        encoder = make("prompt", pooling, pool_prompt=pool_prompt, max_length=32)
+        again = load_encoder(save_dense(encoder, "search", tmp_path / f"prompt-{pooling}-{pool_prompt}"))
+        ours = encoder.encode(TEXTS, "search")
+        torch.testing.assert_close(again.encode(TEXTS, "search"), ours, atol=1e-5, rtol=1e-5)
+    settings = tmp_path / "search" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
+    load_encoder(tmp_path / "search")
+    assert "has prompts (query, document), but no default one" in caplog.text
+
+
+def test_plain_folder_contains_only_the_weights_of_its_task(make, tmp_path):
+    folder = save_dense(make("attention"), "search", tmp_path / "search")
+    shared = save_dense(make("shared"), "search", tmp_path / "shared")
+    assert load_file(folder / "model.safetensors").keys() == load_file(shared / "model.safetensors").keys()

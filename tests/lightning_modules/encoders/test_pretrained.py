@@ -1,0 +1,120 @@
+"""Saving and loading all kinds of encoders, also with transformers' AutoModel; encoding for several tasks at once."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+
+from datamodules.records import Document, UserError
+from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.loading import build, describe, load_encoder, load_weights
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.routed import RoutedEncoder
+from lightning_modules.encoders.shared import SharedEncoder
+from tests.conftest import TASKS, text_of
+
+INSTRUCTIONS = {"classification": "tag bara beli", "link_prediction": "cite bomu", "search": "find bito buna"}
+KINDS = {
+    "shared": (SharedEncoder, {}),
+    "attention": (MoEEncoder, {"layers": [0, 2]}),
+    "ffn": (MoEEncoder, {"attention": False, "ffn": True, "layers": "last1"}),
+    "both": (MoEEncoder, {"ffn": True}),
+    "routed": (RoutedEncoder, {"num_experts": 2, "level": "token"}),
+    "instruction": (InstructEncoder, {"instructions": INSTRUCTIONS}),
+    "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
+    "prompt": (PromptEncoder, {"instructions": INSTRUCTIONS, "pool_prompt": False}),
+    "adapters": (AdapterEncoder, {"reduction_factor": 4, "activation": "gelu"}),
+}
+TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 2 * i))) for i in range(6)]
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request, make_backbone):
+    """Each kind of encoder, with changed weights."""
+    kind, arguments = KINDS[request.param]
+    encoder = kind(*make_backbone(), TASKS, pooling="mean", normalize=True, max_length=32, **arguments)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder.eval()
+
+
+def vectors(encoder):
+    return torch.stack([encoder.encode(TEXTS, task) for task in TASKS])
+
+
+def test_saved_folder_loads_as_the_same_encoder_of_the_same_class(encoder, tmp_path):
+    folder = encoder.save_pretrained(tmp_path / "model")
+    for loaded in (load_encoder(folder), type(encoder).from_pretrained(folder)):
+        assert type(loaded) is type(encoder)
+        assert loaded.config == encoder.config
+        assert torch.equal(vectors(loaded), vectors(encoder))
+        assert not loaded.training
+        trainable = {n for n, p in loaded.named_parameters() if p.requires_grad}
+        assert trainable == {n for n, p in encoder.named_parameters() if p.requires_grad}
+    other = MoEEncoder if isinstance(encoder, SharedEncoder) else SharedEncoder
+    with pytest.raises(UserError, match=f"contains a {type(encoder).__name__}, not a {other.__name__}"):
+        other.from_pretrained(folder)
+
+
+def test_automodel_loads_and_saves_encoders(encoder, tmp_path):
+    folder = encoder.save_pretrained(tmp_path / "model")
+    model = AutoModel.from_pretrained(folder)
+    tokens = encoder.tokenizer(["bara beli bomu bito buna cara"], return_tensors="pt")
+    for task in TASKS:
+        ours = encoder(tokens["input_ids"], tokens["attention_mask"], task)
+        assert torch.equal(model(tokens["input_ids"], tokens["attention_mask"], task=task).pooler_output, ours)
+    model.save_pretrained(tmp_path / "again")
+    model.encoder.tokenizer.save_pretrained(tmp_path / "again")
+    assert torch.equal(vectors(load_encoder(tmp_path / "again")), vectors(encoder))
+
+
+def test_encoder_is_built_from_a_json_description(encoder):
+    description = describe(encoder)
+    assert json.loads(json.dumps(description)) == description
+    again = build(description)
+    assert again.config == encoder.config
+    load_weights(again, encoder.state_dict(), "again")
+    assert torch.equal(vectors(again.eval()), vectors(encoder))
+
+
+def test_encoding_for_several_tasks_equals_encoding_for_each(encoder):
+    together = encoder.encode(TEXTS, tasks=list(TASKS), token_budget=64)
+    assert list(together) == list(TASKS)
+    for task in TASKS:
+        torch.testing.assert_close(together[task], encoder.encode(TEXTS, task), atol=2e-6, rtol=1e-5)
+    assert list(encoder.encode(TEXTS, tasks=["search"])) == ["search"]
+    with pytest.raises(UserError, match="unknown task 'serach'"):
+        encoder.encode(TEXTS, tasks=["search", "serach"])
+    with pytest.raises(TypeError, match="either task or tasks"):
+        encoder.encode(TEXTS)
+    with pytest.raises(TypeError, match="expected a list of tasks"):
+        encoder.encode(TEXTS, tasks="search")
+
+
+@pytest.mark.parametrize(
+    ("layers", "passes"), [("mod2", 1 + 3 * 11), ("last2", 10 + 3 * 2), ("mod12", 11 + 3), ("all", 3 * 12)]
+)
+def test_layers_below_the_first_expert_are_computed_once(make_backbone, layers, passes):
+    encoder = MoEEncoder(*make_backbone(num_layers=12), TASKS, layers=layers, pooling="mean", max_length=32).eval()
+    ids = torch.randint(5, 60, (4, 24))
+    mask = torch.ones_like(ids)
+
+    def flops(tasks):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            encoder.forward_tasks(ids, mask, tasks)
+        return counter.get_total_flops()
+
+    assert flops(list(TASKS)) * 12 == flops(["search"]) * passes
+
+
+def test_tasks_that_share_an_expert_are_computed_once(make_backbone):
+    encoder = MoEEncoder(*make_backbone(), {"a": "one", "b": "one"}, max_length=32).eval()
+    ids = torch.randint(5, 60, (2, 9))
+    found = encoder.forward_tasks(ids, torch.ones_like(ids), ["a", "b"])
+    assert found["a"] is found["b"]
