@@ -58,7 +58,6 @@ from experiments.results.place import default_output, refuse_other_data, refuse_
 from experiments.results.results import Results, combine
 from experiments.results.table import show, show_cost, show_suite
 from experiments.run.folder import git_state, versions
-from experiments.run.ranks import ranks
 from experiments.shared.console import choice, entry_point, key_values, token_budget
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import rank

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from datamodules.options import option
-from datamodules.readers.bad_lines import BadLines
+from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import ModelOptions

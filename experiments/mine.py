@@ -21,7 +21,7 @@ from experiments.config.schema import Config
 from experiments.run.folder import flat
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
-from experiments.shared.files import writable_folder
+from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
 

@@ -17,11 +17,8 @@ from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.report import (
-    check_false_negatives,
     histograms,
     metrics,
-    read_values,
-    reports_of,
     table,
     write_report,
 )

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from datamodules.examples import ragged
 from lightning_modules.mining.filters import (
     Sieve,
     absolute_margin,
