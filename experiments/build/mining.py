@@ -21,8 +21,6 @@ from lightning_modules.mining.mine import Mining
 
 log = logging.getLogger(__name__)
 
-NEGATIVES = "negatives"  # folder within a run's folder
-
 
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
     """Let the data draw from mined hard negatives, if the run has or will have any."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.files import read_json, write_json
 from datamodules.records import MinedNegatives, UserError
 from lightning_modules.mining.filters import query_of_entries
 from lightning_modules.mining.mine import Mined
@@ -144,14 +143,12 @@ def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) ->
         }
         for task, each in reports.items()
     }
-    partial = folder / ".report.json"
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(partial, folder / "report.json")
+    write_json(folder / "report.json", content)
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:
     """Return the figures of each task in a report.json."""
-    return {task: each["values"] for task, each in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {task: each["values"] for task, each in read_json(path).items()}
 
 
 def svg(reports: Mapping[str, TaskReport], title: str) -> str:

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.files import atomic_file
+from datamodules.files import atomic_file, write_json
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
-from lightning_modules.retrieval.vector_cache import atomic_file, text_hash
+from lightning_modules.retrieval.vector_cache import text_hash
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ShardFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
-                write_json(path, self.metadata)
+                _write_json(path, self.metadata)
             stored = json.loads(path.read_text(encoding="utf-8"))
             stored["precision"] = FORMER_PRECISIONS.get(stored.get("precision"), stored.get("precision"))
         except (OSError, ValueError) as error:
@@ -147,7 +147,7 @@ class ShardFolder:
             for task, array in vectors.items():
                 with atomic_file(self._vectors_path(number, task)) as file:
                     np.save(file, array)
-            write_json(self._record_path(number), record)
+            _write_json(self._record_path(number), record)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error})") from error
 
@@ -264,7 +264,7 @@ def write_metadata(path: Path, ids: Sequence[str], metadata: Mapping[str, Any]) 
     """Write ids and metadata next to a matrix or an index."""
     with atomic_file(_beside(path, ".ids.txt")) as file:
         file.write("".join(f"{id}\n" for id in ids).encode())
-    write_json(_beside(path, ".json"), metadata)
+    _write_json(_beside(path, ".json"), metadata)
 
 
 def delete_metadata(path: Path) -> None:
@@ -272,10 +272,8 @@ def delete_metadata(path: Path) -> None:
     _beside(path, ".json").unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file completely or not at all."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(content, ensure_ascii=False).encode())
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_json(path, content, indent=None, ensure_ascii=False)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import socket
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -178,18 +176,3 @@ def text_hash(documents: Iterable[Document], *keys: str) -> str:
     for document in documents:
         digest.update(repr((document.title, document.text)).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` once it is completely on disk. After an error nothing is left of it."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
