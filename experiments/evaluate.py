@@ -22,7 +22,7 @@ from experiments.config.arguments import as_argument, parse
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.results.tables import show, show_cost, show_suite
 from experiments.run.folder import git_state, versions
-from experiments.run.ranks import ranks
+from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import shortened, writable_folder
 from lightning_modules.distributed.collectives import rank
@@ -94,8 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         show_suite(load_suite([options.suite] if options.suite else ()))
         return
     _check(options)
-    with ranks("experiments.evaluate", arguments, str(options.devices)):
-        _evaluate(options, arguments)
+    run_on_ranks(lambda: _evaluate(options, arguments), "experiments.evaluate", arguments, options.devices)
 
 
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ class Job:
     def encode(self, texts: Sequence[Document], task: str, what: str) -> Iterator[list[float]]:
         """Yield a vector for each text, in order. All texts are encoded before the first vector comes."""
         with Progress(f"encoding {what}", "texts", len(texts)) as progress:
-            shards = self.vectors.of_all_ranks(texts, task, what, progress.advance)
+            shards = self.vectors.vectors(texts, task, what, progress.advance)
         for _, block in shards.blocks(1024):
             yield from block.astype(np.float64).tolist()
 

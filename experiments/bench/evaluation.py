@@ -142,8 +142,8 @@ def _authors_program(
     label_seconds = (_clock() - started) / (4 * sample) * len(labels)
     torch.testing.assert_close(one_by_one, encoder.encode(some, "task0"), atol=1e-4, rtol=1e-4)
 
-    q = torch.from_numpy(vectors.of_this_rank(queries, "task0", "queries"))
-    d = torch.from_numpy(vectors.of_all_ranks(labels, "task0", "labels")[0])
+    q = torch.from_numpy(vectors.vectors_of_rank(queries, "task0", "queries"))
+    d = torch.from_numpy(vectors.vectors(labels, "task0", "labels")[0])
     ids, totals = [label.id for label in labels], dict.fromkeys(CUT_OFFS, 0.0)
     started = _clock()
     for query, vector in zip(queries, q, strict=True):

@@ -199,9 +199,9 @@ def encode_benchmark(
 ) -> tuple[list[str], np.ndarray, Shards]:
     """Return this rank's query ids, their vectors (q, D), and those of all documents, or training papers, (M, D)."""
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
-    documents = vectors.of_all_ranks(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
+    documents = vectors.vectors(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
-    queries = vectors.of_this_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
+    queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
     return query_ids, queries, documents
 
 

@@ -74,7 +74,7 @@ def rank_bm25(benchmark: Benchmark, k: int) -> Run:
         scores = index.scores(queries, indices)
     else:
         first = _first_positions(benchmark, query_ids, positions)
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), beside=first)
+        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), first=first)
     return _to_run(benchmark, query_ids, positions, indices, scores, k, first)
 
 
