@@ -20,7 +20,7 @@ from rich.table import Table
 from datamodules.records import Document, UserError
 from datamodules.sample import SampleReader
 from datamodules.text import input_text
-from experiments.bench.encoder_cost import seconds
+from experiments.bench.timing import seconds
 from experiments.shared.console import entry_point, key_values, whole_number
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.loading import load_encoder

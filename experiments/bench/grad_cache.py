@@ -23,7 +23,7 @@ from rich.table import Table
 
 from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.encoder_cost import backbone_of, seconds
+from experiments.bench.timing import backbone_of, seconds
 from experiments.shared.console import entry_point, key_values, whole_number
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import Collator
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.encoder_cost import backbone_of, seconds, tasks_of
+from experiments.bench.timing import backbone_of, seconds, tasks_of
 from experiments.shared.console import entry_point, key_values, whole_number
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
