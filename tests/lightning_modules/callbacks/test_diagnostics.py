@@ -1,4 +1,4 @@
-"""Diagnostics against a few lines of numpy; a training with them is the training without."""
+"""Diagnostics equal a few lines of numpy, and do not affect the training."""
 
 import dataclasses
 import itertools
@@ -10,35 +10,41 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.callbacks.diagnostics import OF_TASK, Diagnostics
+from lightning_modules.callbacks.diagnostics import (
+    OF_TASK,
+    Diagnostics,
+    anisotropy,
+    effective_negatives,
+    expert_distances,
+    masked_share,
+)
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.diagnostics import anisotropy, effective_negatives, expert_distances, masked_share
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.routed import RoutedEncoder
-from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import JsonlLogger
 from lightning_modules.optim import OptimOptions
+from lightning_modules.pictures import write_expert_picture
 from tests.conftest import TASKS
 
 
 def test_effective_negatives_equal_numpy():
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    out = torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) < 0.3
-    out[4] = True
-    wanted = []
-    for row, left in zip(logits.numpy(), ~out.numpy(), strict=True):
-        p = np.exp(row[left]) / np.exp(row[left]).sum()
-        wanted.append(np.exp(-(p * np.log(p)).sum()) if left.any() else 0.0)
-    assert effective_negatives(logits, out) == pytest.approx(np.mean(wanted), rel=1e-6)
+    excluded = torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) < 0.3
+    excluded[4] = True
+    perplexities = []
+    for row, negatives in zip(logits.numpy(), ~excluded.numpy(), strict=True):
+        p = np.exp(row[negatives]) / np.exp(row[negatives]).sum()
+        perplexities.append(np.exp(-(p * np.log(p)).sum()) if negatives.any() else 0.0)
+    assert effective_negatives(logits, excluded) == pytest.approx(np.mean(perplexities), rel=1e-6)
     assert effective_negatives(torch.zeros(2, 7), torch.zeros(2, 7, dtype=torch.bool)) == pytest.approx(7)
     assert effective_negatives(torch.eye(7) * 1e4, torch.zeros(7, 7, dtype=torch.bool)) == pytest.approx(1)
 
 
-def test_masked_share_counts_others_alone():
-    own = torch.tensor([[True, False, False, False], [False, True, False, False]])
-    known = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    assert masked_share(own, known) == pytest.approx(3 / 6)
+def test_masked_share_does_not_count_positives():
+    positives = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    masked = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    assert masked_share(positives, masked) == pytest.approx(3 / 6)
 
 
 @pytest.mark.parametrize("shape", [(7, 20), (30, 5), (1, 4)])
@@ -52,18 +58,18 @@ def test_anisotropy_equals_numpy(shape):
     assert first_share == pytest.approx(values[0] / values.sum())
 
 
-def test_experts_of_all_kinds_are_compared(make_encoder, make_backbone):
+def test_expert_distances_of_all_encoders(make_encoder, make_backbone):
     encoder = make_encoder("both")
     assert list(expert_distances(encoder).values()) == [0.0, pytest.approx(1.0)] * 3
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if ".experts.search." in name:
                 parameter *= 3.0
-    found = expert_distances(encoder)
-    assert len(found) == 6
-    assert found["classification-search/distance"] == pytest.approx(1.0)  # |a - 3a| / |2a|
-    assert found["classification-search/cosine"] == pytest.approx(1.0)
-    assert found["classification-link_prediction/distance"] == 0
+    distances = expert_distances(encoder)
+    assert len(distances) == 6
+    assert distances["classification-search/distance"] == pytest.approx(1.0)  # |a - 3a| / |2a|
+    assert distances["classification-search/cosine"] == pytest.approx(1.0)
+    assert distances["classification-link_prediction/distance"] == 0
     assert expert_distances(make_encoder("shared")) == {}
     assert len(expert_distances(AdapterEncoder(*make_backbone(), TASKS, max_length=32))) == 6
     routed = RoutedEncoder(*make_backbone(), TASKS, num_experts=2, max_length=32)
@@ -71,7 +77,7 @@ def test_experts_of_all_kinds_are_compared(make_encoder, make_backbone):
 
 
 def fitted(make_encoder, three_tasks, folder, *callbacks, kind="both", cache=False):
-    """The module after six steps with dropout, and the rows of its metrics."""
+    """Train six steps with dropout, and return the module."""
     encoder = make_encoder(kind, pooling="mean")
     set_dropout(encoder.backbone, 0.2, 0.2)
     options = {"similarity": "cosine", "temperature": 0.05, "grad_cache": cache}
@@ -93,7 +99,7 @@ def fitted(make_encoder, three_tasks, folder, *callbacks, kind="both", cache=Fal
 
 
 class Rows(L.Callback):
-    """What is logged, and the module as it was then."""
+    """Collects what is logged."""
 
     def __init__(self):
         self.rows = []
@@ -104,7 +110,7 @@ class Rows(L.Callback):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_training_is_the_same_with_and_without(make_encoder, three_tasks, tmp_path, cache):
+def test_diagnostics_do_not_change_the_training(make_encoder, three_tasks, tmp_path, cache):
     rows = Rows()
     without = fitted(make_encoder, three_tasks, tmp_path, cache=cache).state_dict()
     watched = fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(2), cache=cache)
@@ -114,7 +120,7 @@ def test_training_is_the_same_with_and_without(make_encoder, three_tasks, tmp_pa
         assert torch.equal(tensor, without[name]), name
 
 
-def test_what_is_logged_is_what_was_measured(make_encoder, three_tasks, tmp_path):
+def test_logged_values_equal_numpy(make_encoder, three_tasks, tmp_path):
     rows = Rows()
     module = fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(6))
     ((step, values),) = rows.rows
@@ -130,11 +136,11 @@ def test_what_is_logged_is_what_was_measured(make_encoder, three_tasks, tmp_path
         assert values[f"diag/{task}/gradient_norm"] == pytest.approx(np.linalg.norm(gradients[task]), rel=1e-5)
     for one, other in itertools.combinations(sorted(TASKS), 2):
         a, b = gradients[one], gradients[other]
-        wanted = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        assert values[f"diag/{other}/gradient_cosine/{one}"] == pytest.approx(wanted, abs=1e-5)
+        expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert values[f"diag/{other}/gradient_cosine/{one}"] == pytest.approx(expected, abs=1e-5)
 
     module.eval()
-    some = 0
+    num_masked = 0
     for task, batch in batches.items():
         for other in TASKS:
             loss = module.training_step(dataclasses.replace(batch, task=other), 0)["loss"].item()
@@ -142,17 +148,17 @@ def test_what_is_logged_is_what_was_measured(make_encoder, three_tasks, tmp_path
         vectors = torch.nn.functional.normalize(module.embed(batch)[0].detach(), dim=1).numpy()
         ids, masked, total, effective = batch.document_ids.tolist(), 0, 0, []
         for b in range(len(batch.queries)):
-            own, known = int(batch.positives[b]), set(batch.known_positives[b].tolist())
-            others = [m for m in range(len(ids)) if m != own]
+            positive, known = int(batch.positives[b]), set(batch.known_positives[b].tolist())
+            others = [m for m in range(len(ids)) if m != positive]
             negatives = [m for m in others if ids[m] not in known]
             masked, total = masked + len(others) - len(negatives), total + len(others)
             scores = vectors[batch.documents[negatives]] @ vectors[batch.queries[b]] / 0.05
             p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
             effective.append(np.exp(-(p * np.log(p)).sum()))
-        some += masked
+        num_masked += masked
         assert values[f"diag/{task}/masked_share"] == pytest.approx(masked / total)
         assert values[f"diag/{task}/effective_negatives"] == pytest.approx(np.mean(effective), rel=1e-4)
-    assert some > 0
+    assert num_masked > 0
     of_tasks = {key.removeprefix("diag/").partition("/")[2] for key in values if key.count("/") == 2}
     assert of_tasks == set(OF_TASK)
     assert values["diag/experts/classification-search/distance"] > 0
@@ -163,9 +169,7 @@ def texts_of(content):
     return [element.text for element in ElementTree.fromstring(content).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_matrices_are_drawn_at_evaluations_and_at_the_end_as_they_were_logged(
-    make_encoder, three_tasks, tmp_path, monkeypatch
-):
+def test_matrices_are_drawn_as_logged_at_evaluations_and_at_the_end(make_encoder, three_tasks, tmp_path, monkeypatch):
     rows, pictures = Rows(), []
     monkeypatch.setattr(
         JsonlLogger,
@@ -175,36 +179,36 @@ def test_the_matrices_are_drawn_at_evaluations_and_at_the_end_as_they_were_logge
     fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(3, 4, tmp_path / "experts.svg"))
     assert [(step, name) for step, name, _ in pictures] == [(4, "diag/experts"), (6, "diag/experts")]
     for (step, _, content), (measured_at, values) in zip(pictures, rows.rows, strict=True):
-        told = texts_of(content)
-        assert told[0] == f"tasks and experts at step {measured_at}", step
+        texts = texts_of(content)
+        assert texts[0] == f"tasks and experts at step {measured_at}", step
         drawn = [f"{value:.3f}" for key, value in values.items() if "/transplant/" in key]
         twice = [f"{v:.3f}" for k, v in values.items() if "gradient_cosine" in k or k.endswith("/distance")]
         assert len(drawn) == 9
         assert len(twice) == 6
-        assert sorted(text for text in told if "." in text) == sorted(drawn + 2 * twice)
+        assert sorted(text for text in texts if "." in text) == sorted(drawn + 2 * twice)
     assert (tmp_path / "experts.svg").read_text() == pictures[-1][2]
 
 
-def test_a_cell_has_the_colour_of_its_meaning(tmp_path):
+def test_colours_of_cells(tmp_path):
     values = {"a/transplant/a": 1.0, "a/transplant/b": 3.0, "b/transplant/b": 1.0, "b/gradient_cosine/a": -0.5}
-    assert write_svg(tmp_path / "x.svg", values, ["a", "b"], ["a", "b"], "<now>")
+    assert write_expert_picture(tmp_path / "x.svg", values, ["a", "b"], ["a", "b"], "<now>")
     boxes = list(ElementTree.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}rect"))[1:]
-    # Of transplants the row of a alone: nothing else serves b. The worst of a row, and half a conflict, twice.
-    found = [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
-    assert [opacity for _, opacity in found] == [0.0, 0.7, 0.35, 0.35]
-    assert {fill for fill, opacity in found if opacity} == {"#c0392b"}
+    # Transplants have row a only, as no other expert was tried on b. Then half a conflict, in both orders.
+    cells = [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
+    assert [opacity for _, opacity in cells] == [0.0, 0.7, 0.35, 0.35]
+    assert {fill for fill, opacity in cells if opacity} == {"#c0392b"}
     assert texts_of((tmp_path / "x.svg").read_text())[0] == "<now>"
-    assert not write_svg(tmp_path / "none.svg", {"a/gradient_norm": 1.0}, ["a"], [], "now")
+    assert not write_expert_picture(tmp_path / "none.svg", {"a/gradient_norm": 1.0}, ["a"], [], "now")
     assert not (tmp_path / "none.svg").exists()
 
 
-def test_what_is_not_finite_is_grey_and_changes_no_other_cell(tmp_path):
+def test_cells_that_are_not_finite_are_grey_and_do_not_affect_others(tmp_path):
     a = {"a/transplant/a": 1.0, "a/transplant/b": 3.0, "a/transplant/c": math.inf, "b/gradient_cosine/a": math.nan}
     b = {"b/transplant/a": 1.0, "b/transplant/b": math.nan, "experts/a-b/distance": math.inf}
     more = {"experts/a-c/distance": 0.5}
-    assert write_svg(tmp_path / "x.svg", a | b | more, ["a", "b", "c"], ["a", "b", "c"], "x\x01y")
+    assert write_expert_picture(tmp_path / "x.svg", a | b | more, ["a", "b", "c"], ["a", "b", "c"], "x\x01y")
     boxes = list(ElementTree.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}rect"))[1:]
-    grey, found = ("#999", 0.35), [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
-    assert found[1:5] == [("#c0392b", 0.7), grey, grey, grey]
-    assert sorted(found[5:]) == [("#2e6da4", 0.7)] * 2 + [grey] * 4  # cosines and distances, both ways
+    grey, cells = ("#999", 0.35), [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
+    assert cells[1:5] == [("#c0392b", 0.7), grey, grey, grey]
+    assert sorted(cells[5:]) == [("#2e6da4", 0.7)] * 2 + [grey] * 4  # cosines and distances, in both orders
     assert texts_of((tmp_path / "x.svg").read_text())[0] == "x\ufffdy"

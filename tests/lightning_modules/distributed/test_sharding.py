@@ -1,4 +1,4 @@
-"""A sharded encoder trains as DDP's copies do."""
+"""A sharded encoder trains as copies under DDP do."""
 
 import subprocess
 import sys
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.lightning_modules.sharded_on_ranks import CASES
+from tests.lightning_modules.distributed.sharded_on_ranks import CASES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_optimizer_steps_of_a_sharded_encoder_are_those_of_ddp(free_port):
-    """Losses, gradients, weights, the optimizer's state and the replica's vectors: see sharded_on_ranks.py."""
-    script = [sys.executable, "-m", "tests.lightning_modules.sharded_on_ranks"]
+def test_optimizer_steps_of_a_sharded_encoder_equal_those_of_ddp(free_port):
+    """Losses, gradients, weights, optimizer state, and the vectors of the replica: see sharded_on_ranks.py."""
+    script = [sys.executable, "-m", "tests.lightning_modules.distributed.sharded_on_ranks"]
     ranks = [
         subprocess.Popen([*script, str(rank), "2", str(free_port)], stdout=subprocess.PIPE, cwd=ROOT)
         for rank in range(2)

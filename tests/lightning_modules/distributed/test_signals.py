@@ -1,4 +1,4 @@
-"""Signals are noted and not lost; which rank a process is, by its environment."""
+"""Signals are noted and not lost, and a process finds its rank in the environment."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ LAUNCH = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "TORCHE
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
+def restored_handlers(monkeypatch):
     for name in [*LAUNCH, *(key for key in os.environ if key.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in signals.ASKING}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background processes without it
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -28,7 +28,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def test_signals_are_noted_and_the_strongest_is_answered():
+def test_signals_are_noted_and_the_strongest_counts():
     signals.catch()
     assert signals.noted() is None
     signals.leave_if_asked()
@@ -41,9 +41,9 @@ def test_signals_are_noted_and_the_strongest_is_answered():
         signals.leave_if_asked()
 
 
-def test_the_second_interrupt_ends_at_once():
+def test_second_interrupt_ends_at_once():
     signals.catch()
-    with pytest.raises(KeyboardInterrupt):  # outside training, where there is nothing to save
+    with pytest.raises(KeyboardInterrupt):  # outside training there is nothing to save
         send(signal.SIGINT)
     signals.catch_interrupt()
     send(signal.SIGINT)
@@ -52,14 +52,14 @@ def test_the_second_interrupt_ends_at_once():
         send(signal.SIGINT)
 
 
-def test_only_who_catches_is_changed():
+def test_without_catch_no_handler_changes():
     before = [signal.getsignal(number) for number in signals.ASKING]
     signals.catch_interrupt()
     signals.ignore()
     assert before == [signal.getsignal(number) for number in signals.ASKING]
 
 
-def test_a_forked_process_notes_nothing_and_dies_of_nothing():
+def test_forked_process_ignores_signals():
     signals.catch()
     pid = os.fork()
     if pid == 0:
@@ -68,13 +68,13 @@ def test_a_forked_process_notes_nothing_and_dies_of_nothing():
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_late_signals_do_not_change_the_status():
+def test_late_signals_do_not_change_the_exit_status():
     code = "from lightning_modules.distributed import signals; import os, signal; signals.catch(); signals.ignore(); "
     code += "[os.kill(os.getpid(), n) for n in signals.ASKING]; print('done')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "done\n"
 
 
-def test_the_modules_import_nothing_heavy():
+def test_signals_module_imports_nothing_heavy():
     code = "import sys, lightning_modules.distributed.signals; print(*(m in sys.modules for m in ('torch', 'numpy')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
@@ -88,23 +88,23 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_N
     [
         ({}, 0, True),
         ({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, 5, False),
-        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # as Lightning starts them
-        ({"NODE_RANK": "1"}, 2, False),  # by hand, the first process of the second node
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # started by Lightning
+        ({"NODE_RANK": "1"}, 2, False),  # started by hand: the first process of the second node
         ({"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 3, False),
         (SRUN, 3, False),
         (SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 0, True),
-        (SRUN | {"SLURM_PROCID": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1, False),  # in a shell of srun --pty
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 0, True),  # a script of sbatch, without srun
+        (SRUN | {"SLURM_PROCID": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1, False),  # in a shell under srun --pty
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 0, True),  # an sbatch script without srun
     ],
 )
-def test_the_rank_before_lightning_knows_it(monkeypatch, environment, rank, alone):
+def test_rank_from_the_environment(monkeypatch, environment, rank, alone):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert launch.rank(devices=2) == rank
     assert launch.alone() == alone
 
 
-def test_the_job_as_scontrol_knows_it(monkeypatch):
+def test_slurm_job_id(monkeypatch):
     assert launch.slurm_job() is None
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     assert launch.slurm_job() == "12"

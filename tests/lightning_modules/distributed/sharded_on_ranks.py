@@ -1,9 +1,9 @@
-"""What test_sharding.py starts on every rank: optimizer steps of a sharded encoder, against those of DDP.
+"""Compare optimizer steps of a sharded encoder with those of DDP. test_sharding.py starts every rank.
 
-    python -m tests.lightning_modules.sharded_on_ranks RANK WORLD_SIZE PORT
+    python -m tests.lightning_modules.distributed.sharded_on_ranks RANK WORLD_SIZE PORT
 
-Float64, dropout, accumulation over tasks, experts that are idle in one step, clipping, chunks of which ranks have
-different numbers, and weights that cannot be shared out evenly.
+The setting is float64, dropout, accumulation over tasks, experts that are unused in one step, clipping, a different
+number of chunks on each rank, and weights that cannot be divided evenly.
 """
 
 import sys
@@ -24,7 +24,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
 from tests.conftest import TASKS, WORDS, text_of
-from tests.lightning_modules.gradient_on_ranks import Step, batches
+from tests.lightning_modules.distributed.gradient_on_ranks import Step, batches
 
 SHAPE = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 51}
 INSTRUCTIONS = {"instructions": {task: text_of(i, i + 1) for i, task in enumerate(TASKS)}}
@@ -49,7 +49,7 @@ PLAN = (["search"], ["classification", "search"])  # tasks of the batches of two
 
 
 def module_of(kind, cached, checkpointing):
-    """The same weights every time."""
+    """Return a module with the same weights every time."""
     torch.manual_seed(0)
     shape = SHAPE | {"max_position_embeddings": 64, "initializer_range": 0.2}
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
@@ -69,17 +69,17 @@ def module_of(kind, cached, checkpointing):
     return ContrastiveModule(encoder, grad_cache=cached, **options).double()
 
 
-def trained(module, step, own):
-    """The losses and gradients of two optimizer steps, weights and optimizer after them. step: batch -> loss."""
+def trained(module, step, plan_batches):
+    """Return losses and gradients of two optimizer steps, then weights and optimizer. step: batch -> loss."""
     optimizer = module.train().configure_optimizers()["optimizer"]
     losses, gradients = [], []
-    for some in own:
+    for own_batches in plan_batches:
         optimizer.zero_grad(set_to_none=True)
-        for batch in some:
-            losses.append(step(batch) / len(some))
+        for batch in own_batches:
+            losses.append(step(batch) / len(own_batches))
             losses[-1].backward()
-        found = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-        gradients.append(gathered(found, True))
+        slices = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+        gradients.append(gathered(slices, True))
         module.configure_gradient_clipping(optimizer, 0.5)
         optimizer.step()
     return torch.stack(losses).detach(), gradients, gathered(module.state_dict(), True), optimizer
@@ -95,16 +95,16 @@ def check(ours, theirs):
 
 
 def check_optimizer(ours, theirs):
-    """A state gathered is that of DDP, whose numbers are the parameters'; sliced again it is what it was."""
+    """Check that the gathered state equals that of DDP, and that slicing it restores this rank's state."""
     whole, copied = gathered(ours.state_dict(), True), theirs.state_dict()
     assert whole["param_groups"] == copied["param_groups"]
     parameters = [parameter for group in ours.param_groups for parameter in group["params"]]
     assert whole["state"].keys() == copied["state"].keys()
-    for place, state in whole["state"].items():
+    for i, state in whole["state"].items():
         for name, tensor in state.items():
-            torch.testing.assert_close(tensor, copied["state"][place][name], rtol=1e-9, atol=1e-15)
-            again = sliced(tensor, parameters[place])
-            assert torch.equal(slice_of(again), slice_of(ours.state[parameters[place]][name]))
+            torch.testing.assert_close(tensor, copied["state"][i][name], rtol=1e-9, atol=1e-15)
+            again = sliced(tensor, parameters[i])
+            assert torch.equal(slice_of(again), slice_of(ours.state[parameters[i]][name]))
 
 
 def main(rank, world_size, port):
@@ -114,20 +114,20 @@ def main(rank, world_size, port):
     uneven = False
     for case in CASES:
         copied, module = module_of(*case), module_of(*case)
-        own = [batches(module.encoder.tokenizer, plan, rank, world_size, 24) for plan in PLAN]
-        chunks = [len(batch.chunks) for some in own for batch in some]
+        plan_batches = [batches(module.encoder.tokenizer, plan, rank, world_size, 24) for plan in PLAN]
+        chunks = [len(batch.chunks) for own_batches in plan_batches for batch in own_batches]
         uneven |= any(largest(number) != -largest(-number) for number in chunks)
         losses, gradients, weights, optimizer = trained(
-            copied, nn.parallel.DistributedDataParallel(Step(copied), find_unused_parameters=True), own
+            copied, nn.parallel.DistributedDataParallel(Step(copied), find_unused_parameters=True), plan_batches
         )
         shard(module.encoder, torch.device("cpu"))
-        ours = trained(module, Step(module), own)
+        ours = trained(module, Step(module), plan_batches)
         torch.testing.assert_close(ours[0], losses, rtol=1e-12, atol=0)
         check(ours[1][0], gradients[0])
         check(ours[1][1], gradients[1])
         check(ours[2], weights)
         check_optimizer(ours[3], optimizer)
-        texts = [text_of(rank, i) for i in range(3 + rank)]  # of which ranks have different numbers
+        texts = [text_of(rank, i) for i in range(3 + rank)]  # a different number on each rank
         with pytest.raises(RuntimeError, match="replica"):
             module.encoder.encode(texts, "search")
         vectors, theirs = replica(module.encoder).encode(texts, "search"), copied.encoder.encode(texts, "search")

@@ -1,10 +1,10 @@
-"""What test_ranks.py starts on every rank: the gradient of an optimizer step under DDP, against that of one process.
+"""Compare the gradient of an optimizer step under DDP with that of one process. test_gradient.py starts every rank.
 
-    python -m tests.lightning_modules.gradient_on_ranks RANK WORLD_SIZE PORT
+    python -m tests.lightning_modules.distributed.gradient_on_ranks RANK WORLD_SIZE PORT
 
-One process has the whole batch in one chunk, without GradCache. Float64, experts in attention and feed-forward, two
-positives of a query, hard negatives that several ranks draw, documents that are known positives of other ranks'
-queries, a learned temperature and both directions of the loss.
+The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
+feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
+other ranks' queries, a learned temperature, and both directions of the loss.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.task_balance import TaskGradients
-from tests.conftest import TASKS, WORDS, InMemory, text_of
+from tests.conftest import TASKS, WORDS, text_of
 
 QUERIES = 16  # of the global batch
 KINDS = {
@@ -33,7 +33,7 @@ KINDS = {
 
 
 class Step(nn.Module):
-    """What Lightning gives to DDP: a module whose forward is the training step."""
+    """A module whose forward is the training step, as Lightning passes it to DDP."""
 
     def __init__(self, module):
         super().__init__()
@@ -44,7 +44,7 @@ class Step(nn.Module):
 
 
 def collection():
-    """Query i has documents i and i + 3 as positives; hard negatives are shared, so that ranks draw the same."""
+    """Return queries i with positives i and i + 3. They share hard negatives, so several ranks draw the same ones."""
     numbers = [*range(80), *range(100, 107)]
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(*range(i, i + 1 + i % 9))) for i in numbers}
     queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(80)}
@@ -68,46 +68,46 @@ def encoder_and_tokenizer():
 
 
 def batches(tokenizer, tasks, rank, world_size, token_budget):
-    """This rank's batches, one for each of the tasks."""
-    found = []
+    """Return this rank's batches, one for each of the tasks."""
+    rank_batches = []
     for step, task in enumerate(tasks):
         size = QUERIES // world_size
         options = BatchOptions(batch_size=size, num_positives=2, max_length=32, token_budget=token_budget)
-        data = KINDS[task](Task(task, task), {"toy": InMemory(collection())}, options, tokenizer)
+        data = KINDS[task](Task(task, task), {"toy": collection()}, options, tokenizer)
         data.setup()
         source = data.train_dataloader().batches
         source.rank, source.world_size = rank, world_size
         batch = source[step]
-        own = batch.document_ids[batch.positives]  # (B, 2)
-        near = torch.cat([own, own + 1, own + 2, own + 5], 1)  # mostly documents of other ranks
-        found.append(dataclasses.replace(batch, known_positives=near))
-    return found
+        ids = batch.document_ids[batch.positives]  # (B, 2)
+        known = torch.cat([ids, ids + 1, ids + 2, ids + 5], 1)  # mostly documents of other ranks
+        rank_batches.append(dataclasses.replace(batch, known_positives=known))
+    return rank_batches
 
 
 def gradients(module):
     return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
 
 
-def accumulated(step, own, synchronised):
-    """The gradients after one optimizer step's batches, as Lightning accumulates them."""
+def accumulated(step, own_batches, synchronised):
+    """Return the gradients that Lightning would accumulate from the batches of one optimizer step."""
     step.zero_grad(set_to_none=True)
-    for i, batch in enumerate(own):
-        last = i == len(own) - 1
+    for i, batch in enumerate(own_batches):
+        last = i == len(own_batches) - 1
         with contextlib.nullcontext() if last or not synchronised else step.no_sync():
-            (step(batch) / len(own)).backward()
+            (step(batch) / len(own_batches)).backward()
     return gradients(step.module.module if synchronised else step.module)
 
 
-def by_task(step, own, plan, synchronised):
-    """The tasks' gradients (T, P) of an optimizer step, as GradientBalance takes them."""
+def by_task(step, own_batches, plan, synchronised):
+    """Return the gradients of each task in an optimizer step, as GradientBalance computes them."""
     step.zero_grad(set_to_none=True)
-    found = TaskGradients(list(step.parameters()), sorted(set(plan)))
-    for task, batch in zip(plan, own, strict=True):
+    gradients_by_task = TaskGradients(list(step.parameters()), sorted(set(plan)))
+    for task, batch in zip(plan, own_batches, strict=True):
         with step.no_sync() if synchronised else contextlib.nullcontext():
-            (step(batch) / len(own)).backward()
-        found.take(task)
-    found.average_over_ranks()
-    return found
+            (step(batch) / len(own_batches)).backward()
+        gradients_by_task.take(task)
+    gradients_by_task.average_over_ranks()
+    return gradients_by_task
 
 
 def check(ours, whole, used):
@@ -120,7 +120,7 @@ def check(ours, whole, used):
     assert error < 1e-12, error
     assert max(b.abs().max() for _, b in pairs) > 1e-3
     norms = [torch.nn.utils.get_total_norm([pair[i] for pair in pairs]) for i in (0, 1)]
-    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)  # so clipping means the same
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)  # so that clipping has the same effect
 
 
 def main(rank, world_size, port):
@@ -139,16 +139,16 @@ def main(rank, world_size, port):
     for cache in (False, True):
         module.grad_cache = cache
         for plan, whole in zip(plans, wholes, strict=True):
-            own = batches(encoder.tokenizer, plan, rank, world_size, 32)
-            assert all(len(batch.chunks) > 1 for batch in own)
-            check(accumulated(step, own, synchronised=True), whole, plan)
+            own_batches = batches(encoder.tokenizer, plan, rank, world_size, 32)
+            assert all(len(batch.chunks) > 1 for batch in own_batches)
+            check(accumulated(step, own_batches, synchronised=True), whole, plan)
             print("equal", flush=True)
-    for cache in (False, True):  # last, because DDP takes it amiss when gradients go before it has exchanged them
+    for cache in (False, True):  # last, because DDP fails if gradients vanish before it has exchanged them
         module.grad_cache = cache
-        found = by_task(step, own, plans[2], synchronised=True)
-        assert torch.equal(found.used, whole_by_task.used)
-        torch.testing.assert_close(found.products(), whole_by_task.products(), rtol=1e-12, atol=1e-12)
-    del step  # else DDP ends the process group while it holds the lock that the group's thread may be waiting for
+        gradients_by_task = by_task(step, own_batches, plans[2], synchronised=True)
+        assert torch.equal(gradients_by_task.used, whole_by_task.used)
+        torch.testing.assert_close(gradients_by_task.products(), whole_by_task.products(), rtol=1e-12, atol=1e-12)
+    del step  # otherwise DDP would end the process group while holding a lock that the group's thread waits for
     dist.destroy_process_group()
 
 

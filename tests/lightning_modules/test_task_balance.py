@@ -1,4 +1,4 @@
-"""Balancing tasks: each method against a few lines of numpy, and in a training."""
+"""Each method of balancing tasks equals a few lines of numpy, alone and in a training."""
 
 import math
 
@@ -8,21 +8,27 @@ import pytest
 import torch
 
 from datamodules.records import UserError
-from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
-from lightning_modules.task_balance import TaskGradients, UncertaintyWeights, gradnorm_weights, pcgrad_coefficients
+from lightning_modules.task_balance import (
+    GradNorm,
+    PCGrad,
+    TaskGradients,
+    UncertaintyWeights,
+    gradnorm_weights,
+    pcgrad_coefficients,
+)
 from tests.conftest import TASKS
 
 
 def projected(gradients, orders):
-    """PCGrad's algorithm 1, on the vectors themselves."""
+    """Apply algorithm 1 of PCGrad to the vectors themselves."""
     total = np.zeros_like(gradients[0])
-    for i, own in enumerate(gradients.copy()):
+    for i, row in enumerate(gradients.copy()):
         for j in orders[i]:
-            if j != i and own @ gradients[j] < 0:
-                own = own - (own @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
-        total += own
+            if j != i and row @ gradients[j] < 0:
+                row = row - (row @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
+        total += row
     return total
 
 
@@ -32,7 +38,7 @@ def orders_of(seed, count):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pcgrad_equals_the_projection_of_vectors(seed):
+def test_pcgrad_equals_projecting_the_vectors(seed):
     gradients = np.random.default_rng(seed).normal(size=(4, 6)) + np.array([[2], [-2], [1], [-1]])
     products = gradients @ gradients.T
     assert (products < 0).any()
@@ -41,7 +47,7 @@ def test_pcgrad_equals_the_projection_of_vectors(seed):
     assert not np.allclose(coefficients, 1)
 
 
-def test_pcgrad_leaves_gradients_that_agree():
+def test_pcgrad_does_not_change_gradients_that_agree():
     assert pcgrad_coefficients(torch.tensor([[1.0, 0.5], [0.5, 2.0]]), 0).tolist() == [1.0, 1.0]
 
 
@@ -51,8 +57,8 @@ def test_gradnorm_equals_numpy_and_brings_the_norms_together():
     for _ in range(300):
         weights = gradnorm_weights(weights, *map(torch.from_numpy, (norms, losses, first)), alpha=0.5, lr=0.01)
         rate = losses / first / np.mean(losses / first)
-        wanted = np.mean(reference * norms) * rate**0.5
-        reference = reference - 0.01 * np.sign(reference * norms - wanted) * norms / norms.mean()
+        target = np.mean(reference * norms) * rate**0.5
+        reference = reference - 0.01 * np.sign(reference * norms - target) * norms / norms.mean()
         reference *= 3 / reference.sum()
         np.testing.assert_allclose(weights.numpy(), reference, rtol=1e-12)
     assert weights.sum().item() == pytest.approx(3)
@@ -60,7 +66,7 @@ def test_gradnorm_equals_numpy_and_brings_the_norms_together():
     np.testing.assert_allclose(relative / relative.mean(), 1, atol=0.15)
 
 
-def test_uncertainty_equals_its_formula_and_finds_the_losses_scale():
+def test_uncertainty_equals_its_formula_and_learns_the_scale_of_the_losses():
     weights = UncertaintyWeights(["easy", "hard"]).double()
     scales = {"easy": 0.1, "hard": 3.0}
     optimizer = torch.optim.SGD(weights.parameters(), lr=0.5)
@@ -77,18 +83,18 @@ def test_uncertainty_equals_its_formula_and_finds_the_losses_scale():
         assert weights.log_variance[task].item() == pytest.approx(math.log(2 * scale), abs=1e-6)
 
 
-def test_nothing_shared_is_refused():
+def test_balancing_without_shared_parameters_raises_user_error():
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
     gradients = TaskGradients(parameters, ["a", "b"])
     for parameter, task in zip(parameters, ("a", "b"), strict=True):
         parameter.sum().backward()
         gradients.take(task)
-    with pytest.raises(UserError, match="no trained parameter is shared by all tasks"):
+    with pytest.raises(UserError, match="the tasks share no trained parameter"):
         gradients.products()
 
 
 class Spy(L.Callback):
-    """The gradients that the optimizer is given at its first step, and the weights."""
+    """Records the gradients that the optimizer receives at its first step."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.global_step == 0:
@@ -112,16 +118,16 @@ def fitted(module, three_tasks, tmp_path, *callbacks, steps=2):
 
 
 def task_gradients(module, three_tasks):
-    """Task -> name -> gradient of the first six batches, as the optimizer step accumulates them."""
-    found = {}
+    """Return task -> name -> gradient of the first six batches, as an optimizer step accumulates them."""
+    by_task = {}
     for batch in [three_tasks.train_dataloader().batches[step] for step in range(6)]:
         module.zero_grad(set_to_none=True)
         (module.training_step(batch, 0)["loss"] / 6).backward()
-        own = found.setdefault(batch.task, {})
+        gradients = by_task.setdefault(batch.task, {})
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
-                own[name] = own.get(name, 0) + parameter.grad.double().numpy()
-    return found
+                gradients[name] = gradients.get(name, 0) + parameter.grad.double().numpy()
+    return by_task
 
 
 def make_module(make_encoder, kind="both", **options):
@@ -135,7 +141,7 @@ def make_module(make_encoder, kind="both", **options):
 
 
 def trained_on_classification(module, three_tasks):
-    """Only an encoder that has learned one task has gradients that conflict."""
+    """Train on one task, after which the gradients of the tasks conflict."""
     batch = three_tasks.train_dataloader().batches[0]
     assert batch.task == "classification"
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
@@ -147,7 +153,7 @@ def trained_on_classification(module, three_tasks):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_pcgrad_in_training_projects_what_all_tasks_share(make_encoder, three_tasks, tmp_path, cache):
+def test_pcgrad_in_training_projects_shared_parameters(make_encoder, three_tasks, tmp_path, cache):
     spy, module = Spy(), trained_on_classification(make_module(make_encoder, grad_cache=cache).train(), three_tasks)
     by_task = task_gradients(module, three_tasks)
     fitted(module, three_tasks, tmp_path, PCGrad(list(TASKS)), spy)
@@ -163,8 +169,8 @@ def test_pcgrad_in_training_projects_what_all_tasks_share(make_encoder, three_ta
         np.testing.assert_allclose(spy.gradients[name].numpy(), alone, atol=1e-5 * np.abs(ours).max())
 
 
-def test_gradnorm_in_training_weights_all_of_a_task(make_encoder, three_tasks, tmp_path):
-    """At the first step all weights are 1; after it they follow the norms."""
+def test_gradnorm_in_training_weights_all_gradients_of_a_task(make_encoder, three_tasks, tmp_path):
+    """All weights are 1 in the first step, and follow the norms afterwards."""
     spy, balance = Spy(), GradNorm(list(TASKS), alpha=0.0, lr=0.1)
     fitted(make_module(make_encoder, "shared"), three_tasks, tmp_path, balance, spy, steps=1)
     assert balance.weights.sum().item() == pytest.approx(3)
@@ -179,11 +185,11 @@ def test_gradnorm_in_training_weights_all_of_a_task(make_encoder, three_tasks, t
     ours = np.concatenate([gradient.numpy().ravel() for gradient in spy.gradients.values()])
     np.testing.assert_allclose(ours, total, atol=1e-5 * np.abs(total).max())
     norms = np.array([np.linalg.norm(by_task[task]) for task in TASKS])
-    moved = 1 - 0.1 * np.sign(norms - norms.mean()) * norms / norms.mean()
-    np.testing.assert_allclose(balance.weights.numpy(), moved * 3 / moved.sum(), rtol=1e-5)
-    again = GradNorm(list(TASKS))
-    again.load_state_dict(balance.state_dict())
-    assert torch.equal(again.weights, balance.weights)
+    updated = 1 - 0.1 * np.sign(norms - norms.mean()) * norms / norms.mean()
+    np.testing.assert_allclose(balance.weights.numpy(), updated * 3 / updated.sum(), rtol=1e-5)
+    restored = GradNorm(list(TASKS))
+    restored.load_state_dict(balance.state_dict())
+    assert torch.equal(restored.weights, balance.weights)
 
 
 def test_uncertainty_is_trained_with_the_encoder(make_encoder, three_tasks, tmp_path):
