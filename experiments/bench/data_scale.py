@@ -88,9 +88,7 @@ def generate(folder: Path, num_documents: int, num_pairs: int) -> None:
         file.write("query-id\tcorpus-id\tscore\n")
         for i in range(num_queries):
             first = i * 7919 % num_documents
-            file.writelines(
-                f"query-{i}\tpaper-{(first + 31 * j) % num_documents}\t{int(j > 1)}\n" for j in range(10)
-            )
+            file.writelines(f"query-{i}\tpaper-{(first + 31 * j) % num_documents}\t{int(j > 1)}\n" for j in range(10))
 
 
 def words(rng: random.Random) -> list[str]:
