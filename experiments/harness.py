@@ -33,7 +33,7 @@ from experiments.interop.harness_files import Job, write_pmc_patients, write_sci
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.output import whole_folder
 from lightning_modules.retrieval.similarity import SIMILARITIES
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     similarity = choice("similarity", values["similarity"] or default_similarity(values, config), SIMILARITIES)
     encoder = load_model(values | {"task": ""}, config).to("cuda" if torch.cuda.is_available() else "cpu")
     kept = Path(values["vectors"]) if values["vectors"] else None
-    vectors = Vectors(encoder, token_budget=budget, folder=kept)
+    vectors = VectorCache(encoder, token_budget=budget, folder=kept)
     only = list(filter(None, values["only"].split(",")))
     output = Path(values["output"])
     with whole_folder(output) as folder:

@@ -309,8 +309,8 @@ class _JsonWindow:
         self.position = end
 
     def _refuse(self, what: str) -> NoReturn:
-        found = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
-        raise UserError(f"{self.path}, line {self.line}: expected {what}, {found}")
+        actual = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
+        raise UserError(f"{self.path}, line {self.line}: expected {what}, {actual}")
 
     def _decode(self, first: str) -> tuple[Any, int | None, str]:
         """Return value, end and error of the value at the position. The end is None if it is outside the window."""

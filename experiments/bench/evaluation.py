@@ -23,7 +23,7 @@ import torch
 
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.encoder_cost import backbone_of
+from experiments.bench.timing import backbone_of
 from experiments.results.results import evaluate_encoder
 from experiments.shared.console import choice, entry_point, key_values, whole_number
 from experiments.shared.progress import Progress
@@ -32,7 +32,7 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.evaluation import rank_vectors
 from lightning_modules.retrieval.measure import measure
 from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def loop(values: dict[str, int]) -> None:
     encoder.encode(list(benchmark.corpus.values())[:100], "task0")  # warm
     started = clock()
     NameMatcher(benchmark.corpus).of_all(benchmark.queries.values())
-    vectors = Vectors(encoder, token_budget=2048)
+    vectors = VectorCache(encoder, token_budget=2048)
     with tempfile.TemporaryDirectory() as folder:
         found = evaluate_encoder(
             "ours", encoder, [benchmark], metrics, Path(folder), similarity="dot", token_budget=2048, vectors=vectors
@@ -99,7 +99,7 @@ def loop(values: dict[str, int]) -> None:
 
 @torch.no_grad()
 def authors_way(
-    encoder: Encoder, vectors: Vectors, benchmark: Benchmark, sample: int
+    encoder: Encoder, vectors: VectorCache, benchmark: Benchmark, sample: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Time of each part, and figures of all queries. vectors: ours, which theirs are checked to equal."""
     queries, labels = list(benchmark.queries.values()), list(benchmark.corpus.values())

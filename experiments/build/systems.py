@@ -18,7 +18,7 @@ from experiments.shared.console import token_budget, whole_number
 from lightning_modules.encoders.backbone import PACKAGE
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class System:
     model: str
     encoder: Encoder | None
     similarity: str
-    vectors: Vectors | None = None
+    vectors: VectorCache | None = None
 
     def lacks(self, benchmark: Benchmark) -> str:
         """What it would need to be measured on a benchmark, if that is not there."""
@@ -91,7 +91,7 @@ def load_systems(
             encoder.max_length = _checked_length(values["max_length"], model, encoder)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(values["vectors"]) if values["vectors"] else None
-        vectors = Vectors(encoder, token_budget=token_budget(values), folder=folder)
+        vectors = VectorCache(encoder, token_budget=token_budget(values), folder=folder)
         own = default_similarity({**values, "model": model}, config)
         for similarity in similarities or [own]:
             name = names[model] + (f"-{similarity}" if len(similarities) > 1 else "")

@@ -30,7 +30,7 @@ from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.evaluation import rank_benchmark
 from lightning_modules.retrieval.measure import whole_run
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 SCIDOCS = {  # file -> metadata of the papers in it, and whose expert encodes them
     "cls": ("paper_metadata_mag_mesh.json", "classification"),
@@ -53,7 +53,7 @@ class Job:
     """
 
     encoder: Encoder
-    vectors: Vectors
+    vectors: VectorCache
     data: Path
     output: Path
     only: Sequence[str] = ()

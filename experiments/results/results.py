@@ -25,7 +25,7 @@ from lightning_modules.retrieval.measure import depth
 from lightning_modules.retrieval.metrics import Run
 from lightning_modules.retrieval.probes import probe_runs
 from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 Results = dict[str, Any]
@@ -41,14 +41,14 @@ def evaluate_encoder(
     similarity: str,
     token_budget: int | None,
     model: str = "",
-    vectors: Vectors | None = None,
+    vectors: VectorCache | None = None,
 ) -> Results:
     """Rank and measure all benchmarks with an encoder.
 
     system: its name in the table and in run files. metrics, similarity: where a benchmark has none of its own. model:
     what the encoder was loaded from, to be noted. vectors: where the encoder's come from.
     """
-    vectors = vectors or Vectors(encoder, token_budget=token_budget)
+    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     about = {"model": model or system, "fingerprint": vectors.fingerprint, "max_length": encoder.max_length}
 
     def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:

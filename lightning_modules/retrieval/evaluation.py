@@ -19,7 +19,7 @@ from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, sorted_run
 from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
 from lightning_modules.retrieval.similarity import SIMILARITIES, of_documents, of_queries, scores_of
-from lightning_modules.retrieval.vector_cache import Vectors
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 
 def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
@@ -35,7 +35,7 @@ def rank_benchmark(
     similarity: str = "dot",
     token_budget: int | None = None,
     advance: Advance | None = None,
-    vectors: Vectors | None = None,
+    vectors: VectorCache | None = None,
 ) -> Run:
     """This rank's share of a benchmark's run: queries rank, rank + world size, ...
 
@@ -43,13 +43,13 @@ def rank_benchmark(
     advance: called with the number of texts that were encoded. vectors: where they come from, by default the encoder.
     Raises UserError for vectors that are not finite.
     """
-    vectors = vectors or Vectors(encoder, token_budget=token_budget)
+    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, ids, queries, documents, k, similarity, device=encoder.device)
 
 
 def encoded(
-    encoder: Encoder, benchmark: Benchmark, vectors: Vectors, advance: Advance | None = None
+    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Advance | None = None
 ) -> tuple[list[str], np.ndarray, Shards]:
     """This rank's queries by id, their vectors (q, D), and those of all documents (M, D), or all training papers."""
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
@@ -116,7 +116,7 @@ def bm25_run(benchmark: Benchmark, k: int) -> Run:
         scores = index.scores(queries, indices)
     elif benchmark.first is not None:
         first = _rows([benchmark.first.get(query, ()) for query in ids], place)
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), beside=first)
+        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), first=first)
     else:
         indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)))
     return _finished(benchmark, ids, place, indices, scores, k, first)

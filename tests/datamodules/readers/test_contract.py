@@ -68,9 +68,9 @@ def test_reader_returns_the_collection_that_was_written(world: World, tmp_path):
     expected = world.write(tmp_path)
     reader = world.make(tmp_path)
     assert isinstance(reader, Reader)
-    found = reader.read()
-    check_consistent(found)
-    assert found == expected
+    collection = reader.read()
+    check_consistent(collection)
+    assert collection == expected
 
 
 @world
@@ -105,8 +105,8 @@ def test_bad_line_raises_user_error_with_location_or_is_quarantined(world: World
         assert message.startswith(f"{path}, line {at}"), message
         assert reason in message
         caplog.clear()
-        found = world.make(folder, on_error="skip", quarantine=str(quarantine)).read()
-        assert shifted(found) == shifted(expected)
+        collection = world.make(folder, on_error="skip", quarantine=str(quarantine)).read()
+        assert shifted(collection) == shifted(expected)
         (record,) = map(json.loads, quarantine.read_text().splitlines())
         assert (record["file"], record["line"], record["text"]) == (str(path), at, line)
         assert reason in record["reason"]

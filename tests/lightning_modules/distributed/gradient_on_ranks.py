@@ -22,7 +22,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.task_balance import TaskGradients
-from tests.conftest import TASKS, WORDS, InMemory, text_of
+from tests.conftest import TASKS, WORDS, text_of
 
 QUERIES = 16  # of the global batch
 KINDS = {
@@ -73,7 +73,7 @@ def batches(tokenizer, tasks, rank, world_size, token_budget):
     for step, task in enumerate(tasks):
         size = QUERIES // world_size
         options = BatchOptions(batch_size=size, num_positives=2, max_length=32, token_budget=token_budget)
-        data = KINDS[task](Task(task, task), {"toy": InMemory(collection())}, options, tokenizer)
+        data = KINDS[task](Task(task, task), {"toy": collection()}, options, tokenizer)
         data.setup()
         source = data.train_dataloader().batches
         source.rank, source.world_size = rank, world_size

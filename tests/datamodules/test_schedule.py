@@ -1,3 +1,5 @@
+"""The schedule: a pure function of seed and step, with exact shares, passes and ranks."""
+
 import itertools
 import subprocess
 import sys
@@ -44,7 +46,7 @@ def test_tasks_take_turns(schedule):
     ]
 
 
-def test_pure_in_seed_and_step(schedule):
+def test_draws_depend_only_on_seed_and_step(schedule):
     steps = [5, 0, 300, 17, 5]
     again = make()
     assert [schedule.draws(s) for s in steps] == [again.draws(s) for s in steps]
@@ -52,8 +54,9 @@ def test_pure_in_seed_and_step(schedule):
     assert [schedule.draws(s) for s in range(9)] != [other.draws(s) for s in range(9)]
 
 
-def test_the_same_in_every_process():
-    command = "from tests.datamodules.test_sampler import make; s = make(phases='curriculum'); "
+@pytest.mark.slow
+def test_schedule_is_the_same_in_every_process():
+    command = "from tests.datamodules.test_schedule import make; s = make(phases='curriculum'); "
     command += "print(s.task(400), s.draws(400))"
     elsewhere = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     schedule = make(phases="curriculum")
@@ -61,7 +64,7 @@ def test_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("phases", PHASES)
-def test_every_pass_takes_every_example_once(phases):
+def test_every_pass_has_every_example_once(phases):
     schedule = make(phases=phases)
     drawn = {task: Counter() for task in SIZES}
     for step in range(3000):
@@ -73,7 +76,7 @@ def test_every_pass_takes_every_example_once(phases):
             assert [drawn[task][example, epoch] for example in range(size)] == [1] * size
 
 
-def test_passes_differ(schedule):
+def test_passes_have_different_orders(schedule):
     order = [example for step in range(2, 3 * 60, 3) for example, _ in schedule.draws(step)]
     first, second = order[:7], order[7:14]
     assert sorted(first) == sorted(second)
@@ -90,12 +93,12 @@ def test_ranks_divide_the_global_batch(world_size, phases):
         assert [draw for part in parts for draw in part] == one.draws(step)
 
 
-def test_mix_tells_keys_apart():
+def test_mix_distinguishes_keys():
     assert len({mix(a, b) for a in range(20) for b in ("x", "y", 1)}) == 60
 
 
 @pytest.mark.parametrize("phases", PHASES)
-def test_turns_count_the_steps_before(phases):
+def test_turns_counts_earlier_steps_of_a_task(phases):
     schedule, counts = make(phases=phases), Counter()
     for step in range(4200):
         if step % 7 == 0:
@@ -109,12 +112,12 @@ def test_shares_are_exact_after_every_block():
         turns = {task: schedule.turns(1000 * block, task) for task in SIZES}
         assert turns == {"classification": 500 * block, "link_prediction": 300 * block, "search": 200 * block}
     first, second = ([schedule.task(step) for step in range(start, start + 1000)] for start in (0, 1000))
-    assert first != second  # each block has an order of its own
+    assert first != second  # each block has its own order
     longest = max(len(list(group)) for _, group in itertools.groupby(first))
     assert longest < 40
 
 
-def test_a_tiny_share_is_a_step_in_each_block():
+def test_tiny_share_gets_one_step_per_block():
     schedule = Schedule(
         SIZES, dict.fromkeys(SIZES, 4), 1, [Phase(0, {"classification": 1e6, "link_prediction": 1e6, "search": 1})]
     )
@@ -122,7 +125,7 @@ def test_a_tiny_share_is_a_step_in_each_block():
     assert sum(schedule.turns(1000, task) for task in SIZES) == 1000
 
 
-def test_a_phase_begins_at_its_step():
+def test_phase_starts_at_its_step():
     schedule = make(phases="curriculum")
     turns = ["classification", "link_prediction", "search"]
     assert [schedule.task(step) for step in range(101)] == (turns * 34)[:101]
@@ -130,7 +133,7 @@ def test_a_phase_begins_at_its_step():
     assert late["search"] > 990
 
 
-def test_weights_of_strategies():
+def test_task_weights_of_each_schedule():
     assert task_weights("round_robin", SIZES) is None
     assert task_weights("together", SIZES) is None
     assert task_weights("proportional", SIZES) == SIZES
@@ -149,18 +152,18 @@ def test_weights_of_strategies():
         ("weights", WEIGHTS | {"search": float("nan")}, "expected numbers above 0"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(strategy, weights, message):
+def test_wrong_weights_raise_user_error(strategy, weights, message):
     with pytest.raises(UserError, match=message):
         task_weights(strategy, SIZES, weights=weights)
 
 
-def test_phases_begin_at_0_and_rise():
+def test_phases_that_do_not_start_at_0_and_increase_raise_user_error():
     for firsts in ([1], [0, 5, 5], [0, 9, 3], []):
         with pytest.raises(UserError, match="expected to start at step 0 and then at increasing steps"):
             Schedule(SIZES, dict.fromkeys(SIZES, 4), 1, [Phase(first) for first in firsts])
 
 
-def test_a_step_costs_the_same_anywhere():
+def test_late_steps_are_as_fast_as_early_ones():
     sizes = {"a": 1000, "b": 1000}
     schedule = Schedule(sizes, dict.fromkeys(sizes, 4), 1, [Phase(0, {"a": 3, "b": 1})])
     started = time.perf_counter()
@@ -174,7 +177,7 @@ def by_tokens(batch_tokens=100):
     return Schedule(SIZES, dict.fromkeys(SIZES, batch_tokens), 1, PHASES["curriculum"], costs), costs
 
 
-def test_batches_by_tokens_leave_nothing_out_and_keep_near_their_size():
+def test_batches_by_tokens_have_every_example_and_about_their_size():
     schedule, costs = by_tokens()
     drawn, sizes = {task: [] for task in SIZES}, []
     for step in range(200):
@@ -189,11 +192,11 @@ def test_batches_by_tokens_leave_nothing_out_and_keep_near_their_size():
             assert sorted(index for index, e in draws if e == epoch) == list(range(SIZES[task]))
         assert [e for _, e in draws] == sorted(e for _, e in draws)
         assert last <= schedule.passes(200, task) <= last + 1
-    assert by_tokens()[0].draws(180) == schedule.draws(180)  # no step needs those before it
+    assert by_tokens()[0].draws(180) == schedule.draws(180)  # no step needs the earlier ones
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_a_batch_by_tokens_and_their_weights_give_its_mean(ranks):
+def test_weights_of_ranks_give_the_mean_over_a_batch_by_tokens(ranks):
     whole, _ = by_tokens(400)
     parts, _ = by_tokens(400 // ranks)
     unequal = 0
@@ -207,13 +210,13 @@ def test_ranks_share_a_batch_by_tokens_and_their_weights_give_its_mean(ranks):
     assert unequal > 25
 
 
-def test_an_example_longer_than_a_batch_is_refused():
+def test_example_longer_than_a_batch_raises_user_error():
     with pytest.raises(UserError, match=r"batch_tokens: got 30, but an example of classification has 38 tokens"):
         by_tokens(30)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_a_batch_is_of_one_collection_and_a_task_goes_through_all(tokens):
+def test_batches_are_from_one_collection_and_passes_cover_all(tokens):
     parts = {"first": 30, "second": 12, "third": 8}
     costs = {"classification": np.random.default_rng(0).integers(5, 40, 50)} if tokens else None
     sizes = {"classification": 50, "search": 7}
