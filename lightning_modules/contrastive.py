@@ -57,7 +57,9 @@ class ContrastiveModule(L.LightningModule):
             ("teacher", options.teacher, teacher_model),
         ):
             if settings.model and model is None:
-                raise UserError(f"{name}.model: {settings.model!r} is not loaded here; pass {name}_model, a FrozenEncoder")
+                raise UserError(
+                    f"{name}.model: {settings.model!r} is not loaded here; pass {name}_model, a FrozenEncoder"
+                )
         self.encoder = encoder
         self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None

@@ -18,7 +18,7 @@ from rich.table import Table
 from datamodules.batches import Collator
 from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.encoder_cost import backbone_of, seconds
+from experiments.bench.timing import backbone_of, seconds
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.contrastive import ContrastiveModule

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from datamodules.batches import Collator
 from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.encoder_cost import backbone_of, seconds, tasks_of
+from experiments.bench.timing import backbone_of, seconds, tasks_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.contrastive import ContrastiveModule

@@ -56,7 +56,9 @@ def test_all_options_together(plain, tmp_path):
     train("moe", [f"run.dir={tmp_path}", "trainer.max_steps=6", *QUICK, *EVERYTHING, *frozen])
     first, last = logged(tmp_path)
     for task, start in (("classification", 0.05), ("link_prediction", 0.1), ("search", 0.2)):
-        assert first[f"train/{task}/temperature"] == pytest.approx(start)  # the first step of each task, before its update
+        assert first[f"train/{task}/temperature"] == pytest.approx(
+            start
+        )  # the first step of each task, before its update
         assert 1e-4 < abs(last[f"train/{task}/temperature"] - start) < 0.5 * start
         assert last[f"train/{task}/distillation"] > 0
         assert last[f"train/{task}/contrastive"] > 0

@@ -87,7 +87,9 @@ def test_gradient_equals_the_plain_one_with_all_options(make_module, make_task):
     options = {"learn_temperature": "per_task", "symmetric": True, "matryoshka": [8], "temperature": 0.3}
     batch = data.train_dataloader().batches[0]
     assert batch.positives.shape[1] == 2
-    plain, cached = (loss_and_gradients(make_module("both", grad_cache=on, **options).double(), batch) for on in (False, True))
+    plain, cached = (
+        loss_and_gradients(make_module("both", grad_cache=on, **options).double(), batch) for on in (False, True)
+    )
     assert torch.equal(cached[0], plain[0])
     assert relative_error(cached[1], plain[1]) < 1e-12
     assert cached[1]["objective.temperature.log.search"] != 0
@@ -95,7 +97,10 @@ def test_gradient_equals_the_plain_one_with_all_options(make_module, make_task):
 
 @pytest.mark.parametrize("kind", DENSE)
 def test_gradient_with_dropout_equals_the_plain_one_bit_for_bit(make_module, batch, kind):
-    plain, cached = loss_and_gradients(make_module(kind), batch), loss_and_gradients(make_module(kind, grad_cache=True), batch)
+    plain, cached = (
+        loss_and_gradients(make_module(kind), batch),
+        loss_and_gradients(make_module(kind, grad_cache=True), batch),
+    )
     assert torch.equal(cached[0], plain[0])
     for name, gradient in plain[1].items():
         assert (cached[1][name] is None) == (gradient is None), name
