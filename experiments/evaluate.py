@@ -58,8 +58,8 @@ from experiments.results.place import default_output, refuse_other_data, refuse_
 from experiments.results.results import Results, combine
 from experiments.results.table import show, show_cost, show_suite
 from experiments.run.folder import git_state, versions
-from experiments.run.ranks import ranks
-from experiments.shared.console import choice, entry_point, key_values, token_budget
+from experiments.run.processes import run_on_ranks
+from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.compute import PRECISIONS
@@ -98,8 +98,8 @@ def main(arguments: Sequence[str]) -> None:
         show_suite(load_suite([Path(values["suite"])] if values["suite"] else ()))
         return
     _check(values)
-    with ranks("experiments.evaluate", arguments, values["devices"]):
-        evaluate(arguments, values)
+    devices = whole_number("devices", values["devices"])
+    run_on_ranks(lambda: evaluate(arguments, values), "experiments.evaluate", arguments, devices)
 
 
 def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from datamodules.files import read_json, write_json
 from datamodules.records import MiningPool
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
-from lightning_modules.mining.mine import Mined, Mining
-from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table, write_svg
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.report import (
+    check_false_negatives,
+    histograms,
+    metrics,
+    read_values,
+    reports_of,
+    table,
+    write_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ class HardNegativeMining(L.Callback):
     Each mining has a folder in the data module's folder of rounds, with report.json and report.svg. Earlier folders
     stay, because checkpoints may need them.
 
-    stop_at: share of likely false negatives above which the training stops (mining.report.gate).
+    stop_at: share of likely false negatives above which the training stops (mining.report.check_false_negatives).
     """
 
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
@@ -59,23 +64,23 @@ class HardNegativeMining(L.Callback):
         data, started = trainer.datamodule, time.perf_counter()
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
-        meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         report_file = data.rounds.folder / name / "report.json"
         # A previous attempt may have finished this mining and ended before its checkpoint. One rank decides for all.
         finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
         if trainer.strategy.broadcast(finished):
             log.info("step %d: these hard negatives were mined already", step)
-            gate({task: entry["values"] for task, entry in read_json(report_file).items()}, self.stop_at)
+            check_false_negatives(read_values(report_file), self.stop_at)
             data.rounds.begin(batch, name)
             return
         self._pools = self._pools or data.pools()
         former = data.rounds.at(batch)
         mined = self.mining.run(cache, self._pools, step)
-        reports = report_tasks(mined, step, former)
+        reports = reports_of(mined, step, former)
         for line in table(reports):
             log.info("%s", line)
         for logger in trainer.loggers:
-            logger.log_metrics(logged(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
+            logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
         trainer.strategy.barrier()  # another rank may still read the vectors that are removed below
         if trainer.is_global_zero:
@@ -84,17 +89,5 @@ class HardNegativeMining(L.Callback):
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
-        gate({task: task_report.values for task, task_report in reports.items()}, self.stop_at)
+        check_false_negatives({task: task_report.values for task, task_report in reports.items()}, self.stop_at)
         data.rounds.begin(batch, name)
-
-
-def report_tasks(mined: Mapping[str, Mined], step: int, former: Any = None) -> dict[str, TaskReport]:
-    """Return a report for each task. former: store of the hard negatives used until now, if any."""
-    tasks, since = (former.tasks, former.meta["step"]) if former else ({}, 0)
-    return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
-
-
-def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    """Write report.svg and then report.json, whose existence says that the mining is finished."""
-    write_svg(folder / "report.svg", reports, title)
-    write_json(folder / "report.json", plain(reports))

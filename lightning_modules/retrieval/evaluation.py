@@ -116,7 +116,7 @@ def bm25_run(benchmark: Benchmark, k: int) -> Run:
         scores = index.scores(queries, indices)
     elif benchmark.first is not None:
         first = _rows([benchmark.first.get(query, ()) for query in ids], place)
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), beside=first)
+        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), first=first)
     else:
         indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)))
     return _finished(benchmark, ids, place, indices, scores, k, first)
