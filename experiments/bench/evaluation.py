@@ -17,7 +17,7 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.encoder_cost import backbone_of
+from experiments.bench.timing import backbone_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
