@@ -12,6 +12,9 @@ from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import TINY
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "run"
