@@ -15,7 +15,7 @@ from datamodules.options import option
 from datamodules.records import Document, UserError
 from datamodules.sample import SampleReader
 from datamodules.text import input_text
-from experiments.bench.encoder_cost import seconds
+from experiments.bench.timing import seconds
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.encoders.backbone import PACKAGE, package_folder

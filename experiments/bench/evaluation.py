@@ -23,7 +23,7 @@ import torch
 
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.encoder_cost import backbone_of
+from experiments.bench.timing import backbone_of
 from experiments.results.results import evaluate_encoder
 from experiments.shared.console import choice, entry_point, key_values, whole_number
 from experiments.shared.progress import Progress
