@@ -16,7 +16,6 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.agent import tell_other_ranks
 from experiments.build.data import build_data, describe_schedule
@@ -25,8 +24,9 @@ from experiments.build.trainer import build_callbacks, build_trainer, precision_
 from experiments.config.experiment import experiments, load_config
 from experiments.config.paths import LAST, folder_of
 from experiments.config.schema import Config
+from experiments.results.final_table import FinalTable
+from experiments.results.results import read_results
 from experiments.run.endings import answer, how_to_go_on, naming_lost_ranks, raise_if_preempted
-from experiments.run.final_table import FinalTable
 from experiments.run.folder import begun_in, open_run, write_config, write_manifest
 from experiments.run.lock import only_job
 from experiments.run.next_steps import next_steps
@@ -62,7 +62,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     """Train, or go on, in the run's folder, which no other job uses. overrides: that config is of. Raises Preempted."""
     folder = open_run(config)
     if folder.complete:
-        FinalTable.show(read_json(folder.results))
+        FinalTable.show(read_results(folder.results))
         log.info("This run is complete: it lies in %s (run.resume=never trains it anew).", folder.path)
         return
 
@@ -98,7 +98,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         table.finish(load_encoder(chosen).to(module.device), chosen.name, step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [chosen, folder.path / "config.yaml"])
-        table.show(table.content)
+        table.show(table.results)
         log.info("The run lies in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
 

@@ -185,7 +185,7 @@ def test_another_split_or_metric_is_measured_and_not_mixed(tmp_path, caplog):
     for result in results["benchmarks"].values():
         assert result["split"] == "dev"
         assert set(result["systems"]) == {"trained"}
-    assert "the table is without them" in caplog.text
+    assert "the final table does not have them" in caplog.text
 
 
 def test_the_table_says_which_checkpoint_it_measured(tmp_path):
