@@ -33,7 +33,7 @@ from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.config.experiment import from_dict
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from experiments.run.workers import Share, run_processes, share_of
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.progress import Progress

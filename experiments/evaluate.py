@@ -56,7 +56,8 @@ from experiments.results.cost import with_money
 from experiments.results.place import default_output, refuse_other_data, refuse_others
 from experiments.results.results import Results, combine
 from experiments.results.table import show, show_cost, show_suite
-from experiments.run.folder import git_state, read_config, versions
+from experiments.run.folder import git_state, versions
+from experiments.config.paths import read_config
 from experiments.run.ranks import ranks
 from experiments.shared.console import choice, entry_point, key_values, token_budget
 from experiments.shared.output import writable_folder

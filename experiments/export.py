@@ -25,7 +25,7 @@ from pathlib import Path
 from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.config.experiment import from_dict
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from experiments.run.model_card import INTRODUCTION, write_card
 from experiments.shared.console import choice, entry_point, key_values
 from experiments.shared.output import whole_folder

@@ -29,7 +29,7 @@ from datamodules.records import UserError
 from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
 from experiments.config.experiment import from_dict
 from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
 from experiments.shared.output import whole_folder
 from lightning_modules.retrieval.similarity import SIMILARITIES

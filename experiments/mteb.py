@@ -26,7 +26,7 @@ from experiments.build.models import MODEL_KEYS, default_similarity, load_model,
 from experiments.build.systems import short_name
 from experiments.config.experiment import from_dict
 from experiments.interop.mteb_encoder import MtebEncoder
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from experiments.shared.console import choice, entry_point, key_values, table_console, token_budget
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from experiments.build.mining import add_rounds
 from experiments.build.own_data import check_folder, tell_of_sample
 from experiments.config.schema import Config
 from experiments.config.targets import accepted_arguments, instantiate
-from experiments.run.folder import folder_of
+from experiments.config.paths import folder_of
 
 log = logging.getLogger(__name__)
 

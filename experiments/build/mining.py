@@ -14,7 +14,7 @@ from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.run.folder import folder_of
+from experiments.config.paths import folder_of
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.mine import Mining

@@ -13,7 +13,8 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.experiment import from_dict
 from experiments.config.schema import Config
-from experiments.run.folder import read_config, runs_there
+from experiments.config.paths import read_config
+from experiments.config.paths import runs_there
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder

@@ -20,7 +20,8 @@ from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.run.folder import EXPERTS, LAST
+from experiments.config.paths import EXPERTS
+from experiments.config.paths import LAST
 from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics

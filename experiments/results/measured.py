@@ -20,7 +20,7 @@ import numpy as np
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.run.folder import runs_there
+from experiments.config.paths import runs_there
 
 SAME = {"protocol": "protocols", "data": "data", "split": "splits", "task": "tasks"}  # key -> in words
 

@@ -13,7 +13,7 @@ from experiments.build.models import run_of
 from experiments.config.experiment import from_dict
 from experiments.evaluate import KEYS, benchmarks_of, suite_of
 from experiments.results.measured import Measured
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from experiments.shared.console import key_values
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import read_json
-from experiments.run.folder import read_config
+from experiments.config.paths import read_config
 from lightning_modules.encoders.base import Encoder
 
 PAPER = "[arXiv 2305.14232](https://arxiv.org/abs/2305.14232)"

@@ -6,8 +6,8 @@ import pytest
 
 from experiments.build.trainer import tell_of_cores
 from experiments.config.experiment import load_config
-from experiments.run.folder import folder_of
-from experiments.run.next_steps import next_steps
+from experiments.config.paths import folder_of
+from experiments.run.endings import next_steps
 
 
 def told(*overrides, experiment="moe"):
