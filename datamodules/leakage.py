@@ -1,9 +1,9 @@
-"""Whether texts of an evaluation stand in the training data: by id, by title, and by nearly equal text.
+"""Find texts of an evaluation in the training data: by id, by title, and by nearly equal text.
 
-id      the same id in another collection that numbers its documents alike
-title   the same words in the title, whatever their case, accents, punctuation and spaces
-text    the same text but for a few words: Jaccard similarity of its runs of three words of 0.7 or more, found by
-        MinHash (Broder, 1997) with bands, and then computed exactly; queries of less than eight words must be equal
+id      equal ids, for collections that share a numbering of documents
+title   equal words in the title, ignoring case, accents, punctuation and spaces
+text    a Jaccard similarity of at least 0.7 between the sets of three-word runs. Candidates are found by MinHash with
+        bands (Broder, 1997) and then compared exactly. Queries of fewer than eight words must be equal.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from datamodules.records import Document
 
 WAYS = ("id", "title", "text")
-RUN = 3  # words of a shingle
-BANDS, ROWS = 20, 5  # 20 bands of 5 hashes meet with probability 0.98 at similarity 0.7, and 0.04 at 0.3
-THRESHOLD = 0.7
-MIN_WORDS = 8  # shorter texts say too little
-MIN_TITLE = 3  # words of a title that says something: "Introduction" does not
+RUN = 3  # words in a shingle
+BANDS, ROWS = 20, 5  # 20 bands of 5 hashes: texts of similarity 0.7 share one with probability 0.98, of 0.3 with 0.04
+THRESHOLD = 0.7  # similarity from which two texts count as the same
+MIN_WORDS = 8  # shorter texts are too unspecific for shingles
+MIN_TITLE = 3  # shorter titles, such as "Introduction", are too unspecific
 
 _draw = np.random.default_rng(20)
 _FACTORS = _draw.integers(1, 2**61, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
@@ -32,7 +32,12 @@ _SUMMANDS = _draw.integers(0, 2**61, BANDS * ROWS, dtype=np.uint64)
 
 
 class Overlap(NamedTuple):
-    """A training document that is one of an evaluated set. similarity: 1 for ids and titles."""
+    """A training document that is also evaluated on.
+
+    way: "id", "title" or "text".
+    name: name of the evaluated set.
+    similarity: similarity of the texts; 1 for ids and titles.
+    """
 
     way: str
     name: str
@@ -42,7 +47,7 @@ class Overlap(NamedTuple):
 
 
 def normal(text: str) -> str:
-    """Lower case, without accents and punctuation, one space between words."""
+    """Return a text in lower case, without accents and punctuation, with single spaces."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     return " ".join(re.findall(r"\w+", "".join(c for c in plain if not unicodedata.combining(c))))
 
@@ -52,12 +57,12 @@ def _words(document: Document) -> str:
 
 
 def _short_query(document: Document) -> str:
-    """What a document without title is known by, if it is too short to be known by its shingles."""
+    """Return the normalised text of a document without title, by which short queries are compared."""
     return "" if document.title else normal(document.text)
 
 
 def shingles(document: Document) -> np.ndarray:
-    """Hashes of the distinct runs of RUN words of a document's title and text: (n,) uint64, sorted; none if short."""
+    """Return the sorted hashes of the distinct runs of RUN words in title and text, (n,) uint64; n is 0 if short."""
     words = _words(document).split()
     if len(words) < MIN_WORDS:
         return np.zeros(0, dtype=np.uint64)
@@ -69,20 +74,20 @@ def shingles(document: Document) -> np.ndarray:
 
 
 def signature(runs: np.ndarray) -> list[bytes]:
-    """The bands of a MinHash signature: similar texts have one in common."""
+    """Return the bands of a MinHash signature. Similar texts most likely have a band in common."""
     hashed = (runs[:, None] * _FACTORS + _SUMMANDS) >> np.uint64(20)
     bands = hashed.min(axis=0).reshape(BANDS, ROWS)
     return [bytes([i]) + band.tobytes() for i, band in enumerate(bands)]
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of two sorted sets."""
+    """Return the Jaccard similarity of two sorted sets."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
 class Index:
-    """What is evaluated on, to be asked which of it a training document is. Training data, maybe large, pass by."""
+    """Index of the evaluated documents. Training documents, possibly very many, are looked up one at a time."""
 
     def __init__(self) -> None:
         self.documents: list[tuple[str, Document]] = []
@@ -93,7 +98,7 @@ class Index:
         self._bands: dict[bytes, list[int]] = defaultdict(list)
 
     def add(self, name: str, documents: Iterable[Document], ways: Sequence[str] = WAYS) -> None:
-        """A set of evaluated documents. ways: in which they are compared."""
+        """Add a set of evaluated documents. ways: how to compare them."""
         self.ways[name] = ways
         for document in documents:
             number = len(self.documents)
@@ -110,19 +115,18 @@ class Index:
                 self._short[words].append(number)
 
     def overlaps(self, trained: Document) -> Iterator[Overlap]:
-        """What of the evaluated a training document is, each at most once for each way."""
+        """Yield the evaluated documents that a training document equals, each at most once per way."""
         for way, numbers in (("id", self._ids.get(trained.id)), ("title", self._titles.get(normal(trained.title)))):
             for number in numbers or ():
                 yield Overlap(way, *self.documents[number], trained, 1.0)
         runs = shingles(trained)
         if not len(runs):
-            yield from (
-                Overlap("text", *self.documents[n], trained, 1.0) for n in self._short.get(_short_query(trained), ())
-            )
+            for number in self._short.get(_short_query(trained), ()):
+                yield Overlap("text", *self.documents[number], trained, 1.0)
             return
         near = {number for band in signature(runs) for number in self._bands.get(band, ())}
         for number in sorted(near):
             name, evaluated = self.documents[number]
-            found = similarity(shingles(evaluated), runs)
-            if found >= THRESHOLD:
-                yield Overlap("text", name, evaluated, trained, found)
+            score = similarity(shingles(evaluated), runs)
+            if score >= THRESHOLD:
+                yield Overlap("text", name, evaluated, trained, score)

@@ -1,26 +1,26 @@
-"""The embedded corpus: a small synthetic science with all three tasks, made in a few seconds from a seed.
+"""The built-in sample: a small synthetic science with all three tasks, generated from a seed in a few seconds.
 
-Every paper has four facets, and each task looks at another pair of them:
+Every paper has four facets, and each task depends on two of them:
 
-    facet       e.g. (written in invented words)       classification   link prediction   search
+    facet       meaning                                classification   link prediction   search
     subfield    what the paper is about                      x                x
     aspect      which side of it is studied                  x                              x
     method      how it is studied                                             x
     material    what it is studied on                                                       x
 
-* The topic tree has fields, their subfields, and topics (a subfield under an aspect): the labels. A paper carries its
-  topic with all ancestors, some papers two topics.
+* The labels are a tree of fields, subfields and topics (a subfield and an aspect). A paper has its topic and all
+  ancestors as labels; some papers have two topics.
 * A paper cites the latest earlier papers with its subfield and method, and a few others of its subfield.
-* A search query names a material and an aspect. Papers with both have grade 2, with the material alone grade 1.
+* A search query names a material and an aspect. Papers with both have grade 2, papers with only the material grade 1.
 
-A shared embedding must serve all pairs at once: for link prediction the material and the aspect are noise, for search
-the subfield and the method. So the tasks pull apart, and an encoder that specialises has something to gain.
+A shared embedding must serve all pairs at once. For link prediction, material and aspect are noise; for search,
+subfield and method are. The tasks conflict, so an encoder that specialises has an advantage.
 
-Words alone do not solve it. Each facet value has a lexicon of unrelated terms, whose use drifts with the years; label
-definitions and queries prefer other terms than papers do. And every paper mentions foreign facet values, in sentences
-that say what it is not about.
+Matching words is not enough. Each facet value has several unrelated terms, whose use changes over the years; label
+definitions and queries prefer other terms than papers. Every paper also mentions other facet values, in sentences about
+what it does not study.
 
-In the train split, grade 0 marks hard negatives by the paper's rules (section 3.4): labels of cited papers, papers
+In the train split, grade 0 marks hard negatives as in the SciMult paper (section 3.4): labels of cited papers, papers
 cited by cited papers, and papers shown but not clicked (right aspect, wrong material).
 """
 
@@ -37,6 +37,9 @@ NUM_FIELDS, SUBFIELDS_PER_FIELD, TOPICS_PER_SUBFIELD = 12, 5, 4
 NUM_ASPECTS, NUM_METHODS, NUM_MATERIALS = 24, 40, 80
 METHODS_PER_FIELD, ASPECTS_PER_MATERIAL = 8, 6
 FIRST_YEAR, LAST_YEAR = 1990, 2019
+
+Documents = dict[str, Document]
+Grades = dict[str, dict[str, int]]  # query -> document -> grade
 
 TITLES = (
     "{aspect} of {material} in {subfield}",
@@ -67,20 +70,27 @@ class Paper:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SearchQuery:
+    document: Document
+    material: int
+    aspect: int
+
+
 @dataclass(frozen=True)
 class Science:
-    """The generated world; each task's collection is one view of it."""
+    """The generated papers, labels, citations and queries, from which each task's collection is made."""
 
     papers: tuple[Paper, ...]
     labels: dict[str, Document]
     citations: dict[str, tuple[str, ...]]
-    queries: dict[str, tuple[Document, int, int]]  # id -> query, material, aspect
+    queries: dict[str, SearchQuery]
 
 
 class Lexicon:
-    """Terms of every facet value: eight invented words each, no two alike.
+    """Eight different invented words for each facet value.
 
-    Papers use the first six, older papers the earlier ones; queries and definitions use the last four.
+    Papers use the first six, and older papers the earlier ones of these. Queries and definitions use the last four.
     """
 
     def __init__(self, rng: random.Random):
@@ -108,24 +118,24 @@ class Lexicon:
                 return word
 
     def in_paper(self, facet: str, value: int, year: int) -> str:
-        """A term as an author of that year would choose it."""
+        """Draw a term that authors of that year use."""
         era = 5 * (year - FIRST_YEAR) / (LAST_YEAR - FIRST_YEAR)
         return self.terms[facet, value][min(5, max(0, round(self.rng.gauss(era, 1.0))))]
 
     def outside(self, facet: str, value: int) -> str:
-        """A term as librarians and searchers choose it."""
+        """Draw a term that label definitions and queries use."""
         return self.rng.choice(self.terms[facet, value][4:])
 
 
 def split_of(key: str, seed: int) -> str:
-    """train (80 %), dev (10 %) or test (10 %), by the key alone."""
+    """Return "train" (80 %), "dev" (10 %) or "test" (10 %), as a function of the key and the seed."""
     draw = random.Random(f"{seed}/{key}").random()
     return "train" if draw < 0.8 else "dev" if draw < 0.9 else "test"
 
 
 @functools.lru_cache(maxsize=2)
 def science(seed: int, num_papers: int) -> Science:
-    """The synthetic science of a seed: the same on every machine, another one for another seed."""
+    """Generate the science of a seed. It is the same on every machine."""
     rng = random.Random(seed)
     lexicon = Lexicon(rng)
     num_subfields = NUM_FIELDS * SUBFIELDS_PER_FIELD
@@ -153,7 +163,7 @@ def science(seed: int, num_papers: int) -> Science:
 
 
 def _labels(lexicon: Lexicon, aspects: list[list[int]]) -> dict[str, Document]:
-    """Fields, subfields and topics, each with a name and a definition in the terms of librarians."""
+    """Make fields, subfields and topics, each with a name and a definition."""
     labels = {}
 
     def add(label: str, *facets: tuple[str, int]) -> None:
@@ -163,10 +173,10 @@ def _labels(lexicon: Lexicon, aspects: list[list[int]]) -> dict[str, Document]:
 
     for field in range(NUM_FIELDS):
         add(f"field{field}", ("field", field))
-    for subfield, its_aspects in enumerate(aspects):
+    for subfield, subfield_aspects in enumerate(aspects):
         field = subfield // SUBFIELDS_PER_FIELD
         add(f"subfield{subfield}", ("subfield", subfield), ("field", field))
-        for aspect in its_aspects:
+        for aspect in subfield_aspects:
             add(f"topic{subfield}.{aspect}", ("subfield", subfield), ("aspect", aspect))
     return labels
 
@@ -192,7 +202,7 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
 
 
 def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
-    """Up to five latest earlier papers of the same subfield and method, most of them, and now and then another."""
+    """Draw the citations: most of the five latest earlier papers with the same subfield and method, rarely another."""
     by_subfield: dict[int, list[Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):
@@ -207,31 +217,32 @@ def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, 
     return cited
 
 
-def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, tuple[Document, int, int]]:
-    """Three queries for each pair of material and aspect that some paper studies."""
+def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, SearchQuery]:
+    """Make three queries for each pair of material and aspect that a paper studies."""
     queries = {}
     for material, aspect in sorted({(p.material, p.aspect) for p in papers}):
         for number in range(3):
             words = {"material": lexicon.outside("material", material), "aspect": lexicon.outside("aspect", aspect)}
             key = f"query{material}.{aspect}.{number}"
             text = lexicon.rng.choice(QUERIES).format(**words)
-            queries[key] = (Document(key, "", text), material, aspect)
+            queries[key] = SearchQuery(Document(key, "", text), material, aspect)
     return queries
 
 
 class SampleReader:
-    """One of the three collections of the synthetic science.
+    """Reader of one of the sample's three collections.
 
     view: "topics" (classification), "citations" (link prediction) or "searches" (search).
+    num_papers: number of papers, at least 500.
     """
 
     VIEWS = ("topics", "citations", "searches")
 
     def __init__(self, view: str, num_papers: int = 5000, seed: int = 0):
         if view not in self.VIEWS:
-            raise UserError(f"view: got {view!r}, allowed are {', '.join(self.VIEWS)}")
+            raise UserError(f"view: expected one of {', '.join(self.VIEWS)}, got {view!r}")
         if num_papers < 500:
-            raise UserError(f"num_papers: got {num_papers}, allowed is 500 or more (fewer leave topics empty)")
+            raise UserError(f"num_papers: expected at least 500, got {num_papers} (fewer leave some topics empty)")
         self.view, self.num_papers, self.seed = view, num_papers, seed
 
     def read(self) -> Collection:
@@ -244,36 +255,36 @@ class SampleReader:
         }[self.view](world, papers)
         qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
         for query, grades in judged.items():
-            # All three queries of a material and an aspect fall into one split.
+            # All three queries of a material and an aspect are in one split.
             split = split_of(query.rsplit(".", 1)[0], self.seed)
             qrels[split][query] = grades if split == "train" else {d: g for d, g in grades.items() if g > 0}
         return Collection(corpus, queries, qrels)
 
-    def _topics(self, world: Science, papers):
+    def _topics(self, world: Science, papers: Documents) -> tuple[Documents, Documents, Grades]:
         labels_of = {paper.document.id: paper.labels for paper in world.papers}
         judged = {}
         for paper, labels in labels_of.items():
-            of_cited = {label for cited in world.citations.get(paper, ()) for label in labels_of[cited]}
-            judged[paper] = dict.fromkeys(sorted(of_cited - set(labels)), 0) | dict.fromkeys(labels, 1)
+            cited_labels = {label for cited in world.citations.get(paper, ()) for label in labels_of[cited]}
+            judged[paper] = dict.fromkeys(sorted(cited_labels - set(labels)), 0) | dict.fromkeys(labels, 1)
         return world.labels, papers, judged
 
-    def _citations(self, world: Science, papers):
+    def _citations(self, world: Science, papers: Documents) -> tuple[Documents, Documents, Grades]:
         judged = {}
         for paper, cited in world.citations.items():
-            second = {far for near in cited for far in world.citations.get(near, ())} - set(cited) - {paper}
-            judged[paper] = dict.fromkeys(sorted(second), 0) | dict.fromkeys(cited, 1)
+            indirect = {id for direct in cited for id in world.citations.get(direct, ())} - set(cited) - {paper}
+            judged[paper] = dict.fromkeys(sorted(indirect), 0) | dict.fromkeys(cited, 1)
         return papers, {paper: papers[paper] for paper in judged}, judged
 
-    def _searches(self, world: Science, papers):
+    def _searches(self, world: Science, papers: Documents) -> tuple[Documents, Documents, Grades]:
         by_material, by_aspect = defaultdict(list), defaultdict(list)
         for paper in world.papers:
             by_material[paper.material].append(paper)
             by_aspect[paper.aspect].append(paper)
         judged = {}
-        for key, (_, material, aspect) in world.queries.items():
-            shown = [p for p in by_aspect[aspect] if p.material != material]
+        for key, query in world.queries.items():
+            shown = [p for p in by_aspect[query.aspect] if p.material != query.material]
             shown = random.Random(f"{self.seed}/{key}").sample(shown, min(10, len(shown)))
             grades = {p.document.id: 0 for p in shown}
-            grades |= {p.document.id: 1 + (p.aspect == aspect) for p in by_material[material]}
+            grades |= {p.document.id: 1 + (p.aspect == query.aspect) for p in by_material[query.material]}
             judged[key] = grades
-        return papers, {key: query for key, (query, _, _) in world.queries.items()}, judged
+        return papers, {key: query.document for key, query in world.queries.items()}, judged

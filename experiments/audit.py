@@ -1,13 +1,4 @@
-"""Does an evaluation stand in the training data? python -m experiments.audit EXPERIMENT [beir=FOLDER,...] [key=value]
-
-The texts that the experiment trains on (queries, positives and hard negatives of the train splits) are compared with
-the queries of its dev and test splits, with the corpora of those of its collections that have no train split, and with
-queries and corpus of further folders (beir=, in BEIR layout or of JSON lines). Documents that a collection's splits
-share are no leak; a query of the test split that is trained on is one. The report goes to output, by default a file in
-audits/ for each configuration and beir; examples=5 are shown of each kind, of every pair the first.
-
-Ids are compared within a collection alone, since two collections may number other documents alike.
-"""
+"""Report the evaluation texts that are in the training data of an experiment."""
 
 from __future__ import annotations
 
@@ -15,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,70 +14,81 @@ from rich.table import Table
 
 from datamodules.files import write_json
 from datamodules.leakage import WAYS
+from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.data import build_data
-from experiments.build.leaks import EXAMPLES, find_leaks
-from experiments.config.experiment import digest, experiments, load_config
+from experiments.build.leaks import EXAMPLES, Leaks, find_leaks
+from experiments.config.experiment import ExperimentOptions, digest, parse_experiment
 from experiments.config.schema import Config
-from experiments.shared.console import entry_point, table_console, whole_number
+from experiments.shared.console import entry_point, table_console
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
+class AuditOptions(ExperimentOptions):
+    """Report the evaluation texts that are in the training data of an experiment.
+
+    The texts that it trains on are compared with the queries of its dev and test splits, with the corpora of its
+    collections without train split, and with further folders. Documents that the splits of a collection share are not
+    leaks; a test query that is trained on is one. Ids are compared within a collection only.
+    """
+
+    beir: tuple[str, ...] = option((), "further evaluations: folders in BEIR layout or of JSON lines")
+    output: Path | None = option(None, "file of the report; by default one per configuration and beir in audits/")
+    examples: int = option(5, "leaks shown per set and way of comparison", minimum=0, maximum=EXAMPLES)
+
+
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise UserError(f"which experiment? There are {', '.join(experiments())}: python -m experiments.audit moe")
-    own = {"beir": "", "output": "", "examples": "5"}
-    rest = []
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            rest.append(argument)
-    num_examples = whole_number("examples", own["examples"], 0)
-    if num_examples > EXAMPLES:
-        raise UserError(f"examples: got {num_examples}, allowed are up to {EXAMPLES}")
-    config = load_config(arguments[0], rest, list(own))
-    output = Path(own["output"] or default_output(config, own["beir"]))
+    options, config = parse_experiment(AuditOptions, arguments)
+    output = options.output or default_output(config, options.beir)
     data = build_data(config)
     started = time.perf_counter()
-    leaks = find_leaks(data.tasks, [f for f in own["beir"].split(",") if f], corpora=True)
+    leaks = find_leaks(data.tasks, options.beir, corpora=True)
     if not leaks.sets:
-        raise UserError("nothing is evaluated: no task has a dev or test split. Name what is, as beir=FOLDER")
-    table = Table("evaluated", "documents", *WAYS, title="documents that stand in the training data, by")
-    report: dict[str, Any] = {"trained": leaks.trained, "evaluated": {}}
-    for name, found in leaks.sets.items():
-        table.add_row(name, f"{found.documents:,}", *(str(found.overlaps.get(way, "")) for way in WAYS))
-        examples = _examples(found.examples, num_examples)
-        report["evaluated"][name] = asdict(found) | {"examples": examples}
-    table_console().print(table)
-    for name, one in report["evaluated"].items():
-        for example in one["examples"]:
-            log.info("%s: %s", name, example)
+        raise UserError("nothing to compare with: no task has a dev or test split; name an evaluation, beir=FOLDER")
+    report = _report(leaks, options.examples)
+    _show(report)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report)
     except OSError as error:
         raise UserError(f"output: {output} cannot be written ({error})") from error
     seconds = time.perf_counter() - started
-    log.info("%s texts of the training in %.1f s; the report is %s", f"{leaks.trained:,}", seconds, output)
+    log.info("compared %s training texts in %.1f s; the report is in %s", f"{leaks.trained:,}", seconds, output)
 
 
-def default_output(config: Config, beir: str) -> Path:
-    """A file of its own for each configuration and what it is compared with."""
-    others = [str(Path(folder).resolve()) for folder in beir.split(",") if folder]
-    digits = hashlib.blake2b(repr((digest(config), others)).encode(), digest_size=3).hexdigest()
+def default_output(config: Config, folders: Sequence[str]) -> Path:
+    """Return a file name that depends on the configuration and the folders it is compared with."""
+    resolved = [str(Path(folder).resolve()) for folder in folders]
+    digits = hashlib.blake2b(repr((digest(config), resolved)).encode(), digest_size=3).hexdigest()
     return Path("audits") / f"{config.experiment}-{config.scale}-{digits}.json"
 
 
-def _examples(ways: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """So many of each way; a pair that was found in several is told once."""
-    told: dict[str, str] = {}
-    for examples in ways.values():
-        new = [text for text in examples if text.rpartition(" by ")[0] not in told][:count]
-        told |= {text.rpartition(" by ")[0]: text for text in new}
-    return list(told.values())
+def _report(leaks: Leaks, num_examples: int) -> dict[str, Any]:
+    evaluated = {
+        name: asdict(each) | {"examples": _examples(each.examples, num_examples)} for name, each in leaks.sets.items()
+    }
+    return {"trained": leaks.trained, "evaluated": evaluated}
+
+
+def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """Return `count` examples of each way of comparison; a pair that several ways find is listed once."""
+    pairs: dict[str, str] = {}
+    for texts in examples.values():
+        new = [text for text in texts if text.rpartition(" by ")[0] not in pairs][:count]
+        pairs |= {text.rpartition(" by ")[0]: text for text in new}
+    return list(pairs.values())
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    table = Table("evaluated", "documents", *WAYS, title="evaluation texts in the training data, by")
+    for name, evaluated in report["evaluated"].items():
+        table.add_row(name, f"{evaluated['documents']:,}", *(str(evaluated["overlaps"].get(way, "")) for way in WAYS))
+    table_console().print(table)
+    for name, evaluated in report["evaluated"].items():
+        for example in evaluated["examples"]:
+            log.info("%s: %s", name, example)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,98 @@
-"""What a training will need, before it is queued: python -m experiments.dry_run EXPERIMENT [scale=S] [key=value ...]
-
-Reads the data and builds the encoder as training does, and takes a few steps of every task on one rank: memory and
-time are measured where this runs. What follows for the configured ranks and steps is computed. Nothing is written but
-the cache of the data.
-"""
+"""Predict the memory and time of a training from a few of its steps."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
 
 import lightning as L
 import torch
 from rich.table import Table
+from torch import nn
 
-from datamodules.records import UserError
-from experiments.build.data import build_data, describe_schedule
-from experiments.build.module import build_module
+from datamodules.batches import MultiTaskDataModule
+from datamodules.records import Benchmark, ContrastiveBatch
+from datamodules.tasks import TaskDataModule
+from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
+from experiments.build.module import build_module, first_batches
 from experiments.build.trainer import precision_of
-from experiments.config.experiment import experiments, load_config
+from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
-from experiments.run.predict import Prediction, predict, ranks_of
 from experiments.shared.console import counted, entry_point, table_console
+from experiments.shared.memory import Memory
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.compute import computing_in
 
 log = logging.getLogger(__name__)
 
+WARM_UP, MEASURED = 2, 6  # batches of each task
+TEXTS = 256  # texts of each benchmark that are encoded
+
+
+@dataclass(kw_only=True)
+class DryRunOptions(ExperimentOptions):
+    """Predict the memory and time of a training.
+
+    Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. The rest is
+    computed for the configured ranks and steps. Nothing is written except the cache of the data.
+    """
+
+
+@dataclass
+class TaskCost:
+    """Mean cost of one batch of a task on one rank."""
+
+    seconds: float  # preparing the batch, forward and backward
+    tokens: float
+    queries: float
+    documents: float  # candidates of each query, over all ranks
+    batches: int  # of the whole training, on each rank
+    scores: float  # bytes of the similarities with the documents of all ranks
+    flops: float  # forward and backward: 6 per parameter and token
+
+
+@dataclass
+class Prediction:
+    """Memory of one rank in bytes, and times in seconds."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    process: int  # Python, libraries and data; on a GPU, other memory
+    activations: int  # the rest of the peak
+    further: int  # vectors of other ranks' documents, and similarities with them
+    gathered: int  # weights and gradients that are whole while a layer is computed (trainer.strategy=fsdp)
+    update: float  # clipping and optimizer, per step
+    evaluation: float
+    start: float  # reading the data, building the encoder, tokenising
+    tasks: dict[str, TaskCost]
+
+    @property
+    def memory(self) -> int:
+        training = self.weights + self.gradients + self.optimizer
+        return training + self.process + self.activations + self.further + self.gathered
+
+    def training(self, steps: int) -> float:
+        """Return the seconds of a whole training."""
+        return steps * self.update + sum(cost.batches * cost.seconds for cost in self.tasks.values())
+
+
+def main(arguments: Sequence[str]) -> None:
+    options, overrides = parse_overrides(DryRunOptions, arguments)
+    dry_run(options.experiment, overrides)
+
 
 def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
-    """Predict, and print the tables."""
+    """Predict the cost of an experiment and print it."""
     config = load_config(experiment, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        config.run.dir = folder  # of quarantined lines
+        config.run.dir = folder  # for quarantined lines
         started = time.perf_counter()
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
@@ -41,8 +101,162 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
         prediction = predict(config, data, module, time.perf_counter() - started)
     _show_tasks(config, prediction)
     _show_memory(prediction)
-    _tell(config, prediction)
+    _show_times(config, prediction)
     return prediction
+
+
+def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
+    """Train a few steps of every task, which changes the module's weights, and compute the rest.
+
+    built: seconds that data and module took to build.
+    """
+    device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+    module.to(device).train()
+    memory, steps = Memory(device), _Steps(config, module, device)
+    batches, preparing, tokenising = {}, {}, 0.0
+    for task in data.tasks:
+        began = time.perf_counter()
+        _batches(task, data, 1)  # tokenises all texts of the task
+        started = time.perf_counter()
+        tokenising += started - began
+        batches[task.task.name] = _batches(task, data, WARM_UP + MEASURED)
+        preparing[task.task.name] = (time.perf_counter() - started) / (WARM_UP + MEASURED)
+    weights = _bytes(module)
+    for warm_up in batches.values():
+        for batch in warm_up[:WARM_UP]:
+            steps.take(batch)
+    optimizer = steps.optimizer_bytes()
+    process = max(0, memory.now() - weights - optimizer)
+    memory.forget_peak()
+    costs, updates, gradients = {}, [], 0
+    for name, all_batches in batches.items():
+        measured = all_batches[WARM_UP:]
+        times = [steps.take(batch) for batch in measured]
+        gradients = max(gradients, steps.gradients)
+        updates += [update for _, update in times]
+        seconds = sum(step for step, _ in times) / len(times)
+        in_process = 0.0 if config.data.num_workers else preparing[name]
+        costs[name] = _cost(config, data, module, name, measured, seconds + in_process)
+    ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
+    shares = ranks if sharded else 1
+    largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
+    return Prediction(
+        weights=weights // shares,
+        gradients=gradients // shares,
+        optimizer=optimizer // shares,
+        process=process,
+        activations=max(0, memory.peak() - process - weights - optimizer - gradients),
+        further=int(2 * largest * (ranks - 1) / ranks),  # forward and backward
+        gathered=_gathered_bytes(module.encoder) if sharded else 0,
+        update=sum(updates) / len(updates),
+        evaluation=_evaluation_seconds(config, data, module) / ranks,
+        start=built + tokenising,
+        tasks=costs,
+    )
+
+
+def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> list[ContrastiveBatch]:
+    task.prompts = data.prompts
+    return first_batches(task, data.tokenizer, count)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _gathered_bytes(encoder: Encoder) -> int:
+    """Return the bytes of weights and gradients that are whole at once when they are sharded.
+
+    These are everything outside of layers, and two neighbouring layers, since the next one is gathered early.
+    """
+    layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
+    return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
+
+
+class _Steps:
+    """Optimizer steps of one batch each, timed."""
+
+    def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
+        self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
+        self.optimizer = module.configure_optimizers()["optimizer"]
+        self.bf16 = precision_of(config) == "bf16"
+        self.gradients = 0  # bytes, of the last step
+
+    def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
+        """Return the seconds of forward and backward, and of clipping and the optimizer."""
+        started = self._time()
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            self.module.training_step(batch.to(self.device), 0)["loss"].backward()
+        middle = self._time()
+        gradients = (p.grad for p in self.module.parameters() if p.grad is not None)
+        self.gradients = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+        self.module.configure_gradient_clipping(self.optimizer, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return middle - started, self._time() - middle
+
+    def optimizer_bytes(self) -> int:
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value))
+
+    def _time(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _cost(
+    config: Config,
+    data: MultiTaskDataModule,
+    module: ContrastiveModule,
+    task: str,
+    batches: list[ContrastiveBatch],
+    seconds: float,
+) -> TaskCost:
+    def mean(size: Callable[[ContrastiveBatch], float]) -> float:
+        return sum(map(size, batches)) / len(batches)
+
+    tokens, queries = mean(lambda batch: batch.num_tokens), mean(lambda batch: len(batch.queries))
+    documents = mean(lambda batch: len(batch.documents)) * ranks_of(config)
+    return TaskCost(
+        seconds=seconds,
+        tokens=tokens,
+        queries=queries,
+        documents=documents,
+        batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
+        scores=4 * queries * documents,
+        flops=6 * tokens * _active_parameters(module),
+    )
+
+
+def _active_parameters(module: ContrastiveModule) -> int:
+    """Return the number of parameters of a forward pass: no embeddings, and one expert of each kind."""
+    tasks = max(1, len(set(module.encoder.tasks.values())))
+    sizes = [(name, p.numel()) for name, p in module.encoder.named_parameters() if "embeddings" not in name]
+    return sum(size // tasks if ".experts." in name else size for name, size in sizes)
+
+
+def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
+    """Return the seconds of encoding in all evaluations on one rank. Ranking is not counted."""
+    settings, steps = config.evaluation, config.trainer.max_steps
+    in_training = -(-steps // settings.every_n_steps) if settings.every_n_steps else 0
+    final = 2 if settings.baselines else 1
+    seconds = 0.0
+    for split, count, precision in (("dev", in_training, precision_of(config)), (settings.split, final, "fp32")):
+        benchmarks = data.benchmarks(split) if count else ()
+        with computing_in(precision, module.device):
+            seconds += count * sum(_encoding_seconds(config, module, benchmark) for benchmark in benchmarks)
+    return seconds
+
+
+def _encoding_seconds(config: Config, module: ContrastiveModule, benchmark: Benchmark) -> float:
+    seconds = 0.0
+    for texts in (list(benchmark.corpus.values()), list(benchmark.queries.values())):
+        sample = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
+        started = time.perf_counter()
+        module.encoder.encode(sample, benchmark.task, token_budget=config.data.token_budget)
+        seconds += (time.perf_counter() - started) * len(texts) / len(sample)
+    return seconds
 
 
 def _show_tasks(config: Config, prediction: Prediction) -> None:
@@ -64,22 +278,23 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
 
 def _show_memory(prediction: Prediction) -> None:
     table = Table("memory of a rank", "MB", "")
-    share = ", the share of a rank" if prediction.gathered else ""
-    for name, how in (
+    share = ", one rank's share" if prediction.gathered else ""
+    process = "other memory" if torch.cuda.is_available() else "Python, libraries, data"
+    for name, origin in (
         ("weights", f"computed{share}"),
-        ("gradients", f"computed, of the task that has most{share}"),
+        ("gradients", f"computed, of the task with the most{share}"),
         ("optimizer", f"computed{share}"),
-        ("process", "measured: Python, libraries, data" if not torch.cuda.is_available() else "measured: other memory"),
-        ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache bound them"),
+        ("process", f"measured: {process}"),
+        ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it"),
         ("further", "computed: vectors of the other ranks' documents, and similarities with them"),
-        ("gathered", "computed: weights and gradients that stand whole while a layer is computed"),
-        ("memory", "in all"),
+        ("gathered", "computed: weights and gradients that are whole while a layer is computed"),
+        ("memory", "total"),
     ):
-        table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", how)
+        table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", origin)
     table_console().print(table)
 
 
-def _tell(config: Config, prediction: Prediction) -> None:
+def _show_times(config: Config, prediction: Prediction) -> None:
     ranks, steps = ranks_of(config), config.trainer.max_steps
     training = prediction.training(steps)
     log.info(
@@ -91,7 +306,7 @@ def _tell(config: Config, prediction: Prediction) -> None:
         counted(config.trainer.num_nodes, "node"),
     )
     log.info(
-        "a step takes %.1f ms (of which %.1f ms are the update); start %s, %d steps %s, evaluation %s, in all %s",
+        "a step takes %.1f ms (%.1f ms of it the update); start %s, %d steps %s, evaluation %s, total %s",
         1e3 * training / steps,
         1e3 * prediction.update,
         _duration(prediction.start),
@@ -101,18 +316,18 @@ def _tell(config: Config, prediction: Prediction) -> None:
         _duration(prediction.start + training + prediction.evaluation),
     )
     log.info(
-        "not counted: imports (some seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
-        "W&B's own among them"
+        "not counted: imports (a few seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
+        "including W&B's"
     )
     if prediction.gathered:
         log.info(
             "not measured: gathering %.0f MB of weights forward and backward for each chunk, exchanging gradients, and "
-            "ranks that share cores; an evaluation or a mining holds all weights once more",
+            "ranks that share cores; an evaluation or a mining holds all weights a second time",
             prediction.weights * ranks / 2**20,
         )
     elif ranks > 1:
         log.info(
-            "not measured: exchanging %.0f MB of gradients a step between ranks, and ranks that share cores",
+            "not measured: exchanging %.0f MB of gradients per step between ranks, and ranks that share cores",
             prediction.gradients / 2**20,
         )
     unmeasured = {
@@ -121,14 +336,14 @@ def _tell(config: Config, prediction: Prediction) -> None:
         "diagnostics": config.diagnostics.every_n_steps,
     }
     if any(unmeasured.values()):
-        log.info("not measured: %s", ", ".join(name for name, there in unmeasured.items() if there))
+        log.info("not measured: %s", ", ".join(name for name, used in unmeasured.items() if used))
     if not torch.cuda.is_available():
-        work = sum(cost.flops * cost.batches for cost in prediction.tasks.values())
+        flops = sum(cost.flops * cost.batches for cost in prediction.tasks.values())
         log.info(
-            "on a GPU: not measured here. The work is %.3g PFLOP on each rank (computed: 6 for each parameter and "
-            "token), %s at 50 TFLOP/s; memory without the process is about that above, in bf16 less",
-            work / 1e15,
-            _duration(work / 50e12),
+            "on a GPU (not measured): %.3g PFLOP on each rank (6 per parameter and token) take %s at 50 TFLOP/s; the "
+            "memory is about that above without the process, and less in bf16",
+            flops / 1e15,
+            _duration(flops / 50e12),
         )
 
 
@@ -137,12 +352,6 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def main(arguments: Sequence[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise UserError(f"which experiment? There are {', '.join(experiments())}: python -m experiments.dry_run moe")
-    dry_run(arguments[0], arguments[1:])
 
 
 if __name__ == "__main__":

@@ -1,119 +1,146 @@
-"""Write a model for other tools: python -m experiments.export model=M [task=search] [output=FOLDER] [onnx=yes]
-
-model        as for evaluate: a run's folder, a checkpoint, an exported folder, a checkpoint of SciMult's authors, ...
-format       plain (one task as a folder that sentence-transformers, transformers and vector databases load without
-             this project), pretrained (the whole encoder, for load_encoder and AutoModel), or reference (a .ckpt in
-             the layout of SciMult's authors)
-task         of the plain format: a task, average (the mean of all experts, a general model), or all: a folder for each
-output       a new folder (a new file for reference); by default in export/ of the model's run, or in exports/
-overwrite    yes replaces an earlier export, for instance to add onnx=yes; nothing else is ever replaced
-onnx         yes writes onnx/model.onnx beside the plain format (make install EXTRAS=cpu,onnx)
-similarity   dot or cosine, for the plain format's settings; by default that of the run, dot with
-             backbone=, else cosine
-backbone, pooling, tower, adapters    of models that need them, as for evaluate
-
-Each folder gets a README.md: what the model is, how it is used, what it was trained on and what it reached.
-"""
+"""Export a model to formats that other tools load: python -m experiments.export --help"""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from datamodules.options import option
 from datamodules.records import UserError
-from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config
-from experiments.run.model_card import INTRODUCTION, write_card
-from experiments.shared.console import choice, entry_point, key_values
+from experiments.build.models import ModelOptions
+from experiments.config.arguments import parse
+from experiments.run.model_card import CARD, INTRODUCTION, write_card
+from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import dense, save_dense, save_onnx, save_reference
-from lightning_modules.encoders.scimult_format import is_reference
-from lightning_modules.losses import SIMILARITIES
+from lightning_modules.encoders.scimult_format import is_exported_reference
 
 log = logging.getLogger(__name__)
 
-KEYS = MODEL_KEYS | {"format": "plain", "task": "all", "output": "", "onnx": "no", "overwrite": "no", "similarity": ""}
-CARD = "README.md"  # in each exported folder
-MARKER = ".scimult-export"  # in each exported folder; overwrite=yes removes only folders that have it
-EXPORTED = re.compile(  # names in a folder that a version without markers wrote
+MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes removes only folders that have it
+MARKER_TEXT = "This folder was written by make export. overwrite=yes replaces it with everything in it.\n"
+UNMARKED = re.compile(  # names in exports of versions without a marker
     r"README\.md|config\.json|model\.safetensors|modules\.json|sentence_bert_config\.json|"
     r"config_sentence_transformers\.json|1_Pooling|2_Normalize|onnx|vocab\.(txt|json)|merges\.txt|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|sentencepiece\.bpe\.model"
 )
 
 
+@dataclass(kw_only=True)
+class ExportOptions(ModelOptions):
+    """Export a model to formats that other tools load without this project.
+
+    Each exported folder gets a README.md: what the model is, how to use it, what it was trained on, and its results.
+    """
+
+    format: Literal["plain", "pretrained", "reference"] = option(
+        "plain",
+        "plain (one task as a folder for sentence-transformers, transformers and vector databases), pretrained (the "
+        "whole encoder, for load_encoder and AutoModel), or reference (a .ckpt in the layout of SciMult's authors)",
+    )
+    task: str = option(
+        "all",
+        "for format=plain: a task, average (the mean of all experts, a general model), or all (one folder per task)",
+    )
+    output: Path | None = option(
+        None, "new folder, or new file for format=reference; by default in export/ of the model's run, or in exports/"
+    )
+    overwrite: bool = option(False, "replace an earlier export, for instance to add onnx=yes; never anything else")
+    onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
+    similarity: Literal["dot", "cosine"] | None = option(
+        None, "how vectors are compared; by default as in the model's run, or else dot with backbone=, cosine without"
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    way = choice("format", values["format"], ("plain", "pretrained", "reference"))
-    onnx = choice("onnx", values["onnx"], ("yes", "no")) == "yes"
-    overwrites = choice("overwrite", values["overwrite"], ("yes", "no")) == "yes"
-    run = run_of(values["model"])
-    config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-    similarity = values["similarity"] or default_similarity(values, config)
-    choice("similarity", similarity, SIMILARITIES)
-    if onnx and way != "plain":
-        raise UserError("onnx: is written beside format=plain alone")
-    if values["task"] != "all" and way != "plain":
-        raise UserError(f"task: is for format=plain alone; format={way} holds all tasks")
-    output = Path(values["output"]) if values["output"] else default_output(values, run)
-    inputs = _inputs(values, run)
-    _check_output(output, overwrites, inputs)
-    encoder = load_model(values, config)
-    source = values["model"]
+    options = parse(ExportOptions, arguments)
+    if options.onnx and options.format != "plain":
+        raise UserError(f"onnx: needs format=plain, got format={options.format}")
+    if options.task != "all" and options.format != "plain":
+        raise UserError(f"task: needs format=plain; format={options.format} always contains all tasks")
+    run, config = options.run_folder(), options.run_config()
+    similarity = options.similarity or options.similarity_of(config)
+    output = options.output or default_output(options, run)
+    inputs = _inputs(options, run)
+    check_output(output, options.overwrite, inputs)
+    encoder = options.load(config, task=options.task)
 
-    if way == "reference":
+    if options.format == "reference":
         save_reference(encoder, output)
-        log.info("%s: in the layout of SciMult's authors", output)
+        log.info("%s: a checkpoint in the layout of SciMult's authors", output)
         return
-    with whole_folder(output, replaces=overwrites) as folder:
-        if way == "pretrained":
+    with whole_folder(output, replaces=options.overwrite) as folder:
+        (folder / MARKER).write_text(MARKER_TEXT)
+        if options.format == "pretrained":
             encoder.save_pretrained(folder)
-            write_card(folder, encoder, source, run, similarity)
-        tasks = [] if way == "pretrained" else list(encoder.tasks) if values["task"] == "all" else [values["task"]]
-        for task in tasks:
-            target = folder / task if values["task"] == "all" else folder
-            save_dense(encoder, task, target, similarity)
-            write_card(target, dense(encoder, task), source, run, similarity, task)
-            (target / MARKER).touch()
-            if onnx:
-                save_onnx(target)
-        (folder / MARKER).touch()
-        _check_output(output, overwrites, inputs)  # it may have changed meanwhile
-    log.info("%s", _how_to_load(output, way, values["task"], encoder))
+            write_card(folder, encoder, options.model, run, similarity)
+        elif options.task == "all":
+            for task in encoder.tasks:
+                _export_task(encoder, task, folder / task, options, run, similarity)
+        else:
+            _export_task(encoder, options.task, folder, options, run, similarity)
+        check_output(output, options.overwrite, inputs)  # again, because it may have changed since
+    _log_usage(output, options, encoder)
 
 
-def _check_output(output: Path, overwrites: bool, inputs: Sequence[Path]) -> None:
-    """Raise UserError if the output would replace anything but an earlier export.
+def _export_task(
+    encoder: Encoder, task: str, folder: Path, options: ExportOptions, run: Path | None, similarity: str
+) -> None:
+    save_dense(encoder, task, folder, similarity)
+    write_card(folder, dense(encoder, task), options.model, run, similarity, task)
+    (folder / MARKER).write_text(MARKER_TEXT)
+    if options.onnx:
+        save_onnx(folder)
 
-    inputs: folders and files of the model. They, and the working directory, must not be in the output.
+
+def default_output(options: ExportOptions, run: Path | None) -> Path:
+    """Return a different path for each model, format and task."""
+    folder = run / "export" if run else Path("exports") / Path(options.model).stem
+    if options.format == "plain":
+        return folder / (options.task if options.task != "all" else "tasks")
+    return folder / ("reference.ckpt" if options.format == "reference" else "pretrained")
+
+
+def _inputs(options: ExportOptions, run: Path | None) -> list[Path]:
+    """Return the files and folders that the model is read from."""
+    adapters = [adapter.partition(":")[2] for adapter in options.adapters]
+    paths = [Path(name) for name in (options.model, options.backbone, *adapters) if name]
+    return [path for path in paths if path.exists()] + ([run] if run else [])
+
+
+def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Raise UserError if the output exists, unless it is an earlier export that overwrite=yes can replace.
+
+    inputs: files and folders of the model. An output that contains one of them, or the working directory, is refused.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not overwrites:
+    if not overwrite:
         raise UserError(
             f"output: {output} exists already; overwrite=yes replaces an earlier export, output= names another folder"
         )
     advice = "Name another output, or remove it yourself"
     if output.is_symlink():
         raise UserError(f"output: {output} is a symbolic link, and its target is never replaced. {advice}")
-    for kept in (Path.cwd(), *inputs):
-        if kept.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output: {output} is or contains {kept}, which must not be replaced. {advice}")
+    for path in (Path.cwd(), *inputs):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"output: {output} is or contains {path}, which must not be replaced. {advice}")
     if not (is_export(output) if output.is_dir() else is_exported_checkpoint(output)):
         missing = f"it has no {MARKER} file" if output.is_dir() else "it is not a checkpoint of format=reference"
         raise UserError(f"output: {output} was not written by this command ({missing}). {advice}")
-    for name in (".git", "checkpoints"):
+    for name in (".git", "checkpoints"):  # a repository or a run inside an export
         if output.is_dir() and (found := next(output.rglob(name), None)):
             raise UserError(f"output: {output} is an export, but contains {found}. {advice}")
 
 
 def is_export(folder: Path) -> bool:
-    """Whether this command wrote the folder: it has the marker file, or is an export of a version without markers."""
+    """Return whether this command wrote a folder, also in a version without marker files."""
     if (folder / MARKER).is_file():
         return True
     entries = list(folder.iterdir())
@@ -123,43 +150,27 @@ def is_export(folder: Path) -> bool:
 
 
 def _is_unmarked_export(folder: Path) -> bool:
-    """Whether a folder holds a model and our card, and nothing else."""
+    """Return whether a folder contains a model with our card, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    if not {CARD, "config.json", "model.safetensors"} <= names or not all(map(EXPORTED.fullmatch, names)):
+    if not {CARD, "config.json", "model.safetensors"} <= names or not all(map(UNMARKED.fullmatch, names)):
         return False
     return INTRODUCTION in (folder / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def is_exported_checkpoint(path: Path) -> bool:
-    """Whether format=reference wrote the file. Only its settings have max_length; the authors' own do not."""
+    """Return whether this command wrote a file, with format=reference."""
     try:
-        checkpoint = read_checkpoint(path)
+        return is_exported_reference(read_checkpoint(path))
     except UserError:
         return False
-    return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
 
 
-def _inputs(values: dict[str, str], run: Path | None) -> list[Path]:
-    """Folders and files that the model is read from."""
-    adapters = [part.partition(":")[2] for part in values["adapters"].split(",")]
-    names = [name for name in (values["model"], values["backbone"], *adapters) if name]
-    return [Path(name) for name in names if Path(name).exists()] + ([run] if run else [])
-
-
-def default_output(values: dict[str, str], run: Path | None) -> Path:
-    """A place of its own for each model, format and task."""
-    model = Path(values["model"])
-    folder = run / "export" if run else Path("exports") / model.stem
-    if values["format"] == "plain":
-        return folder / (values["task"] if values["task"] != "all" else "tasks")
-    return folder / ("reference.ckpt" if values["format"] == "reference" else "pretrained")
-
-
-def _how_to_load(output: Path, way: str, task: str, encoder: Encoder) -> str:
-    if way == "pretrained":
-        return f"{output}: load_encoder({str(output)!r})"
-    folders = [output / name for name in encoder.tasks] if task == "all" else [output]
-    return "\n".join(f"{folder}: SentenceTransformer({str(folder)!r})" for folder in folders)
+def _log_usage(output: Path, options: ExportOptions, encoder: Encoder) -> None:
+    if options.format == "pretrained":
+        log.info("%s: load_encoder(%r)", output, str(output))
+        return
+    for folder in [output / task for task in encoder.tasks] if options.task == "all" else [output]:
+        log.info("%s: SentenceTransformer(%r)", folder, str(folder))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,35 @@
-"""Write the embedded sample as BEIR folders: python -m experiments.sample output=FOLDER [papers=5000] [seed=0]
-
-To look at it, to feed it to other tools, and as a pattern for one's own data.
-"""
+"""Write the embedded sample as folders in BEIR layout."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import option
 from datamodules.readers.beir import write_beir
-from datamodules.records import UserError
 from datamodules.sample import SampleReader
-from experiments.shared.console import entry_point, key_values, whole_number
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
 
 log = logging.getLogger(__name__)
 
-KEYS = {"output": "", "papers": "5000", "seed": "0"}
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """Write the embedded sample in BEIR layout, to look at, for other tools, or as a pattern for your own data."""
+
+    output: Path = option(help="folder for the three collections")
+    papers: int = option(5000, "number of papers", minimum=1)
+    seed: int = option(0, "seed of the synthetic texts", minimum=0)
 
 
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    if not values["output"]:
-        raise UserError("where to? Give output=FOLDER")
-    seed = whole_number("seed", values["seed"], least=0)
+    options = parse(SampleOptions, arguments)
     for view in SampleReader.VIEWS:
-        folder = Path(values["output"]) / view
-        write_beir(SampleReader(view, whole_number("papers", values["papers"]), seed).read(), folder)
+        folder = options.output / view
+        write_beir(SampleReader(view, options.papers, options.seed).read(), folder)
         log.info("%s", folder)
 
 

@@ -80,7 +80,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         log.info("This run is complete: it is in %s (run.resume=never trains it again).", folder.path)
         return
 
-    tell_of_cores(config)
+    warn_about_cores(config)
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
     leave_if_asked()

@@ -1,93 +1,107 @@
-"""Cost of every variant against the dense encoder of the same shape, and of several tasks against one, in one run.
-
-    python -m experiments.bench.encoder_cost [layers=12] [hidden=768] [texts=8] [tokens=256] [backward=no]
-
-The defaults are BERT-base, and an instruction of 16 tokens. Each variant is timed beside the dense encoder, a pair at a
-time, in one process; a figure is the median of the pairs' ratios.
-"""
+"""Time of each variant of the encoder against the dense one: python -m experiments.bench.encoder_cost --help"""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from experiments.shared.console import choice, entry_point, key_values, whole_number
-from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
+from datamodules.options import option
+from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
 
-KEYS = {
-    "layers": "12",
-    "hidden": "768",
-    "texts": "8",
-    "tokens": "256",
-    "instruction": "16",
-    "rounds": "9",
-    "backward": "no",
-}
-EXPERTS = (3, 8, 32)
+NUM_EXPERTS = (3, 8, 32)
 RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
-Run = Callable[[], object]
 
 
-def backbone_of(values: dict[str, int], num_words: int = 1000) -> tuple[nn.Module, object]:
-    torch.manual_seed(0)
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(num_words))])}
-    shape = {
-        "hidden_size": values["hidden"],
-        "num_hidden_layers": values["layers"],
-        "num_attention_heads": max(1, values["hidden"] // 64),
-        "intermediate_size": 4 * values["hidden"],
-    }
-    return random_backbone(shape, vocabulary)
+@dataclass(kw_only=True)
+class CostOptions:
+    """Measure the time of each variant against the dense encoder, and of several tasks against one.
+
+    The defaults are those of BERT-base. A variant and the dense encoder run in turns in the same process, and the
+    figures are medians of the ratios of their times.
+    """
+
+    layers: int = option(12, "number of layers", minimum=1)
+    hidden: int = option(768, "hidden size", minimum=1)
+    texts: int = option(8, "number of texts in a batch", minimum=1)
+    tokens: int = option(256, "number of tokens of a text", minimum=1)
+    instruction: int = option(16, "number of tokens of an instruction, including [CLS] and [SEP]", minimum=3)
+    rounds: int = option(9, "number of ratios of which the median is taken", minimum=1)
+    backward: bool = option(False, "measure forward and backward pass together")
 
 
-def tasks_of(count: int) -> dict[str, str]:
-    return {f"task{i}": f"expert{i}" for i in range(count)}
+def main(arguments: Sequence[str]) -> None:
+    options, console = parse(CostOptions, arguments), Console()
+    console.print(compare_variants(options))
+    if not options.backward:
+        console.print(compare_numbers_of_tasks(options))
 
 
-def encoders(values: dict[str, int]) -> Iterable[tuple[str, Encoder]]:
-    """Name and encoder of all variants, first the dense one again: how far from 1 it is shows the noise."""
-    yield "dense", SharedEncoder(*backbone_of(values), tasks_of(1))
+def compare_variants(options: CostOptions) -> Table:
+    """Compare each variant with the dense encoder: on texts of one task, and on texts of different tasks."""
+    make = backward_run if options.backward else forward_run
+    ids = torch.randint(5, 1000, (options.texts, options.tokens))
+    prompt = torch.randint(5, 1000, (options.texts, options.instruction - 1))
+    measured = "forward + backward" if options.backward else "forward"
+    sizes = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key != "backward")
+    table = Table("encoder", "one task", "mixed batch", title=f"{measured}, time relative to dense ({sizes})")
+    dense = make(SharedEncoder(*backbone_of(vars(options)), tasks_of(1)), ids, "task0")
+    for name, encoder in variants(options):
+        inputs = torch.cat([ids[:, :1], prompt, ids[:, 1:]], 1) if name == "Prompt" else ids
+        ratios = [time_ratio(make(encoder, inputs, "task0"), dense, options.rounds)]
+        if isinstance(encoder, MoEEncoder):
+            tasks = [list(encoder.tasks)[i % len(encoder.tasks)] for i in range(options.texts)]
+            ratios.append(time_ratio(make(encoder, inputs, tasks), dense, options.rounds))
+        table.add_row(name, *(f"{ratio:.3f}" for ratio in ratios))
+    return table
+
+
+def variants(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
+    """Yield the name and encoder of each variant. The first is dense: its distance from 1 is the noise."""
+    size = vars(options)
+    yield "dense", SharedEncoder(*backbone_of(size), tasks_of(1))
     for name, ffn in (("MHA", False), ("FFN", True)):
-        for count in EXPERTS:
-            yield (
-                f"{name}, {count} experts",
-                MoEEncoder(*backbone_of(values), tasks_of(count), attention=not ffn, ffn=ffn),
-            )
-    # With [CLS] and [SEP] it has the wanted number of tokens.
-    instructions = {"task0": " ".join(["t1"] * (values["instruction"] - 2))}
-    yield "Instruction", InstructEncoder(*backbone_of(values), {"task0": "task0"}, instructions)
-    longest = values["tokens"] + values["instruction"]
-    yield "Prompt", PromptEncoder(*backbone_of(values), {"task0": "task0"}, instructions, max_length=longest)
+        for count in NUM_EXPERTS:
+            encoder = MoEEncoder(*backbone_of(size), tasks_of(count), attention=not ffn, ffn=ffn)
+            yield f"{name}, {count} experts", encoder
+    instructions = {"task0": " ".join(["t1"] * (options.instruction - 2))}  # without [CLS] and [SEP]
+    yield "Instruction", InstructEncoder(*backbone_of(size), {"task0": "task0"}, instructions)
+    longest = options.tokens + options.instruction
+    yield "Prompt", PromptEncoder(*backbone_of(size), {"task0": "task0"}, instructions, max_length=longest)
 
 
-def seconds(function: Run) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def compare_numbers_of_tasks(options: CostOptions) -> Table:
+    """Compare encoding for three tasks with encoding for one, by layer rule, and with the ratio of layers computed."""
+    ids = torch.randint(5, 1000, (options.texts, options.tokens))
+    mask, tasks = torch.ones_like(ids), list(tasks_of(3))
+    table = Table("layers", "measured", "expected", title="time for the vectors of three tasks relative to one task")
+    for rule in RULES:
+        try:
+            first = expert_layers(rule, options.layers)[0]
+        except ValueError:  # no layer of such a small backbone
+            continue
+        encoder = MoEEncoder(*backbone_of(vars(options)), tasks_of(3), layers=rule, pooling="mean").eval()
+
+        def run(tasks: list[str], encoder: Encoder = encoder) -> None:
+            with torch.inference_mode():
+                encoder.forward_tasks(ids, mask, tasks)
+
+        ratio = time_ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), options.rounds)
+        expected = (first + 3 * (options.layers - first)) / options.layers
+        table.add_row(rule, f"{ratio:.3f}", f"{expected:.3f}")
+    return table
 
 
-def ratio(function: Run, base: Run, rounds: int) -> float:
-    """Median over pairs of a function's time over that of base, which take turns to be first."""
-    function(), base()
-    found = []
-    for i in range(rounds):
-        pair = (function, base) if i % 2 else (base, function)
-        taken = {id(f): seconds(f) for f in pair}
-        found.append(taken[id(function)] / taken[id(base)])
-    return statistics.median(found)
-
-
-def forward(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
+def forward_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
     encoder.eval()
 
     def run() -> None:
@@ -97,62 +111,12 @@ def forward(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
     return run
 
 
-def step(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
+def backward_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
     def run() -> None:
         encoder.zero_grad(set_to_none=True)
         encoder(ids, torch.ones_like(ids), task).square().mean().backward()
 
     return run
-
-
-def variants(values: dict[str, int], backward: bool) -> Table:
-    """Each variant against the dense encoder: all texts of one task, and texts of different tasks in turn."""
-    make = step if backward else forward
-    ids = torch.randint(5, 1000, (values["texts"], values["tokens"]))
-    prompt = torch.randint(5, 1000, (values["texts"], values["instruction"] - 1))
-    what = "forward + backward" if backward else "forward"
-    shape = ", ".join(f"{key} {value}" for key, value in values.items())
-    table = Table("encoder", "one task", "mixed batch", title=f"{what}, time over the dense encoder's ({shape})")
-    dense = make(SharedEncoder(*backbone_of(values), tasks_of(1)), ids, "task0")
-    for name, encoder in encoders(values):
-        given = torch.cat([ids[:, :1], prompt, ids[:, 1:]], 1) if name == "Prompt" else ids
-        figures = [ratio(make(encoder, given, "task0"), dense, values["rounds"])]
-        if isinstance(encoder, MoEEncoder):
-            order = [list(encoder.tasks)[i % len(encoder.tasks)] for i in range(values["texts"])]
-            figures.append(ratio(make(encoder, given, order), dense, values["rounds"]))
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
-    return table
-
-
-def several_tasks(values: dict[str, int]) -> Table:
-    """Encoding for three tasks at once against one task, by layer rule; the arithmetic counts layers."""
-    ids = torch.randint(5, 1000, (values["texts"], values["tokens"]))
-    mask, tasks, depth = torch.ones_like(ids), list(tasks_of(3)), values["layers"]
-    table = Table("layers", "measured", "arithmetic", title="vectors for three tasks at once, over one task's cost")
-    for rule in RULES:
-        try:
-            first = expert_layers(rule, depth)[0]
-        except ValueError:
-            continue
-        encoder = MoEEncoder(*backbone_of(values), tasks_of(3), layers=rule, pooling="mean").eval()
-
-        def run(wanted: list[str], encoder: Encoder = encoder) -> None:
-            with torch.inference_mode():
-                encoder.forward_tasks(ids, mask, wanted)
-
-        found = ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), values["rounds"])
-        table.add_row(rule, f"{found:.3f}", f"{(first + 3 * (depth - first)) / depth:.3f}")
-    return table
-
-
-def main(arguments: Sequence[str]) -> None:
-    given = key_values(arguments, KEYS)
-    backward = choice("backward", given.pop("backward"), ("yes", "no")) == "yes"
-    values = {key: whole_number(key, value, 3 if key == "instruction" else 1) for key, value in given.items()}
-    console = Console()
-    console.print(variants(values, backward))
-    if not backward:
-        console.print(several_tasks(values))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""From a configuration to data and their schedule."""
+"""Build the data of an experiment and the schedule of its batches."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,113 +14,166 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
-from datamodules.tasks import KINDS, CollectionError, Reader
-from experiments.build.leaks import answer_leaks
+from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
+from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
-from experiments.build.own_data import check_folder, tell_of_sample
-from experiments.config.schema import Config
-from experiments.config.targets import accepted_arguments, instantiate
 from experiments.config.paths import folder_of
+from experiments.config.schema import Config, TaskConfig
+from experiments.config.structured import prefixed
+from experiments.config.targets import accepted_arguments, instantiate
 
 log = logging.getLogger(__name__)
 
+SAMPLE = "datamodules.sample."
+
 
 def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
-    """All tasks' data, read and checked. The tokenizer comes with the encoder. training: answer leaks as configured,
-    and draw from mined hard negatives."""
-    options = BatchOptions(
-        batch_size=config.data.batch_size,
-        batch_tokens=config.data.batch_tokens,
-        num_batches=config.trainer.max_steps * batches_per_step(config),
-        max_length=config.data.max_length,
-        token_budget=config.data.token_budget,
-        num_positives=config.data.num_positives,
-        num_hard_negatives=config.data.num_hard_negatives,
-        carry_texts=bool(config.objective.guide.model or config.objective.teacher.model),
-        num_workers=config.data.num_workers,
-        seed=config.run.seed,
-        cache=config.data.cache or "",
+    """Read and check the data of all tasks. The tokenizer is set later, with the encoder.
+
+    training: also handle leaks as data.on_leak asks, and draw from mined hard negatives.
+    """
+    options = batch_options(config)
+    data = MultiTaskDataModule(
+        [_build_task(config, name, task, options) for name, task in config.task.items()], options
     )
-    tasks = []
-    for name, task in config.task.items():
-        for key, node in task.data.items():
-            check_folder(config, name, key, node)
-        readers = {key: _reader(config, node) for key, node in task.data.items()}
-        keys = ("batch_size", "max_length", "num_positives", "num_hard_negatives")
-        own = {key: getattr(task, key) for key in keys if getattr(task, key) is not None}
-        own |= {"batch_tokens": 0} if "batch_size" in own else {}
-        own_options = dataclasses.replace(options, **own)
-        tasks.append(KINDS[task.kind](Task(name, task.expert, task.instruction), readers, own_options))
-    data = MultiTaskDataModule(tasks, options)
     try:
         data.setup()
     except CollectionError as error:
         raise UserError(f"task.{error.task}.data.{error.collection}: {error.problem}") from error
     if training:
-        tell_of_sample(config, data.tasks)
-        answer_leaks(config.data, data.tasks)
+        warn_about_sample(config, data.tasks)
+        handle_leaks(config.data, data.tasks)
         add_rounds(config, data)
     data.options = dataclasses.replace(options, phases=_phases(config, data))
     return data
 
 
-def _reader(config: Config, node: Mapping[str, Any]) -> Reader:
-    """A task's reader; what becomes of bad lines is as data.on_error says, unless its node does."""
-    rank = rank_zero_only.rank
-    name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # ranks read the same files
-    given = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
-    return instantiate(node, **{key: given[key] for key in accepted_arguments(node, given) if key not in node})
+def batch_options(config: Config) -> BatchOptions:
+    """Return the options of batches that all tasks share."""
+    settings = config.data
+    return BatchOptions(
+        batch_size=settings.batch_size,
+        batch_tokens=settings.batch_tokens,
+        num_batches=config.trainer.max_steps * batches_per_step(config),
+        max_length=settings.max_length,
+        token_budget=settings.token_budget,
+        num_positives=settings.num_positives,
+        num_hard_negatives=settings.num_hard_negatives,
+        carry_texts=bool(config.objective.guide.model or config.objective.teacher.model),
+        num_workers=settings.num_workers,
+        seed=config.run.seed,
+        cache=settings.cache or "",
+    )
 
 
 def batches_per_step(config: Config) -> int:
-    """Batches of one optimizer step, on each rank."""
-    together = len(config.tasks) if config.data.schedule == "together" else 1
-    return config.trainer.accumulate_grad_batches * together
+    """Return the number of batches of one optimizer step on each rank."""
+    tasks_per_step = len(config.tasks) if config.data.schedule == "together" else 1
+    return config.trainer.accumulate_grad_batches * tasks_per_step
+
+
+def ranks_of(config: Config) -> int:
+    """Return the number of ranks over all nodes."""
+    devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
+    return devices * config.trainer.num_nodes
+
+
+def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptions) -> TaskDataModule:
+    for key, node in task.data.items():
+        check_folder(config, name, key, node)
+    readers = {key: _build_reader(config, node) for key, node in task.data.items()}
+    overrides = {
+        key: value
+        for key in ("batch_size", "max_length", "num_positives", "num_hard_negatives")
+        if (value := getattr(task, key)) is not None
+    }
+    if "batch_size" in overrides:
+        overrides["batch_tokens"] = 0
+    options = dataclasses.replace(options, **overrides)
+    return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options)
+
+
+def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:
+    """Create the reader of a collection. data.on_error applies to bad lines unless the node has its own on_error."""
+    rank = rank_zero_only.rank
+    name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
+    arguments = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
+    return instantiate(node, **{key: arguments[key] for key in accepted_arguments(node, arguments) if key not in node})
+
+
+def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) -> None:
+    """Raise UserError if the folder of a collection is missing. The message names the keys that set another one."""
+    folder = node.get("folder")
+    if folder is None or Path(folder).exists():
+        return
+    message = f"task.{task}.data.{name}: {folder}: no such folder. Set task.{task}.data=FOLDER to use yours"
+    if Path(config.data.root) in Path(folder).parents:
+        message += f", or data.root=FOLDER to the folder that contains {Path(folder).relative_to(config.data.root)}"
+    if len(config.tasks) > 1:
+        message += f"; tasks=[...] without {task} trains only the other tasks"
+    raise UserError(message)
+
+
+def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
+    """Warn if the synthetic sample is part of the training in addition to the user's collections."""
+    sample = {
+        name: {key for key, node in task.data.items() if node["_target_"].startswith(SAMPLE)}
+        for name, task in config.task.items()
+    }
+    own = [name for name, task in config.task.items() if set(task.data) != sample[name]]
+    if not own or not any(sample.values()):
+        return
+    evaluated = [key for task in tasks for key, collection in task.collections.items() if "dev" in collection.splits]
+    evaluated = evaluated if config.evaluation.every_n_steps else []
+    log.warning(
+        "training uses the synthetic sample in addition to your data, and it counts in the mean of the final table%s",
+        f"; best.ckpt is selected on the dev splits of {', '.join(evaluated)}" if evaluated else "",
+    )
+    for name, synthetic in sample.items():
+        if name not in own:
+            log.warning("  %s has only the sample: tasks=[%s] trains without this task", name, ",".join(own))
+        elif synthetic:
+            out = " ".join(f"task.{name}.data.{key}=null" for key in sorted(synthetic))
+            log.warning("  %s: task.%s.data=FOLDER uses only your data, %s drops the sample", name, name, out)
 
 
 def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
-    """The schedule's phases, in batches."""
+    """Return the phases of the schedule, in batches."""
     sizes = {task.task.name: len(task.examples) for task in data.tasks}
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
-        raise UserError("data.curriculum: with data.schedule=together every step has a batch of every task")
-    with _prefixed("data."):
-        phases = [Phase(0, task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights))]
+        raise UserError("data.curriculum: not with data.schedule=together, where every step has a batch of every task")
+    with prefixed("data."):
+        weights = task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights)
+    phases = [Phase(0, weights)]
     for i, phase in enumerate(settings.curriculum):
-        with _prefixed(f"data.curriculum[{i}]."):
+        with prefixed(f"data.curriculum[{i}]."):
             weights = checked_weights(phase.weights, sizes)
         phases.append(Phase(phase.from_step * config.trainer.accumulate_grad_batches, weights))
-    with _prefixed("data.curriculum: "):
+    with prefixed("data.curriculum: "):
         check_phases(phases)
     return tuple(phases)
 
 
-@contextmanager
-def _prefixed(key: str) -> Iterator[None]:
-    """Put a configuration key before the messages of errors."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}{error}") from error
-
-
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:
-    """Task -> its batches in the whole training and the passes through its examples, on all ranks; told in the log."""
-    schedule, batches = data.schedule(), data.options.num_batches
-    devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
-    ranks = devices * config.trainer.num_nodes
-    told = {}
-    for task in schedule.tasks:
-        turns = schedule.turns(batches, task)
-        told[task] = {"batches": turns, "passes": round(schedule.passes(batches, task, ranks), 2)}
-    first = " ".join(schedule.task(step) for step in range(min(batches, 2 * len(schedule.tasks) + 2)))
-    log.info("schedule (%s): %s%s", config.data.schedule, first, " ..." if batches > 2 * len(told) + 2 else "")
+    """Log the schedule. Return, for each task, its batches in the whole training and its passes over the examples."""
+    schedule, num_batches, ranks = data.schedule(), data.options.num_batches, ranks_of(config)
+    shares = {
+        task: {
+            "batches": schedule.turns(num_batches, task),
+            "passes": round(schedule.passes(num_batches, task, ranks), 2),
+        }
+        for task in schedule.tasks
+    }
+    shown = min(num_batches, 2 * len(shares) + 2)
+    first = " ".join(schedule.task(step) for step in range(shown))
+    log.info("schedule (%s): %s%s", config.data.schedule, first, " ..." if num_batches > shown else "")
     for task in data.tasks:
-        counts, parts = told[task.task.name], task.examples_by_collection()
-        of = ", ".join(f"{name} ({size})" if len(parts) > 1 else name for name, size in parts.items())
-        size, passes = len(task.examples), counts["passes"]
+        sizes = task.examples_by_collection()
+        names = ", ".join(f"{name} ({size})" if len(sizes) > 1 else name for name, size in sizes.items())
+        share = shares[task.task.name]
         log.info(
-            "  %s: %d batches, %.2f passes through %d examples of %s",
-            *(task.task.name, counts["batches"], passes, size, of),
+            "  %s: %d batches, %.2f passes over %d examples of %s",
+            *(task.task.name, share["batches"], share["passes"], len(task.examples), names),
         )
-    return told
+    return shares

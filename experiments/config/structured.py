@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,11 +46,18 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
         settings: T = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {prefix}{describe(error)}") from error
-    try:
+    with prefixed(f"{source}: "):
         check_options(settings, prefix)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
     return settings
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put a key or a file before the messages of errors, which know only the names of their own arguments."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
 
 
 def describe(error: OmegaConfBaseException) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.paths import read_config
-from experiments.config.paths import runs_there
+from experiments.config.paths import read_config, runs_there
 
 CONFIG = "config.yaml"
 COMPUTED = "report.json"  # the report's own calculations, stored next to the page

@@ -1,9 +1,9 @@
-"""The README.md of an exported model: what it is, how it is used, what it was trained on, and what it reached."""
+"""The README.md of an exported model: what it is, how to use it, what it was trained on, and its results."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,50 @@ from datamodules.files import read_json
 from experiments.config.paths import read_config
 from lightning_modules.encoders.base import Encoder
 
-PAPER = "[arXiv 2305.14232](https://arxiv.org/abs/2305.14232)"
-
-INTRODUCTION = f"contrastive multi-task training as in SciMult ({PAPER})"
+CARD = "README.md"
+INTRODUCTION = "contrastive multi-task training as in SciMult ([arXiv 2305.14232](https://arxiv.org/abs/2305.14232))"
 
 
 def write_card(folder: Path, encoder: Encoder, source: str, run: Path | None, similarity: str, task: str = "") -> Path:
-    """Write README.md. source: what was exported. run: its folder, if known. task: of a plain folder."""
-    sections = [_head(encoder, task), _use(encoder, similarity, task), _encoder(encoder, source, similarity)]
+    """Write README.md into an exported folder.
+
+    source: name of the model that was exported.
+    run: folder of the run it belongs to, if any.
+    similarity: "dot" or "cosine".
+    task: task of a plain folder, or "average"; empty for the whole encoder.
+    """
+    sections = [_introduction(encoder, task), _usage(encoder, similarity, task), _encoder(encoder, source, similarity)]
     if run is not None:
         sections += _training(run, task)
-    path = folder / "README.md"
+    path = folder / CARD
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
 
 
-def _head(encoder: Encoder, task: str) -> str:
+def _introduction(encoder: Encoder, task: str) -> str:
     library = "sentence-transformers" if task else "transformers"
     tags = ["sentence-similarity", "feature-extraction", "scientific-papers"]
-    front = "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    what = f"for {task.replace('_', ' ')}" if task and task != "average" else "for scientific papers"
-    general = " The weights are the mean of all its experts." if task == "average" else ""
+    front_matter = "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"])
+    purpose = task.replace("_", " ") if task and task != "average" else "scientific papers"
+    average = " The weights are the mean of all its experts." if task == "average" else ""
     return (
-        f"{front}\n\n# Encoder {what}\n\nVectors of {encoder.dimension} dimensions for papers, labels and queries, by "
-        f"{INTRODUCTION}.{general}"
+        f"{front_matter}\n\n# Encoder for {purpose}\n\nVectors of {encoder.dimension} dimensions for papers, labels "
+        f"and queries, by {INTRODUCTION}.{average}"
     )
 
 
-def _use(encoder: Encoder, similarity: str, task: str) -> str:
-    inputs = (
-        'A paper is `title + " [SEP] " + abstract`, a label `name + " [SEP] " + definition`, a query its words.'
-        if encoder.tokenizer.sep_token == "[SEP]"
-        else f"Title and abstract, or name and definition, are joined by ` {encoder.tokenizer.sep_token} `."
-    )
+def _usage(encoder: Encoder, similarity: str, task: str) -> str:
+    separator = encoder.tokenizer.sep_token
     if task:
         code = [
             "from sentence_transformers import SentenceTransformer  # pip install sentence-transformers",
             "",
             'model = SentenceTransformer("THIS FOLDER")',
-            f'vectors = model.encode(["A title {encoder.tokenizer.sep_token} and its abstract"])',
+            f'vectors = model.encode(["A title {separator} and its abstract"])',
         ]
-        prompt = encoder.prompts.get(task, "")
-        note = "\n\nWhere transformers says that `pooler.*` is missing: nothing uses it."
-        note += f"\n\nEvery text begins with `{prompt}`; sentence-transformers adds it by itself." if prompt else ""
+        note = "Transformers may warn that `pooler.*` is missing. It is not used."
+        if prompt := encoder.prompts.get(task, ""):
+            note += f"\n\nEvery text starts with `{prompt}`, which sentence-transformers adds automatically."
     else:
         code = [
             "from lightning_modules.encoders.loading import load_encoder",
@@ -61,44 +62,45 @@ def _use(encoder: Encoder, similarity: str, task: str) -> str:
             'encoder = load_encoder("THIS FOLDER")',
             f'vectors = encoder.encode(["some text"], task="{next(iter(encoder.tasks))}")',
         ]
-        note = f"\n\nTasks: {', '.join(encoder.tasks)}. The code is that of the project scimult."
-    compare = "cosine" if similarity == "cosine" else "dot product"
+        note = f"Tasks: {', '.join(encoder.tasks)}. The code is that of the project scimult."
     block = "\n".join(["```python", *code, "```"])
-    return f"## Use\n\n{block}\n\n{inputs} Vectors are compared by {compare}.{note}"
+    return (
+        f"## Use\n\n{block}\n\nThe text of a paper is its title and abstract, joined by ` {separator} `. That of a "
+        "label is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
+        f"{'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
+    )
 
 
 def _encoder(encoder: Encoder, source: str, similarity: str) -> str:
-    config = encoder.backbone.config
-    rows = {
+    properties = {
         "exported from": f"`{source}`",
         "kind": type(encoder).__name__,
-        "backbone": f"{config.model_type}, {encoder.num_layers} layers of {encoder.dimension}",
+        "backbone": f"{encoder.backbone.config.model_type}, {encoder.num_layers} layers of {encoder.dimension}",
         "parameters": f"{sum(p.numel() for p in encoder.parameters()):,}",
         "tasks (expert)": ", ".join(f"{name} ({expert})" for name, expert in encoder.tasks.items()),
         "pooling": encoder.pooling + (", length 1" if encoder.normalize else ""),
         "similarity": similarity,
         "longest text": f"{encoder.max_length} tokens",
     }
-    return "## Encoder\n\n" + _table(["", ""], [[key, value] for key, value in rows.items()])
+    return "## Encoder\n\n" + _table(["", ""], list(properties.items()))
 
 
 def _training(run: Path, task: str) -> list[str]:
+    """Return the sections on data, training and results of a run."""
     config, sections = read_config(run), []
     manifest = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
     data = manifest.get("data", {})
-    if task not in ("", "average") and data and task not in {one["task"] for one in data.values()}:
-        older = config.get("extend", {}).get("model")
-        return [
-            f"## Training\n\nThis task was not trained in the run that the model is exported from: it is as in {older}."
-        ]
+    if task not in ("", "average") and data and task not in {entry["task"] for entry in data.values()}:
+        extended = config.get("extend", {}).get("model")
+        return [f"## Training\n\nThis task was not trained in the exported run. It is unchanged from {extended}."]
     if data:
         rows = [
-            [name, one["task"], f"{one['documents']:,}", f"{one['queries'].get('train', 0):,}", one["fingerprint"]]
-            for name, one in data.items()
+            (name, d["task"], f"{d['documents']:,}", f"{d['queries'].get('train', 0):,}", d["fingerprint"])
+            for name, d in data.items()
         ]
         text = _table(["data", "task", "documents", "training queries", "fingerprint"], rows)
         if config.get("scale") == "sample":
-            text += "\n\nThese are synthetic papers, made to try things on: the model knows nothing of real ones."
+            text += "\n\nThese are synthetic papers for trying things out. The model knows nothing about real ones."
         sections.append(f"## Training data\n\n{text}")
     if manifest:
         sections.append(_run(config, manifest))
@@ -109,40 +111,40 @@ def _training(run: Path, task: str) -> list[str]:
 
 def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     attempts = manifest.get("attempts", [])
-    words = [attempt["command"] for attempt in attempts]
-    commands = dict.fromkeys(shlex.join(["python", "-m", "experiments.train", *command[1:]]) for command in words)
+    commands = [shlex.join(["python", "-m", "experiments.train", *attempt["command"][1:]]) for attempt in attempts]
     seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
+    start = config.get("extend", {}).get("model") or config.get("init_from") or config["backbone"].get("name")
+    text = (
+        f"{config['trainer']['max_steps']} steps of {config['data']['batch_size']} queries, learning rate "
+        f"{config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in total. The run started from "
+        f"{start or 'random weights'}. Its config.yaml is the complete configuration."
+    )
+    if prefixes := ", ".join(map(str, config["objective"].get("matryoshka", []))):
+        text += f" The first {prefixes} dimensions of a vector can be used alone (with cosine: normalize them)."
+    block = "\n".join(["```", *dict.fromkeys(commands), "```"])
     versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
     git = manifest.get("git") or {}
     commit = f"\n\nCommit {git['commit']}{' with changes' if git['changed'] else ''}." if git else ""
-    start = config.get("extend", {}).get("model") or config.get("init_from") or config["backbone"].get("name")
-    steps = f"{config['trainer']['max_steps']} steps of {config['data']['batch_size']} queries"
-    settings = f"learning rate {config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in all"
-    whole = f"From {start or 'random weights'}. The whole configuration stands in config.yaml of the run."
-    prefixes = ", ".join(str(prefix) for prefix in config["objective"].get("matryoshka", []))
-    if prefixes:
-        whole += f" The first {prefixes} dimensions of a vector are trained to be used alone (cosine: normalise them)."
-    lines = "\n".join(["```", *commands, "```"])
-    return f"## Training\n\n{steps}, {settings}. {whole}\n\n{lines}\n\nWith {versions}.{commit}"
+    return f"## Training\n\n{text}\n\n{block}\n\nWith {versions}.{commit}"
 
 
 def _results(results: Mapping[str, Any], task: str) -> str:
-    """Of the task's own benchmarks. The experts' average was not measured."""
+    """Return the results on the benchmarks of a task, or on all of them."""
     if task == "average":
         return (
-            "## Results\n\nThe average of the experts was not measured in the run; `make eval model=THIS FOLDER` does."
+            "## Results\n\nThe average of the experts was not measured in the run. `make eval model=THIS FOLDER` "
+            "measures it."
         )
     metrics = results["metrics"]
     rows = [
-        [name, system, *(f"{figures[metric]:.4f}" for metric in metrics)]
+        (name, system, *(f"{scores[metric]:.4f}" for metric in metrics))
         for name, result in results["benchmarks"].items()
         if task in ("", result["task"])
-        for system, figures in result["systems"].items()
+        for system, scores in result["systems"].items()
     ]
-    title = f"## Results\n\n{results['split']} split, {results['checkpoint']} of step {results['checkpoint_step']}."
-    return f"{title}\n\n{_table(['benchmark', 'system', *metrics], rows)}"
+    text = f"{results['split']} split, {results['checkpoint']} of step {results['checkpoint_step']}."
+    return f"## Results\n\n{text}\n\n{_table(['benchmark', 'system', *metrics], rows)}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -22,7 +22,7 @@ from experiments.build.data import batches_per_step
 from experiments.build.module import first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.schema import Config
-from experiments.results.memory import Memory
+from experiments.shared.memory import Memory
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in

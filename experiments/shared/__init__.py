@@ -1,1 +1,1 @@
-"""Console, files and progress: what all commands use."""
+"""Console, output folders, and progress: what all commands use."""

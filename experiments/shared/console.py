@@ -1,4 +1,4 @@
-"""What entry points share: arguments, log lines, and errors in the user's words."""
+"""The console of all commands: log lines, tables, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from datamodules.records import UserError
 from experiments.config.suggest import did_you_mean
 from lightning_modules.distributed import launch
 
-UNCUT = 10_000  # columns of a table that no terminal shows
+UNCUT = 10_000  # width of a table that goes to a file or pipe, where nothing must be cut
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries print and a user cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning at every fork of a data worker
+    """Silence messages of libraries that users cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns at every fork of a data worker
     for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Tells which rank has ended before it ends the others.
+    # This one reports which rank failed before it ends the others.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    for name in ("huggingface_hub", "datasets"):  # they write their lines themselves too
+    for name in ("huggingface_hub", "datasets"):  # they print their lines themselves, too
         logging.getLogger(name).propagate = False
     for message in (
         r".*does not have many workers.*",
@@ -38,13 +38,13 @@ def quiet_libraries() -> None:
         r".*smaller than the logging interval.*",
         r".*all_gather_into_tensor` is deprecated.*",
         r".*distributed\.nn\.functional\.all_gather is deprecated.*",
-        r".*in eval mode at the start of training.*",  # ContrastiveModule sees to it
+        r".*in eval mode at the start of training.*",  # ContrastiveModule sets train mode
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def entry_point(main: Callable[[Sequence[str]], None]) -> None:
-    """Run an entry point with the command line's arguments. Errors that the user can mend end it with status 2."""
+    """Run a command with the arguments of the command line. Errors that the user can fix end it with status 2."""
     try:
         level = logging.INFO if launch.rank() == 0 else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
@@ -57,7 +57,7 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error}. Make room, and run the same command again.", file=sys.stderr)
+        print(f"error: {error}. Free some space and run the same command again.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
@@ -65,50 +65,50 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def token_budget(values: Mapping[str, str]) -> int | None:
-    """The value of token_budget; None where it is left to the device."""
+    """Return the value of token_budget, or None to choose it by the device."""
     return whole_number("token_budget", values["token_budget"]) if values["token_budget"] else None
 
 
 def table_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a file or pipe so wide that nothing is cut."""
+    """Return the console for tables: as wide as the terminal, and without limit in a file or pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=UNCUT)
 
 
 def counted(count: int, word: str) -> str:
-    """A number with its noun: 1 run, 1,200 runs."""
+    """Return a number with its noun: 1 run, 1,200 runs."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:
-    """Arguments key=value over defaults; a key without default is an error."""
+    """Merge key=value arguments over defaults. Raises UserError for a key without default."""
     values = dict(defaults)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise UserError(f"the command line: expected key=value, got {argument!r}")
+            raise UserError(f"command line: expected key=value, got {argument!r}")
         if key not in defaults:
             hint = did_you_mean(key, defaults)
-            raise UserError(f"the command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
+            raise UserError(f"command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
         values[key] = value
     return values
 
 
 def near(path: Path | str) -> Path:
-    """A path as one would type it here: from the working directory on, where it is below that."""
+    """Return a path relative to the working directory if it is inside it, else unchanged."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def choice(key: str, value: str, allowed: Sequence[str]) -> str:
-    """The value of a key that must be one of some words."""
+    """Return the value of a key. Raises UserError unless it is one of the allowed words."""
     if value not in allowed:
         raise UserError(f"{key}: got {value!r}, allowed are {', '.join(allowed)}")
     return value
 
 
 def whole_number(key: str, value: str, least: int = 1) -> int:
-    """The value of a key that must be a whole number from least on."""
+    """Return the value of a key as a whole number. Raises UserError if it is less than `least`."""
     if not value.isdecimal() or int(value) < least:
         raise UserError(f"{key}: got {value!r}, allowed are whole numbers from {least}")
     return int(value)

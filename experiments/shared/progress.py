@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a long step: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
 
-EVERY = 30  # seconds between lines
+EVERY = 30  # seconds between two lines of the log
 
 
 class Progress:
-    """Used as `with Progress(what) as progress:`. unit: of what is reported, bytes or a word for what is counted.
+    """Show the progress of a step, used as `with Progress("embedding", "texts", total) as progress:`.
 
-    On a terminal only the first of several ranks shows a bar. brief: tell of nothing that takes less than EVERY
-    seconds. total: of what advance counts.
+    title: name of the step. unit: plural of what is counted; "bytes" are shown as megabytes. total: expected count,
+    if it is known. brief: log nothing about a step of less than EVERY seconds. Only the first rank shows a bar.
     """
 
-    def __init__(self, what: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
-        self.what, self.unit, self.started = what, unit, time.monotonic()
-        self.total, self.done, self.brief = total, 0, brief
-        self.told = self.started
+    def __init__(self, title: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
+        self.title, self.unit, self.total, self.brief = title, unit, total, brief
+        self.started = self.logged = time.monotonic()
+        self.done = 0
         self.bar: Bar | None = None
         if (console := Console()).is_terminal and log.isEnabledFor(logging.INFO):
             amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             columns = (BarColumn(), *amounts, TimeRemainingColumn())
             self.bar = Bar(TextColumn("{task.description}"), *columns, console=console, transient=True)
-            self.task = self.bar.add_task(what, total=None)
+            self.task = self.bar.add_task(title, total=None)
 
     def __enter__(self) -> Progress:
         if self.bar:
             self.bar.start()
         elif not self.brief:
-            log.info("%s ...", self.what)
+            log.info("%s ...", self.title)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        if error[0] is None and not (self.brief and self.told == self.started):
-            log.info("%s: %.0f s", self.what, time.monotonic() - self.started)
+        if error[0] is None and not (self.brief and self.logged == self.started):
+            log.info("%s: %.0f s", self.title, time.monotonic() - self.started)
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Count `count` more items."""
         self.done += count
         self.report(self.done, self.total)
 
     def report(self, done: int, total: int | None) -> None:
-        """So many bytes, or things, are done."""
+        """Show that `done` of `total` items are done."""
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
-        elif self.unit != "bytes":
+        elif self.unit == "bytes":
+            of_total = f" of {total / 1e6:,.0f}" if total else ""
+            self._log_sometimes(f"{done / 1e6:,.0f}{of_total} MB")
+        else:
             rate = done / (time.monotonic() - self.started)
-            left = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
-            self._now_and_then(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{left}")
-        else:
-            share = f" of {total / 1e6:,.0f}" if total else ""
-            self._now_and_then(f"{done / 1e6:,.0f}{share} MB")
+            remaining = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
+            self._log_sometimes(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{remaining}")
 
-    def say(self, what: str) -> None:
-        """What is being done."""
+    def say(self, activity: str) -> None:
+        """Show what is being done, such as the file that is unpacked."""
         if self.bar:
-            self.bar.update(self.task, description=f"{self.what}: {what}")
+            self.bar.update(self.task, description=f"{self.title}: {activity}")
         else:
-            self._now_and_then(what)
+            self._log_sometimes(activity)
 
-    def _now_and_then(self, what: str) -> None:
-        if time.monotonic() - self.told >= EVERY:
-            self.told = time.monotonic()
-            log.info("%s: %s", self.what, what)
+    def _log_sometimes(self, text: str) -> None:
+        if time.monotonic() - self.logged >= EVERY:
+            self.logged = time.monotonic()
+            log.info("%s: %s", self.title, text)

@@ -1,4 +1,4 @@
-"""The audit entry point."""
+"""The audit command."""
 
 import json
 
@@ -31,19 +31,19 @@ def test_planted_documents_are_reported(tmp_path, beir_root, capsys):
     for name in ("topics", "citations"):
         assert report[f"{name}, test queries"]["overlaps"]["id"] == 0
     assert len(report[f"{tmp_path / 'other'}, corpus"]["examples"]) == 4
-    assert "documents that stand in the training data" in capsys.readouterr().out
+    assert "evaluation texts in the training data" in capsys.readouterr().out
     node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {tmp_path / 'other'}}}"
     write_beir(Collection(corpus, query, {"train": {"q": {"p0": 1}}}), tmp_path / "other")
     (tmp_path / "other" / "qrels" / "test.tsv").unlink()
-    with pytest.raises(UserError, match="nothing is evaluated: no task has a dev or test split"):
+    with pytest.raises(UserError, match="nothing to compare with: no task has a dev or test split"):
         main(["moe", *TINY[3:], "tasks=[search]", f"task.search.data={{searches: null, x: {node}}}"])
-    with pytest.raises(UserError, match="which experiment"):
+    with pytest.raises(UserError, match="experiment: expected one of adapters"):
         main([])
-    with pytest.raises(UserError, match="examples: got 'x'"):
+    with pytest.raises(UserError, match="examples: expected a whole number, got 'x'"):
         main(["moe", *TINY, "examples=x"])
 
 
-def test_reports_lie_beside_each_other_and_no_pair_is_shown_twice(tmp_path, beir_root, monkeypatch):
+def test_each_configuration_has_its_report_and_each_pair_is_shown_once(tmp_path, beir_root, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for further in ([], [f"beir={beir_root / 'scitldr'}"], []):
         main(["moe", *TINY, *further])

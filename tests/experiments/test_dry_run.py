@@ -1,4 +1,4 @@
-"""The dry run's prediction, against what can be counted, and that it leaves nothing behind."""
+"""The prediction of the dry run against numbers that can be counted. It leaves no files behind."""
 
 import time
 
@@ -23,7 +23,7 @@ def predicted(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_can_be_counted(predicted, monkeypatch):
+def test_memory_and_time_are_measured(predicted, monkeypatch):
     original = ContrastiveModule.training_step
 
     def slow_and_large(module, batch, index):
@@ -32,12 +32,12 @@ def test_what_can_be_counted(predicted, monkeypatch):
         del ballast
         return original(module, batch, index)
 
-    def slowly_built(*given):
+    def build_slowly(*arguments):
         time.sleep(0.5)
-        return build_module(*given)
+        return build_module(*arguments)
 
     monkeypatch.setattr(ContrastiveModule, "training_step", slow_and_large)
-    monkeypatch.setattr(dry_run_module, "build_module", slowly_built)
+    monkeypatch.setattr(dry_run_module, "build_module", build_slowly)
     found = predicted()
     assert {name: cost.batches for name, cost in found.tasks.items()} == dict.fromkeys(found.tasks, 3)
     assert set(found.tasks) == {"classification", "link_prediction", "search"}
@@ -50,12 +50,12 @@ def test_what_can_be_counted(predicted, monkeypatch):
     assert found.training(9) == 9 * found.update + sum(3 * cost.seconds for cost in found.tasks.values())
 
 
-def test_ranks_that_share_out_weights_keep_their_share(predicted):
+def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
     copied, shared = predicted("trainer.devices=2"), predicted("trainer.devices=2", "trainer.strategy=fsdp")
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(shared, name) == getattr(copied, name) // 2
     assert copied.gathered == 0
-    assert shared.gathered == 2 * copied.weights  # two layers and what is outside of them, with gradients
+    assert shared.gathered == 2 * copied.weights  # two layers and everything outside of layers, with gradients
     three = predicted("trainer.devices=2", "trainer.strategy=fsdp", "backbone.config.num_hidden_layers=3")
     projections = 4 * (32 * 32 + 32)  # of each expert's attention: query, key, value and output
     rest = 2 * (32 * 32 + 32) + 4 * 32  # feed-forward sub-layer and both LayerNorms
@@ -63,10 +63,10 @@ def test_ranks_that_share_out_weights_keep_their_share(predicted):
     assert 2 * three.weights == copied.weights + 4 * (projections + rest)  # float32
 
 
-def test_ranks_add_documents_and_their_scores(predicted):
+def test_more_ranks_add_documents_and_scores(predicted):
     one, four = predicted(), predicted("trainer.devices=2", "trainer.num_nodes=2")
     assert one.further == 0
     assert [cost.documents for cost in four.tasks.values()] == [4 * cost.documents for cost in one.tasks.values()]
-    # Of three more ranks: scores of 8 queries and vectors of 32 dimensions, float32, and the gradients of both.
+    # Scores of 8 queries and vectors of 32 dimensions from three more ranks, in float32, and the gradients of both.
     most = max(cost.documents for cost in one.tasks.values())
     assert four.further == int(2 * 3 * most * 4 * (8 + 32))

@@ -1,4 +1,4 @@
-"""The export entry point: every format, a card, and nothing half-written."""
+"""The export command: all formats, their README.md, and what overwrite=yes replaces."""
 
 import shutil
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_every_task_with_a_card_that_says_all(run, capsys):
+def test_each_task_is_exported_with_a_readme(run, capsys):
     main([f"model={run}"])
     trained = load_encoder(run)
     for task in trained.tasks:
@@ -32,16 +32,16 @@ def test_every_task_with_a_card_that_says_all(run, capsys):
         assert "SentenceTransformer" in card
         assert "2 steps of" in card
         assert "| topics | classification |" in card  # data
-        own = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
-        for name, benchmark in own.items():  # the results of this task's expert alone
+        benchmarks = {"classification": "topics", "link_prediction": "citations", "search": "searches"}
+        for name, benchmark in benchmarks.items():  # only the results of this task
             assert (f"| {benchmark} | trained |" in card) == (name == task)
         assert "synthetic" in card
         assert str(run) in card
-        assert "dot" not in card.split("## Encoder")[0]  # the sample's similarity is cosine
+        assert "dot" not in card.split("## Encoder")[0]  # the sample scale uses cosine
     assert not list((run / "export").glob(".*"))
 
 
-def test_the_whole_encoder_the_average_and_the_authors_layout(run, tmp_path):
+def test_whole_encoder_average_and_authors_layout_are_exported(run, tmp_path):
     main([f"model={run}", "format=pretrained", f"output={tmp_path / 'whole'}"])
     trained = load_encoder(run)
     whole = load_encoder(tmp_path / "whole")
@@ -61,29 +61,29 @@ def test_the_whole_encoder_the_average_and_the_authors_layout(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=onnx"], "format: got 'onnx', allowed are plain, pretrained, reference"),
+        (["format=onnx"], "format: expected one of plain, pretrained, reference, got 'onnx'"),
         (["task=serach"], "unknown task 'serach'"),
-        (["onnx=maybe"], "onnx: got 'maybe', allowed are yes, no"),
-        (["onnx=yes", "format=pretrained"], "onnx: is written beside format=plain alone"),
-        (["similarity=euclid"], "similarity: got 'euclid'"),
+        (["onnx=maybe"], "onnx: expected yes or no, got 'maybe'"),
+        (["onnx=yes", "format=pretrained"], "onnx: needs format=plain, got format=pretrained"),
+        (["similarity=euclid"], "similarity: expected one of dot, cosine, got 'euclid'"),
         (["taks=search"], "unknown key 'taks'"),
         (["adapters=search"], "adapters: expected task:FOLDER"),
-        (["format=reference"], "pooling mean with normalize False"),
-        (["format=pretrained", "task=search"], "task: is for format=plain alone"),
+        (["format=reference"], "not pooling mean with normalize false"),
+        (["format=pretrained", "task=search"], "task: needs format=plain"),
         (["pooling=cls"], "pooling: only plain models take it"),
     ],
 )
-def test_bad_input_leaves_nothing(run, tmp_path, arguments, message):
+def test_invalid_options_raise_user_error_and_write_nothing(run, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         main([f"model={run}", f"output={tmp_path / 'out'}", *arguments])
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_kept(run, tmp_path):
+def test_existing_files_are_not_replaced_without_overwrite(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    for way in ("plain", "pretrained"):
+    for format in ("plain", "pretrained"):
         with pytest.raises(UserError, match="exists already"):
-            main([f"model={run}", f"output={tmp_path}", f"format={way}"])
+            main([f"model={run}", f"output={tmp_path}", f"format={format}"])
     with pytest.raises(UserError, match="exists already"):
         main([f"model={run}", f"output={tmp_path / 'mine'}", "format=reference"])
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
@@ -106,10 +106,10 @@ def test_overwrite_replaces_an_earlier_export(run, tmp_path):
 
 
 def files_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "export" not in path.parts[-2:]}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(run, output, message, *arguments):
+def assert_refused(run, output, message, *arguments):
     """Check that overwrite=yes refuses the output and changes nothing around it."""
     before = files_of(output.parent)
     with pytest.raises(UserError, match=message):
@@ -122,21 +122,21 @@ def test_overwrite_never_replaces_a_folder_it_did_not_write(run, tmp_path):
     (repository / ".git").mkdir(parents=True)
     (repository / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (repository / "README.md").write_text("# My software")
-    refused(run, repository, "was not written by this command .it has no .scimult-export file")
+    assert_refused(run, repository, "was not written by this command .it has no .scimult-export file")
     projects = tmp_path / "projects"  # every folder in it has a README
     for name in ("one", "two"):
         (projects / name).mkdir(parents=True)
         (projects / name / "README.md").write_text("# My software")
-    refused(run, projects, "was not written by this command")
+    assert_refused(run, projects, "was not written by this command")
     main([f"model={run}", "task=search", f"output={tmp_path / 'published'}"])
     (tmp_path / "published" / ".git").mkdir()
-    refused(run, tmp_path / "published", "is an export, but contains .*git")
+    assert_refused(run, tmp_path / "published", "is an export, but contains .*git")
 
 
 def test_overwrite_never_replaces_a_link(run, tmp_path):
     main([f"model={run}", "task=search", f"output={tmp_path / 'out'}"])
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    refused(run, tmp_path / "link", "is a symbolic link")
+    assert_refused(run, tmp_path / "link", "is a symbolic link")
 
 
 def test_overwrite_never_replaces_the_model_or_the_working_directory(run, tmp_path, monkeypatch):
@@ -144,13 +144,13 @@ def test_overwrite_never_replaces_the_model_or_the_working_directory(run, tmp_pa
     for folder in (own, own.parent):
         (folder / "README.md").write_text("notes")
         (folder / ".scimult-export").touch()
-    refused(own, own, "is or contains .*own")
-    refused(own, own.parent, "is or contains .*own")
-    refused(own / "checkpoints" / "last.ckpt", own.parent, "is or contains .*last.ckpt")
+    assert_refused(own, own, "is or contains .*own")
+    assert_refused(own, own.parent, "is or contains .*own")
+    assert_refused(own / "checkpoints" / "last.ckpt", own.parent, "is or contains .*last.ckpt")
     (tmp_path / "work" / "here").mkdir(parents=True)
     (tmp_path / "work" / ".scimult-export").touch()
     monkeypatch.chdir(tmp_path / "work" / "here")
-    refused(run, tmp_path / "work", "is or contains .*here")
+    assert_refused(run, tmp_path / "work", "is or contains .*here")
 
 
 def test_overwrite_replaces_only_its_own_checkpoints(run, tmp_path):
@@ -180,11 +180,11 @@ def test_overwrite_replaces_unmarked_exports_of_older_versions(run, tmp_path):
     for marker in output.rglob(".scimult-export"):
         marker.unlink()
     (output / "search" / "notes.txt").write_text("mine")
-    refused(run, output, "was not written by this command")
-    refused(run, output / "search", "was not written by this command")
+    assert_refused(run, output, "was not written by this command")
+    assert_refused(run, output / "search", "was not written by this command")
 
 
-def test_output_may_be_a_link(run, tmp_path):
+def test_output_can_be_a_link(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, target in (("a", tmp_path / "empty"), ("b", tmp_path / "new")):
         (tmp_path / name).symlink_to(target)
@@ -193,7 +193,7 @@ def test_output_may_be_a_link(run, tmp_path):
         assert (tmp_path / name).is_symlink()
 
 
-def test_a_checkpoint_without_its_run_is_exported_too(run, tmp_path, monkeypatch):
+def test_checkpoint_outside_of_its_run_is_exported(run, tmp_path, monkeypatch):
     shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "mine.ckpt")
     monkeypatch.chdir(tmp_path)
     main([f"model={tmp_path / 'mine.ckpt'}", "task=search"])

@@ -1,4 +1,4 @@
-"""data.on_leak: what becomes of evaluation that stands in the training data."""
+"""Evaluation texts in the training data, and what data.on_leak does about them."""
 
 import logging
 from dataclasses import replace
@@ -20,7 +20,7 @@ TEXT = "in which {} a question is asked at some length about the matter of {}"
 
 @pytest.fixture
 def leaking(tmp_path, beir_root):
-    """Searches of which three training queries are, word by word or nearly, test queries; their rows."""
+    """A search collection whose first three training queries are, exactly or nearly, test queries; and their ids."""
     source = BeirReader(str(beir_root / "scitldr")).read()
     train, test = list(source.qrels["train"])[:3], list(source.qrels["test"])[:3]
     queries = dict(source.queries)
@@ -41,24 +41,24 @@ def built(config):
     return task
 
 
-def test_leaks_are_told_stripped_or_refused(leaking, tmp_path, caplog):
+def test_leaks_are_warned_about_stripped_or_refused(leaking, tmp_path, caplog):
     folder, train = leaking
-    told = "searches, test queries: 3 by text"
+    summary = "searches, test queries: 3 by text"
     task = built(configured(folder, tmp_path, "data.on_leak=warn"))
     before = {task.documents[row].id for row in task.examples.query_rows()}
     assert before >= set(train)
-    assert any(told in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert any(summary in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     task = built(configured(folder, tmp_path, "data.on_leak=strip"))
     assert {task.documents[row].id for row in task.examples.query_rows()} == before - set(train)
-    with pytest.raises(UserError, match=f"{told}.*data.on_leak=strip trains without them"):
+    with pytest.raises(UserError, match=f"{summary}.*data.on_leak=strip trains without them"):
         built(configured(folder, tmp_path, "data.on_leak=error"))
     caplog.clear()
     built(configured(folder, tmp_path, "data.on_leak=ignore"))
-    assert told not in caplog.text
+    assert summary not in caplog.text
     build_data(configured(folder, tmp_path, "data.on_leak=error"))  # for evaluation
 
 
-def test_texts_of_other_folders_leave_the_positives_too(leaking, tmp_path, monkeypatch):
+def test_texts_of_other_folders_are_stripped_from_positives_too(leaking, tmp_path, monkeypatch):
     folder, _ = leaking
     config = configured(folder, tmp_path, "data.on_leak=ignore")
     task = built(config)
@@ -72,18 +72,18 @@ def test_texts_of_other_folders_leave_the_positives_too(leaking, tmp_path, monke
     assert row not in left.examples.judged_rows()
     assert row in task.examples.judged_rows()
     assert len(left.examples) >= len(task.examples) - 3 - 1
-    monkeypatch.setattr(leaks, "find_leaks", None)  # found once for the same data
+    monkeypatch.setattr(leaks, "find_leaks", None)  # cached for the same data
     assert list(built(configured(folder, tmp_path, *settings)).examples) == list(left.examples)
 
 
-def test_nothing_left_is_an_error(leaking, tmp_path):
+def test_stripping_all_examples_raises_user_error(leaking, tmp_path):
     folder, _ = leaking
     with pytest.raises(UserError, match="no training example remains without the texts"):
         built(configured(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
 
 
 def two(tmp_path, kind=SearchDataModule):
-    """A task of two collections that number their queries alike; one test query of each is a training query of it."""
+    """A task of two collections with equal ids. One test query of the first one is also a training query."""
     readers = {}
     for name in ("first", "second"):
         corpus = {f"d{i}": Document(f"d{i}", "", f"{name} document {i} of some words") for i in range(6)}
@@ -97,16 +97,16 @@ def two(tmp_path, kind=SearchDataModule):
     return task
 
 
-def test_ids_are_compared_within_a_collection(tmp_path):
-    (found,) = [leaks.find_leaks([two(tmp_path)])]
-    counts = {name: one.overlaps for name, one in found.sets.items()}
-    assert counts["first, test queries"] == {"id": 1, "title": 0, "text": 1}  # q2, which is trained on too
+def test_ids_are_compared_within_a_collection_only(tmp_path):
+    found = leaks.find_leaks([two(tmp_path)])
+    counts = {name: evaluated.overlaps for name, evaluated in found.sets.items()}
+    assert counts["first, test queries"] == {"id": 1, "title": 0, "text": 1}  # q2 is in train and test
     assert counts["second, test queries"] == {"id": 0, "title": 0, "text": 0}
     assert len(found.queries["search"]) == 1
 
 
-def test_corpora_that_are_only_evaluated_are_compared_with_all_that_is_trained_on(tmp_path):
-    """But not with themselves, nor with queries of test splits; labels are no secret."""
+def test_evaluation_corpora_are_compared_with_all_training_texts(tmp_path):
+    """They are not compared with themselves or with test queries, and labels are not secret."""
     trained = two(tmp_path).collections["first"]
     query = {"q": Document("q", "", "second asks 5 and more")}
     corpus = {"x": Document("x", "", trained.corpus["d5"].text), "y": Document("y", "", trained.queries["q3"].text)}
@@ -121,33 +121,33 @@ def test_corpora_that_are_only_evaluated_are_compared_with_all_that_is_trained_o
         assert "tested, corpus" not in leaks.find_leaks([task]).sets
 
 
-def test_where_nothing_is_evaluated_nothing_is_compared(tmp_path, monkeypatch):
+def test_nothing_is_compared_without_evaluation(tmp_path, monkeypatch):
     task = two(tmp_path)
     monkeypatch.setattr(task, "benchmarks", lambda split: [])
     monkeypatch.setattr(leaks.Index, "overlaps", None)
     assert not leaks.find_leaks([task])
 
 
-def test_what_is_kept_is_of_the_same_kind_of_task(tmp_path):
+def test_cache_distinguishes_kinds_of_tasks(tmp_path):
     config = DataConfig(cache=str(tmp_path / "cache"), on_leak="strip")
     left = []
     for kind in (SearchDataModule, LinkPredictionDataModule):
         task = two(tmp_path, kind)
-        leaks.answer_leaks(config, [task])
+        leaks.handle_leaks(config, [task])
         left.append(sorted(task.documents[row].text for row in task.examples.query_rows()))
     assert left[0] == left[1]
     assert len(left[0]) == 6
 
 
-def test_documents_that_are_only_mined_are_stripped_and_what_is_left_is_fingerprinted(tmp_path):
+def test_stripping_covers_documents_that_are_only_mined_and_changes_the_fingerprint(tmp_path):
     task, other = two(tmp_path), Document("x", "", "second document 0 of some words")
     write_beir(Collection({"x": other}, {"y": Document("y", "", "no")}, {"test": {"y": {"x": 1}}}), tmp_path / "other")
     before, signature = task.fingerprints(), len(task.examples)
-    leaks.answer_leaks(DataConfig(cache=None, on_leak="strip", leaks_in=[str(tmp_path / "other")]), [task])
+    leaks.handle_leaks(DataConfig(cache=None, on_leak="strip", leaks_in=[str(tmp_path / "other")]), [task])
     (row,) = task.stripped.tolist()
     assert task.documents[row] == Document("d0", "", other.text)
     assert row not in two(tmp_path).examples.judged_rows()
     assert len(task.examples) == signature - 1  # the query of the first test
     assert task.fingerprints() != before
     with pytest.raises(UserError, match="data.leaks_in.*nowhere: no such folder"):
-        leaks.answer_leaks(DataConfig(cache=None, leaks_in=["nowhere"]), [task])
+        leaks.handle_leaks(DataConfig(cache=None, leaks_in=["nowhere"]), [task])

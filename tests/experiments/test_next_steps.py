@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from experiments.build.trainer import tell_of_cores
+from experiments.build.trainer import warn_about_cores
 from experiments.config.experiment import load_config
 from experiments.config.paths import folder_of
 from experiments.run.endings import next_steps
@@ -33,12 +33,12 @@ def test_no_encoder_is_proposed_where_the_settings_are_of_this_one(setting):
 def test_more_processes_than_cores_are_told(monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
     config = load_config("moe", ["trainer.devices=8", "trainer.accelerator=cpu"])
-    tell_of_cores(config)
-    assert "trainer.devices=8: without GPUs, so many processes share 2 cores" in caplog.text
+    warn_about_cores(config)
+    assert "trainer.devices=8: without GPUs, that many processes share 2 cores" in caplog.text
     caplog.clear()
     config.trainer.devices = 2
-    tell_of_cores(config)
+    warn_about_cores(config)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     config.trainer.devices, config.trainer.accelerator = 8, "auto"
-    tell_of_cores(config)
+    warn_about_cores(config)
     assert not caplog.records

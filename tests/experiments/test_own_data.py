@@ -104,18 +104,22 @@ def test_folder_in_both_layouts_needs_a_named_reader(folders):
 def test_missing_folder_error_names_the_keys_that_set_it():
     with pytest.raises(UserError) as caught:
         build_data(load_config("moe", ["scale=small", "data.root=/nowhere"]))
-    for part in ("task.classification.data=FOLDER", "data.root=FOLDER the one that holds arxiv_cats", "tasks=[...]"):
+    for part in (
+        "task.classification.data=FOLDER",
+        "data.root=FOLDER to the folder that contains arxiv_cats",
+        "tasks=[...]",
+    ):
         assert part in str(caught.value)
 
 
 def test_sample_in_addition_to_own_data_is_warned_about(folders, caplog):
     sample = "task.search.data.searches.num_papers=500"
-    beside = ["tasks=[search]", sample, f"task.search.data.mine={folders}/mine", "data.cache=null"]
-    build_data(load_config("moe", beside), training=True)
-    assert "best.ckpt is chosen by the dev splits of searches" in caplog.text
+    both = ["tasks=[search]", sample, f"task.search.data.mine={folders}/mine", "data.cache=null"]
+    build_data(load_config("moe", both), training=True)
+    assert "best.ckpt is selected on the dev splits of searches" in caplog.text
     assert "task.search.data.searches=null" in caplog.text
     caplog.clear()
-    build_data(load_config("moe", [*beside, "task.search.data.searches=null"]), training=True)
+    build_data(load_config("moe", [*both, "task.search.data.searches=null"]), training=True)
     build_data(load_config("moe", ["tasks=[search]", sample, "data.cache=null"]), training=True)
     assert "sample" not in caplog.text
 

@@ -299,7 +299,7 @@ def test_baselines_of_another_protocol_are_left_out_of_the_final_table(run, tmp_
         del of["protocol"], of["data"]
     (tmp_path / "run" / "baselines.json").write_text(json.dumps(baselines))
     train("moe_mined", [f"run.dir={tmp_path / 'run'}", *TINY, *SETTINGS])
-    assert "the table is without them" in caplog.text
+    assert "the final table does not have them" in caplog.text
     results = json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"]
     assert {system for of in results.values() for system in of["systems"]} == {"trained"}
 

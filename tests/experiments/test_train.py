@@ -103,7 +103,7 @@ def test_accumulated_batches_are_logged_as_their_mean(tmp_path, caplog):
         losses += [row["train/search/loss"] for row in rows(folder) if "train/lr" in row]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    warning = "trainer.accumulate_grad_batches=2 does not enlarge the pool of negatives"
+    warning = "trainer.accumulate_grad_batches=2 does not add negatives"
     assert [warning in record.message for record in caplog.records].count(True) == 1
 
 
@@ -185,7 +185,7 @@ def test_another_split_or_metric_is_measured_and_not_mixed(tmp_path, caplog):
     for result in results["benchmarks"].values():
         assert result["split"] == "dev"
         assert set(result["systems"]) == {"trained"}
-    assert "the table is without them" in caplog.text
+    assert "the final table does not have them" in caplog.text
 
 
 def test_the_table_says_which_checkpoint_it_measured(tmp_path):
@@ -216,7 +216,7 @@ def test_folders_that_are_no_run_are_left_alone(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     overrides = ["optim.lr=1e30", "trainer.gradient_clip_val=0", "trainer.max_steps=40", "trainer.log_every_n_steps=1"]
-    with pytest.raises(UserError, match=r"is not finite at step .*: try a lower optim\.lr"):
+    with pytest.raises(UserError, match=r"is not finite at step .*: try a lower learning rate"):
         train("vanilla", [f"run.dir={tmp_path}", *TINY, *overrides, "evaluation.every_n_steps=0"])
 
 
@@ -257,7 +257,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
         (["init_from=/no/where"], "init_from: '/no/where' is not an existing file or folder"),
         (["encoder.layers=mod9"], "leaves no expert layer"),
-        (["task.search.data.searches.num_papers=5"], "num_papers: got 5"),
+        (["task.search.data.searches.num_papers=5"], "num_papers: expected at least 500, got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
         (["task.search.data.topics=${task.classification.data.topics}"], "two tasks have topics"),
     ],
@@ -277,7 +277,7 @@ def test_a_failed_command_leaves_no_run_and_names_the_key(tmp_path):
 def test_a_missing_package_without_a_shape_to_draw_is_refused():
     config = load_config("moe", ["backbone.name=package:no_such_package"])
     config.backbone.config = {}
-    with pytest.raises(UserError, match="no_such_package is not installed, and backbone.config gives no shape"):
+    with pytest.raises(UserError, match="no_such_package is not installed; install it, or set backbone.config"):
         build_module.build_encoder(config, [])
 
 
@@ -421,7 +421,7 @@ def test_a_new_task_is_given_to_a_trained_encoder(tmp_path, caplog):
     train("moe", two_steps(tmp_path / "old", *old))
     new = [*TINY[2:], f"extend.model={tmp_path / 'old'}", "tasks=[search]", "optim.lr=0.1"]
     train("moe", two_steps(tmp_path / "new", *new))
-    assert "search begins as classification" in caplog.text
+    assert "search starts as classification" in caplog.text
     before, after = load_encoder(tmp_path / "old"), load_encoder(tmp_path / "new")
     assert list(after.tasks) == ["classification", "search"]
     results = json.loads((tmp_path / "new" / "results.json").read_text())
@@ -440,7 +440,7 @@ def test_a_new_task_is_given_to_a_trained_encoder(tmp_path, caplog):
         (["tasks=[classification]"], "task classification: the encoder has it already"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "brings an encoder with .'ffn': False., the experiment moe says .'ffn': True."),
-        (["extend.like=sarch"], "extend.like: got 'sarch', allowed are nearest, classification"),
+        (["extend.like=sarch"], "extend.like: expected one of nearest, classification"),
         (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
         (["task.search.expert=classification"], "task search: the expert classification exists already"),
     ],
@@ -482,7 +482,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     ]
     train("moe", [*two_steps(tmp_path, *TINY, *overrides), "trainer.max_steps=4"])
     assert "schedule (weights): search search classification classification" in caplog.text
-    assert re.search(r"search: 2 batches, [0-9.]+ passes through \d+ examples of searches\n", caplog.text)
+    assert re.search(r"search: 2 batches, [0-9.]+ passes over \d+ examples of searches\n", caplog.text)
     config = load_config("moe", [*TINY, *overrides])
     data = build_data(config)
     data.tokenizer = load_encoder(tmp_path).tokenizer

@@ -1,4 +1,4 @@
-"""Top-k against a loop in numpy, for every backend, shards and memory."""
+"""Top-k is compared with a loop in numpy, for every backend, sharding and memory."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ BACKENDS = ("faiss", "torch")
 
 
 def loop(queries, documents, k):
-    """The k best of each query by score and then row, with scores in float64."""
+    """Return the k best documents of each query by float64 score and then row, and their scores."""
     found = []
     for query in queries.astype(np.float64):
         scores = np.array([(query * document).sum() for document in documents.astype(np.float64)])
@@ -42,8 +42,8 @@ def test_backends_agree_with_a_loop(backend, memory, k):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pieces", [[300], [100, 1, 199], [50] * 6])
-def test_ties_go_to_the_first_document_however_it_is_sharded(backend, pieces):
-    """Forty copies of each vector: the k-th place is always tied, with more copies than are looked at beyond k."""
+def test_ties_go_to_the_first_document_in_any_sharding(backend, pieces):
+    """Forty copies of each vector, so that the k-th rank is always tied with more copies than PADDING."""
     queries, documents = world(num_documents=8)
     documents = np.concatenate([documents] * 40)[:300]
     shards = Shards(np.split(documents, np.cumsum(pieces)[:-1]))
@@ -52,8 +52,8 @@ def test_ties_go_to_the_first_document_however_it_is_sharded(backend, pieces):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
-    """All documents are nearly one, as of an encoder that has collapsed."""
+def test_scores_equal_in_float32_are_ordered_by_float64(backend):
+    """All documents are nearly equal, as with a collapsed encoder."""
     queries, documents = world(num_documents=400, dimension=64)
     documents = (1.0 + 1e-5 * documents).astype(np.float32)
     rows, _ = top_k(queries, documents, 20, backend=backend)
@@ -63,7 +63,7 @@ def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
 @pytest.mark.parametrize("memory", [1 << 13, 1 << 29])
 @pytest.mark.parametrize("k", [40, 290, 300])
 def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
-    """Few queries and documents at a time, so that documents wait to be merged, and float16 as on a disk."""
+    """Small blocks, so that documents wait to be merged, in float16 as on disk."""
     monkeypatch.setattr("lightning_modules.retrieval.search.DEEP", 30)
     queries, documents = world()
     documents = documents.astype(np.float16)
@@ -84,16 +84,16 @@ def test_progress_counts_all_pairs():
     assert sum(compared) == len(queries) * len(documents)
 
 
-def test_without_faiss_torch_is_taken(monkeypatch):
+def test_torch_is_used_without_faiss(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "faiss", None)  # makes importing it fail
     queries, documents = world()
     assert (top_k(queries, documents, 9)[0] == loop(queries, documents, 9)[0]).all()
     with pytest.raises(UserError, match="faiss is not installed"):
         top_k(queries, documents, 9, backend="faiss")
 
 
-def test_faiss_is_taken_where_it_is_asked_for(monkeypatch):
+def test_faiss_is_used_on_request_only(monkeypatch):
     asked = []
     original = faiss.knn
     monkeypatch.setattr(faiss, "knn", lambda *a, **k: asked.append(1) or original(*a, **k))
@@ -103,7 +103,7 @@ def test_faiss_is_taken_where_it_is_asked_for(monkeypatch):
     assert asked
 
 
-def test_lower_precisions_do_not_reach_the_ranking():
+def test_training_precision_does_not_affect_rankings():
     queries, documents = world(num_documents=2000)
     torch.set_float32_matmul_precision("medium")
     try:
@@ -115,8 +115,8 @@ def test_lower_precisions_do_not_reach_the_ranking():
     assert (rows == loop(queries, documents, 10)[0]).all()
 
 
-def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
-    """There is no GPU here: that it is called as its signature wants, and what comes of its answer."""
+def test_faiss_searches_on_the_gpu_up_to_its_largest_k(monkeypatch):
+    """Without a GPU: check the call against the signature of knn_gpu, and the use of its result."""
     asked, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
@@ -132,13 +132,13 @@ def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
     queries, documents = world(num_documents=3000)
-    for k, on_gpu in ((9, [25]), (2040, [])):  # with those beyond k more than it finds there
+    for k, on_gpu in ((9, [25]), (2040, [])):  # with PADDING, more than a GPU finds
         asked.clear()
         rows, _ = top_k(queries, documents, k, backend="faiss", memory=1 << 21, device="cuda:1")
         assert (asked, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
 
 
-def test_scores_of_pairs_and_of_none():
+def test_pair_scores_and_missing_rows():
     queries, documents = world()
     rows = np.array([[3, -1, 299]] * len(queries))
     shards = Shards(np.split(documents, [100, 250]))
@@ -148,7 +148,7 @@ def test_scores_of_pairs_and_of_none():
         assert (scores[:, 1] == -np.inf).all()
 
 
-def test_vectors_that_are_not_finite_are_refused():
+def test_vectors_that_are_not_finite_raise():
     queries, documents = world()
     documents[[17, 40]] = np.nan
     with pytest.raises(UserError, match="documents: 2 of 300 vectors are not finite, the first is number 17"):
