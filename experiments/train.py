@@ -20,13 +20,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.files import read_json
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
-from experiments.build.trainer import build_callbacks, build_trainer, precision_of, tell_of_cores
+from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.paths import LAST, folder_of
 from experiments.config.schema import Config
+from experiments.results.final_table import FinalTable
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, lost_ranks_named, next_steps, raise_if_preempted
-from experiments.run.final_table import FinalTable
 from experiments.run.folder import open_run, record_end, record_start, write_config
 from experiments.run.lock import only_job
 from experiments.run.wandb_logger import build_loggers

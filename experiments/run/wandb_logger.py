@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
-from experiments.results.final_table import FinalTable
 from experiments.run.endings import PREEMPTED
 from experiments.run.wandb_sender import is_sent
 from lightning_modules.loggers import JsonlLogger, RunLogger
