@@ -68,12 +68,14 @@ def test_forked_process_ignores_signals():
     assert os.waitpid(pid, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_late_signals_do_not_change_the_exit_status():
     code = "from lightning_modules.distributed import signals; import os, signal; signals.catch(); signals.ignore(); "
     code += "[os.kill(os.getpid(), n) for n in signals.ASKING]; print('done')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "done\n"
 
 
+@pytest.mark.slow
 def test_signals_module_imports_nothing_heavy():
     code = "import sys, lightning_modules.distributed.signals; print(*(m in sys.modules for m in ('torch', 'numpy')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
