@@ -248,7 +248,7 @@ class _BlockMiner:
         rows, scores = self.miner.rank(pool, block, options.k, self.context)
         positives = _lists_of(pool.positives, block)
         sieve = Sieve(rows)
-        sieve.apply("known positives", filters.not_known_positive(rows, positives, pool.own[queries]))
+        sieve.apply("known positives", filters.not_known_positive(rows, positives, pool.document_of_query[queries]))
         sieve.apply("not trained on", ~np.isin(rows, pool.excluded))
         if options.same_text:
             sieve.apply("copies", self.first_of_text[rows])
@@ -274,7 +274,7 @@ class _BlockMiner:
         return Mined(
             negatives,
             margins[chosen].astype(np.float32),
-            filters.contained(rows, _lists_of(pool.revealed, block))[chosen],
+            filters.contained(rows, _lists_of(pool.held_out_positives, block))[chosen],
             self.document_texts[rows[chosen]],
             num_candidates=int(candidates.sum()),
             num_above=int((candidates & (margins < 0)).sum()),

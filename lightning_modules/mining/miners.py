@@ -170,13 +170,15 @@ class CitedByCitedMiner(TwoHopMiner):
     """
 
     def links(self, pool, context):
-        if (pool.own < 0).all():
+        if (pool.document_of_query < 0).all():
             raise UserError(
                 f"{pool.name}: CitedByCitedMiner needs papers that cite papers (link_prediction), but no query is a "
                 "document of the corpus"
             )
         positives = positives_of(pool)
-        return positives, {int(row): cited for row, cited in zip(pool.own, positives, strict=True) if row >= 0}
+        return positives, {
+            int(row): cited for row, cited in zip(pool.document_of_query, positives, strict=True) if row >= 0
+        }
 
 
 class LabelsOfCitedMiner(TwoHopMiner):
@@ -188,7 +190,7 @@ class LabelsOfCitedMiner(TwoHopMiner):
     def links(self, pool, context):
         cited: dict[str, list[str]] = {}
         for other in context.pools:
-            for query, row, positives in zip(other.queries, other.own, positives_of(other), strict=True):
+            for query, row, positives in zip(other.queries, other.document_of_query, positives_of(other), strict=True):
                 if row >= 0:
                     cited.setdefault(query.id, []).extend(other.corpus[positive].id for positive in positives.tolist())
         query_numbers = {query.id: i for i, query in enumerate(pool.queries)}
@@ -251,7 +253,9 @@ class SharingMiner(Miner):
         if not any(len(queries) > 1 for queries in queries_of_value.values()):
             raise UserError(f"{pool.name}: no two of its papers share a value of {self.field!r} in {self.papers}")
         positives = positives_of(pool)
-        documents = [np.array([row]) if row >= 0 else own for row, own in zip(pool.own, positives, strict=True)]
+        documents = [
+            np.array([row]) if row >= 0 else own for row, own in zip(pool.document_of_query, positives, strict=True)
+        ]
         return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.readers import io
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.checks import BadLines, check_grade, get_id, get_text
+from datamodules.readers.checks import BadLines, Record, check_grade
 from datamodules.readers.io import as_object, read_entries, read_lines, read_members, read_records
 from datamodules.records import UserError
 
@@ -291,11 +291,11 @@ def test_fields_of_the_wrong_type_raise_user_error():
     assert [check_grade(value) for value in (3, 3.0, "3", "-1", 0)] == [3, 3, 3, -1, 0]
     for value in (True, None, 1.5, float("nan"), float("inf"), "1_0", "٣", 10**12, "9" * 5000, [1]):
         assert "the score must be an integer, got " in error_of(lambda value=value: check_grade(value))
-    assert get_id({"a": None, "b": 7}, "a", "b") == "7"
+    assert Record(a=None, b=7).id("a", "b") == "7"
     for record in ({"b": 7.5}, {"b": ""}, {"b": True}, {"b": []}, {"b": 10**30}, {"b": "\ud800"}, {}):
-        error_of(lambda record=record: get_id(record, "b"))
-    assert get_text({"a": None}, "a") == get_text({}, "a") == ""
-    assert error_of(lambda: get_text({"x": 1}, "a", required=True)) == "a is missing (keys here: x)"
+        error_of(lambda record=record: Record(record).id("b"))
+    assert Record(a=None).text("a") == Record().text("a") == ""
+    assert error_of(lambda: Record(x=1).text("a", required=True)) == "a is missing (keys here: x)"
 
 
 # --- the policy for bad lines ---
