@@ -1,184 +1,173 @@
-"""Vectors of a corpus: python -m experiments.embed model=M task=search input=papers.jsonl output=FOLDER
-
-model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder or hub name); backbone, pooling,
-             tower, adapters: as in experiments.evaluate
-task         whose expert encodes, one or several (task=search,classification), or all: layers that serve all of them
-             are computed once. side: documents, or queries, for a model that encodes them differently
-input        {"id", "title", "text" or "abstract"} a line, plain, .gz or .zst; one JSON list; .parquet; or a folder in
-             BEIR layout, whose corpus is taken
-output       a folder: TASK.npy (M, D), TASK.ids.txt and TASK.json, and the shards they are merged from; or, for one
-             task, FILE.npy. Who is killed goes on with the same command
-part         3/8: the third of eight processes that share the work, on any machines that see the folder; by default
-             that of torchrun, srun or a SLURM array. The last one to end merges
-devices      processes on this machine, one for each GPU
-shard_size   texts of a shard. Shards are encoded by themselves, so vectors do not depend on the number of processes
-similarity   cosine keeps vectors of length 1, dot as they are; by default that of the run, dot with backbone=
-precision    fp32, bf16 or auto (bf16 where the hardware is made for it) for the encoder; dtype: float32 or float16 on
-             disk
-token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
-on_error     fail, or skip: bad lines go to a quarantine file
-"""
+"""Embed a corpus: one vector for each text."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import Document, UserError
-from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config
-from experiments.run.workers import Share, run_processes, share_of
-from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
+from experiments.build.models import ModelOptions
+from experiments.config.arguments import parse
+from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
+from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.losses import SIMILARITIES
-from lightning_modules.retrieval.compute import PRECISIONS, computing_in, resolved, token_budget_of
-from lightning_modules.retrieval.embedding import STORED, Arrays, ShardFolder, embed_shard, merge
+from lightning_modules.retrieval.compute import computing_in, default_token_budget, resolved
+from lightning_modules.retrieval.embedding import ShardFolder, embed_shard
 from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 
-KEYS = MODEL_KEYS | {
-    "task": "",
-    "side": "documents",
-    "input": "",
-    "output": "",
-    "part": "",
-    "devices": "1",
-    "shard_size": "16384",
-    "similarity": "",
-    "precision": "fp32",
-    "dtype": "float32",
-    "token_budget": "",
-    "on_error": "fail",
-}
 
+@dataclass(kw_only=True)
+class EmbedOptions(ModelOptions):
+    """Embed a corpus: one vector for each text, in shards that survive a kill. The same command continues."""
 
-class Job:
-    """What is embedded, how, and where to."""
-
-    def __init__(self, values: dict[str, str], share: Share):
-        self.values, self.share = values, share
-        for key in ("task", "input", "output"):
-            if not values[key]:
-                raise UserError(f"{key}: is missing; for instance task=search input=papers.jsonl output=vectors")
-        choice("side", values["side"], ("documents", "queries"))
-        choice("on_error", values["on_error"], BadLines.POLICIES)
-        self.stored = choice("dtype", values["dtype"], STORED)
-        self.precision = resolved(choice("precision", values["precision"], PRECISIONS), share.device)
-        self.size = whole_number("shard_size", values["shard_size"])
-        self.token_budget = token_budget(values) or token_budget_of(share.device)
-        self.output = Path(values["output"])
-        self.is_file = self.output.suffix == ".npy"
-        self.folder = self.output.with_name(self.output.name + ".shards") if self.is_file else self.output / "shards"
-        self.source = text_file(Path(values["input"]))
-
-    def matrix(self, task: str) -> Path:
-        return self.output if self.is_file else self.output / f"{task}.npy"
-
-    def load(self) -> Encoder:
-        values, run = self.values, run_of(self.values["model"])
-        config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-        several = values | ({"task": "all"} if "," in values["task"] else {})
-        encoder = load_model(several, config).to(self.share.device)
-        names = list(encoder.tasks) if values["task"] == "all" else values["task"].split(",")
-        if self.is_file and len(names) > 1:
-            raise UserError(f"output: {self.output} is a file, and the tasks are {len(names)}: name a folder")
-        for name in names:
-            encoder.expert_of(name)
-        documents = values["side"] == "documents"
-        self.tasks = {name: encoder.document_task(name) if documents else name for name in names}
-        self.similarity = values["similarity"] or default_similarity(values, config)
-        choice("similarity", self.similarity, SIMILARITIES)
-        return encoder
-
-    def about(self, encoder: Encoder) -> dict[str, Any]:
-        """What decides the vectors."""
-        return {
-            "model": fingerprint(encoder),
-            "tasks": self.tasks,
-            "similarity": self.similarity,
-            "precision": self.precision,
-            "dtype": self.stored,
-            "shard_size": self.size,
-            "token_budget": self.token_budget,
-            "on_error": self.values["on_error"],
-        }
-
-
-def embed(job: Job) -> None:
-    """Embed this process's shards, and merge when all are there."""
-    num_lines = count_lines(job.source, job.values["on_error"])
-    if not num_lines:
-        raise UserError(f"input: {job.source} holds no text")
-    count = -(-num_lines // job.size)
-    encoder = job.load()
-    shards = ShardFolder(job.folder, job.about(encoder))
-    mine = job.share.shards(count)
-    log.info("%s: %d of %d shards, on %s", job.source, len(mine), count, job.share.device)
-    _embed_shards(job, encoder, shards, mine, sum(min(job.size, num_lines - n * job.size) for n in mine))
-    missing = shards.missing(count)
-    if missing:
-        log.info("%d of %d shards are still missing, the first is %d: not this part's", len(missing), count, missing[0])
-        return
-    for task in job.tasks:
-        path = job.matrix(task)
-        about = shards.about | {"input": str(job.source.absolute()), "name": job.values["model"]}
-        log.info("%s: %s vectors", path, f"{merge(shards, task, count, path, about):,}")
-    log.info("Next: make find embeddings=%s task=%s query='...'", job.output, next(iter(job.tasks)))
-
-
-def _embed_shards(job: Job, encoder: Encoder, shards: ShardFolder, mine: range, total: int) -> None:
-    """Those that are not there yet. total: texts of all of them."""
-    done, kept, quarantine = 0, 0, job.folder / f"quarantine-{job.share.index + 1}.jsonl"
-    with BadLines(job.values["on_error"], str(quarantine)) as bad, Progress("embedding", unit="texts") as progress:
-
-        def advance(texts: int) -> None:
-            nonlocal done
-            done += texts
-            progress.report(done, total)
-
-        for number, documents in read_shards(job.source, job.size, mine, bad):
-            if shards.has(number, documents):
-                total, kept = total - len(documents), kept + 1
-            else:
-                shards.write(number, documents, _encode(job, encoder, documents, advance))
-    seconds = time.monotonic() - progress.started
-    there = f"; {kept} shards were there already" if kept else ""
-    log.info("%s texts embedded, %.1f a second%s", f"{done:,}", done / seconds, there)
-
-
-def _encode(job: Job, encoder: Encoder, documents: list[Document], advance: Callable[[int], None]) -> Arrays:
-    with computing_in(job.precision, encoder.device):
-        return embed_shard(
-            encoder,
-            documents,
-            job.tasks,
-            similarity=job.similarity,
-            stored=job.stored,
-            token_budget=job.token_budget,
-            advance=advance,
-        )
+    task: tuple[str, ...] = option(help="tasks whose experts encode the texts, with commas between them, or all")
+    side: Literal["documents", "queries"] = option(
+        "documents", "what the texts are, for models that encode queries differently"
+    )
+    input: Path = option(
+        help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract), or a BEIR folder"
+    )
+    output: Path = option(help="folder for TASK.npy, TASK.npy.ids.txt and TASK.npy.json; or a .npy file, for one task")
+    part: str = option("", "I/N: do part I of N, on any machine that sees the output; by default the SLURM array's")
+    devices: int = option(1, "number of processes on this machine, one per GPU", minimum=1)
+    shard_size: int = option(16384, "number of texts per shard, which are encoded by themselves", minimum=1)
+    similarity: Literal["dot", "cosine"] | None = option(
+        None, "cosine normalises the vectors; by default that of the model's run, dot with backbone=, else cosine"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "fp32", "precision of the encoder; auto is bf16 on hardware that is made for it"
+    )
+    dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
+    token_budget: int | None = option(
+        None, "maximum number of padded tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+    )
+    on_error: Literal["fail", "skip"] = option(
+        "fail", "at a bad line: fail, or skip it and write it to a quarantine file"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
-    values = key_values(arguments, KEYS)
-    share = share_of(values["part"])
-    job = Job(values, share)
-    devices = whole_number("devices", values["devices"])
-    if devices > 1:
-        own = [text for text in arguments if text.partition("=")[0] not in ("part", "devices")]
-        run_processes("experiments.embed", own, share, devices)
+    end_with_launcher()
+    options = parse(EmbedOptions, arguments)
+    share = share_of(options.part)
+    job = EmbeddingJob(options, share)
+    if options.devices > 1:
+        launch_processes("experiments.embed", [*arguments, "devices=1", f"part={share}"], options.devices)
     else:
-        embed(job)
+        job.run()
+
+
+class EmbeddingJob:
+    """One process's share of embedding a corpus. The process that finishes last merges the shards."""
+
+    def __init__(self, options: EmbedOptions, share: Share):
+        self.options, self.share = options, share
+        self.source = text_file(options.input)
+        self.precision = resolved(options.precision, share.device)
+        self.token_budget = options.token_budget or default_token_budget(share.device)
+        self.one_file = options.output.suffix == ".npy"
+        self.folder = Path(f"{options.output}.shards") if self.one_file else options.output / "shards"
+
+    def run(self) -> None:
+        """Embed this process's shards, and merge if no shard is missing then."""
+        options = self.options
+        num_lines = count_lines(self.source, options.on_error)
+        if not num_lines:
+            raise UserError(f"input: {self.source} contains no texts")
+        num_shards = -(-num_lines // options.shard_size)
+        encoder, tasks, similarity = self._load()
+        shards = ShardFolder(self.folder, self._metadata(encoder, tasks, similarity))
+        numbers = self.share.shards(num_shards)
+        log.info("%s: %d of %d shards, on %s", self.source, len(numbers), num_shards, self.share.device)
+        num_texts = sum(min(options.shard_size, num_lines - number * options.shard_size) for number in numbers)
+        self._embed_shards(encoder, shards, numbers, num_texts)
+        if missing := shards.missing(num_shards):
+            log.info(
+                "%d of %d shards are missing, first shard %d; other parts make them",
+                len(missing),
+                num_shards,
+                missing[0],
+            )
+            return
+        source = {"input": str(self.source.absolute()), "name": options.model}
+        for task in tasks:
+            path = options.output if self.one_file else options.output / f"{task}.npy"
+            log.info("%s: %s vectors", path, f"{shards.merge(task, num_shards, path, source):,}")
+        log.info("Next: make find embeddings=%s task=%s query='...'", options.output, next(iter(tasks)))
+
+    def _load(self) -> tuple[Encoder, dict[str, str], str]:
+        """Return the encoder, the encoder's task for each task of the output, and the similarity."""
+        options = self.options
+        config = options.run_config()
+        encoder = options.load(config, task=options.task[0] if len(options.task) == 1 else "all")
+        encoder = encoder.to(self.share.device)
+        names = list(encoder.tasks) if options.task == ("all",) else options.task
+        if self.one_file and len(names) > 1:
+            raise UserError(f"output: expected a folder for {len(names)} tasks, got the file {options.output}")
+        for name in names:
+            encoder.expert_of(name)
+        tasks = {name: encoder.document_task(name) if options.side == "documents" else name for name in names}
+        return encoder, tasks, options.similarity or options.similarity_of(config)
+
+    def _metadata(self, encoder: Encoder, tasks: dict[str, str], similarity: str) -> dict[str, Any]:
+        """Return what decides the vectors."""
+        return {
+            "model": fingerprint(encoder),
+            "tasks": tasks,
+            "similarity": similarity,
+            "precision": self.precision,
+            "dtype": self.options.dtype,
+            "shard_size": self.options.shard_size,
+            "token_budget": self.token_budget,
+            "on_error": self.options.on_error,
+        }
+
+    def _embed_shards(self, encoder: Encoder, shards: ShardFolder, numbers: range, num_texts: int) -> None:
+        """Embed the shards that are not complete yet. num_texts: number of texts in all of them."""
+        num_done = num_complete = 0
+        quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
+        with (
+            BadLines(self.options.on_error, str(quarantine)) as bad_lines,
+            Progress("embedding", unit="texts") as progress,
+        ):
+
+            def advance(count: int) -> None:
+                nonlocal num_done
+                num_done += count
+                progress.report(num_done, num_texts)
+
+            for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
+                if shards.has(number, documents):
+                    num_texts, num_complete = num_texts - len(documents), num_complete + 1
+                else:
+                    shards.write(number, documents, self._embed(encoder, shards, documents, advance))
+        seconds = time.monotonic() - progress.started
+        complete = f"; {num_complete} shards were complete already" if num_complete else ""
+        log.info("%s texts embedded, %.1f per second%s", f"{num_done:,}", num_done / seconds, complete)
+
+    def _embed(self, encoder: Encoder, shards: ShardFolder, documents: list[Document], advance) -> dict[str, Any]:
+        with computing_in(self.precision, encoder.device):
+            return embed_shard(
+                encoder,
+                documents,
+                shards.metadata["tasks"],
+                similarity=shards.metadata["similarity"],
+                dtype=self.options.dtype,
+                token_budget=self.token_budget,
+                advance=advance,
+            )
 
 
 if __name__ == "__main__":

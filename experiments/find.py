@@ -1,17 +1,11 @@
-"""Find papers among embedded ones: python -m experiments.find embeddings=FOLDER query="..." [k=10]
-
-embeddings   what experiments.embed wrote: its folder (task=NAME where it has several), or a .npy file; searched exactly
-index        instead: what experiments.index wrote. nprobe: lists that are searched, by default what the index was
-             measured with
-model        that the papers were embedded with, by default where it was then; backbone, pooling, tower and adapters as
-             then
-query        a text; or queries=FILE of {"id", "text"} a line, whose rankings go to output=FILE in TREC format
-"""
+"""Find papers in an embedded corpus."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,112 +13,134 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
-from experiments.build.models import MODEL_KEYS, load_model
-from experiments.shared.console import entry_point, key_values, table_console, whole_number
+from experiments.build.models import ModelOptions
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_about, read_ids
+from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_ids, read_metadata
 from lightning_modules.retrieval.faiss_index import read_index, search_index
-from lightning_modules.retrieval.measure import write_trec
 from lightning_modules.retrieval.metrics import Run
+from lightning_modules.retrieval.run_files import write_trec
 from lightning_modules.retrieval.search import top_k
 from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 
-KEYS = MODEL_KEYS | {
-    "embeddings": "",
-    "index": "",
-    "task": "",
-    "nprobe": "0",
-    "query": "",
-    "queries": "",
-    "output": "",
-    "k": "10",
-}
 
+@dataclass(kw_only=True)
+class FindOptions(ModelOptions):
+    """Find the papers of an embedded corpus that are nearest to a query.
 
-def asking(values: dict[str, str], about: dict[str, Any]) -> Encoder:
-    """The encoder that the papers were embedded with. Raises UserError for another one."""
-    model = values["model"] or about["name"]
-    encoder = load_model(values | {"model": model, "task": about["task"]}, None)
-    if fingerprint(encoder) != about["model"]:
-        raise UserError(f"model: {model} is not what the papers were embedded with ({about['name']}, {about['model']})")
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    The model is by default the one that embedded the papers.
+    """
 
-
-def vectors_of(encoder: Encoder, queries: list[Document], about: dict[str, Any]) -> np.ndarray:
-    encoded = encoder.encode(queries, about["task"])
-    return (torch.nn.functional.normalize(encoded, dim=-1) if about["similarity"] == "cosine" else encoded).numpy()
-
-
-def find(values: dict[str, str]) -> None:
-    if bool(values["query"]) == bool(values["queries"]):
-        raise UserError("query: what is looked for? Give query='a text', or queries=FILE and output=FILE")
-    if bool(values["embeddings"]) == bool(values["index"]):
-        raise UserError("embeddings, index: where is looked? Give one of them")
-    if values["queries"] and not values["output"]:
-        raise UserError("output: where do the rankings of queries=FILE go?")
-    k, nprobe = whole_number("k", values["k"]), whole_number("nprobe", values["nprobe"], 0)
-    queries = _queries(values)
-    if values["index"]:
-        path = Path(values["index"])
-        about, index = read_about(path), read_index(path)
-        ids, matrix = read_ids(path, index.ntotal), None
-        if about["m"]:
-            matrix = _matrix_of(about)
-        vectors = vectors_of(asking(values, about), queries, about)
-        rows, scores = search_index(index, vectors, k, nprobe or about["nprobe"], matrix and matrix.vectors)
-    else:
-        matrix = open_matrix(Path(values["embeddings"]), values["task"])
-        about, ids = matrix.about, matrix.ids
-        encoder = asking(values, about)
-        rows, scores = top_k(vectors_of(encoder, queries, about), matrix.vectors, k, device=encoder.device)
-    if values["queries"]:
-        run = Run([query.id for query in queries], ids, rows, scores)
-        write_trec(run, Path(values["output"]), "scimult")
-        log.info("%s: the %d best for each of %d queries", values["output"], rows.shape[1], len(queries))
-    else:
-        _show(queries[0].text, rows[0], scores[0], ids, about)
-
-
-def _matrix_of(about: dict[str, Any]) -> Matrix | None:
-    """The vectors that a quantized index was built from, for exact scores; None where they are gone."""
-    try:
-        return open_matrix(Path(about["embeddings"]))
-    except UserError as error:
-        log.warning("scores are approximate, since the index's own vectors cannot be read: %s", error)
-        return None
-
-
-def _queries(values: dict[str, str]) -> list[Document]:
-    if values["query"]:
-        return [Document("query", "", values["query"])]
-    path = text_file(Path(values["queries"]))
-    with BadLines() as bad:
-        found = [query for _, part in read_shards(path, 2**16, range(2**31), bad) for query in part]
-    if not found:
-        raise UserError(f"queries: {path} holds no text")
-    return found
-
-
-def _show(query: str, rows: np.ndarray, scores: np.ndarray, ids: list[str], about: dict[str, Any]) -> None:
-    """A table of what was found; titles where the texts are still there."""
-    rows, titles, source = rows[rows >= 0], {}, Path(about["input"])
-    if source.is_file() and about["on_error"] == "fail":  # then a row is a line
-        titles = documents_at(source, rows.tolist())
-    table = Table("", "score", "id", "title", title=query, title_justify="left")
-    for place, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):
-        paper = titles.get(row)
-        known = paper is not None and paper.id == ids[row]
-        table.add_row(str(place), f"{score:.4f}", ids[row], (paper.title or paper.text[:80]) if known else "")
-    table_console().print(table)
+    embeddings: Path | None = option(None, "output of make embed, its folder or a .npy file, which is searched exactly")
+    index: Path | None = option(None, "output of make index, instead of embeddings")
+    task: str = option("", "task whose vectors to search, if the folder has several")
+    nprobe: int = option(0, "number of lists of the index to visit; 0: the one that make index chose", minimum=0)
+    query: str = option("", "text to search for")
+    queries: Path | None = option(None, "file of queries instead, with id and text in each line")
+    output: Path | None = option(None, "file for the rankings of queries=, in TREC format")
+    k: int = option(10, "number of papers per query", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
-    find(key_values(arguments, KEYS))
+    options = parse(FindOptions, arguments)
+    if bool(options.query) == bool(options.queries):
+        raise UserError("query: expected a text, or queries=FILE and output=FILE instead")
+    if bool(options.embeddings) == bool(options.index):
+        raise UserError("embeddings and index: expected one of them, the output of make embed or make index")
+    if options.queries and not options.output:
+        raise UserError("output: expected a file for the rankings of queries=")
+    queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
+    result = _search_index(options, queries) if options.index else _search_embeddings(options, queries)
+    if options.output and options.queries:
+        run = Run([query.id for query in queries], result.ids, result.rows, result.scores)
+        write_trec(run, options.output, "scimult")
+        log.info("%s: the %d best papers for each of %d queries", options.output, result.rows.shape[1], len(queries))
+    else:
+        _show(queries[0].text, result)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Rows and scores of the best papers, (Q, k), with the ids and the metadata of all rows."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    ids: list[str]
+    metadata: dict[str, Any]
+
+
+def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchResult:
+    matrix = open_matrix(options.embeddings, options.task)
+    encoder = _load_encoder(options, matrix.metadata)
+    vectors = _encode(encoder, queries, matrix.metadata)
+    rows, scores = top_k(vectors, matrix.vectors, options.k, device=encoder.device)
+    return SearchResult(rows, scores, matrix.ids, matrix.metadata)
+
+
+def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult:
+    metadata, index = read_metadata(options.index), read_index(options.index)
+    ids = read_ids(options.index, index.ntotal)
+    matrix = _matrix_of(metadata) if metadata["m"] else None
+    vectors = _encode(_load_encoder(options, metadata), queries, metadata)
+    nprobe = options.nprobe or metadata["nprobe"]
+    rows, scores = search_index(index, vectors, options.k, nprobe, matrix and matrix.vectors)
+    return SearchResult(rows, scores, ids, metadata)
+
+
+def _load_encoder(options: FindOptions, metadata: dict[str, Any]) -> Encoder:
+    """Return the encoder that the papers were embedded with. Raises UserError for another one."""
+    model = options.model or metadata["name"]
+    encoder = dataclasses.replace(options, model=model).load_on_device(task=metadata["task"])
+    if fingerprint(encoder) != metadata["model"]:
+        raise UserError(
+            f"model: {model} is not the one that embedded the papers ({metadata['name']}, fingerprint "
+            f"{metadata['model']})"
+        )
+    return encoder
+
+
+def _encode(encoder: Encoder, queries: list[Document], metadata: dict[str, Any]) -> np.ndarray:
+    vectors = encoder.encode(queries, metadata["task"])
+    return (torch.nn.functional.normalize(vectors, dim=-1) if metadata["similarity"] == "cosine" else vectors).numpy()
+
+
+def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
+    """Return the vectors of a quantized index, for exact scores, or None if they are gone."""
+    try:
+        return open_matrix(Path(metadata["embeddings"]))
+    except UserError as error:
+        log.warning("scores are approximate, because the vectors of the index cannot be read: %s", error)
+        return None
+
+
+def _read_queries(source: Path) -> list[Document]:
+    path = text_file(source)
+    with BadLines() as bad_lines:
+        queries = [query for _, shard in read_shards(path, 2**16, range(2**31), bad_lines) for query in shard]
+    if not queries:
+        raise UserError(f"queries: {path} contains no texts")
+    return queries
+
+
+def _show(query: str, result: SearchResult) -> None:
+    """Print the best papers of the first query, with their titles if the texts are still on disk."""
+    rows, scores, metadata = result.rows[0], result.scores[0], result.metadata
+    rows, titles, source = rows[rows >= 0], {}, Path(metadata["input"])
+    if source.is_file() and metadata["on_error"] == "fail":  # then row i is line i
+        titles = documents_at(source, rows.tolist())
+    table = Table("", "score", "id", "title", title=query, title_justify="left")
+    for number, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):
+        paper = titles.get(row)
+        known = paper is not None and paper.id == result.ids[row]
+        table.add_row(str(number), f"{score:.4f}", result.ids[row], (paper.title or paper.text[:80]) if known else "")
+    table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,115 +1,110 @@
-"""Mine hard negatives for an experiment: python -m experiments.mine EXPERIMENT model=M output=FOLDER [key=value ...]
-
-model       what mines: a run's folder, a checkpoint, an exported folder, a plain BERT (folder or hub name); none for
-            miners that do without one
-output      the store: mining.store=FOLDER trains with it. report.json and report.svg lie in it
-vectors     folder of cached vectors, by default OUTPUT.vectors; mining that was killed goes on with them, and they may
-            be deleted afterwards
-backbone, pooling    of the model, as in experiments.evaluate
-devices     processes on this machine that share the work, one for each GPU; torchrun and srun start their own
-key=value   of the experiment: its data, and how to mine (mining.k, mining.miner, ...)
-"""
+"""Mine hard negatives for an experiment, with any model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.hard_negatives import HardNegativeStore, write_store
+from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
-from experiments.build.models import load_model
-from experiments.config.experiment import experiments, load_config
+from experiments.build.models import ModelOptions
+from experiments.config.arguments import option_keys, parse_known
+from experiments.config.experiment import load_config
+from experiments.config.moved import current_path
 from experiments.config.schema import Config
 from experiments.run.folder import flat
-from experiments.run.ranks import ranks
-from experiments.shared.console import entry_point, key_values
+from experiments.run.processes import run_on_ranks
+from experiments.shared.console import entry_point
 from experiments.shared.output import writable_folder
-from lightning_modules.callbacks.hard_negatives import compare, write_report
 from lightning_modules.distributed.collectives import from_first_rank, rank
-from lightning_modules.mining.report import gate, table
+from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
 
 log = logging.getLogger(__name__)
 
-KEYS = {"model": "", "backbone": "", "pooling": "", "output": "", "vectors": "", "devices": "1"}
 
+@dataclass(kw_only=True)
+class MineOptions(ModelOptions):
+    """Mine hard negatives for all tasks of an experiment. Mining that was killed continues with the same command.
 
-def mine(experiment: str, arguments: Sequence[str]) -> None:
-    """Mine with one model, for all tasks of an experiment."""
-    own = [text for text in arguments if text.partition("=")[0] in KEYS]
-    values = key_values(own, KEYS)
-    if not values["output"]:
-        raise UserError("output: where does the store go? Give output=FOLDER")
-    config = load_config(experiment, [text for text in arguments if text not in own], list(KEYS))
-    output = Path(values["output"])
-    vectors = Path(values["vectors"] or f"{output}.vectors")
-    with (
-        writable_folder("output", output.absolute().parent),
-        writable_folder("vectors", vectors),
-        ranks("experiments.mine", [experiment, *arguments], values["devices"]),
-    ):
-        _mine(config, values, output, vectors)
+    The model scores the candidates; miners that need no vectors work without one. How to mine is in the keys of the
+    experiment: mining.k, mining.miner, ...
+    """
 
-
-def _mine(config: Config, values: dict[str, str], output: Path, vectors: Path) -> None:
-    """With all ranks; the first one writes and tells."""
-    mining = build_mining(config, vectors)
-    cache = None
-    if values["model"]:
-        encoder = load_model(values | {"task": "", "tower": "", "adapters": ""}, config)
-        for task in mining.miners:
-            encoder.expert_of(task)
-        cache = mining.cache(encoder.to("cuda" if torch.cuda.is_available() else "cpu"))
-    data = build_data(config, training=True)
-    meta = {
-        "miner": mining.about,
-        "model": cache.fingerprint if cache else None,
-        "data": data.fingerprints(),
-        "step": 0,
-    }
-    if from_first_rank(output.exists()):
-        _refuse_other(output, meta)
-        log.info("%s: these hard negatives were mined already", output)
-        return
-    mined = mining.run(cache, data.pools())
-    reports = compare(mined, step=0)
-    for line in table(reports):
-        log.info("%s", line)
-    gate({task: found.values for task, found in reports.items()}, config.mining.stop_at)
-    if rank() > 0:
-        return
-    path = write_store(output, {task: part.negatives for task, part in mined.items()}, meta).path
-    write_report(path, reports, f"hard negatives mined by {values['model'] or 'no model'}")
-    log.info("The store lies in %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
-
-
-def _refuse_other(output: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a store was made otherwise."""
-    store = HardNegativeStore(output)
-    then, now = dict(flat({key: store.meta.get(key) for key in meta})), dict(flat(meta))
-    changed = [
-        f"{key}: {then.get(key)} there, {now.get(key)} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"output: {output} holds hard negatives that were mined otherwise ({'; '.join(changed)}); name another "
-            "folder, or remove it"
-        )
+    experiment: str = option(help="name of the experiment, such as moe", positional=True)
+    output: Path = option(help="folder of the hard negatives, to train with mining.store=FOLDER, and of report.svg")
+    vectors: Path | None = option(None, "folder of cached vectors, by default OUTPUT.vectors; delete it afterwards")
+    devices: int = option(1, "number of processes on this machine, one per GPU; leave it out with torchrun", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or "=" in arguments[0]:
+    options, overrides = parse_known(MineOptions, arguments)
+    config = load_config(options.experiment, overrides, option_keys(MineOptions))
+    vectors = options.vectors or Path(f"{options.output}.vectors")
+    with (
+        writable_folder("output", options.output.absolute().parent),
+        writable_folder("vectors", vectors),
+    ):
+        run_on_ranks(lambda: mine(config, options, vectors), "experiments.mine", arguments, options.devices)
+
+
+def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
+    """Mine with all ranks. The first one writes the store and its report."""
+    mining = build_mining(config, vectors_folder)
+    vectors = None
+    if options.model:
+        encoder = options.load_on_device(config)
+        for task in mining.miners:
+            encoder.expert_of(task)
+        vectors = mining.cache(encoder)
+    elif mining.needs_encoder:
         raise UserError(
-            f"which experiment? There are {', '.join(experiments())}: python -m experiments.mine moe model=M"
+            "model: required by this miner or margin; without a model, choose a miner that needs none, and set "
+            "mining.relative_margin=null mining.absolute_margin=null"
         )
-    mine(arguments[0], arguments[1:])
+    data = build_data(config, training=True)
+    meta = {
+        "miner": mining.description,
+        "model": vectors.fingerprint if vectors else None,
+        "data": data.fingerprints(),
+        "step": 0,
+    }
+    if from_first_rank(options.output.exists()):
+        _check_same(options.output, meta)
+        log.info("%s: these hard negatives were mined before", options.output)
+        return
+    mined = mining.run(vectors, data.pools())
+    reports = reports_of(mined, step=0)
+    for line in table(reports):
+        log.info("%s", line)
+    check_false_negatives({task: report.values for task, report in reports.items()}, config.mining.stop_at)
+    if rank() > 0:
+        return
+    path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
+    write_report(path, reports, f"hard negatives mined by {options.model or 'no model'}")
+    log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
+
+
+def _check_same(output: Path, meta: dict[str, Any]) -> None:
+    """Raise UserError if a store was mined in another way."""
+    store = HardNegativeStore(output)
+    then, now = dict(flat({key: store.meta.get(key) for key in meta})), dict(flat(meta))
+    then = {key: current_path(value) if isinstance(value, str) else value for key, value in then.items()}
+    changes = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"output: {output} contains hard negatives mined with other settings ({'; '.join(changes)}); choose "
+            "another folder, or delete it"
+        )
 
 
 if __name__ == "__main__":

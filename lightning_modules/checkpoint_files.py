@@ -1,8 +1,8 @@
-"""The checkpoints of a run on disk: written whole or not at all, the last few kept, damaged ones found.
+"""The checkpoints of a run on disk. They are written atomically, the last few are kept, and damage is detected.
 
-last.ckpt             the newest
-last.1.ckpt, ...      the ones before it, the newest first
-last.ckpt.damaged     one that could not be read, put aside when the run went on from the one before
+last.ckpt             newest checkpoint
+last.1.ckpt, ...      the ones before it, newest first
+last.ckpt.damaged     a damaged checkpoint, renamed when the run was resumed from an older one
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from lightning_modules.encoders.backbone import reason
 
 log = logging.getLogger(__name__)
 
-ARCHIVE = b"PK\x03\x04"  # the first bytes of a ZIP file
+ZIP_START = b"PK\x03\x04"  # first bytes of a ZIP file
 READ_ERRORS = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, NotImplementedError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
 )
 
 
-def older(path: Path, age: int) -> Path:
-    """The checkpoint that was written `age` times before the newest."""
-    return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint: memory-mapped tensors and plain containers.
 
-
-def candidates(path: Path) -> list[Path]:
-    """All kept checkpoints that are there, the newest first."""
-    ages = [int(p.name.split(".")[-2]) for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if _has_age(p)]
-    return [p for p in (older(path, age) for age in (0, *sorted(ages))) if p.is_file()]
-
-
-def _has_age(path: Path) -> bool:
-    return path.name.split(".")[-2].isdecimal()
+    Raises UserError if the file is not a checkpoint, or if the checksum of any record in it is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == ZIP_START  # files of torch before 1.6, such as DPR's, are not
+        if is_zip:
+            _verify(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason(error)})") from error
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -> None:
-    """Write a checkpoint beside the file, bring it safely to disk and rename it; keep - 1 former ones stay.
+    """Write a checkpoint atomically, and keep the keep - 1 checkpoints before it.
 
-    Raises OSError if it cannot be written. The former ones are then as they were.
+    Raises OSError if it cannot be written. The earlier checkpoints are unchanged then.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial")  # a fixed name, so that a killed process leaves one file at most
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
@@ -62,15 +62,30 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
         if cause is None or cause is error:
             raise
-        raise cause from error  # torch wraps what the disk said
-    _make_room(path, keep)
+        raise cause from error  # torch wraps the error of the disk
+    _rotate(path, keep)
     os.replace(partial, path)
     _sync_folder(path.parent)
 
 
-def _make_room(path: Path, keep: int) -> None:
-    """Every kept checkpoint grows older by one; the newest stays where it is, too, until it is replaced."""
-    for surplus in [p for p in candidates(path)[1:] if int(p.name.split(".")[-2]) >= max(keep - 1, 1)]:
+def older(path: Path, age: int) -> Path:
+    """Return the path of the checkpoint that was written `age` times before the newest."""
+    return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
+
+
+def candidates(path: Path) -> list[Path]:
+    """Return the existing checkpoints, newest first."""
+    ages = [_age(p) for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if p.name.split(".")[-2].isdecimal()]
+    return [p for p in (older(path, age) for age in (0, *sorted(ages))) if p.is_file()]
+
+
+def _age(path: Path) -> int:
+    return int(path.name.split(".")[-2])
+
+
+def _rotate(path: Path, keep: int) -> None:
+    """Rename the existing checkpoints to make room for a new one. The newest also keeps its name until replaced."""
+    for surplus in [p for p in candidates(path)[1:] if _age(p) >= max(keep - 1, 1)]:
         surplus.unlink()
     for age in range(keep - 2, 0, -1):
         if older(path, age).is_file():
@@ -83,29 +98,14 @@ def _make_room(path: Path, keep: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Without it a new name may be lost when the machine stops, though the file is on disk."""
+    """Bring a renamed file safely to disk: without this, a power failure may lose its new name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # file systems that cannot do this for a folder
+        pass  # a file system that cannot sync folders
     finally:
         os.close(descriptor)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint: memory-mapped tensors and plain containers.
-
-    Raises UserError if the file is not a checkpoint, or if the checksum of any record in it is wrong.
-    """
-    try:
-        with open(path, "rb") as file:
-            is_archive = file.read(4) == ARCHIVE  # files of torch before 1.6, such as DPR's, are not
-        if is_archive:
-            _verify(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason(error)})") from error
 
 
 def damage(path: Path) -> str | None:
@@ -120,7 +120,7 @@ def damage(path: Path) -> str | None:
 
 
 def _verify(path: Path) -> None:
-    """Compare the checksum (CRC-32) of every record of an archive. Raises one of READ_ERRORS."""
+    """Compare the checksum (CRC-32) of every record. Raises one of READ_ERRORS."""
     with zipfile.ZipFile(path) as archive:
         record = archive.testzip()
     if record:
@@ -128,27 +128,20 @@ def _verify(path: Path) -> None:
 
 
 def newest_intact(path: Path) -> Path | None:
-    """The newest checkpoint that can be read, None if there is none at all. Newer, damaged ones are put aside.
+    """Return the newest intact checkpoint, or None if there is no checkpoint. Rename newer, damaged ones.
 
-    Raises UserError if all are damaged.
+    Raises UserError if all checkpoints are damaged.
     """
     damaged: dict[Path, str] = {}
     for candidate in candidates(path):
-        wrong = damage(candidate)
-        if wrong is None:
-            _put_aside(damaged, candidate)
+        problem = damage(candidate)
+        if problem is None:
+            for file, why in damaged.items():
+                log.warning("%s is damaged (%s); resuming from the checkpoint before it, %s", file, why, candidate.name)
+                os.replace(file, file.with_name(f"{file.name}.damaged"))
             return candidate
-        damaged[candidate] = wrong
+        damaged[candidate] = problem
     if not damaged:
         return None
-    told = "; ".join(f"{file} ({wrong})" for file, wrong in damaged.items())
-    raise UserError(
-        f"no checkpoint of the run can be read: {told}. Put a good one back as {path}, or start over with "
-        "run.resume=never (what is there is kept beside)."
-    )
-
-
-def _put_aside(damaged: Mapping[Path, str], chosen: Path) -> None:
-    for file, wrong in damaged.items():
-        log.warning("%s is damaged (%s): the run goes on from the one before, %s", file, wrong, chosen.name)
-        os.replace(file, file.with_name(f"{file.name}.damaged"))
+    problems = "; ".join(f"{file} ({why})" for file, why in damaged.items())
+    raise UserError(f"all checkpoints of the run are damaged: {problems}. Restore one as {path}, or start a new run.")

@@ -52,6 +52,14 @@ class ContrastiveModule(L.LightningModule):
         options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
         self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
         check_options(self.optim)
+        for name, settings, model in (
+            ("guide", options.guide, guide_model),
+            ("teacher", options.teacher, teacher_model),
+        ):
+            if settings.model and model is None:
+                raise UserError(
+                    f"{name}.model: {settings.model!r} is not loaded here; pass {name}_model, a FrozenEncoder"
+                )
         self.encoder = encoder
         self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None

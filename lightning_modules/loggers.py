@@ -1,4 +1,4 @@
-"""Loggers of runs: what they may take besides metrics, and metrics.jsonl, one line of JSON for every row."""
+"""Loggers of a run: metrics.jsonl, and the interface of loggers that take more than metrics."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ log = logging.getLogger(__name__)
 
 
 class RunLogger(Logger):
-    """A logger that may also take tables, pictures, histograms and the model; by itself it takes none."""
+    """A logger that may also accept tables, pictures, histograms and the model. By default it ignores them."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
-        """path: an SVG or PNG file."""
+        """Log a picture. path: SVG or PNG file."""
 
     def log_histograms(self, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int) -> None:
-        """histograms: name -> counts (n,) and edges (n + 1,)."""
+        """Log histograms: name -> counts (n,) and edges (n + 1,)."""
 
     def log_model(self, files: Sequence[Path]) -> None: ...
 
     def preempted(self) -> None:
-        """The run ends, and goes on later."""
+        """Note that the run ends now and will be resumed later."""
 
     def close(self) -> None:
-        """The run is over, and has succeeded."""
+        """Note that the run is complete."""
 
 
 def log_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
-    """Give an SVG or PNG file to those loggers that take it."""
+    """Pass an SVG or PNG file to the loggers that accept pictures."""
     for logger in loggers:
         if isinstance(logger, RunLogger):
             logger.log_picture(name, path, step)
@@ -48,23 +48,23 @@ def log_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> 
 def log_histograms(
     loggers: Iterable[Logger], histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int
 ) -> None:
-    """Give histograms to those loggers that take them. histograms: name -> counts (n,) and edges (n + 1,)."""
+    """Pass histograms (name -> counts (n,) and edges (n + 1,)) to the loggers that accept them."""
     for logger in loggers:
         if isinstance(logger, RunLogger) and histograms:
             logger.log_histograms(histograms, step)
 
 
 class JsonlLogger(RunLogger):
-    """Appends {"step": ..., "time": ..., name: value, ...} lines to a file, each written out at once.
+    """Appends lines {"step": ..., "time": ..., name: value, ...} to a file.
 
-    A resumed run does the steps since its checkpoint again, and logs them again: of two rows with the same step and
-    names, the later counts.
+    Each line is written immediately. A resumed run repeats the steps since its last checkpoint and logs them again: of
+    two lines with the same step and names, the later one counts.
     """
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        self._waiting: list[str] = []  # lines that the disk had no room for
+        self._unwritten: list[str] = []  # lines for which the disk had no room
 
     @property
     def name(self) -> str:
@@ -77,21 +77,23 @@ class JsonlLogger(RunLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {"step": step, "time": round(time.time(), 3), **metrics}
-        self._waiting.append(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _append(self.path, "".join(self._waiting).encode())
-            self._waiting.clear()
+            _append(self.path, "".join(self._unwritten).encode())
+            self._unwritten.clear()
         except OSError as error:
-            if len(self._waiting) == 1:
-                log.warning("%s cannot be written (%s): its rows wait until it can", self.path, error.strerror)
+            if len(self._unwritten) == 1:
+                log.warning(
+                    "%s: cannot be written (%s); its rows are kept in memory for now", self.path, error.strerror
+                )
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration stands in the run's config.yaml."""
+        """Log nothing: the configuration is in the run's config.yaml."""
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append whole lines to a file, all or nothing, after whatever line a kill has cut off. Raises OSError."""
+    """Append whole lines to a file, all or nothing, after any line that a kill has cut off. Raises OSError."""
     with open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if end:

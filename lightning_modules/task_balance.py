@@ -1,98 +1,108 @@
-"""Tasks that pull a shared encoder in different ways: weights of their losses, and combinations of their gradients.
+"""Balance tasks that pull a shared encoder in different directions.
 
-    uncertainty   a learned weight for each task's loss (Kendall et al., arXiv 1705.07115, section 3.2)
-    gradnorm      weights that bring the tasks' gradients to one norm (Chen et al., arXiv 1711.02257, algorithm 1)
-    pcgrad        of two gradients that conflict, each loses its part along the other (Yu et al., arXiv 2001.06782,
-                  algorithm 1)
+    uncertainty   a learned weight for the loss of each task (Kendall et al., arXiv 1705.07115, section 3.2)
+    gradnorm      weights that bring the gradients of the tasks to one norm (Chen et al., arXiv 1711.02257, algorithm 1)
+    pcgrad        of two conflicting gradients, each loses its component along the other
+                  (Yu et al., arXiv 2001.06782, algorithm 1)
 
-The last two need the gradients of all tasks in one optimizer step, which they then combine. The combination is linear,
-so its coefficients follow from the products of the gradients alone.
+The last two need the gradients of all tasks in one optimizer step and combine them linearly. So they only need the dot
+products of the gradients to compute the coefficients.
 
-Shapes: T tasks, P parameters in all (numbers, not tensors).
+Shapes
+    T   tasks
+    P   trained parameters, counted as numbers
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from datamodules.records import UserError
+from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import world_size
 
 
 class UncertaintyWeights(nn.Module):
-    """exp(-s) L + s / 2 for a task's loss L, with a learned s = log of its variance, at first 0."""
+    """Turns the loss L of a task into exp(-s) L + s / 2, with a learned s, the logarithm of its variance, from 0."""
 
     def __init__(self, tasks: Sequence[str]):
         super().__init__()
         self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
 
     def forward(self, loss: Tensor, task: str) -> tuple[Tensor, Tensor]:
-        """The loss to be minimised, and the weight of the given one."""
+        """Return the loss to minimise, and the weight of the given loss in it."""
         log_variance = self.log_variance[task]
         weight = torch.exp(-log_variance)
         return weight * loss + log_variance / 2, weight.detach()
 
 
 def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
-    """(T,) coefficients of the tasks' gradients in the sum of what remains of them after projection.
+    """Return the coefficients of the tasks' gradients in the sum of the projected gradients, (T,).
 
-    products: (T, T) of the gradients with each other. seed: of the order in which a gradient meets the others.
+    products: dot products of the gradients, (T, T).
+    seed: seed of the order in which a gradient is projected against the others.
     """
     products, num_tasks = products.double().cpu(), len(products)
     generator = torch.Generator().manual_seed(seed)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: what gradient i is made of
-    for i, own in enumerate(coefficients):
+    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: projected gradient i in terms of the originals
+    for i, row in enumerate(coefficients):
         for j in torch.randperm(num_tasks, generator=generator).tolist():
-            along = own @ products[j]
-            if j != i and along < 0:
-                own[j] -= along / products[j, j]
+            product = row @ products[j]
+            if j != i and product < 0:
+                row[j] -= product / products[j, j]
     return coefficients.sum(0)
 
 
 def gradnorm_weights(
     weights: Tensor, norms: Tensor, losses: Tensor, first_losses: Tensor, alpha: float, lr: float
 ) -> Tensor:
-    """(T,) weights after one step of gradient descent, which sum to T.
+    """Return the weights of the tasks after one step of gradient descent, (T,). They add up to T.
 
-    Wanted is that weight times norm is the tasks' mean of it, times the task's rate to the power alpha; the rate is its
-    loss over its first loss, over the mean of those. norms: (T,) of the gradients before weighting. losses,
-    first_losses: (T,).
+    The target of weight * norm is its mean over tasks, times the task's relative training rate to the power of alpha.
+    The rate is the loss divided by the first loss, relative to the mean over tasks.
+
+    norms: norms of the gradients before weighting, (T,).
+    losses, first_losses: losses of this step and of the first one, (T,).
     """
-    weighted, left = weights * norms, losses / first_losses
-    wanted = weighted.mean() * (left / left.mean()) ** alpha
+    weighted_norms, rates = weights * norms, losses / first_losses
+    targets = weighted_norms.mean() * (rates / rates.mean()) ** alpha
     # The norms are divided by their mean, so that lr means the same for every model.
-    moved = weights - lr * torch.sign(weighted - wanted) * norms / norms.mean()
-    moved = moved.clamp(min=1e-3)
-    return moved * (len(moved) / moved.sum())
+    updated = weights - lr * torch.sign(weighted_norms - targets) * norms / norms.mean()
+    updated = updated.clamp(min=1e-3)
+    return updated * (len(updated) / updated.sum())
 
 
 class TaskGradients:
-    """The gradients of one optimizer step, by task. parameters: those that are trained."""
+    """The gradients of one optimizer step, separately for each task. parameters: trained parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], tasks: Sequence[str]):
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
-        self.used = torch.zeros(len(self.tasks), len(self.sizes), dtype=torch.bool)
+        self.used = torch.zeros(len(self.tasks), len(self.sizes), dtype=torch.bool)  # which task uses which parameter
 
     def clear(self) -> None:
         self.values.zero_()
         self.used.zero_()
 
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one of the task's losses; None for parameters that it did not meet."""
+        """Add the gradients of a loss of the task; None for parameters that the loss does not depend on."""
         row = self.tasks.index(task)
-        for i, part in enumerate(self.values[row].split(self.sizes)):
+        for i, total in enumerate(self.values[row].split(self.sizes)):
             if gradients[i] is not None:
-                part += gradients[i].flatten()
+                total += gradients[i].flatten()
                 self.used[row, i] = True
 
     def take(self, task: str) -> None:
-        """Move what a backward pass has left in the parameters to a task."""
+        """Add the gradients that a backward pass left in the parameters, and clear them there."""
         self.add(task, [parameter.grad for parameter in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
@@ -103,25 +113,116 @@ class TaskGradients:
             self.values /= world_size()
 
     def shared(self) -> Tensor:
-        """Bool for each parameter: every task has a gradient of it. Raises UserError where there is none."""
+        """Return for each parameter whether all tasks have a gradient of it. Raises UserError if there is none."""
         shared = self.used.all(0)
         if not shared.any():
-            raise UserError(
-                "objective.balance: no trained parameter is shared by all tasks, so there is nothing to balance"
-            )
+            raise UserError("balance: the tasks share no trained parameter, so there is nothing to balance; set none")
         return shared
 
     def products(self) -> Tensor:
-        """(T, T) products of the tasks' gradients of shared parameters."""
+        """Return the dot products of the tasks' gradients of shared parameters, (T, T)."""
         sizes = torch.tensor(self.sizes)
         columns = self.shared().repeat_interleave(sizes).to(self.values.device)
         return (self.values * columns) @ self.values.T
 
-    def put(self, of_shared: Tensor, of_others: Tensor) -> None:
-        """Give each parameter the sum of its gradients, times (T,) coefficients of the tasks."""
+    def apply(self, coefficients: Coefficients) -> None:
+        """Set the gradient of each parameter to a linear combination of the tasks' gradients."""
         shared = self.shared()
-        parts = self.values.split(self.sizes, dim=1)
-        for i, (parameter, part) in enumerate(zip(self.parameters, parts, strict=True)):
+        gradients = self.values.split(self.sizes, dim=1)
+        for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if self.used[:, i].any():
-                coefficients = of_shared if shared[i] else of_others
-                parameter.grad = (coefficients.to(part) @ part).view_as(parameter)
+                weights = coefficients.shared if shared[i] else coefficients.other
+                parameter.grad = (weights.to(gradient) @ gradient).view_as(parameter)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of the tasks' gradients, (T,), for parameters that all tasks share and for the other ones."""
+
+    shared: Tensor
+    other: Tensor
+
+
+class GradientBalance(L.Callback):
+    """Combines the gradients of the tasks in an optimizer step, instead of adding them up.
+
+    Every optimizer step needs a batch of every task. The callback stores one gradient per task; the combined gradient
+    is clipped and applied as usual. On several ranks it averages the gradients of each task itself, in place of DDP.
+    Subclasses implement `coefficients`.
+
+    tasks: tasks of the run.
+    """
+
+    def __init__(self, tasks: Sequence[str]):
+        self.tasks = tuple(tasks)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.gradients = TaskGradients(trained, self.tasks)
+        self.losses: dict[str, Tensor | float] = defaultdict(float)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_backward_grad_sync = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: ContrastiveBatch, batch_idx: int) -> None:
+        self.task = batch.task
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
+        self.losses[self.task] += loss.detach()
+
+    def on_after_backward(self, *_: Any) -> None:
+        self.gradients.take(self.task)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        losses = torch.stack([torch.as_tensor(self.losses[task]) for task in self.tasks])
+        if world_size() > 1:
+            dist.all_reduce(losses)
+        self.gradients.average_over_ranks()
+        self.gradients.apply(self.coefficients(trainer, losses.double().cpu() / world_size()))
+        self.gradients.clear()
+        self.losses.clear()
+
+    def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
+        """Return the coefficients of this step. losses: losses of the tasks, (T,)."""
+        raise NotImplementedError
+
+
+class PCGrad(GradientBalance):
+    """Removes conflicts between the gradients of shared parameters by projection."""
+
+    def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
+        return Coefficients(
+            shared=pcgrad_coefficients(self.gradients.products(), trainer.global_step), other=torch.ones_like(losses)
+        )
+
+
+class GradNorm(GradientBalance):
+    """Weights the tasks so that their gradients have similar norms.
+
+    alpha: how strongly tasks that learn slowly are favoured.
+    lr: step size of the weights.
+    every_n_steps: number of optimizer steps between two logs of the weights.
+    """
+
+    def __init__(self, tasks: Sequence[str], alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 20):
+        super().__init__(tasks)
+        self.alpha, self.lr, self.every_n_steps = alpha, lr, every_n_steps
+        self.weights: Tensor | None = None  # (T,)
+        self.first_losses: Tensor | None = None  # (T,)
+
+    def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
+        if self.weights is None:
+            self.weights, self.first_losses = torch.ones_like(losses), losses
+        weights, step = self.weights, trainer.global_step + 1
+        norms = self.gradients.products().diagonal().double().cpu().sqrt()
+        self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        if step % self.every_n_steps == 0:
+            values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
+        return Coefficients(shared=weights, other=weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.weights is None else {"weights": self.weights, "first_losses": self.first_losses}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.weights, self.first_losses = state["weights"], state["first_losses"]

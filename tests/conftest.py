@@ -1,4 +1,4 @@
-"""A small world for the tests: a random BERT, collections of a few documents, and no network."""
+"""Fixtures: a small random BERT, collections of a few documents, and no network."""
 
 import os
 import shutil
@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # of data.cache, and of whatever else is written there
-os.environ["MAKEFLAGS"] = os.environ["MFLAGS"] = os.environ["MAKELEVEL"] = ""  # not those of `make test`
+os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # the default of data.cache is in it
+os.environ["MAKEFLAGS"] = os.environ["MFLAGS"] = os.environ["MAKELEVEL"] = (
+    ""  # those of `make test` must not reach tests that run make
+)
 
 import pytest
 import torch
@@ -38,18 +40,11 @@ def text_of(*numbers: int) -> str:
     return " ".join(WORDS[n % len(WORDS)] for n in numbers)
 
 
-class InMemory:
-    """A reader of a collection that is there already."""
-
-    def __init__(self, collection: Collection):
-        self.collection = collection
-
-    def read(self) -> Collection:
-        return self.collection
-
-
 def toy_collection(num_queries: int = 12, num_documents: int = 10, papers: bool = False) -> Collection:
-    """Query q has documents q and q + 1 (modulo) as positives, with grades 1 and 2, and q + 2 as hard negative."""
+    """Make a collection in which query i has positives i (grade 1) and i + 1 (grade 2), and hard negative i + 2.
+
+    papers: queries are the first documents of the corpus. All numbers above are then one higher.
+    """
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(i, i + 3, i + 5)) for i in range(num_documents)}
     if papers:
         queries = {key: corpus[key] for key in list(corpus)[:num_queries]}
@@ -97,7 +92,7 @@ def make_backbone(vocabulary):
 
 @pytest.fixture
 def make_encoder(make_backbone):
-    """An encoder by kind: shared, attention, ffn, both. The same seed gives the same backbone weights."""
+    """Make an encoder: shared, or with experts in attention, ffn or both. Equal seeds give equal backbones."""
 
     def make(kind: str = "attention", seed: int = 0, tasks=None, config=None, **arguments):
         backbone, tokenizer = make_backbone(seed, **(config or {}))
@@ -112,13 +107,13 @@ def make_encoder(make_backbone):
 
 @pytest.fixture
 def make_task(make_backbone):
-    """A task's data module over toy collections."""
+    """Make the data module of one task."""
 
     def make(kind, name: str = "search", collection: Collection | None = None, **options):
         _, tokenizer = make_backbone()
         collection = collection or toy_collection()
         settings = {"batch_size": 4, "num_batches": 8, "max_length": 32} | options
-        data = kind(Task(name, name), {"toy": InMemory(collection)}, BatchOptions(**settings), tokenizer)
+        data = kind(Task(name, name), {"toy": collection}, BatchOptions(**settings), tokenizer)
         data.setup()
         return data
 
@@ -127,26 +122,31 @@ def make_task(make_backbone):
 
 @pytest.fixture
 def three_tasks(make_backbone, make_task):
-    """Twelve batches of three tasks in turns; what search wants is the opposite of what classification does."""
+    """Twelve batches of three tasks in turns. Search has the opposite judgements of classification."""
     kinds = (ClassificationDataModule, LinkPredictionDataModule, SearchDataModule)
-    agreed = toy_collection()
-    grades = {query: {d: int(grade == 0) for d, grade in own.items()} for query, own in agreed.qrels["train"].items()}
-    opposed = Collection(agreed.corpus, agreed.queries, {"train": grades})
-    collections = (agreed, toy_collection(10, 10, papers=True), opposed)
+    toy = toy_collection()
+    opposite = {
+        query: {d: int(grade == 0) for d, grade in grades.items()} for query, grades in toy.qrels["train"].items()
+    }
+    collections = (
+        toy,
+        toy_collection(10, 10, papers=True),
+        Collection(toy.corpus, toy.queries, {"train": opposite}),
+    )
     tasks = []
     for kind, name, collection in zip(kinds, TASKS, collections, strict=True):
         task = make_task(kind, name, collection)
         task.readers = {name: task.readers["toy"]}
         tasks.append(task)
     options = BatchOptions(batch_size=4, num_batches=12, max_length=32, token_budget=64)
-    found = MultiTaskDataModule(tasks, options, make_backbone()[1])
-    found.setup()
-    return found
+    data = MultiTaskDataModule(tasks, options, make_backbone()[1])
+    data.setup()
+    return data
 
 
 @pytest.fixture(scope="session")
 def beir_root(tmp_path_factory):
-    """The sample's three collections as BEIR folders under the names that the small and paper scales look for."""
+    """The sample's collections as BEIR folders, under the names that the small and paper scales expect."""
     root = tmp_path_factory.mktemp("beir")
     for view, folders in {
         "topics": ("arxiv_cats", "maple_cs", "maple_mesh", "maple_coarse"),

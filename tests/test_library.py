@@ -126,10 +126,14 @@ def test_judgement_of_unknown_id_is_rejected(papers, query, document, name):
         SearchDataModule("search", {"mine": broken}).setup()
 
 
-def test_public_names_are_importable_and_lightning_is_not_imported_before_it_is_used():
+def test_public_names_can_be_imported():
     assert all(getattr(datamodules, name).__name__ == name for name in datamodules.__all__)
     with pytest.raises(AttributeError, match="Nonsense"):
         datamodules.Nonsense  # noqa: B018 (the access raises)
+
+
+@pytest.mark.slow
+def test_records_can_be_imported_without_lightning():
     command = "import sys; from datamodules import Document, UserError; print('lightning' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

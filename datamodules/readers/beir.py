@@ -5,19 +5,10 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from datamodules.readers.checks import (
-    SPLITS,
-    BadLines,
-    Judgements,
-    check_choice,
-    check_grade,
-    get_text,
-    read_into_memory,
-)
+from datamodules.readers.checks import SPLITS, BadLines, Judgements, Record, check_choice, check_grade, read_into_memory
 from datamodules.readers.io import as_object, find_file, read_lines
 from datamodules.records import Collection, Document, Qrels, Sink, UserError
 
@@ -78,13 +69,10 @@ class BeirReader:
                         raise UserError(f"{path}: the split is empty (no judgements below the header)")
 
 
-def _document(record: Mapping[str, Any]) -> Document:
-    id, title, text = (get_text(record, key) for key in ("_id", "title", "text"))
-    if not id:
-        raise UserError(f"_id is missing or empty (keys here: {', '.join(map(str, record)) or 'none'})")
-    if not (title.strip() or text.strip()):
-        raise UserError(f"document {id!r} has neither title nor text")
-    return Document(id, title, text)
+def _document(record: Record) -> Document:
+    if not (id := record.text("_id", required=True)):  # unlike other formats, BEIR has no integers as ids
+        raise UserError("_id is empty")
+    return record.document(body="text", id=id)
 
 
 def read_qrels(path: Path, judgements: Judgements) -> Qrels:

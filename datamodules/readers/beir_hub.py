@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from datamodules.readers.checks import (
-    BadLines,
-    Row,
-    check_choice,
-    check_collection,
-    check_grade,
-    get_document,
-    get_id,
-    read_into_memory,
-)
+from datamodules.readers.checks import BadLines, Record, Row, check_choice, check_collection, read_into_memory
 from datamodules.readers.io import as_object
 from datamodules.readers.tables import load_hub, load_hub_splits, read_hub_table
 from datamodules.records import Collection, Sink, UserError
@@ -42,7 +32,7 @@ class BeirHubReader:
             for config, add in (("corpus", sink.add_document), ("queries", sink.add_query)):
                 for row in self._read_config(config, bad):
                     with row:
-                        add(get_document(as_object(row), ("_id", "id"), body="text"))
+                        add(as_object(row).document("_id", "id", body="text"))
             tables = load_hub_splits(self.qrels, None) if self.qrels else load_hub_splits(self.dataset, "default")
             for split, records in tables.items():
                 name = f"{self.qrels or self.dataset}/{split}"
@@ -56,9 +46,9 @@ class BeirHubReader:
         for split, records in load_hub(self.dataset, config).items():
             yield from read_hub_table(f"{self.dataset}/{config}/{split}", records, bad)
 
-    def _add_judgement(self, record: Mapping[str, Any], split: str, sink: Sink) -> None:
-        query, document = get_id(record, "query-id"), get_id(record, "corpus-id")
+    def _add_judgement(self, record: Record, split: str, sink: Sink) -> None:
+        query, document = record.id("query-id"), record.id("corpus-id")
         for key, id, known in (("query-id", query, sink.queries), ("corpus-id", document, sink.documents)):
             if id not in known:
                 raise UserError(f"{key}: {id!r} is not in the data set")
-        sink.add_judgement(split, query, document, check_grade(record.get("score")))
+        sink.add_judgement(split, query, document, record.grade("score"))

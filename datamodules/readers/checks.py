@@ -149,38 +149,18 @@ def check_choices(argument: str, values: Sequence[str], choices: Sequence[str]) 
     return tuple(check_choice(argument, value, choices) for value in values)
 
 
-# --- fields of records; all raise UserError ---
-
-
-def get_text(record: Mapping[str, Any], key: str, required: bool = False) -> str:
-    """Return a text. A missing key or null is an empty text, unless the text is required."""
-    value = record.get(key)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        if key not in record:
-            raise UserError(f"{key} is missing ({_keys(record)})")
-        raise UserError(f"{key} must be a string, got {_short(value)}")
-    return check_text(value, key)
+# --- fields of records ---
 
 
 def check_text(value: str, key: str) -> str:
-    """Return a string that is valid Unicode."""
+    """Return a string. Raises UserError unless it is valid Unicode. key: its key in the record, for the error."""
     if not value.isascii() and SURROGATES.search(value):
         raise UserError(f"{key} contains half of a surrogate pair, which is not valid text")
     return value
 
 
-def get_id(record: Mapping[str, Any], *keys: str) -> str:
-    """Return the value of the first key that the record has. An id is a string or an integer."""
-    for key in keys:
-        if record.get(key) is not None:
-            return check_id(record[key], key)
-    raise UserError(f"{' or '.join(keys)} is missing ({_keys(record)})")
-
-
 def check_id(value: Any, key: str) -> str:
-    """Return an id as a string."""
+    """Return an id as a string. Raises UserError unless it is a string or an integer."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return str(value)
     if not isinstance(value, str) or not value:
@@ -188,26 +168,8 @@ def check_id(value: Any, key: str) -> str:
     return check_text(value, key)
 
 
-def get_list(record: Mapping[str, Any], key: str, required: bool = False) -> list[Any]:
-    """Return a list. A missing key or null is an empty list, unless the list is required."""
-    value = record.get(key)
-    if value is None and not required:
-        return []
-    if not isinstance(value, list):
-        if key not in record:
-            raise UserError(f"{key} is missing ({_keys(record)})")
-        raise UserError(f"{key} must be a list, got {_short(value)}")
-    return value
-
-
-def get_ids(record: Mapping[str, Any], key: str, required: bool = False) -> list[str]:
-    """Return a list of ids without duplicates."""
-    values = get_list(record, key, required)
-    return list(dict.fromkeys(check_id(value, key) for value in values))
-
-
 def check_grade(value: Any, key: str = "score") -> int:
-    """Return a whole number that is given as a number (1, 1.0) or as a string ("1")."""
+    """Return a whole number that is given as a number (1, 1.0) or as a string ("1"). Raises UserError otherwise."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value) and len(value) < 20:
         value = int(value)
     if isinstance(value, float) and value.is_integer():
@@ -217,35 +179,80 @@ def check_grade(value: Any, key: str = "score") -> int:
     return value
 
 
-def get_grades(record: Mapping[str, Any], key: str) -> dict[str, int]:
-    """Return an object that maps ids to scores."""
-    value = record.get(key)
-    if not isinstance(value, dict):
-        raise UserError(f"{key} must be an object of ids and scores, got {_short(value)}")
-    return {check_id(document, key): check_grade(score) for document, score in value.items()}
+class Record(dict[str, Any]):
+    """A JSON object, or a row of a table, with methods that check a value and raise UserError if it is wrong."""
+
+    def text(self, key: str, required: bool = False) -> str:
+        """Return a string. A missing key or null is an empty string, unless it is required."""
+        value = self.get(key)
+        if value is None and not required:
+            return ""
+        if not isinstance(value, str):
+            raise self._wrong_type(key, "a string")
+        return check_text(value, key)
+
+    def id(self, *keys: str) -> str:
+        """Return the value of the first key that exists. An id is a string or an integer."""
+        for key in keys:
+            if self.get(key) is not None:
+                return check_id(self[key], key)
+        raise self.missing(" or ".join(keys))
+
+    def array(self, key: str, required: bool = False) -> list[Any]:
+        """Return a list. A missing key or null is an empty list, unless it is required."""
+        value = self.get(key)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list):
+            raise self._wrong_type(key, "a list")
+        return value
+
+    def ids(self, key: str, required: bool = False) -> list[str]:
+        """Return a list of ids without duplicates."""
+        return list(dict.fromkeys(check_id(value, key) for value in self.array(key, required)))
+
+    def grade(self, key: str) -> int:
+        """Return a whole number."""
+        return check_grade(self.get(key), key)
+
+    def grades(self, key: str) -> dict[str, int]:
+        """Return an object that maps ids to scores."""
+        value = self.get(key)
+        if not isinstance(value, dict):
+            raise UserError(f"{key} must be an object of ids and scores, got {_short(value)}")
+        return {check_id(document, key): check_grade(score) for document, score in value.items()}
+
+    def object(self, key: str) -> Record:
+        """Return an object inside the record."""
+        if not isinstance(self.get(key), dict):
+            raise UserError(f"{key} must be an object, got {_short(self.get(key))} ({self._keys()})")
+        return Record(self[key])
+
+    def document(self, *id_keys: str, title: str = "title", body: str = "abstract", id: str = "") -> Document:
+        """Return the record as a document.
+
+        id_keys: keys that may hold the id.
+        title, body: keys of the title and of the text. One of the two may be empty.
+        id: id of a record that has none.
+        """
+        id = id or self.id(*id_keys)
+        document = Document(id, self.text(title), self.text(body))
+        if not (document.title.strip() or document.text.strip()):
+            raise UserError(f"document {id!r} has neither {title} nor {body} ({self._keys()})")
+        return document
+
+    def missing(self, key: str) -> UserError:
+        """Return the error for a missing key."""
+        return UserError(f"{key} is missing ({self._keys()})")
+
+    def _wrong_type(self, key: str, expected: str) -> UserError:
+        return UserError(f"{key} must be {expected}, got {_short(self[key])}") if key in self else self.missing(key)
+
+    def _keys(self) -> str:
+        return f"keys here: {', '.join(map(str, self))[:200] or 'none'}"
 
 
-def get_object(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return an object inside the record."""
-    if not isinstance(record.get(key), dict):
-        raise UserError(f"{key} must be an object, got {_short(record.get(key))} ({_keys(record)})")
-    return record[key]
-
-
-def get_document(
-    record: Mapping[str, Any], id_keys: Sequence[str], title: str = "title", body: str = "abstract", id: str = ""
-) -> Document:
-    """Return the record as a document.
-
-    id_keys: keys that may hold the id.
-    title, body: keys of the title and of the text. One of the two may be empty.
-    id: id of a record that has none.
-    """
-    id = id or get_id(record, *id_keys)
-    document = Document(id, get_text(record, title), get_text(record, body))
-    if not (document.title.strip() or document.text.strip()):
-        raise UserError(f"document {id!r} has neither {title} nor {body} ({_keys(record)})")
-    return document
+# --- ids and splits that files do not have ---
 
 
 def content_id(title: str, body: str) -> str:
@@ -420,10 +427,6 @@ def check_collection(collection: Collection, source: Path | str) -> Collection:
 
 def _conflict(query: str, document: str, grade: int, earlier: int) -> UserError:
     return UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
-
-
-def _keys(record: Mapping[str, Any]) -> str:
-    return f"keys here: {', '.join(map(str, record))[:200] or 'none'}"
 
 
 def _short(value: Any) -> str:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.checks import (
     BadLines,
+    Record,
     add_document,
     check_choice,
     check_collection,
     check_grade,
     check_id,
     check_known,
-    get_document,
-    get_list,
-    get_object,
 )
 from datamodules.readers.io import as_object, find_file, read_records, read_whole_json
 from datamodules.records import Collection, Document, Qrels, UserError
@@ -59,11 +56,11 @@ class CsfCubeReader:
         return check_collection(Collection(papers, {id: papers[id] for id in qrels}, {"test": qrels}), self.folder)
 
 
-def _read_paper(record: Mapping[str, Any]) -> Document:
-    sentences = get_list(record, "abstract")
+def _read_paper(record: Record) -> Document:
+    sentences = record.array("abstract")
     if not all(isinstance(sentence, str) for sentence in sentences):
         raise UserError("abstract must be a list of sentences")
-    return get_document({**record, "abstract": " ".join(sentences)}, ("paper_id",))
+    return Record(record, abstract=" ".join(sentences)).document("paper_id")
 
 
 def _read_judgements(path: Path, papers: Mapping[str, Document]) -> Qrels:
@@ -71,10 +68,11 @@ def _read_judgements(path: Path, papers: Mapping[str, Document]) -> Qrels:
     try:
         if not isinstance(content, dict):
             raise UserError("expected an object of queries")
-        for query in content:
-            annotation = get_object(content, query)
-            ids = [check_id(id, "cands") for id in get_list(annotation, "cands", required=True)]
-            grades = [check_grade(grade, "grade") for grade in get_list(annotation, "relevance_adju", required=True)]
+        queries = Record(content)
+        for query in queries:
+            annotation = queries.object(query)
+            ids = [check_id(id, "cands") for id in annotation.array("cands", required=True)]
+            grades = [check_grade(grade, "grade") for grade in annotation.array("relevance_adju", required=True)]
             if len(ids) != len(grades):
                 raise UserError(f"query {query!r} has {len(ids)} candidates but {len(grades)} grades")
             check_known([query, *ids], papers, f"query {query!r}")

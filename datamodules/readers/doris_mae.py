@@ -10,20 +10,8 @@ from collections import defaultdict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datamodules.readers.checks import (
-    BadLines,
-    check_choice,
-    check_collection,
-    check_grade,
-    check_id,
-    check_known,
-    get_id,
-    get_ids,
-    get_object,
-    get_text,
-)
+from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id, check_known
 from datamodules.readers.io import as_object, find_file, read_members
 from datamodules.records import Collection, Document, UserError
 
@@ -98,8 +86,8 @@ def _read_questions(path: Path, bad: BadLines) -> tuple[list[_Question], Mapping
             if key == "Query":
                 questions.append(_read_question(record, f"test.{row.ordinal}"))
             else:
-                pair = get_id(record, "aspect_id"), get_id(record, "abstract_id")
-                scores[pair] += check_grade(record.get("score"))
+                pair = record.id("aspect_id"), record.id("abstract_id")
+                scores[pair] += record.grade("score")
     return questions, scores
 
 
@@ -112,20 +100,20 @@ def _read_papers(path: Path, bad: BadLines, wanted: Container[str]) -> dict[str,
     return corpus
 
 
-def _read_question(record: Mapping[str, Any], id: str) -> _Question:
-    query = Document(id, "", get_text(record, "query_text", required=True))
-    candidates = get_ids(record, "candidate_pool", required=True)
-    tree = get_object(record, "aspects")
+def _read_question(record: Record, id: str) -> _Question:
+    query = Document(id, "", record.text("query_text", required=True))
+    candidates = record.ids("candidate_pool", required=True)
+    tree = record.object("aspects")
     aspects = {check_id(aspect, "aspects") for aspect in tree}
     for aspect in tree:
-        aspects.update(get_ids(tree, aspect, required=True))
+        aspects.update(tree.ids(aspect, required=True))
     if not (query.text.strip() and candidates and aspects):
         raise UserError("query_text, candidate_pool or aspects is empty")
     return _Question(query, candidates, aspects)
 
 
-def _read_paper(record: Mapping[str, Any], id: str) -> Document:
-    abstract = get_text(record, "original_abstract", required=True)
+def _read_paper(record: Record, id: str) -> Document:
+    abstract = record.text("original_abstract", required=True)
     if not abstract.strip():
         raise UserError("original_abstract is empty")
     return Document(id, "", abstract)

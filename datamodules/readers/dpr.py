@@ -6,22 +6,17 @@ Source: Karpukhin et al., Dense Passage Retrieval, 2020; the README of facebookr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.checks import (
     SPLITS,
     BadLines,
+    Record,
     add_repeated,
     check_choice,
     check_choices,
     check_collection,
     content_id,
-    get_document,
-    get_id,
-    get_list,
-    get_text,
 )
 from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.records import Collection, Document, UserError
@@ -78,7 +73,7 @@ class DprReader:
                 for row in read_records(find_file(path.parent, path.name), bad):
                     with row:
                         record = as_object(row, " with question and positive_ctxs")
-                        query = Document(f"{split}.{row.ordinal}", "", get_text(record, "question", required=True))
+                        query = Document(f"{split}.{row.ordinal}", "", record.text("question", required=True))
                         if not query.text.strip():
                             raise UserError("question is empty")
                         passages = {key: _read_passages(record, key) for key in (POSITIVES, *NEGATIVES)}
@@ -94,16 +89,17 @@ class DprReader:
         return check_collection(Collection(corpus, queries, qrels), ", ".join(map(str, self.files.values())))
 
 
-def _read_passages(record: Mapping[str, Any], key: str) -> list[Document]:
+def _read_passages(record: Record, key: str) -> list[Document]:
     passages = []
-    for number, passage in enumerate(get_list(record, key, required=key == POSITIVES), start=1):
+    for number, passage in enumerate(record.array(key, required=key == POSITIVES), start=1):
         if not isinstance(passage, dict):
             raise UserError(f"{key}: expected objects with title and text, got {str(passage)[:60]!r}")
         try:
-            id = content_id(get_text(passage, "title"), get_text(passage, "text"))
+            passage = Record(passage)
+            id = content_id(passage.text("title"), passage.text("text"))
             if passage.get("passage_id") is not None or passage.get("psg_id") is not None:
-                id = get_id(passage, "passage_id", "psg_id")
-            passages.append(get_document(passage, (), body="text", id=id))
+                id = passage.id("passage_id", "psg_id")
+            passages.append(passage.document(body="text", id=id))
         except UserError as error:
             raise UserError(f"{key}, passage {number}: {error}") from error
     return passages

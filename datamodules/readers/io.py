@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SURROGATES, BadLines, Row
+from datamodules.readers.checks import QUARANTINED_TEXT, SURROGATES, BadLines, Record, Row
 from datamodules.records import UserError
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
@@ -167,7 +167,7 @@ def read_whole_json(path: Path) -> Any:
         raise UserError(f"{path}: {error}") from error
 
 
-def as_object(row: Row, expected: str = "") -> dict[str, Any]:
+def as_object(row: Row, expected: str = "") -> Record:
     """Return the JSON object of a row. Raises UserError if it is not one.
 
     expected: description of the object for the error, such as " with id and title".
@@ -175,7 +175,7 @@ def as_object(row: Row, expected: str = "") -> dict[str, Any]:
     value = _parse(row.text) if row.entry is None else row.value
     if not isinstance(value, dict):
         raise UserError(f"expected an object{expected}, got {row.text[:60]!r}")
-    return value
+    return Record(value)
 
 
 def _parse(text: str) -> Any:
@@ -309,8 +309,8 @@ class _JsonWindow:
         self.position = end
 
     def _refuse(self, what: str) -> NoReturn:
-        found = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
-        raise UserError(f"{self.path}, line {self.line}: expected {what}, {found}")
+        actual = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
+        raise UserError(f"{self.path}, line {self.line}: expected {what}, {actual}")
 
     def _decode(self, first: str) -> tuple[Any, int | None, str]:
         """Return value, end and error of the value at the position. The end is None if it is outside the window."""

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.checks import (
     SPLITS,
     BadLines,
+    Record,
     Row,
     check_choice,
     check_grade,
     check_known,
     check_text,
-    get_document,
-    get_grades,
-    get_id,
-    get_ids,
     read_into_memory,
     split_of,
 )
@@ -96,7 +92,7 @@ class JsonlReader:
         for row in read_records(self._corpus_file(), bad):
             with row:
                 record = as_object(row)
-                document = get_document(record, ("id", "_id"), body="text")
+                document = record.document("id", "_id", body="text")
                 year = None if self.train_until is None else record.get("year")
                 if year is not None:
                     years[document.id] = check_grade(year, "year")
@@ -127,12 +123,12 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     """Return the query of a line, and the grades of its documents."""
     record = as_object(row, " with query, positives and negatives")
     if isinstance(record.get("positives"), dict):
-        positives = get_grades(record, "positives")
+        positives = record.grades("positives")
         if any(grade <= 0 for grade in positives.values()):
             raise UserError(f"positives: grades must be above 0, got {positives}")
     else:
-        positives = dict.fromkeys(get_ids(record, "positives", required=True), 1)
-    negatives = dict.fromkeys(get_ids(record, "negatives"), 0)
+        positives = dict.fromkeys(record.ids("positives", required=True), 1)
+    negatives = dict.fromkeys(record.ids("negatives"), 0)
     if not positives:
         raise UserError("positives is empty")
     both = [id for id in negatives if id in positives]
@@ -148,15 +144,15 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     return query, positives | negatives
 
 
-def _read_query(record: Mapping[str, Any], new_id: str, sink: Sink) -> Document:
+def _read_query(record: Record, new_id: str, sink: Sink) -> Document:
     """Return the query of a record. new_id: id of a query that is not a document."""
     query = record.get("query")
     if isinstance(query, dict) and "id" not in query:
-        return get_document(query, (), body="text", id=new_id)
+        return Record(query).document(body="text", id=new_id)
     if isinstance(query, str) and query not in sink.documents:
         if not query.strip():
             raise UserError("query is empty")
         return Document(new_id, "", check_text(query, "query"))
-    id = get_id(query, "id") if isinstance(query, dict) else get_id(record, "query")
+    id = Record(query).id("id") if isinstance(query, dict) else record.id("query")
     check_known([id], sink.documents, "query")
     return sink.document(id)

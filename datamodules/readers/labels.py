@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Row, add_document, get_document
+from datamodules.readers.checks import BadLines, Record, Row, add_document
 from datamodules.readers.io import CHUNK, SUFFIXES, as_object, open_text, read_chunk, read_lines, read_records
 from datamodules.records import Document, UserError
 
@@ -43,7 +43,7 @@ def _from_object(row: Row) -> Document:
     if isinstance(name, list):
         name = name[0] if name else None
     body = "definition" if "definition" in record or name is not None else "combined_text"
-    return get_document({**record, "name": name}, ("label",), title="name", body=body)
+    return Record(record, name=name).document("label", title="name", body=body)
 
 
 def _from_columns(row: Row) -> Document:

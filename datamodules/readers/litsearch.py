@@ -8,16 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    add_document,
-    check_choice,
-    check_collection,
-    check_known,
-    get_document,
-    get_ids,
-    get_text,
-)
+from datamodules.readers.checks import BadLines, add_document, check_choice, check_collection, check_known
 from datamodules.readers.io import as_object
 from datamodules.readers.tables import read_tables
 from datamodules.records import Collection, Document, UserError
@@ -61,12 +52,12 @@ class LitSearchReader:
         with BadLines(self.on_error, self.quarantine) as bad:
             for row in read_tables(self._files("corpus_clean"), bad):
                 with row:
-                    add_document(corpus, get_document(as_object(row), ("corpusid",)))
+                    add_document(corpus, as_object(row).document("corpusid"))
             for row in read_tables(self._files("query"), bad):
                 with row:
                     record = as_object(row)
-                    text = get_text(record, "query", required=True)
-                    answers = get_ids(record, "corpusids", required=True)
+                    text = record.text("query", required=True)
+                    answers = record.ids("corpusids", required=True)
                     check_known(answers, corpus, "corpusids")
                     if not text.strip() or not answers:
                         raise UserError("query or corpusids is empty")

@@ -15,17 +15,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.checks import (
     BadLines,
+    Record,
     check_choice,
     check_choices,
     check_collection,
-    check_grade,
-    get_document,
-    get_id,
-    get_ids,
     split_of,
     stable_hash,
 )
@@ -185,16 +181,16 @@ class MapleReader:
                 first.labels = list(dict.fromkeys((*first.labels, *paper.labels)))
         return papers
 
-    def _read_paper(self, record: Mapping[str, Any], folder: Path) -> Paper:
+    def _read_paper(self, record: Record, folder: Path) -> Paper:
         title, body = (f"{key}_raw" if record.get(f"{key}_raw") else key for key in ("title", "abstract"))
-        document = get_document(record, ("paper",), title, body)
-        labels = get_ids(record, self.label_key, required=self.view == "labels")
-        authors = get_ids(record, "author")
-        references = get_ids(record, "reference", required=self.view == "citations")
+        document = record.document("paper", title=title, body=body)
+        labels = record.ids(self.label_key, required=self.view == "labels")
+        authors = record.ids("author")
+        references = record.ids("reference", required=self.view == "citations")
         return Paper(
             document,
-            None if self.train_until is None else check_grade(record.get("year"), "year"),
-            "" if record.get("venue") in (None, "") else get_id(record, "venue"),
+            None if self.train_until is None else record.grade("year"),
+            "" if record.get("venue") in (None, "") else record.id("venue"),
             [sys.intern(author) for author in authors],  # papers share the strings, which saves memory
             [sys.intern(reference) for reference in references],
             [folder.name] if self.view == "fields" else [sys.intern(label) for label in labels],

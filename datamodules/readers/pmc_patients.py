@@ -9,15 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
-from datamodules.readers.checks import (
-    SPLITS,
-    BadLines,
-    Judgements,
-    add_document,
-    check_choice,
-    check_collection,
-    get_document,
-)
+from datamodules.readers.checks import SPLITS, BadLines, Judgements, add_document, check_choice, check_collection
 from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.records import Collection, Document
 
@@ -76,4 +68,4 @@ def _read_documents(path: Path, documents: dict[str, Document], bad: BadLines) -
     """Add the documents of a file to those that were read before."""
     for row in read_records(path, bad):
         with row:
-            add_document(documents, get_document(as_object(row), ("_id",), body="text"))
+            add_document(documents, as_object(row).document("_id", body="text"))

@@ -10,15 +10,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    Judgements,
-    add_document,
-    check_choice,
-    check_collection,
-    check_grade,
-    get_document,
-)
+from datamodules.readers.checks import BadLines, Judgements, add_document, check_choice, check_collection, check_grade
 from datamodules.readers.io import as_object, find_file, read_entries, read_lines
 from datamodules.readers.labels import read_labels
 from datamodules.records import Collection, Document, Qrels, UserError
@@ -128,7 +120,7 @@ def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
     papers: dict[str, Document] = {}
     for row in read_entries(path, bad, "object"):
         with row:
-            add_document(papers, get_document(as_object(row), ("paper_id",)))
+            add_document(papers, as_object(row).document("paper_id"))
     return papers
 
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.beir import read_qrels
 from datamodules.readers.checks import (
     QUARANTINED_TEXT,
     BadLines,
     Judgements,
+    Record,
     Row,
     add_document,
     check_choice,
     check_collection,
     check_known,
-    get_document,
-    get_grades,
-    get_id,
-    get_ids,
-    get_text,
 )
 from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.readers.labels import read_labels
@@ -40,7 +35,7 @@ DATASETS = {
     "pmc_patients": ("PMCPatientsPAR", "PMCPatientsPPR"),
 }
 
-GradesOf = Callable[[Mapping[str, Any]], dict[str, int]]  # grades of a query's documents, from its record
+GradesOf = Callable[[Record], dict[str, int]]  # grades of a query's documents, from its record
 
 
 class SciMultReader:
@@ -114,10 +109,10 @@ class SciMultReader:
                     bad, patients, _unnamed_query, lambda record: _link_grades(record, "patient")
                 )
             elif self.task == "link_prediction_reranking":
-                collection = self._read_linked_papers(bad, _score_grades)
+                collection = self._read_linked_papers(bad, lambda record: record.grades("score"))
             else:
                 papers = self._read_documents("papers", "paper", bad)
-                collection = self._read_queries(bad, papers, _search_query, _score_grades)
+                collection = self._read_queries(bad, papers, _search_query, lambda record: record.grades("score"))
         return check_collection(collection, self.folder / self.task / self.dataset)
 
     def named_labels(self) -> dict[str, list[str]]:
@@ -126,7 +121,7 @@ class SciMultReader:
         with BadLines("fail") as bad:
             for row in read_records(self.named_labels_file(), bad):
                 with row:
-                    labels[f"test.{row.ordinal}"] = get_ids(as_object(row), "candidate", required=True)
+                    labels[f"test.{row.ordinal}"] = as_object(row).ids("candidate", required=True)
         return labels
 
     def named_labels_file(self) -> Path:
@@ -140,7 +135,7 @@ class SciMultReader:
         documents: dict[str, Document] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):
             with row:
-                add_document(documents, get_document(as_object(row), (key,)))
+                add_document(documents, as_object(row).document(key))
         return documents
 
     def _read_queries(
@@ -174,10 +169,10 @@ class SciMultReader:
             with row:
                 record = as_object(row)
                 grades = grades_of(record)
-                add_document(corpus, get_document(record, ("paper",)))
+                add_document(corpus, record.document("paper"))
                 if grades:
                     short = replace(row, text=row.text[:QUARANTINED_TEXT], value=None)
-                    pending.append((short, get_id(record, "paper"), grades))
+                    pending.append((short, record.id("paper"), grades))
         qrels = {}
         for row, paper, grades in pending:  # papers also cite papers of later lines
             with row:
@@ -198,26 +193,22 @@ class SciMultReader:
 
 
 def _unnamed_query(row: Row) -> Document:
-    return get_document(as_object(row), (), id=f"test.{row.ordinal}")
+    return as_object(row).document(id=f"test.{row.ordinal}")
 
 
 def _search_query(row: Row) -> Document:
     record = as_object(row)
-    text = get_text(record, "query", required=True)
+    text = record.text("query", required=True)
     if not text.strip():
         raise UserError("query is empty")
-    return Document(get_id(record, "query_id"), "", text)
+    return Document(record.id("query_id"), "", text)
 
 
-def _link_grades(record: Mapping[str, Any], key: str) -> dict[str, int]:
-    return dict.fromkeys(get_ids(record, key, required=True), 1)
+def _link_grades(record: Record, key: str) -> dict[str, int]:
+    return dict.fromkeys(record.ids(key, required=True), 1)
 
 
-def _score_grades(record: Mapping[str, Any]) -> dict[str, int]:
-    return get_grades(record, "score")
-
-
-def _label_grades(record: Mapping[str, Any]) -> dict[str, int]:
+def _label_grades(record: Record) -> dict[str, int]:
     if isinstance(record.get("label"), list):
         return _link_grades(record, "label")
-    return {get_id(record, "label"): 1}
+    return {record.id("label"): 1}

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from datamodules.readers.checks import (
     BadLines,
+    Record,
     Row,
     add_grades,
     add_repeated,
     check_choice,
     check_collection,
-    check_grade,
     check_id,
     check_known,
-    get_document,
-    get_object,
-    get_text,
 )
 from datamodules.readers.io import as_object, find_file
 from datamodules.readers.labels import read_labels
@@ -111,12 +107,12 @@ class SciRepEvalReader:
                 yield split, read_hub_table(f"{self.dataset}/{self.config}/{split}", records, bad)
 
     def _add_labelled_paper(
-        self, record: Mapping[str, Any], id: str, corpus: Documents, queries: Documents, qrels: Grades
+        self, record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades
     ) -> None:
-        paper = get_document(record, ID_KEYS)
+        paper = record.document(*ID_KEYS)
         value = record.get(self.label_key)
         if value is None:
-            raise UserError(f"{self.label_key} is missing (keys here: {', '.join(record)})")
+            raise record.missing(self.label_key)
         values = value if isinstance(value, list) else [value]
         labels = list(dict.fromkeys(check_id(label, self.label_key) for label in values))
         if not labels:
@@ -145,16 +141,16 @@ def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
         with row:
             record = as_object(row)
             if "query" not in record:
-                add_repeated(papers, [get_document(record, ID_KEYS)])
+                add_repeated(papers, [record.document(*ID_KEYS)])
                 continue
             query = _read_query(record, f"test.{row.ordinal}")
             _check_same(queries, query)
-            add_repeated(papers, [get_document(candidate, ID_KEYS) for candidate in _candidates(record)])
+            add_repeated(papers, [candidate.document(*ID_KEYS) for candidate in _candidates(record)])
             queries[query.id] = query
     return queries, papers
 
 
-def _add_triplet(record: Mapping[str, Any], id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
+def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
     query, positive, negative = (_read_paper(record, key) for key in ("query", "pos", "neg"))
     if positive.id in (query.id, negative.id):
         raise UserError(f"pos: {positive.id!r} is the query or the negative too")
@@ -166,13 +162,13 @@ def _add_triplet(record: Mapping[str, Any], id: str, corpus: Documents, queries:
     grades[positive.id] = 1
 
 
-def _add_search(record: Mapping[str, Any], id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
+def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
     query = _read_query(record, id)
     papers, grades = [], {}
     for number, candidate in enumerate(_candidates(record), start=1):
         try:
-            papers.append(get_document(candidate, ID_KEYS))
-            score = check_grade(candidate.get("score"))
+            papers.append(candidate.document(*ID_KEYS))
+            score = candidate.grade("score")
         except UserError as error:
             raise UserError(f"candidate {number}: {error}") from error
         if grades.setdefault(papers[-1].id, score) != score:
@@ -185,22 +181,22 @@ def _add_search(record: Mapping[str, Any], id: str, corpus: Documents, queries: 
     queries[query.id] = query
 
 
-def _read_query(record: Mapping[str, Any], new_id: str) -> Document:
+def _read_query(record: Record, new_id: str) -> Document:
     """Return a query, which is a paper or a text. new_id: id of a text that has none."""
     if isinstance(record.get("query"), dict):
         return _read_paper(record, "query")
-    text = get_text(record, "query", required=True)
+    text = record.text("query", required=True)
     if not text.strip():
         raise UserError("query is empty")
     id = next((record[key] for key in ("query_id", *ID_KEYS) if isinstance(record.get(key), str | int)), new_id)
     return Document(check_id(id, "doc_id"), "", text)
 
 
-def _read_paper(record: Mapping[str, Any], key: str) -> Document:
+def _read_paper(record: Record, key: str) -> Document:
     """Return the paper that a record has under a key. Errors start with the key."""
-    paper = get_object(record, key)
+    paper = record.object(key)
     try:
-        return get_document(paper, ID_KEYS)
+        return paper.document(*ID_KEYS)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -210,7 +206,7 @@ def _check_same(queries: Mapping[str, Document], query: Document) -> None:
         raise UserError(f"query {query.id!r} has a different text on an earlier line")
 
 
-def _candidates(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _candidates(record: Record) -> list[Record]:
     """Return the candidates as objects. `datasets` turns a list of objects into an object of lists."""
     candidates = record.get("candidates")
     if candidates is None and isinstance(record.get("doc_id"), list):
@@ -222,4 +218,4 @@ def _candidates(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         candidates = [dict(zip(candidates, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
         raise UserError(f"candidates must be a list of objects, got {str(candidates)[:60]!r}")
-    return candidates
+    return [Record(candidate) for candidate in candidates]

@@ -11,17 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from datamodules.readers.checks import (
-    BadLines,
-    check_choice,
-    check_collection,
-    check_id,
-    get_document,
-    get_id,
-    get_list,
-)
+from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id
 from datamodules.readers.io import as_object
 from datamodules.readers.scirepeval import ID_KEYS
 from datamodules.readers.tables import files_by_split, read_tables
@@ -73,7 +64,7 @@ class SciRepEvalExamplesReader:
         with BadLines(self.on_error, self.quarantine) as bad:
             for row in read_tables(self._text_files(), bad):
                 with row:
-                    paper = get_document(as_object(row), ID_KEYS)
+                    paper = as_object(row).document(*ID_KEYS)
                     texts.setdefault(paper.id, paper)
             splits = {
                 split: self._read_examples(paths, texts, bad)
@@ -97,7 +88,7 @@ class SciRepEvalExamplesReader:
         for row in read_tables(paths, bad):
             with row:
                 record = as_object(row)
-                id, label = get_id(record, "paper_id"), self._read_label(record)
+                id, label = record.id("paper_id"), self._read_label(record)
                 if self.view == "labels":
                     num_labels = num_labels or len(label)
                     if len(label) != num_labels:
@@ -112,14 +103,14 @@ class SciRepEvalExamplesReader:
             log.warning("%s: left out %d papers without a text in %s", paths[0], num_without_text, self.folder)
         return examples
 
-    def _read_label(self, record: Mapping[str, Any]) -> Label:
+    def _read_label(self, record: Record) -> Label:
         if self.view == "labels":
-            label = get_list(record, "label", required=True)
+            label = record.array("label", required=True)
             if len(label) < 2 or not all(value in (0, 1) for value in label):
                 raise UserError(f"label must be a list of 0 and 1, one for each label, got {str(label)[:60]}")
             return tuple(map(int, label))
         if "label" not in record:
-            raise UserError(f"label is missing (keys here: {', '.join(record)})")
+            raise record.missing("label")
         label = record["label"]
         if self.view == "class":
             return check_id(int(label) if isinstance(label, float) and label.is_integer() else label, "label")

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Row, get_document
+from datamodules.readers.checks import BadLines, Row
 from datamodules.readers.io import as_object, find_file
 from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
@@ -69,7 +69,7 @@ def documents_at(path: Path, lines: Iterable[int]) -> dict[int, Document]:
 def _document(row: Row) -> Document:
     record = as_object(row, " with id, title and text")
     body = "text" if "text" in record or "abstract" not in record else "abstract"
-    document = get_document(record, ID_KEYS, body=body)
+    document = record.document(*ID_KEYS, body=body)
     if "\n" in document.id or "\r" in document.id:
         raise UserError(f"the id {document.id!r} contains a line break")
     return document

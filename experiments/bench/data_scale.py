@@ -1,20 +1,13 @@
-"""Data of any size: python -m experiments.bench.data_scale folder=FOLDER [documents=3000000] [pairs=10000000]
-
-Makes a collection in BEIR layout in FOLDER (kept, and used again), converts and tokenises it (once), and then measures
-in a new process, as training would: seconds from its start to the first batch, at step 0 and at a late step, its memory
-above that of its imports, texts a second of the loader, and how many times that is what training a BERT of MiniLM's
-size takes, on the same batches and this machine.
-"""
+"""Measure the loading of data of any size."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,42 +15,87 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.batches import BatchOptions
-from datamodules.records import ContrastiveBatch, Task, UserError
+from datamodules.files import atomic_folder
+from datamodules.options import option
+from datamodules.records import ContrastiveBatch, Task
 from datamodules.tasks import SearchDataModule
-from experiments.shared.console import entry_point, key_values, whole_number
+from experiments.bench.timing import in_new_process, memory
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-STEPS = 2  # of training that are timed, after one that is not
-KEYS = {"folder": "", "documents": "3000000", "pairs": "10000000", "step": "100000", "batches": "50", "workers": "0"}
+STEPS = 2  # training steps that are timed, after a first one that is not
 
 
-def words(draw: random.Random) -> list[str]:
-    return ["".join(draw.choices(LETTERS, k=draw.randint(3, 10))) for _ in range(20_000)]
+@dataclass(kw_only=True)
+class DataScaleOptions:
+    """Measure the loading of data of any size.
+
+    Generates a collection in BEIR layout, converts and tokenises it, and then measures in a new process, as a training
+    would see it: the seconds from its start to the first batch, at step 0 and at a late step; the memory of the data;
+    and the texts per second of the loader, compared with training a BERT of MiniLM's size on the same batches.
+    """
+
+    folder: Path = option(help="folder for the data, which are kept and used again")
+    documents: int = option(3_000_000, "number of documents", minimum=1)
+    pairs: int = option(10_000_000, "number of query-document pairs, ten per query", minimum=10)
+    step: int = option(100_000, "the late step", minimum=0)
+    batches: int = option(50, "number of batches that are timed", minimum=1)
+    workers: int = option(0, "processes that prepare batches", minimum=0)
 
 
-def make(folder: Path, documents: int, pairs: int) -> None:
-    """Documents of some 70 words; a tenth as many queries as pairs, each with its share of them."""
-    draw = random.Random(0)
-    vocabulary = words(draw)
-    abstracts = [" ".join(draw.choices(vocabulary, k=60)) for _ in range(5_000)]
+def main(arguments: Sequence[str]) -> None:
+    options = parse(DataScaleOptions, arguments)
+    data, cache = options.folder / f"{options.documents}-{options.pairs}", options.folder / "cache"
+    table = Table("", "", title=f"{options.documents:,} documents, {options.pairs:,} pairs")
+    if not data.is_dir():
+        with atomic_folder(data) as folder:
+            generate(folder, options.documents, options.pairs)
+    num_texts = options.documents + options.pairs // 10
+    started = time.perf_counter()
+    task = build_task(data, cache)
+    seconds = time.perf_counter() - started
+    table.add_row("conversion (or finding the copy), s", f"{seconds:.1f}")
+    table.add_row("documents and queries per second", f"{num_texts / seconds:,.0f}")
+    task.tokenizer, started = tokenizer(), time.perf_counter()
+    task.train_dataloader()
+    seconds = time.perf_counter() - started
+    table.add_row("tokenisation (or finding the tokens), s", f"{seconds:.1f}")
+    table.add_row("texts per second", f"{num_texts / seconds:,.0f}")
+    for step in (0, options.step):
+        figures = in_new_process(measure_batches, data, cache, step, options.batches, options.workers, time.time())
+        for name, figure in figures.items():
+            table.add_row(f"step {step:,}: {name}", f"{figure:,.2f}")
+    Console().print(table)
+
+
+def generate(folder: Path, num_documents: int, num_pairs: int) -> None:
+    """Write documents of about 70 words, and a tenth as many queries as pairs, each with ten documents."""
+    rng = random.Random(0)
+    vocabulary = words(rng)
+    abstracts = [" ".join(rng.choices(vocabulary, k=60)) for _ in range(5_000)]
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     with open(folder / "corpus.jsonl", "w") as file:
-        for i in range(documents):
+        for i in range(num_documents):
             record = {"_id": f"paper-{i}", "title": f"{vocabulary[i % 20_000]} {i}", "text": abstracts[i * 7 % 5_000]}
             file.write(json.dumps(record) + "\n")
-    queries = pairs // 10
+    num_queries = num_pairs // 10
     with open(folder / "queries.jsonl", "w") as file:
-        for i in range(queries):
+        for i in range(num_queries):
             file.write(json.dumps({"_id": f"query-{i}", "text": f"{vocabulary[i % 20_000]} {i % 977}"}) + "\n")
     with open(folder / "qrels" / "train.tsv", "w") as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        for i in range(queries):
-            first = i * 7919 % documents
-            file.writelines(f"query-{i}\tpaper-{(first + 31 * j) % documents}\t{int(j > 1)}\n" for j in range(10))
+        for i in range(num_queries):
+            first = i * 7919 % num_documents
+            file.writelines(f"query-{i}\tpaper-{(first + 31 * j) % num_documents}\t{int(j > 1)}\n" for j in range(10))
 
 
-def task_of(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0) -> SearchDataModule:
+def words(rng: random.Random) -> list[str]:
+    return ["".join(rng.choices(LETTERS, k=rng.randint(3, 10))) for _ in range(20_000)]
+
+
+def build_task(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0) -> SearchDataModule:
     from datamodules.readers.beir import BeirReader
 
     options = BatchOptions(
@@ -69,7 +107,7 @@ def task_of(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0) -
 
 
 def tokenizer():
-    """Knows the words of the texts, but not the numbers in their titles."""
+    """Return a tokenizer that knows the words of the texts, but not the numbers in their titles."""
     from transformers import BertTokenizer
 
     from lightning_modules.encoders.backbone import word_vocabulary
@@ -77,18 +115,33 @@ def tokenizer():
     return BertTokenizer(vocab=word_vocabulary(words(random.Random(0)), 30_000))
 
 
-def memory() -> float:
-    """Resident memory of this process, GB."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e6
+def measure_batches(
+    folder: Path, cache: Path, step: int, num_batches: int, workers: int, launched: float
+) -> dict[str, float]:
+    """Measure the loader in this process, from a step on. launched: time at which the process was started."""
+    text_tokenizer = tokenizer()
+    before, started = memory(), time.perf_counter()
+    task = build_task(folder, cache, step + num_batches + 1, workers)
+    task.tokenizer = text_tokenizer
+    loader = task.train_dataloader()
+    loader.position = step
+    batches = iter(loader)
+    next(batches)
+    figures = {"first batch, s": time.perf_counter() - started, "with all imports, s": time.time() - launched}
+    started, kept, count = time.perf_counter(), [], 0
+    for batch in itertools.islice(batches, num_batches):
+        count += num_texts([batch])
+        kept = [*kept, batch][: STEPS + 1]
+    rate = count / (time.perf_counter() - started)
+    figures |= {"memory of the data, GB": memory() - before, "texts per second of the loader": rate}
+    if step:
+        training = training_rate(kept, text_tokenizer.get_vocab())
+        figures |= {"texts per second of training MiniLM": training, "loader over training": rate / training}
+    return figures
 
 
-def num_texts(batches: Sequence[ContrastiveBatch]) -> int:
-    return sum(len(chunk) for batch in batches for chunk in batch.chunks)
-
-
-def trained(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> float:
-    """Texts a second of training on the batches, the first of which is not timed."""
+def training_rate(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> float:
+    """Return the texts per second of training on the batches. The first one is a warm-up."""
     from lightning_modules.contrastive import ContrastiveModule
     from lightning_modules.encoders.backbone import random_backbone
     from lightning_modules.encoders.shared import SharedEncoder
@@ -102,65 +155,13 @@ def trained(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> 
         loss = module.training_step(batch.to(device), number)["loss"]
         loss.backward()
         optimizer.step()
-        float(loss)  # waits for the GPU
+        float(loss.detach())  # waits for the GPU
         started = started or time.perf_counter()
     return num_texts(batches[1:]) / (time.perf_counter() - started)
 
 
-def first_batches(folder: str, cache: str, step: int, batches: int, workers: int, launched: float) -> dict[str, float]:
-    """What a training process meets, measured in this one. launched: when it was, in seconds of the clock."""
-    given = tokenizer()
-    before, started = memory(), time.perf_counter()
-    task = task_of(Path(folder), Path(cache), step + batches + 1, workers)
-    task.tokenizer = given
-    loader = task.train_dataloader()
-    loader.position = step
-    stream = iter(loader)
-    next(stream)
-    found = {"first batch, s": time.perf_counter() - started, "with all imports, s": time.time() - launched}
-    started, some, count = time.perf_counter(), [], 0
-    for batch in itertools.islice(stream, batches):
-        count += num_texts([batch])
-        some = [*some, batch][: STEPS + 1]
-    rate = count / (time.perf_counter() - started)
-    found |= {"memory of the data, GB": memory() - before, "texts a second of the loader": rate}
-    if not step:
-        return found
-    needed = trained(some, given.get_vocab())
-    return found | {"texts a second of training MiniLM": needed, "loader over training": rate / needed}
-
-
-def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    if not values["folder"]:
-        raise UserError("folder: where may the data be made?")
-    documents, pairs, batches = (whole_number(key, values[key]) for key in ("documents", "pairs", "batches"))
-    step, workers = whole_number("step", values["step"], 0), whole_number("workers", values["workers"], 0)
-    folder = Path(values["folder"])
-    data, cache = folder / f"{documents}-{pairs}", folder / "cache"
-    table = Table("", "", title=f"{documents:,} documents, {pairs:,} pairs")
-    if not data.is_dir():
-        make(folder / ".part", documents, pairs)
-        (folder / ".part").rename(data)
-    started = time.perf_counter()
-    task = task_of(data, cache)
-    seconds = time.perf_counter() - started
-    table.add_row("converted (or found), s", f"{seconds:.1f}")
-    table.add_row("documents a second, with judgements", f"{(documents + pairs // 10) / seconds:,.0f}")
-    task.tokenizer, started = tokenizer(), time.perf_counter()
-    task.train_dataloader()
-    seconds = time.perf_counter() - started
-    table.add_row("tokenised (or found), s", f"{seconds:.1f}")
-    table.add_row("texts a second", f"{(documents + pairs // 10) / seconds:,.0f}")
-    for at in (0, step):
-        given = (str(data), str(cache), at, batches, workers, time.time())
-        code = "import json; from experiments.bench.data_scale import first_batches; "
-        code += f"print(json.dumps(first_batches(*{given!r})))"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        for name, figure in json.loads(done.stdout.splitlines()[-1]).items():
-            table.add_row(f"step {at:,}: {name}", f"{figure:,.2f}")
-    Console().print(table)
+def num_texts(batches: Sequence[ContrastiveBatch]) -> int:
+    return sum(len(chunk) for batch in batches for chunk in batch.chunks)
 
 
 if __name__ == "__main__":

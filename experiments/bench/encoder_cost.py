@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import BertTokenizer
 
 from datamodules.options import option
+from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
-from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
@@ -24,7 +20,6 @@ from lightning_modules.encoders.shared import SharedEncoder
 
 NUM_EXPERTS = (3, 8, 32)
 RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
-Run = Callable[[], object]
 
 
 @dataclass(kw_only=True)
@@ -104,47 +99,6 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
         expected = (first + 3 * (options.layers - first)) / options.layers
         table.add_row(rule, f"{ratio:.3f}", f"{expected:.3f}")
     return table
-
-
-def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Module, BertTokenizer]:
-    """Return a random BERT and its tokenizer, whose words are t0, t1, ...
-
-    size: "layers" and "hidden".
-    """
-    torch.manual_seed(0)
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(num_words))])}
-    config = {
-        "hidden_size": size["hidden"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": max(1, size["hidden"] // 64),
-        "intermediate_size": 4 * size["hidden"],
-    }
-    return random_backbone(config, vocabulary)
-
-
-def tasks_of(count: int) -> dict[str, str]:
-    """Return that many tasks, each with an expert."""
-    return {f"task{i}": f"expert{i}" for i in range(count)}
-
-
-def seconds(function: Run) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def time_ratio(function: Run, base: Run, rounds: int) -> float:
-    """Return the median ratio of the times of two functions, which take turns in running first."""
-    function(), base()  # warm up
-    ratios = []
-    for i in range(rounds):
-        if i % 2:
-            measured = seconds(function)
-            ratios.append(measured / seconds(base))
-        else:
-            measured = seconds(base)
-            ratios.append(seconds(function) / measured)
-    return statistics.median(ratios)
 
 
 def forward_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:

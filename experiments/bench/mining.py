@@ -1,8 +1,4 @@
-"""Time and memory of mining from cached vectors: python -m experiments.bench.mining [documents=N] [queries=N] ...
-
-Vectors are generated, in clusters; each query is near the documents of one of them, of which some are its positives.
-Memory is the peak beyond what the process held when vectors and pool were in memory.
-"""
+"""Measure time and memory of mining from vectors."""
 
 from __future__ import annotations
 
@@ -10,89 +6,116 @@ import logging
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 
-from datamodules.records import Document, MiningPool
-from experiments.shared.console import choice, entry_point, key_values, whole_number
-from lightning_modules.mining.mine import MiningOptions, mine_pool, text_numbers
-from lightning_modules.mining.miners import DenseMiner, MiningContext
+from datamodules.options import option
+from datamodules.records import Document, MiningPool, Ragged
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
+from lightning_modules.mining.mine import MiningOptions, mine
 from lightning_modules.mining.report import report, table
-from lightning_modules.retrieval.search import BACKENDS, Shards
+from lightning_modules.retrieval.search import Shards
 
 log = logging.getLogger(__name__)
 
-KEYS = {
-    "documents": "200000",
-    "queries": "20000",
-    "dimension": "384",
-    "k": "100",
-    "clusters": "2000",
-    "memory_mb": "512",
-    "threads": "2",
-    "backend": "auto",
-}
 SHARD = 16384
 
 
-def generated(count: int, centres: np.ndarray, cluster: np.ndarray, seed: int) -> Shards:
-    """Unit vectors around their clusters' centres."""
+@dataclass(kw_only=True)
+class BenchOptions:
+    """Measure time and memory of mining from vectors, without encoding.
+
+    The vectors are random, in clusters. Each query is near the documents of one cluster, some of which are its
+    positives. Memory is the peak beyond that of the process with vectors and texts in memory.
+    """
+
+    documents: int = option(200_000, "number of documents", minimum=1)
+    queries: int = option(20_000, "number of queries", minimum=1)
+    dimension: int = option(384, "dimensions of the vectors", minimum=1)
+    k: int = option(100, "candidates per query", minimum=1)
+    clusters: int = option(2000, "number of clusters", minimum=1)
+    memory_mb: int = option(512, "memory for scores, in MB", minimum=1)
+    threads: int = option(2, "number of threads", minimum=1)
+    backend: Literal["auto", "faiss", "torch"] = option("auto", "library of the exact search")
+
+
+class RandomVectors:
+    """Stands in for a VectorCache: the vectors of the pool's documents and queries."""
+
+    def __init__(self, pool: MiningPool, documents: Shards, queries: Shards):
+        self.encoder = SimpleNamespace(device=torch.device("cpu"), document_task=lambda task: task)
+        self.pool, self.documents, self.queries = pool, documents, queries
+
+    def vectors(self, texts: Sequence[Document], task: str, name: str) -> Shards:
+        return self.documents if texts is self.pool.corpus else self.queries
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(BenchOptions, arguments)
+    torch.set_num_threads(options.threads)
+    rng = np.random.default_rng(0)
+    centres = 2 * rng.standard_normal((options.clusters, options.dimension), dtype=np.float32)
+    document_clusters = rng.integers(0, options.clusters, options.documents)
+    query_clusters = document_clusters[rng.integers(0, options.documents, options.queries)]
+    documents = _vectors(centres, document_clusters, seed=1)
+    queries = _vectors(centres, query_clusters, seed=2)
+    pool = _pool(document_clusters, query_clusters)
+    vectors = RandomVectors(pool, documents, queries)
+    mining = MiningOptions(k=options.k, memory_mb=options.memory_mb, backend=options.backend)
+    before, start, cpu_start = _megabytes(), time.perf_counter(), time.process_time()
+    mined = mine(vectors.encoder, pool, options=mining, vectors=vectors)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    for line in table({"random": report(mined, step=0)}):
+        log.info("%s", line)
+    log.info(
+        "%s, %d threads: %.1f s (%.1f s of CPU time), %.0f MB besides the vectors",
+        options.backend,
+        options.threads,
+        seconds,
+        cpu_seconds,
+        _megabytes() - before,
+    )
+
+
+def _vectors(centres: np.ndarray, clusters: np.ndarray, seed: int) -> Shards:
+    """Return random unit vectors around the centres of their clusters."""
     rng, parts = np.random.default_rng(seed), []
-    for first in range(0, count, SHARD):
-        around = centres[cluster[first : first + SHARD]]
-        part = around + rng.standard_normal(around.shape, dtype=np.float32)
+    for first in range(0, len(clusters), SHARD):
+        centre = centres[clusters[first : first + SHARD]]
+        part = centre + rng.standard_normal(centre.shape, dtype=np.float32)
         parts.append((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32))
     return Shards(parts)
 
 
-def generated_pool(num_queries: int, num_documents: int, cluster: np.ndarray, of_query: np.ndarray) -> MiningPool:
-    """Each query has three positives of its cluster."""
-    by_cluster = np.argsort(cluster, kind="stable")
-    starts = np.searchsorted(cluster[by_cluster], np.arange(cluster.max() + 2))
-    size = np.diff(starts)[of_query]
-    positives = by_cluster[starts[of_query][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
-    nothing = (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPool:
+    """Return a pool whose queries have three positives of their cluster each."""
+    num_queries, num_documents = len(query_clusters), len(document_clusters)
+    by_cluster = np.argsort(document_clusters, kind="stable")
+    starts = np.searchsorted(document_clusters[by_cluster], np.arange(document_clusters.max() + 2))
+    size = np.diff(starts)[query_clusters]
+    positives = by_cluster[starts[query_clusters][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
+    empty = Ragged(np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
     return MiningPool(
         "search",
-        "generated",
+        "random",
         [Document(f"d{i}", f"title {i}", f"text of {i}") for i in range(num_documents)],
         [Document(f"q{i}", "", f"query {i}") for i in range(num_queries)],
         0,
         0,
         np.full(num_queries, -1),
-        (np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
-        nothing,
-        nothing,
+        Ragged(np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
+        empty,
+        empty,
     )
 
 
-def megabytes() -> float:
+def _megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    backend = choice("backend", values.pop("backend"), BACKENDS)
-    given = {key: whole_number(key, value) for key, value in values.items()}
-    torch.set_num_threads(given["threads"])
-    rng = np.random.default_rng(0)
-    centres = 2 * rng.standard_normal((given["clusters"], given["dimension"]), dtype=np.float32)
-    cluster = rng.integers(0, given["clusters"], given["documents"])
-    of_query = cluster[rng.integers(0, given["documents"], given["queries"])]
-    documents = generated(given["documents"], centres, cluster, seed=1)
-    queries = generated(given["queries"], centres, of_query, seed=2)
-    pool = generated_pool(given["queries"], given["documents"], cluster, of_query)
-    before, started, cpu = megabytes(), time.perf_counter(), time.process_time()
-    options = MiningOptions(k=given["k"], memory_mb=given["memory_mb"])
-    context = MiningContext(queries, documents, memory=options.memory_mb << 20, backend=backend)
-    texts = text_numbers(pool.corpus, pool.queries)
-    mined = mine_pool(pool, DenseMiner(), options, context, texts)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    for line in table({"generated": report(mined, step=0)}):
-        log.info("%s", line)
-    above, told = megabytes() - before, "%s, %d threads: %.1f s (%.1f s of CPU), %.0f MB above the vectors"
-    log.info(told, backend, given["threads"], seconds, cpu, above)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,4 @@
-"""Memory and time of a step with an encoder that ranks share out (trainer.strategy=fsdp), against DDP, in one run.
-
-    python -m experiments.bench.sharding [ranks=2] [experts=3] [layers=12] [hidden=768] [pairs=8] [tokens=64]
-
-The defaults are BERT-base's size, with experts in attention in every second layer, and a batch of two chunks on each
-rank. Ranks are processes on the CPU (gloo), or one a GPU (NCCL); each strategy has its own. What a rank holds after a
-step is counted; the peak is that of two steps, of the process above what it was before the model, or of the GPU.
-"""
+"""Memory and time of a sharded encoder: python -m experiments.bench.sharding --help"""
 
 from __future__ import annotations
 
@@ -15,8 +8,9 @@ import resource
 import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,62 +20,77 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from datamodules.batches import Collator
+from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.encoder_cost import backbone_of, seconds, tasks_of
-from experiments.shared.console import entry_point, key_values, whole_number
+from experiments.bench.timing import backbone_of, seconds, tasks_of
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
 
-KEYS = {"ranks": "2", "experts": "3", "layers": "12", "hidden": "768", "pairs": "8", "tokens": "64", "rounds": "3"}
 VOCABULARY = 30_522
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-WAYS = {"ddp": {}, "fsdp": {}, "fsdp, GradCache": {"cache": True}}
+M_MMAP_THRESHOLD = -3  # option of glibc's mallopt
+STRATEGIES = ("ddp", "fsdp", "fsdp, GradCache")
 
 
-class _Step(nn.Module):
-    """What Lightning gives to DDP: a module whose forward is the training step."""
+@dataclass(kw_only=True)
+class ShardingOptions:
+    """Compare a training step of a sharded encoder (trainer.strategy=fsdp) to one under DDP.
 
-    def __init__(self, module: ContrastiveModule):
-        super().__init__()
-        self.module = module
+    The default sizes are those of BERT-base, with experts in the attention of every second layer, and two chunks per
+    rank. Ranks are processes on the CPU (gloo), or one per GPU (NCCL). What a rank holds after a step is counted; the
+    peak is that of two steps, above the memory of the process before the model, or on the GPU.
+    """
 
-    def forward(self, batch: ContrastiveBatch) -> Tensor:
-        return self.module.training_step(batch, 0)["loss"]
-
-
-def batch_of(values: Mapping[str, int], rank: int) -> ContrastiveBatch:
-    """Pairs of texts of the full length, in two chunks."""
-    pairs = values["pairs"]
-    texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, values["tokens"]))
-    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
-    budget = pairs * values["tokens"]
-    collator = Collator("task0", examples, texts, 0, token_budget=budget, num_hard_negatives=0, seed=0)
-    return collator([(i, 0) for i in range(pairs)], 0)
+    ranks: int = option(2, "number of ranks", minimum=1)
+    experts: int = option(3, "number of experts", minimum=1)
+    layers: int = option(12, "layers of the encoder", minimum=1)
+    hidden: int = option(768, "hidden size of the encoder", minimum=1)
+    pairs: int = option(8, "pairs of texts on each rank", minimum=1)
+    tokens: int = option(64, "tokens of a text", minimum=1)
+    rounds: int = option(3, "number of steps that are timed", minimum=1)
 
 
-def measured(rank: int, port: int, way: str, values: dict[str, int]) -> dict[str, float]:
-    """On one rank: MB of what stands in memory after a step, of the peak, and seconds of a step."""
+def main(arguments: Sequence[str]) -> None:
+    options = parse(ShardingOptions, arguments)
+    started = time.perf_counter()
+    figures = {strategy: measure_ranks(strategy, options) for strategy in STRATEGIES}
+    shape = ", ".join(f"{key} {value}" for key, value in vars(options).items())
+    table = Table("per rank", *STRATEGIES, title=f"strategies, with their ratio to ddp ({shape})")
+    for name, base in figures["ddp"].items():
+        table.add_row(name, *(f"{figures[s][name]:,.0f} ({figures[s][name] / base:.2f})" for s in STRATEGIES))
+    Console(width=100).print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
+
+
+def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:
+    """Start the ranks, and return the largest figure of any rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(options.ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(measure_rank, rank, port, strategy, options) for rank in range(options.ranks)]
+        figures = [rank.result() for rank in ranks]
+    return {name: max(figures_of_rank[name] for figures_of_rank in figures) for name in figures[0]}
+
+
+def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) -> dict[str, float]:
+    """Return what one rank holds after a step, its peak memory, and the time of a step."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        **{"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": values["ranks"]},
-    )
-    # Larger blocks go back to the system when they are freed. It takes time, and without it they stay with the process.
+    address = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": options.ranks}
+    dist.init_process_group("nccl" if on_gpu else "gloo", **address)
+    # Return freed blocks to the system, so that they do not count. This takes time, so it is off for the timing below.
     _mallopt(M_MMAP_THRESHOLD, 128 << 10)
     before = _peak()
-    encoder = MoEEncoder(*backbone_of(values, VOCABULARY - 5), tasks_of(values["experts"]), pooling="mean")
-    cached = WAYS[way].get("cache", False)
-    options = {"similarity": "cosine", "temperature": 0.05, "total_steps": 1000}
-    module = ContrastiveModule(encoder, grad_cache=cached, **options).to(device).train()
+    module = make_module(options, grad_cache="GradCache" in strategy).to(device).train()
     step: nn.Module = _Step(module)
-    if way == "ddp":
+    if strategy == "ddp":
         ids = [rank] if on_gpu else None
         step = nn.parallel.DistributedDataParallel(step, device_ids=ids, find_unused_parameters=True)
     else:
-        shard(encoder, device)
-    optimizer, batch = module.configure_optimizers()["optimizer"], batch_of(values, rank).to(device)
+        shard(module.encoder, device)
+    optimizer, batch = module.configure_optimizers()["optimizer"], make_batch(options, rank).to(device)
 
     def take() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -95,15 +104,42 @@ def measured(rank: int, port: int, way: str, values: dict[str, int]) -> dict[str
     peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else 1e-3 * (_peak() - before)
     _mallopt(M_MMAP_THRESHOLD, 32 << 20)
     take()
-    times = [seconds(take) for _ in range(values["rounds"])]
-    kinds = {
+    times = [seconds(take) for _ in range(options.rounds)]
+    tensors = {
         "weights": list(module.parameters()),
         "gradients": [p.grad for p in module.parameters() if p.grad is not None],
         "optimizer": [s for state in optimizer.state.values() for s in state.values() if torch.is_tensor(s)],
     }
-    found = {f"{name}, MB": megabytes(tensors) for name, tensors in kinds.items()}
+    figures = {f"{name}, MB": megabytes(kind) for name, kind in tensors.items()}
     dist.destroy_process_group()
-    return found | {"peak, MB": peak, "a step, ms": 1e3 * statistics.median(times)}
+    return figures | {"peak, MB": peak, "time per step, ms": 1e3 * statistics.median(times)}
+
+
+class _Step(nn.Module):
+    """A module whose forward is the training step, as Lightning passes it to DDP."""
+
+    def __init__(self, module: ContrastiveModule):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: ContrastiveBatch) -> Tensor:
+        return self.module.training_step(batch, 0)["loss"]
+
+
+def make_module(options: ShardingOptions, grad_cache: bool) -> ContrastiveModule:
+    backbone, tokenizer = backbone_of(vars(options), VOCABULARY - 5)
+    encoder = MoEEncoder(backbone, tokenizer, tasks_of(options.experts), pooling="mean")
+    return ContrastiveModule(encoder, grad_cache=grad_cache, total_steps=1000, similarity="cosine", temperature=0.05)
+
+
+def make_batch(options: ShardingOptions, rank: int) -> ContrastiveBatch:
+    """Return pairs of texts of full length, in two chunks."""
+    pairs = options.pairs
+    texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, options.tokens))
+    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
+    budget = pairs * options.tokens
+    collator = Collator("task0", examples, texts, 0, token_budget=budget, num_hard_negatives=0, seed=0)
+    return collator([(i, 0) for i in range(pairs)], 0)
 
 
 def megabytes(tensors: Sequence[Tensor]) -> float:
@@ -111,37 +147,15 @@ def megabytes(tensors: Sequence[Tensor]) -> float:
 
 
 def _mallopt(option: int, value: int) -> None:
-    """Where there is one."""
+    """Call glibc's mallopt, if the C library has it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(option, value)
 
 
 def _peak() -> int:
-    """KiB."""
+    """Return the peak memory of this process in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def on_ranks(way: str, values: dict[str, int]) -> dict[str, float]:
-    """The largest of the ranks' figures."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with ProcessPoolExecutor(values["ranks"], mp_context=multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(measured, rank, port, way, values) for rank in range(values["ranks"])]
-        found = [rank.result() for rank in ranks]
-    return {name: max(figures[name] for figures in found) for name in found[0]}
-
-
-def main(arguments: Sequence[str]) -> None:
-    values = {key: whole_number(key, value) for key, value in key_values(arguments, KEYS).items()}
-    started = time.perf_counter()
-    ways = {way: on_ranks(way, values) for way in WAYS}
-    shape = ", ".join(f"{key} {value}" for key, value in values.items())
-    table = Table("of a rank", *ways, title=f"strategies, with their ratio to ddp ({shape})")
-    for name, base in ways["ddp"].items():
-        table.add_row(name, *(f"{found[name]:,.0f} ({found[name] / base:.2f})" for found in ways.values()))
-    Console(width=100).print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
 
 
 if __name__ == "__main__":

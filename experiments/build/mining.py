@@ -1,4 +1,4 @@
-"""Mined hard negatives, from the configuration to objects."""
+"""Build what mines hard negatives, and what trains with them, from the configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
-    """Let the data draw from mined hard negatives, if there are or will be any."""
+    """Let the data draw from mined hard negatives, if the run has or will have any."""
     settings = config.mining
     if not (settings.store or settings.every_n_steps or settings.every_n_epochs):
         return
@@ -36,27 +36,30 @@ def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
 
 
 def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: int) -> int:
-    """Optimizer steps between two minings."""
+    """Return the number of optimizer steps from one mining to the next."""
     if not config.mining.every_n_epochs:
         return config.mining.every_n_steps
     devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
-    ranks, schedule = devices * config.trainer.num_nodes, data.schedule()
-    lengths = {task: int(schedule.costs[task].sum()) for task in schedule.costs}
-    lengths = schedule.sizes | lengths  # in queries, or tokens, as batches are
-    batches = sum(math.ceil(length / (schedule.batch_sizes[task] * ranks)) for task, length in lengths.items())
+    num_ranks, schedule = devices * config.trainer.num_nodes, data.schedule()
+    # In the unit of the batch sizes: tokens for tasks with batch_tokens, else queries.
+    lengths = schedule.sizes | {task: int(costs.sum()) for task, costs in schedule.costs.items()}
+    batches = sum(math.ceil(length / (schedule.batch_sizes[task] * num_ranks)) for task, length in lengths.items())
     return max(1, round(config.mining.every_n_epochs * batches / batches_per_step))
 
 
 def build_mining(config: Config, vectors: Path) -> Mining:
-    """What mines as the configuration says. vectors: folder of cached ones."""
+    """Build the mining of all tasks. vectors: folder of cached vectors."""
     settings = config.mining
     nodes = {task: settings.miners.get(task, settings.miner) for task in config.task}
     if not any(nodes.values()):
-        raise UserError("mining.miners: every task is null, so there is nothing to mine")
-    guide = load_encoder(settings.guide, {t: t for t in config.task}, key="mining.guide") if settings.guide else None
-    missing = [task for task, node in nodes.items() if guide and node and task not in guide.tasks]
-    if missing:
-        raise UserError(f"mining.guide: has no task {', '.join(missing)} (it has {', '.join(guide.tasks)})")
+        raise UserError("mining.miners: every task is null, so there is nothing to mine; give a miner to one")
+    guide = None
+    if settings.guide:
+        guide = load_encoder(settings.guide, {task: task for task in config.task}, key="mining.guide")
+        if missing := [task for task, node in nodes.items() if node and task not in guide.tasks]:
+            raise UserError(
+                f"mining.guide: the model has no task {', '.join(missing)} (it has {', '.join(guide.tasks)})"
+            )
     return Mining(
         settings,
         {task: instantiate(node) for task, node in nodes.items() if node},
@@ -71,20 +74,20 @@ def build_mining(config: Config, vectors: Path) -> Mining:
 def build_mining_callback(
     config: Config, data: MultiTaskDataModule, folder: Path, batches_per_step: int
 ) -> list[L.Callback]:
-    """The callback that mines in training, if the experiment asks for it."""
+    """Build the callback that mines during training, if the experiment asks for it. folder: the run's folder."""
     every = steps_between(config, data, batches_per_step)
     if not every:
         return []
     first = every if config.mining.first_step is None else config.mining.first_step
     if first >= config.trainer.max_steps:
         log.warning(
-            "mining.first_step: the first mining would be at step %d, and trainer.max_steps is %d: nothing is mined",
+            "mining.first_step: the first mining would be at step %d, after trainer.max_steps, %d, so nothing is mined",
             first,
             config.trainer.max_steps,
         )
     mining = build_mining(config, folder / NEGATIVES / "vectors")
     for task in data.tasks:
         if not task.options.num_hard_negatives and task.task.name in mining.miners:
-            log.info("%s is not mined, since task.%s.num_hard_negatives is 0", task.task.name, task.task.name)
+            log.info("%s: not mined, because task.%s.num_hard_negatives is 0", task.task.name, task.task.name)
             del mining.miners[task.task.name]
     return [HardNegativeMining(mining, first, every, config.mining.stop_at)]

@@ -21,18 +21,17 @@ from experiments.build.mining import build_mining_callback
 from experiments.config.paths import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from lightning_modules.callbacks.balance import GradNorm, PCGrad
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
-from lightning_modules.callbacks.rank_report import RankReport
-from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
+from lightning_modules.callbacks.training_log import RankReport, TrainingBar, TrainingLog
 from lightning_modules.distributed import launch
-from lightning_modules.distributed.sharded_strategy import ShardedStrategy
+from lightning_modules.distributed.sharding import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import resolved
+from lightning_modules.task_balance import GradNorm, PCGrad
 
 log = logging.getLogger(__name__)
 

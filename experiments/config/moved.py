@@ -6,7 +6,9 @@ A class keeps its first path in the hash that names a run's folder: an old run i
 from __future__ import annotations
 
 # Old path -> present path, for every class that a `_target_` may name.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "lightning_modules.mining.sharing.SharingMiner": "lightning_modules.mining.miners.SharingMiner",
+}
 
 
 def current_path(path: str) -> str:

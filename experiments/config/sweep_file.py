@@ -25,7 +25,7 @@ from experiments.config.structured import read_yaml, structured
 from experiments.config.suggest import did_you_mean, expected_one_of, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
 from lightning_modules.callbacks.diagnostics import OF_TASK
-from lightning_modules.mining.report import MEANS
+from lightning_modules.mining.report import FIGURES
 
 ARGUMENTS = "${args_no_hyphens}"
 MAX_CHECKED = 12  # trials whose configurations are loaded before the first one runs
@@ -228,4 +228,4 @@ def _callback_metrics(config: Config) -> Iterator[str]:
                 yield from (f"diag/{task}/{pair}/{other}" for other in config.tasks)
     if config.mining.every_n_steps:
         yield "mine/seconds"
-        yield from (f"mine/{task}/{name}" for task in config.tasks for name in MEANS)
+        yield from (f"mine/{task}/{name}" for task in config.tasks for name in FIGURES)

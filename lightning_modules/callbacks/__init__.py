@@ -1,1 +1,1 @@
-"""What accompanies training."""
+"""Lightning callbacks: what happens during a training besides the training steps."""

@@ -1,4 +1,4 @@
-"""Something to do with the encoder before its first step."""
+"""Call a function with the encoder before its first step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_modules.encoders.base import Encoder
 
 
 class BeforeFirstStep(L.Callback):
-    """Calls a function with the encoder when training starts, on every rank; not when it is resumed."""
+    """Calls a function with the encoder on every rank when a training starts, but not when it is resumed."""
 
     def __init__(self, function: Callable[[Encoder], None]):
         self.function = function

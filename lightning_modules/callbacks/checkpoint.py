@@ -1,4 +1,4 @@
-"""The last checkpoints, renewed at fixed steps, and never half-written."""
+"""Save the last checkpoints of a run at fixed steps, each of them atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes as write_checkpoint does, and reads on all ranks what the first one chose.
+    """Writes checkpoints atomically, and reads on all ranks the one that the first rank chose.
 
-    last: of this file `keep` checkpoints are kept, of others one. error: what the disk said when the last one could not
-    be written, which ends no training by itself; or None.
+    A checkpoint that cannot be written does not end the training; `error` then says why, otherwise it is None.
+
+    last: file of which several checkpoints are kept; of any other file, one is kept.
+    keep: number of checkpoints to keep.
     """
 
     def __init__(self, last: Path, keep: int):
@@ -34,7 +36,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
             self.error = None
         except OSError as error:
             self.error = error.strerror or str(error)
-            log.warning("%s of step %d could not be written: %s", path, checkpoint["global_step"], self.error)
+            log.warning(
+                "%s: the checkpoint of step %d could not be written: %s", *(path, checkpoint["global_step"], self.error)
+            )
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         return super().load_checkpoint(from_first_rank(str(path)), *arguments, **options)
@@ -47,9 +51,10 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> str | None:
 
 
 class LastCheckpoint(L.Callback):
-    """Saves the run's state every n optimizer steps and after the last.
+    """Saves the state of a run every n optimizer steps, and after the last step.
 
-    If it cannot be written the training goes on, for the former checkpoint is still there; but not after the last step.
+    If a checkpoint cannot be written, training continues, because the one before it still exists. After the last step
+    this is an error.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -61,12 +66,12 @@ class LastCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        last = step == trainer.max_steps
-        if (last or step % self.every_n_steps == 0) and step > self.saved_at:
-            self.save(trainer, must=last)
+        is_last = step == trainer.max_steps
+        if (is_last or step % self.every_n_steps == 0) and step > self.saved_at:
+            self.save(trainer, must=is_last)
 
     def save(self, trainer: L.Trainer, must: bool) -> None:
-        """Save this step, if it is not saved. must: raise UserError on all ranks if it cannot be written."""
+        """Save this step, unless it is saved already. must: raise UserError on all ranks if it cannot be written."""
         step = trainer.global_step
         if step == self.saved_at:
             return
@@ -74,10 +79,10 @@ class LastCheckpoint(L.Callback):
         if error is None:
             self.saved_at = step
             return
-        stays = f"that of step {self.saved_at} stays" if self.saved_at else "there is none yet"
+        last_good = f"the last good checkpoint is of step {self.saved_at}" if self.saved_at else "there is none yet"
         if must:
             raise UserError(
-                f"{self.path}: the checkpoint of step {step} could not be written ({error}); {stays}. Make room, and "
-                "run the same command: it goes on from there."
+                f"{self.path}: the checkpoint of step {step} could not be written ({error}); {last_good}. Free some "
+                "disk space and run the same command again: it resumes from there."
             )
-        log.warning("The training goes on; of its checkpoints %s. Make room before the next one is due.", stays)
+        log.warning("Training continues; %s. Free some disk space before the next one is due.", last_good)

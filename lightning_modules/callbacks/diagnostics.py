@@ -1,10 +1,20 @@
-"""How tasks and experts get along in a training, measured on the last batch of each task."""
+"""Measure how the tasks and experts of a training get along, on the last batch of each task.
+
+Shapes
+    B   queries
+    M   documents
+    U   texts
+    D   dimensions of a vector
+    T   tasks
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,55 +22,51 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from datamodules.records import ContrastiveBatch
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.diagnostics import (
-    anisotropy,
-    effective_negatives,
-    expert_distances,
-    expert_names,
-    masked_share,
-)
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.expert_picture import write_svg
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
+from lightning_modules.pictures import write_expert_picture
 from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 
-# What is logged of each task, beside what it has with others.
+# What is logged for each task alone; the other values relate it to a second task.
 OF_TASK = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
 
 
 class Diagnostics(L.Callback):
-    """Every n optimizer steps logs, as means over ranks:
+    """Logs every n optimizer steps, as means over ranks:
 
-        diag/<task>/gradient_norm               of the parameters that all tasks share
-        diag/<task>/gradient_cosine/<other>     of two tasks' gradients of them; below 0 they conflict
-        diag/<task>/transplant/<other>          loss of the task with the other's expert, prompt or adapter
-        diag/<task>/masked_share                documents that are masked, as known positives or for their text
+        diag/<task>/gradient_norm               norm of the gradient of the parameters that all tasks share
+        diag/<task>/gradient_cosine/<other>     cosine of two tasks' gradients of them; below 0 they conflict
+        diag/<task>/transplant/<other>          loss of the task with the expert, prompt or adapter of the other
+        diag/<task>/masked_share                share of documents that are masked, as known positives or for their text
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
-        diag/experts/<one>-<other>/distance     relative, and /cosine, of their parameters
-        diag/seconds                            that all this took
+        diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
+        diag/experts/<one>-<other>/cosine       cosine of the parameters of two experts
+        diag/seconds                            time that the diagnostics took
 
-    What was measured last of transplants, cosines and distances is drawn after every draw_every_n_steps (0: never) and
-    after the last step, into the file picture, and given to the loggers as diag/experts.
+    The training itself is not affected. The cost is T steps without an optimizer, T * T forward passes, and the memory
+    of T gradients.
 
-    Training is not changed by it. For T tasks it costs T steps without optimizer and T * T forwards, and the memory of
-    T gradients.
+    draw_every_n_steps: number of steps between two pictures of the last transplants, cosines and distances. One more is
+        drawn after the last step. 0 draws only that one.
+    picture: SVG file to draw into. Loggers receive it as diag/experts.
     """
 
     def __init__(self, every_n_steps: int, draw_every_n_steps: int = 0, picture: Path | None = None):
         self.every_n_steps, self.draw_every_n_steps, self.picture = every_n_steps, draw_every_n_steps, picture
-        self.batches: dict[str, ContrastiveBatch] = {}  # the last one of each task
-        self.measured: dict[str, float] = {}
+        self.batches: dict[str, ContrastiveBatch] = {}  # last batch of each task
+        self.values: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.logged_at = self.drawn_at = trainer.global_step
@@ -76,34 +82,35 @@ class Diagnostics(L.Callback):
 
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
-        with _kept_random_state(module):
+        with _random_state_preserved(module):
             encoder = replica(module.encoder)
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         if world_size() > 1:
-            table = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)
-            dist.all_reduce(table)
-            values = dict(zip(values, (table / world_size()).tolist(), strict=True))
+            means = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)
+            dist.all_reduce(means)
+            values = dict(zip(values, (means / world_size()).tolist(), strict=True))
         values |= {f"experts/{name}": value for name, value in expert_distances(encoder).items()}
         values["seconds"] = time.perf_counter() - started
         for logger in trainer.loggers:
             logger.log_metrics({f"diag/{name}": value for name, value in values.items()}, step=step)
-        self.measured = values
+        self.values = values
 
     def _draw_if_due(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         due = step == trainer.max_steps or (self.draw_every_n_steps and step % self.draw_every_n_steps == 0)
         if not due or self.logged_at <= self.drawn_at or self.picture is None or not trainer.is_global_zero:
             return
-        self.drawn_at, told = self.logged_at, f"tasks and experts at step {self.logged_at}"
+        self.drawn_at, title = self.logged_at, f"tasks and experts at step {self.logged_at}"
+        tasks, experts = sorted(self.batches), expert_names(module.encoder)
         try:
-            drawn = write_svg(self.picture, self.measured, sorted(self.batches), expert_names(module.encoder), told)
-        except OSError as error:  # a full disk: no reason to end a training
-            log.warning("%s cannot be written (%s)", self.picture, error.strerror)
+            drawn = write_expert_picture(self.picture, self.values, tasks, experts, title)
+        except OSError as error:  # a full disk does not end a training
+            log.warning("%s: cannot be written (%s)", self.picture, error.strerror)
             return
         if drawn:
             log_picture(trainer.loggers, "diag/experts", self.picture, step)
 
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
-        """Norms and cosines of the tasks' gradients; nothing where tasks share no parameter."""
+        """Return norms and cosines of the tasks' gradients, or nothing if the tasks share no parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
         for task in gradients.tasks:
@@ -117,9 +124,9 @@ class Diagnostics(L.Callback):
             return {}
         if not sharded:
             gradients.average_over_ranks()
-        products = gradients.products().double()
+        products = gradients.products().double()  # (T, T)
         if sharded:
-            dist.all_reduce(products)  # each rank has those of its slices
+            dist.all_reduce(products)  # each rank has the products of its slices
         products = products.cpu()
         norms = products.diagonal().sqrt()
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
@@ -131,7 +138,7 @@ class Diagnostics(L.Callback):
 
     @torch.no_grad()
     def _vectors(self, trainer: L.Trainer, module: ContrastiveModule, encoder: Encoder) -> dict[str, float]:
-        """What the encoder's vectors of the tasks' batches tell, without dropout."""
+        """Return what can be seen in the vectors of the tasks' batches, without dropout."""
         values: dict[str, float] = {}
         with _evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
@@ -139,22 +146,23 @@ class Diagnostics(L.Callback):
                 for other in sorted(self.batches):
                     if other == task or encoder.served_by(other) == encoder.served_by(task):
                         continue
-                    transplanted = embed(encoder, dataclasses.replace(batch, task=other))[0]
+                    transplanted = embed(encoder, dataclasses.replace(batch, task=other)).vectors
                     values[f"{task}/transplant/{other}"] = float(module.objective(transplanted, batch)["loss"])
-                vectors = embed(encoder, batch)[0]
+                vectors = embed(encoder, batch).vectors
                 values[f"{task}/transplant/{task}"] = float(module.objective(vectors, batch)["loss"])
-                values |= {f"{task}/{name}": value for name, value in _of_batch(module, vectors, batch).items()}
+                values |= {f"{task}/{name}": value for name, value in _negatives(module, vectors, batch).items()}
         return values
 
 
-def _of_batch(module: ContrastiveModule, vectors: torch.Tensor, batch: ContrastiveBatch) -> dict[str, float]:
-    """What the vectors (U, D) of a batch tell of its negatives, over the distinct documents of all ranks."""
+def _negatives(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, float]:
+    """Return figures on a batch's negatives, among the distinct documents of all ranks. vectors: (U, D)."""
     options, temperature = module.objective.options, module.objective.temperature(batch.task)
     documents, ids = gather_rows(vectors[batch.documents]), gather_rows(batch.document_ids)
     first = ~duplicate_mask(ids)
-    documents, ids = documents[first], ids[first]
-    own = torch.where(batch.positives < 0, -1, batch.document_ids[batch.positives.clamp(min=0)])  # (B, P) ids
-    own, masked = membership_mask(own, ids), torch.zeros(len(own), len(ids), dtype=torch.bool, device=own.device)
+    documents, ids = documents[first], ids[first]  # (M, D), (M,)
+    positive_ids = torch.where(batch.positives < 0, -1, batch.document_ids[batch.positives.clamp(min=0)])  # (B, P)
+    positives = membership_mask(positive_ids, ids)  # (B, M)
+    masked = torch.zeros_like(positives)
     if options.mask_known_positives:
         masked |= membership_mask(batch.known_positives, ids)
     if options.mask_same_text and batch.text_keys is not None:
@@ -164,27 +172,83 @@ def _of_batch(module: ContrastiveModule, vectors: torch.Tensor, batch: Contrasti
         queries, documents = (comparable(x, options.similarity) for x in (vectors[batch.queries], documents))
         mean_cosine, first_share = anisotropy(vectors)
         return {
-            "masked_share": masked_share(own, masked),
-            "effective_negatives": effective_negatives(queries @ documents.T / temperature, own | masked),
+            "masked_share": masked_share(positives, masked),
+            "effective_negatives": effective_negatives(queries @ documents.T / temperature, positives | masked),
             "mean_cosine": mean_cosine,
             "first_share": first_share,
         }
 
 
+def masked_share(positives: Tensor, masked: Tensor) -> float:
+    """Return the share of masked documents among those that are not a positive of the query. Arguments: (B, M) bool."""
+    return ((masked & ~positives).sum() / (~positives).sum().clamp(min=1)).item()
+
+
+def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
+    """Return the mean perplexity of the softmax over a query's negatives.
+
+    It is their number if all weigh the same, 1 if a single one has all the weight, and 0 without negatives.
+
+    logits: scores divided by the temperature, (B, M).
+    excluded: documents that are not negatives, (B, M) bool.
+    """
+    logs = logits.double().masked_fill(excluded, -torch.inf).log_softmax(1)
+    entropy = -(logs.exp() * logs.masked_fill(excluded, 0.0)).sum(1)
+    return torch.where(excluded.all(1), 0.0, entropy.exp()).mean().item()
+
+
+def anisotropy(vectors: Tensor) -> tuple[float, float]:
+    """Return the mean cosine of pairs of texts, and the share of the largest squared singular value in their sum.
+
+    Both are near 1 if all vectors point in the same direction. The first is from Ethayarajh (arXiv 1909.00512,
+    section 4.1).
+
+    vectors: vectors of any length, (U, D).
+    """
+    vectors = nn.functional.normalize(vectors.double(), dim=1)
+    count = len(vectors)
+    mean = (vectors.sum(0).square().sum() - count) / max(1, count * (count - 1))
+    gram = vectors.T @ vectors if vectors.shape[1] < count else vectors @ vectors.T  # the smaller of the two
+    squares = torch.linalg.eigvalsh(gram)  # ascending
+    return mean.item(), (squares[-1] / squares.sum()).item()
+
+
+def expert_names(encoder: Encoder) -> tuple[str, ...]:
+    return tuple(getattr(encoder, "experts", None) or dict.fromkeys(encoder.tasks.values()))
+
+
+def expert_distances(encoder: Encoder) -> dict[str, float]:
+    """Return the distance of each pair of experts, relative to the norm of their mean, and their cosine.
+
+    The result is empty for an encoder without experts. Copies have a distance of 0 and a cosine of 1.
+    """
+    names = expert_names(encoder)
+    groups = [m for m in encoder.modules() if isinstance(m, nn.ModuleDict) and set(names) <= set(m.keys())]
+    values = {}
+    for one, other in itertools.combinations(names, 2) if groups else ():
+        a, b = (
+            torch.cat([p.detach().double().flatten() for group in groups for p in group[name].parameters()])
+            for name in (one, other)
+        )
+        values[f"{one}-{other}/distance"] = ((a - b).norm() / ((a + b) / 2).norm()).item()
+        values[f"{one}-{other}/cosine"] = nn.functional.cosine_similarity(a, b, dim=0).item()
+    return values
+
+
 @contextmanager
-def _kept_random_state(module: ContrastiveModule):
+def _random_state_preserved(module: ContrastiveModule) -> Iterator[None]:
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
 
 
 @contextmanager
-def _evaluating(module: ContrastiveModule):
-    """Without dropout; afterwards each part is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
+def _evaluating(module: ContrastiveModule) -> Iterator[None]:
+    """Turn dropout off, and restore the mode of each submodule at the end."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for submodule, training in modes:
+            submodule.training = training

@@ -1,14 +1,10 @@
-"""Hard negatives that stay hard: mined anew with the current model, again and again (ANCE, Xiong et al., 2021)."""
+"""Mine hard negatives again and again with the current model, so that they stay hard (ANCE, Xiong et al., 2021)."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,17 +14,27 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
-from lightning_modules.mining.mine import Mined, Mining
-from lightning_modules.mining.report import TaskReport, gate, histograms, logged, plain, report, table, write_svg
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.report import (
+    check_false_negatives,
+    histograms,
+    metrics,
+    read_values,
+    reports_of,
+    table,
+    write_report,
+)
 
 log = logging.getLogger(__name__)
 
 
 class HardNegativeMining(L.Callback):
-    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; what is mined holds from the next batch on.
+    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; the next batch already uses the result.
 
-    Each mining has its folder among the data module's rounds, with report.json and report.svg. Folders of former ones
-    stay, since checkpoints may need them. stop_at: see report.gate.
+    Each mining has a folder in the data module's folder of rounds, with report.json and report.svg. Earlier folders
+    stay, because checkpoints may need them.
+
+    stop_at: share of likely false negatives above which the training stops (mining.report.check_false_negatives).
     """
 
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
@@ -50,7 +56,7 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            # A run that is asked to end leaves the mining to the one that goes on, which finds the vectors made so far.
+            # A preempted run leaves the mining to the resumed one, which finds the vectors embedded so far.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
@@ -58,48 +64,30 @@ class HardNegativeMining(L.Callback):
         data, started = trainer.datamodule, time.perf_counter()
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
-        meta = {"miner": self.mining.about, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
-        told = data.rounds.folder / name / "report.json"
-        # Of an attempt that ended before its checkpoint. One rank looks, so that all do the same.
-        if trainer.strategy.broadcast(trainer.is_global_zero and told.is_file() and data.rounds.has_made(name, meta)):
+        meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        report_file = data.rounds.folder / name / "report.json"
+        # A previous attempt may have finished this mining and ended before its checkpoint. One rank decides for all.
+        finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
+        if trainer.strategy.broadcast(finished):
             log.info("step %d: these hard negatives were mined already", step)
-            gate(values_of(told), self.stop_at)
+            check_false_negatives(read_values(report_file), self.stop_at)
             data.rounds.begin(batch, name)
             return
         self._pools = self._pools or data.pools()
         former = data.rounds.at(batch)
         mined = self.mining.run(cache, self._pools, step)
-        reports = compare(mined, step, former)
+        reports = reports_of(mined, step, former)
         for line in table(reports):
             log.info("%s", line)
         for logger in trainer.loggers:
-            logger.log_metrics(logged(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
+            logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
-        trainer.strategy.barrier()  # before vectors are removed that another rank may still read
+        trainer.strategy.barrier()  # another rank may still read the vectors that are removed below
         if trainer.is_global_zero:
-            path = data.rounds.write(name, {task: part.negatives for task, part in mined.items()}, meta)
+            path = data.rounds.write(name, {task: result.negatives for task, result in mined.items()}, meta)
             write_report(path, reports, f"hard negatives mined at step {step}")
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
-        gate({task: found.values for task, found in reports.items()}, self.stop_at)
+        check_false_negatives({task: task_report.values for task, task_report in reports.items()}, self.stop_at)
         data.rounds.begin(batch, name)
-
-
-def compare(mined: Mapping[str, Mined], step: int, former: Any = None) -> dict[str, TaskReport]:
-    """A report for each task. former: the store that held before, if any."""
-    tasks, since = (former.tasks, former.meta["step"]) if former else ({}, 0)
-    return {task: report(part, step, tasks.get(task), since) for task, part in mined.items()}
-
-
-def values_of(told: Path) -> dict[str, dict[str, float]]:
-    """Task -> values of a report.json."""
-    return {task: found["values"] for task, found in json.loads(told.read_text(encoding="utf-8")).items()}
-
-
-def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    """report.svg, and then report.json, whole: where it lies, the mining was finished."""
-    write_svg(folder / "report.svg", reports, title)
-    partial = folder / ".report.json"
-    partial.write_text(json.dumps(plain(reports), indent=2), encoding="utf-8")
-    os.replace(partial, folder / "report.json")

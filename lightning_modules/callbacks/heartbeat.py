@@ -1,4 +1,4 @@
-"""Which rank is lost, when one is: the others see broken connections alone, or nothing at all."""
+"""Find out which rank was lost: the other ranks only see broken connections, or nothing at all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_modules.distributed.collectives import from_first_rank, rank, wor
 log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between two beats
-SILENCE = 3.0  # seconds without one, after which a rank counts as lost once something has failed
-WARNING = 60.0  # seconds without one, after which it is told though nothing has failed
+SILENCE = 3.0  # seconds without a beat after which a rank counts as lost, once something has failed
+WARNING = 60.0  # seconds without a beat after which a warning is logged, even if nothing has failed
 
 
 class Heartbeat(L.Callback):
-    """Every rank beats in a thread, into a store of the first one; a rank that is killed or stopped does not.
+    """Lets every rank count beats in a thread, in a store of the first rank. A killed or stopped rank stops counting.
 
-    timeout: seconds that ranks wait for one that does not answer, once all of them are there.
+    timeout: seconds that ranks wait for one that does not answer, once all of them have started.
     """
 
     def __init__(self, timeout: float):
@@ -56,14 +56,14 @@ class Heartbeat(L.Callback):
                 if self._rank > 0:
                     continue
                 before, beats = beats or [0] * self._world, self._beats()
-            except RuntimeError:  # the first rank is gone, or the group ends
+            except RuntimeError:  # the first rank is gone, or the process group ends
                 return
             for other in range(self._world):
                 if beats[other] != before[other]:
                     silent_since[other] = time.monotonic()
                 elif time.monotonic() - silent_since[other] > WARNING:
                     log.warning("%s has given no sign of life for %.0f seconds", self._name(other), WARNING)
-                    silent_since[other] = float("inf")  # told once
+                    silent_since[other] = float("inf")  # warn once
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"beats/{other}", 0) for other in range(self._world)]
@@ -72,23 +72,23 @@ class Heartbeat(L.Callback):
         return self._store.get(f"name/{other}").decode()
 
     def lost(self) -> list[str]:
-        """The ranks that are lost, by name, after something has failed that ranks do together. Takes some seconds."""
+        """Return the names of the lost ranks, after a collective operation has failed. Takes a few seconds."""
         if self._store is None:
             return []
-        found: list[str] = []
-        asking = threading.Thread(target=lambda: found.extend(self._ask()), daemon=True)
-        asking.start()
-        asking.join(3 * SILENCE)
-        return ["rank 0"] if asking.is_alive() else found  # it has the store, which does not answer
+        names: list[str] = []
+        query = threading.Thread(target=lambda: names.extend(self._silent_ranks()), daemon=True)
+        query.start()
+        query.join(3 * SILENCE)
+        return ["rank 0"] if query.is_alive() else names  # rank 0 holds the store, which does not answer
 
-    def _ask(self) -> list[str]:
+    def _silent_ranks(self) -> list[str]:
         try:
             before = self._beats()
             time.sleep(SILENCE)
             now = self._beats()
-            found = [self._name(other) for other in range(self._world) if before[other] == now[other]]
-            # Who finds out first is right: ranks end when they have, and are then missed by those who come later.
-            return self._store.compare_set("lost", "", "\n".join(found)).decode().split("\n") if found else []
+            silent = [self._name(other) for other in range(self._world) if before[other] == now[other]]
+            # The first rank to find out is right: it ends then, and later ranks would count it as lost, too.
+            return self._store.compare_set("lost", "", "\n".join(silent)).decode().split("\n") if silent else []
         except RuntimeError:
             return ["rank 0"]
 

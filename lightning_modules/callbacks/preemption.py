@@ -1,4 +1,4 @@
-"""A run that is asked to end saves first, at an optimizer step that all ranks agree on."""
+"""End a run that was asked to end: save first, at an optimizer step that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lightning_modules.distributed.collectives import world_size
 
 
 class Preemption(L.Callback):
-    """Answers what lightning_modules.distributed.signals noted on any rank: saves and stops the training.
+    """Saves and stops the training if any rank received a signal (lightning_modules.distributed.signals).
 
-    Stands after all callbacks with a state, which then is that after the step. asked: the signal that was answered.
+    It must come after all callbacks that have a state, so that their state is that after the step. `asked` is the
+    signal that ended the training, or None.
     """
 
     def __init__(self, last: LastCheckpoint):
@@ -27,32 +28,31 @@ class Preemption(L.Callback):
         self._step = 0
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        # Lightning's own answers to SIGTERM: a broadcast inside the handler, and leaving in the middle of a step.
+        # Lightning's own handlers of SIGTERM broadcast inside the handler, and leave in the middle of a step.
         trainer._signal_connector.register_signal_handlers = lambda: None
         if world_size() > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # does not wait for what the GPU still has to do
+            self._group = dist.new_group(backend="gloo")  # does not wait for pending work of the GPU
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signals.catch_interrupt()
         self._step = trainer.global_step
-        self._answer(trainer)
+        self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step > self._step:  # not between the batches that one step accumulates
+        if trainer.global_step > self._step:  # not between the batches of one optimizer step
             self._step = trainer.global_step
-            self._answer(trainer)
+            self._stop_if_asked(trainer)
 
-    def _answer(self, trainer: L.Trainer) -> None:
-        asked = self._agreed()
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        asked = self._signal_of_any_rank()
         if asked is not None:
             self.asked, trainer.should_stop = asked, True
             self.last.save(trainer, must=True)
 
-    def _agreed(self) -> Signals | None:
-        """What any rank was asked, on all of them."""
-        mine = signals.noted()
+    def _signal_of_any_rank(self) -> Signals | None:
+        own = signals.noted()
         if world_size() == 1:
-            return mine
-        number = torch.tensor(signals.ASKING.index(mine) if mine else -1)
+            return own
+        number = torch.tensor(signals.ASKING.index(own) if own else -1)
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         return signals.ASKING[int(number)] if number >= 0 else None

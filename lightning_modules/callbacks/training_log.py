@@ -1,34 +1,41 @@
-"""Curves and lines of training: each task's means over the last steps."""
+"""What a training logs: curves and lines of each task's loss, a progress bar, and the load of each rank."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import platform
+import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from torchmetrics import MeanMetric, SumMetric
 
 from datamodules.records import ContrastiveBatch, UserError
+from lightning_modules.distributed.collectives import rank, world_size
 
 log = logging.getLogger(__name__)
+GIB = 1 << 30
 
 
 class TrainingLog(L.Callback):
-    """Logs, every n steps, the means since the last time of what training_step returned, for each task by itself, and
-    the number of its batches.
+    """Logs every n optimizer steps, for each task: the means of what training_step returned, and the number of batches.
 
-    Tasks take turns, so the values of one step alone would show one task, or with an unlucky n always the same.
+    Tasks take turns, so the values of a single step would show one task only.
 
-    plain: also print a line, for logs in which a progress bar is of no use.
+    plain: also print a line, for output in which a progress bar is of no use.
     """
 
     def __init__(self, every_n_steps: int, plain: bool):
         self.every_n_steps, self.plain = every_n_steps, plain
-        self.losses: dict[str, float] = {}  # of each task, at the last log
+        self.losses: dict[str, float] = {}  # loss of each task in the last log
         self._clear()
 
     def _clear(self) -> None:
@@ -48,13 +55,13 @@ class TrainingLog(L.Callback):
         means = self.means[batch.task]
         for name, value in outputs.items():
             if name not in means:
-                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # a loss that is no number shows
+                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # a loss of NaN must be seen
             means[name].update(value.detach())
         self.tokens.to(outputs["loss"].device).update(batch.num_tokens)
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
         if due:
-            float(outputs["loss"])  # waits for the GPU, so that the time is that of the steps
+            float(outputs["loss"])  # waits for the GPU, so that its time is counted
         self.seconds += time.perf_counter() - self.started
         if due:
             self.logged_at = step
@@ -62,8 +69,26 @@ class TrainingLog(L.Callback):
             self._clear()
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
-        tasks = sorted(self.means)  # the same on every rank, as are the names
-        # Lightning counts loss for accumulation: it is divided there, and multiplied here again.
+        values = self._values(trainer, batch)
+        tasks = sorted(self.means)
+        for task in tasks:
+            if not math.isfinite(values[f"train/{task}/loss"]):
+                raise UserError(
+                    f"the loss of {task} is not finite at step {step}: try a lower learning rate, a longer warm-up or "
+                    "gradient clipping (the last checkpoint before this step may still be good)"
+                )
+        self.losses = {task: values[f"train/{task}/loss"] for task in tasks}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        if self.plain and trainer.is_global_zero:
+            losses = "  ".join(f"{task} {loss:.3f}" for task, loss in self.losses.items())
+            numbers = (step, trainer.max_steps, losses, values["train/lr"], values["train/tokens_per_second"])
+            log.info("step %d/%d  loss: %s  lr %.1e  %.0f tokens/s", *numbers)
+
+    def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
+        """Return name -> value to log, in the same order on every rank."""
+        tasks = sorted(self.means)
+        # Lightning divides the loss by the number of accumulated batches; this undoes it.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
             f"train/{task}/{name}": scale.get(name, 1) * float(self.means[task][name].compute())
@@ -74,30 +99,11 @@ class TrainingLog(L.Callback):
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
         values["train/tokens_per_second"] = float(self.tokens.compute()) / self.seconds
         values["train/batch"] = batch.fingerprint
-        for task in tasks:
-            if not math.isfinite(values[f"train/{task}/loss"]):
-                raise UserError(
-                    f"the loss of {task} is not finite at step {step}: try a lower optim.lr, a longer optim.warmup or "
-                    "trainer.gradient_clip_val (the last checkpoint before may still be good)"
-                )
-        self.losses = {task: values[f"train/{task}/loss"] for task in tasks}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
-        if self.plain and trainer.is_global_zero:
-            losses = "  ".join(f"{task} {loss:.3f}" for task, loss in self.losses.items())
-            rate = values["train/tokens_per_second"]
-            log.info(
-                "step %d/%d  loss: %s  lr %.1e  %.0f tokens/s",
-                step,
-                trainer.max_steps,
-                losses,
-                values["train/lr"],
-                rate,
-            )
+        return values
 
 
 class TrainingBar(RichProgressBar):
-    """A progress bar with every task's last loss, for terminals."""
+    """A progress bar for terminals, with the last loss of every task."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"  # one epoch is the whole training
@@ -105,3 +111,60 @@ class TrainingBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
         return {task: f"{loss:.3f}" for log in logs for task, loss in log.losses.items()}
+
+
+@dataclass
+class RankLoad:
+    """The first batch of a rank, and the memory it took."""
+
+    name: str
+    num_queries: int
+    num_documents: int
+    memory: str
+
+
+class RankReport(L.Callback):
+    """Prints the load of each rank after the first step, and the number of negatives of a query.
+
+    Raises UserError before the first step if the ranks have different precisions, as on machines of different kinds.
+    """
+
+    def __init__(self) -> None:
+        self.printed = False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        precisions = [str(trainer.precision)] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(precisions, str(trainer.precision))
+        if len(set(precisions)) > 1:
+            by_rank = ", ".join(f"rank {i} {precision}" for i, precision in enumerate(precisions))
+            raise UserError(f"precision: the ranks chose different ones ({by_rank}); set fp32 or bf16")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
+    ) -> None:
+        if self.printed:
+            return
+        self.printed = True
+        name = f"rank {rank()} ({module.device} on {platform.node()})"
+        load = RankLoad(name, len(batch.queries), len(batch.documents), memory(module.device))
+        loads = [load] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(loads, load)
+        for load in loads:
+            log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
+        negatives = sum(load.num_documents for load in loads) - 1
+        ranks = f"{len(loads)} rank{'s' if len(loads) > 1 else ''}"
+        log.info("in this batch (%s) a query has up to %d negatives, from %s", batch.task, negatives, ranks)
+
+
+def memory(device: torch.device) -> str:
+    """Return the peak memory of this process so far, and the memory of the device."""
+    if device.type == "cuda":
+        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        return f"{used / GIB:.1f} of {total / GIB:.1f} GiB of the GPU"
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{used / GIB:.1f} of {total / GIB:.1f} GiB"

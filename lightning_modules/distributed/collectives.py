@@ -1,9 +1,9 @@
-"""What ranks exchange. On one process every function gives its input back."""
+"""Exchange of values between ranks. With a single process, every function returns its input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ def rank() -> int:
 
 
 def from_first_rank(value: Any) -> Any:
-    """The first rank's value, on all ranks."""
+    """Return the first rank's value on all ranks."""
     if world_size() == 1:
         return value
     values = [value]
@@ -33,23 +33,23 @@ def from_first_rank(value: Any) -> Any:
 
 
 def largest(number: int, device: torch.device | str = "cpu") -> int:
-    """The largest of the ranks' numbers."""
+    """Return the largest of the ranks' numbers."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    maximum = torch.tensor(number, device=device)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether the flag is set on one of the ranks."""
+    """Return whether the flag is set on any rank."""
     return bool(largest(int(flag), device))
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """What work gives on this rank, once it is done on all.
+    """Call a function on all ranks, wait until all are done, and return this rank's result.
 
-    A UserError of one rank is raised on all of them: else the others would wait for one that is gone.
+    A UserError of one rank is raised on all ranks, so that the others do not wait for it forever.
     """
     if world_size() == 1:
         return work()
@@ -65,8 +65,8 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def _counts(rows: Tensor) -> list[int]:
-    """The number of rows on every rank."""
+def _num_rows(rows: Tensor) -> list[int]:
+    """Return the number of rows on every rank."""
     counts = torch.empty(world_size(), dtype=torch.int64, device=rows.device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
     return counts.tolist()
@@ -77,10 +77,10 @@ def _pad(rows: Tensor, count: int) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (n, ...) of all ranks, in the order of ranks, without gradient; n may differ between ranks."""
+    """Return the rows (n, ...) of all ranks in the order of ranks, without gradients. n may differ between ranks."""
     if world_size() == 1:
         return rows
-    counts = _counts(rows)
+    counts = _num_rows(rows)
     padded = _pad(rows, max(counts)).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
@@ -88,7 +88,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
-    """Lists (n, k) of all ranks, whose lengths k may differ too, padded to the longest."""
+    """Return the lists (n, k) of all ranks, padded to the longest. n and k may differ between ranks."""
     if world_size() == 1:
         return lists
     longest = torch.tensor(lists.shape[1], device=lists.device)
@@ -97,16 +97,26 @@ def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
     return gather_rows(torch.nn.functional.pad(lists, (0, missing), value=padding))
 
 
-def gather_documents(documents: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Documents of all ranks with gradients, and their ids.
+class GatheredDocuments(NamedTuple):
+    """Documents of all ranks. offset: row of this rank's first document."""
 
-    documents: (m, D), document_ids: (m,) on this rank. Returns (M, D), (M,) and where this rank's own begin.
-    Each rank's loss is the mean over its own queries; DDP's mean over ranks then makes the gradient that of one process
+    vectors: Tensor  # (M, D)
+    ids: Tensor  # (M,)
+    offset: int
+
+
+def gather_documents(documents: Tensor, document_ids: Tensor) -> GatheredDocuments:
+    """Return the documents of all ranks, with gradients.
+
+    The loss of a rank is the mean over its own queries. DDP's mean over ranks then gives the gradient of one process
     with the whole batch.
+
+    documents: vectors of this rank's documents, (m, D).
+    document_ids: their ids, (m,).
     """
     if world_size() == 1:
-        return documents, document_ids, 0
-    counts = _counts(documents)
+        return GatheredDocuments(documents, document_ids, 0)
+    counts = _num_rows(documents)
     parts = all_gather_with_gradient(_pad(documents, max(counts)))
     gathered = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-    return gathered, gather_rows(document_ids), sum(counts[: rank()])
+    return GatheredDocuments(gathered, gather_rows(document_ids), sum(counts[: rank()]))

@@ -1,4 +1,4 @@
-"""How this process was started, and which of all ranks it is, by the environment alone: before Lightning knows."""
+"""Find out from the environment how this process was started and which rank it is, before Lightning knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def number(name: str, default: int = 0, environment: Mapping[str, str] = os.environ) -> int:
-    """A variable of a launcher. Raises UserError if it is no whole number."""
+    """Return the value of a launcher's environment variable. Raises UserError if it is not a whole number."""
     value = str(environment.get(name, default))
     if not value.isdecimal():
         from datamodules.records import UserError
@@ -17,7 +17,10 @@ def number(name: str, default: int = 0, environment: Mapping[str, str] = os.envi
 
 
 def rank(devices: int = 1) -> int:
-    """The global rank. devices: on each node; where it counts on one not given only 0 is sure to be right."""
+    """Return the global rank.
+
+    devices: number of ranks per node. If it is only known later, the result is certain for rank 0 alone.
+    """
     if "RANK" in os.environ:  # torchrun
         return number("RANK")
     if "LOCAL_RANK" not in os.environ and under_srun():
@@ -27,7 +30,7 @@ def rank(devices: int = 1) -> int:
 
 
 def under_srun() -> bool:
-    """Whether srun started this process, and not only the shell around it."""
+    """Return whether srun started this process itself, not only a shell around it."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and not by_torchrun()
 
 
@@ -36,23 +39,23 @@ def by_torchrun() -> bool:
 
 
 def num_tasks() -> int:
-    """Processes that srun started together."""
+    """Return the number of processes that srun started together."""
     return number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS", 1)
 
 
 def num_ranks() -> int:
-    """Processes that were started together, by torchrun, srun or the first of them."""
+    """Return the number of processes started together by torchrun, by srun, or by the first of them."""
     return number("WORLD_SIZE", num_tasks() if under_srun() else 1)
 
 
 def alone() -> bool:
-    """Whether there is no other rank, or none yet that waits for this one."""
+    """Return whether there is no other rank that may be waiting for this one."""
     if under_srun() and num_tasks() > 1:
         return False
     return number("WORLD_SIZE", 1) == 1 and "NODE_RANK" not in os.environ
 
 
 def slurm_job() -> str | None:
-    """The job, as scontrol knows it: 12, or 12_3 for a task of an array."""
+    """Return the id of the job as scontrol expects it: 12, or 12_3 for a task of an array. None outside SLURM."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -1,34 +1,65 @@
-"""An encoder whose parameters, gradients and optimizer's state are shared out over the ranks: torch's FSDP2.
+"""Share the parameters, gradients and optimizer state of an encoder out over the ranks, with torch's FSDP2.
 
-Every rank keeps a slice of each parameter, and of all that belongs to it. A layer's parameters, those of all its
-experts, are gathered for as long as the layer is computed; after its backward pass their gradients are averaged over
-ranks, and each keeps its slice (Rajbhandari et al., arXiv 1910.02054, stage 3).
+Every rank keeps a slice of each parameter. The parameters of a layer, those of all its experts, are gathered while the
+layer is computed. After its backward pass their gradients are averaged over ranks, and each rank keeps its slice
+(Rajbhandari et al., arXiv 1910.02054, stage 3).
 
-The encoder's modules and their names stay as they are: what is gathered together is a Unit beside them, and the
-encoder's methods go through it. So all ranks must compute the same layers in the same order. They do so in a training
-step (gradcache.py); to encode, where each rank has texts of its own, they make a replica.
+The encoder's modules and their names do not change. What is gathered together is a Unit outside the encoder, and the
+encoder's methods are called through it. So all ranks must compute the same layers in the same order. They do so in a
+training step (chunked.py). To encode, where each rank has its own texts, they create a replica.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import build, describe_architecture
 
 
+class ShardedStrategy(DDPStrategy):
+    """Lightning's DDP strategy with the encoder sharded instead of copied.
+
+    Checkpoints contain whole tensors and are written by the first rank. So a training can be resumed with another
+    strategy or another number of ranks. Weights are loaded before the encoder is sharded.
+    """
+
+    def configure_ddp(self) -> None:
+        for tensor in self.lightning_module.state_dict().values():
+            dist.broadcast(tensor, 0)  # as DDP does
+        shard(self.lightning_module.encoder, self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return gathered(super().lightning_module_state_dict(), self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return gathered(super().optimizer_state(optimizer), self.is_global_zero)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                i: {name: sliced(value, parameters[i]) for name, value in values.items()}
+                for i, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
 class Unit(nn.Module):
-    """Modules whose parameters are gathered together. Called, it calls what it is given, while they are."""
+    """Modules whose parameters are gathered together. It calls a function while they are."""
 
     def __init__(self, *members: nn.Module):
         super().__init__()
@@ -39,77 +70,80 @@ class Unit(nn.Module):
 
 
 def shard(encoder: Encoder, device: torch.device) -> None:
-    """Leave this rank its slices. Parameters are then DTensors, and must be the same on all ranks before."""
+    """Reduce the parameters of an encoder to the slices of this rank.
+
+    The parameters must be equal on all ranks before. They are DTensors afterwards.
+    """
     mesh = init_device_mesh(device.type, (world_size(),))
     layers = [fully_shard(Unit(*encoder.layer_modules(i)), mesh=mesh) for i in range(encoder.num_layers)]
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
-    all_of_it = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
+    whole_encoder = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
     for name in encoder.layer_methods:
-        setattr(encoder, name, _through(layers, getattr(encoder, name)))
-    encoder.forward_with_penalty = functools.partial(all_of_it, encoder.forward_with_penalty)
+        setattr(encoder, name, partial(_call_in_unit, layers, getattr(encoder, name)))
+    encoder.forward_with_penalty = partial(whole_encoder, encoder.forward_with_penalty)
     encoder.sharded = True
-    # Vectors and prefixes are views. Nothing here changes them in place, which is what it warns of.
+    # Vectors and prefixes are views. The warning is about changing them in place, which nothing does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def _through(layers: Sequence[Unit], method: Callable) -> Callable:
-    def computed(index: int, *arguments: Any) -> Any:
-        return layers[index](method, index, *arguments)
-
-    return computed
+def _call_in_unit(layers: Sequence[Unit], method: Callable, index: int, *arguments: Any) -> Any:
+    """Call a method of the encoder while the parameters of the layer are gathered."""
+    return layers[index](method, index, *arguments)
 
 
 def replica(encoder: Encoder) -> Encoder:
-    """An encoder with whole parameters on every rank, to encode with; the encoder itself where it is not sharded.
+    """Return a copy with whole parameters on every rank, to encode with; the encoder itself if it is not sharded.
 
-    All ranks make it together. It keeps the weights of now.
+    All ranks must call this together. The copy keeps the current weights.
     """
     if not encoder.sharded:
         return encoder
-    found = build(describe_architecture(encoder), encoder.tokenizer)
-    found.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
-    return found.to(encoder.device).eval()
+    copy = build(describe_architecture(encoder), encoder.tokenizer)
+    copy.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
+    return copy.to(encoder.device).eval()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that the ranks have slices of. All ranks gather it together."""
+    """Return the whole tensor of slices. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def slice_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """Return this rank's slice of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """This rank's slices of a loss's gradients, means over ranks; None for parameters that the loss does not meet.
+    """Return this rank's slices of the gradients of a loss, averaged over ranks.
 
-    The gradients that the parameters have are lost.
+    The entry of a parameter that the loss does not depend on is None. Existing gradients of the parameters are lost.
     """
     for parameter in parameters:
         parameter.grad = None
     loss.backward()
-    found = [None if parameter.grad is None else slice_of(parameter.grad) for parameter in parameters]
+    gradients = [None if parameter.grad is None else slice_of(parameter.grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return found
+    return gradients
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """Plain containers with whole tensors, on the CPU, in place of slices. All ranks gather them together.
+    """Return a copy of plain containers with whole tensors on the CPU in place of slices.
 
-    keep: whether this rank is to have them; else it has None in their place.
+    All ranks must call this together.
+
+    keep: whether this rank needs the tensors; otherwise it gets None in their place, which saves memory.
     """
     if isinstance(state, DTensor):
-        found = whole(state)
-        return found.cpu() if keep else None
+        tensor = whole(state)
+        return tensor.cpu() if keep else None
     if isinstance(state, Mapping):
         return {key: gathered(value, keep) for key, value in state.items()}
     return [gathered(value, keep) for value in state] if isinstance(state, list) else state
 
 
 def sliced(tensor: Any, like: Tensor) -> Any:
-    """This rank's slice of a whole tensor that belongs to a parameter, if the parameter is sharded and of its shape."""
+    """Return this rank's slice of a whole tensor, if the parameter `like` is sharded and has the same shape."""
     if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

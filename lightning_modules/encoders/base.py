@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import Document, UserError
 from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
 from lightning_modules.encoders.families import AttentionContext, Prefix, family_of
-from lightning_modules.retrieval.compute import token_budget_of
+from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
 BLOCK = 8192  # texts that are tokenized and sorted by length together; a whole corpus of token ids would be too large
@@ -268,7 +268,7 @@ class Encoder(nn.Module):
         if task is None and (isinstance(tasks, str) or not tasks):
             raise TypeError(f"tasks: expected a list of tasks, got {tasks!r}")
         names = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
-        token_budget = token_budget or token_budget_of(self.device)
+        token_budget = token_budget or default_token_budget(self.device)
         for name in names:
             self.expert_of(name)
         documents = as_documents(documents)

@@ -1,1 +1,1 @@
-"""Hard negatives: ranked, filtered, sampled and reported."""
+"""Hard negatives: propose candidates, filter and sample them, and report on the result."""

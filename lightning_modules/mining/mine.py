@@ -1,4 +1,9 @@
-"""Mining of all tasks by one model: embed, rank, filter, sample."""
+"""Mine hard negatives: rank a pool's documents for its training queries, filter the candidates, and sample from them.
+
+`mine` is for one pool and any script; `Mining` is for all tasks of a training.
+
+Shapes: Q queries, M documents, k candidates per query, j negatives of all queries.
+"""
 
 from __future__ import annotations
 
@@ -8,258 +13,149 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
 
-from datamodules.records import Document, MinedNegatives, MiningPool, UserError
+from datamodules.options import option
+from datamodules.records import Document, MinedNegatives, MiningPool, Ragged, UserError
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.mining.filters import (
-    Lists,
-    Sieve,
-    absolute_margin,
-    originals,
-    other_text,
-    owners,
-    positive_score,
-    rank_window,
-    relative_margin,
-    sample,
-    unknown,
-)
-from lightning_modules.mining.miners import Miner, MiningContext
+from lightning_modules.mining import filters
+from lightning_modules.mining.filters import Sieve
+from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
 from lightning_modules.retrieval.search import Shards, pair_scores
 from lightning_modules.retrieval.vector_cache import VectorCache
+
+log = logging.getLogger(__name__)
+
+BLOCK = 8192  # number of queries that are ranked at a time
+SHARD = 16384  # maximum number of texts per file of cached vectors
 
 
 @dataclass
 class MiningOptions:
-    """k: candidates of each query. num_negatives: that are kept of them, from which a step draws its own.
+    """Which candidates become hard negatives. The filters apply in the order of the fields."""
 
-    Filters, in this order. Known positives and the query itself are no candidates, and with same_text nor is what reads
-    as one of them. first_rank: the miner's nearest that are left out. relative_margin: only candidates that score below
-    (1 - margin) of the query's positive; absolute_margin: below it by the margin; null for neither. positive: "mean",
-    "lowest" or "highest" of the scores of the query's positives. guide: a model (folder, checkpoint, hub name) that
-    must find a candidate worse than the positive by guide_margin, in cosine.
-
-    sampling: of those that are left, the "top", "random" ones, or by "softmax" of their scores / sampling_temperature.
-    memory_mb: for scores, beside the vectors. backend: of the exact search (top_k.py), which all find the same.
-    """
-
-    k: int = 100
-    num_negatives: int = 8
-    same_text: bool = True
-    first_rank: int = 0
-    relative_margin: float | None = 0.05
-    absolute_margin: float | None = None
-    positive: Literal["mean", "lowest", "highest"] = "mean"
-    guide: str | None = None
-    guide_margin: float = 0.0
-    sampling: Literal["top", "random", "softmax"] = "top"
-    sampling_temperature: float = 0.05
-    memory_mb: int = 512
-    backend: Literal["auto", "faiss", "torch"] = "auto"
+    k: int = option(100, "number of candidates per query", above=0)
+    num_negatives: int = option(8, "hard negatives per query to keep; each step draws from them", above=0)
+    same_text: bool = option(True, "drop candidates whose text is that of the query or one of its positives")
+    first_rank: int = option(0, "drop that many of the nearest candidates, the likeliest unjudged positives", minimum=0)
+    relative_margin: float | None = option(
+        0.05, "keep candidates that score below (1 - margin) of the positive; null for all", minimum=0, below=1
+    )
+    absolute_margin: float | None = option(
+        None, "keep candidates that score below the positive by this margin; null for all", minimum=0
+    )
+    positive: Literal["mean", "lowest", "highest"] = option(
+        "mean", "score of a query with several positives, for the margins"
+    )
+    guide: str | None = option(None, "folder, checkpoint or hub name of a guide model; null for none")
+    guide_margin: float = option(
+        0.0, "keep candidates that the guide model scores below the positive by this margin, in cosine", minimum=0
+    )
+    sampling: Literal["top", "random", "softmax"] = option(
+        "top", "which of the remaining candidates to keep: the best, random ones, or a softmax sample of the scores"
+    )
+    sampling_temperature: float = option(0.05, "temperature of sampling=softmax", above=0)
+    memory_mb: int = option(512, "memory for scores besides the vectors, in MB", above=0)
+    backend: Literal["auto", "faiss", "torch"] = option("auto", "library of the exact search; all give the same result")
 
     @property
     def compares(self) -> bool:
-        """Whether candidates are compared with positives by the model."""
+        """Whether a margin compares candidates with positives, which takes an encoder."""
         return self.relative_margin is not None or self.absolute_margin is not None
-
-
-BLOCK = 8192  # queries at once
 
 
 @dataclass(frozen=True)
 class Mined:
-    """What was mined from a pool, or of a task from its pools one after the other.
+    """Hard negatives, with what a report needs: of some queries of a pool, or of all pools of a task.
 
-    margins: (j,) score of the positive minus the negative's, NaN where no model scored them. revealed: (j,) bool, other
-    splits judge it relevant. texts: (j,) numbers of its text. candidates: how many had no known positive's id or text;
-    above: those of them that score above the positive.
+    negatives: hard negatives of each query.
+    margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
+    revealed: whether a dev or test split judges the negative relevant, (j,) bool.
+    texts: number of the negative's text, (j,); equal numbers mean equal texts.
+    num_candidates: number of candidates before first_rank and the margins.
+    num_above: number of those that score above the positive.
     """
 
     negatives: MinedNegatives
     margins: np.ndarray
     revealed: np.ndarray
     texts: np.ndarray
-    candidates: int
-    above: int
+    num_candidates: int
+    num_above: int
 
 
-@dataclass
-class Block:
-    """What one block of queries gives. counts: (Q,); the other arrays: (j,)."""
-
-    first: int
-    counts: np.ndarray
-    rows: np.ndarray
-    ranks: np.ndarray
-    scores: np.ndarray
-    margins: np.ndarray
-    candidates: int
-    above: int
-    taken: dict[str, int] = field(default_factory=dict)
-
-
-def mine_pool(
+def mine(
+    encoder: Encoder | None,
     pool: MiningPool,
-    miner: Miner,
-    options: MiningOptions,
-    context: MiningContext,
-    texts: tuple[np.ndarray, np.ndarray],
-    guide: tuple[Shards, Shards] | None = None,
+    miner: Miner | None = None,
+    options: MiningOptions | None = None,
+    *,
+    similarity: str = "dot",
+    vectors: VectorCache | None = None,
+    guide: VectorCache | None = None,
+    pools: Sequence[MiningPool] = (),
     seeds: Sequence[int] = (0,),
+    prepared: dict[str, Any] | None = None,
 ) -> Mined:
-    """Hard negatives of all queries of a pool; ranks share the queries, and all have the result.
+    """Return the hard negatives of all queries of a pool. Ranks share the queries, and all have the result.
 
-    texts: numbers of the texts of documents and queries (vectors.text_numbers). guide: the guide model's vectors of
-    queries and documents. seeds: of the sampling.
+    encoder: scores the candidates; None for miners that need no vectors, without margins.
+    miner: proposes the candidates, by default DenseMiner.
+    similarity: "dot" or "cosine", of the encoder.
+    vectors: the encoder's vectors, to keep them; by default a cache in memory, with the given similarity.
+    guide: vectors of a guide model, for options.guide_margin.
+    pools: those of all tasks, for miners that need them.
+    seeds: seeds of the sampling.
+    prepared: what is computed once for the pool, to keep it for the next call.
+    Raises UserError if the options do not fit the pool, or the encoder is missing.
     """
-    parts = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
-    original = originals(texts[0])
-    blocks = together(
-        lambda: [
-            _mine_block(pool, part, miner, options, context, texts, original, guide, seeds)
-            for part in parts[rank() :: world_size()]
-        ]
-    )
+    miner, options = miner or DenseMiner(), options or MiningOptions()
+    prepared = {} if prepared is None else prepared
+    if options.first_rank >= len(pool.corpus):
+        raise UserError(
+            f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
+            f"{options.first_rank}"
+        )
+    if options.k > len(pool.corpus):
+        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
+    context = MiningContext(pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared)
+    if miner.needs_vectors or options.compares:
+        if encoder is None:
+            reason = type(miner).__name__ if miner.needs_vectors else "a margin"
+            raise UserError(
+                f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
+                "absolute_margin to null"
+            )
+        vectors = vectors or VectorCache(encoder, similarity=similarity)
+        queries, documents = _vectors_of(vectors, pool)
+        context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
+    if "texts" not in prepared:
+        prepared["texts"] = text_numbers(pool.corpus, pool.queries)
+    block_miner = _BlockMiner(pool, miner, options, context, guide and _vectors_of(guide, pool), seeds)
+    blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
+    share = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
     if world_size() > 1:
-        shares: list[list[Block]] = [blocks] * world_size()
-        dist.all_gather_object(shares, blocks)
-        blocks = sorted((block for share in shares for block in share), key=lambda block: block.first)
-    return _joined(pool, blocks, texts[0])
-
-
-def part_of(lists: Lists, part: range) -> Lists:
-    """The lists of the queries in part."""
-    starts = lists[0][part.start : part.stop + 1]
-    return starts - starts[0], lists[1][starts[0] : starts[-1]]
-
-
-def scores_with_positives(vectors: tuple[Shards, Shards], part: range, positives: Lists) -> np.ndarray:
-    """Scores (P,) of the queries in part with each of their positives."""
-    queries = vectors[0].gather(owners(positives) + part.start).astype(np.float64)
-    return np.einsum("pd,pd->p", queries, vectors[1].gather(positives[1]).astype(np.float64))
-
-
-def _mine_block(
-    pool: MiningPool,
-    part: range,
-    miner: Miner,
-    options: MiningOptions,
-    context: MiningContext,
-    texts: tuple[np.ndarray, np.ndarray],
-    original: np.ndarray,
-    guide: tuple[Shards, Shards] | None,
-    seeds: Sequence[int],
-) -> Block:
-    rows, scores = miner.rank(pool, part, options.k, context)
-    inside = slice(part.start, part.stop)
-    positives = part_of(pool.positives, part)
-    sieve = Sieve(rows)
-    sieve.apply("known positives", unknown(rows, positives, pool.own[inside]))
-    sieve.apply("not trained on", ~np.isin(rows, pool.excluded))
-    if options.same_text:
-        sieve.apply("copies", original[rows])
-        sieve.apply("same text", other_text(rows, positives, texts[0], texts[1][inside]))
-    eligible, above, margins = sieve.kept, 0, np.full(rows.shape, np.nan)
-    sieve.apply("first ranks", rank_window(rows, options.first_rank))
-    if context.queries is not None:
-        vectors = (context.queries, context.documents)
-        found = scores if miner.needs_vectors else _pairs(vectors, part, rows, context.memory)
-        positive = positive_score(scores_with_positives(vectors, part, positives), positives, options.positive)
-        margins = positive[:, None] - found
-        above = int((eligible & (margins < 0)).sum())
-        if options.relative_margin is not None:
-            sieve.apply("relative margin", relative_margin(found, positive, options.relative_margin))
-        if options.absolute_margin is not None:
-            sieve.apply("absolute margin", absolute_margin(found, positive, options.absolute_margin))
-    if guide is not None:
-        positive = positive_score(scores_with_positives(guide, part, positives), positives, options.positive)
-        found = _pairs(guide, part, rows, context.memory)
-        sieve.apply("guide", absolute_margin(found, positive, options.guide_margin))
-    seeds = [*seeds, zlib.crc32(f"{pool.task}/{pool.name}".encode()), part.start]
-    chosen = sample(scores, sieve.kept, options.num_negatives, options.sampling, seeds, options.sampling_temperature)
-    return Block(
-        part.start,
-        chosen.sum(axis=1),
-        rows[chosen],
-        np.nonzero(chosen)[1],
-        scores[chosen],
-        margins[chosen],
-        int(eligible.sum()),
-        above,
-        sieve.taken,
-    )
-
-
-def _pairs(vectors: tuple[Shards, Shards], part: range, rows: np.ndarray, memory: int) -> np.ndarray:
-    queries = vectors[0].gather(np.arange(part.start, part.stop))
-    return pair_scores(queries, vectors[1], rows, memory)
-
-
-def _joined(pool: MiningPool, blocks: Sequence[Block], text_of_document: np.ndarray) -> Mined:
-    starts = np.zeros(len(pool.queries) + 1, dtype=np.int64)
-    np.cumsum(np.concatenate([block.counts for block in blocks]), out=starts[1:])
-    rows = np.concatenate([block.rows for block in blocks])
-    query = owners((starts, rows))
-    taken: Counter[str] = Counter()
-    for block in blocks:
-        taken.update(block.taken)
-    negatives = MinedNegatives(
-        starts,
-        (rows + pool.first_row).astype(np.int32),
-        np.concatenate([block.ranks for block in blocks]).astype(np.int32),
-        np.concatenate([block.scores for block in blocks]).astype(np.float32),
-        dict(taken),
-    )
-    span = len(pool.corpus) + 1
-    keys = owners(pool.revealed) * span + pool.revealed[1]
-    return Mined(
-        negatives,
-        np.concatenate([block.margins for block in blocks]).astype(np.float32),
-        np.isin(query * span + rows, keys),
-        text_of_document[rows],
-        sum(block.candidates for block in blocks),
-        sum(block.above for block in blocks),
-    )
-
-
-def joined_pools(parts: Sequence[Mined]) -> Mined:
-    """What was mined from a task's pools, in the order of their examples."""
-    starts, total, taken = [np.zeros(1, dtype=np.int64)], 0, Counter()
-    for part in parts:
-        starts.append(part.negatives.starts[1:] + total)
-        total += len(part.negatives.documents)
-        taken.update(part.negatives.taken)
-
-    def all_of(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part.negatives, name) for part in parts])
-
-    offsets = np.cumsum([0, *(part.texts.max(initial=-1) + 1 for part in parts)])
-    return Mined(
-        MinedNegatives(np.concatenate(starts), all_of("documents"), all_of("ranks"), all_of("scores"), dict(taken)),
-        np.concatenate([part.margins for part in parts]),
-        np.concatenate([part.revealed for part in parts]),
-        np.concatenate([part.texts + offset for part, offset in zip(parts, offsets, strict=False)]),
-        sum(part.candidates for part in parts),
-        sum(part.above for part in parts),
-    )
-
-
-log = logging.getLogger(__name__)
+        shares = [share] * world_size()
+        dist.all_gather_object(shares, share)
+        share = sorted((block for other in shares for block in other), key=lambda block: block[0])
+    return _joined([mined for _, mined in share])
 
 
 class Mining:
-    """Mines the hard negatives of a training's tasks.
+    """Mines hard negatives for all tasks of a training.
 
-    miners: task -> its miner; others are not mined. folder: of cached vectors. guide: the model of options.guide.
-    similarity, token_budget: as in training. seed: of what is sampled.
+    miners: task -> its miner; other tasks are not mined.
+    folder: folder of cached vectors.
+    similarity, token_budget: as in training.
+    seed: seed of the sampling.
+    guide: the guide model of options.guide.
     """
 
     def __init__(
@@ -275,94 +171,214 @@ class Mining:
     ):
         self.options, self.miners, self.folder = options, dict(miners), Path(folder)
         self.similarity, self.token_budget, self.seed, self.guide = similarity, token_budget, seed, guide
-        self._texts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        self._kept: dict[tuple[str, str], dict[str, Any]] = {}
+        self._prepared: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What decides, beside model and data, which negatives are mined; plain containers."""
+    def description(self) -> dict[str, Any]:
+        """What decides, besides encoder and data, which negatives are mined; in plain containers."""
         names = (f.name for f in dataclasses.fields(MiningOptions) if f.name not in ("memory_mb", "backend"))
         options = {name: getattr(self.options, name) for name in names}
-        miners = {task: miner.about for task, miner in self.miners.items()}
+        miners = {task: miner.description for task, miner in self.miners.items()}
         return {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
 
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether a miner or a margin needs an encoder."""
+        return self.options.compares or any(miner.needs_vectors for miner in self.miners.values())
+
     def cache(self, encoder: Encoder) -> VectorCache:
-        return VectorCache(encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget)
+        """Return the cache of an encoder's vectors in the folder."""
+        return self._cache(encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget)
 
-    def run(self, cache: VectorCache | None, pools: Sequence[MiningPool], step: int = 0) -> dict[str, Mined]:
-        """Task -> what was mined, for all tasks with a miner. All ranks call it together.
+    def run(self, vectors: VectorCache | None, pools: Sequence[MiningPool], step: int = 0) -> dict[str, Mined]:
+        """Return what was mined for each task with a miner. All ranks call this together.
 
-        cache: of the model's vectors; none where nothing needs a model. Raises UserError for a task without negatives.
+        vectors: cache of the encoder's vectors; None if nothing needs an encoder. step: a seed of the sampling.
+        Raises UserError if a task has no negatives left.
         """
-        found: dict[str, list[Mined]] = {}
-        for pool in pools:
-            if pool.task in self.miners:
-                found.setdefault(pool.task, []).append(self._mine(cache, pool, pools, step))
-        mined = {task: joined_pools(parts) for task, parts in found.items()}
-        for task, part in mined.items():
-            if not len(part.negatives.documents):
-                raise UserError(_nothing_left(task, part.negatives.taken))
-        return mined
-
-    def _mine(self, cache: VectorCache | None, pool: MiningPool, pools: Sequence[MiningPool], step: int) -> Mined:
-        name, count = (pool.task, pool.name), len(pool.corpus)
-        miner, options = self.miners[pool.task], self.options
-        if options.first_rank >= count:
-            raise UserError(
-                f"mining.first_rank: ranks from {options.first_rank} on are asked for, and {pool.name} has {count} "
-                "documents"
-            )
-        if options.k > count:
-            log.warning("mining.k: %s has %d documents, so all of them are candidates", pool.name, count)
-        if name not in self._texts:
-            self._texts[name] = text_numbers(pool.corpus, pool.queries)
-        context = MiningContext(
-            pools=pools,
-            memory=options.memory_mb << 20,
-            backend=options.backend,
-            kept=self._kept.setdefault(name, {}),
-        )
-        if miner.needs_vectors or options.compares:
-            if cache is None:
-                needs = type(miner).__name__ if miner.needs_vectors else "a margin"
-                raise UserError(
-                    f"{needs} needs a model: give model=, or take a miner that does without, and set "
-                    "mining.relative_margin and mining.absolute_margin to null"
-                )
-            queries, documents = _vectors(cache, pool)
-            context = dataclasses.replace(context, queries=queries, documents=documents, device=cache.encoder.device)
         guide = None
         if self.guide is not None:
-            self.guide.to(cache.encoder.device if cache else "cpu")
-            guide = _vectors(VectorCache(self.guide, self.folder / "guide", similarity="cosine"), pool)
-        return mine_pool(pool, miner, options, context, self._texts[name], guide, (self.seed, step))
+            self.guide.to(vectors.encoder.device if vectors else "cpu")
+            guide = self._cache(self.guide, self.folder / "guide", similarity="cosine")
+        mined: dict[str, list[Mined]] = {}
+        for pool in pools:
+            if pool.task in self.miners:
+                result = mine(
+                    vectors.encoder if vectors else None,
+                    pool,
+                    self.miners[pool.task],
+                    self.options,
+                    vectors=vectors,
+                    guide=guide,
+                    pools=pools,
+                    seeds=(self.seed, step),
+                    prepared=self._prepared.setdefault((pool.task, pool.name), {}),
+                )
+                mined.setdefault(pool.task, []).append(result)
+        tasks = {task: _joined_pools(results) for task, results in mined.items()}
+        for task, result in tasks.items():
+            if not len(result.negatives.documents):
+                raise UserError(_none_left(task, result.negatives.taken))
+        return tasks
+
+    def _cache(self, encoder: Encoder, folder: Path, **options: Any) -> VectorCache:
+        return VectorCache(encoder, folder, shard_size=SHARD, **options)
 
 
-def _vectors(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
-    """Of a pool's queries and documents."""
-    documents = cache.vectors(pool.corpus, cache.encoder.document_task(pool.task), f"documents of {pool.name}")
+class _BlockMiner:
+    """Mines a block of a pool's queries. guide: the guide model's vectors of queries and documents."""
+
+    def __init__(
+        self,
+        pool: MiningPool,
+        miner: Miner,
+        options: MiningOptions,
+        context: MiningContext,
+        guide: tuple[Shards, Shards] | None,
+        seeds: Sequence[int],
+    ):
+        self.pool, self.miner, self.options, self.context = pool, miner, options, context
+        self.guide, self.seeds = guide, seeds
+        self.document_texts, self.query_texts = context.prepared["texts"]
+        self.first_of_text = filters.first_of_text(self.document_texts)
+
+    def mine(self, block: range) -> Mined:
+        pool, options = self.pool, self.options
+        queries = slice(block.start, block.stop)
+        rows, scores = self.miner.rank(pool, block, options.k, self.context)
+        positives = _lists_of(pool.positives, block)
+        sieve = Sieve(rows)
+        sieve.apply("known positives", filters.not_known_positive(rows, positives, pool.document_of_query[queries]))
+        sieve.apply("not trained on", ~np.isin(rows, pool.excluded))
+        if options.same_text:
+            sieve.apply("copies", self.first_of_text[rows])
+            different = filters.different_text(rows, positives, self.document_texts, self.query_texts[queries])
+            sieve.apply("same text", different)
+        candidates = sieve.kept
+        sieve.apply("first ranks", filters.from_rank(rows, options.first_rank))
+        margins = self._apply_margins(sieve, block, rows, scores, positives)
+        if self.guide is not None:
+            positive, guide_scores = self._compare(self.guide, block, rows, positives)
+            sieve.apply("guide", filters.absolute_margin(guide_scores, positive, options.guide_margin))
+        seeds = [*self.seeds, zlib.crc32(f"{pool.task}/{pool.name}".encode()), block.start]
+        chosen = filters.sample(
+            scores, sieve.kept, options.num_negatives, options.sampling, seeds, options.sampling_temperature
+        )
+        negatives = MinedNegatives(
+            np.concatenate([[0], np.cumsum(chosen.sum(axis=1))]).astype(np.int64),
+            (rows[chosen] + pool.first_row).astype(np.int32),
+            np.nonzero(chosen)[1].astype(np.int32),
+            scores[chosen].astype(np.float32),
+            sieve.removed,
+        )
+        return Mined(
+            negatives,
+            margins[chosen].astype(np.float32),
+            filters.contained(rows, _lists_of(pool.held_out_positives, block))[chosen],
+            self.document_texts[rows[chosen]],
+            num_candidates=int(candidates.sum()),
+            num_above=int((candidates & (margins < 0)).sum()),
+        )
+
+    def _apply_margins(
+        self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
+    ) -> np.ndarray:
+        """Apply the filters that compare candidates with positives by the encoder, and return the margins (Q, k)."""
+        if self.context.queries is None:
+            return np.full(rows.shape, np.nan)
+        vectors = (self.context.queries, self.context.documents)
+        positive, scores = self._compare(vectors, block, rows, positives, scores if self.miner.needs_vectors else None)
+        if self.options.relative_margin is not None:
+            keeps = filters.relative_margin(scores, positive, self.options.relative_margin)
+            sieve.apply("relative margin", keeps)
+        if self.options.absolute_margin is not None:
+            keeps = filters.absolute_margin(scores, positive, self.options.absolute_margin)
+            sieve.apply("absolute margin", keeps)
+        return positive[:, None] - scores
+
+    def _compare(
+        self,
+        vectors: tuple[Shards, Shards],
+        block: range,
+        rows: np.ndarray,
+        positives: Ragged,
+        scores: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores of each query's positive (Q,) and candidates (Q, k) by vectors of queries and documents.
+
+        scores: those of the candidates if they are known.
+        """
+        queries, documents = vectors
+        of_positives = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)
+        positive_scores = np.einsum("pd,pd->p", of_positives, documents.gather(positives.values).astype(np.float64))
+        positive = filters.positive_score(positive_scores, positives, self.options.positive)
+        if scores is None:
+            block_queries = queries.gather(np.arange(block.start, block.stop))
+            scores = pair_scores(block_queries, documents, rows, self.context.memory)
+        return positive, scores
+
+
+def _vectors_of(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
+    """Return the vectors of a pool's queries and documents."""
+    document_task = cache.encoder.document_task(pool.task)
+    documents = cache.vectors(pool.corpus, document_task, f"documents of {pool.name}")
     return cache.vectors(pool.queries, pool.task, f"queries of {pool.name}"), documents
 
 
-def _nothing_left(task: str, taken: Mapping[str, int]) -> str:
-    each = ", ".join(f"{name} {count}" for name, count in taken.items() if count) or "none, there were no candidates"
+def _lists_of(lists: Ragged, queries: range) -> Ragged:
+    """Return the lists of some queries."""
+    starts = lists.starts[queries.start : queries.stop + 1]
+    return Ragged(starts - starts[0], lists.values[starts[0] : starts[-1]])
+
+
+def _joined_pools(pools: Sequence[Mined]) -> Mined:
+    """Join what was mined from a task's pools, in the order of their examples."""
+    offsets = np.cumsum([0, *(pool.texts.max(initial=-1) + 1 for pool in pools)])
+    return _joined(
+        [dataclasses.replace(pool, texts=pool.texts + offset) for pool, offset in zip(pools, offsets, strict=False)]
+    )
+
+
+def _joined(parts: Sequence[Mined]) -> Mined:
+    """Join what was mined for some queries, in their order. Numbers of texts stay as they are."""
+    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
+    for part in parts:
+        starts.append(part.negatives.starts[1:] + total)
+        total += len(part.negatives.documents)
+        removed.update(part.negatives.taken)
+    arrays = {
+        name: np.concatenate([getattr(part.negatives, name) for part in parts])
+        for name in ("documents", "ranks", "scores")
+    }
+    return Mined(
+        MinedNegatives(np.concatenate(starts), **arrays, taken=dict(removed)),
+        np.concatenate([part.margins for part in parts]),
+        np.concatenate([part.revealed for part in parts]),
+        np.concatenate([part.texts for part in parts]),
+        sum(part.num_candidates for part in parts),
+        sum(part.num_above for part in parts),
+    )
+
+
+def _none_left(task: str, removed: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in removed.items() if count)
     return (
-        f"{task}: no hard negative is left. The filters took: {each}. A larger mining.k gives more candidates; "
-        "mining.relative_margin and mining.first_rank can be lowered"
+        f"{task}: no hard negatives are left. Candidates removed by each filter: {counts or 'none, there were none'}. "
+        "Raise k for more candidates, or lower relative_margin or first_rank"
     )
 
 
 def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the texts of M documents and Q queries: equal where the texts are, but for case and spaces."""
+    """Return a number for the text of each document (M,) and query (Q,).
 
-    def hashed(documents: Iterable[Document]) -> np.ndarray:
-        texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
-        return np.fromiter((int.from_bytes(_digest(text), "big", signed=True) for text in texts), dtype=np.int64)
-
-    of_documents, of_queries = hashed(corpus), hashed(queries)
-    numbers = np.unique(np.concatenate([of_documents, of_queries]), return_inverse=True)[1]
-    return numbers[: len(of_documents)], numbers[len(of_documents) :]
+    Texts have equal numbers if they differ only in case and white space.
+    """
+    document_hashes, query_hashes = _text_hashes(corpus), _text_hashes(queries)
+    numbers = np.unique(np.concatenate([document_hashes, query_hashes]), return_inverse=True)[1]
+    return numbers[: len(document_hashes)], numbers[len(document_hashes) :]
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _text_hashes(documents: Iterable[Document]) -> np.ndarray:
+    texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest, "big", signed=True) for digest in digests), dtype=np.int64)

@@ -1,6 +1,6 @@
-"""What proposes candidates: a miner ranks the documents of a pool for its training queries.
+"""Miners propose candidates: each ranks the documents of a pool for its training queries.
 
-Shapes: Q queries of the pool in part, k candidates of each.
+Shapes: Q queries, k candidates per query.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
 @dataclass(frozen=True)
 class MiningContext:
-    """What a miner may use. queries, documents: vectors of the pool, where it needs_vectors. pools: of all tasks."""
+    """What miners can use besides the pool.
+
+    queries, documents: vectors of the pool, for miners with needs_vectors.
+    pools: those of all tasks.
+    memory: number of bytes for scores at a time.
+    backend: of the exact search (search.BACKENDS).
+    prepared: what a miner computes once for a pool, such as an index. It lives as long as the pool.
+    """
 
     queries: Shards | None = None
     documents: Shards | None = None
@@ -31,230 +38,258 @@ class MiningContext:
     memory: int = MEMORY
     backend: str = "auto"
     device: torch.device | str = "cpu"
-    kept: dict[str, Any] = field(default_factory=dict)  # what a miner makes once for a pool
+    prepared: dict[str, Any] = field(default_factory=dict)
 
 
 class Miner(ABC):
-    """Ranks documents for queries. Its scores are the model's where it needs_vectors, else on a scale of its own."""
+    """Ranks documents for queries. Scores are those of the model if it needs_vectors, else on any scale."""
 
     needs_vectors: ClassVar[bool] = False
 
-    def __init__(self) -> None:  # noqa: B027  a signature, which configurations are checked against
+    def __init__(self) -> None:  # noqa: B027  configurations are checked against this signature
         pass
 
     @abstractmethod
-    def rank(self, pool: MiningPool, part: range, k: int, context: MiningContext) -> tuple[np.ndarray, np.ndarray]:
-        """The k best documents, best first, of the queries in part: rows (Q, k) int64, -1 for none, and scores (Q, k).
+    def rank(self, pool: MiningPool, queries: range, k: int, context: MiningContext) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k best documents of some queries, best first: rows (Q, k) int64, -1 for none, and scores (Q, k).
 
-        Raises UserError if it cannot rank this pool.
+        queries: their numbers in the pool. Raises UserError if the miner cannot rank this pool.
         """
 
     @property
-    def about(self) -> dict[str, Any]:
-        """Its class and arguments."""
+    def description(self) -> dict[str, Any]:
+        """The class of the miner, and its arguments."""
         return {"miner": f"{type(self).__module__}.{type(self).__name__}"} | vars(self)
 
 
 class DenseMiner(Miner):
-    """The nearest by the model's vectors (ANCE, Xiong et al., 2021)."""
+    """Rank by the model's vectors (ANCE, Xiong et al., 2021)."""
 
     needs_vectors = True
 
-    def rank(self, pool, part, k, context):
-        queries = context.queries.gather(np.arange(part.start, part.stop))
-        how = {"backend": context.backend, "memory": context.memory, "device": context.device}
-        return top_k(queries, context.documents, k, **how)
+    def rank(self, pool, queries, k, context):
+        return top_k(
+            context.queries.gather(np.arange(queries.start, queries.stop)),
+            context.documents,
+            k,
+            backend=context.backend,
+            memory=context.memory,
+            device=context.device,
+        )
 
 
 class RankBandMiner(DenseMiner):
-    """The nearest of a band of ranks, [first, last): hard, yet not the nearest (SciNCL, Ostendorff et al., 2022)."""
+    """Take only ranks [first, last) of DenseMiner: hard, but not the hardest (SciNCL, Ostendorff et al., 2022)."""
 
     def __init__(self, first: int, last: int):
         if not 0 <= first < last:
-            raise UserError(f"first, last: got {first} and {last}, expected 0 <= first < last")
+            raise UserError(f"first and last: expected 0 <= first < last, got {first} and {last}")
         self.first, self.last = first, last
 
-    def rank(self, pool, part, k, context):
-        rows, scores = super().rank(pool, part, self.last, context)
+    def rank(self, pool, queries, k, context):
+        rows, scores = super().rank(pool, queries, self.last, context)
         if rows.shape[1] <= self.first:
             raise UserError(
-                f"{pool.name}: ranks from {self.first} on are asked for, and it has {rows.shape[1]} documents"
+                f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got "
+                f"{self.first}"
             )
-        rows[:, : self.first] = -1  # ranks stay those of the whole ranking
+        rows[:, : self.first] = -1  # so that ranks remain those of the complete ranking
         return rows, scores
 
 
 class RandomMiner(Miner):
-    """Any documents, drawn by the seed: what others are to be compared with. Scores are 0."""
+    """Draw random documents: a baseline for other miners. All scores are 0."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def rank(self, pool, part, k, context):
+    def rank(self, pool, queries, k, context):
         count, k = len(pool.corpus), min(k, len(pool.corpus))
-        rows = np.stack([np.random.default_rng([self.seed, q]).choice(count, k, replace=False) for q in part])
+        rows = np.stack([np.random.default_rng([self.seed, q]).choice(count, k, replace=False) for q in queries])
         return rows.astype(np.int64), np.zeros(rows.shape)
 
 
 class BM25Miner(Miner):
-    """The nearest by words; documents that share none are none."""
+    """Rank by BM25. Documents that share no word with the query are never returned."""
 
-    def rank(self, pool, part, k, context):
-        if "bm25" not in context.kept:
-            context.kept["bm25"] = Bm25Index(pool.corpus)
-        return context.kept["bm25"].top_k(pool.queries[part.start : part.stop], min(k, len(pool.corpus)))
+    def rank(self, pool, queries, k, context):
+        if "bm25" not in context.prepared:
+            context.prepared["bm25"] = Bm25Index(pool.corpus)
+        return context.prepared["bm25"].top_k(pool.queries[queries.start : queries.stop], min(k, len(pool.corpus)))
 
 
 class ShownMiner(Miner):
-    """What the data themselves name, shown and not clicked (grade 0 in the train split), so that filters reach it."""
+    """Take the hard negatives of the data: documents that were shown and not clicked (grade 0 in the train split).
 
-    def rank(self, pool, part, k, context):
-        starts, documents = pool.shown
-        rows = np.full((len(part), k), -1, dtype=np.int64)
-        for i, query in enumerate(part):
-            found = documents[starts[query] : starts[query + 1]][:k]
-            rows[i, : len(found)] = found
+    As mined negatives they go through the filters.
+    """
+
+    def rank(self, pool, queries, k, context):
+        starts, documents = pool.shown.starts, pool.shown.values
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        for i, query in enumerate(queries):
+            shown = documents[starts[query] : starts[query + 1]][:k]
+            rows[i, : len(shown)] = shown
         return rows, np.zeros(rows.shape)
 
 
 class TwoHopMiner(Miner):
-    """Documents that are two links away, those on most ways first. Scores are the numbers of ways.
+    """Rank documents that are two links away from the query by the number of paths, which is their score.
 
-    Which links, a subclass says.
+    A subclass defines the links.
     """
 
     @abstractmethod
     def links(self, pool: MiningPool, context: MiningContext) -> tuple[Sequence[np.ndarray], Mapping[int, np.ndarray]]:
-        """From each query to what it is linked with, and from there to documents of the pool."""
+        """Return the links of each query to intermediate nodes, and of each node to documents of the pool."""
 
-    def rank(self, pool, part, k, context):
-        if "links" not in context.kept:
-            context.kept["links"] = self.links(pool, context)
-        first, second = context.kept["links"]
+    def rank(self, pool, queries, k, context):
+        if "links" not in context.prepared:
+            context.prepared["links"] = self.links(pool, context)
+        first_hops, second_hops = context.prepared["links"]
         k = min(k, len(pool.corpus))
-        rows, scores = np.full((len(part), k), -1, dtype=np.int64), np.zeros((len(part), k))
-        for i, query in enumerate(part):
-            ends = [second[middle] for middle in first[query].tolist() if middle in second]
+        rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
+        for i, query in enumerate(queries):
+            ends = [second_hops[node] for node in first_hops[query].tolist() if node in second_hops]
             if ends:
-                found, ways = np.unique(np.concatenate(ends), return_counts=True)
-                best = np.lexsort((found, -ways))[:k]
-                rows[i, : len(best)], scores[i, : len(best)] = found[best], ways[best]
+                documents, num_paths = np.unique(np.concatenate(ends), return_counts=True)
+                best = np.lexsort((documents, -num_paths))[:k]
+                rows[i, : len(best)], scores[i, : len(best)] = documents[best], num_paths[best]
         return rows, scores
 
 
 def positives_of(pool: MiningPool) -> list[np.ndarray]:
-    """Each query's positives."""
-    starts, documents = pool.positives
-    return np.split(documents, starts[1:-1])
+    """Return the positives of each query."""
+    return np.split(pool.positives.values, pool.positives.starts[1:-1])
 
 
 class CitedByCitedMiner(TwoHopMiner):
-    """What the papers that a paper cites cite themselves (SPECTER, Cohan et al., 2020; paper, section 3.4).
+    """Take papers that the papers cited by the query cite (SPECTER, Cohan et al., 2020; SciMult, section 3.4).
 
-    For pools whose queries are documents of the corpus.
+    The queries of the pool must be documents of its corpus.
     """
 
     def links(self, pool, context):
-        if (pool.own < 0).all():
-            raise UserError(f"{pool.name}: CitedByCitedMiner is for papers that cite papers (kind: link_prediction)")
+        if (pool.document_of_query < 0).all():
+            raise UserError(
+                f"{pool.name}: CitedByCitedMiner needs papers that cite papers (link_prediction), but no query is a "
+                "document of the corpus"
+            )
         positives = positives_of(pool)
-        return positives, {int(own): found for own, found in zip(pool.own, positives, strict=True) if own >= 0}
+        return positives, {
+            int(row): cited for row, cited in zip(pool.document_of_query, positives, strict=True) if row >= 0
+        }
 
 
 class LabelsOfCitedMiner(TwoHopMiner):
-    """Labels of papers that the paper cites (paper, section 3.4).
+    """Take labels of papers that the query cites (SciMult, section 3.4).
 
-    Who cites whom it knows from the pools of link prediction, in which papers have the same ids.
+    Citations come from the pools of link prediction, where papers must have the same ids.
     """
 
     def links(self, pool, context):
         cited: dict[str, list[str]] = {}
         for other in context.pools:
-            for query, own, found in zip(other.queries, other.own, positives_of(other), strict=True):
-                if own >= 0:
-                    cited.setdefault(query.id, []).extend(other.corpus[row].id for row in found.tolist())
-        number = {query.id: i for i, query in enumerate(pool.queries)}
-        first = [
-            np.array([number[name] for name in cited.get(query.id, ()) if name in number], dtype=np.int64)
+            for query, row, positives in zip(other.queries, other.document_of_query, positives_of(other), strict=True):
+                if row >= 0:
+                    cited.setdefault(query.id, []).extend(other.corpus[positive].id for positive in positives.tolist())
+        query_numbers = {query.id: i for i, query in enumerate(pool.queries)}
+        first_hops = [
+            np.array([query_numbers[id] for id in cited.get(query.id, ()) if id in query_numbers], dtype=np.int64)
             for query in pool.queries
         ]
-        if not any(len(found) for found in first):
+        if not any(len(hops) for hops in first_hops):
             raise UserError(
-                f"{pool.name}: LabelsOfCitedMiner knows citations from tasks of the kind link_prediction, and none of "
-                "theirs is between this collection's papers"
+                f"{pool.name}: LabelsOfCitedMiner takes citations from link_prediction tasks, but none of theirs is "
+                "between papers of this collection"
             )
-        return first, dict(enumerate(positives_of(pool)))
+        return first_hops, dict(enumerate(positives_of(pool)))
 
 
 class SharingMiner(Miner):
-    """Papers that share a value with the query's paper; where queries are no documents (labels), their positives.
+    """Take papers that share an author, a venue or another value with the query's paper (SciMult, section 3.4).
 
-    papers: a JSON-lines file of the papers, with their id and the field (a value, or a list of them). Those that share
-    most come first, the others in an order drawn by the seed. most: papers that are drawn for each value.
+    If queries are not documents of the corpus (as with labels), take the positives of those papers. Papers that share
+    most values come first; ties are broken randomly by the seed.
+
+    papers: JSON-lines file of the papers with their ids and values.
+    field: field to compare, one value or a list of values.
+    id: field of the paper's id.
+    most: maximum number of papers to draw for each value.
     """
 
     def __init__(self, papers: str, field: str, id: str = "id", most: int = 1000, seed: int = 0):
         if most < 1:
-            raise UserError(f"most: got {most}, allowed are numbers above 0")
+            raise UserError(f"most: expected a number above 0, got {most}")
         self.papers, self.field, self.id, self.most, self.seed = papers, field, id, most, seed
 
-    def rank(self, pool, part, k, context):
-        if "sharing" not in context.kept:
-            context.kept["sharing"] = self._groups(pool)
-        values, groups, offered = context.kept["sharing"]
+    def rank(self, pool, queries, k, context):
+        if "sharing" not in context.prepared:
+            context.prepared["sharing"] = self._groups(pool)
+        groups: _SharedValues = context.prepared["sharing"]
         k = min(k, len(pool.corpus))
-        rows, scores = np.full((len(part), k), -1, dtype=np.int64), np.zeros((len(part), k))
-        for i, query in enumerate(part):
+        rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
+        for i, query in enumerate(queries):
             rng = np.random.default_rng([self.seed, query])
-            near = [
-                rng.permutation(groups[value])[: self.most] if len(groups[value]) > self.most else groups[value]
-                for value in values[query]
+            sharing = [
+                rng.permutation(group)[: self.most] if len(group) > self.most else group
+                for group in (groups.queries_of_value[value] for value in groups.values[query])
             ]
-            papers = [paper for group in near for paper in group.tolist() if paper != query]
-            if papers:
-                found, ways = np.unique(np.concatenate([offered[paper] for paper in papers]), return_counts=True)
-                best = np.lexsort((rng.random(len(found)), -ways))[:k]
-                rows[i, : len(best)], scores[i, : len(best)] = found[best], ways[best]
+            others = [other for group in sharing for other in group.tolist() if other != query]
+            if others:
+                offered = np.concatenate([groups.documents[other] for other in others])
+                documents, num_shared = np.unique(offered, return_counts=True)
+                best = np.lexsort((rng.random(len(documents)), -num_shared))[:k]
+                rows[i, : len(best)], scores[i, : len(best)] = documents[best], num_shared[best]
         return rows, scores
 
-    def _groups(self, pool: MiningPool) -> tuple[list[list[str]], Mapping[str, np.ndarray], list[np.ndarray]]:
-        """Each query's values; the queries of each value; and the documents that each query's paper stands for."""
-        known = values_of(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})
+    def _groups(self, pool: MiningPool) -> _SharedValues:
+        known = _read_values(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})
         values = [known.get(query.id, []) for query in pool.queries]
-        groups = defaultdict(list)
-        for query, own in enumerate(values):
-            for value in own:
-                groups[value].append(query)
-        if not any(len(group) > 1 for group in groups.values()):
+        queries_of_value = defaultdict(list)
+        for query, values_of_query in enumerate(values):
+            for value in values_of_query:
+                queries_of_value[value].append(query)
+        if not any(len(queries) > 1 for queries in queries_of_value.values()):
             raise UserError(f"{pool.name}: no two of its papers share a value of {self.field!r} in {self.papers}")
         positives = positives_of(pool)
-        offered = [np.array([own]) if own >= 0 else found for own, found in zip(pool.own, positives, strict=True)]
-        return values, {value: np.array(group) for value, group in groups.items()}, offered
+        documents = [
+            np.array([row]) if row >= 0 else own for row, own in zip(pool.document_of_query, positives, strict=True)
+        ]
+        return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
 
 
-def values_of(path: Path, id: str, field: str, wanted: set[str]) -> dict[str, list[str]]:
-    """Paper -> its distinct values of a field, of the papers that are wanted.
+@dataclass(frozen=True)
+class _SharedValues:
+    """Which queries share values, and the documents that each query's paper offers to the others."""
 
-    Raises UserError, with file and line, for what is no file of JSON objects with an id.
+    values: list[list[str]]
+    queries_of_value: Mapping[str, np.ndarray]
+    documents: list[np.ndarray]
+
+
+def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str, list[str]]:
+    """Return the distinct values of a field for each of the papers.
+
+    Raises UserError with file and line if the file cannot be read, or a line is not a JSON object with an id.
     """
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                record = _record(line)
+                record = _json_object(line)
                 if id not in record:
-                    got = f"got {line[:60]!r}"
-                    raise UserError(f"papers: {path}, line {number}: expected a JSON object with {id!r}, {got}")
-                if str(record[id]) in wanted:
-                    values = record.get(field) or []
-                    values = values if isinstance(values, list) else [values]
-                    found[str(record[id])] = list(dict.fromkeys(map(str, values)))
+                    raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")
+                if str(record[id]) in papers:
+                    value = record.get(field) or []
+                    value = value if isinstance(value, list) else [value]
+                    values[str(record[id])] = list(dict.fromkeys(map(str, value)))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"papers: {path} cannot be read ({error})") from error
-    return found
+    return values
 
 
-def _record(line: str) -> dict[str, Any]:
+def _json_object(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a mining came to: are these negatives, are they hard, and how fresh are they?"""
+"""Report on mined hard negatives: whether they are negatives, how hard they are, and how much they changed."""
 
 from __future__ import annotations
 
@@ -10,56 +10,48 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.records import MinedNegatives, UserError
-from lightning_modules.mining.filters import owners
+from datamodules.files import read_json, write_json
+from datamodules.records import MinedNegatives, Ragged, UserError
+from lightning_modules.mining.filters import query_of_values
 from lightning_modules.mining.mine import Mined
-from lightning_modules.svg import box, document, text
+from lightning_modules.pictures import box, document, text
 
 NUM_BINS = 24
-MEANS = {  # what is told beside the figures
-    "negatives": "of a query, in the mean",
-    "without": "share of the queries with none",
-    "false_negative_rate": "share that score above their positive, or that other splits judge relevant",
-    "revealed": "  of it: judged relevant by other splits",
-    "above_positive": "  of it: above the positive",
-    "candidates_above": "share of the candidates above the positive, before the margins",
-    "margin_p10": "score of the positive less the negative's: a tenth are below",
-    "margin_p50": "  half are below; near 0 is hard",
+WIDTH, HEIGHT, GAP = 420, 160, 46  # of a histogram, in pixels
+# What each figure means. It is logged as mine/<task>/<name>; shares are between 0 and 1.
+FIGURES = {
+    "negatives": "mean number of negatives per query",
+    "without": "share of queries without negatives (they use those of the data)",
+    "false_negative_rate": "share that score above the positive, or are judged relevant in other splits; an estimate",
+    "revealed": "  of these: judged relevant in other splits",
+    "above_positive": "  of these: above the positive",
+    "candidates_above": "share of candidates above the positive, before the margins",
+    "margin_p10": "score of the positive minus the negative's: a tenth are below",
+    "margin_p50": "  half are below; hard if near 0",
     "margin_p90": "  nine tenths are below",
-    "duplicates": "share that read as another one of the same query",
-    "distinct": "different documents for each negative; low: a few serve many queries",
-    "age": "steps since the former mining",
-    "kept": "share that were in the former one",
+    "duplicates": "share with the same text as another negative of the query",
+    "distinct": "distinct documents per negative; low if few documents serve many queries",
+    "age": "steps since the previous mining",
+    "kept": "share that were mined the previous time too",
 }
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Of one task.
+    """Report on one task.
 
-    values: what is logged as mine/<task>/<name>; shares are from 0 to 1.
-        negatives                a query, in the mean
-        without                  share of the queries that have none (theirs are drawn from the data's)
-        false_negative_rate      share of the negatives that score above their positive, or that other splits judge
-                                 relevant: an estimate, and no more
-        revealed, above_positive the two parts of it
-        candidates_above         share of the candidates, before the margins, that score above the positive: what would
-                                 come in without them
-        margin_p10, _p50, _p90   quantiles of the positive's score minus the negative's
-        duplicates               share of the negatives that read as another one of the same query
-        distinct                 different documents for each negative; low where a few serve many queries
-        age, kept                steps since the former mining, and share of the negatives that were in it already
-    histogram: counts of the margins, and the (NUM_BINS + 1) edges; empty where no model scored them.
-    taken: filter -> candidates that it took.
+    values: name -> figure, with the names of FIGURES.
+    histogram: counts (NUM_BINS,) and edges (NUM_BINS + 1,) of the margins; both empty without an encoder.
+    removed: filter -> number of candidates that it removed.
     """
 
     values: Mapping[str, float]
     histogram: tuple[np.ndarray, np.ndarray]
-    taken: Mapping[str, int]
+    removed: Mapping[str, int]
 
 
-def report(mined: Mined, step: int, former: MinedNegatives | None = None, former_step: int = 0) -> TaskReport:
-    """A task's report. former: what held before, mined at former_step."""
+def report(mined: Mined, step: int, previous: MinedNegatives | None = None, previous_step: int = 0) -> TaskReport:
+    """Return the report on a task. previous: the negatives in use so far, mined at previous_step."""
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
     above = np.nan_to_num(mined.margins, nan=np.inf) < 0
@@ -74,101 +66,106 @@ def report(mined: Mined, step: int, former: MinedNegatives | None = None, former
     margins = mined.margins[np.isfinite(mined.margins)]
     histogram = (np.zeros(0, dtype=np.int64), np.zeros(0))
     if len(margins):
-        values |= {"above_positive": float(above.mean()), "candidates_above": mined.above / mined.candidates}
-        values |= {f"margin_p{part}": float(np.percentile(margins, part)) for part in (10, 50, 90)}
+        candidates_above = mined.num_above / mined.num_candidates
+        values |= {"above_positive": float(above.mean()), "candidates_above": candidates_above}
+        values |= {f"margin_p{percent}": float(np.percentile(margins, percent)) for percent in (10, 50, 90)}
         histogram = np.histogram(margins, NUM_BINS)
-    if former is not None:
-        before = _pairs(former.starts, np.asarray(former.documents))
+    if previous is not None:
+        before = _pairs(previous.starts, np.asarray(previous.documents))
         now = _pairs(negatives.starts, negatives.documents)
-        values |= {"age": float(step - former_step), "kept": float(np.isin(now, before).mean())}
+        values |= {"age": float(step - previous_step), "kept": float(np.isin(now, before).mean())}
     return TaskReport(values, histogram, negatives.taken)
 
 
-def _pairs(starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Distinct (query, number) pairs, each as one number."""
-    return np.unique(owners((starts, numbers)) * (1 << 32) + numbers.astype(np.int64))
+def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> dict[str, TaskReport]:
+    """Return a report on each task. previous: the HardNegativeStore in use so far, if any."""
+    tasks, since = (previous.tasks, previous.meta["step"]) if previous else ({}, 0)
+    return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
+
+
+def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the distinct (query, value) pairs, each as one number."""
+    return np.unique(query_of_values(Ragged(starts, values)) * (1 << 32) + values.astype(np.int64))
+
+
+def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:
+    """Raise UserError if a task's estimated rate of false negatives is above stop_at. reports: task -> its values."""
+    for task, values in reports.items():
+        rate = values["false_negative_rate"]
+        if stop_at is not None and rate > stop_at:
+            raise UserError(
+                f"{task}: {rate:.1%} of the mined hard negatives look like positives, more than stop_at, "
+                f"{stop_at:.1%} (above their positive: {values.get('above_positive', 0):.1%}, judged relevant in other "
+                f"splits: {values['revealed']:.1%}). Raise relative_margin or first_rank, compare with "
+                "positive=lowest, or mine later (first_step)"
+            )
 
 
 def table(reports: Mapping[str, TaskReport]) -> list[str]:
-    """Lines of text: a column for each task, and what each line means."""
-    names = [name for name in MEANS if any(name in task.values for task in reports.values())]
+    """Return the lines of a text table: one column per task, and what each figure means."""
+    names = [name for name in FIGURES if any(name in task.values for task in reports.values())]
     width = max(8, *(len(task) for task in reports)) + 2
     lines = [f"{'':24}" + "".join(f"{task:>{width}}" for task in reports)]
     for name in names:
         cells = (task.values.get(name, math.nan) for task in reports.values())
-        lines.append(f"{name:24}" + "".join(f"{_shown(x):>{width}}" for x in cells) + f"   {MEANS[name]}".rstrip())
-    lines.append("candidates that were taken out (the filters of docs/training.md), one after the other:")
-    for name in dict.fromkeys(name for task in reports.values() for name in task.taken):
-        cells = (task.taken.get(name, 0) for task in reports.values())
+        lines.append(f"{name:24}" + "".join(f"{_format(x):>{width}}" for x in cells) + f"   {FIGURES[name]}".rstrip())
+    lines.append("candidates removed by each filter, in this order:")
+    for name in dict.fromkeys(name for task in reports.values() for name in task.removed):
+        cells = (task.removed.get(name, 0) for task in reports.values())
         lines.append(f"  {name:22}" + "".join(f"{count:>{width}}" for count in cells))
     return lines
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     if math.isnan(value):
         return "-"
     return "<0.0001" if 0 < value < 5e-5 else f"{round(value, 4) + 0.0:.4f}".rstrip("0").rstrip(".")
 
 
-def logged(reports: Mapping[str, TaskReport]) -> dict[str, float]:
-    """As metrics of loggers."""
-    return {f"mine/{task}/{name}": x for task, found in reports.items() for name, x in found.values.items()}
+def metrics(reports: Mapping[str, TaskReport]) -> dict[str, float]:
+    """Return all figures under the names that loggers use."""
+    return {f"mine/{task}/{name}": value for task, each in reports.items() for name, value in each.values.items()}
 
 
 def histograms(reports: Mapping[str, TaskReport]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> counts and edges, of the tasks that a model scored."""
-    return {f"mine/{task}/margins": found.histogram for task, found in reports.items() if len(found.histogram[0])}
+    """Return counts and edges of the margins, by name, for tasks that an encoder scored."""
+    return {f"mine/{task}/margins": each.histogram for task, each in reports.items() if len(each.histogram[0])}
 
 
-def plain(reports: Mapping[str, TaskReport]) -> dict[str, Any]:
-    """For JSON."""
-    return {
+def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
+    """Write report.svg and then report.json, whose presence means that the mining was finished."""
+    (folder / "report.svg").write_text(svg(reports, title), encoding="utf-8")
+    content = {
         task: {
-            "values": dict(found.values),
-            "taken": dict(found.taken),
-            "histogram": {"counts": found.histogram[0].tolist(), "edges": found.histogram[1].tolist()},
+            "values": dict(each.values),
+            "taken": dict(each.removed),
+            "histogram": {"counts": each.histogram[0].tolist(), "edges": each.histogram[1].tolist()},
         }
-        for task, found in reports.items()
+        for task, each in reports.items()
     }
+    write_json(folder / "report.json", content)
 
 
-def gate(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:
-    """Raise UserError if a task's estimated rate of false negatives is above stop_at. reports: task -> its values."""
-    for task, found in reports.items():
-        rate = found["false_negative_rate"]
-        if stop_at is not None and rate > stop_at:
-            raise UserError(
-                f"{task}: {rate:.1%} of the mined hard negatives look like positives (above their positive: "
-                f"{found.get('above_positive', 0):.1%}, judged relevant by other splits: "
-                f"{found['revealed']:.1%}), and mining.stop_at is {stop_at:.1%}. Set mining.relative_margin or "
-                "raise it, leave out more of the nearest (mining.first_rank), compare with the lowest positive "
-                "(mining.positive=lowest), or mine later "
-                "(mining.first_step)"
-            )
-
-
-WIDTH, HEIGHT, GAP = 420, 160, 46
+def read_values(path: Path) -> dict[str, dict[str, float]]:
+    """Return the figures of each task in a report.json."""
+    return {task: each["values"] for task, each in read_json(path).items()}
 
 
 def svg(reports: Mapping[str, TaskReport], title: str) -> str:
-    """One histogram below the other: margins above 0 are blue, and below 0, where the negative looks better, red."""
+    """Return the histograms of the margins, one per task: blue above 0, and red below, where negatives score higher."""
     parts = [text(10, 20, title, "bold")]
-    for number, (task, found) in enumerate(reports.items()):
-        parts += _histogram(found, task, top=40 + number * (HEIGHT + GAP))
+    for number, (task, each) in enumerate(reports.items()):
+        parts += _histogram(each, task, top=40 + number * (HEIGHT + GAP))
     return document(WIDTH + 20, 40 + len(reports) * (HEIGHT + GAP), parts)
 
 
-def write_svg(path: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    path.write_text(svg(reports, title), encoding="utf-8")
-
-
-def _histogram(found: TaskReport, task: str, top: float) -> list[str]:
-    rate = found.values["false_negative_rate"]
-    counts, edges = found.histogram
-    told = f"{task}: score of the positive minus the negative's (look like positives: {rate:.1%})"
-    parts, bottom = [text(10, top + 12, told)], top + HEIGHT
+def _histogram(task_report: TaskReport, task: str, top: float) -> list[str]:
+    rate = task_report.values["false_negative_rate"]
+    counts, edges = task_report.histogram
+    title = f"{task}: score of the positive minus the negative's (look like positives: {rate:.1%})"
+    parts, bottom = [text(10, top + 12, title)], top + HEIGHT
     if not len(counts):
-        return [*parts, text(10, top + 40, "no model scored them")]
+        return [*parts, text(10, top + 40, "no scores: mined without an encoder")]
     bar = WIDTH / len(counts)
     for i, count in enumerate(counts.tolist()):
         height = (HEIGHT - 24) * count / max(1, counts.max())

@@ -1,4 +1,4 @@
-"""BM25 as bm25s computes it (Lucene's form, English stop words)."""
+"""BM25, computed by bm25s (Lucene's form, English stop words)."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from datamodules.text import input_text
 
 
 class Bm25Index:
-    """M documents, to be ranked by words."""
+    """An index of M documents by their words."""
 
     def __init__(self, documents: Iterable[Document]):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets it to debug
-        words = _words(documents)
-        self.index = bm25s.BM25() if words.vocab else None  # texts in which no word was found
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
+        words = _tokenize(documents)
+        self.index = bm25s.BM25() if words.vocab else None  # None if no document has a word
         if self.index is not None:
             self.index.index(words, show_progress=False)
 
     def top_k(
-        self, queries: Iterable[Document], k: int, beside: np.ndarray | None = None
+        self, queries: Iterable[Document], k: int, first: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best documents of Q queries, best first: rows (Q, k) int64 and scores (Q, k).
+        """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k).
 
-        k: at most M. beside: rows (Q, b) that are given too, in front of the others. Documents that share no word with
-        the query are not retrieved: row -1.
+        Documents that share no word with the query are not retrieved; their row is -1.
+        k: number of documents per query, at most M.
+        first: rows (Q, b) to put in front of the others, with their scores.
         """
         queries = list(queries)
         if self.index is None or not queries:
             rows, scores = np.full((len(queries), k), -1), np.zeros((len(queries), k))
         else:
-            rows, scores = self.index.retrieve(_words(queries), k=k, show_progress=False, n_threads=1)
+            rows, scores = self.index.retrieve(_tokenize(queries), k=k, show_progress=False, n_threads=1)
             rows = np.where(scores > 0, rows.astype(np.int64), -1)
-        if beside is None:
+        if first is None:
             return rows, scores
-        return np.concatenate([beside, rows], axis=1), np.concatenate([self.scores(queries, beside), scores], axis=1)
+        return np.concatenate([first, rows], axis=1), np.concatenate([self.scores(queries, first), scores], axis=1)
 
     def scores(self, queries: Iterable[Document], rows: np.ndarray) -> np.ndarray:
-        """Scores (Q, w) of each query with the documents in rows (Q, w); 0 where a row is -1."""
-        found = np.zeros(rows.shape, dtype=np.float32)
-        for query, its, values in zip(queries, rows, found, strict=True):
-            words = _words([query], as_words=True)[0]
-            known = [word for word in words if self.index is not None and word in self.index.vocab_dict]
-            if known:
-                values[:] = np.where(its < 0, 0.0, self.index.get_scores(known)[its])
-        return found
+        """Return the scores (Q, w) of each query with the documents in its rows (Q, w); 0 for row -1."""
+        scores = np.zeros(rows.shape, dtype=np.float32)
+        for query, query_rows, query_scores in zip(queries, rows, scores, strict=True):
+            words = _tokenize([query], return_ids=False)[0]
+            known_words = [word for word in words if self.index is not None and word in self.index.vocab_dict]
+            if known_words:
+                query_scores[:] = np.where(query_rows < 0, 0.0, self.index.get_scores(known_words)[query_rows])
+        return scores
 
 
-def _words(documents: Iterable[Document], as_words: bool = False):
+def _tokenize(documents: Iterable[Document], return_ids: bool = True):
     import bm25s
 
-    texts = [input_text(d, " ") for d in documents]
-    return bm25s.tokenize(texts, stopwords="en", show_progress=False, return_ids=not as_words)
+    texts = [input_text(document, " ") for document in documents]
+    return bm25s.tokenize(texts, stopwords="en", show_progress=False, return_ids=return_ids)

@@ -1,4 +1,4 @@
-"""What encoders compute in, by the words of trainer.precision."""
+"""How much texts a forward pass takes, and the precision it computes in, by the names of `trainer.precision`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import time
 import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
+# Maximum number of padded tokens per forward pass. A CPU is fastest when they fit into its cache.
+TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
+
+
+def default_token_budget(device: torch.device | str) -> int:
+    """Return the maximum number of padded tokens per forward pass without gradients on a device."""
+    return TOKEN_BUDGETS.get(torch.device(device).type, TOKEN_BUDGETS["cuda"])
 
 
 def resolved(precision: str, device: torch.device | str) -> str:
-    """fp32 or bf16: "auto" is bf16 on GPUs that compute in it, and on CPUs with AMX.
+    """Return "fp32" or "bf16": "auto" is bf16 on GPUs that compute in it, and on CPUs with AMX.
 
-    Instructions for bf16 alone (avx512_bf16) do not make it fast: of two such CPUs, products were 2.5 times as fast as
-    in fp32 on one and 0.55 times on the other (bf16_speed measures it).
+    Support for bf16 instructions alone (avx512_bf16) does not make a CPU fast: of two such CPUs, matrix products were
+    2.5 times as fast as in fp32 on one, and 0.55 times as fast on the other. bf16_speed measures this.
     """
     if precision != "auto":
         return precision
@@ -24,17 +31,19 @@ def resolved(precision: str, device: torch.device | str) -> str:
 
 
 def computing_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which a forward pass on this device computes in a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolved(precision, device) == "bf16")
 
 
 def current(device: torch.device) -> str:
-    """What is computed in under the autocast that is on."""
-    used = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(used, str(used).removeprefix("torch."))
+    """Return the precision of the active autocast: "fp32" if there is none."""
+    active = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if active else torch.float32
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def bf16_speed() -> float:
-    """How many times as fast as in fp32 this CPU multiplies in bf16, by a product of the size of a training's."""
+    """Return how many times as fast as fp32 this CPU computes a matrix product of typical size in bf16."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         texts, weight = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
@@ -42,15 +51,7 @@ def bf16_speed() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _seconds(one: torch.Tensor, other: torch.Tensor) -> float:
-    started = time.perf_counter()
-    one @ other
-    return time.perf_counter() - started
-
-
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 65536}  # padded tokens; a CPU is fastest where those of a forward fit its cache
-
-
-def token_budget_of(device: torch.device | str) -> int:
-    """Padded tokens of a forward without gradients on a device."""
-    return TOKEN_BUDGET.get(torch.device(device).type, TOKEN_BUDGET["cuda"])
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    start = time.perf_counter()
+    left @ right
+    return time.perf_counter() - start

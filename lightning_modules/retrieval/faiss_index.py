@@ -1,42 +1,44 @@
-"""FAISS indexes of a corpus's vectors: trained on a sample, filled block by block, and how much they find.
+"""FAISS indexes of a corpus: trained on a sample, filled block by block, with their recall measured.
 
-    flat     all vectors as they are: exact
-    ivf      in nlist lists around centroids, of which nprobe are searched
-    pq       in m bytes each (product quantization)
+    flat     the vectors themselves: exact
+    ivf      the vectors in nlist lists around centroids, of which a search visits nprobe
+    pq       m bytes per vector (product quantization)
     ivfpq    both
 
-Shapes: Q queries, M documents, D dimensions, k documents a query.
+Shapes: Q queries, M documents, D dimensions, k documents per query.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from datamodules.options import option
 from datamodules.records import UserError
-from lightning_modules.retrieval.search import Shards, pair_scores, top_k
+from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
 
-KINDS = ("flat", "ivf", "pq", "ivfpq")
-BLOCK = 65536  # vectors that are added at once
-SAMPLE_BYTES = 1 << 30  # of vectors that are trained on, at most
-PER_CENTROID = 64  # of them for each centroid; FAISS warns below 39
+BLOCK = 65536  # number of vectors that are added at a time
+MAX_SAMPLE_BYTES = 1 << 30  # of the vectors that an index is trained on
+SAMPLE_PER_CENTROID = 64  # FAISS warns below 39
+NUM_CODES = 256  # centroids of each byte of product quantization
 PROBES = (1, 4, 16, 64, 256)
-RERANKED = 4  # candidates of a quantized index for each document that is wanted
+RERANKED = 4  # candidates of a quantized index per document of the result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """nlist: lists, 0 for about 4 sqrt(M). m: bytes of a vector, a divisor of D, 0 for about D / 8."""
+    """The kind of an index, and its size."""
 
-    kind: str = "flat"
-    nlist: int = 0
-    m: int = 0
+    kind: Literal["flat", "ivf", "pq", "ivfpq"] = option(
+        "flat", "flat: exact; ivf: searches only the nearest lists; pq: few bytes per vector; ivfpq: both"
+    )
+    nlist: int = option(0, "number of lists of ivf; 0 for about 4 sqrt(M)", minimum=0)
+    m: int = option(0, "bytes per vector of pq, a divisor of D; 0 for about D / 8", minimum=0)
 
     @property
     def has_lists(self) -> bool:
@@ -47,40 +49,36 @@ class IndexOptions:
         return self.kind.endswith("pq")
 
     def resolved(self, count: int, dimension: int) -> IndexOptions:
-        """With nlist and m for M vectors of D dimensions. Raises UserError for those that do not fit them."""
-        nlist = self.nlist or max(1, min(int(4 * count**0.5), count // PER_CENTROID))
+        """Return the options with nlist and m for M vectors of D dimensions. Raises UserError if they do not fit."""
+        nlist = self.nlist or max(1, min(int(4 * count**0.5), count // SAMPLE_PER_CENTROID))
         m = self.m or max(d for d in range(1, max(1, dimension // 8) + 1) if dimension % d == 0)
         if self.has_lists and nlist > count:
-            raise UserError(f"nlist: got {nlist} lists for {count} vectors")
+            raise UserError(f"nlist: expected at most the number of vectors, {count}, got {nlist}")
         if self.quantizes and dimension % m:
-            raise UserError(f"m: got {m}, allowed are divisors of the vectors' {dimension} dimensions")
-        if self.quantizes and count < 256:
-            raise UserError(f"kind: {self.kind} learns 256 centroids, and there are {count} vectors; flat is for few")
-        return IndexOptions(self.kind, nlist if self.has_lists else 0, m if self.quantizes else 0)
+            raise UserError(f"m: expected a divisor of the vectors' {dimension} dimensions, got {m}")
+        if self.quantizes and count < NUM_CODES:
+            raise UserError(
+                f"kind: {self.kind} needs at least {NUM_CODES} vectors to learn its codes, got {count}; use flat"
+            )
+        return IndexOptions(kind=self.kind, nlist=nlist if self.has_lists else 0, m=m if self.quantizes else 0)
 
 
-def faiss_module() -> Any:
-    """FAISS, with torch's number of threads. Raises UserError if it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("faiss is not installed (make install EXTRAS=cpu, or gpu); make find does without") from error
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
+def build_index(vectors: Shards, options: IndexOptions, advance: Advance | None = None) -> Any:
+    """Return an index of all vectors, by inner product.
 
-
-def build_index(vectors: Shards, options: IndexOptions, advance: Callable[[int], None] | None = None) -> Any:
-    """An index of all vectors, by inner product. options: resolved. advance: called with the number added."""
-    faiss = faiss_module()
+    options: resolved ones. advance: called with the number of vectors of each block that was added.
+    """
+    faiss = _faiss()
     dimension = vectors[0].shape[1]
     lists = f"IVF{options.nlist}," if options.has_lists else ""
-    codes = f"PQ{options.m}np" if options.m else "Flat"  # np: without an annealing for Hamming distances, minutes long
+    # "np" leaves out an annealing that takes minutes and only serves Hamming distances.
+    codes = f"PQ{options.m}np" if options.m else "Flat"
     index = faiss.index_factory(dimension, lists + codes, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         if options.has_lists and faiss.get_num_gpus() > 0:  # k-means takes nearly all the time
             on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dimension))
             faiss.extract_index_ivf(index).clustering_index = on_gpus
-        index.train(vectors.gather(_sample(vectors, max(256, options.nlist) * PER_CENTROID)))
+        index.train(vectors.gather(_sample(vectors, max(NUM_CODES, options.nlist) * SAMPLE_PER_CENTROID)))
     for _, block in vectors.blocks(BLOCK):
         index.add(block)
         if advance is not None:
@@ -88,20 +86,16 @@ def build_index(vectors: Shards, options: IndexOptions, advance: Callable[[int],
     return index
 
 
-def _sample(vectors: Shards, count: int) -> np.ndarray:
-    """Rows, ascending; the same for the same corpus."""
-    count = min(vectors.count, count, SAMPLE_BYTES // (4 * vectors[0].shape[1]))
-    return np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
-
-
 def search_index(
     index: Any, queries: np.ndarray, k: int, nprobe: int = 0, vectors: Shards | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (Q, k) of what the index finds best, -1 where it finds fewer, and scores (Q, k) float32.
+    """Return the rows (Q, k) of the best documents, -1 if the index finds fewer, and their scores (Q, k) in float32.
 
-    queries: (Q, D). nprobe: lists that are searched. vectors: to score RERANKED times k candidates exactly.
+    queries: vectors, (Q, D).
+    nprobe: number of lists to visit; 0 for the index's own.
+    vectors: the documents' vectors, to score RERANKED times k candidates exactly.
     """
-    faiss = faiss_module()
+    faiss = _faiss()
     if nprobe:
         faiss.extract_index_ivf(index).nprobe = nprobe
     queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -114,32 +108,34 @@ def search_index(
 
 
 def measure_recall(
-    index: Any, vectors: Shards, options: IndexOptions, k: int = 10, queries: int = 200
+    index: Any, vectors: Shards, options: IndexOptions, k: int = 10, num_queries: int = 200
 ) -> list[dict[str, float]]:
-    """Of the k nearest of some of the documents themselves, the share that the index finds: at each nprobe.
+    """Return the recall of the k nearest documents of a sample of the documents, for each of several nprobe.
 
-    A document that is as near as the k-th counts as found. reranked: with exact scores of RERANKED times k candidates.
+    Each result has nprobe and recall, and with quantization "reranked": the recall after scoring RERANKED times k
+    candidates exactly. A document that is as near as the k-th nearest counts as found.
     """
-    rows = _sample(vectors, queries)
+    sample = _sample(vectors, num_queries)
     k = min(k, vectors.count - 1)
-    asked = vectors.gather(rows)
-    own, scores = top_k(asked, vectors, k + 1)
-    least = np.sort(np.where(own == rows[:, None], -np.inf, scores), axis=1)[:, -k]
-    found = []
+    queries = vectors.gather(sample)
+    rows, scores = top_k(queries, vectors, k + 1)
+    kth_score = np.sort(np.where(rows == sample[:, None], -np.inf, scores), axis=1)[:, -k]  # without itself
+    threshold = (kth_score - 1e-6 * np.abs(kth_score))[:, None]
+    results = []
     for nprobe in [n for n in PROBES if n < options.nlist] + [options.nlist]:
-        line = {"nprobe": nprobe, "recall": 0.0}
+        result = {"nprobe": nprobe, "recall": 0.0}
         for name, exact in (("recall", None), ("reranked", vectors))[: 2 if options.quantizes else 1]:
-            got, _ = search_index(index, asked, k + 1, nprobe, exact)
-            got = np.where(got == rows[:, None], -1, got)
-            near = pair_scores(asked, vectors, got) >= least[:, None] - 1e-6 * np.abs(least[:, None])
-            line[name] = float(np.minimum(near.sum(axis=1), k).mean() / k)
-        found.append(line)
-    return found
+            rows, _ = search_index(index, queries, k + 1, nprobe, exact)
+            rows = np.where(rows == sample[:, None], -1, rows)
+            near = pair_scores(queries, vectors, rows) >= threshold
+            result[name] = float(np.minimum(near.sum(axis=1), k).mean() / k)
+        results.append(result)
+    return results
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Whole or not at all. Raises UserError."""
-    faiss, partial = faiss_module(), path.with_name(f".{path.name}.{os.getpid()}")
+    """Write an index completely or not at all. Raises UserError if that fails."""
+    faiss, partial = _faiss(), path.with_name(f".{path.name}.{os.getpid()}")
     try:
         faiss.write_index(index, str(partial))
         os.replace(partial, path)
@@ -150,11 +146,27 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path) -> Any:
-    """Raises UserError if it is missing or damaged."""
-    faiss = faiss_module()
+    """Return the index in a file. Raises UserError if it is missing or damaged."""
+    faiss = _faiss()
     if not path.is_file():
-        raise UserError(f"index: {path} is no file")
+        raise UserError(f"index: {path} does not exist")
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: is no index, or damaged ({str(error).splitlines()[-1]})") from error
+        raise UserError(f"{path}: not an index, or damaged ({str(error).splitlines()[-1]})") from error
+
+
+def _sample(vectors: Shards, count: int) -> np.ndarray:
+    """Return at most `count` random rows in ascending order, the same ones each time."""
+    count = min(vectors.count, count, MAX_SAMPLE_BYTES // (4 * vectors[0].shape[1]))
+    return np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
+
+
+def _faiss() -> Any:
+    """Import FAISS with torch's number of threads. Raises UserError if it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError("faiss is not installed; install faiss-cpu or faiss-gpu, or search without an index") from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss

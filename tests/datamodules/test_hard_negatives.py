@@ -1,4 +1,4 @@
-"""Mined hard negatives: the store, and when which of them are drawn."""
+"""Mined hard negatives: the store, and the batches that draw from it."""
 
 import json
 import pickle
@@ -9,7 +9,7 @@ import pytest
 from datamodules.examples import ragged
 from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
 from datamodules.records import Collection, Document, MinedNegatives, UserError
-from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from datamodules.tasks import SearchDataModule
 from tests.conftest import toy_collection
 
 META = {"miner": "any", "model": "aaaa", "step": 0, "k": 10}
@@ -25,7 +25,7 @@ def written(path, data, lists, **meta):
 
 
 def with_rounds(make_task, folder, source="mined", **options):
-    """A task of twelve queries over ten documents, and rounds that may begin at batches 3, 6, ..."""
+    """Make a task of twelve queries and ten documents, with rounds that may start at batches 3, 6, ..."""
     data = make_task(SearchDataModule, **{"num_batches": 12, "batch_size": 4} | options)
     data.rounds = Rounds(folder, source, data.fingerprints())
     data.rounds.plan(3, 3)
@@ -33,11 +33,11 @@ def with_rounds(make_task, folder, source="mined", **options):
 
 
 def negatives(batch):
-    """Rows of the documents that are no query's positive."""
+    """Return the rows of documents that are not a positive of any query."""
     return set(batch.document_ids.tolist()) - set(batch.document_ids[batch.positives].flatten().tolist())
 
 
-def test_a_store_gives_what_was_written(make_task, tmp_path):
+def test_store_round_trip(make_task, tmp_path):
     data = make_task(SearchDataModule)
     lists = [[1, 2], [], [7, 3, 5], *[[i] for i in range(9)]]
     store = written(tmp_path / "store", data, lists)
@@ -51,7 +51,7 @@ def test_a_store_gives_what_was_written(make_task, tmp_path):
     store.check(data.fingerprints())
 
 
-def test_a_store_that_cannot_be_written_leaves_nothing_and_keeps_the_old_one(make_task, tmp_path):
+def test_failed_write_keeps_the_old_store(make_task, tmp_path):
     data = make_task(SearchDataModule)
     written(tmp_path / "store", data, [[1]] * 12)
     with pytest.raises(TypeError):
@@ -61,7 +61,7 @@ def test_a_store_that_cannot_be_written_leaves_nothing_and_keeps_the_old_one(mak
 
 
 @pytest.mark.parametrize("damage", ["meta.json", "search.documents.npy"])
-def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
+def test_damaged_or_missing_store_raises_user_error(make_task, tmp_path, damage):
     written(tmp_path / "store", make_task(SearchDataModule), [[1]] * 12)
     (tmp_path / "store" / damage).write_bytes(b"{")
     with pytest.raises(UserError, match="the mined hard negatives are damaged"):
@@ -73,7 +73,7 @@ def test_a_damaged_store_is_refused(make_task, tmp_path, damage):
 
 @pytest.mark.parametrize("name", ["starts", "documents", "ranks", "scores"])
 def test_store_whose_arrays_do_not_match_the_stored_hash_raises_user_error(make_task, tmp_path, name):
-    """An array is overwritten with another of the same shape: no other check notices."""
+    """Replace an array by another of the same shape, which no other check notices."""
     data = with_rounds(make_task, tmp_path)
     written(tmp_path / "store", data, [[1, 2]] * 12)
     data.rounds.begin(3, "store")
@@ -94,7 +94,7 @@ def test_store_whose_arrays_do_not_match_the_stored_hash_raises_user_error(make_
             read()
 
 
-def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_path):
+def test_store_of_other_data_raises_user_error_with_both_fingerprints(make_task, tmp_path):
     data = make_task(SearchDataModule)
     store = written(tmp_path / "store", data, [[1]] * 12)
     collection = toy_collection()
@@ -107,7 +107,7 @@ def test_a_store_of_other_data_is_refused_with_both_fingerprints(make_task, tmp_
         store.check({})
 
 
-def test_rounds_hold_from_their_batch_on(make_task, tmp_path):
+def test_round_is_used_from_its_first_batch(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     for name in ("one", "two"):
         written(tmp_path / name, data, [[1]] * 12, step=name)
@@ -122,7 +122,7 @@ def test_rounds_hold_from_their_batch_on(make_task, tmp_path):
     assert not Rounds(tmp_path).is_planned(0)
 
 
-def test_drawn_are_mined_ones_or_those_of_the_data_or_both(make_task, tmp_path):
+def test_source_selects_mined_negatives_or_those_of_the_data(make_task, tmp_path):
     lists = [[9, 8, 7], [], *[[6]] * 10]
     for source in ("mined", "data", "both"):
         data = with_rounds(make_task, tmp_path, source)
@@ -140,24 +140,24 @@ def test_drawn_are_mined_ones_or_those_of_the_data_or_both(make_task, tmp_path):
         Rounds(tmp_path, "mind")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_worker_sees_a_round_from_its_first_batch_on_and_not_before(make_task, tmp_path, num_workers):
-    """Each round has one document as the negative of all, which no positive is at the same time."""
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers_switch_to_a_new_round_at_its_first_batch(make_task, tmp_path, num_workers):
+    """In each round all examples have the same document as their only hard negative."""
     data = with_rounds(make_task, tmp_path, num_workers=num_workers, batch_size=1)
     seen = {}
     for batch in data.train_dataloader():
         seen[batch.step] = negatives(batch)
         after = batch.step + 1
-        if data.rounds.is_planned(after):  # as the callback does, at the end of the step
+        if data.rounds.is_planned(after):  # as the mining callback does at the end of a step
             written(tmp_path / f"{after}", data, [[9 - after // 3]] * 12)
             data.rounds.begin(after, f"{after}")
     assert sorted(seen) == list(range(12))
-    for step, found in seen.items():
+    for step, rows in seen.items():
         example = data.examples[data.schedule().draws(step)[0][0]]
         if step < 3:
-            assert found == set(example.hard_negatives)
+            assert rows == set(example.hard_negatives)
         elif 9 - step // 3 not in example.positives:
-            assert found == {9 - step // 3}
+            assert rows == {9 - step // 3}
 
 
 class Rank:
@@ -165,12 +165,13 @@ class Rank:
         self.global_rank, self.world_size = rank, world_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3, 7])
-def test_resumed_at_any_step_on_any_number_of_ranks_the_batches_are_the_same(make_task, tmp_path, stop):
-    """Rounds at 3, 6 and 9, each with other negatives; a resumed run finds those that were mined before it."""
+def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make_task, tmp_path, stop):
+    """Rounds start at 3, 6 and 9, each with other negatives. A resumed run reuses those that were mined before."""
 
     def run(world_size, num_workers, state=None, until=12):
-        found, loaders = {}, []
+        rows_by_step, loaders = {}, []
         for rank in range(world_size):
             data = with_rounds(make_task, tmp_path, batch_size=8 // world_size, num_workers=num_workers)
             data.trainer = Rank(rank, world_size)
@@ -180,7 +181,7 @@ def test_resumed_at_any_step_on_any_number_of_ranks_the_batches_are_the_same(mak
         for batches in zip(*(loader for loader, _ in loaders), strict=True):
             step = batches[0].step
             drawn = [row for batch in batches for row in batch.document_ids.tolist()]
-            found[step] = sorted(set(drawn))
+            rows_by_step[step] = sorted(set(drawn))
             for _, data in loaders:
                 if data.rounds.is_planned(step + 1) and not data.rounds.has(step + 1):
                     rng = np.random.default_rng(step)
@@ -188,7 +189,7 @@ def test_resumed_at_any_step_on_any_number_of_ranks_the_batches_are_the_same(mak
                     data.rounds.begin(step + 1, f"{step + 1}")
             if step + 1 == until:
                 break
-        return found, loaders[0][0].state_dict()
+        return rows_by_step, loaders[0][0].state_dict()
 
     whole, _ = run(2, 0)
     assert sorted(whole) == list(range(12))
@@ -199,7 +200,7 @@ def test_resumed_at_any_step_on_any_number_of_ranks_the_batches_are_the_same(mak
         assert rest == {step: rows for step, rows in whole.items() if step >= stop}
 
 
-def test_a_checkpoint_whose_store_is_gone_or_another_is_refused(make_task, tmp_path):
+def test_resuming_without_the_same_store_raises_user_error(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     store = written(tmp_path / "one", data, [[1]] * 12)
     data.rounds.begin(3, "one")
@@ -218,11 +219,11 @@ def test_a_checkpoint_whose_store_is_gone_or_another_is_refused(make_task, tmp_p
     (tmp_path / "one").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=f"one: the hard negatives used since batch 3 are missing.*{store.hash}"):
         resumed().load_state_dict(state)
-    state["position"] = 2  # before the round: it will be mined again
+    state["position"] = 2  # before the round, which is then mined again
     resumed().load_state_dict(state)
 
 
-def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_path):
+def test_initial_store_may_move_but_not_change(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     written(tmp_path / "given", data, [[1]] * 12)
     data.rounds.begin(0, str(tmp_path / "given"))
@@ -242,7 +243,7 @@ def test_a_store_mined_beforehand_may_move_and_must_be_the_same(make_task, tmp_p
         without.train_dataloader().load_state_dict(state)
 
 
-def test_only_what_was_mined_alike_is_taken_again(make_task, tmp_path):
+def test_has_made_requires_the_same_settings(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     meta = META | {"data": data.fingerprints()}
     assert not data.rounds.has_made("one", meta)
@@ -252,42 +253,7 @@ def test_only_what_was_mined_alike_is_taken_again(make_task, tmp_path):
     assert not data.rounds.has(3)
 
 
-@pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
-def test_pools_tell_what_the_collection_does(make_task, kind):
-    papers = kind is LinkPredictionDataModule
-    collection = toy_collection(6, 10, papers=papers)
-    qrels = {"train": collection.qrels["train"], "dev": {next(iter(collection.qrels["train"])): {"d9": 1, "d1": 1}}}
-    data = make_task(kind, collection=Collection(collection.corpus, collection.queries, qrels))
-    (pool,) = data.pools()
-    assert [d.id for d in pool.corpus] == list(collection.corpus)
-    assert [q.id for q in pool.queries] == list(qrels["train"])
-    assert pool.own.tolist() == (list(range(6)) if papers else [-1] * 6)
-    for i, grades in enumerate(qrels["train"].values()):
-        positives = pool.positives[1][pool.positives[0][i] : pool.positives[0][i + 1]]
-        assert {pool.corpus[row].id for row in positives} == {d for d, grade in grades.items() if grade > 0}
-        assert [row + pool.first_row for row in positives] == sorted(data.examples[i].positives)
-        shown = pool.shown[1][pool.shown[0][i] : pool.shown[0][i + 1]]
-        assert [pool.corpus[row].id for row in shown] == [d for d, grade in grades.items() if grade == 0]
-    known = set(qrels["train"][pool.queries[0].id])
-    starts, revealed = pool.revealed
-    assert [pool.corpus[row].id for row in revealed[starts[0] : starts[1]]] == [
-        d for d in ("d1", "d9") if d not in known or not qrels["train"][pool.queries[0].id][d]
-    ]
-    assert starts[-1] == starts[1]
-
-
-def test_pools_of_several_collections_begin_where_their_rows_do(make_task):
-    data = make_task(SearchDataModule)
-    data.collections, data.readers = {}, {"one": data.readers["toy"], "two": data.readers["toy"]}
-    data.documents, data.examples = type(data.documents)(), type(data.examples)()
-    data.setup()
-    one, two = data.pools()
-    assert (one.first_row, one.first_example, two.first_row, two.first_example) == (0, 0, 22, 12)
-    assert data.documents[two.first_row] == two.corpus[0]
-    assert data.documents[data.examples[two.first_example].query] == two.queries[0]
-
-
-def test_what_is_stripped_is_no_example_and_no_candidate(make_task, tmp_path):
+def test_stripped_documents_are_neither_examples_nor_candidates(make_task, tmp_path):
     data = make_task(SearchDataModule)
     store = written(tmp_path / "store", data, [[1]] * 12)
     queries = [data.examples[i].query for i in (0, 5)]

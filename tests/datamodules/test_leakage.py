@@ -1,4 +1,4 @@
-"""Overlaps between training and evaluation: planted ones are found, others are not."""
+"""Overlaps between training and evaluation, against planted ones."""
 
 import random
 
@@ -15,7 +15,7 @@ def paper(draw, name, length=60):
 
 @pytest.fixture
 def world():
-    """1,000 documents trained on and 300 others, of which 20 are planted in each way."""
+    """Make 1,000 training documents, 300 other documents, and 20 overlaps planted in each way."""
     draw = random.Random(3)
     trained = [paper(draw, f"t{i}") for i in range(1000)]
     other = [paper(draw, f"e{i}") for i in range(300)]
@@ -36,28 +36,30 @@ def overlaps(evaluated, trained, **ways):
     return [overlap for document in trained for overlap in index.overlaps(document)]
 
 
-def test_planted_overlaps_are_found_and_nothing_else(world):
+def test_only_planted_overlaps_are_found(world):
     trained, other, planted = world
     assert overlaps(other, trained) == []
     for way, documents in planted.items():
-        found = overlaps(other + documents, trained)
-        assert {overlap.evaluated.id for overlap in found} == {document.id for document in documents}
-        assert {overlap.way for overlap in found} == {way}
+        planted_overlaps = overlaps(other + documents, trained)
+        assert {overlap.evaluated.id for overlap in planted_overlaps} == {document.id for document in documents}
+        assert {overlap.way for overlap in planted_overlaps} == {way}
         assert overlaps(documents, trained, ways=[w for w in WAYS if w != way]) == []
     first = overlaps(planted["text"], trained)[0]
     assert first.trained == trained[200]
     assert THRESHOLD <= first.similarity < 1
 
 
-def test_sets_are_told_apart_and_one_text_may_stand_in_several():
+def test_text_in_several_sets_is_found_in_each():
     index, text = Index(), "one two three four five six seven eight nine"
     for name in ("a", "b"):
         index.add(name, [Document(f"{name}{i}", "", text) for i in range(2)], ["text"])
-    found = index.overlaps(Document("a0", "", text))
-    assert [(o.name, o.evaluated.id, o.way) for o in found] == [(n, f"{n}{i}", "text") for n in "ab" for i in range(2)]
+    matches = index.overlaps(Document("a0", "", text))
+    assert [(o.name, o.evaluated.id, o.way) for o in matches] == [
+        (n, f"{n}{i}", "text") for n in "ab" for i in range(2)
+    ]
 
 
-def test_similarity_is_that_of_runs_of_words():
+def test_similarity_compares_runs_of_words():
     a, b = (
         Document("a", "", "one two three four five six seven eight nine"),
         Document("b", "", "zero two three four five six seven eight nine"),
@@ -67,14 +69,14 @@ def test_similarity_is_that_of_runs_of_words():
     assert not len(shingles(Document("c", "", "too short")))
 
 
-def test_titles_are_compared_by_their_words():
+def test_titles_are_compared_by_words():
     assert normal("  Étude: deep-learning,\tfor PAPERS ") == "etude deep learning for papers"
     titles = [Document("a", "Introduction", ""), Document("b", "A study of something", "")]
     assert not overlaps(titles, [Document("z", "Introduction", "")])
     assert [o.evaluated.id for o in overlaps(titles, [Document("z", "a STUDY of (something)", "")])] == ["b"]
 
 
-def test_short_texts_count_where_they_are_equal():
+def test_short_queries_must_be_equal():
     queries = [Document("a", "", "contrastive learning of papers"), Document("b", "", "deep nets")]
     assert [(o.evaluated.id, o.way) for o in overlaps(queries, [Document("z", "", "Deep nets!")])] == [("b", "text")]
     assert not overlaps(queries, [Document("z", "", "deep networks"), Document("y", "", "")])

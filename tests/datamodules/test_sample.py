@@ -1,3 +1,5 @@
+"""The built-in sample: reproducible, consistent, and with tasks that conflict."""
+
 import subprocess
 import sys
 
@@ -11,7 +13,8 @@ def fingerprints(seed):
     return [SampleReader(view, num_papers=500, seed=seed).read().fingerprint() for view in SampleReader.VIEWS]
 
 
-def test_the_same_in_every_process_and_another_for_another_seed():
+@pytest.mark.slow
+def test_sample_depends_only_on_the_seed():
     command = (
         "from datamodules.sample import SampleReader as R;"
         "print(*[R(v, num_papers=500, seed=3).read().fingerprint() for v in R.VIEWS])"
@@ -21,14 +24,14 @@ def test_the_same_in_every_process_and_another_for_another_seed():
     assert not set(fingerprints(3)) & set(fingerprints(4))
 
 
-def test_several_thousand_papers_and_a_few_hundred_labels():
+def test_default_sample_size():
     topics = SampleReader("topics").read()
     assert len(topics.queries) == 5000
     assert 200 <= len(topics.corpus) <= 500
 
 
 @pytest.mark.parametrize("view", SampleReader.VIEWS)
-def test_splits_share_no_query_and_name_only_known_ids(view):
+def test_splits_are_disjoint_and_consistent(view):
     collection = SampleReader(view, num_papers=1000).read()
     splits = [set(collection.qrels[split]) for split in ("train", "dev", "test")]
     assert all(splits)
@@ -49,7 +52,7 @@ def test_only_the_train_split_has_hard_negatives():
         )
 
 
-def test_citations_go_back_in_time_within_the_subfield():
+def test_papers_cite_earlier_papers_of_their_subfield():
     world = science(0, 1000)
     papers = {paper.document.id: paper for paper in world.papers}
     assert world.citations
@@ -67,8 +70,8 @@ def test_all_queries_of_a_material_and_aspect_are_in_one_split():
             assert split_of.setdefault(query.rsplit(".", 1)[0], split) == split
 
 
-def test_tasks_disagree_on_what_is_close():
-    """Two papers that one task holds for close are, for another, mostly not."""
+def test_papers_close_in_one_task_are_mostly_not_in_another():
+    """Otherwise one shared embedding could serve all tasks."""
     world = science(0, 2000)
     pairs = [(a, b) for a in world.papers[:300] for b in world.papers[300:600]]
     same_topic = [(a.subfield, a.aspect) == (b.subfield, b.aspect) for a, b in pairs]
@@ -83,6 +86,6 @@ def test_tasks_disagree_on_what_is_close():
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"view": "nonsense"}, "topics"), ({"view": "topics", "num_papers": 3}, "500")]
 )
-def test_wrong_arguments_are_refused(arguments, message):
+def test_wrong_sample_arguments_raise_user_error(arguments, message):
     with pytest.raises(UserError, match=message):
         SampleReader(**arguments)

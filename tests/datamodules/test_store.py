@@ -1,4 +1,4 @@
-"""Converted collections: the same examples, texts, batches and benchmarks as in memory, and no conversion twice."""
+"""Converted collections: they equal those in memory, and are converted only once."""
 
 import json
 import multiprocessing
@@ -7,16 +7,15 @@ import pickle
 import random
 import time
 
-import numpy as np
 import pytest
 
 from datamodules.batches import BatchOptions
 from datamodules.conversion import FileReader, StreamingReader, describe, stored
-from datamodules.examples import ExampleTable, in_memory
+from datamodules.examples import in_memory
 from datamodules.readers import io
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.readers.jsonl import JsonlReader
-from datamodules.records import Collection, Document, Task, UserError
+from datamodules.records import Document, Task, UserError
 from datamodules.sample import SampleReader
 from datamodules.store import ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS
@@ -28,7 +27,7 @@ VIEWS = {"classification": "topics", "link_prediction": "citations", "search": "
 
 
 class Streamed:
-    """A collection as a stream, whose source is a folder."""
+    """A streaming reader of a given collection. folder: its source files."""
 
     def __init__(self, collection, folder):
         self._collection, self.folder, self._read_count = collection, folder, 0
@@ -61,27 +60,27 @@ def streamed(request, tmp_path):
     return request.param, Streamed(collection, tmp_path / "data")
 
 
-def test_it_holds_what_the_reader_gave(streamed, tmp_path):
+def test_stored_collection_equals_the_one_read(streamed, tmp_path):
     _, reader = streamed
-    wanted, found = reader._collection, stored(reader, tmp_path / "cache")
-    assert list(found.corpus) == list(wanted.corpus)
-    assert list(found.corpus.values()) == list(wanted.corpus.values())
-    assert dict(found.queries) == dict(wanted.queries)
-    assert found.splits == wanted.splits
-    for split in wanted.splits:
-        queries, qrels = found.judged(split)
-        assert qrels == wanted.qrels[split]
-        assert queries == wanted.judged(split)[0]
+    expected, actual = reader._collection, stored(reader, tmp_path / "cache")
+    assert list(actual.corpus) == list(expected.corpus)
+    assert list(actual.corpus.values()) == list(expected.corpus.values())
+    assert dict(actual.queries) == dict(expected.queries)
+    assert actual.splits == expected.splits
+    for split in expected.splits:
+        queries, qrels = actual.judged(split)
+        assert qrels == expected.qrels[split]
+        assert queries == expected.judged(split)[0]
     for queries_are_documents in (False, True):
-        ours = [list(part) for part in found.table(queries_are_documents)[0]]
-        parts, examples = in_memory(wanted, queries_are_documents)
+        ours = [list(part) for part in actual.table(queries_are_documents)[0]]
+        parts, examples = in_memory(expected, queries_are_documents)
         assert ours == parts
-        assert list(found.table(queries_are_documents)[1]) == list(examples)
+        assert list(actual.table(queries_are_documents)[1]) == list(examples)
 
 
-def test_batches_and_benchmarks_are_those_of_memory(streamed, tmp_path, make_backbone):
+def test_stored_and_in_memory_collections_give_the_same_batches_and_benchmarks(streamed, tmp_path, make_backbone):
     kind, reader = streamed
-    found = []
+    actual = []
     for cache in ("", str(tmp_path / "cache")):
         options = BatchOptions(batch_size=4, num_batches=6, max_length=32, num_workers=2 if cache else 0, cache=cache)
         task = KINDS[kind](Task(kind, kind), {"toy": reader}, options, make_backbone()[1])
@@ -89,11 +88,11 @@ def test_batches_and_benchmarks_are_those_of_memory(streamed, tmp_path, make_bac
         assert isinstance(task.collections["toy"], StoredCollection) == bool(cache)
         batches = [batch.fingerprint for batch in task.train_dataloader()]
         benchmarks = [(b.name, dict(b.corpus), dict(b.queries), dict(b.qrels)) for b in task.benchmarks("test")]
-        found.append((batches, benchmarks, list(task.texts())))
-    assert found[0] == found[1]
+        actual.append((batches, benchmarks, list(task.texts())))
+    assert actual[0] == actual[1]
 
 
-def test_it_is_converted_once_and_anew_when_a_file_changes(streamed, tmp_path):
+def test_collection_is_converted_again_only_if_a_file_changes(streamed, tmp_path):
     _, reader = streamed
     first = stored(reader, tmp_path / "cache")
     assert stored(reader, tmp_path / "cache").folder == first.folder
@@ -103,10 +102,10 @@ def test_it_is_converted_once_and_anew_when_a_file_changes(streamed, tmp_path):
     again = stored(reader, tmp_path / "cache")
     assert reader._read_count == 2
     assert again.folder != first.folder
-    assert again.fingerprint() == first.fingerprint()  # the same content
+    assert again.fingerprint() == first.fingerprint()  # its content is the same
 
 
-def test_a_failed_conversion_leaves_nothing_and_is_tried_again(streamed, tmp_path):
+def test_failed_conversion_leaves_nothing_and_can_be_repeated(streamed, tmp_path):
     _, reader = streamed
     whole = reader._corpus
 
@@ -138,7 +137,7 @@ def test_converted_file_of_another_size_raises_user_error(streamed, tmp_path, na
 
 
 def test_conversion_without_file_sizes_is_still_read(streamed, tmp_path):
-    """Conversions of earlier versions have no sizes."""
+    """Earlier versions stored no sizes."""
     _, reader = streamed
     folder = stored(reader, tmp_path / "cache").folder
     meta = json.loads((folder / "meta.json").read_text())
@@ -151,7 +150,8 @@ def _convert(reader, cache, seen):
     seen.put(str(stored(reader, cache).folder))
 
 
-def test_several_processes_convert_once(streamed, tmp_path):
+@pytest.mark.slow
+def test_concurrent_processes_convert_once(streamed, tmp_path):
     _, reader = streamed
     whole = reader._corpus
 
@@ -173,7 +173,7 @@ def test_several_processes_convert_once(streamed, tmp_path):
     assert len(list(tmp_path.glob("started-*"))) == 1
 
 
-def test_documents_of_many_batches(tmp_path):
+def test_stored_documents_span_several_arrow_batches(tmp_path):
     count = 2 * ROWS + 17
 
     class Many(Streamed):
@@ -188,85 +188,21 @@ def test_documents_of_many_batches(tmp_path):
             sink.add_judgement("train", "q", "d0", 0)
 
     (tmp_path / "data").mkdir()
-    found = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
-    assert len(found.corpus) == count
+    actual = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
+    assert len(actual.corpus) == count
     for i in (0, ROWS - 1, ROWS, 2 * ROWS, count - 1):
-        assert found.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
-    assert found.corpus.rows[-1].id == f"d{count - 1}"
+        assert actual.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
+    assert actual.corpus.rows[-1].id == f"d{count - 1}"
     with pytest.raises(IndexError):
-        found.corpus.rows[count]
-    (example,) = found.table(False)[1]
+        actual.corpus.rows[count]
+    (example,) = actual.table(False)[1]
     assert (example.query, example.positives, example.hard_negatives) == (count, (count - 1,), (0,))
-    again = pickle.loads(pickle.dumps(found.corpus))
+    again = pickle.loads(pickle.dumps(actual.corpus))
     assert isinstance(again, StoredDocuments)
-    assert again["d5"] == found.corpus.rows[5]
+    assert again["d5"] == actual.corpus.rows[5]
 
 
-def test_examples_keep_the_order_in_which_queries_come_and_need_a_positive():
-    judgements = np.array([[2, 5, 1], [0, 1, 0], [2, 6, 0], [1, 3, 2], [0, 4, 0], [1, 2, 1], [2, 7, 3]]).T
-    rows, own = np.array([10, 11, 12]), np.array([-1, 4, -1])
-    table = ExampleTable.from_judgements(*judgements, rows, own)
-    assert [example.query for example in table] == [12, 11]
-    first, second = table
-    assert (first.positives, first.grades, first.hard_negatives, first.not_negatives) == ((5, 7), (1, 3), (6,), (5, 7))
-    assert (second.positives, second.grades, second.not_negatives) == ((3, 2), (2, 1), (3, 2, 4))
-    moved = table.example(1, offset=100)
-    assert (moved.query, moved.positives, moved.not_negatives) == (111, (103, 102), (103, 102, 104))
-    assert table[-1] == second
-    assert table[:1] == [first]
-
-
-@pytest.mark.parametrize("queries_are_documents", [False, True])
-def test_a_text_that_stands_twice_is_one_document_in_training(tmp_path, queries_are_documents):
-    texts = {"a": "one", "b": "two", "c": "one", "d": "three", "e": "two"}
-    corpus = {id: Document(id, "", text) for id, text in texts.items()}
-    queries = {"q": Document("q", "", "asks"), "e": corpus["e"]}
-    qrels = {"train": {"q": {"c": 1, "a": 0, "d": 0, "e": 2, "b": 1}, "e": {"d": 1, "c": 0}}}
-    collection = Collection(corpus, queries, qrels)
-    write_beir(collection, tmp_path / "data")
-    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
-    for _, examples in (in_memory(collection, queries_are_documents), converted.table(queries_are_documents)):
-        q, e = examples
-        assert dict(zip(q.positives, q.grades, strict=True)) == {0: 1, 1: 2}
-        assert (q.hard_negatives, set(q.not_negatives)) == ((3,), {0, 1})
-        assert (e.positives, e.hard_negatives) == ((3,), (0,))
-        assert (e.query, set(e.not_negatives)) == ((1, {1, 3}) if queries_are_documents else (6, {3}))
-    assert converted.judged("train")[1] == qrels["train"]  # evaluation goes by ids
-
-
-@pytest.mark.parametrize("queries_are_documents", [False, True])
-def test_a_paper_is_not_relevant_to_itself(tmp_path, queries_are_documents, caplog):
-    """Where queries are documents: by its id (a), or as a copy under another id (b cites its preprint c)."""
-    texts = {"a": "one", "b": "two", "c": "two", "d": "three"}
-    corpus = {id: Document(id, "", text) for id, text in texts.items()}
-    queries = {id: corpus[id] for id in "abd"}
-    qrels = {"train": {"a": {"a": 1, "d": 1}, "b": {"c": 1}, "d": {"a": 1, "d": 0}}}
-    collection = Collection(corpus, queries, qrels)
-    write_beir(collection, tmp_path / "data")
-    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
-    for _, examples in (in_memory(collection, queries_are_documents), converted.table(queries_are_documents)):
-        found = [(example.positives, example.hard_negatives) for example in examples]
-        if queries_are_documents:
-            assert found == [((3,), ()), ((0,), ())]
-            assert [example.query for example in examples] == [0, 3]
-        else:
-            assert found == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
-    assert caplog.text.count("ignored 3 of 5 judgements: they relate a paper to itself") == (
-        2 if queries_are_documents else 0
-    )
-
-
-def test_large_grades_stay_what_they_are(tmp_path):
-    corpus = {id: Document(id, "", f"text of {id}") for id in "ab"}
-    qrels = {"train": {"q": {"a": 65536, "b": 10**9}}}
-    collection = Collection(corpus, {"q": Document("q", "", "asks")}, qrels)
-    write_beir(collection, tmp_path / "data")
-    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
-    for _, (example,) in (in_memory(collection, False), converted.table(False)):
-        assert (example.positives, example.grades, example.hard_negatives) == ((0, 1), (65536, 10**9), ())
-
-
-def test_a_file_that_was_changed_behind_its_time_is_converted_anew(streamed, tmp_path):
+def test_file_changed_with_the_same_time_is_converted_again(streamed, tmp_path):
     _, reader = streamed
     first = stored(reader, tmp_path / "cache")
     source = reader.sources()[0]
@@ -276,13 +212,13 @@ def test_a_file_that_was_changed_behind_its_time_is_converted_anew(streamed, tmp
     assert stored(reader, tmp_path / "cache").folder != first.folder
 
 
-def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path):
+def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path):
     _, reader = streamed
     beir = BeirReader(str(reader.folder))
     assert isinstance(beir, StreamingReader)
-    found, wanted = stored(beir, tmp_path / "cache"), beir.read()
-    assert list(found.corpus.values()) == list(wanted.corpus.values())
-    assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
+    actual, expected = stored(beir, tmp_path / "cache"), beir.read()
+    assert list(actual.corpus.values()) == list(expected.corpus.values())
+    assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
     qrels = reader.folder / "qrels" / "train.tsv"
     good = qrels.read_text()
     query, document, grade = good.splitlines()[1].split("\t")
@@ -298,8 +234,10 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
         qrels.write_text(good + line + "\n")
         with pytest.raises(UserError, match=message):
             stored(beir, tmp_path / "cache")
-    qrels.write_text(good + "\t".join((query, document, grade)) + "\n")  # the same again does no harm
-    assert stored(beir, tmp_path / "cache").judged("train")[1] == wanted.qrels["train"]
+    qrels.write_text(
+        good + "\t".join((query, document, grade)) + "\n"
+    )  # a repeated judgement with the same score is harmless
+    assert stored(beir, tmp_path / "cache").judged("train")[1] == expected.qrels["train"]
     corpus = reader.folder / "corpus.jsonl"
     texts = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
@@ -309,7 +247,7 @@ def test_a_beir_folder_is_streamed_with_the_errors_of_reading(streamed, tmp_path
         stored(beir, tmp_path / "cache")
 
 
-def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
+def test_skipped_lines_are_logged_on_every_use(streamed, tmp_path, caplog):
     _, reader = streamed
     with open(reader.folder / "corpus.jsonl", "a") as corpus:
         corpus.write("no json\n")
@@ -317,14 +255,14 @@ def test_what_was_left_out_is_told_each_time(streamed, tmp_path, caplog):
     beir = BeirReader(str(reader.folder), on_error="skip", quarantine=str(quarantine))
     for _ in range(2):
         caplog.clear()
-        found = stored(beir, tmp_path / "cache")
-        assert list(found.corpus) == list(reader._collection.corpus)
+        actual = stored(beir, tmp_path / "cache")
+        assert list(actual.corpus) == list(reader._collection.corpus)
         assert "left out 1 bad line" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
 
 def ending(act):
-    """What an action gives, or that it is refused."""
+    """Return the result of an action, or "refused" if it raises UserError."""
     try:
         return act()
     except UserError:
@@ -332,23 +270,23 @@ def ending(act):
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
-def test_what_any_reader_reads_is_kept_and_found_by_its_files(world, tmp_path, monkeypatch):
+def test_conversion_of_every_reader_equals_its_collection(world, tmp_path, monkeypatch):
     world.write(tmp_path / "data")
     reader, opened = world.make(tmp_path / "data"), []
     assert isinstance(reader, FileReader)
     monkeypatch.setattr(io, "open_text", lambda path, real=io.open_text: opened.append(path) or real(path))
-    wanted = reader.read()
+    expected = reader.read()
     assert set(opened) == set(reader.sources())
-    found = stored(reader, tmp_path / "cache")
-    assert dict(found.corpus) == dict(wanted.corpus)
-    assert dict(found.queries) == dict(wanted.queries)
-    assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
-    assert stored(world.make(tmp_path / "data"), tmp_path / "cache").folder == found.folder
+    actual = stored(reader, tmp_path / "cache")
+    assert dict(actual.corpus) == dict(expected.corpus)
+    assert dict(actual.queries) == dict(expected.queries)
+    assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
+    assert stored(world.make(tmp_path / "data"), tmp_path / "cache").folder == actual.folder
     assert describe(world.make(tmp_path / "data", on_error="skip")) != describe(reader)
 
 
 def jsonl_folder(collection, folder):
-    """The collection as JsonlReader reads it; in every split some queries stand on two lines."""
+    """Write a collection for JsonlReader. Every fifth query of a split has a second line."""
     folder.mkdir()
     records = [{"id": d.id, "title": d.title, "text": d.text} for d in collection.corpus.values()]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -363,9 +301,10 @@ def jsonl_folder(collection, folder):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 @pytest.mark.parametrize("kind", ["beir", "jsonl"])
-def test_streaming_ends_as_reading_does_on_mutated_files(tmp_path, kind, policy):
+def test_streaming_agrees_with_reading_on_mutated_files(tmp_path, kind, policy):
     collection = SampleReader("citations", num_papers=500).read()
     (write_beir if kind == "beir" else jsonl_folder)(collection, tmp_path / "data")
     make = BeirReader if kind == "beir" else JsonlReader
@@ -375,28 +314,28 @@ def test_streaming_ends_as_reading_does_on_mutated_files(tmp_path, kind, policy)
         good = path.read_bytes()
         path.write_bytes(rng.choice((mutated, retyped))(good, rng))
         reader = make(str(tmp_path / "data"), on_error=policy, quarantine=str(tmp_path / "quarantine.jsonl"))
-        wanted = ending(reader.read)
-        found = ending(lambda reader=reader, turn=turn: stored(reader, tmp_path / f"cache{turn}"))
-        ends.append(wanted == "refused")
+        expected = ending(reader.read)
+        actual = ending(lambda reader=reader, turn=turn: stored(reader, tmp_path / f"cache{turn}"))
+        ends.append(expected == "refused")
         path.write_bytes(good)
-        if found == "refused" or wanted == "refused":
-            assert found == wanted
+        if actual == "refused" or expected == "refused":
+            assert actual == expected
             continue
-        assert list(found.corpus.values()) == list(wanted.corpus.values())
-        assert dict(found.queries) == dict(wanted.queries)
-        assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
+        assert list(actual.corpus.values()) == list(expected.corpus.values())
+        assert dict(actual.queries) == dict(expected.queries)
+        assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
     assert sum(ends) < 55
     if policy == "fail":
         assert sum(ends) > 5
 
 
-def test_another_score_of_the_same_pair_is_left_out_under_skip(streamed, tmp_path, caplog):
+def test_skip_policy_ignores_contradicting_scores(streamed, tmp_path, caplog):
     _, reader = streamed
     qrels = reader.folder / "qrels" / "train.tsv"
     query, document, grade = qrels.read_text().splitlines()[1].split("\t")
     with open(qrels, "a") as file:
         file.write(f"{query}\t{document}\t{int(grade) + 1}\n")
     skipping = BeirReader(str(reader.folder), on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl"))
-    found = stored(skipping, tmp_path / "cache")
-    assert found.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
+    actual = stored(skipping, tmp_path / "cache")
+    assert actual.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
     assert "split train: 1 pairs are judged again with another score" in caplog.text

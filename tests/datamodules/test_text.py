@@ -1,35 +1,40 @@
+"""Input texts, tokens, chunks, padding, and label names in papers."""
+
+import random
+import re
+
 import torch
 
 from datamodules.records import Document
-from datamodules.text import input_text, length_sorted_chunks, pad, token_ids
+from datamodules.text import NameMatcher, input_text, length_sorted_chunks, pad, token_ids
 
 
-def test_papers_labels_and_queries_as_the_paper_writes_them():
+def test_input_text_of_papers_labels_and_queries():
     assert input_text(Document("p", "A title", "An abstract."), "[SEP]") == "A title [SEP] An abstract."
     assert input_text(Document("l", "Name", ""), "[SEP]") == "Name"
     assert input_text(Document("q", "", "a query"), "[SEP]") == "a query"
     assert input_text(Document("p", "A title", "An abstract."), "</s>") == "A title </s> An abstract."
 
 
-def test_segments_of_a_query_get_the_tokenizers_separator():
+def test_query_segments_are_joined_by_the_separator():
     assert input_text(Document("q", "", "one\ttwo"), "</s>") == "one </s> two"
     assert input_text(Document("q", "", "one [SEP] two"), "</s>") == "one </s> two"
 
 
-def test_separator_is_one_token_between_title_and_text(make_backbone):
+def test_separator_is_one_token(make_backbone):
     _, tokenizer = make_backbone()
     (ids,) = token_ids([input_text(Document("p", "bara", "beli bomu"), tokenizer.sep_token)], tokenizer, 16)
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "bara", "[SEP]", "beli", "bomu", "[SEP]"]
 
 
-def test_long_texts_are_cut_with_the_closing_separator(make_backbone):
+def test_truncated_text_keeps_the_closing_separator(make_backbone):
     _, tokenizer = make_backbone()
     (ids,) = token_ids([" ".join(["bara"] * 50)], tokenizer, 8)
     assert len(ids) == 8
     assert ids[-1] == tokenizer.sep_token_id
 
 
-def test_chunks_hold_every_text_once_within_the_budget_and_sorted():
+def test_chunks_are_sorted_by_length_and_within_the_budget():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 90, (200,), generator=generator).tolist()
     chunks = list(length_sorted_chunks(lengths, 128))
@@ -40,11 +45,31 @@ def test_chunks_hold_every_text_once_within_the_budget_and_sorted():
         assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= 128
 
 
-def test_a_text_longer_than_the_budget_is_a_chunk_of_its_own():
+def test_text_longer_than_the_budget_is_its_own_chunk():
     assert list(length_sorted_chunks([5, 300, 4], 100)) == [[2, 0], [1]]
 
 
-def test_padding():
+def test_pad_makes_ids_and_mask():
     tokens = pad([[2, 7, 3], [2, 3]], pad_id=0)
     assert tokens.input_ids.tolist() == [[2, 7, 3], [2, 3, 0]]
     assert tokens.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_matcher_finds_all_names_as_whole_words():
+    rng = random.Random(0)
+    words = ["Graph", "neural", "network", "networks", "DNA", "repair", "of", "α-helix", "2"]
+    names = {f"l{i}": " ".join(rng.choices(words, k=rng.randint(1, 4))) for i in range(60)}
+    matcher = NameMatcher({id: Document(id, name, "of no concern") for id, name in names.items()})
+    for _ in range(200):
+        paper = Document("p", *(rng.choice((" ", ", ")).join(rng.choices(words, k=rng.randint(0, 9))) for _ in "ab"))
+        text = " ".join(re.findall(r"\w+", f"{paper.title} {paper.text}".lower()))
+        spaced = {id: " ".join(re.findall(r"\w+", name.lower())) for id, name in names.items()}
+        wanted = {id for id, name in spaced.items() if re.search(rf"\b{re.escape(name)}\b", text)}
+        found = matcher.labels_in(paper)
+        assert set(found) == wanted
+        assert len(found) == len(wanted)
+
+
+def test_matcher_ignores_names_without_words():
+    matcher = NameMatcher({"a": Document("a", "?!"), "b": Document("b", "x")})
+    assert matcher.of_all([Document("p", "", "a ?! X."), Document("q", "xx")]) == {"p": ["b"], "q": []}

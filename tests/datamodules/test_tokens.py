@@ -1,4 +1,4 @@
-"""Token tables: the ids that the tokenizer gives, made once for each text, tokenizer, prompt and length."""
+"""Token tables: equal to the tokenizer, and made once per tokenizer, prompt and length."""
 
 import pickle
 
@@ -28,7 +28,7 @@ def expected(documents, tokenizer, prompt, max_length):
 
 
 @pytest.mark.parametrize(("prompt", "max_length"), [("", 6), ("bara beli ", 7)])
-def test_they_are_what_the_tokenizer_gives(collection, tokenizer, prompt, max_length):
+def test_token_tables_equal_the_tokenizer(collection, tokenizer, prompt, max_length):
     encoding = Encoding(tokenizer, prompt, max_length)
     tables = token_tables(collection, encoding)
     assert all(isinstance(table, TokenFile) for table in tables)
@@ -46,7 +46,7 @@ def test_they_are_what_the_tokenizer_gives(collection, tokenizer, prompt, max_le
                 table[len(wanted)]
 
 
-def test_more_texts_than_one_block(tokenizer):
+def test_token_table_of_several_blocks(tokenizer):
     class Many:
         corpus = {str(i): Document(str(i), "", text_of(i, i + 1)) for i in range(2 * BLOCK + 3)}
         queries = {}
@@ -57,7 +57,7 @@ def test_more_texts_than_one_block(tokenizer):
         assert table[row].tolist() == tokenizer(text_of(row, row + 1))["input_ids"]
 
 
-def test_they_are_made_once_for_each_encoding(collection, tokenizer, monkeypatch):
+def test_texts_are_tokenised_once_per_encoding(collection, tokenizer, monkeypatch):
     made = []
     monkeypatch.setattr("datamodules.tokens.token_ids", lambda texts, *_: made.append(texts) or [[1, 2] for _ in texts])
     for encoding in (
@@ -70,13 +70,13 @@ def test_they_are_made_once_for_each_encoding(collection, tokenizer, monkeypatch
     assert len(made) == 3 * 2  # corpus and queries
     tokenizer(
         "a text", truncation=True, max_length=5, padding="max_length"
-    )  # changes the tokenizer's state, not its ids
+    )  # changes the state of the tokenizer, not its ids
     tokenizer.add_tokens(["bara-beli"])
     token_tables(collection, Encoding(tokenizer))
     assert len(made) == 4 * 2
 
 
-def test_what_is_cut_short_is_refused_and_what_fails_leaves_nothing(collection, tokenizer, monkeypatch):
+def test_truncated_token_file_raises_user_error_and_failure_leaves_nothing(collection, tokenizer, monkeypatch):
     def breaks(*_):
         raise KeyboardInterrupt
 

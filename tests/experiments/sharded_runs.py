@@ -1,4 +1,4 @@
-"""What test_sharded_runs.py starts on both ranks, as torchrun would: trainings one after the other, in one process.
+"""Run several trainings one after the other on one of two ranks. test_sharded_runs.py starts both, like torchrun.
 
 python -m tests.experiments.sharded_runs RANK PORT FOLDER [key=value ...]
 """

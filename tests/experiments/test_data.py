@@ -96,7 +96,7 @@ def test_each_row_of_table_a1_becomes_a_folder(built, files):
         assert list(collection.qrels) == (["test"] if name.endswith("_test") else ["train"])
         counts = json.loads((root / name / "built.json").read_text())["counts"]
         judged = next(iter(collection.qrels.values()))
-        grades = [grade for one in judged.values() for grade in one.values()]
+        grades = [grade for grades_of_query in judged.values() for grade in grades_of_query.values()]
         assert counts == {
             "documents": len(collection.corpus),
             "queries": len(judged),
@@ -124,19 +124,19 @@ def test_labels_are_capped_and_have_negatives_from_related_papers(built, name, f
     kinds = {"reference": 0, "author": 0, "venue": 0}
     per_label = dict.fromkeys(known, 0)
     for id, judged in collection.qrels["train"].items():
-        mine = papers[id]
-        assert collection.queries[id].title == mine["title_raw"]
+        record = papers[id]
+        assert collection.queries[id].title == record["title_raw"]
         for label in positives({id: judged})[id]:
-            assert label in mine["label"]
+            assert label in record["label"]
             per_label[label] += 1
         for label in [label for label, grade in judged.items() if grade == 0]:
-            assert label not in mine["label"]
-            near = {
-                "reference": [papers[other] for other in mine["reference"] if other in papers],
-                "author": [other for other in papers.values() if set(other["author"]) & set(mine["author"])],
-                "venue": [other for other in papers.values() if other["venue"] == mine["venue"]],
+            assert label not in record["label"]
+            related = {
+                "reference": [papers[other] for other in record["reference"] if other in papers],
+                "author": [other for other in papers.values() if set(other["author"]) & set(record["author"])],
+                "venue": [other for other in papers.values() if other["venue"] == record["venue"]],
             }
-            having = {kind for kind, others in near.items() if any(label in other["label"] for other in others)}
+            having = {kind for kind, others in related.items() if any(label in other["label"] for other in others)}
             assert having
             if len(having) == 1:
                 kinds[having.pop()] += 1
@@ -358,6 +358,7 @@ def test_killed_download_resumes(files, server, tmp_path, recipe):
     assert (root / "downloads" / "maple" / "MAPLE.zip").read_bytes() == files["maple/MAPLE.zip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
@@ -410,12 +411,12 @@ def test_command_interrupted_during_verification_does_not_download_again(server,
 
 
 def test_folder_of_the_user_is_not_overwritten(server, tmp_path, recipe):
-    mine = tmp_path / "root" / "maple_cs" / "precious.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
+    user_file = tmp_path / "root" / "maple_cs" / "precious.txt"
+    user_file.parent.mkdir(parents=True)
+    user_file.write_text("mine")
     with pytest.raises(UserError, match="maple_cs: exists, but no recipe built it"):
         make(recipe, server, tmp_path / "root", "only=maple_cs")
-    assert mine.read_text() == "mine"
+    assert user_file.read_text() == "mine"
 
 
 def test_bad_lines_can_be_skipped(server, tmp_path, recipe):
@@ -520,10 +521,10 @@ def test_evaluation_sets_are_verified_by_md5_and_merged(tmp_path, server):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     arguments = [str(tmp_path / "mine.yaml"), f"data.root={tmp_path / 'root'}", f"mirror={server.url}"]
     main(arguments)
-    found = {name: BeirReader(str(tmp_path / "root" / name)).read().qrels for name in recipe["outputs"]}
-    assert found["scifact"] == {"test": {"train": {"d1": 2}, "test": {"d1": 2}}}
-    assert found["nfcorpus"] == {"test": {"train": {"d2": 1}, "dev": {"d1": 2}, "test": {"d2": 1}}}
-    assert found["trec_covid"] == {"test": {"test": {"d1": 2}}}
+    qrels = {name: BeirReader(str(tmp_path / "root" / name)).read().qrels for name in recipe["outputs"]}
+    assert qrels["scifact"] == {"test": {"train": {"d1": 2}, "test": {"d1": 2}}}
+    assert qrels["nfcorpus"] == {"test": {"train": {"d2": 1}, "dev": {"d1": 2}, "test": {"d2": 1}}}
+    assert qrels["trec_covid"] == {"test": {"test": {"d1": 2}}}
     with pytest.raises(UserError, match="expected a file of 2,816,079 bytes, but the server has"):
         main(["beir_sci", f"data.root={tmp_path / 'other'}", f"mirror={server.url}"])
     recipe["sources"]["scifact"]["files"]["scifact.zip"]["md5"] = "0" * 32

@@ -179,8 +179,8 @@ kinds = pytest.mark.parametrize("kind", PACK)
 def test_matching_members_are_unpacked(tmp_path, kind):
     PACK[kind](tmp_path / "archive", {"a/one.json": b"1", "a/two.txt": b"2", "b/one.json": b"3"})
     unpack(tmp_path / "archive", kind, ["a/*"], tmp_path / "out", lambda name: None)
-    found = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    assert found == {"a/one.json": b"1", "a/two.txt": b"2"}
+    files = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert files == {"a/one.json": b"1", "a/two.txt": b"2"}
     with pytest.raises(UserError, match=r"does not contain b/two.txt, c/\*; is it the right archive"):
         unpack(tmp_path / "archive", kind, ["a/*", "b/two.txt", "c/*"], tmp_path / "out", lambda name: None)
 
@@ -238,5 +238,5 @@ def test_interrupted_unpacking_continues_with_the_next_member(tmp_path, kind, mo
     unpacked = []
     unpack(tmp_path / "archive", kind, ["*"], tmp_path / "out", unpacked.append)
     assert unpacked == ["b", "c"]
-    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert found == {"a": b"first", "b": b"second", "c": b"third"}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == {"a": b"first", "b": b"second", "c": b"third"}

@@ -1,4 +1,4 @@
-"""Embedding a corpus: the same bits whoever works on it, after kills and damage; what is refused."""
+"""Embedding a corpus: the same bits for any division of the work, also after kills and damage."""
 
 import gzip
 import json
@@ -16,7 +16,6 @@ from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments import embed as embed_entry
 from experiments.embed import main
-from experiments.run.workers import Share, run_processes, share_of
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.embedding import open_matrix
 from tests.conftest import text_of, toy_collection
@@ -41,15 +40,15 @@ def papers(tmp_path):
 @pytest.fixture
 def embed(model, papers, tmp_path):
     def run(output, *more, task="search", source=papers):
-        given = [f"model={model}", f"task={task}", f"input={source}", f"output={tmp_path / output}", "shard_size=5"]
-        main([*given, *more])
+        arguments = [f"model={model}", f"task={task}", f"input={source}", f"output={tmp_path / output}", "shard_size=5"]
+        main([*arguments, *more])
         return tmp_path / output
 
     return run
 
 
 def expected(model, task="search"):
-    """One text at a time, so that no batch has a part in it."""
+    """Encode one text at a time, independently of batches."""
     encoder = load_encoder(model)
     texts = [f"{paper['title']} [SEP] {paper['text']}" if paper["text"] else paper["title"] for paper in PAPERS]
     with torch.inference_mode():
@@ -57,21 +56,23 @@ def expected(model, task="search"):
         return torch.cat([encoder.eval()(t.input_ids, t.attention_mask, task) for t in tokens]).numpy()
 
 
-def test_the_matrix_is_every_text_s_vector_in_the_order_of_the_file(embed, model):
+def test_the_matrix_has_the_vector_of_each_text_in_the_order_of_the_file(embed, model):
     matrix = open_matrix(embed("out", "similarity=dot"), "search")
     assert matrix.ids == [paper["id"] for paper in PAPERS]
     np.testing.assert_allclose(matrix.vectors[0], expected(model), atol=1e-5)
-    assert matrix.about["similarity"] == "dot"
+    assert matrix.metadata["similarity"] == "dot"
 
 
 def test_several_tasks_cosine_and_half_precision(embed, model, capsys):
     folder = embed("out", "dtype=float16", task="all")
     for task in ("classification", "link_prediction", "search"):
-        wanted = expected(model, task)
-        found = open_matrix(folder, task).vectors[0]
-        assert found.dtype == np.float16
-        np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3)
-    with pytest.raises(UserError, match="task: got 'none', .* has vectors for classification, link_prediction, search"):
+        expected_vectors = expected(model, task)
+        vectors = open_matrix(folder, task).vectors[0]
+        assert vectors.dtype == np.float16
+        np.testing.assert_allclose(
+            vectors, expected_vectors / np.linalg.norm(expected_vectors, axis=1, keepdims=True), atol=2e-3
+        )
+    with pytest.raises(UserError, match="task: expected one of classification, link_prediction, search, .* got none"):
         open_matrix(folder)
 
 
@@ -92,7 +93,7 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
         assert path.with_name(f"{path.name}.ids.txt").read_text() == "".join(f"{p['id']}\n" for p in PAPERS)
 
 
-def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(embed, papers, monkeypatch, caplog):
+def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, papers, monkeypatch, caplog):
     output, made = embed("out"), []
     before = (output / "search.npy").read_bytes()
     original = embed_entry.embed_shard
@@ -110,7 +111,7 @@ def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(e
     (output / "search.npy").unlink()
     embed("out")
     assert made == ["p5", "p15", "p20"]
-    assert "00001.search.npy: is damaged" in caplog.text
+    assert "00001.search.npy: damaged" in caplog.text
     assert (output / "search.npy").read_bytes() == before
     lines = papers.read_text().splitlines()
     papers.write_text("\n".join([*lines[:6], lines[6].replace("p6", "new"), *lines[7:], lines[0]]))
@@ -118,23 +119,23 @@ def test_shards_that_are_there_stay_and_damaged_or_changed_ones_are_made_again(e
     assert made[3:] == ["p5", "p20"]
     assert open_matrix(output).ids[6] == "new"
     assert len(open_matrix(output).ids) == 24
-    assert "1 ids stand more than once" in caplog.text
+    assert "1 ids occur more than once" in caplog.text
 
 
-def test_what_would_mix_vectors_is_refused(embed, model, make_encoder, monkeypatch):
+def test_shards_with_other_settings_raise_user_errors(embed, model, make_encoder, monkeypatch):
     folder = embed("out")
-    with pytest.raises(UserError, match="out/shards holds vectors that were made otherwise .*dtype: float32 there"):
+    with pytest.raises(UserError, match="out/shards: contains vectors made with other settings .*dtype: float32 then"):
         embed("out", "dtype=float16")
-    with pytest.raises(UserError, match="made otherwise .precision: fp32 there, bf16 now"):
+    with pytest.raises(UserError, match="other settings .precision: fp32 then, bf16 now"):
         embed("out", "precision=bf16")
-    with pytest.raises(UserError, match="precision: got 'float32', allowed are auto, fp32, bf16"):
+    with pytest.raises(UserError, match="precision: expected one of auto, fp32, bf16, got 'float32'"):
         embed("out", "precision=float32")
     about = folder / "shards" / "about.json"
-    about.write_text(about.read_text().replace('"fp32"', '"float32"'))  # as it was written once
+    about.write_text(about.read_text().replace('"fp32"', '"float32"'))  # as earlier versions wrote it
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     embed("out", "precision=auto")
     make_encoder("attention", seed=1).save_pretrained(model)
-    with pytest.raises(UserError, match="made otherwise .model: "):
+    with pytest.raises(UserError, match="other settings .model: "):
         embed("out")
 
 
@@ -154,50 +155,30 @@ def test_sources_and_bad_lines(embed, papers, tmp_path):
     assert json.loads((folder / "shards" / "quarantine-1.jsonl").read_text())["line"] == 8
 
 
-@pytest.mark.parametrize(
-    ("part", "environment", "expected"),
-    [
-        ("", {}, (0, 1, 0)),
-        ("3/8", {}, (2, 8, 0)),
-        ("", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-        ("", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
-        ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
-        ("2/2", {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}, (4, 6, 1)),
-    ],
-)
-def test_shares(part, environment, expected):
-    share = share_of(part, environment)
-    assert (share.index, share.count, share.local) == expected
-
-
-def test_shares_that_are_none():
-    with pytest.raises(UserError, match="part: got '9/8'"):
-        share_of("9/8", {})
-    array = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "4", "MIN": "0", "MAX": "8", "COUNT": "3"}.items()}
-    with pytest.raises(UserError, match="numbered without gaps, got 3 tasks from 0 to 8"):
-        share_of("", array)
-
-
-def test_processes_of_one_machine_divide_its_share_and_failures_are_named(tmp_path, monkeypatch):
-    probe = "import os, sys; open(sys.argv[-1][5:].replace('/', '-'), 'w').write(os.environ['LOCAL_RANK'])"
-    (tmp_path / "probe.py").write_text(probe)
-    (tmp_path / "failing.py").write_text("import os, sys; sys.exit(int(os.environ['LOCAL_RANK']) * 3)")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "7")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run_processes("probe", ["task=search"], Share(1, 3), devices=2)
-    assert {path.name: path.read_text() for path in tmp_path.glob("*-6")} == {"3-6": "0", "4-6": "1"}
-    with pytest.raises(UserError, match=r"of 2 processes failed: 2 \(status 3\); the same command goes on"):
-        run_processes("failing", [], Share(), devices=2)
+@pytest.mark.slow
+def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path):
+    whole = embed("whole.npy")
+    arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts.npy'}", "shard_size=5"]
+    command = [sys.executable, "-m", "experiments.embed", *arguments]
+    done = subprocess.run([*command, "part=1/2", "devices=2"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shards = {path.stem for path in (tmp_path / "parts.npy.shards").glob("0*.json")}
+    assert shards == {"00000", "00001", "00004"}  # of five: processes 1 and 2 of four
+    embed("parts.npy")
+    assert (tmp_path / "parts.npy").read_bytes() == whole.read_bytes()
+    papers.write_text("{")
+    done = subprocess.run([*command, "devices=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "papers.jsonl" in done.stderr
 
 
 @pytest.mark.slow
-def test_two_killed_workers_leave_no_trace_in_the_bits(embed, model, papers, tmp_path):
-    """kill -9 while they write their shards; the others end, and the killed ones' shards are made later."""
+def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
+    """SIGKILL while they write their shards. The other process finishes, and the next command makes the rest."""
     many = [{"id": f"m{i}", "text": text_of(*range(i % 50, i % 50 + 2 + i % 13))} for i in range(4000)]
     papers.write_text("".join(json.dumps(paper) + "\n" for paper in many))
-    given = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
-    command = [sys.executable, "-m", "experiments.embed", *given]
+    arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
+    command = [sys.executable, "-m", "experiments.embed", *arguments]
     workers = [subprocess.Popen([*command, f"part={i}/3"], cwd=ROOT) for i in (1, 2, 3)]
     shards, killed = tmp_path / "parts" / "shards", 0
     deadline = time.monotonic() + 120

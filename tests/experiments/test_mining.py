@@ -1,4 +1,4 @@
-"""Hard negatives in a run: mined in training, or beforehand, and still there after a kill."""
+"""Hard negatives in a run: mined during training or before it, and unchanged by a kill."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from datamodules.schedule import STRATEGIES
 from experiments.build.data import build_data
 from experiments.build.mining import steps_between
 from experiments.config.experiment import load_config
-from experiments.mine import mine
+from experiments.mine import main as mine
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import ROOT, TINY, command, rows
@@ -30,25 +30,26 @@ MINED = ["mining.every_n_steps=2", "mining.relative_margin=null", "mining.use=mi
 
 
 def negatives_of_batches(config, tokenizer, store=None):
-    """Of the first batches: whether all that is no positive was mined, where the example has some."""
+    """Return, for each of the first batches, its hash and whether all its negatives are mined ones."""
     data = build_data(config, training=True)
     data.tokenizer = tokenizer
-    found = []
+    batches = []
     for batch in data.train_dataloader():
         drawn = set(batch.document_ids.tolist()) - set(batch.document_ids[batch.positives].flatten().tolist())
         mined = set(store.tasks[batch.task].documents.tolist()) if store else set()
-        found.append((batch.fingerprint, drawn <= mined))
-    return found
+        batches.append((batch.fingerprint, drawn <= mined))
+    return batches
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Six steps, mined before the first and every second."""
+    """A run of six steps, with mining before the first and after every second one."""
     folder = tmp_path_factory.mktemp("mined") / "run"
     train("moe_mined", [f"run.dir={folder}", *SMALL, *MINED, "mining.first_step=0", "trainer.max_steps=6"])
     return folder
 
 
+@pytest.mark.slow
 def test_every_mining_leaves_a_store_with_its_report(run):
     folders = sorted(path.name for path in (run / "negatives").iterdir())
     assert folders == ["step-00000000", "step-00000002", "step-00000004", "vectors"]
@@ -59,12 +60,13 @@ def test_every_mining_leaves_a_store_with_its_report(run):
         assert store.meta["step"] == int(name[-8:])
         assert set(store.tasks) == {"classification", "link_prediction", "search"}
         models.add(store.meta["model"])
-        told = json.loads((store.path / "report.json").read_text())
-        assert sum(told["search"]["histogram"]["counts"]) == len(store.tasks["search"].documents)
+        task_reports = json.loads((store.path / "report.json").read_text())
+        assert sum(task_reports["search"]["histogram"]["counts"]) == len(store.tasks["search"].documents)
         ElementTree.parse(store.path / "report.svg")
     assert len(models) == 3
 
 
+@pytest.mark.slow
 def test_every_mining_is_logged_for_every_task(run):
     logged = [row for row in rows(run) if "mine/seconds" in row]
     assert [row["step"] for row in logged] == [0, 2, 4]
@@ -74,7 +76,8 @@ def test_every_mining_is_logged_for_every_task(run):
             assert (row.get(f"mine/{task}/age") == 2) == (row["step"] > 0)
 
 
-def test_what_is_mined_holds_what_the_data_say_of_it(run):
+@pytest.mark.slow
+def test_mined_negatives_agree_with_the_data(run):
     data = build_data(load_config("moe_mined", [*SMALL, *MINED]))
     store = HardNegativeStore(run / "negatives" / "step-00000004")
     store.check(data.fingerprints())
@@ -87,8 +90,9 @@ def test_what_is_mined_holds_what_the_data_say_of_it(run):
             assert not set(drawn) & set(task.examples[i].not_negatives)
 
 
-def test_batches_are_those_of_the_rounds(run, tmp_path):
-    """Each logged batch is what the data give with the store that held, and not what they give without."""
+@pytest.mark.slow
+def test_batches_draw_from_the_store_in_use(run, tmp_path):
+    """Each logged batch is the one that the data give with the store in use, and not the one without it."""
     logged = {row["step"] - 1: row["train/batch"] for row in rows(run) if "train/batch" in row}
     tokenizer = load_encoder(run).tokenizer
     overrides = [*SMALL, "trainer.max_steps=6", "mining.use=mined"]
@@ -96,18 +100,19 @@ def test_batches_are_those_of_the_rounds(run, tmp_path):
     for step in (0, 2, 4):
         store = HardNegativeStore(run / "negatives" / f"step-{step:08d}")
         config = load_config("moe", [*overrides, f"mining.store={store.path}"])
-        found = negatives_of_batches(config, tokenizer, store)
+        batches = negatives_of_batches(config, tokenizer, store)
         for batch in (step, step + 1):
-            assert found[batch] == (logged[batch], True)
+            assert batches[batch] == (logged[batch], True)
             assert plain[batch][0] != logged[batch]
 
 
-def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, caplog):
-    """With the weights as they were at the start of the last round: the same negatives."""
+@pytest.mark.slow
+def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
+    """The store has the negatives that an independent ranking finds."""
     caplog.set_level("INFO")
     output = tmp_path / "store"
-    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
-    mine("moe", given)
+    arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    mine(["moe", *arguments])
     assert "false_negative_rate" in caplog.text
     store = HardNegativeStore(output)
     encoder = load_encoder(run)
@@ -120,8 +125,8 @@ def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, ca
         query = encoder.encode([task.documents[example.query]], "search").double()
         order = (torch.nn.functional.normalize(query, dim=-1) @ documents.T)[0].argsort(descending=True, stable=True)
         assert store.negatives_of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
-    mine("moe", given)
-    assert "were mined already" in caplog.text
+    mine(["moe", *arguments])
+    assert "were mined before" in caplog.text
     trained = tmp_path / "trained"
     train("moe", [f"run.dir={trained}", *SMALL, f"mining.store={output}", "trainer.max_steps=2"])
     state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]
@@ -130,41 +135,43 @@ def test_mining_beforehand_gives_what_training_then_draws_from(run, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_mining_that_was_killed_goes_on_without_embedding_anew(run, tmp_path):
-    """SIGKILL while it embeds: shards that were finished stay as they are, and the store is that of a whole mining."""
+def test_killed_mining_continues_without_embedding_again(run, tmp_path):
+    """SIGKILL while it embeds. Complete shards stay, and the store is that of an uninterrupted mining."""
     output, vectors = tmp_path / "store", tmp_path / "store.vectors"
-    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *given], cwd=ROOT)
+    arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *arguments], cwd=ROOT)
     while process.poll() is None and len(list(vectors.glob("*/*.npy"))) < 2:
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was to be killed and was not"
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert not output.exists()
 
     def shards():
         return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in vectors.glob("*/*.npy")}
 
     finished = shards()
-    mine("moe", given)
+    mine(["moe", *arguments])
     assert 2 <= len(finished) < len(shards())
     assert finished.items() <= shards().items()
-    mine("moe", [*given[:-1], f"output={tmp_path / 'whole'}"])
+    mine(["moe", *arguments[:-1], f"output={tmp_path / 'whole'}"])
     assert HardNegativeStore(output).hash == HardNegativeStore(tmp_path / "whole").hash
 
 
-def test_a_store_of_another_model_is_not_overwritten(run, tmp_path, make_encoder):
+@pytest.mark.slow
+def test_a_store_mined_with_other_settings_is_not_overwritten(run, tmp_path, make_encoder):
     output, other = tmp_path / "store", tmp_path / "other"
     tasks = dict.fromkeys(("classification", "link_prediction", "search"), "one")
     make_encoder("shared", tasks=tasks).save_pretrained(other)
-    given = [*SMALL, *MINED[1:], f"output={output}"]
-    mine("moe", [*given, f"model={run}"])
-    with pytest.raises(UserError, match="mined otherwise .model: [0-9a-f]{16} there, [0-9a-f]{16} now"):
-        mine("moe", [*given, f"model={other}"])
-    with pytest.raises(UserError, match=r"miner\.options\.k: 40 there, 30 now"):
-        mine("moe", [*given, f"model={run}", "mining.k=30"])
+    arguments = [*SMALL, *MINED[1:], f"output={output}"]
+    mine(["moe", *arguments, f"model={run}"])
+    with pytest.raises(UserError, match="other settings .model: [0-9a-f]{16} then, [0-9a-f]{16} now"):
+        mine(["moe", *arguments, f"model={other}"])
+    with pytest.raises(UserError, match=r"miner\.options\.k: 40 then, 30 now"):
+        mine(["moe", *arguments, f"model={run}", "mining.k=30"])
 
 
-def test_a_store_of_other_data_is_refused_before_training(run, tmp_path):
+@pytest.mark.slow
+def test_a_store_of_other_data_raises_before_training(run, tmp_path):
     store = run / "negatives" / "step-00000002"
     changed = [*SMALL, "task.search.data.searches.num_papers=501", f"mining.store={store}"]
     with pytest.raises(UserError, match="hard negatives of search were mined from other data .fingerprints then: "):
@@ -172,27 +179,28 @@ def test_a_store_of_other_data_is_refused_before_training(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_training_stops_where_negatives_look_like_positives(tmp_path):
+@pytest.mark.slow
+def test_training_stops_if_negatives_look_like_positives(tmp_path):
     short = ["mining.first_step=2", "trainer.max_steps=4"]
-    for _ in range(2):  # and again, where the store lies there already
+    for _ in range(2):  # the second time from the existing store
         with pytest.raises(UserError, match="of the mined hard negatives look like positives"):
             train("moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, "mining.stop_at=0.2", *short])
     assert (tmp_path / "negatives" / "step-00000002" / "report.svg").is_file()
 
 
-def test_structural_miners_by_task_without_a_model(tmp_path):
+def test_tasks_can_have_miners_that_need_no_model(tmp_path):
     node = "{{_target_: lightning_modules.mining.miners.{}}}"
     kinds = {"classification": "LabelsOfCitedMiner", "link_prediction": "CitedByCitedMiner"}
     miners = ", ".join(f"{task}: {node.format(kind)}" for task, kind in kinds.items())
     output = tmp_path / "store"
     mine(
-        "moe", [*SMALL, "mining.relative_margin=null", f"mining.miners={{{miners}, search: null}}", f"output={output}"]
+        ["moe", *SMALL, "mining.relative_margin=null", f"mining.miners={{{miners}, search: null}}", f"output={output}"]
     )
     store = HardNegativeStore(output)
     assert set(store.tasks) == set(kinds)
     assert store.meta["model"] is None
     data = build_data(load_config("moe", SMALL))
-    for task in data.tasks[:2]:  # the sample's own hard negatives are by the same rules
+    for task in data.tasks[:2]:  # the sample's own hard negatives follow the same rules
         agree = [
             set(store.negatives_of(task.task.name, i)) <= set(task.examples[i].hard_negatives)
             for i in range(len(task.examples))
@@ -200,14 +208,15 @@ def test_structural_miners_by_task_without_a_model(tmp_path):
         assert np.mean(agree) == 1.0
 
 
-def test_data_in_the_cache_are_mined_as_data_in_memory(tmp_path, beir_root):
+@pytest.mark.slow
+def test_cached_data_give_the_negatives_of_data_in_memory(tmp_path, beir_root):
     stores = []
     for cache in ("null", tmp_path / "cache"):
         node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {beir_root / 'mlcite'}}}"
-        given = ["tasks=[link_prediction]", f"task.link_prediction.data={{cite: {node}}}", f"data.cache={cache}"]
+        arguments = ["tasks=[link_prediction]", f"task.link_prediction.data={{cite: {node}}}", f"data.cache={cache}"]
         miner = "mining.miner._target_=lightning_modules.mining.miners.CitedByCitedMiner"
         output = tmp_path / f"store{len(stores)}"
-        mine("moe", [*SMALL[3:], *given, miner, "mining.relative_margin=null", f"output={output}"])
+        mine(["moe", *SMALL[3:], *arguments, miner, "mining.relative_margin=null", f"output={output}"])
         stores.append(HardNegativeStore(output))
     one, other = stores
     assert len(one.tasks["link_prediction"].documents) > 20
@@ -215,19 +224,20 @@ def test_data_in_the_cache_are_mined_as_data_in_memory(tmp_path, beir_root):
         assert (getattr(one.tasks["link_prediction"], name) == getattr(other.tasks["link_prediction"], name)).all()
 
 
-def test_a_store_that_moved_is_given_again(run, tmp_path):
+@pytest.mark.slow
+def test_a_moved_store_can_be_given_again(run, tmp_path):
     store, moved, folder = tmp_path / "store", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(run / "negatives" / "step-00000002", store)
-    given = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
-    train("moe", [*given, f"mining.store={store}"])
+    arguments = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
+    train("moe", [*arguments, f"mining.store={store}"])
     store.rename(moved)
-    train("moe", [*given, f"mining.store={moved}", "trainer.max_steps=3"])
+    train("moe", [*arguments, f"mining.store={moved}", "trainer.max_steps=3"])
     assert [row["step"] for row in rows(folder) if "train/lr" in row] == [1, 2, 3]
     with pytest.raises(UserError, match="was trained with mined hard negatives"):
-        train("moe", [*given, "trainer.max_steps=4"])
+        train("moe", [*arguments, "trainer.max_steps=4"])
 
 
-def test_epochs_are_passes_through_all_examples():
+def test_every_n_epochs_counts_passes_over_all_examples():
     config = load_config("moe", [*SMALL, "mining.every_n_epochs=0.5"])
     data = build_data(config)
     batches = sum(-(-len(task.examples) // 8) for task in data.tasks)
@@ -268,14 +278,14 @@ def test_epochs_are_passes_through_all_examples():
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tmp_path, overrides, message):
+def test_invalid_settings_raise_user_errors(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         train("moe", [f"run.dir={tmp_path / 'run'}", *SMALL, "trainer.max_steps=4", *overrides])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def killed_and_resumed(tmp_path, strategy, stop_at=None):
-    """Batches, states and stores of a whole run on two ranks with two workers, and of one that was killed."""
+    """Check that a killed and resumed run on two ranks with two workers equals an uninterrupted one."""
     schedule = {
         "weights": ["data.schedule=weights", "data.weights={classification: 2, link_prediction: 1, search: 2}"],
         "curriculum": ["data.curriculum=[{from_step: 5, weights: {classification: 1, link_prediction: 1, search: 5}}]"],
@@ -298,7 +308,7 @@ def killed_and_resumed(tmp_path, strategy, stop_at=None):
             os.killpg(process.pid, signal.SIGKILL)  # all ranks and workers
             break
         time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL, "the run was to be killed and was not"
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     done = subprocess.run(command(killed, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -316,6 +326,6 @@ def killed_and_resumed(tmp_path, strategy, stop_at=None):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_with_the_hard_negatives_that_it_had(tmp_path):
-    """Two ranks, two workers, rounds at steps 4 and 8: batches, stores and weights are those of the whole run."""
+def test_a_killed_run_continues_with_its_hard_negatives(tmp_path):
+    """Two ranks, two workers, mining at steps 4 and 8: batches, stores and weights equal those of a complete run."""
     killed_and_resumed(tmp_path, random.Random().choice((*STRATEGIES, "curriculum")))

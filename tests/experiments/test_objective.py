@@ -1,4 +1,4 @@
-"""Runs whose objective is more than the default, from their configuration to their checkpoint."""
+"""Runs with all options of the objective, from their configuration to their checkpoint."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ EVERYTHING = [
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A small run, whose encoder may be a guide or teacher."""
+    """A small run whose encoder can be a guide or teacher."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     train("vanilla", [f"run.dir={folder}", "trainer.max_steps=3", *QUICK])
     return folder
@@ -51,19 +51,21 @@ def logged(folder):
     return [row for row in rows if "train/lr" in row]
 
 
-def test_everything_at_once(plain, tmp_path):
-    judges = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
-    train("moe", [f"run.dir={tmp_path}", "trainer.max_steps=6", *QUICK, *EVERYTHING, *judges])
+def test_all_options_together(plain, tmp_path):
+    frozen = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
+    train("moe", [f"run.dir={tmp_path}", "trainer.max_steps=6", *QUICK, *EVERYTHING, *frozen])
     first, last = logged(tmp_path)
     for task, start in (("classification", 0.05), ("link_prediction", 0.1), ("search", 0.2)):
-        assert first[f"train/{task}/temperature"] == pytest.approx(start)  # one step of each task: before its change
+        assert first[f"train/{task}/temperature"] == pytest.approx(
+            start
+        )  # the first step of each task, before its update
         assert 1e-4 < abs(last[f"train/{task}/temperature"] - start) < 0.5 * start
         assert last[f"train/{task}/distillation"] > 0
         assert last[f"train/{task}/contrastive"] > 0
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    others = {key for key in checkpoint["state_dict"] if not key.startswith("encoder.")}
+    other_keys = {key for key in checkpoint["state_dict"] if not key.startswith("encoder.")}
     tasks = ("classification", "link_prediction", "search")
-    assert others == {f"objective.temperature.log.{task}" for task in tasks}
+    assert other_keys == {f"objective.temperature.log.{task}" for task in tasks}
     (group,) = [g for g in checkpoint["optimizer_states"][0]["param_groups"] if g["initial_lr"] == 0.1]
     assert (len(group["params"]), group["weight_decay"]) == (3, 0.0)
     assert load_encoder(tmp_path).encode(["some words"], "search").shape == (1, 32)
@@ -84,7 +86,7 @@ def test_each_task_samples_its_number_of_positives(tmp_path):
     assert 1 < widths["link_prediction"] <= 3
 
 
-def test_a_judge_must_know_the_tasks(plain, tmp_path, make_encoder):
+def test_frozen_models_must_know_the_tasks(plain, tmp_path, make_encoder):
     other = make_encoder("shared", tasks={"cite": "cite"}).save_pretrained(tmp_path / "other")
     for name in ("guide", "teacher"):
         with pytest.raises(UserError, match=rf"objective\.{name}\.model: has no task .*search .its tasks are cite"):
@@ -96,10 +98,10 @@ def test_a_judge_must_know_the_tasks(plain, tmp_path, make_encoder):
 
 
 @pytest.mark.slow
-def test_two_ranks(plain, tmp_path):
-    """Parameters that one task alone has are idle in the steps of the others, whatever the encoder."""
-    judges = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
-    overrides = ["trainer.max_steps=3", "trainer.devices=2", *QUICK, *EVERYTHING, *judges]
+def test_two_ranks_train_with_all_options(plain, tmp_path):
+    """Parameters of a single task are unused in the steps of the others, whatever the encoder."""
+    frozen = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
+    overrides = ["trainer.max_steps=3", "trainer.devices=2", *QUICK, *EVERYTHING, *frozen]
     command = [sys.executable, "-m", "experiments.train", "vanilla", f"run.dir={tmp_path}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,7 +14,7 @@ from experiments.build.trainer import precision_of
 from experiments.config.experiment import load_config
 from experiments.evaluate import main as evaluate
 from experiments.train import train
-from lightning_modules.callbacks import rank_report
+from lightning_modules.callbacks import training_log
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.retrieval import compute as precision
 from tests.experiments.test_train import TINY
@@ -81,14 +81,14 @@ def test_the_final_table_of_a_bf16_training_is_what_eval_measures(tmp_path, caps
 
 
 def test_ranks_that_would_compute_differently_end(monkeypatch):
-    monkeypatch.setattr(rank_report, "world_size", lambda: 2)
+    monkeypatch.setattr(training_log, "world_size", lambda: 2)
     trainer = SimpleNamespace(precision="32-true")
     monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own]))
-    rank_report.RankReport().on_train_start(trainer, None)
+    training_log.RankReport().on_train_start(trainer, None)
     others = ["32-true", "bf16-mixed"]
     monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), others))
     with pytest.raises(UserError, match=r"rank 0 32-true, rank 1 bf16-mixed\); set fp32 or bf16"):
-        rank_report.RankReport().on_train_start(trainer, None)
+        training_log.RankReport().on_train_start(trainer, None)
 
 
 def test_the_doctor_measures_what_auto_does_not(amx, monkeypatch):

@@ -83,7 +83,7 @@ def ends_as(folder, whole):
 
 
 def test_an_evaluation_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, evaluation, "rank_benchmark")
+    told_in(monkeypatch, evaluation, "evaluate")
     assert preempted(tmp_path) == 4
     assert not any("val/mean/ndcg@10" in row for row in rows(tmp_path))
     ends_as(tmp_path, whole)
@@ -99,7 +99,7 @@ def test_a_mining_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
 
 
 def test_the_final_table_is_left_and_made_anew(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, final_results, "encoded", signal.SIGTERM)
+    told_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
     assert preempted(tmp_path) == 9
     assert not (tmp_path / "results.json").exists()
     signals.catch()
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_falls_back_with_its_mined_negatives(tmp_path, whol
         path.write_bytes(path.read_bytes()[:-200])
     caplog.set_level("INFO")
     train("moe", [f"run.dir={tmp_path}", *SETTINGS, *saving])
-    assert "is damaged (File is not a zip file): the run goes on from the one before, last.2.ckpt" in caplog.text
+    assert "is damaged (File is not a zip file); resuming from the checkpoint before it, last.2.ckpt" in caplog.text
     assert "step 6: these hard negatives were mined already" in caplog.text
     batches = {row["step"]: row["train/batch"] for row in rows(whole) if "train/batch" in row}
     assert all(row["train/batch"] == batches[row["step"]] for row in rows(tmp_path) if "train/batch" in row)

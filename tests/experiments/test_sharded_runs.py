@@ -1,4 +1,4 @@
-"""trainer.strategy=fsdp trains as ddp does, and each goes on with the other's checkpoints, and with one process's."""
+"""trainer.strategy=fsdp trains as ddp does, and each resumes from checkpoints of the other and of one process."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def last(folder):
 
 
 def kill_a_sharded_run(folder):
-    """kill -9 of both ranks as soon as there is a checkpoint."""
+    """Start a run on two ranks, and kill both with SIGKILL as soon as there is a checkpoint."""
     run = subprocess.Popen(
         command(folder, *ON_TWO, "trainer.strategy=fsdp"),
         **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "start_new_session": True},
@@ -56,17 +56,17 @@ def kill_a_sharded_run(folder):
     assert 2 <= torch.load(last(folder), weights_only=True)["global_step"] < STEPS
 
 
-def break_off_a_run_of_one_process(folder, monkeypatch):
-    """After its second checkpoint."""
+def interrupt_a_run_of_one_process(folder, monkeypatch):
+    """Start a run in this process, and raise after its second checkpoint."""
     original = SafeCheckpointIO.save_checkpoint
 
     def save_checkpoint(self, checkpoint, *arguments, **options):
         original(self, checkpoint, *arguments, **options)
         if checkpoint["global_step"] == 4:
-            raise RuntimeError("broken off")
+            raise RuntimeError("interrupted")
 
     monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", save_checkpoint)
-    with pytest.raises(RuntimeError, match="broken off"):
+    with pytest.raises(RuntimeError, match="interrupted"):
         train("moe", [f"run.dir={folder}", *ON_ONE])
     monkeypatch.undo()
 
@@ -97,7 +97,7 @@ def check_near(ours, theirs):
 
 
 def check_same_metrics(ours, theirs):
-    """Losses, dev metrics and diagnostics; not how long they took."""
+    """Compare losses, dev metrics and diagnostics, but not times."""
     assert len(ours) == len(theirs) > STEPS
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()
@@ -106,9 +106,9 @@ def check_same_metrics(ours, theirs):
 
 
 @pytest.mark.slow
-def test_sharded_runs_are_those_of_ddp_and_go_on_as_any(tmp_path, free_port, monkeypatch):
+def test_sharded_runs_equal_those_of_ddp_and_can_be_resumed_by_any_strategy(tmp_path, free_port, monkeypatch):
     kill_a_sharded_run(tmp_path / "killed")
-    break_off_a_run_of_one_process(tmp_path / "one", monkeypatch)
+    interrupt_a_run_of_one_process(tmp_path / "one", monkeypatch)
     run_on_two_ranks(tmp_path, free_port)
     shutil.copytree(tmp_path / "killed", tmp_path / "killed_then_one")
     train("moe", [f"run.dir={tmp_path / 'killed_then_one'}", *ON_ONE])

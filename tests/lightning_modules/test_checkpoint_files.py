@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the last few are kept, every damage is found, and a full disk costs none of them."""
+"""The last few checkpoints are kept, every damage is detected, and a full disk costs none of them."""
 
 import random
 import resource
@@ -22,7 +22,7 @@ def steps(path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
-def test_the_last_few_are_kept(tmp_path, keep):
+def test_last_few_checkpoints_are_kept(tmp_path, keep):
     path = tmp_path / "last.ckpt"
     for step in range(1, 7):
         write_checkpoint(checkpoint(step), path, keep)
@@ -32,48 +32,48 @@ def test_the_last_few_are_kept(tmp_path, keep):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
-    path, chance = tmp_path / "last.ckpt", random.Random(0)
+def test_every_flipped_bit_and_every_cut_is_detected(tmp_path):
+    path, draw = tmp_path / "last.ckpt", random.Random(0)
     write_checkpoint(checkpoint(1), path)
     good = path.read_bytes()
     assert damage(path) is None
     for _ in range(100):
-        place = chance.randrange(len(good))
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1 :])
-        if damage(path) is None:  # it stands where nothing is read, between two records
+        position = draw.randrange(len(good))
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1 << draw.randrange(8)]) + good[position + 1 :])
+        if damage(path) is None:  # the bit is between two records, where nothing is read
             assert torch.equal(torch.load(path)["state_dict"]["weight"], checkpoint(1)["state_dict"]["weight"])
-        path.write_bytes(good[:place])
+        path.write_bytes(good[:position])
         assert damage(path)
 
 
-def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, caplog):
     path = tmp_path / "last.ckpt"
     for step in (1, 2, 3):
         write_checkpoint(checkpoint(step), path, 3)
     for damaged in (path, tmp_path / "last.1.ckpt"):
         damaged.write_bytes(damaged.read_bytes()[:-100])
     assert newest_intact(path) == tmp_path / "last.2.ckpt"
-    assert "last.ckpt is damaged (File is not a zip file): the run goes on from the one before, last.2" in caplog.text
-    write_checkpoint(checkpoint(2), path, 3)  # the good one is not pushed out by damaged ones
+    assert (
+        "last.ckpt is damaged (File is not a zip file); resuming from the checkpoint before it, last.2" in caplog.text
+    )
+    write_checkpoint(checkpoint(2), path, 3)  # damaged checkpoints do not count, so the good one stays
     assert steps(path) == [2, 1]
     assert len(list(tmp_path.glob("*.damaged"))) == 2
 
 
-def test_when_all_are_damaged_all_are_named(tmp_path):
+def test_all_damaged_checkpoints_are_named(tmp_path):
     path = tmp_path / "last.ckpt"
     assert newest_intact(path) is None
     for step in (1, 2):
         write_checkpoint(checkpoint(step), path, 2)
     path.write_bytes(b"")
     write_checkpoint({"global_step": 1}, tmp_path / "last.1.ckpt")
-    with pytest.raises(
-        UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*run\.resume=never"
-    ):
+    with pytest.raises(UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*start a new run"):
         newest_intact(path)
     assert path.exists()
 
 
-def test_a_full_disk_leaves_the_former_ones_and_ends_nothing(tmp_path, caplog):
+def test_full_disk_keeps_earlier_checkpoints_and_raises_nothing(tmp_path, caplog):
     path, io = tmp_path / "last.ckpt", SafeCheckpointIO(tmp_path / "last.ckpt", 2)
     io.save_checkpoint(checkpoint(1), path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_the_former_ones_and_ends_nothing(tmp_path, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert io.error == "File too large"
-    assert "last.ckpt of step 2 could not be written: File too large" in caplog.text
+    assert "last.ckpt: the checkpoint of step 2 could not be written: File too large" in caplog.text
     assert steps(path) == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     io.save_checkpoint(checkpoint(3), path)
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_former_ones_and_ends_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "other.ckpt"])
-def test_a_damaged_checkpoint_is_never_loaded(make_encoder, tmp_path, name):
+def test_damaged_checkpoint_is_never_loaded(make_encoder, tmp_path, name):
     """One bit of a weight: torch reads the file without complaint, and only the checksum shows it."""
     encoder = make_encoder("shared")
     weights = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
@@ -106,5 +106,5 @@ def test_a_damaged_checkpoint_is_never_loaded(make_encoder, tmp_path, name):
     path.write_bytes(content)
     torch.load(path, weights_only=True, mmap=True)
     for load in (lambda: load_encoder(model), lambda: read_checkpoint(path)):
-        with pytest.raises(UserError, match=rf"{name}: is no checkpoint, or a damaged one \(the checksum of .*data"):
+        with pytest.raises(UserError, match=rf"{name}: not a checkpoint, or a damaged one \(the checksum of .*data"):
             load()

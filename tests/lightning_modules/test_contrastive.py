@@ -16,8 +16,8 @@ def first_batch(data, step=0):
     return data.train_dataloader().batches[step]
 
 
-def test_loss_equals_numpy_with_known_positives_left_out(make_encoder, make_task):
-    """Labels shared by several papers: without the mask they would be their own negatives."""
+def test_loss_equals_numpy_with_known_positives_masked(make_encoder, make_task):
+    """Several papers share labels: without the mask, a label would be the negative of its own papers."""
     data = make_task(ClassificationDataModule, "classification", toy_collection(12, 4), batch_size=8)
     module = ContrastiveModule(make_encoder("attention", pooling="mean"), similarity="cosine", temperature=0.1).eval()
     batch = first_batch(data)
@@ -43,7 +43,7 @@ def test_loss_equals_numpy_with_known_positives_left_out(make_encoder, make_task
     assert module.training_step(batch, 0)["loss"] > outputs["loss"]
 
 
-def test_dropout_depends_on_the_step_alone(make_encoder, make_task):
+def test_dropout_depends_only_on_the_step(make_encoder, make_task):
     data = make_task(LinkPredictionDataModule, "link_prediction", toy_collection(10, 10, papers=True))
     module = ContrastiveModule(make_encoder("attention"))
     set_dropout(module.encoder.backbone, 0.3, 0.3)
@@ -51,13 +51,13 @@ def test_dropout_depends_on_the_step_alone(make_encoder, make_task):
     torch.manual_seed(1)
     one = module.training_step(first_batch(data), 0)["loss"]
     torch.manual_seed(2)
-    again = module.training_step(first_batch(data), 7)["loss"]
+    same = module.training_step(first_batch(data), 7)["loss"]
     other = module.training_step(first_batch(data, 1), 0)["loss"]
-    assert torch.equal(one, again)
+    assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_dropout_is_on_in_training_also_for_a_backbone_that_comes_in_eval_mode(make_encoder, make_task, tmp_path):
+def test_training_turns_dropout_on_for_a_backbone_in_eval_mode(make_encoder, make_task, tmp_path):
     data = make_task(ClassificationDataModule, "classification", num_batches=2)
     module = ContrastiveModule(make_encoder("attention").eval(), total_steps=2)
     modes = []
@@ -73,7 +73,7 @@ def test_dropout_is_on_in_training_also_for_a_backbone_that_comes_in_eval_mode(m
     assert modes == [True, True]
 
 
-def test_chunks_do_not_change_the_loss(make_encoder, make_task):
+def test_token_budget_does_not_change_the_loss(make_encoder, make_task):
     losses = []
     for budget in (8, 64, 100_000):
         data = make_task(ClassificationDataModule, "classification", token_budget=budget)
@@ -84,7 +84,7 @@ def test_chunks_do_not_change_the_loss(make_encoder, make_task):
 
 
 @pytest.mark.parametrize(("lr", "at_bound"), [(0.03, False), (5.0, True)])
-def test_a_learned_temperature_is_saved_resumed_and_held_in_its_range(make_encoder, make_task, tmp_path, lr, at_bound):
+def test_learned_temperature_is_saved_resumed_and_kept_in_its_range(make_encoder, make_task, tmp_path, lr, at_bound):
     file = tmp_path / "two.ckpt"
 
     class Save(L.Callback):

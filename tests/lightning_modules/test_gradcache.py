@@ -1,4 +1,4 @@
-"""GradCache against the plain pass: the same vectors, dropout and gradients, in the memory of one chunk."""
+"""GradCache gives the same vectors, dropout and gradients as the plain pass, in the memory of one chunk."""
 
 import weakref
 
@@ -29,14 +29,14 @@ DENSE = ("shared", "attention", "ffn", "both")
 
 @pytest.fixture
 def make_module(make_encoder, make_backbone):
-    """A module in training, with dropout. The same kind has the same weights."""
+    """Return a function that makes a module in training mode, with dropout. The same kind has the same weights."""
 
     def make(kind, dropout=0.3, **arguments):
         if kind in DENSE:
             encoder = make_encoder(kind, pooling="mean")
         else:
-            of_class, own = VARIANTS[kind]
-            encoder = of_class(*make_backbone(), TASKS, max_length=32, pooling="mean", **own)
+            encoder_class, settings = VARIANTS[kind]
+            encoder = encoder_class(*make_backbone(), TASKS, max_length=32, pooling="mean", **settings)
         set_dropout(encoder.backbone, dropout, dropout)
         if kind == "prefix":
             set_dropout(encoder.instruction_backbone, dropout, dropout)
@@ -48,17 +48,17 @@ def make_module(make_encoder, make_backbone):
 
 @pytest.fixture
 def batch(make_task):
-    """Several chunks, hard negatives, and documents that are known positives of other queries."""
+    """A batch with several chunks, hard negatives, and documents that are known positives of other queries."""
     data = make_task(LinkPredictionDataModule, "link_prediction", toy_collection(10, 10, papers=True), token_budget=16)
-    found = data.train_dataloader().batches[0]
-    assert len(found.chunks) > 3
-    assert len(found.document_ids) > len(found.queries)
-    assert (found.known_positives[:, :, None] == found.document_ids).sum() > len(found.queries)
-    return found
+    batch = data.train_dataloader().batches[0]
+    assert len(batch.chunks) > 3
+    assert len(batch.document_ids) > len(batch.queries)
+    assert (batch.known_positives[:, :, None] == batch.document_ids).sum() > len(batch.queries)
+    return batch
 
 
-def outcome(module, batch):
-    """Loss, and every parameter's gradient."""
+def loss_and_gradients(module, batch):
+    """Return the loss, and the gradient of every parameter."""
     module.zero_grad(set_to_none=True)
     loss = module.training_step(batch, 0)["loss"]
     loss.backward()
@@ -66,7 +66,7 @@ def outcome(module, batch):
 
 
 def relative_error(ours, theirs):
-    """Largest difference over largest value, of all gradients together; the same parameters have one."""
+    """Return the largest difference relative to the largest value. The same parameters must have a gradient."""
     assert {name for name, g in ours.items() if g is None} == {name for name, g in theirs.items() if g is None}
     pairs = [(ours[name], theirs[name]) for name in ours if ours[name] is not None]
     assert pairs
@@ -74,54 +74,59 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *VARIANTS])
-def test_its_gradient_is_the_plain_one(make_module, batch, kind):
-    plain = outcome(make_module(kind).double(), batch)
-    cached = outcome(make_module(kind, grad_cache=True).double(), batch)
+def test_gradient_equals_the_plain_one(make_module, batch, kind):
+    plain = loss_and_gradients(make_module(kind).double(), batch)
+    cached = loss_and_gradients(make_module(kind, grad_cache=True).double(), batch)
     assert torch.equal(cached[0], plain[0])
     assert relative_error(cached[1], plain[1]) < 1e-12
 
 
-def test_the_whole_objective_is_behind_it(make_module, make_task):
-    """Several positives, both directions, prefixes of the vectors and a learned temperature, which has its gradient."""
+def test_gradient_equals_the_plain_one_with_all_options(make_module, make_task):
+    """With several positives, both directions, Matryoshka dimensions, and the gradient of a learned temperature."""
     data = make_task(SearchDataModule, "search", token_budget=16, num_positives=2)
     options = {"learn_temperature": "per_task", "symmetric": True, "matryoshka": [8], "temperature": 0.3}
     batch = data.train_dataloader().batches[0]
     assert batch.positives.shape[1] == 2
-    plain, cached = (outcome(make_module("both", grad_cache=on, **options).double(), batch) for on in (False, True))
+    plain, cached = (
+        loss_and_gradients(make_module("both", grad_cache=on, **options).double(), batch) for on in (False, True)
+    )
     assert torch.equal(cached[0], plain[0])
     assert relative_error(cached[1], plain[1]) < 1e-12
     assert cached[1]["objective.temperature.log.search"] != 0
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_with_dropout_it_equals_the_plain_one_bit_for_bit(make_module, batch, kind):
-    plain, cached = outcome(make_module(kind), batch), outcome(make_module(kind, grad_cache=True), batch)
+def test_gradient_with_dropout_equals_the_plain_one_bit_for_bit(make_module, batch, kind):
+    plain, cached = (
+        loss_and_gradients(make_module(kind), batch),
+        loss_and_gradients(make_module(kind, grad_cache=True), batch),
+    )
     assert torch.equal(cached[0], plain[0])
     for name, gradient in plain[1].items():
         assert (cached[1][name] is None) == (gradient is None), name
         assert gradient is None or torch.equal(cached[1][name], gradient), name
-    other = outcome(make_module(kind, dropout=0.0), batch)
-    assert not torch.equal(other[0], plain[0])
+    without_dropout = loss_and_gradients(make_module(kind, dropout=0.0), batch)
+    assert not torch.equal(without_dropout[0], plain[0])
 
 
-def test_its_gradient_is_that_of_one_chunk_with_all_texts(make_module, make_task):
+def test_gradient_equals_that_of_one_chunk_with_all_texts(make_module, make_task):
     gradients = []
     for budget, cache in ((100_000, False), (40, True)):
         data = make_task(SearchDataModule, "search", token_budget=budget, num_hard_negatives=1)
         whole = data.train_dataloader().batches[0]
         assert (len(whole.chunks) == 1) == (not cache)
-        gradients.append(outcome(make_module("both", dropout=0.0, grad_cache=cache).double(), whole)[1])
+        gradients.append(loss_and_gradients(make_module("both", dropout=0.0, grad_cache=cache).double(), whole)[1])
     assert relative_error(*gradients) < 1e-12
 
 
-def test_experts_of_other_tasks_get_no_gradient(make_module, batch):
-    _, gradients = outcome(make_module("both", grad_cache=True), batch)
+def test_experts_of_other_tasks_have_no_gradient(make_module, batch):
+    _, gradients = loss_and_gradients(make_module("both", grad_cache=True), batch)
     idle = {name for name, gradient in gradients.items() if gradient is None}
     assert idle == {n for n in gradients if ".experts.classification." in n or ".experts.search." in n}
 
 
 def peak_of_saved(module, function):
-    """The most bytes that graphs held at a time while a function ran, besides parameters."""
+    """Return the peak of bytes that graphs hold while a function runs, without parameters."""
     held, sizes = {"now": 0, "peak": 0}, {}
     known = {p.data_ptr() for p in module.parameters()}
 
@@ -146,7 +151,7 @@ def peak_of_saved(module, function):
     return held["peak"]
 
 
-def test_its_graphs_have_the_size_of_one_chunk(make_module, make_task):
+def test_graphs_are_as_large_as_that_of_one_chunk(make_module, make_task):
     options = {"batch_size": 64, "token_budget": 128}
     data = make_task(ClassificationDataModule, "classification", toy_collection(80, 80), **options)
     batch = data.train_dataloader().batches[0]
@@ -155,13 +160,13 @@ def test_its_graphs_have_the_size_of_one_chunk(make_module, make_task):
     largest = max(
         peak_of_saved(module, lambda i=i: embed_chunk(module.encoder, batch, i)) for i in range(len(batch.chunks))
     )
-    assert peak_of_saved(module, lambda: outcome(module, batch)) > 4 * largest
+    assert peak_of_saved(module, lambda: loss_and_gradients(module, batch)) > 4 * largest
     module.grad_cache = True
-    assert peak_of_saved(module, lambda: outcome(module, batch)) < 1.05 * largest
+    assert peak_of_saved(module, lambda: loss_and_gradients(module, batch)) < 1.05 * largest
 
 
 def gradients_of(module, batch, gradients):
-    """Every parameter's gradient, from given gradients (U, D) of the vectors, chunk by chunk under bf16."""
+    """Return the gradient of every parameter from those of the vectors (U, D), chunk by chunk under bf16."""
     module.zero_grad(set_to_none=True)
     start = 0
     for index, chunk in enumerate(batch.chunks):
@@ -173,7 +178,7 @@ def gradients_of(module, batch, gradients):
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def test_under_bf16_every_chunk_is_computed_in_it_twice(make_module, batch):
+def test_bf16_is_used_in_both_forward_passes_of_a_chunk(make_module, batch):
     module = make_module("ffn", grad_cache=True)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = module.training_step(batch, 0)
@@ -190,13 +195,13 @@ def test_under_bf16_every_chunk_is_computed_in_it_twice(make_module, batch):
     assert relative_error(ours, gradients_of(module, batch, vectors.grad)) < 1e-6
 
 
-def test_gradient_checkpointing_goes_with_it(make_module, batch):
+def test_gradient_checkpointing_can_be_combined(make_module, batch):
     plain, cached = make_module("ffn").double(), make_module("ffn", grad_cache=True).double()
     cached.encoder.gradient_checkpointing = True
-    assert relative_error(outcome(cached, batch)[1], outcome(plain, batch)[1]) < 1e-12
+    assert relative_error(loss_and_gradients(cached, batch)[1], loss_and_gradients(plain, batch)[1]) < 1e-12
 
 
-def test_without_gradients_it_is_the_plain_pass(make_module, batch):
+def test_without_gradients_vectors_equal_the_plain_ones(make_module, batch):
     module = make_module("attention", grad_cache=True).eval()
     with torch.no_grad():
         vectors, _ = module.embed(batch)
@@ -206,8 +211,8 @@ def test_without_gradients_it_is_the_plain_pass(make_module, batch):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_whole_training_is_the_plain_one_bit_for_bit(make_module, make_task, tmp_path, accumulate):
-    """With dropout, clipping, accumulation and AdamW, whose momentum leaves no difference unseen."""
+def test_training_equals_the_plain_one_bit_for_bit(make_module, make_task, tmp_path, accumulate):
+    """With dropout, clipping, accumulation and AdamW, whose momentum would reveal any difference."""
     weights = []
     for cache in (False, True):
         data = make_task(ClassificationDataModule, "classification", token_budget=40)

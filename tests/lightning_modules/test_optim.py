@@ -1,9 +1,11 @@
+"""Parameter groups and the learning-rate schedule."""
+
 import pytest
 
 from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
 
 
-def test_every_parameter_is_in_one_group_and_biases_do_not_decay(make_encoder):
+def test_every_parameter_is_in_one_group_and_biases_have_no_weight_decay(make_encoder):
     encoder = make_encoder("both")
     groups = parameter_groups(encoder, OptimOptions(weight_decay=0.01), 4)
     grouped = [p for group in groups for p in group["params"]]
@@ -14,7 +16,7 @@ def test_every_parameter_is_in_one_group_and_biases_do_not_decay(make_encoder):
         assert decay[id(parameter)] == (0 if no_decay else 0.01), name
 
 
-def test_layer_wise_decay(make_encoder):
+def test_layer_wise_learning_rates(make_encoder):
     encoder = make_encoder("attention")
     groups = parameter_groups(encoder, OptimOptions(lr=1.0, layer_decay=0.5), 4)
     lr = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -24,14 +26,14 @@ def test_layer_wise_decay(make_encoder):
     assert by_name["backbone.encoder.layer.3.attention.output.dense.experts.search.weight"] == 1.0
 
 
-def test_frozen_parameters_are_left_out(make_encoder):
+def test_frozen_parameters_are_in_no_group(make_encoder):
     encoder = make_encoder("shared")
     encoder.backbone.embeddings.requires_grad_(False)
     grouped = {id(p) for group in parameter_groups(encoder, OptimOptions(), 4) for p in group["params"]}
     assert not grouped & {id(p) for p in encoder.backbone.embeddings.parameters()}
 
 
-def test_schedule_rises_then_falls():
+def test_schedule_rises_and_falls():
     factor = linear_schedule(0.1, 100)
     assert factor(0) == pytest.approx(0.1)
     assert factor(9) == factor(10) == 1.0

@@ -81,7 +81,7 @@ def test_missing_qrels_raise_user_error(folder):
     [
         ('{"_id": "d3", "title": ', "line 3: invalid JSON"),
         ("[1, 2]", "line 3: expected an object"),
-        ('{"id": "d3", "text": "x"}', "line 3: _id is missing or empty (keys here: id, text)"),
+        ('{"id": "d3", "text": "x"}', "line 3: _id is missing (keys here: id, text)"),
         ('{"_id": 7, "text": "x"}', "line 3: _id must be a string, got 7"),
         ('{"_id": 0, "text": "x"}', "line 3: _id must be a string, got 0"),
         ('{"_id": "d3", "text": "\\ud800"}', "line 3: text contains half of a surrogate pair"),

@@ -68,9 +68,9 @@ def test_reader_returns_the_collection_that_was_written(world: World, tmp_path):
     expected = world.write(tmp_path)
     reader = world.make(tmp_path)
     assert isinstance(reader, Reader)
-    found = reader.read()
-    check_consistent(found)
-    assert found == expected
+    collection = reader.read()
+    check_consistent(collection)
+    assert collection == expected
 
 
 @world
@@ -105,8 +105,8 @@ def test_bad_line_raises_user_error_with_location_or_is_quarantined(world: World
         assert message.startswith(f"{path}, line {at}"), message
         assert reason in message
         caplog.clear()
-        found = world.make(folder, on_error="skip", quarantine=str(quarantine)).read()
-        assert shifted(found) == shifted(expected)
+        collection = world.make(folder, on_error="skip", quarantine=str(quarantine)).read()
+        assert shifted(collection) == shifted(expected)
         (record,) = map(json.loads, quarantine.read_text().splitlines())
         assert (record["file"], record["line"], record["text"]) == (str(path), at, line)
         assert reason in record["reason"]
@@ -181,4 +181,4 @@ def test_nodes_of_the_documentation_are_readers():
     classes = {node["_target_"].rpartition(".")[2] for node in nodes}
     assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader, home=READERS)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS)), Reader)

@@ -62,17 +62,17 @@ def test_maple_hard_negatives_are_labels_of_neighbours(tmp_path):
         assert collection.qrels["test"] == plain.qrels["test"]
         drawn = 0
         for paper, judged in collection.qrels["train"].items():
-            mine = records[paper]
-            near = {
-                "cited": [r for r in mine["reference"] if r in train],
-                "author": [o for o in train if set(records[o]["author"]) & set(mine["author"])],
+            record = records[paper]
+            related = {
+                "cited": [r for r in record["reference"] if r in train],
+                "author": [o for o in train if set(records[o]["author"]) & set(record["author"])],
                 "venue": list(train),
             }[source]
-            offered = {label for other in near for label in records[other]["label"]} - set(mine["label"])
+            offered = {label for other in related for label in records[other]["label"]} - set(record["label"])
             negatives = {label for label, grade in judged.items() if grade == 0}
             assert negatives <= offered
             assert len(negatives) <= 2
-            assert {label for label, grade in judged.items() if grade} == set(mine["label"])
+            assert {label for label, grade in judged.items() if grade} == set(record["label"])
             drawn += len(negatives)
         assert drawn
 
@@ -90,11 +90,11 @@ def test_maple_citation_negatives_are_not_cited(tmp_path):
 
 
 def test_maple_caps_pairs_per_label_only_in_training(tmp_path):
-    found = papers("p", 300)
+    documents = papers("p", 300)
     put(tmp_path / "labels_mesh.txt", "D1\tone\tuno", "D2\ttwo")
     put(
         tmp_path / "papers.json",
-        *(written(p, label=["D1", "D2"] if i % 50 == 0 else ["D1"]) for i, p in enumerate(found.values())),
+        *(written(p, label=["D1", "D2"] if i % 50 == 0 else ["D1"]) for i, p in enumerate(documents.values())),
     )
     collection = MapleReader(str(tmp_path), max_per_label=20, dev_percent=10, test_percent=10).read()
     counts = {split: sum("D1" in judged for judged in qrels.values()) for split, qrels in collection.qrels.items()}
@@ -130,15 +130,15 @@ def test_maple_raw_texts_are_preferred(tmp_path):
 
 def test_maple_folders_form_one_collection(tmp_path):
     """The cap is for both folders together. A paper of both folders is one paper with the labels of both."""
-    found = list(papers("p", 60).values())
+    documents = list(papers("p", 60).values())
     put(tmp_path / "Biology" / "labels.txt", "D1\tone", "D2\ttwo")
-    put(tmp_path / "Biology" / "papers.json", *(written(p, label=["D1"]) for p in found[:40]))
-    put(tmp_path / "Medicine" / "papers.json", *(written(p, label=["D1", "D2"]) for p in found[35:]))
+    put(tmp_path / "Biology" / "papers.json", *(written(p, label=["D1"]) for p in documents[:40]))
+    put(tmp_path / "Medicine" / "papers.json", *(written(p, label=["D1", "D2"]) for p in documents[35:]))
     both = {"folder": str(tmp_path / "Biology"), "further": [str(tmp_path / "Medicine")]}
     every = MapleReader(**both, max_per_label=0, dev_percent=0, test_percent=0).read()
-    expected = {p.id: {"D1": 1} if i < 35 else {"D1": 1, "D2": 1} for i, p in enumerate(found)}
+    expected = {p.id: {"D1": 1} if i < 35 else {"D1": 1, "D2": 1} for i, p in enumerate(documents)}
     assert every.qrels == {"train": expected}
-    assert every.queries == {p.id: p for p in found}
+    assert every.queries == {p.id: p for p in documents}
     capped = MapleReader(**both, max_per_label=20, dev_percent=0, test_percent=0).read().qrels["train"]
     for label in ("D1", "D2"):
         assert sum(label in judged for judged in capped.values()) == 20
@@ -174,9 +174,9 @@ def test_maple_fields_are_labels_of_their_papers(tmp_path):
     assert every["both"] == dict.fromkeys(names, 1)
     for id, judged in every.items():
         if id != "both":
-            mine = names[int(id[0])]
-            assert judged[mine] == 1
-            assert {name for name, grade in judged.items() if grade == 0} <= set(names) - {mine}
+            field = names[int(id[0])]
+            assert judged[field] == 1
+            assert {name for name, grade in judged.items() if grade == 0} <= set(names) - {field}
     assert sum(grade == 0 for judged in every.values() for grade in judged.values()) > 200
 
 
@@ -244,7 +244,7 @@ def test_scirepeval_candidates_may_be_an_object_of_lists(tmp_path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             candidates = row["candidates"]
-            row["candidates"] = {key: [one[key] for one in candidates] for key in candidates[0]}
+            row["candidates"] = {key: [candidate[key] for candidate in candidates] for key in candidates[0]}
         put(path, *rows)
     assert SciRepEvalReader("search", folder=str(tmp_path)).read() == expected
     put(
@@ -333,22 +333,24 @@ def test_hub_readers_work_with_the_datasets_package(tmp_path):
     reader = SciRepEvalReader("citations", dataset=str(tmp_path / "triplets"))
     assert reader.read() == expected
 
-    home, expected = tmp_path / "beir", beir(tmp_path / "beir")
+    folder, expected = tmp_path / "beir", beir(tmp_path / "beir")
     for split, qrels in expected.qrels.items():
-        rows = ({"query-id": q, "corpus-id": d, "score": g} for q, its in qrels.items() for d, g in its.items())
-        put(home / "judged" / f"{split}.jsonl", *rows)
+        rows = ({"query-id": q, "corpus-id": d, "score": g} for q, grades in qrels.items() for d, g in grades.items())
+        put(folder / "judged" / f"{split}.jsonl", *rows)
     places = {"corpus": {"corpus": "corpus.jsonl"}, "queries": {"queries": "queries.jsonl"}}
     places["default"] = {split: f"judged/{split}.jsonl" for split in expected.qrels}
     configs = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
         for name, files in places.items()
     ]
-    put(home / "README.md", "---", json.dumps({"configs": configs}), "---")
-    assert BeirHubReader(str(home)).read() == expected
+    put(folder / "README.md", "---", json.dumps({"configs": configs}), "---")
+    assert BeirHubReader(str(folder)).read() == expected
 
     put(tmp_path / "triplets" / "train.jsonl", '{"query": ')
     assert "cannot be loaded (JSON parse error" in error_of(reader)
-    assert "config nope: cannot be loaded" in error_of(SciRepEvalReader("citations", dataset=str(home), config="nope"))
+    assert "config nope: cannot be loaded" in error_of(
+        SciRepEvalReader("citations", dataset=str(folder), config="nope")
+    )
 
 
 def test_jsonl_query_text_cannot_take_the_id_of_a_document(tmp_path):
@@ -363,10 +365,10 @@ def test_jsonl_citations_are_split_by_year(tmp_path):
     put(tmp_path / "corpus.jsonl", *({"id": id, "title": id, "year": year} for id, year in years.items()))
     put(tmp_path / "train.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[1:150]))
     put(tmp_path / "dev.jsonl", *({"query": id, "positives": ["p0"]} for id in list(years)[150:]))
-    found = JsonlReader(str(tmp_path), train_until=2009, dev_percent=20).read()
-    check_consistent(found)
-    assert set(found.qrels["test"]) == {id for id, year in years.items() if year > 2009}
-    train, dev = found.qrels["train"], found.qrels["dev"]
+    collection = JsonlReader(str(tmp_path), train_until=2009, dev_percent=20).read()
+    check_consistent(collection)
+    assert set(collection.qrels["test"]) == {id for id, year in years.items() if year > 2009}
+    train, dev = collection.qrels["train"], collection.qrels["dev"]
     assert set(train) | set(dev) == {id for id, year in years.items() if year <= 2009 and id != "p0"}
     assert 8 < len(dev) < 35
     assert not set(train) & set(dev)
@@ -461,7 +463,7 @@ def test_training_on_numbers_raises_user_error(tmp_path, make_backbone, cache):
     reader = labelled(tmp_path, "number", 2, 0.5, -3, split="train")
     options = BatchOptions(batch_size=1, num_batches=1, cache=str(tmp_path / "cache") if cache else None)
     data = SearchDataModule(Task("search", "search"), {"numbers": reader}, options, make_backbone()[1])
-    with pytest.raises(UserError, match="numbers: .*'p1' and document 'number' have score 0.5; grades are whole"):
+    with pytest.raises(UserError, match="numbers: .*'p1' and document 'number': grades must be whole numbers, got 0.5"):
         data.setup()
 
 
@@ -473,13 +475,13 @@ def test_papers_without_text_are_left_out_with_a_warning(tmp_path, caplog):
 def test_split_may_be_a_folder_of_parquet_parts(tmp_path):
     reader = labelled(tmp_path, "number", 1, 2, 3)
     (tmp_path / "judged" / "test.jsonl").unlink()
-    home = tmp_path / "judged" / "test"
-    home.mkdir()
+    folder = tmp_path / "judged" / "test"
+    folder.mkdir()
     for part, papers_of_part in enumerate((("p0", "p1"), ("p2",))):
         rows = [{"paper_id": id, "label": 0.5} for id in papers_of_part]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), home / f"000{part}.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"000{part}.parquet")
     assert list(reader.read().queries) == ["p0", "p1", "p2"]
-    (home / "0000.parquet").unlink()
+    (folder / "0000.parquet").unlink()
     assert "the test split must be one file, or all parts of one, got test/0001.parquet" in error_of(reader)
 
 

@@ -138,19 +138,19 @@ def fuzz(world: World, folder: Path, seed: int, warnings: list) -> str:
     target.write_bytes(bad)
     started = time.monotonic()
     try:
-        found = world.make(folder, on_error=policy, quarantine=str(quarantine)).read()
+        collection = world.make(folder, on_error=policy, quarantine=str(quarantine)).read()
     except UserError:
         return "rejected"
     finally:
         target.unlink()
         path.write_bytes(content)
         assert time.monotonic() - started < 20
-    check_consistent(found)
+    check_consistent(collection)
     left = whole_lines(gzip.decompress(bad) if target.suffix == ".gz" else bad)
     num_quarantined = len(quarantine.read_bytes().splitlines()) if quarantine.exists() else 0
     num_damaged = (whole_lines(content) - left).total() + num_quarantined
     if all("saved in" in record.getMessage() for record in warnings):  # other warnings report more losses
-        lost = expected - items(found)
+        lost = expected - items(collection)
         assert len(lost) <= MAX_ITEMS_PER_LINE * num_damaged, (world.name, seed, path.name, sorted(lost), num_damaged)
     return "quarantine" if num_quarantined else "read"
 

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.readers import io
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.checks import BadLines, check_grade, get_id, get_text
+from datamodules.readers.checks import BadLines, Record, check_grade
 from datamodules.readers.io import as_object, read_entries, read_lines, read_members, read_records
 from datamodules.records import UserError
 
@@ -54,8 +54,8 @@ def test_lines_that_are_not_text_are_bad_one_by_one(path, tmp_path):
     assert error_of_reading(path) == f"{path}, line 2: not UTF-8 (byte 0xe9 at column 4)"
     with BadLines("skip", str(tmp_path / "q.jsonl")) as bad:
         assert numbered(read_lines(path, bad)) == [(1, "one"), (3, "thrée"), (6, "five"), (7, "six"), (8, "seven")]
-    found = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(record["line"], record["text"]) for record in found] == [
+    records = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["line"], record["text"]) for record in records] == [
         (2, "caf\udce9 x"),
         (4, "NUL \0"),
         (5, "\udced\udca0\udc80"),
@@ -67,11 +67,11 @@ def test_line_that_is_too_long_is_bad_and_next_line_is_read(path, tmp_path, monk
     for rest in (0, 1, 9_999, 10_000, 10_001, 54_321):
         path.write_text("one\n" + "x" * 10_000 + "y" * rest + "\ntwo\nthree\n")
         with BadLines("skip", str(tmp_path / f"{rest}.jsonl")) as bad:
-            found = [(row.number, row.text[:5]) for row in read_lines(path, bad)]
+            rows = [(row.number, row.text[:5]) for row in read_lines(path, bad)]
         if rest == 0:
-            assert found == [(1, "one"), (2, "xxxxx"), (3, "two"), (4, "three")]
+            assert rows == [(1, "one"), (2, "xxxxx"), (3, "two"), (4, "three")]
         else:
-            assert found == [(1, "one"), (3, "two"), (4, "three")]
+            assert rows == [(1, "one"), (3, "two"), (4, "three")]
             assert len(json.loads((tmp_path / f"{rest}.jsonl").read_text())["text"]) == 2000
             assert error_of_reading(path) == f"{path}, line 2: longer than 10,000 characters"
     path.write_text("one\n" + "x" * 30_000)
@@ -152,18 +152,18 @@ def test_entries_equal_those_of_the_json_module(path, chunk, monkeypatch):
     for indent in (None, 0, 2):
         whole = [values(rng) for _ in range(30)]
         path.write_text("\n " + json.dumps(whole, indent=indent, ensure_ascii=indent == 0) + "\n\n", encoding="utf-8")
-        found = list(read_entries(path, BadLines()))
-        assert [row.value for row in found] == whole
-        assert [json.loads(row.text) for row in found] == whole
-        assert [row.entry for row in found] == list(range(1, 31))
+        rows = list(read_entries(path, BadLines()))
+        assert [row.value for row in rows] == whole
+        assert [json.loads(row.text) for row in rows] == whole
+        assert [row.entry for row in rows] == list(range(1, 31))
         named = {f"k{i}": value for i, value in enumerate(whole)}
         path.write_text(json.dumps(named, indent=indent), encoding="utf-8")
         assert [row.value for row in read_entries(path, BadLines(), "object")] == whole
         other = {"": {"b": whole}, "c": whole[:5], "a": 1.5, "b": whole, "d": []}
         path.write_text(json.dumps(other, indent=indent), encoding="utf-8")
-        found = [(key, row.entry, row.value) for key, row in read_members(path, BadLines(), ("b", "c", "d"))]
-        wanted = [("c", i, value) for i, value in enumerate(whole[:5], 1)]
-        assert found == [*wanted, *(("b", i, value) for i, value in enumerate(whole, 1))]
+        rows = [(key, row.entry, row.value) for key, row in read_members(path, BadLines(), ("b", "c", "d"))]
+        expected = [("c", i, value) for i, value in enumerate(whole[:5], 1)]
+        assert rows == [*expected, *(("b", i, value) for i, value in enumerate(whole, 1))]
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,11 @@ def test_fields_of_the_wrong_type_raise_user_error():
     assert [check_grade(value) for value in (3, 3.0, "3", "-1", 0)] == [3, 3, 3, -1, 0]
     for value in (True, None, 1.5, float("nan"), float("inf"), "1_0", "٣", 10**12, "9" * 5000, [1]):
         assert "the score must be an integer, got " in error_of(lambda value=value: check_grade(value))
-    assert get_id({"a": None, "b": 7}, "a", "b") == "7"
+    assert Record(a=None, b=7).id("a", "b") == "7"
     for record in ({"b": 7.5}, {"b": ""}, {"b": True}, {"b": []}, {"b": 10**30}, {"b": "\ud800"}, {}):
-        error_of(lambda record=record: get_id(record, "b"))
-    assert get_text({"a": None}, "a") == get_text({}, "a") == ""
-    assert error_of(lambda: get_text({"x": 1}, "a", required=True)) == "a is missing (keys here: x)"
+        error_of(lambda record=record: Record(record).id("b"))
+    assert Record(a=None).text("a") == Record().text("a") == ""
+    assert error_of(lambda: Record(x=1).text("a", required=True)) == "a is missing (keys here: x)"
 
 
 # --- the policy for bad lines ---
@@ -313,13 +313,13 @@ def test_bad_lines_are_quarantined_and_counted_by_reason(tmp_path, monkeypatch, 
     (tmp_path / "qrels" / "test.tsv").write_text("\n".join([*judged, "q\td99\t1", "z\td1\t1", "q\td2\t0"]))
     collection = BeirReader(str(tmp_path), on_error="skip").read()
     assert len(collection.corpus) == len(collection.qrels["test"]["q"]) == 20
-    found = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert [(record["file"].rsplit("/", 1)[1], record["line"]) for record in found] == [
+    records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(record["file"].rsplit("/", 1)[1], record["line"]) for record in records] == [
         *(("corpus.jsonl", number) for number in (4, 5, 6, 7)),
         *(("test.tsv", number) for number in (21, 22, 23)),
     ]
-    assert found[3]["text"] == "x" * 2000
-    assert found[4]["reason"] == "the document id 'd99' is not in corpus.jsonl"
+    assert records[3]["text"] == "x" * 2000
+    assert records[4]["reason"] == "the document id 'd99' is not in corpus.jsonl"
     assert "left out 7 bad lines, saved in quarantine.jsonl: 2 x duplicate id ...: an earlier line" in caplog.text
     assert "2 x invalid JSON" in caplog.text
     BeirReader(str(tmp_path), on_error="skip").read()

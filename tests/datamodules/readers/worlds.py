@@ -124,34 +124,34 @@ def dpr(folder: Path) -> Collection:
 
 def maple(folder: Path) -> Collection:
     """Papers of 2014 to 2017. Paper p cites p - 1 and an unknown paper, and has the labels p and p + 1."""
-    found = papers("p", 12)
+    documents = papers("p", 12)
     labels = {f"l{i}": Document(f"l{i}", f"name {i}") for i in range(4)}
     put(folder / "labels.txt", *(f"{label.id}\t{label.title}" for label in labels.values()))
     records, qrels = [], {"train": {}, "test": {}}
-    for i, paper in enumerate(found.values()):
-        its = [f"l{i % 4}", f"l{(i + 1) % 4}"]
-        more = {"venue": "v", "year": str(2014 + i % 4), "author": [f"a{i % 3}"], "label": its}
+    for i, paper in enumerate(documents.values()):
+        paper_labels = [f"l{i % 4}", f"l{(i + 1) % 4}"]
+        more = {"venue": "v", "year": str(2014 + i % 4), "author": [f"a{i % 3}"], "label": paper_labels}
         records.append(written(paper, **more, reference=[f"p{i - 1}", "elsewhere"]))
-        qrels["train" if i % 4 < 2 else "test"][paper.id] = dict.fromkeys(its, 1)
+        qrels["train" if i % 4 < 2 else "test"][paper.id] = dict.fromkeys(paper_labels, 1)
     put(folder / "papers.json", *records)
-    queries = {id: found[id] for judged in qrels.values() for id in judged}
+    queries = {id: documents[id] for judged in qrels.values() for id in judged}
     return Collection(labels, queries, qrels)
 
 
 def maple_citations(folder: Path) -> Collection:
     maple(folder)
-    found = papers("p", 12)
+    documents = papers("p", 12)
     qrels = {"train": {}, "test": {}}
     for i in range(1, 12):
         qrels["train" if i % 4 < 2 else "test"][f"p{i}"] = {f"p{i - 1}": 1}
-    return Collection(found, {id: found[id] for judged in qrels.values() for id in judged}, qrels)
+    return Collection(documents, {id: documents[id] for judged in qrels.values() for id in judged}, qrels)
 
 
 def triplets(folder: Path) -> Collection:
-    found = papers("", NUM)
+    documents = papers("", NUM)
 
     def row(i: int) -> dict:
-        three = (found[str((i + shift) % NUM)] for shift in range(3))
+        three = (documents[str((i + shift) % NUM)] for shift in range(3))
         return {
             key: {"corpus_id": int(paper.id), "title": paper.title, "abstract": paper.text}
             for key, paper in zip(("query", "pos", "neg"), three, strict=True)
@@ -160,55 +160,59 @@ def triplets(folder: Path) -> Collection:
     put(folder / "train.jsonl", *(row(i) for i in range(NUM)))
     put(folder / "validation.jsonl", row(0), row(1))
     qrels = {str(i): {str((i + 1) % NUM): 1, str((i + 2) % NUM): 0} for i in range(NUM)}
-    corpus = {id: found[id] for id in found}
-    return Collection(corpus, found, {"train": qrels, "dev": {id: qrels[id] for id in ("0", "1")}})
+    corpus = {id: documents[id] for id in documents}
+    return Collection(corpus, documents, {"train": qrels, "dev": {id: qrels[id] for id in ("0", "1")}})
 
 
 def search(folder: Path) -> Collection:
-    found, queries, qrels = papers(), {}, {}
+    documents, queries, qrels = papers(), {}, {}
     for split, file in (("train", "train"), ("test", "evaluation")):
         rows = []
         for i in range(4):
-            candidates = [written(found[f"p{j}"], "doc_id", score=j - i, venue="v") for j in (i, i + 1, i + 2)]
+            candidates = [written(documents[f"p{j}"], "doc_id", score=j - i, venue="v") for j in (i, i + 1, i + 2)]
             rows.append({"query": f"words {split} {i}", "doc_id": f"{split}{i}", "candidates": candidates})
             queries[f"{split}{i}"] = Document(f"{split}{i}", "", f"words {split} {i}")
             qrels.setdefault(split, {})[f"{split}{i}"] = {f"p{i + j}": j for j in range(3)}
         put(folder / f"{file}.jsonl", *rows)
-    return Collection({f"p{i}": found[f"p{i}"] for i in range(6)}, queries, qrels)
+    return Collection({f"p{i}": documents[f"p{i}"] for i in range(6)}, queries, qrels)
 
 
 def fields_of_study(folder: Path) -> Collection:
-    found = papers()
+    documents = papers()
     for split in ("train", "validation"):
-        rows = [written(p, "doc_id", labels_text=["Física", f"Field {i % 2}"]) for i, p in enumerate(found.values())]
+        rows = [
+            written(p, "doc_id", labels_text=["Física", f"Field {i % 2}"]) for i, p in enumerate(documents.values())
+        ]
         put(folder / f"{split}.jsonl", *rows)
     labels = {name: Document(name, name) for name in ("Física", "Field 0", "Field 1")}
     qrels = {f"p{i}": {"Física": 1, f"Field {i % 2}": 1} for i in range(NUM)}
-    return Collection(labels, found, {"train": qrels, "dev": qrels})
+    return Collection(labels, documents, {"train": qrels, "dev": qrels})
 
 
 def scidocs_labels(folder: Path) -> Collection:
-    found = papers("0a")
-    put(folder / "paper_metadata_mag_mesh.json", *one_object({p.id: written(p, "paper_id") for p in found.values()}))
+    documents = papers("0a")
+    put(
+        folder / "paper_metadata_mag_mesh.json", *one_object({p.id: written(p, "paper_id") for p in documents.values()})
+    )
     put(folder / "names.txt", "0\tArt", "1\tBiology", "2\tChemistry")
     qrels = {}
     for split, file in (("train", "train"), ("dev", "val"), ("test", "test")):
         put(folder / "mag" / f"{file}.csv", "pid,class_label", *(f"0a{i},{i % 3}" for i in range(NUM)))
         qrels[split] = {f"0a{i}": {str(i % 3): 1} for i in range(NUM)}
     labels = {str(i): Document(str(i), name) for i, name in enumerate(("Art", "Biology", "Chemistry"))}
-    return Collection(labels, found, qrels)
+    return Collection(labels, documents, qrels)
 
 
 def scidocs_links(folder: Path) -> Collection:
-    found = papers("0a")
-    records = {p.id: written(p, "paper_id", cites=[]) for p in found.values()}
+    documents = papers("0a")
+    records = {p.id: written(p, "paper_id", cites=[]) for p in documents.values()}
     records["0a7"]["abstract"] = None
-    found["0a7"] = Document("0a7", found["0a7"].title, "")
+    documents["0a7"] = Document("0a7", documents["0a7"].title, "")
     put(folder / "paper_metadata_view_cite_read.json", *one_object(records))
     for file in ("val", "test"):
         put(folder / "cite" / f"{file}.qrel", *(f"0a{i} 0 0a{j} {int(j == 5)}" for i in range(2) for j in range(3, 8)))
     qrels = {f"0a{i}": {f"0a{j}": int(j == 5) for j in range(3, 8)} for i in range(2)}
-    return Collection(found, {id: found[id] for id in qrels}, {"dev": qrels, "test": qrels})
+    return Collection(documents, {id: documents[id] for id in qrels}, {"dev": qrels, "test": qrels})
 
 
 def one_object(records: dict) -> list[str]:
@@ -219,11 +223,11 @@ def one_object(records: dict) -> list[str]:
 
 def scimult_fine(folder: Path) -> Collection:
     labels = {f"l{i}": Document(f"l{i}", f"name {i}", f"definition {i}") for i in range(4)}
-    home = folder / "classification_fine"
+    subfolder = folder / "classification_fine"
     rows = ({"label": d.id, "name": [d.title, "synonym"], "definition": d.text} for d in labels.values())
-    put(home / "CSConference_label.json", *rows)
+    put(subfolder / "CSConference_label.json", *rows)
     rows = [{"title": f"t{i}", "abstract": f"a{i}", "label": [f"l{i % 4}", "l0"]} for i in range(NUM)]
-    put(home / "CSConference_papers_test.json", *rows)
+    put(subfolder / "CSConference_papers_test.json", *rows)
     queries = {f"test.{i + 1}": Document(f"test.{i + 1}", f"t{i}", f"a{i}") for i in range(NUM)}
     qrels = {f"test.{i + 1}": {f"l{i % 4}": 1, "l0": 1} for i in range(NUM)}
     return Collection(labels, queries, {"test": qrels})
@@ -231,60 +235,60 @@ def scimult_fine(folder: Path) -> Collection:
 
 def scimult_coarse(folder: Path) -> Collection:
     labels = {str(i): Document(str(i), f"name {i}", "") for i in range(4)}
-    home = folder / "classification_coarse"
+    subfolder = folder / "classification_coarse"
     rows = ({"label": int(d.id), "name": [d.title], "definition": ""} for d in labels.values())
-    put(home / "MAG_label.json", *rows)
-    put(home / "MAG_papers_test.json", *({"title": f"t{i}", "abstract": "", "label": i % 4} for i in range(NUM)))
+    put(subfolder / "MAG_label.json", *rows)
+    put(subfolder / "MAG_papers_test.json", *({"title": f"t{i}", "abstract": "", "label": i % 4} for i in range(NUM)))
     queries = {f"test.{i + 1}": Document(f"test.{i + 1}", f"t{i}", "") for i in range(NUM)}
     return Collection(labels, queries, {"test": {f"test.{i + 1}": {str(i % 4): 1} for i in range(NUM)}})
 
 
 def scimult_retrieval(folder: Path) -> Collection:
-    found = papers()
+    documents = papers()
     links = {f"p{i}": [f"p{i + 1}"] for i in range(NUM - 1)} | {f"p{NUM - 1}": []}
-    rows = (written(p, **{"cite": [], "co-cite": links[p.id]}) for p in found.values())
+    rows = (written(p, **{"cite": [], "co-cite": links[p.id]}) for p in documents.values())
     put(folder / "link_prediction_retrieval" / "SciDocs_papers_test.json", *rows)
     qrels = {id: dict.fromkeys(ids, 1) for id, ids in links.items() if ids}
-    return Collection(found, {id: found[id] for id in qrels}, {"test": qrels})
+    return Collection(documents, {id: documents[id] for id in qrels}, {"test": qrels})
 
 
 def scimult_patients(folder: Path) -> Collection:
-    found = papers("7-")
-    home = folder / "link_prediction_retrieval"
-    put(home / "PMCPatientsPPR_patients_test.json", *(written(p, "patient") for p in found.values()))
+    documents = papers("7-")
+    subfolder = folder / "link_prediction_retrieval"
+    put(subfolder / "PMCPatientsPPR_patients_test.json", *(written(p, "patient") for p in documents.values()))
     rows = [{"title": f"t{i}", "abstract": "", "patient": [f"7-{i}"]} for i in range(4)]
-    put(home / "PMCPatientsPPR_queries_test.json", *rows)
+    put(subfolder / "PMCPatientsPPR_queries_test.json", *rows)
     queries = {f"test.{i + 1}": Document(f"test.{i + 1}", f"t{i}", "") for i in range(4)}
-    return Collection(found, queries, {"test": {f"test.{i + 1}": {f"7-{i}": 1} for i in range(4)}})
+    return Collection(documents, queries, {"test": {f"test.{i + 1}": {f"7-{i}": 1} for i in range(4)}})
 
 
 def scimult_reranking(folder: Path) -> Collection:
-    found = papers()
+    documents = papers()
     scores = {"p0": {"p1": 5, "p2": 0}, "p3": {"p4": 1}}
-    rows = (written(p, score=scores.get(p.id, {})) for p in found.values())
+    rows = (written(p, score=scores.get(p.id, {})) for p in documents.values())
     put(folder / "link_prediction_reranking" / "Recommendation_papers_test.json", *rows)
-    return Collection(found, {id: found[id] for id in scores}, {"test": scores})
+    return Collection(documents, {id: documents[id] for id in scores}, {"test": scores})
 
 
 def scimult_search(folder: Path) -> Collection:
-    found = papers()
-    put(folder / "search" / "Search_papers_test.json", *(written(p) for p in found.values()))
+    documents = papers()
+    put(folder / "search" / "Search_papers_test.json", *(written(p) for p in documents.values()))
     scores = {f"q{i}": {f"p{i}": 3, f"p{i + 1}": 0} for i in range(4)}
     rows = ({"query_id": q, "query": f"{q} [SEP] words", "score": score} for q, score in scores.items())
     put(folder / "search" / "Search_queries_test.json", *rows)
     queries = {q: Document(q, "", f"{q} [SEP] words") for q in scores}
-    return Collection(found, queries, {"test": scores})
+    return Collection(documents, queries, {"test": scores})
 
 
 def scimult_pmc(folder: Path) -> Collection:
-    found, queries = papers("9"), papers("8-", 4)
-    home = folder / "pmc_patients"
-    put(home / "PMCPatientsPAR_articles_test.json", *(written(p, "article") for p in found.values()))
-    put(home / "PMCPatientsPAR_queries_test.json", *(written(p, "query") for p in queries.values()))
+    documents, queries = papers("9"), papers("8-", 4)
+    subfolder = folder / "pmc_patients"
+    put(subfolder / "PMCPatientsPAR_articles_test.json", *(written(p, "article") for p in documents.values()))
+    put(subfolder / "PMCPatientsPAR_queries_test.json", *(written(p, "query") for p in queries.values()))
     qrels = {f"8-{i}": {f"9{i}": 1 + i % 2} for i in range(4)}
     rows = [f"{query}\t{id}\t{grade}" for query, judged in qrels.items() for id, grade in judged.items()]
-    put(home / "PMCPatients" / "PAR" / "PAR_test_qrels.tsv", "query-id\tcorpus-id\tscore", *rows)
-    return Collection(found, queries, {"test": qrels})
+    put(subfolder / "PMCPatients" / "PAR" / "PAR_test_qrels.tsv", "query-id\tcorpus-id\tscore", *rows)
+    return Collection(documents, queries, {"test": qrels})
 
 
 def pmc_patients(folder: Path) -> Collection:
@@ -293,39 +297,42 @@ def pmc_patients(folder: Path) -> Collection:
     put(folder / "PAR" / "corpus.jsonl", *rows)
     queries, qrels = {}, {}
     for split in ("train", "dev", "test"):
-        its = {f"{split}-{i}": Document(f"{split}-{i}", "", f"a patient, {split} {i}") for i in range(4)}
-        put(folder / "queries" / f"{split}_queries.jsonl", *({"_id": d.id, "text": d.text} for d in its.values()))
-        qrels[split] = {id: {f"3{i}": 1 + i % 2} for i, id in enumerate(its)}
+        split_queries = {f"{split}-{i}": Document(f"{split}-{i}", "", f"a patient, {split} {i}") for i in range(4)}
+        put(
+            folder / "queries" / f"{split}_queries.jsonl",
+            *({"_id": d.id, "text": d.text} for d in split_queries.values()),
+        )
+        qrels[split] = {id: {f"3{i}": 1 + i % 2} for i, id in enumerate(split_queries)}
         rows = [f"{query}\t{id}\t{grade}" for query, judged in qrels[split].items() for id, grade in judged.items()]
         put(folder / "PAR" / f"qrels_{split}.tsv", "query-id\tcorpus-id\tscore", *rows)
-        queries |= its
+        queries |= split_queries
     return Collection(corpus, queries, qrels)
 
 
 def litsearch(folder: Path) -> Collection:
-    found = papers("20")
-    put(folder / "corpus_clean" / "full.jsonl", *(written(p, "corpusid", citations=[]) for p in found.values()))
+    documents = papers("20")
+    put(folder / "corpus_clean" / "full.jsonl", *(written(p, "corpusid", citations=[]) for p in documents.values()))
     rows = [{"query_set": "inline_acl", "query": f"papers on {i}?", "corpusids": [f"20{i}", "207"]} for i in range(4)]
     put(folder / "query" / "full.jsonl", *rows)
     queries = {f"test.{i + 1}": Document(f"test.{i + 1}", "", f"papers on {i}?") for i in range(4)}
-    return Collection(found, queries, {"test": {f"test.{i + 1}": {f"20{i}": 1, "207": 1} for i in range(4)}})
+    return Collection(documents, queries, {"test": {f"test.{i + 1}": {f"20{i}": 1, "207": 1} for i in range(4)}})
 
 
 def csfcube(folder: Path) -> Collection:
-    found = papers("30")
-    rows = (written(p, "paper_id", pred_labels=[]) | {"abstract": p.text.split(" of ")} for p in found.values())
+    documents = papers("30")
+    rows = (written(p, "paper_id", pred_labels=[]) | {"abstract": p.text.split(" of ")} for p in documents.values())
     put(folder / "abstracts-csfcube-preds.jsonl", *rows)
     grades = {"300": {"301": 3, "302": 0}, "305": {"306": 1, "307": 2, "300": 0}}
-    judged = {q: {"cands": list(own), "relevance_adju": list(own.values())} for q, own in grades.items()}
+    judged = {q: {"cands": list(g), "relevance_adju": list(g.values())} for q, g in grades.items()}
     put(folder / "test-pid2anns-csfcube-method.json", judged)
-    found = {id: Document(id, paper.title, paper.text.replace(" of ", " ")) for id, paper in found.items()}
-    return Collection(found, {id: found[id] for id in grades}, {"test": grades})
+    documents = {id: Document(id, paper.title, paper.text.replace(" of ", " ")) for id, paper in documents.items()}
+    return Collection(documents, {id: documents[id] for id in grades}, {"test": grades})
 
 
 def examples(folder: Path) -> Collection:
     """One test paper is judged twice, and one judged paper has no text."""
-    found = papers("30")
-    put(folder / "texts" / "evaluation.jsonl", *(written(p, "doc_id") for p in found.values()))
+    documents = papers("30")
+    put(folder / "texts" / "evaluation.jsonl", *(written(p, "doc_id") for p in documents.values()))
     splits = {"train": {"300": 2, "301": 10, "305": 2}, "test": {"302": 10, "303": 2}}
     for split, classes in splits.items():
         rows = [{"paper_id": id, "label": label} for id, label in classes.items()]
@@ -334,9 +341,9 @@ def examples(folder: Path) -> Collection:
         put(folder / "judged" / f"{split}.jsonl", *rows)
     qrels = {split: {id: {str(label): 1} for id, label in classes.items()} for split, classes in splits.items()}
     qrels["test"]["303#2"] = {"10": 1}
-    found["303#2"] = Document("303#2", found["303"].title, found["303"].text)
+    documents["303#2"] = Document("303#2", documents["303"].title, documents["303"].text)
     corpus = {label: Document(label, label) for label in ("2", "10")}
-    return Collection(corpus, {id: found[id] for judged in qrels.values() for id in judged}, qrels)
+    return Collection(corpus, {id: documents[id] for judged in qrels.values() for id in judged}, qrels)
 
 
 def doris_mae(folder: Path) -> Collection:
@@ -351,10 +358,12 @@ def doris_mae(folder: Path) -> Collection:
     judged = [{"aspect_id": aspect, "abstract_id": paper, "score": score} for aspect, paper, score in scores]
     lines = ['{"aspect2aspect_id": {"a [b": "0"}, "version": 1,']
     for key, entries in (("Corpus", rows), ("Annotation", judged), ("Query", questions)):
-        lines += [f'"{key}": [', *(json.dumps(one, ensure_ascii=False) + "," for one in entries[:-1])]
+        lines += [f'"{key}": [', *(json.dumps(entry, ensure_ascii=False) + "," for entry in entries[:-1])]
         lines += [json.dumps(entries[-1], ensure_ascii=False), "]}" if key == "Query" else "],"]
     put(folder / "DORIS-MAE_dataset_v1.json", *lines)
-    queries = {f"test.{i}": Document(f"test.{i}", "", one["query_text"]) for i, one in enumerate(questions, 1)}
+    queries = {
+        f"test.{i}": Document(f"test.{i}", "", question["query_text"]) for i, question in enumerate(questions, 1)
+    }
     qrels = {"test.1": {"0": 3, "1": 2, "2": 3}, "test.2": {"3": 2, "0": 0}}
     return Collection({id: corpus[id] for id in "0123"}, queries, {"test": qrels})
 

@@ -87,7 +87,7 @@ def test_unknown_model_name_raises_user_error():
 def test_damaged_files_and_files_of_other_programs_raise_user_error(make_encoder, tmp_path):
     path = tmp_path / "x.ckpt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"x\.ckpt: is no checkpoint, or a damaged one"):
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint, or a damaged one"):
         load_encoder(path)
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(UserError, match=r"x\.ckpt: is not a checkpoint of this project"):

@@ -149,7 +149,7 @@ def test_damaged_and_unrelated_checkpoints_raise_user_error(bert, make_encoder, 
     bad = tmp_path / "bad.ckpt"
     for part in (b"", content[:100], content[: len(content) // 2], content[:-50], b"\x80\x04" + content[:50]):
         bad.write_bytes(part)
-        with pytest.raises(UserError, match=r"bad\.ckpt: is no checkpoint, or a damaged one"):
+        with pytest.raises(UserError, match=r"bad\.ckpt: not a checkpoint, or a damaged one"):
             load_encoder(bad, backbone=bert)
     for foreign in ([1, 2], {"model": {}}, {"model_dict": [1], "encoder_params": {}}, torch.ones(2)):
         torch.save(foreign, bad)

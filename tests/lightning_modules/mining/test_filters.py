@@ -1,4 +1,4 @@
-"""Every filter against a loop."""
+"""Every filter is compared with a loop."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from datamodules.examples import ragged
 from lightning_modules.mining.filters import (
     Sieve,
     absolute_margin,
-    originals,
-    other_text,
+    different_text,
+    first_of_text,
+    from_rank,
+    not_known_positive,
     positive_score,
-    rank_window,
     relative_margin,
     sample,
-    unknown,
 )
 
 rng = np.random.default_rng(0)
@@ -22,72 +22,75 @@ ROWS = np.stack([rng.permutation(NUM_DOCUMENTS)[:K] for _ in range(NUM_QUERIES)]
 ROWS[rng.random(ROWS.shape) < 0.1] = -1
 SCORES = -np.sort(-rng.standard_normal(ROWS.shape), axis=1)
 LISTS = [rng.permutation(NUM_DOCUMENTS)[: rng.integers(1, 5)].tolist() for _ in range(NUM_QUERIES)]
-OWN = rng.integers(-1, NUM_DOCUMENTS, NUM_QUERIES)
+QUERY_ROWS = rng.integers(-1, NUM_DOCUMENTS, NUM_QUERIES)
 TEXTS = rng.integers(0, 20, NUM_DOCUMENTS)
 TEXT_OF_QUERY = rng.integers(0, 25, NUM_QUERIES)
 POSITIVE = rng.standard_normal(NUM_QUERIES)
 
 
-def each(keeps):
-    """(Q, k) of a function of query and candidate; places without a document do not count."""
+def loop(keeps):
+    """Return keeps(query, rank, row) for each candidate, (Q, k); False for row -1."""
     return np.array([[row >= 0 and keeps(q, j, row) for j, row in enumerate(ROWS[q])] for q in range(NUM_QUERIES)])
 
 
-def same(found, wanted):
-    assert ((found & (ROWS >= 0)) == wanted).all()
-    assert 0 < wanted.sum() < (ROWS >= 0).sum()  # it takes some, and not all
+def check_same(keeps, expected):
+    assert ((keeps & (ROWS >= 0)) == expected).all()
+    assert 0 < expected.sum() < (ROWS >= 0).sum()  # the filter removes some candidates, but not all
 
 
-def test_known_positives_and_the_query_itself():
-    same(unknown(ROWS, ragged(LISTS), OWN), each(lambda q, j, row: row not in LISTS[q] and row != OWN[q]))
+def test_known_positives_and_the_query_itself_are_dropped():
+    check_same(
+        not_known_positive(ROWS, ragged(LISTS), QUERY_ROWS),
+        loop(lambda q, j, row: row not in LISTS[q] and row != QUERY_ROWS[q]),
+    )
 
 
-def test_what_reads_as_a_positive_or_as_the_query():
+def test_texts_of_positives_and_of_the_query_are_dropped():
     def keeps(q, j, row):
         return TEXTS[row] not in {TEXTS[p] for p in LISTS[q]} | {TEXT_OF_QUERY[q]}
 
-    same(other_text(ROWS, ragged(LISTS), TEXTS, TEXT_OF_QUERY), each(keeps))
+    check_same(different_text(ROWS, ragged(LISTS), TEXTS, TEXT_OF_QUERY), loop(keeps))
 
 
-def test_copies():
-    same(originals(TEXTS)[ROWS], each(lambda q, j, row: TEXTS[row] not in TEXTS[:row]))
+def test_only_the_first_document_of_a_text_is_kept():
+    check_same(first_of_text(TEXTS)[ROWS], loop(lambda q, j, row: TEXTS[row] not in TEXTS[:row]))
 
 
-def test_first_ranks():
-    same(rank_window(ROWS, 5), each(lambda q, j, row: j >= 5))
+def test_nearest_ranks_are_dropped():
+    check_same(from_rank(ROWS, 5), loop(lambda q, j, row: j >= 5))
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.05, 0.5])
-def test_margins(margin):
+def test_margins_match_a_loop(margin):
     def below(q, j, row):
         return SCORES[q, j] < POSITIVE[q] - margin * abs(POSITIVE[q])
 
-    same(relative_margin(SCORES, POSITIVE, margin), each(below))
-    same(absolute_margin(SCORES, POSITIVE, margin), each(lambda q, j, row: SCORES[q, j] < POSITIVE[q] - margin))
+    check_same(relative_margin(SCORES, POSITIVE, margin), loop(below))
+    check_same(absolute_margin(SCORES, POSITIVE, margin), loop(lambda q, j, row: SCORES[q, j] < POSITIVE[q] - margin))
     assert relative_margin(np.array([[0.94, 0.96]]), np.array([1.0]), 0.05).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(("which", "function"), [("mean", np.mean), ("lowest", min), ("highest", max)])
-def test_the_positives_score(which, function):
+def test_positive_score_is_the_mean_lowest_or_highest(which, function):
     lists = ragged(LISTS)
     scores = rng.standard_normal(lists[0][-1])
-    wanted = [function(scores[a:b]) for a, b in zip(lists[0], lists[0][1:], strict=False)]
-    np.testing.assert_allclose(positive_score(scores, lists, which), wanted)
+    expected = [function(scores[a:b]) for a, b in zip(lists[0], lists[0][1:], strict=False)]
+    np.testing.assert_allclose(positive_score(scores, lists, which), expected)
 
 
-def test_filters_say_how_many_they_took():
+def test_sieve_counts_what_each_filter_removes():
     sieve = Sieve(ROWS)
-    first, second = rank_window(ROWS, 3), SCORES < 0
+    first, second = from_rank(ROWS, 3), SCORES < 0
     sieve.apply("first", first)
     sieve.apply("second", second)
-    there = ROWS >= 0
-    assert sieve.taken == {"first": int((there & ~first).sum()), "second": int((there & first & ~second).sum())}
-    assert (sieve.kept == (there & first & second)).all()
+    present = ROWS >= 0
+    assert sieve.removed == {"first": int((present & ~first).sum()), "second": int((present & first & ~second).sum())}
+    assert (sieve.kept == (present & first & second)).all()
 
 
 @pytest.mark.parametrize("how", ["top", "random", "softmax"])
 @pytest.mark.parametrize("count", [1, 4, 50])
-def test_a_sample_has_what_was_kept_and_no_more_than_asked(how, count):
+def test_sample_takes_at_most_count_of_the_kept_candidates(how, count):
     kept = (ROWS >= 0) & (SCORES < 0.5)
     chosen = sample(SCORES, kept, count, how, (1, 2))
     assert (kept | ~chosen).all()
@@ -97,14 +100,14 @@ def test_a_sample_has_what_was_kept_and_no_more_than_asked(how, count):
         assert (sample(SCORES, kept, count, how, (1, 3)) == chosen).all() == (how == "top")
 
 
-def test_the_top_is_the_first_that_are_kept():
+def test_top_sample_takes_the_first_kept_candidates():
     kept = (ROWS >= 0) & (rng.random(ROWS.shape) < 0.7)
     chosen = sample(SCORES, kept, 3, "top")
     for q in range(NUM_QUERIES):
         assert np.flatnonzero(chosen[q]).tolist() == np.flatnonzero(kept[q])[:3].tolist()
 
 
-def test_softmax_draws_by_its_probabilities():
+def test_softmax_sample_follows_its_probabilities():
     scores = np.tile(np.array([[0.3, 0.2, 0.0, 0.9]]), (40_000, 1))
     kept = np.tile(np.array([[True, True, True, False]]), (40_000, 1))
     share = sample(scores, kept, 1, "softmax", (0,), temperature=0.1).mean(0)

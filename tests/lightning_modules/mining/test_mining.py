@@ -1,4 +1,4 @@
-"""Mining as a whole: cached vectors, filters in their order, what is told of it."""
+"""Mining as a whole: cached vectors, filters in their order, and the report."""
 
 import dataclasses
 import os
@@ -15,18 +15,18 @@ from datamodules.examples import ragged
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
-from lightning_modules.mining import mine as pool_module
-from lightning_modules.mining.mine import Mined, Mining, MiningOptions, text_numbers
+from lightning_modules.mining import mine as mine_module
+from lightning_modules.mining.mine import Mined, Mining, MiningOptions, mine, text_numbers
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
-from lightning_modules.mining.report import MEANS, gate, histograms, logged, report, svg, table
-from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint
+from lightning_modules.mining.report import FIGURES, check_false_negatives, histograms, metrics, report, svg, table
+from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.conftest import toy_collection
 
 
 def mining_of(tmp_path, miner=None, tasks=("search",), similarity="cosine", guide=None, **options):
-    given = MiningOptions(**{"k": 10, "relative_margin": None, "num_negatives": 10} | options)
+    arguments = MiningOptions(**{"k": 10, "relative_margin": None, "num_negatives": 10} | options)
     return Mining(
-        given, dict.fromkeys(tasks, miner or DenseMiner()), tmp_path, similarity=similarity, guide=guide, seed=3
+        arguments, dict.fromkeys(tasks, miner or DenseMiner()), tmp_path, similarity=similarity, guide=guide, seed=3
     )
 
 
@@ -36,7 +36,7 @@ def lists_of(mined):
 
 
 def ranking(encoder, data, similarity="cosine"):
-    """Of each example, all documents best first and their scores, by the encoder's own vectors."""
+    """Return the ranking of all documents for each example, and their scores, from the encoder's own vectors."""
     task = data.task.name
     documents = encoder.encode(list(data.collections["toy"].corpus.values()), task)
     queries = encoder.encode([data.documents[example.query] for example in data.examples], task)
@@ -49,10 +49,10 @@ def ranking(encoder, data, similarity="cosine"):
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("kind", [ClassificationDataModule, LinkPredictionDataModule, SearchDataModule])
 @pytest.mark.parametrize("block", [5, 8192])
-def test_mined_are_the_nearest_below_the_margin(
+def test_the_nearest_documents_below_the_margin_are_mined(
     make_task, make_encoder, tmp_path, monkeypatch, kind, similarity, block
 ):
-    monkeypatch.setattr(pool_module, "BLOCK", block)
+    monkeypatch.setattr(mine_module, "BLOCK", block)
     papers = kind is LinkPredictionDataModule
     data = make_task(kind, collection=toy_collection(10, 10, papers=papers))
     encoder = make_encoder("attention")
@@ -61,22 +61,22 @@ def test_mined_are_the_nearest_below_the_margin(
     )
     mined = mining.run(mining.cache(encoder), data.pools())["search"]
     order, scores = ranking(encoder, data, similarity)
-    wanted, margins = [], []
+    expected, margins = [], []
     for q, example in enumerate(data.examples):
         best = max(scores[q][list(example.positives)])
         limit = best - 0.01 * abs(best)
         left = [r for r in order[q][1:8] if r not in example.not_negatives and scores[q][r] < limit][:3]
-        wanted.append(left)
+        expected.append(left)
         margins += [best - scores[q][row] for row in left]
-    assert sum(map(len, wanted)) > 5
-    assert lists_of(mined) == wanted
+    assert sum(map(len, expected)) > 5
+    assert lists_of(mined) == expected
     np.testing.assert_allclose(mined.margins, margins, atol=1e-5)
-    flat = [(q, row) for q, rows in enumerate(wanted) for row in rows]
+    flat = [(q, row) for q, rows in enumerate(expected) for row in rows]
     assert mined.negatives.ranks.tolist() == [order[q].tolist().index(row) for q, row in flat]
     np.testing.assert_allclose(mined.negatives.scores, [scores[q][row] for q, row in flat], atol=1e-5)
 
 
-def test_a_structural_miner_is_filtered_by_the_models_scores(make_task, make_encoder, tmp_path):
+def test_margins_filter_candidates_of_any_miner(make_task, make_encoder, tmp_path):
     data, encoder = make_task(SearchDataModule), make_encoder("attention")
     mining = mining_of(tmp_path, RandomMiner(), absolute_margin=0.05, positive="lowest")
     mined = mining.run(mining.cache(encoder), data.pools())["search"]
@@ -87,7 +87,7 @@ def test_a_structural_miner_is_filtered_by_the_models_scores(make_task, make_enc
         assert set(lists_of(mined)[q]) == left
 
 
-def test_a_guide_takes_what_it_finds_as_good_as_the_positive(make_task, make_encoder, tmp_path):
+def test_the_guide_removes_candidates_as_good_as_the_positive(make_task, make_encoder, tmp_path):
     data, encoder, guide = make_task(SearchDataModule), make_encoder("attention"), make_encoder("shared", seed=7)
     plain, guided = (mining_of(tmp_path, guide=g) for g in (None, guide))
     before, after = (lists_of(mining.run(mining.cache(encoder), data.pools())["search"]) for mining in (plain, guided))
@@ -98,7 +98,7 @@ def test_a_guide_takes_what_it_finds_as_good_as_the_positive(make_task, make_enc
     assert before != after
 
 
-def test_texts_that_stand_twice_are_mined_once_and_never_where_they_are_positives(make_task, make_encoder, tmp_path):
+def test_equal_texts_are_mined_once_and_never_next_to_a_positive(make_task, make_encoder, tmp_path):
     collection = toy_collection()
     copies = {f"x{i}": Document(f"x{i}", d.title.upper(), d.text) for i, d in enumerate(collection.corpus.values())}
     data = make_task(
@@ -109,8 +109,8 @@ def test_texts_that_stand_twice_are_mined_once_and_never_where_they_are_positive
         mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
         for q, example in enumerate(data.examples):
             clean = set(range(10)) - set(example.positives)
-            wanted = clean if same_text else clean | set(range(10, 20))
-            assert set(lists_of(mined)[q]) == wanted
+            expected = clean if same_text else clean | set(range(10, 20))
+            assert set(lists_of(mined)[q]) == expected
         assert (report(mined, 0).values["duplicates"] > 0) != same_text
         assert mined.negatives.taken.get("copies", 0) == (120 if same_text else 0)
 
@@ -131,54 +131,7 @@ def test_rows_and_examples_of_several_collections(make_task, make_encoder, tmp_p
     assert len(mined.texts) == len(mined.negatives.documents)
 
 
-def test_embedding_that_was_killed_goes_on_with_the_shards_that_are_there(make_encoder, tmp_path, monkeypatch):
-    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
-    embedded = []
-    original = encoder.encode
-
-    def counted(documents, task, **options):
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        embedded.append(len(documents))
-        return original(documents, task, **options)
-
-    monkeypatch.setattr(encoder, "encode", counted)
-    cache = VectorCache(encoder, tmp_path, shard_size=3)
-    with pytest.raises(KeyboardInterrupt):
-        cache.vectors(texts, "search", "documents")
-    assert embedded == [3, 3]
-    (cache.folder / ".half.npy.1").write_bytes(b"what a killed process left")
-    embedded[:] = [0]
-    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: embedded.append(len(d)) or original(d, t, **o))
-    vectors = VectorCache(encoder, tmp_path, shard_size=3).vectors(texts, "search", "documents")
-    assert embedded == [0, 3, 1]
-    np.testing.assert_allclose(np.concatenate(list(vectors)), original(texts, "search").numpy(), atol=1e-5)
-    cache.remove()
-    assert not cache.folder.exists()
-
-
-def test_vectors_are_found_again_for_the_same_model_task_texts_and_similarity_alone(make_encoder, tmp_path):
-    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
-
-    def shards():
-        return {path.name for path in tmp_path.rglob("*.npy")}
-
-    cache = VectorCache(encoder, tmp_path)
-    cache.vectors(texts, "search", "d")
-    seen = shards()
-    assert len(seen) == 1
-    VectorCache(make_encoder("attention"), tmp_path).vectors(texts, "search", "d")
-    assert shards() == seen
-    cache.vectors(texts, "classification", "d")
-    VectorCache(encoder, tmp_path, similarity="cosine").vectors(texts, "search", "d")
-    cache.vectors([*texts[:-1], Document("d9", "other", "words")], "search", "d")
-    assert len(shards()) == 4
-    with torch.no_grad():
-        next(encoder.parameters()).add_(1e-3)
-    assert fingerprint(encoder) != cache.fingerprint
-
-
-def test_vectors_that_are_not_finite_are_refused_and_not_kept(make_task, make_encoder, tmp_path):
+def test_vectors_that_are_not_finite_raise_and_are_not_kept(make_task, make_encoder, tmp_path):
     encoder = make_encoder("shared")
     with torch.no_grad():
         encoder.backbone.embeddings.word_embeddings.weight.fill_(float("nan"))
@@ -188,39 +141,40 @@ def test_vectors_that_are_not_finite_are_refused_and_not_kept(make_task, make_en
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_a_corpus_smaller_than_k_is_ranked_whole_and_one_smaller_than_the_first_rank_refused(
+def test_small_corpora_are_ranked_completely_unless_first_rank_is_beyond_them(
     make_task, make_encoder, tmp_path, caplog
 ):
     pools, encoder = make_task(SearchDataModule).pools(), make_encoder("shared")
     mining = mining_of(tmp_path, k=500)
     mined = mining.run(mining.cache(encoder), pools)["search"]
     assert {len(rows) for rows in lists_of(mined)} == {8}  # ten documents less two positives
-    assert "mining.k: toy has 10 documents" in caplog.text
+    assert "toy has 10 documents, fewer than k, so all are candidates" in caplog.text
     mining = mining_of(tmp_path, k=500, first_rank=10)
-    with pytest.raises(UserError, match="first_rank: ranks from 10 on are asked for, and toy has 10 documents"):
+    with pytest.raises(UserError, match="first_rank: expected a rank below the number of documents of toy, 10, got 10"):
         mining.run(mining.cache(encoder), pools)
 
 
-def test_a_task_without_negatives_says_which_filter_took_how_many(make_task, make_encoder, tmp_path):
+def test_a_task_without_negatives_reports_what_each_filter_removed(make_task, make_encoder, tmp_path):
     pools = make_task(SearchDataModule).pools()
     mining = mining_of(tmp_path, first_rank=2, absolute_margin=5.0)
     with pytest.raises(UserError) as error:
         mining.run(mining.cache(make_encoder("shared")), pools)
-    told = str(error.value)
-    assert told.startswith("search: no hard negative is left. The filters took: known positives 24, first ranks ")
-    counts = [int(word.strip(".,")) for word in told.split("mining.k")[0].split() if word.strip(".,").isdecimal()]
+    message = str(error.value)
+    start = "search: no hard negatives are left. Candidates removed by each filter: known positives 24, first ranks "
+    assert message.startswith(start)
+    counts = [int(word.strip(".,")) for word in message.split("Raise k")[0].split() if word.strip(".,").isdecimal()]
     assert sum(counts) == 12 * 10
 
 
-def test_without_a_model_some_miners_do_and_others_say_so(make_task, tmp_path):
+def test_a_miner_or_margin_that_needs_an_encoder_raises_without_one(make_task, tmp_path):
     pools = make_task(SearchDataModule).pools()
     assert mining_of(tmp_path, BM25Miner()).run(None, pools)["search"].negatives.documents.size
     for mining in (mining_of(tmp_path), mining_of(tmp_path, BM25Miner(), relative_margin=0.05)):
-        with pytest.raises(UserError, match="needs a model: give model="):
+        with pytest.raises(UserError, match="needs an encoder; give one, or choose a miner that needs none"):
             mining.run(None, pools)
 
 
-def test_text_numbers_are_equal_where_texts_are():
+def test_text_numbers_ignore_case_and_spaces():
     corpus = [Document("a", "One", "two"), Document("b", "one", " Two "), Document("c", "", "one two three")]
     documents, queries = text_numbers(corpus, [Document("q", "", "ONE  two"), Document("p", "", "new")])
     assert documents[0] == documents[1] != documents[2]
@@ -228,19 +182,19 @@ def test_text_numbers_are_equal_where_texts_are():
     assert queries[1] not in documents
 
 
-def made_up(margins, lists, revealed=None, texts=None):
+def example_result(margins, lists, revealed=None, texts=None):
     starts, rows = ragged(lists)
     margins = np.array(margins, dtype=np.float32)
     revealed = np.zeros(len(rows), bool) if revealed is None else np.array(revealed)
     texts = rows.astype(np.int64) if texts is None else np.array(texts)
     negatives = MinedNegatives(starts, rows, np.zeros(len(rows), np.int32), -margins, {"known positives": 4})
-    return Mined(negatives, margins, revealed, texts, candidates=20, above=5)
+    return Mined(negatives, margins, revealed, texts, num_candidates=20, num_above=5)
 
 
-def test_the_report_counts_what_it_says():
-    mined = made_up([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
-    former = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
-    values = report(mined, 60, former, 40).values
+def test_report_figures_match_their_definitions():
+    mined = example_result([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
+    previous = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
+    values = report(mined, 60, previous, 40).values
     assert values == {
         "negatives": 4 / 3,
         "without": 1 / 3,
@@ -256,55 +210,60 @@ def test_the_report_counts_what_it_says():
         "age": 20.0,
         "kept": 0.5,
     }
-    found = report(mined, 60)
-    assert "age" not in found.values
-    assert found.histogram[0].sum() == 4
-    assert logged({"search": found})["mine/search/duplicates"] == 0.25
-    told = "\n".join(table({"search": found, "classification": found}))
-    assert "false_negative_rate" in told
-    assert "  known positives" in told
-    assert set(MEANS) == {*found.values, "age", "kept"}
-    tiny = dataclasses.replace(found, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5})
+    first_report = report(mined, 60)
+    assert "age" not in first_report.values
+    assert first_report.histogram[0].sum() == 4
+    assert metrics({"search": first_report})["mine/search/duplicates"] == 0.25
+    text = "\n".join(table({"search": first_report, "classification": first_report}))
+    assert "false_negative_rate" in text
+    assert "  known positives" in text
+    assert set(FIGURES) == {*first_report.values, "age", "kept"}
+    tiny = dataclasses.replace(
+        first_report, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5}
+    )
     assert [line.split()[1] for line in table({"search": tiny})[1:4]] == ["0.25", "<0.0001", "0"]
 
 
-def test_without_scores_there_are_no_margins_in_the_report():
-    found = report(made_up([np.nan] * 2, [[1], [2]], [True, False]), 0)
-    assert found.values["false_negative_rate"] == 0.5
-    assert not {"above_positive", "candidates_above", "margin_p50"} & set(found.values)
-    assert "no model scored them" in svg({"search": found}, "none")
+def test_report_without_scores_has_no_margins():
+    task_report = report(example_result([np.nan] * 2, [[1], [2]], [True, False]), 0)
+    assert task_report.values["false_negative_rate"] == 0.5
+    assert not {"above_positive", "candidates_above", "margin_p50"} & set(task_report.values)
+    assert "no scores: mined without an encoder" in svg({"search": task_report}, "none")
 
 
-def test_margins_are_plotted_by_loggers_that_take_them(tmp_path):
+def test_loggers_with_histograms_get_the_margins(tmp_path):
     class Plots(JsonlLogger):
-        taken = None
+        received = None
 
         def log_histograms(self, histograms, step):
-            self.taken = histograms, step
+            self.received = histograms, step
 
-    reports = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0), "other": report(made_up([np.nan], [[1]]), 0)}
-    found, file, plots = histograms(reports), JsonlLogger(tmp_path / "a.jsonl"), Plots(tmp_path / "b.jsonl")
-    log_histograms([file, plots], found, 7)
-    assert set(found) == {"mine/search/margins"}
-    assert plots.taken == (found, 7)
+    reports = {
+        "search": report(example_result([0.2, -0.1], [[1], [2]]), 0),
+        "other": report(example_result([np.nan], [[1]]), 0),
+    }
+    margins, file, plots = histograms(reports), JsonlLogger(tmp_path / "a.jsonl"), Plots(tmp_path / "b.jsonl")
+    log_histograms([file, plots], margins, 7)
+    assert set(margins) == {"mine/search/margins"}
+    assert plots.received == (margins, 7)
     assert not file.path.exists()
 
 
-def test_the_gate_stops_where_negatives_look_like_positives():
-    found = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0).values}
-    for open_at in (None, 0.5):
-        gate(found, open_at)
+def test_too_many_false_negatives_raise():
+    values = {"search": report(example_result([0.2, -0.1], [[1], [2]]), 0).values}
+    for stop_at in (None, 0.5):
+        check_false_negatives(values, stop_at)
     with pytest.raises(
-        UserError, match=r"search: 50.0% of the mined .* mining.stop_at is 49.0%\. Set mining.relative_margin"
+        UserError, match=r"search: 50.0% of the mined .*, more than stop_at, 49.0% .*\. Raise relative_margin"
     ):
-        gate(found, 0.49)
+        check_false_negatives(values, 0.49)
 
 
-def test_the_picture_is_an_svg_with_bars_of_the_histogram():
-    found = {name: report(made_up([0.2, -0.1, 0.3], [[1], [2, 3]]), 0) for name in ("search", "a & b")}
-    root = ElementTree.fromstring(svg(found, "at <step> 3"))
+def test_svg_has_a_bar_for_each_bin():
+    reports = {name: report(example_result([0.2, -0.1, 0.3], [[1], [2, 3]]), 0) for name in ("search", "a & b")}
+    root = ElementTree.fromstring(svg(reports, "at <step> 3"))
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("fill") != "white"]
-    assert len(bars) == 2 * len(found["search"].histogram[0])
+    assert len(bars) == 2 * len(reports["search"].histogram[0])
     assert sum(float(bar.get("height")) > 0 for bar in bars) == 6
     red = [bar for bar in bars if bar.get("fill") == "#c0392b" and float(bar.get("height")) > 0]
     assert len(red) == 2
@@ -316,14 +275,14 @@ import sys
 from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
-from datamodules.records import Document, MiningPool, UserError
-from lightning_modules.mining import mine as pool_module
-from lightning_modules.retrieval import vector_cache as vectors_module
+from datamodules.records import Document, MiningPool, Ragged, UserError
+from lightning_modules.mining import mine as mine_module
+from lightning_modules.retrieval import vector_cache
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.miners import DenseMiner
 from lightning_modules.mining.mine import MiningOptions
 
-pool_module.BLOCK, vectors_module.LEAST = 7, 5
+mine_module.BLOCK, vector_cache.MIN_SHARD = 7, 5
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if world > 1:
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
@@ -339,47 +298,47 @@ encoder = SimpleNamespace(
     config={}, tokenizer=SimpleNamespace(get_vocab=dict), backbone=SimpleNamespace(config=None), state_dict=dict,
     device=torch.device("cpu"), encode=encode, document_task=lambda task: task,
 )
-nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
+empty = Ragged(np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
     [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
-    (np.arange(31), np.arange(30, dtype=np.int32)), nothing, nothing,
+    Ragged(np.arange(31), np.arange(30, dtype=np.int32)), empty, empty,
 )
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]
 assert len(embedded) <= -(-80 // world) + 1, len(embedded)
-print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.above)
+print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.num_above)
 
 class Failing(DenseMiner):
-    def rank(self, pool, part, k, context):
-        if part.start == 28:  # the last block, which the first rank has, and not the second
+    def rank(self, pool, queries, k, context):
+        if queries.start == 28:  # the last block, which only the first rank has
             raise UserError("this cannot be ranked")
-        return super().rank(pool, part, k, context)
+        return super().rank(pool, queries, k, context)
 
 def infinite(documents, task, **options):
     return encode(documents, task) / (0.0 if documents[-1].text == "49" else 1.0)
 
-def told(miner):
+def print_error(miner):
     mining = Mining(MiningOptions(k=20), {"search": miner}, folder + ".other")
     try:
         mining.run(mining.cache(encoder), [pool])
     except UserError as error:
         print(error)
 
-told(Failing())
+print_error(Failing())
 encoder.encode, folder = infinite, folder + ".infinite"
-told(DenseMiner())
+print_error(DenseMiner())
 if world > 1:
     dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
+def test_ranks_share_the_work_and_have_the_result_of_one(tmp_path, free_port):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    told = []
+    outputs = []
     for world in (1, 2):
         folder = str(tmp_path / f"vectors{world}")
         ranks = [
@@ -393,8 +352,8 @@ def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
         for process in ranks:
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0
-            told.append(out)
-    lines = [out.decode().splitlines() for out in told]
+            outputs.append(out)
+    lines = [out.decode().splitlines() for out in outputs]
     assert len(lines[0][0]) > 300
     assert lines[0][0] == lines[1][0] == lines[2][0]
     for _, cannot, infinite in lines:  # a rank whose own share is fine does not wait for the other
@@ -402,10 +361,24 @@ def test_ranks_share_the_work_and_all_have_what_one_has(tmp_path, free_port):
         assert "vectors are not finite" in infinite
 
 
-def test_documents_that_are_not_trained_on_are_not_mined(make_task, make_encoder, tmp_path):
+def test_documents_that_are_not_trained_on_are_never_mined(make_task, make_encoder, tmp_path):
     data = make_task(SearchDataModule)
     data.strip(np.zeros(0, dtype=np.int64), np.array([4, 7]))
     mining = mining_of(tmp_path)
     mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
     for q, example in enumerate(data.examples):
         assert set(lists_of(mined)[q]) == set(range(10)) - {4, 7} - set(example.positives)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_mine_in_memory_gives_what_mining_gives_with_a_folder(make_task, make_encoder, tmp_path, guided):
+    data, encoder = make_task(SearchDataModule), make_encoder("attention")
+    guide = make_encoder("shared", seed=7) if guided else None
+    mining = mining_of(tmp_path, guide=guide, relative_margin=0.01, sampling="random", num_negatives=2)
+    from_folder = mining.run(mining.cache(encoder), data.pools())["search"]
+    guide_vectors = VectorCache(guide, similarity="cosine") if guide else None
+    (pool,) = data.pools()
+    mined = mine(encoder, pool, None, mining.options, similarity="cosine", guide=guide_vectors, seeds=(3, 0))
+    assert lists_of(mined) == lists_of(from_folder)
+    np.testing.assert_array_equal(mined.margins, from_folder.margins)
+    assert mined.negatives.taken == from_folder.negatives.taken

@@ -1,4 +1,4 @@
-"""FAISS indexes of embedded texts against exact search, and the entry points around them."""
+"""FAISS indexes are compared with exact search, and so are the commands that use them."""
 
 import json
 
@@ -17,21 +17,21 @@ from tests.conftest import text_of
 
 def clustered(count, dimension=16, clusters=20, seed=0):
     rng = np.random.default_rng(seed)
-    found = 2 * rng.standard_normal((clusters, dimension))[rng.integers(0, clusters, count)]
-    found = (found + rng.standard_normal(found.shape)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    centres = 2 * rng.standard_normal((clusters, dimension))[rng.integers(0, clusters, count)]
+    vectors = (centres + rng.standard_normal(centres.shape)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
-def test_recall_is_that_of_a_loop(kind):
-    """At the largest nprobe an index without quantization is exact; a quantized one is measured by hand."""
+def test_recall_agrees_with_a_loop(kind):
+    """At the largest nprobe an index without quantization is exact."""
     vectors = clustered(600)
     shards = Shards([vectors[:250], vectors[250:]])
-    options = IndexOptions(kind, nlist=8, m=4).resolved(600, 16)
-    found = build_index(shards, options)
-    lines = measure_recall(found, shards, options, queries=600)
+    options = IndexOptions(kind=kind, nlist=8, m=4).resolved(600, 16)
+    faiss_index = build_index(shards, options)
+    lines = measure_recall(faiss_index, shards, options, num_queries=600)
     assert [line["nprobe"] for line in lines] == ([0] if kind == "flat" else [1, 4, 8])
-    rows, _ = search_index(found, vectors, 11, nprobe=options.nlist and 1)
+    rows, _ = search_index(faiss_index, vectors, 11, nprobe=options.nlist and 1)
     hits = 0
     for i, query in enumerate(vectors):
         exact = [row for row in np.argsort(-(vectors @ query), kind="stable") if row != i][:10]
@@ -43,47 +43,47 @@ def test_recall_is_that_of_a_loop(kind):
         assert lines[-1]["recall"] < lines[-1]["reranked"] <= 1.0
 
 
-def test_options_that_do_not_fit():
-    with pytest.raises(UserError, match="nlist: got 700 lists for 600 vectors"):
-        IndexOptions("ivf", nlist=700).resolved(600, 16)
-    with pytest.raises(UserError, match="m: got 5, allowed are divisors of the vectors' 16 dimensions"):
-        IndexOptions("pq", m=5).resolved(600, 16)
-    with pytest.raises(UserError, match="pq learns 256 centroids, and there are 100 vectors"):
-        IndexOptions("pq").resolved(100, 16)
+def test_options_that_do_not_fit_the_vectors_raise():
+    with pytest.raises(UserError, match="nlist: expected at most the number of vectors, 600, got 700"):
+        IndexOptions(kind="ivf", nlist=700).resolved(600, 16)
+    with pytest.raises(UserError, match="m: expected a divisor of the vectors' 16 dimensions, got 5"):
+        IndexOptions(kind="pq", m=5).resolved(600, 16)
+    with pytest.raises(UserError, match="pq needs at least 256 vectors to learn its codes, got 100"):
+        IndexOptions(kind="pq").resolved(100, 16)
 
 
 @pytest.fixture
 def corpus(make_encoder, tmp_path):
-    """300 papers, embedded."""
+    """A folder with 300 embedded papers."""
     make_encoder("attention").save_pretrained(tmp_path / "model")
     papers = [{"id": f"p{i}", "title": text_of(i, i // 7), "text": text_of(i + 1, i // 3)} for i in range(300)]
     (tmp_path / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
-    given = [f"model={tmp_path / 'model'}", "task=search", f"input={tmp_path / 'papers.jsonl'}", "shard_size=128"]
-    embed([*given, f"output={tmp_path / 'vectors'}"])
+    arguments = [f"model={tmp_path / 'model'}", "task=search", f"input={tmp_path / 'papers.jsonl'}", "shard_size=128"]
+    embed([*arguments, f"output={tmp_path / 'vectors'}"])
     return tmp_path
 
 
-def test_find_shows_the_nearest_papers_through_every_index_and_without(corpus, capsys):
+def test_find_shows_the_nearest_papers_with_and_without_an_index(corpus, capsys):
     query = text_of(3, 4, 5)
     encoder = load_encoder(corpus / "model")
     matrix = np.load(corpus / "vectors" / "search.npy")
-    asked = encoder.encode([query], "search").numpy()[0]
-    best = [f"p{row}" for row in np.argsort(-(matrix @ asked))[:3]]
-    places = [f"embeddings={corpus / 'vectors'}"]
+    query_vector = encoder.encode([query], "search").numpy()[0]
+    best = [f"p{row}" for row in np.argsort(-(matrix @ query_vector))[:3]]
+    sources = [f"embeddings={corpus / 'vectors'}"]
     for kind in ("flat", "ivf", "ivfpq"):
         output = corpus / f"{kind}.faiss"
         index([f"embeddings={corpus / 'vectors'}", f"output={output}", f"kind={kind}", "nlist=2", "m=8", "recall=1"])
-        places.append(f"index={output}")
+        sources.append(f"index={output}")
     capsys.readouterr()
-    for place in places:
-        find([place, f"query={query}", "k=3"])
-        shown = capsys.readouterr().out
-        assert [word for word in shown.split() if word in best] == best, place
+    for source in sources:
+        find([source, f"query={query}", "k=3"])
+        printed = capsys.readouterr().out
+        assert [word for word in printed.split() if word in best] == best, source
         title = text_of(int(best[0][1:]), int(best[0][1:]) // 7)
-        assert title.split()[0] in shown
+        assert title.split()[0] in printed
 
 
-def test_rankings_of_many_queries_are_those_of_a_loop(corpus):
+def test_rankings_of_many_queries_agree_with_a_loop(corpus):
     lines = [{"id": f"q{i}", "text": text_of(i, 2 * i)} for i in range(5)]
     (corpus / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     find([f"embeddings={corpus / 'vectors'}", f"queries={corpus / 'queries.jsonl'}", f"output={corpus / 'run.trec'}"])
@@ -91,21 +91,23 @@ def test_rankings_of_many_queries_are_those_of_a_loop(corpus):
     run = [line.split() for line in (corpus / "run.trec").read_text().splitlines()]
     for i, line in enumerate(lines):
         scores = matrix @ encoder.encode([line["text"]], "search").numpy()[0]
-        found = [(document, float(score)) for query, _, document, _, score, _ in run if query == f"q{i}"]
-        assert len(found) == 10
-        wanted = scores / np.linalg.norm(encoder.encode([line["text"]], "search").numpy()[0])
-        np.testing.assert_allclose([score for _, score in found], np.sort(wanted)[::-1][:10], atol=1e-5)
-        np.testing.assert_allclose([wanted[int(d[1:])] for d, _ in found], [s for _, s in found], atol=1e-5)
+        ranking = [(document, float(score)) for query, _, document, _, score, _ in run if query == f"q{i}"]
+        assert len(ranking) == 10
+        expected_scores = scores / np.linalg.norm(encoder.encode([line["text"]], "search").numpy()[0])
+        np.testing.assert_allclose([score for _, score in ranking], np.sort(expected_scores)[::-1][:10], atol=1e-5)
+        np.testing.assert_allclose(
+            [expected_scores[int(d[1:])] for d, _ in ranking], [s for _, s in ranking], atol=1e-5
+        )
 
 
-def test_another_model_or_other_files_are_refused(corpus, make_encoder):
+def test_another_model_or_damaged_files_raise(corpus, make_encoder):
     make_encoder("attention", seed=1).save_pretrained(corpus / "other")
-    with pytest.raises(UserError, match="other is not what the papers were embedded with"):
+    with pytest.raises(UserError, match="other is not the one that embedded the papers"):
         find([f"embeddings={corpus / 'vectors'}", "query=a", f"model={corpus / 'other'}"])
     output = corpus / "papers.faiss"
     index([f"embeddings={corpus / 'vectors'}", f"output={output}"])
     output.write_bytes(output.read_bytes()[:100])
-    with pytest.raises(UserError, match="papers.faiss: is no index, or damaged"):
+    with pytest.raises(UserError, match="papers.faiss: not an index, or damaged"):
         find([f"index={output}", "query=a"])
     matrix = corpus / "vectors" / "search.npy"
     matrix.write_bytes(matrix.read_bytes()[:-4])

@@ -1,4 +1,4 @@
-"""Top-k against a loop in numpy, for every backend, shards and memory."""
+"""Top-k is compared with a loop in numpy, for every backend, sharding and memory."""
 
 import inspect
 import sys
@@ -15,13 +15,13 @@ BACKENDS = ("faiss", "torch")
 
 
 def loop(queries, documents, k):
-    """The k best of each query by score and then row, with scores in float64."""
-    found = []
+    """Return the k best documents of each query by float64 score and then row, and their scores."""
+    results = []
     for query in queries.astype(np.float64):
         scores = np.array([(query * document).sum() for document in documents.astype(np.float64)])
         best = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[:k]
-        found.append(([*best], scores[best]))
-    return np.array([rows for rows, _ in found]), np.array([scores for _, scores in found])
+        results.append(([*best], scores[best]))
+    return np.array([rows for rows, _ in results]), np.array([scores for _, scores in results])
 
 
 def world(num_queries=30, num_documents=300, dimension=24, seed=0):
@@ -35,15 +35,15 @@ def world(num_queries=30, num_documents=300, dimension=24, seed=0):
 def test_backends_agree_with_a_loop(backend, memory, k):
     queries, documents = world()
     rows, scores = top_k(queries, documents, k, backend=backend, memory=memory)
-    wanted, values = loop(queries, documents, k)
-    assert (rows == wanted).all()
+    expected, values = loop(queries, documents, k)
+    assert (rows == expected).all()
     np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pieces", [[300], [100, 1, 199], [50] * 6])
-def test_ties_go_to_the_first_document_however_it_is_sharded(backend, pieces):
-    """Forty copies of each vector: the k-th place is always tied, with more copies than are looked at beyond k."""
+def test_ties_go_to_the_first_document_in_any_sharding(backend, pieces):
+    """Forty copies of each vector, so that the k-th rank is always tied with more copies than PADDING."""
     queries, documents = world(num_documents=8)
     documents = np.concatenate([documents] * 40)[:300]
     shards = Shards(np.split(documents, np.cumsum(pieces)[:-1]))
@@ -52,8 +52,8 @@ def test_ties_go_to_the_first_document_however_it_is_sharded(backend, pieces):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
-    """All documents are nearly one, as of an encoder that has collapsed."""
+def test_scores_equal_in_float32_are_ordered_by_float64(backend):
+    """All documents are nearly equal, as with a collapsed encoder."""
     queries, documents = world(num_documents=400, dimension=64)
     documents = (1.0 + 1e-5 * documents).astype(np.float32)
     rows, _ = top_k(queries, documents, 20, backend=backend)
@@ -63,15 +63,15 @@ def test_scores_that_float32_cannot_tell_apart_are_told_apart(backend):
 @pytest.mark.parametrize("memory", [1 << 13, 1 << 29])
 @pytest.mark.parametrize("k", [40, 290, 300])
 def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
-    """Few queries and documents at a time, so that documents wait to be merged, and float16 as on a disk."""
+    """Small blocks, so that documents wait to be merged, in float16 as on disk."""
     monkeypatch.setattr("lightning_modules.retrieval.search.DEEP", 30)
     queries, documents = world()
     documents = documents.astype(np.float16)
     compared = []
     shards = Shards(np.split(documents, [3, 150, 151]))
     rows, scores = top_k(queries, shards, k, memory=memory, advance=compared.append)
-    wanted, values = loop(queries, documents.astype(np.float32), k)
-    assert (rows == wanted).all()
+    expected, values = loop(queries, documents.astype(np.float32), k)
+    assert (rows == expected).all()
     np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
     assert sum(compared) == queries.shape[0] * len(documents)
 
@@ -84,26 +84,26 @@ def test_progress_counts_all_pairs():
     assert sum(compared) == len(queries) * len(documents)
 
 
-def test_without_faiss_torch_is_taken(monkeypatch):
+def test_torch_is_used_without_faiss(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "faiss", None)  # makes importing it fail
     queries, documents = world()
     assert (top_k(queries, documents, 9)[0] == loop(queries, documents, 9)[0]).all()
     with pytest.raises(UserError, match="faiss is not installed"):
         top_k(queries, documents, 9, backend="faiss")
 
 
-def test_faiss_is_taken_where_it_is_asked_for(monkeypatch):
-    asked = []
+def test_faiss_is_used_on_request_only(monkeypatch):
+    calls = []
     original = faiss.knn
-    monkeypatch.setattr(faiss, "knn", lambda *a, **k: asked.append(1) or original(*a, **k))
+    monkeypatch.setattr(faiss, "knn", lambda *a, **k: calls.append(1) or original(*a, **k))
     top_k(*world(), 9)
-    assert not asked
+    assert not calls
     top_k(*world(), 9, backend="faiss")
-    assert asked
+    assert calls
 
 
-def test_lower_precisions_do_not_reach_the_ranking():
+def test_training_precision_does_not_affect_rankings():
     queries, documents = world(num_documents=2000)
     torch.set_float32_matmul_precision("medium")
     try:
@@ -115,30 +115,34 @@ def test_lower_precisions_do_not_reach_the_ranking():
     assert (rows == loop(queries, documents, 10)[0]).all()
 
 
-def test_faiss_searches_on_the_gpu_where_it_can(monkeypatch):
-    """There is no GPU here: that it is called as its signature wants, and what comes of its answer."""
-    asked, signature = [], inspect.signature(faiss.knn_gpu)
+def test_faiss_searches_on_the_gpu_up_to_its_largest_k(monkeypatch):
+    """Without a GPU: check the call against the signature of knn_gpu, and the use of its result."""
+    calls, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
         def setTempMemory(self, size):
             assert size == 1 << 20
 
     def knn_gpu(*given, **named):
-        found = signature.bind(*given, **named).arguments
-        assert (found["metric"], found["device"], type(found["res"])) == (faiss.METRIC_INNER_PRODUCT, 1, Resources)
-        asked.append(found["k"])
-        return faiss.knn(found["xq"], found["xb"], found["k"], metric=found["metric"])
+        arguments = signature.bind(*given, **named).arguments
+        assert (arguments["metric"], arguments["device"], type(arguments["res"])) == (
+            faiss.METRIC_INNER_PRODUCT,
+            1,
+            Resources,
+        )
+        calls.append(arguments["k"])
+        return faiss.knn(arguments["xq"], arguments["xb"], arguments["k"], metric=arguments["metric"])
 
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
     queries, documents = world(num_documents=3000)
-    for k, on_gpu in ((9, [25]), (2040, [])):  # with those beyond k more than it finds there
-        asked.clear()
+    for k, on_gpu in ((9, [25]), (2040, [])):  # with PADDING, more than a GPU finds
+        calls.clear()
         rows, _ = top_k(queries, documents, k, backend="faiss", memory=1 << 21, device="cuda:1")
-        assert (asked, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
+        assert (calls, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
 
 
-def test_scores_of_pairs_and_of_none():
+def test_pair_scores_and_missing_rows():
     queries, documents = world()
     rows = np.array([[3, -1, 299]] * len(queries))
     shards = Shards(np.split(documents, [100, 250]))
@@ -148,7 +152,7 @@ def test_scores_of_pairs_and_of_none():
         assert (scores[:, 1] == -np.inf).all()
 
 
-def test_vectors_that_are_not_finite_are_refused():
+def test_vectors_that_are_not_finite_raise():
     queries, documents = world()
     documents[[17, 40]] = np.nan
     with pytest.raises(UserError, match="documents: 2 of 300 vectors are not finite, the first is number 17"):

@@ -1,0 +1,79 @@
+"""What all benchmarks share: random models of a given size, and times that can be compared."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import BertTokenizer
+
+from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
+
+T = TypeVar("T")
+Run = Callable[[], object]
+
+
+def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Module, BertTokenizer]:
+    """Return a random BERT and its tokenizer, whose words are t0, t1, ...
+
+    size: "layers" and "hidden".
+    """
+    torch.manual_seed(0)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(num_words))])}
+    config = {
+        "hidden_size": size["hidden"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": max(1, size["hidden"] // 64),
+        "intermediate_size": 4 * size["hidden"],
+    }
+    return random_backbone(config, vocabulary)
+
+
+def tasks_of(count: int) -> dict[str, str]:
+    """Return that many tasks, each with an expert."""
+    return {f"task{i}": f"expert{i}" for i in range(count)}
+
+
+def seconds(function: Run) -> float:
+    """Return the time of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def time_ratio(function: Run, base: Run, rounds: int) -> float:
+    """Return the median ratio of the times of two functions, which take turns in running first."""
+    function(), base()  # warm up
+    ratios = []
+    for i in range(rounds):
+        if i % 2:
+            measured = seconds(function)
+            ratios.append(measured / seconds(base))
+        else:
+            measured = seconds(base)
+            ratios.append(seconds(function) / measured)
+    return statistics.median(ratios)
+
+
+def memory() -> float:
+    """Return the resident memory of this process, in GB."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e6
+
+
+def peak_memory() -> float:
+    """Return the peak of the resident memory of this process, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def in_new_process(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function in a process of its own, whose memory is not that of earlier calls."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -1,0 +1,211 @@
+"""Several processes for one command: started here by torchrun's launcher, or beforehand by a user's torchrun or srun.
+
+Evaluating, mining and embedding use this; Lightning starts the ranks of a training.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from datamodules.records import UserError
+from lightning_modules.distributed import launch
+
+LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable: process id of the command that launched this process
+GRACE = 10.0  # seconds that a rank waits with its error, so that the rank that caused it can print it and exit first
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+
+
+def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str], devices: int) -> None:
+    """Do the work of a command on `devices` processes of this machine, the ranks of one torch.distributed group.
+
+    command, arguments: module and arguments that each process runs again. In there, and in a process of torchrun or
+    srun, this calls `work` as one of the ranks. If one rank fails, all end.
+    Raises UserError for devices that do not exist, or that differ from the number of processes of the launcher.
+    """
+    num_ranks = launch.num_ranks()
+    if num_ranks == 1 and devices > 1:
+        if torch.cuda.is_available() and devices > torch.cuda.device_count():
+            raise UserError(f"devices: got {devices}, but this machine has {torch.cuda.device_count()} GPUs")
+        launch_processes(command, arguments, devices)
+    elif devices not in (1, num_ranks):
+        raise UserError(f"devices: got {devices}, but the launcher started {num_ranks} processes; leave out devices=")
+    elif num_ranks == 1:
+        work()
+    else:
+        end_with_launcher()
+        _work_as_rank(work)
+
+
+def launch_processes(command: str, arguments: Sequence[str], devices: int) -> None:
+    """Run `python -m command arguments` in `devices` processes, with the environment variables of torchrun.
+
+    If one fails, the others are ended. Raises UserError if a process was killed or failed unexpectedly; after an error
+    that the process has printed, exits with its status.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in TORCHRUN_LOGGERS:  # they would repeat each failure
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        # Ctrl-C stays Python's KeyboardInterrupt, which ends the processes silently; SIGHUP stays ignored under nohup.
+        signals_to_handle="SIGTERM",
+        shutdown_timeout=5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", command, *arguments)
+    except SignalException as error:
+        print(f"ended by {error.sigval.name}", file=sys.stderr)
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:  # a UserError, which the process has printed
+            sys.exit(2)
+        status = f"status {failure.exitcode}" if failure.exitcode > 0 else signal.Signals(-failure.exitcode).name
+        raise UserError(
+            f"process {rank + 1} of {devices} ended with {status}; the same command continues where this one ended"
+        ) from error
+
+
+def end_with_launcher() -> None:
+    """Make sure that this process ends with the command that launched it, whatever ends that one.
+
+    torchrun's launcher ends its processes in an orderly shutdown, but they would outlive its SIGKILL.
+    """
+    if LAUNCHER not in os.environ:
+        return
+    launcher = int(os.environ[LAUNCHER])
+    try:
+        watched = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    except (AttributeError, OSError, TypeError):  # not Linux
+        watched = False
+    if os.getppid() != launcher:  # it ended before the call of prctl
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not watched:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _work_as_rank(work: Callable[[], None]) -> None:
+    """Do the work within the process group of all ranks, on this rank's own GPU if there are GPUs."""
+    if "RANK" not in os.environ:
+        _translate_slurm()
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        # Python objects are exchanged through gloo even if tensors are on GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        work()
+        dist.barrier()
+    except (UserError, RuntimeError) as error:
+        # This error may be another rank's, raised here too, or its consequence. The launcher then ends this process
+        # while it waits, so that the error is printed once.
+        if launch.rank() > 0 or isinstance(error, RuntimeError):
+            time.sleep(GRACE)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _translate_slurm() -> None:
+    """Set the variables that torch.distributed reads from those of srun."""
+    first_node = SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    os.environ.setdefault("MASTER_ADDR", first_node)
+    os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10_000))
+    os.environ |= {"WORLD_SIZE": str(launch.num_tasks()), "RANK": os.environ["SLURM_PROCID"]}
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of work that is done in shards.
+
+    index, count: this is process `index` of `count`. local_rank: number of the process on its machine.
+    """
+
+    index: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+    def shards(self, count: int) -> range:
+        """Return the numbers of this process's shards, of `count` shards."""
+        return range(self.index, count, self.count)
+
+    @property
+    def device(self) -> str:
+        """This process's GPU, or the CPU."""
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+
+
+def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
+    """Return this process's share of a job whose processes never communicate.
+
+    part: "I/N" for the I-th of N processes, divided further among the ranks of torchrun or the tasks of an srun. By
+    default the tasks of a SLURM array are the parts. Raises UserError for an invalid part.
+    """
+    index, count = _part(part, environment)
+    # A batch script without srun has SLURM_NTASKS too, but is a single process.
+    srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    for rank_key, size_key, local_key in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
+        size = launch.number(size_key, 1, environment)
+        if size > 1 and rank_key in environment:
+            rank, local_rank = (launch.number(key, 0, environment) for key in (rank_key, local_key))
+            return Share(index * size + rank, count * size, local_rank)
+    return Share(index, count, launch.number("LOCAL_RANK", 0, environment))
+
+
+def _part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return the index, from 0, and the number of parts."""
+    if part:
+        match = re.fullmatch(r"(\d+)/(\d+)", part)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"part: expected I/N with I from 1 to N, such as 3/8, got {part!r}")
+        return int(match[1]) - 1, int(match[2])
+    if "SLURM_ARRAY_TASK_COUNT" in environment:
+        number, first, last, count = (
+            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
+        )
+        if last - first != count - 1:
+            raise UserError(
+                f"SLURM array: expected task numbers without gaps, got {count} tasks from {first} to {last}; use "
+                f"--array=1-{count}"
+            )
+        return number - first, count
+    return 0, 1

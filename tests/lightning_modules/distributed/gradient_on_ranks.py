@@ -1,0 +1,156 @@
+"""Compare the gradient of an optimizer step under DDP with that of one process. test_gradient.py starts every rank.
+
+    python -m tests.lightning_modules.distributed.gradient_on_ranks RANK WORLD_SIZE PORT
+
+The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
+feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
+other ranks' queries, a learned temperature, and both directions of the loss.
+"""
+
+import contextlib
+import dataclasses
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from datamodules.batches import BatchOptions
+from datamodules.records import Collection, Document, Task
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.task_balance import TaskGradients
+from tests.conftest import TASKS, WORDS, text_of
+
+QUERIES = 16  # of the global batch
+KINDS = {
+    "classification": ClassificationDataModule,
+    "link_prediction": LinkPredictionDataModule,
+    "search": SearchDataModule,
+}
+
+
+class Step(nn.Module):
+    """A module whose forward is the training step, as Lightning passes it to DDP."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return self.module.training_step(batch, 0)["loss"]
+
+
+def collection():
+    """Return queries i with positives i and i + 3. They share hard negatives, so several ranks draw the same ones."""
+    numbers = [*range(80), *range(100, 107)]
+    corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(*range(i, i + 1 + i % 9))) for i in numbers}
+    queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(80)}
+    judged = {f"q{i}": {f"d{i}": 1, f"d{(i + 3) % 80}": 1, f"d{100 + i % 7}": 0} for i in range(80)}
+    return Collection(corpus, queries, {"train": judged})
+
+
+def encoder_and_tokenizer():
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
+    set_dropout(backbone, 0.0, 0.0)
+    return MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32).double()
+
+
+def batches(tokenizer, tasks, rank, world_size, token_budget):
+    """Return this rank's batches, one for each of the tasks."""
+    rank_batches = []
+    for step, task in enumerate(tasks):
+        size = QUERIES // world_size
+        options = BatchOptions(batch_size=size, num_positives=2, max_length=32, token_budget=token_budget)
+        data = KINDS[task](Task(task, task), {"toy": collection()}, options, tokenizer)
+        data.setup()
+        source = data.train_dataloader().batches
+        source.rank, source.world_size = rank, world_size
+        batch = source[step]
+        ids = batch.document_ids[batch.positives]  # (B, 2)
+        known = torch.cat([ids, ids + 1, ids + 2, ids + 5], 1)  # mostly documents of other ranks
+        rank_batches.append(dataclasses.replace(batch, known_positives=known))
+    return rank_batches
+
+
+def gradients(module):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def accumulated(step, own_batches, synchronised):
+    """Return the gradients that Lightning would accumulate from the batches of one optimizer step."""
+    step.zero_grad(set_to_none=True)
+    for i, batch in enumerate(own_batches):
+        last = i == len(own_batches) - 1
+        with contextlib.nullcontext() if last or not synchronised else step.no_sync():
+            (step(batch) / len(own_batches)).backward()
+    return gradients(step.module.module if synchronised else step.module)
+
+
+def by_task(step, own_batches, plan, synchronised):
+    """Return the gradients of each task in an optimizer step, as GradientBalance computes them."""
+    step.zero_grad(set_to_none=True)
+    gradients_by_task = TaskGradients(list(step.parameters()), sorted(set(plan)))
+    for task, batch in zip(plan, own_batches, strict=True):
+        with step.no_sync() if synchronised else contextlib.nullcontext():
+            (step(batch) / len(own_batches)).backward()
+        gradients_by_task.take(task)
+    gradients_by_task.average_over_ranks()
+    return gradients_by_task
+
+
+def check(ours, whole, used):
+    for name, gradient in whole.items():
+        assert (gradient is None) == (ours[name] is None), name
+        expert = name.split(".experts.")[1].split(".")[0] if ".experts." in name else None
+        assert (gradient is None) == (expert is not None and expert not in used), name
+    pairs = [(ours[name], gradient) for name, gradient in whole.items() if gradient is not None]
+    error = max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)
+    assert error < 1e-12, error
+    assert max(b.abs().max() for _, b in pairs) > 1e-3
+    norms = [torch.nn.utils.get_total_norm([pair[i] for pair in pairs]) for i in (0, 1)]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)  # so that clipping has the same effect
+
+
+def main(rank, world_size, port):
+    encoder = encoder_and_tokenizer()
+    options = {"similarity": "cosine", "temperature": 0.1, "learn_temperature": "one", "symmetric": True}
+    module = ContrastiveModule(encoder, **options).double()
+    plans = (["search"], ["search", "classification"], ["link_prediction", "search", "link_prediction"])
+    wholes = [
+        accumulated(Step(module), batches(encoder.tokenizer, plan, 0, 1, 100_000), synchronised=False) for plan in plans
+    ]
+    whole_by_task = by_task(Step(module), batches(encoder.tokenizer, plans[2], 0, 1, 100_000), plans[2], False)
+    dist.init_process_group(
+        "gloo", store=dist.TCPStore("127.0.0.1", port, world_size, rank == 0), rank=rank, world_size=world_size
+    )
+    step = nn.parallel.DistributedDataParallel(Step(module), find_unused_parameters=encoder.has_idle_parameters)
+    for cache in (False, True):
+        module.grad_cache = cache
+        for plan, whole in zip(plans, wholes, strict=True):
+            own_batches = batches(encoder.tokenizer, plan, rank, world_size, 32)
+            assert all(len(batch.chunks) > 1 for batch in own_batches)
+            check(accumulated(step, own_batches, synchronised=True), whole, plan)
+            print("equal", flush=True)
+    for cache in (False, True):  # last, because DDP fails if gradients vanish before it has exchanged them
+        module.grad_cache = cache
+        gradients_by_task = by_task(step, own_batches, plans[2], synchronised=True)
+        assert torch.equal(gradients_by_task.used, whole_by_task.used)
+        torch.testing.assert_close(gradients_by_task.products(), whole_by_task.products(), rtol=1e-12, atol=1e-12)
+    del step  # otherwise DDP would end the process group while holding a lock that the group's thread waits for
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

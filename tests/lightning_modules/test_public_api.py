@@ -1,0 +1,68 @@
+"""The package as a library: its public names, and a training without any configuration file."""
+
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_modules
+from datamodules.batches import MultiTaskDataModule
+from datamodules.records import UserError
+from lightning_modules import ContrastiveModule, load_encoder
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.objective_options import GuideOptions, TeacherOptions
+from lightning_modules.optim import OptimOptions
+
+
+def test_every_public_name_can_be_imported():
+    for name in lightning_modules.__all__:
+        assert getattr(lightning_modules, name).__name__ == name
+    assert set(lightning_modules.__all__) <= set(dir(lightning_modules))
+    assert set(lightning_modules.__all__) == set(lightning_modules._MODULE_OF)
+    with pytest.raises(AttributeError, match="has no attribute 'load_encodr'"):
+        lightning_modules.load_encodr  # noqa: B018
+
+
+@pytest.mark.slow
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, lightning_modules; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_training_with_defaults(make_encoder, three_tasks, tmp_path):
+    module, data = ContrastiveModule(make_encoder("attention")), MultiTaskDataModule(three_tasks.tasks)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer = L.Trainer(max_steps=4, accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    trainer.fit(module, data)
+    assert trainer.global_step == 4
+    assert trainer.optimizers[0].param_groups[-1]["lr"] == 0  # the schedule ends with the trainer's last step
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    encoder = load_encoder(checkpoint)
+    assert isinstance(encoder, Encoder)
+    vectors = encoder.encode(["bara beli"], "search")
+    assert torch.equal(vectors, module.encoder.eval().encode(["bara beli"], "search"))
+
+
+def test_schedule_without_an_end_raises_user_error(make_encoder):
+    with pytest.raises(UserError, match="total_steps is needed"):
+        ContrastiveModule(make_encoder("shared")).configure_optimizers()
+    assert ContrastiveModule(make_encoder("shared"), total_steps=10).configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim": OptimOptions(lr=0)}, "lr: expected a number above 0, got 0"),
+        ({"optim": OptimOptions(warmup=1.0)}, "warmup: expected a number of at least 0 and below 1, got 1.0"),
+        ({"temperature": 0}, "temperature: expected a number above 0, got 0"),
+        ({"guide": GuideOptions("a model")}, "guide.model: 'a model' is not loaded here; pass guide_model"),
+        ({"teacher": TeacherOptions("a model")}, "teacher.model: 'a model' is not loaded here; pass teacher_model"),
+    ],
+)
+def test_invalid_arguments_raise_user_error(make_encoder, arguments, message):
+    with pytest.raises(UserError, match=message):
+        ContrastiveModule(make_encoder("shared"), **arguments)
