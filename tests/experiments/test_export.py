@@ -11,7 +11,6 @@ from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import TINY
 
-
 pytestmark = pytest.mark.slow
 
 
