@@ -172,7 +172,7 @@ def test_impossible_exports_raise_user_error(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [("shared", "")] + list(itertools.product(("attention", "ffn", "both"), ("mod2", "mod3", "le7mod3", "ge6mod3"))),
+    [("shared", ""), *itertools.product(("attention", "ffn", "both"), ("mod2", "mod3", "le7mod3", "ge6mod3"))],
 )
 def test_round_trip_through_the_authors_layout_is_bit_equal(make, make_backbone, tmp_path, name, rule):
     kind, arguments = KINDS[name]
