@@ -23,8 +23,8 @@ from experiments.build.module import build_module, first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
-from experiments.results.memory import Memory
 from experiments.shared.console import counted, entry_point, table_console
+from experiments.shared.memory import Memory
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in

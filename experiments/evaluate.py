@@ -1,220 +1,267 @@
-"""Measure models: python -m experiments.evaluate model=M [benchmarks=all data.root=FOLDER | beir=FOLDER task=search]
-
-model        a run's folder, a checkpoint, an exported folder, a plain BERT (folder, hub name, or package:NAME of an
-             installed package), or bm25; several, with commas between, stand in one table
-benchmarks   of experiments/benchmarks: all, names, or beginnings of names (scidocs*), with commas between; list shows
-             them
-suite        a file of benchmarks of your own, instead of these
-data.root    the folder that holds the benchmarks' data
-beir         instead of benchmarks: a folder in BEIR layout or of our own JSON lines, ranked with the expert of
-             task=NAME; without both, the collections of the run that the model belongs to, or of run=FOLDER
-output       where results.json and the run files go; by default a folder for this model, data and way to measure
-             under evaluation/ in the run's folder, or under evaluations/. The same evaluation renews its results there,
-             another one is refused
-add          yes keeps what results.json there has of other systems and benchmarks
-pooling      cls or mean, for a plain model; by default that of the run or of its sentence-transformers files, else cls
-backbone     folder or hub name with configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR
-tower        query or document, for a checkpoint of DPR
-adapters     task:FOLDER,... (or hub names) for a plain model with adapters, as SPECTER2 has them;
-             search.documents:FOLDER where documents have another one than queries
-similarity   dot, cosine or l2, or several with commas between; by default that of the run, dot with backbone=, else
-             cosine. Against that of a benchmark's protocol it makes another protocol.
-max_length   tokens of a text, by default the model's own; the paper evaluates with 512
-precision    what encoders compute in: fp32, bf16, or auto (bf16 on GPUs and CPUs that are made for it); scores are
-             in fp32. A training's final table is in fp32, whatever it was trained in.
-exclude      for beir=: whether a query's own id is left out of its ranking: yes, no, or auto (for tasks of the kind
-             link_prediction, or where queries are documents word for word)
-max_queries, max_documents    for a first look: of each benchmark so many queries, and a corpus of their relevant
-             documents and others, evenly spaced; makes another protocol; 0 for all
-vectors      a folder in which documents' vectors are kept: for corpora that memory does not hold, and to go on after
-             an interruption
-devices      processes on this machine that share the work, one for each GPU; torchrun and srun start their own
-cost_per_hour    of one device, in any currency: what an evaluation costs then stands beside its seconds
-metrics      as in a training's configuration; benchmarks have their own
-token_budget padded tokens of a forward, by default 2,048 on a CPU, 65,536 on a GPU
-"""
+"""Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
-import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from datamodules.files import read_json, write_json
+from datamodules.files import read_json
+from datamodules.options import option
 from datamodules.records import Benchmark, UserError
-from experiments.build.benchmarks import benchmarks_of, suite_of
-from experiments.build.models import MODEL_KEYS, run_of
+from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
+from experiments.build.models import ModelOptions, System, config_of_run, load_systems, run_of, short_name
 from experiments.build.suite import load_suite
-from experiments.build.systems import System, load_systems, models_of, short_name
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config
-from experiments.config.schema import EvaluationConfig
-from experiments.results.cost import with_money
-from experiments.results.place import default_output, refuse_other_data, refuse_others
-from experiments.results.results import Results, combine
-from experiments.results.table import show, show_cost, show_suite
+from experiments.config.arguments import as_argument, parse
+from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
+from experiments.results.tables import show, show_cost, show_suite
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
-from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
-from experiments.shared.output import writable_folder
+from experiments.shared.console import entry_point
+from experiments.shared.output import shortened, writable_folder
 from lightning_modules.distributed.collectives import rank
-from lightning_modules.retrieval.compute import PRECISIONS
+from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
-from lightning_modules.retrieval.similarity import SIMILARITIES
 
 log = logging.getLogger(__name__)
 
-KEYS = MODEL_KEYS | {
-    "run": "",
-    "exclude": "auto",
-    "output": "",
-    "add": "no",
-    "split": "test",
-    "beir": "",
-    "benchmarks": "",
-    "suite": "",
-    "data.root": "",
-    "max_queries": "0",
-    "max_documents": "0",
-    "task": "",
-    "similarity": "",
-    "max_length": "",
-    "precision": "fp32",
-    "vectors": "",
-    "devices": "1",
-    "metrics": ",".join(EvaluationConfig().metrics),
-    "token_budget": "",
-    "cost_per_hour": "",
-}
+# Options that change a result and do not appear in the name of its default folder.
+DECIDING = (
+    *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
+    *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
+)
+PATHS = ("model", "run", "suite", "data.root", "backbone")
+FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "exclude")
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(ModelOptions, BenchmarkOptions):
+    """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
+
+    model: str = option(
+        "",
+        "folder of a run, checkpoint, exported folder, plain BERT (folder, name on the hub, or package:NAME of an "
+        "installed package), or bm25; several, separated by commas, share a table",
+    )
+    output: Path | None = option(
+        None,
+        "folder for results.json and the run files; by default one for this model, data and protocol, in evaluation/ "
+        "of the run's folder or in evaluations/",
+    )
+    add: bool = option(False, "keep other systems and benchmarks that are in the results.json of output=")
+    metrics: tuple[str, ...] = option(METRICS, "metrics of data that have none of their own, the main one first")
+    max_length: int | None = option(
+        None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
+    )
+    precision: Literal["fp32", "bf16", "auto"] = option(
+        "fp32", "precision of the encoder; auto: bf16 on hardware made for it. Scores are always fp32"
+    )
+    token_budget: int | None = option(
+        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+    )
+    vectors: Path | None = option(
+        None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
+    )
+    devices: int = option(
+        1, "processes on this machine, one for each GPU; torchrun and srun start their own", minimum=1
+    )
+    cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
+
+    @property
+    def models(self) -> dict[str, ModelOptions]:
+        """The models by their names in tables."""
+        models = list(filter(None, self.model.split(",")))
+        if not models:
+            raise UserError("model: required, folder of a run, checkpoint, exported folder, plain BERT, or bm25")
+        if len(set(models)) < len(models):
+            raise UserError(f"model: each may be named once, got {self.model}")
+        alone = len(models) == 1 and not self.benchmarks
+        return {
+            "encoder" if alone else _table_name(model, models): dataclasses.replace(self, model=model)
+            for model in models
+        }
 
 
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    if values["benchmarks"] == "list":
-        show_suite(load_suite([Path(values["suite"])] if values["suite"] else ()))
+    options = parse(EvaluateOptions, arguments)
+    if options.benchmarks == ("list",):
+        show_suite(load_suite([options.suite] if options.suite else ()))
         return
-    _check(values)
-    devices = whole_number("devices", values["devices"])
-    run_on_ranks(lambda: evaluate(arguments, values), "experiments.evaluate", arguments, devices)
+    _check(options)
+    run_on_ranks(lambda: _evaluate(options, arguments), "experiments.evaluate", arguments, options.devices)
 
 
-def evaluate(arguments: Sequence[str], values: dict[str, str]) -> None:
-    """What the command line says, with all ranks; the first one writes and tells."""
-    models, similarities = models_of(values), _similarities(values)
-    run = Path(values["run"]) if values["run"] else run_of(models[0]) if len(models) == 1 else None
-    config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-    plain = len(models) == 1 and not values["benchmarks"]
-    names = {model: "encoder" if plain else _name(model, models) for model in models}
-    systems = load_systems(values, similarities, config, names)
-    benchmarks = suite_of(values, similarities) if values["benchmarks"] else benchmarks_of(values, config)
-    read = () if values["benchmarks"] else benchmarks
-    folder = Path(values["output"]) if values["output"] else default_output(values, KEYS, run, read)
-    refuse_others(folder, values, KEYS)
-    about = _about(arguments, values, systems)
+def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
+    """Evaluate with all ranks. The first one writes the results and shows them."""
+    models = options.models
+    run = options.run or (run_of(options.model) if len(models) == 1 else None)
+    config = config_of_run(run)
+    systems = load_systems(
+        models,
+        config,
+        options.similarity,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        vectors_folder=options.vectors,
+    )
+    if options.benchmarks:
+        benchmarks, read = suite_benchmarks(options), []
+    else:
+        benchmarks = read = collection_benchmarks(options, config)
+    folder = options.output or _default_output(options, run, read)
+    _refuse_other_evaluation(folder, options)
+    info = EvaluationInfo(
+        model=options.model,
+        similarity=",".join(options.similarity or dict.fromkeys(system.similarity for system in systems)),
+        metrics=list(options.metrics),
+        versions={"python": platform.python_version()} | versions(),
+        git=git_state(),
+        command=list(arguments),
+        created=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
     with writable_folder("output", folder):
-        results = measured(systems, benchmarks, values, about, folder)
+        tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        show(results, about["metrics"], f"{values['model']}, {values['benchmarks'] or values['split'] + ' split'}")
-        show_cost(results)
-    log.info("Results and run files lie in %s", folder)
+        show(tables, info.metrics, f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}")
+        show_cost(tables)
+    log.info("Results and run files are in %s", folder)
 
 
-def _similarities(values: Mapping[str, str]) -> list[str]:
-    return list(filter(None, values["similarity"].split(",")))
-
-
-def _check(values: Mapping[str, str]) -> None:
-    """Of what can be wrong, what is soon said."""
-    models_of(values)
-    for name in values["metrics"].split(","):
-        check_metric(name)
-    for similarity in _similarities(values):
-        choice("similarity", similarity, SIMILARITIES)
-    choice("exclude", values["exclude"], ("auto", "yes", "no"))
-    choice("add", values["add"], ("yes", "no"))
-    choice("precision", values["precision"], PRECISIONS)
-    token_budget(values)
-    _price(values)
-    _check_data(values)
-
-
-def _check_data(values: Mapping[str, str]) -> None:
-    """What is measured is said in one way, and nothing that is said is ignored."""
-    if values["suite"] and not Path(values["suite"]).is_file():
-        raise UserError(f"suite: {values['suite']} is no file")
-    if values["suite"] and not values["benchmarks"]:
-        raise UserError("suite: which of its benchmarks? Give benchmarks=all (or names), and data.root=FOLDER")
-    if values["beir"] and (values["benchmarks"] or values["data.root"]):
-        raise UserError("beir: is measured instead of benchmarks=... data.root=...: give one of them")
-    if bool(values["benchmarks"]) != bool(values["data.root"]):
-        raise UserError("benchmarks and data.root: give both, which benchmarks and where their data lie")
-    for key in ("split", "exclude") if values["benchmarks"] else ("max_queries", "max_documents"):
-        if values[key] != KEYS[key]:
-            own = "have their own" if values["benchmarks"] else "alone take it"
-            raise UserError(f"{key}: got {values[key]}, but the benchmarks of benchmarks= {own}")
-
-
-def _about(arguments: Sequence[str], values: Mapping[str, str], systems: Sequence[System]) -> dict[str, Any]:
-    """What stands at the top of results.json."""
-    return {
-        "model": values["model"],
-        "similarity": values["similarity"] or ",".join(dict.fromkeys(system.similarity for system in systems)),
-        "metrics": values["metrics"].split(","),
-        "versions": {"python": platform.python_version()} | versions(),
-        "git": git_state(),
-        "command": list(arguments),
-        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def measured(
+def _evaluate_all(
     systems: Sequence[System],
     benchmarks: Iterable[Benchmark],
-    values: Mapping[str, str],
-    about: Mapping[str, Any],
+    options: EvaluateOptions,
+    info: EvaluationInfo,
     folder: Path,
-) -> Results:
-    """All systems on all benchmarks. What is measured is written at once, so that an interruption leaves it."""
-    path, budget = folder / "results.json", token_budget(values)
-    results: Results = read_json(path)["benchmarks"] if values["add"] == "yes" and path.is_file() else {}
+) -> Benchmarks:
+    """Evaluate all systems on all benchmarks. Each result is written at once, so that an interruption keeps it."""
+    path = folder / "results.json"
+    tables = read_results(path).benchmarks if options.add and path.is_file() else {}
     for benchmark in benchmarks:
-        if values["add"] == "no":
-            refuse_other_data(folder, benchmark)
+        if not options.add:
+            _refuse_other_data(folder, benchmark)
         for system in systems:
-            if lack := system.lacks(benchmark):
-                if not values["benchmarks"]:
-                    raise UserError(lack)
-                log.warning("%s: %s: the table is without it", benchmark.name, lack)
+            if obstacle := system.obstacle(benchmark):
+                if not options.benchmarks:
+                    raise UserError(obstacle)
+                log.warning("%s: %s: not in the table", benchmark.name, obstacle)
                 continue
-            found = system.evaluate([benchmark], about["metrics"], folder / "runs", budget, values["precision"])
-            results = combine(results, with_money(found, _price(values)))
+            table = evaluate_system(
+                system,
+                benchmark,
+                options.metrics,
+                folder / "runs",
+                token_budget=options.token_budget,
+                precision=options.precision,
+            )
+            if options.cost_per_hour is not None:
+                for result in table[benchmark.name].systems.values() if table else ():
+                    result.cost.price(options.cost_per_hour)
+            tables = combine(tables, table)
             if rank() == 0:
-                write_json(path, {**about, "benchmarks": results})
-    return results
+                Results(info=info, benchmarks=tables).write(path)
+    return tables
 
 
-def _price(values: Mapping[str, str]) -> float | None:
-    """Of an hour of a device."""
-    if not values["cost_per_hour"]:
-        return None
-    try:
-        price = float(values["cost_per_hour"])
-    except ValueError:
-        price = -1.0
-    if not 0 <= price < math.inf:
-        raise UserError(f"cost_per_hour: got {values['cost_per_hour']!r}, allowed are numbers from 0")
-    return price
+def _check(options: EvaluateOptions) -> None:
+    """Check what needs neither models nor data."""
+    _ = options.models
+    for name in options.metrics:
+        check_metric(name)
+    if options.suite and not options.suite.is_file():
+        raise UserError(f"suite: {options.suite} is not a file")
+    if options.suite and not options.benchmarks:
+        raise UserError("suite: which of its benchmarks? Give benchmarks=all (or names), and data.root=FOLDER")
+    if options.beir and (options.benchmarks or options.data_root):
+        raise UserError("beir: cannot be used together with benchmarks or data.root; give one of them")
+    if bool(options.benchmarks) != bool(options.data_root):
+        raise UserError("benchmarks, data.root: give both, the benchmarks and the folder of their data")
+    values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
+    for key in FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS:
+        if values[key] != defaults[key]:
+            reason = "benchmarks= have their own" if options.benchmarks else "only benchmarks= can use it"
+            raise UserError(f"{key}: got {values[key]}, but {reason}")
 
 
-def _name(model: str, models: Sequence[str]) -> str:
-    """The end of a model's path, if no other has it, or else a longer name."""
+def _table_name(model: str, models: Sequence[str]) -> str:
+    """Return the end of a model's path if no other model has it, or else a longer name."""
     path = Path(model)
     alone = [other for other in models if Path(other).stem == path.stem] == [model]
     return path.stem if path.exists() and alone else short_name(model)
+
+
+def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
+    """Return all options as they are written on the command line."""
+    fields = dataclasses.fields(options)
+    return {f.metadata["key"] or f.name: as_argument(getattr(options, f.name)) for f in fields}
+
+
+def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequence[Benchmark]) -> Path:
+    """Return a folder for each model, data and protocol, so that the same evaluation finds it again.
+
+    benchmarks: those of a folder in BEIR layout, which are distinguished by their content.
+    """
+    is_run = run is not None and Path(options.model).resolve() == run.resolve()
+    names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
+    if options.benchmarks:
+        parts = [names, "-".join(options.benchmarks).replace("*", "")]
+    else:
+        parts = [names, options.beir.name if options.beir else "", options.task, options.split]
+    values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
+    deciding = {key: _normal(key, values[key]) for key in DECIDING if values[key] != defaults[key]}
+    if options.beir:
+        deciding["data"] = [benchmark.fingerprint() for benchmark in benchmarks]
+    if deciding:
+        parts.append(hashlib.blake2b(repr(sorted(deciding.items())).encode(), digest_size=3).hexdigest())
+    return (run / "evaluation" if run else Path("evaluations")) / "-".join(shortened(part) for part in parts if part)
+
+
+def _normal(key: str, value: str) -> str:
+    """Return a value that is the same for the same path. A BEIR folder is only named, since its data are compared."""
+    if key == "beir":
+        return Path(value).name
+    parts = value.split(",") if key in PATHS else []
+    return ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts) or value
+
+
+def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
+    """Raise UserError if the folder has results of another command, which would be lost."""
+    path = folder / "results.json"
+    if options.add or not path.is_file():
+        return
+    command = read_json(path).get("command", ())
+    then = _as_arguments(EvaluateOptions()) | dict(text.partition("=")[::2] for text in command)
+    now = _as_arguments(options)
+    differences = [
+        f"{key}: {then.get(key) or 'none'} there, {now[key] or 'none'} now"
+        for key in ("model", "benchmarks", "beir", "task", "split", *DECIDING)
+        if _normal(key, then.get(key, "")) != _normal(key, now[key])
+    ]
+    if differences:
+        raise UserError(
+            f"output: {folder} has the results of another evaluation ({'; '.join(differences)}); name another output, "
+            "or move it away (add=yes adds systems and benchmarks to it)"
+        )
+
+
+def _refuse_other_data(folder: Path, benchmark: Benchmark) -> None:
+    """Raise UserError if the folder has results of a benchmark under another protocol, or on data that have changed."""
+    path = folder / "results.json"
+    then: Mapping[str, str] = {}
+    if path.is_file():
+        then = read_json(path).get("benchmarks", {}).get(benchmark.name, {})
+    for key, now in (("protocol", benchmark.protocol), ("data", benchmark.fingerprint())):
+        if then.get(key, now) != now:
+            raise UserError(
+                f"output: {folder} has results of {benchmark.name} on other {key} ({then[key]} there, {now} now); "
+                "name another output, or move it away"
+            )
 
 
 if __name__ == "__main__":

@@ -1,84 +1,262 @@
-"""Files for other evaluations: python -m experiments.harness format=scidocs model=M data=FOLDER output=FOLDER
+"""Write files for the programs of other evaluations: vectors for SciDocs and SciRepEval, rankings for PMC-Patients.
 
-format       scidocs (vectors for the program of SciDocs), scirepeval (vectors for that of SciRepEval, with tasks=), or
-             pmc_patients (rankings for its leaderboard)
-model        as for evaluate; each file is made with the expert that it is for
-data         scidocs: the folder with paper_metadata_*.json. scirepeval: a folder of a folder for each config, such as
-             fos, with the split evaluation. pmc_patients: the folder of the ReCDS benchmark
-output       a new folder
-tasks        of scirepeval: its scirepeval_tasks.jsonl (github.com/allenai/scirepeval)
-only         names with commas between: of files (cls), of SciRepEval's tasks (Fields of study), PAR or PPR; by default
-             all whose data are there
-split, depth of pmc_patients: which split (test), and how many documents a query (1000)
-similarity   of pmc_patients: dot, cosine or l2; by default that of the run, dot with backbone=, else cosine
-vectors      a folder in which vectors are kept, to go on after an interruption
-on_error     fail, or skip: bad lines go to quarantine.jsonl
-token_budget, backbone, pooling, tower, adapters    as for evaluate
+    SciDocs        cls.jsonl, user-citation.jsonl, recomm.jsonl   {"paper_id", "title", "embedding"} per line
+    SciRepEval     CONFIG.jsonl                                   {"doc_id", "embedding"} per line
+                   tasks.jsonl                                    its tasks, with the files of their vectors
+    PMC-Patients   PAR.json, PPR.json                             {query: {document: score}}
+
+Sources: allenai/scidocs (README.md, scidocs/embeddings.py), allenai/scirepeval (evaluation/embeddings_generator.py,
+scirepeval.py), pmc-patients/pmc-patients (README.md, evaluation.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
+import numpy as np
 
+from datamodules.options import option
 from datamodules.readers.checks import BadLines
-from datamodules.records import UserError
-from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config
-from experiments.interop.harness_files import Job, write_pmc_patients, write_scidocs, write_scirepeval
-from experiments.shared.console import choice, entry_point, key_values, token_budget, whole_number
+from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.pmc_patients import PmcPatientsReader
+from datamodules.readers.scidocs import read_papers
+from datamodules.readers.scirepeval import read_texts
+from datamodules.records import Benchmark, Document, UserError
+from experiments.build.models import ModelOptions
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
-from lightning_modules.retrieval.similarity import SIMILARITIES
+from experiments.shared.progress import Progress
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.evaluation import gather_run, rank_benchmark
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("scidocs", "scirepeval", "pmc_patients")
-KEYS = MODEL_KEYS | {
-    "format": "",
-    "data": "",
-    "output": "",
-    "tasks": "",
-    "only": "",
-    "split": "test",
-    "depth": "1000",
-    "similarity": "",
-    "vectors": "",
-    "on_error": "fail",
-    "token_budget": "",
+SCIDOCS = {  # file -> metadata of its papers, and the task whose expert encodes them
+    "cls": ("paper_metadata_mag_mesh.json", "classification"),
+    "user-citation": ("paper_metadata_view_cite_read.json", "link_prediction"),
+    "recomm": ("paper_metadata_recomm.json", "link_prediction"),
+}
+SCIREPEVAL = {  # type of a task -> the task whose expert encodes
+    "classification": "classification",
+    "regression": "classification",
+    "proximity": "link_prediction",
+    "adhoc_search": "search",
 }
 
 
+@dataclass(kw_only=True)
+class HarnessOptions(ModelOptions):
+    """Write files for the programs of other evaluations. Each file is made with the expert that it is for."""
+
+    format: Literal["scidocs", "scirepeval", "pmc_patients"] = option(
+        help="vectors for the program of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
+    )
+    data: Path = option(
+        help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with a folder for each config, such as "
+        "fos, that has the split evaluation; pmc_patients: folder of the ReCDS benchmark"
+    )
+    output: Path = option(help="a new folder")
+    tasks: Path | None = option(
+        None, "scirepeval only: its scirepeval_tasks.jsonl (github.com/allenai/scirepeval), required"
+    )
+    only: tuple[str, ...] = option(
+        (),
+        "names of files (cls), of SciRepEval's tasks (Fields of study), PAR or PPR; by default all that have data",
+    )
+    split: str = option("test", "pmc_patients only: split of the queries")
+    depth: int = option(1000, "pmc_patients only: number of documents per query", minimum=1)
+    similarity: Literal["dot", "cosine", "l2"] | None = option(
+        None, "pmc_patients only: similarity of vectors, by default that of the run, dot with backbone=, else cosine"
+    )
+    vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
+    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or skip it into quarantine.jsonl")
+    token_budget: int | None = option(
+        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The encoder and the options of a command. output: folder to write into while it is incomplete."""
+
+    encoder: Encoder
+    vectors: VectorCache
+    options: HarnessOptions
+    output: Path
+    similarity: str
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Return the names that only= allows. Raises UserError for others."""
+        for name in self.options.only:
+            _check_choice("only", name, names)
+        return [name for name in names if not self.options.only or name in self.options.only]
+
+    def bad_lines(self) -> BadLines:
+        return BadLines(self.options.on_error, str(self.output / "quarantine.jsonl"))
+
+    def encode(self, texts: Sequence[Document], task: str, what: str) -> Iterator[list[float]]:
+        """Yield a vector for each text, in order. All texts are encoded before the first vector comes."""
+        with Progress(f"encoding {what}", "texts", len(texts)) as progress:
+            shards = self.vectors.vectors(texts, task, what, progress.advance)
+        for _, block in shards.blocks(1024):
+            yield from block.astype(np.float64).tolist()
+
+
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    way = choice("format", values["format"], FORMATS)
-    for key in ("data", "output", *(["tasks"] if way == "scirepeval" else [])):
-        if not values[key]:
-            raise UserError(f"{key}: is missing; format={way} needs it")
-    choice("on_error", values["on_error"], BadLines.POLICIES)
-    depth = whole_number("depth", values["depth"])
-    budget = token_budget(values)
-    run = run_of(values["model"])
-    config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-    similarity = choice("similarity", values["similarity"] or default_similarity(values, config), SIMILARITIES)
-    encoder = load_model(values | {"task": ""}, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    kept = Path(values["vectors"]) if values["vectors"] else None
-    vectors = VectorCache(encoder, token_budget=budget, folder=kept)
-    only = list(filter(None, values["only"].split(",")))
-    output = Path(values["output"])
-    with whole_folder(output) as folder:
-        job = Job(encoder, vectors, Path(values["data"]), folder, only, values["on_error"], similarity, depth)
-        if way == "scidocs":
-            written = write_scidocs(job)
-        elif way == "scirepeval":
-            written = write_scirepeval(job, Path(values["tasks"]), output)
-        else:
-            written = write_pmc_patients(job, values["split"])
-    log.info("%s: %s", output, ", ".join(path.name for path in written))
+    options = parse(HarnessOptions, arguments)
+    if options.format == "scirepeval" and options.tasks is None:
+        raise UserError("tasks: required by format=scirepeval, its scirepeval_tasks.jsonl")
+    config = options.run_config()
+    similarity = options.similarity or options.similarity_of(config)
+    encoder = options.load_on_device(config)
+    vectors = VectorCache(encoder, token_budget=options.token_budget, folder=options.vectors)
+    write = {"scidocs": _write_scidocs, "scirepeval": _write_scirepeval, "pmc_patients": _write_pmc_patients}
+    with whole_folder(options.output) as folder:
+        written = write[options.format](Job(encoder, vectors, options, folder, similarity))
+    log.info("%s: %s", options.output, ", ".join(path.name for path in written))
+
+
+def _write_scidocs(job: Job) -> list[Path]:
+    """Write the files whose papers are in the data. Raises UserError if there are none."""
+    written = []
+    for name in job.chosen(list(SCIDOCS)):
+        file, task = SCIDOCS[name]
+        path = find_file(job.options.data, file, required=bool(job.options.only))
+        if path is None:
+            continue
+        with job.bad_lines() as bad:
+            papers = list(read_papers(path, bad).values())
+        lines = (
+            {"paper_id": paper.id, "title": paper.title, "embedding": vector}
+            for paper, vector in zip(papers, job.encode(papers, task, file), strict=True)
+        )
+        written.append(_write_lines(job.output / f"{name}.jsonl", lines))
+    if not written:
+        files = ", ".join(file for file, _ in SCIDOCS.values())
+        raise UserError(f"data: {job.options.data} has none of {files}")
+    return written
+
+
+def _write_scirepeval(job: Job) -> list[Path]:
+    """Write the vectors of the configs that are in the data, and the tasks that use them."""
+    tasks = _read_tasks(job.options.tasks)
+    written: dict[tuple[str, str], Path] = {}
+    complete = []
+    for name in job.chosen(list(tasks)):
+        task = tasks[name]
+        folder = job.options.data / task.config
+        if not folder.is_dir():
+            if job.options.only:
+                raise UserError(f"data: {name!r} needs the folder {folder}, which does not exist")
+            continue
+        key = task.config, task.type
+        if key not in written:
+            path = job.output / f"{task.config}.jsonl"
+            if path in written.values():
+                path = path.with_name(f"{task.config}-{task.type}.jsonl")
+            written[key] = _write_lines(path, _scirepeval_lines(job, task.config, SCIREPEVAL[task.type]))
+        embeddings = job.options.output.absolute() / written[key].name
+        complete.append(task.record | {"embeddings": {"load": str(embeddings)}})
+    if not complete:
+        raise UserError(f"data: {job.options.data} has no folder of any task (named like its config: fos)")
+    return [*written.values(), _write_lines(job.output / "tasks.jsonl", complete)]
+
+
+@dataclass(frozen=True, slots=True)
+class SciRepEvalTask:
+    """A line of scirepeval_tasks.jsonl. config: name of its data."""
+
+    record: dict[str, Any]
+    config: str
+    type: str
+
+
+def _read_tasks(path: Path) -> dict[str, SciRepEvalTask]:
+    tasks = {}
+    with BadLines("fail") as bad:
+        for place in read_records(path, bad):
+            with place:
+                record = as_object(place)
+                _check_choice("type", record.get("type"), list(SCIREPEVAL))
+                try:
+                    config = str(record["data"]["meta"]["config"])
+                    tasks[str(record["name"])] = SciRepEvalTask(record, config, record["type"])
+                except (KeyError, TypeError) as error:
+                    raise UserError("expected a task with name, type and data.meta.config") from error
+    return tasks
+
+
+def _scirepeval_lines(job: Job, config: str, task: str) -> Iterator[dict[str, Any]]:
+    """Yield the vectors of a config, queries first and each id once, as SciRepEval's program does."""
+    with job.bad_lines() as bad:
+        queries, papers = read_texts(job.options.data / config, bad)
+    papers = {id: paper for id, paper in papers.items() if id not in queries}
+    for texts, side_task in ((queries, task), (papers, job.encoder.document_task(task))):
+        vectors = job.encode(list(texts.values()), side_task, config) if texts else ()
+        for id, vector in zip(texts, vectors, strict=True):
+            yield {"doc_id": id, "embedding": vector}
+
+
+def _write_pmc_patients(job: Job) -> list[Path]:
+    """Write the rankings of PAR and PPR, if their folders are in the data. Raises UserError if neither is."""
+    written, options = [], job.options
+    for name in job.chosen(PmcPatientsReader.TASKS):
+        if not options.only and not (options.data / name).is_dir():
+            continue
+        reader = PmcPatientsReader(str(options.data), name, options.on_error, str(job.output / "quarantine.jsonl"))
+        collection = reader.read()
+        _check_choice("split", options.split, list(collection.qrels))
+        queries, qrels = collection.judged(options.split)
+        benchmark = Benchmark(name, "link_prediction", options.split, collection.corpus, queries, qrels)
+        with Progress(f"encoding {name}", "texts", len(queries) + len(collection.corpus)) as progress:
+            run = rank_benchmark(
+                job.encoder,
+                benchmark,
+                min(options.depth, len(collection.corpus)),
+                similarity=job.similarity,
+                advance=progress.advance,
+                vectors=job.vectors,
+            )
+        run = gather_run(run)
+        path = job.output / f"{name}.json"
+        rows = zip(run.queries, run.indices.tolist(), run.scores.tolist(), strict=True)
+        _write_object(path, ((query, _ranking(run.documents, *row)) for query, *row in rows))
+        written.append(path)
+    if not written:
+        raise UserError(f"data: {options.data} has neither PAR nor PPR (the ReCDS benchmark of PMC-Patients)")
+    return written
+
+
+def _ranking(documents: Sequence[str], indices: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+    return {documents[index]: score for index, score in zip(indices, scores, strict=True) if index >= 0}
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    with open(path, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
+def _write_object(path: Path, entries: Iterable[tuple[str, Any]]) -> None:
+    """Write one JSON object entry by entry, since it may be larger than memory."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, (key, value) in enumerate(entries):
+            file.write("," if number else "{")
+            file.write(f"\n{json.dumps(key)}: {json.dumps(value)}")
+        file.write("\n}\n")
 
 
 if __name__ == "__main__":

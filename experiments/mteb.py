@@ -1,33 +1,24 @@
-"""Have mteb measure a model: python -m experiments.mteb model=M [tasks=SciFact,SCIDOCS:search] [output=FOLDER]
-
-model        as for evaluate: a run's folder, a checkpoint, an exported folder, a plain model
-tasks        of mteb, with commas between; NAME:TASK has the expert of TASK encode, where it should be another one than
-             experiments/interop/mteb_encoder.py says. By default its scientific ones
-output       where mteb keeps its results; what stands there of the same model is not measured again
-similarity   dot or cosine; by default that of the run, dot with backbone=, else cosine
-token_budget, backbone, pooling, tower, adapters    as for evaluate
-
-mteb loads its data from the hub (HF_HOME is where they are kept). It needs make install EXTRAS=cpu,mteb.
-"""
+"""Evaluate a model with mteb (Muennighoff et al., MTEB, EACL 2023), which loads the data, ranks and measures itself."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.records import UserError
-from experiments.build.models import MODEL_KEYS, default_similarity, load_model, run_of
-from experiments.build.systems import short_name
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config
-from experiments.interop.mteb_encoder import MtebEncoder
-from experiments.shared.console import choice, entry_point, key_values, table_console, token_budget
+from datamodules.options import option
+from datamodules.records import Document, UserError
+from experiments.build.models import ModelOptions, short_name
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point, table_console
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +38,67 @@ TASKS = (
     "ArXivHierarchicalClusteringP2P",
     "BIOSSES",
 )
-KEYS = MODEL_KEYS | {"tasks": ",".join(TASKS), "output": "", "similarity": "", "token_budget": ""}
-SIMILARITIES = ("dot", "cosine")
+EXPERTS = {  # type of an mteb task -> the task whose expert encodes
+    "Retrieval": "search",
+    "Reranking": "search",
+    "InstructionRetrieval": "search",
+    "InstructionReranking": "search",
+    "Classification": "classification",
+    "MultilabelClassification": "classification",
+    "Clustering": "classification",
+    "Regression": "classification",
+    "PairClassification": "link_prediction",
+    "STS": "link_prediction",
+    "BitextMining": "link_prediction",
+    "Summarization": "link_prediction",
+}
+PAPERS_AS_QUERIES = ("scidocs", "cite")  # in the names of retrieval tasks, which the link_prediction expert encodes
+BATCH_SIZE = 1024  # texts that mteb hands over at a time; the encoder makes its own batches of them
+
+
+@dataclass(kw_only=True)
+class MtebOptions(ModelOptions):
+    """Evaluate a model with mteb.
+
+    mteb loads its data from the hub into HF_HOME. It needs make install EXTRAS=cpu,mteb.
+    """
+
+    tasks: tuple[str, ...] = option(
+        TASKS, "tasks of mteb; NAME:TASK lets the expert of TASK encode, instead of the one for the task's type"
+    )
+    output: Path | None = option(
+        None,
+        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; results in it are reused",
+    )
+    similarity: Literal["dot", "cosine"] | None = option(
+        None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
+    )
+    token_budget: int | None = option(
+        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    run = run_of(values["model"])
-    config = from_dict(read_config(run), str(run / "config.yaml")) if run else None
-    similarity = values["similarity"] or default_similarity(values, config)
-    choice("similarity", similarity, SIMILARITIES)
-    named = [part.partition(":")[::2] for part in filter(None, values["tasks"].split(","))]
-    budget = token_budget(values)
-    tasks = find_tasks([name for name, _ in named])
-    encoder = load_model(values | {"task": ""}, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    experts = {name: task for name, task in named if task}
-    model = MtebEncoder(encoder, short_name(values["model"]), similarity, experts, budget)
+    options = parse(MtebOptions, arguments)
+    run, config = options.run_folder(), options.run_config()
+    similarity = options.similarity or options.similarity_of(config)
+    if similarity not in ("dot", "cosine"):
+        raise UserError(f"similarity: mteb needs dot or cosine, but the model was trained with {similarity}")
+    experts = dict(name.partition(":")[::2] for name in options.tasks)
+    tasks = _find_tasks(list(experts))
+    experts = {name: task for name, task in experts.items() if task}
+    encoder = options.load_on_device(config)
+    model = MtebEncoder(encoder, short_name(options.model), similarity, experts, options.token_budget)
     for task in tasks:
-        log.info("%s: the expert of %s", task.metadata.name, model.task_of(task.metadata))
-    output = Path(values["output"] or (run / "evaluation" if run else Path("evaluations")) / "mteb")
-    scores = evaluate(model, tasks, output)
-    show(model, tasks, scores, f"{values['model']}, measured by mteb")
-    log.info("mteb's results lie in %s", output)
+        log.info("%s: encoded by the expert of %s", task.metadata.name, model.task_of(task.metadata))
+    output = options.output or (run / "evaluation" if run else Path("evaluations")) / "mteb"
+    scores = _evaluate(model, tasks, output)
+    _show(model, tasks, scores, f"{options.model}, evaluated by mteb")
+    log.info("mteb's results are in %s", output)
 
 
-def find_tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks of these names. Raises UserError for others, or if mteb is not there."""
+def _find_tasks(names: Sequence[str]) -> list[Any]:
+    """Return mteb's tasks of these names. Raises UserError for an unknown name, or if mteb is not installed."""
     try:
         import mteb
     except ImportError as error:
@@ -82,37 +108,116 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
         try:
             tasks.append(mteb.get_task(name))
         except KeyError as error:
-            raise UserError(f"tasks: mteb knows no task {name!r} ({' '.join(str(error).split())[:200]})") from error
+            raise UserError(f"tasks: mteb has no task {name!r} ({' '.join(str(error).split())[:200]})") from error
     return tasks
 
 
-def evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[str, float]:
-    """mteb task -> its main score. Raises UserError if the data of one cannot be had."""
+def _evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[str, float]:
+    """Return the main score of each task. Raises UserError if the data of a task cannot be loaded."""
     import mteb
 
-    scores, cache, bar = {}, mteb.ResultCache(output), Console().is_terminal
-    batches = {"batch_size": 1024, "show_progress_bar": bar}  # how mteb hands texts over; the encoder has its own
+    scores, cache, show_bar = {}, mteb.ResultCache(output), Console().is_terminal
+    batches = {"batch_size": BATCH_SIZE, "show_progress_bar": show_bar}
     for task in tasks:
         name = task.metadata.name
         try:
-            found = mteb.evaluate(model, task, cache=cache, encode_kwargs=batches, show_progress_bar=bar)
+            results = mteb.evaluate(model, task, cache=cache, encode_kwargs=batches, show_progress_bar=show_bar)
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{name}: its data cannot be had ({reason}). What was measured is in {output}") from error
-        scores[name] = float(found.task_results[0].get_score())
+            raise UserError(f"{name}: cannot load its data ({reason}). Results up to here are in {output}") from error
+        scores[name] = float(results.task_results[0].get_score())
         log.info("%s: %s %.4f", name, task.metadata.main_score, scores[name])
     return scores
 
 
-def show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for heading in ("mteb task", "kind", "expert", "metric"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("score", justify="right")
+def _show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], title: str) -> None:
+    grid = Table(title=title, title_justify="left")
+    for heading in ("mteb task", "type", "expert", "metric"):
+        grid.add_column(heading, no_wrap=True)
+    grid.add_column("score", justify="right")
     for task in tasks:
         about = task.metadata
-        table.add_row(about.name, about.type, model.task_of(about), about.main_score, f"{scores[about.name]:.4f}")
-    table_console().print(table)
+        grid.add_row(about.name, about.type, model.task_of(about), about.main_score, f"{scores[about.name]:.4f}")
+    table_console().print(grid)
+
+
+class MtebEncoder:
+    """An encoder as a model of mteb (its EncoderProtocol).
+
+    mteb has types of tasks, but no experts: EXPERTS maps one to the other. Titles and texts of mteb's documents are
+    joined as in training.
+
+    name: of the model in mteb's results. similarity: "dot" or "cosine".
+    experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
+    token_budget: maximum number of padded tokens per forward pass.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        name: str,
+        similarity: str = "cosine",
+        experts: Mapping[str, str] | None = None,
+        token_budget: int | None = None,
+    ):
+        self.encoder, self.name, self.metric = encoder, name, similarity
+        self.experts, self.token_budget = dict(experts or {}), token_budget
+        self.fingerprint = fingerprint(encoder)
+
+    def task_of(self, metadata: Any) -> str:
+        """Return the task whose expert encodes an mteb task. Raises UserError if the encoder has none."""
+        by_type = EXPERTS.get(metadata.type, "search")
+        if by_type == "search" and any(word in metadata.name.lower() for word in PAPERS_AS_QUERIES):
+            by_type = "link_prediction"
+        task = self.experts.get(metadata.name, by_type)
+        self.encoder.expert_of(task)
+        return task
+
+    def encode(
+        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, prompt_type: Any = None, **_: Any
+    ) -> np.ndarray:
+        """Return the vectors of mteb's batches, (n, D). prompt_type: "query" or "document" in retrieval."""
+        documents = [document for batch in inputs for document in _documents(batch)]
+        task = self.task_of(task_metadata)
+        if prompt_type == "document":
+            task = self.encoder.document_task(task)
+        return self.encoder.encode(documents, task, token_budget=self.token_budget).numpy()
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Return the scores of all pairs of vectors: (n, D), (m, D) -> (n, m)."""
+        return self._prepare(embeddings1) @ self._prepare(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Return the scores of vectors row by row: (n, D), (n, D) -> (n,)."""
+        return (self._prepare(embeddings1) * self._prepare(embeddings2)).sum(-1)
+
+    def _prepare(self, vectors: Any) -> np.ndarray:
+        vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.metric == "cosine" else vectors
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """What mteb files results under. Other weights, similarity or experts are another revision."""
+        from mteb.models.model_meta import ModelMeta
+
+        experts = [f"{task}={expert}" for task, expert in sorted(self.experts.items())]
+        about = {
+            "name": f"scimult/{self.name}",
+            "revision": "-".join([self.fingerprint, self.metric, *experts]),
+            "embed_dim": self.encoder.dimension,
+            "max_tokens": self.encoder.max_length,
+            "n_parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
+            "framework": ["PyTorch"],
+        }
+        return ModelMeta.create_empty(about)
+
+
+def _documents(batch: Mapping[str, Any]) -> list[Document]:
+    """Return the texts of one of mteb's batches, with titles if they have some."""
+    if "body" in batch:
+        titles = batch.get("title") or [""] * len(batch["body"])
+        return [Document("", title, body) for title, body in zip(titles, batch["body"], strict=True)]
+    return [Document("", "", text) for text in batch["text"]]
 
 
 if __name__ == "__main__":

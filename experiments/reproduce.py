@@ -1,58 +1,63 @@
-"""Is the paper reproduced? python -m experiments.reproduce results=FOLDER [system=SciMult-MHAExpert] [ours=NAME]
-
-results      a folder with results.json, of make eval model=... benchmarks=all data.root=FOLDER
-system       the row of the paper's tables that it is put beside; in table 6, whose models were trained on its own
-             data, "DPR (SciMult-MHAExpert)"
-ours         the system in results.json; it may be left out if there is one
-"""
+"""Compare results with the tables of the paper, cell by cell."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from datamodules.files import read_json
+from datamodules.options import option
 from datamodules.records import UserError
-from experiments.results.paper import tables
-from experiments.results.reproduction import Comparison, compare
-from experiments.shared.console import choice, entry_point, key_values, table_console
+from experiments.config.arguments import parse
+from experiments.results.paper import CellComparison, compare_with_paper, tables
+from experiments.results.results import Results, read_results
+from experiments.shared.console import entry_point, table_console
 
 log = logging.getLogger(__name__)
 
-KEYS = {"results": "", "system": "SciMult-MHAExpert", "ours": ""}
+
+@dataclass(kw_only=True)
+class ReproduceOptions:
+    """Compare results with the tables of the paper, cell by cell."""
+
+    results: Path = option(help="folder with results.json, made by make eval model=... benchmarks=all data.root=FOLDER")
+    system: str = option(
+        "SciMult-MHAExpert",
+        "row of the paper's tables to compare with; the models of table 6 were trained on its own data: "
+        '"DPR (SciMult-MHAExpert)"',
+    )
+    ours: str | None = option(None, "system in results.json, by default the only one")
 
 
 def main(arguments: Sequence[str]) -> None:
-    values = key_values(arguments, KEYS)
-    path = Path(values["results"]) / "results.json"
-    if not values["results"] or not path.is_file():
-        raise UserError(
-            f"results: got {values['results']!r}, expected a folder with results.json, as make eval makes it"
-        )
-    choice("system", values["system"], list(dict.fromkeys(row for table in tables() for row in table.rows)))
-    benchmarks = read_json(path)["benchmarks"]
-    cells = compare(benchmarks, _ours(benchmarks, values["ours"]), values["system"])
-    show(cells, f"{path.parent}, beside {values['system']} in the paper")
+    options = parse(ReproduceOptions, arguments)
+    path = options.results / "results.json"
+    if not path.is_file():
+        raise UserError(f"results: expected a folder with results.json, made by make eval, got {options.results}")
+    rows = dict.fromkeys(row for table in tables() for row in table.rows)
+    if options.system not in rows:
+        raise UserError(f"system: expected one of {', '.join(rows)}, got {options.system!r}")
+    results = read_results(path)
+    cells = compare_with_paper(results.benchmarks, _our_system(results, options.ours), options.system)
+    _show(cells, f"{options.results}, compared with {options.system} in the paper")
     counts = Counter(cell.verdict for cell in cells)
     log.info("%d cells: %s", len(cells), ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
-def _ours(benchmarks: Mapping[str, Any], wanted: str) -> str:
-    names = list(dict.fromkeys(name for result in benchmarks.values() for name in result["systems"]))
-    if wanted:
-        return choice("ours", wanted, names)
-    if len(names) != 1:
-        raise UserError(f"ours: which one? The results are of {', '.join(names) or 'no system'}")
-    return names[0]
+def _our_system(results: Results, wanted: str | None) -> str:
+    systems = results.systems
+    if wanted in systems:
+        return wanted
+    if wanted is None and len(systems) == 1:
+        return systems[0]
+    raise UserError(f"ours: expected one of {', '.join(systems) or 'no system'}, got {wanted or 'nothing'}")
 
 
-def show(cells: Sequence[Comparison], title: str) -> None:
-    console = table_console()
+def _show(cells: Sequence[CellComparison], title: str) -> None:
     grid = Table(title=title, title_justify="left")
     for heading in ("table", "protocol", "metric"):
         grid.add_column(heading, no_wrap=True)
@@ -62,7 +67,7 @@ def show(cells: Sequence[Comparison], title: str) -> None:
     for number, cell in enumerate(cells):
         if number and cell.table != cells[number - 1].table:
             grid.add_section()
-        again = number and cell.column.protocol == cells[number - 1].column.protocol
+        repeated = number and cell.column.protocol == cells[number - 1].column.protocol
         mark = f" ({cell.paper.mark})" if cell.paper.mark else ""
         comparable = cell.ours is not None and cell.verdict != "not comparable"
         grid.add_row(
@@ -72,9 +77,9 @@ def show(cells: Sequence[Comparison], title: str) -> None:
             "" if cell.ours is None else f"{cell.ours:.2f}",
             f"{cell.paper}{mark}",
             f"{cell.difference:+.2f}" if comparable else "",
-            f"{cell.verdict}: {cell.remark}" if cell.remark and not again else cell.verdict,
+            f"{cell.verdict}: {cell.remark}" if cell.remark and not repeated else cell.verdict,
         )
-    console.print(grid)
+    table_console().print(grid)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Load the model that a command names."""
+"""Load the models that a command names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,13 +11,14 @@ from typing import Literal
 import torch
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import Benchmark, UserError
 from experiments.config.experiment import from_dict
 from experiments.config.paths import read_config, runs_there
 from experiments.config.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 MODEL_KEYS = {"model": "", "backbone": "", "pooling": "", "tower": "", "adapters": ""}
 
@@ -134,3 +136,69 @@ def run_of(model: str) -> Path | None:
 def config_of_run(run: Path | None) -> Config | None:
     """Return the configuration of a run, or None without a run."""
     return from_dict(read_config(run), str(run / "config.yaml")) if run else None
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A model under evaluation.
+
+    name: in tables and names of files. model: what was loaded. encoder, vectors: None for BM25.
+    similarity: of benchmarks that have none of their own.
+    """
+
+    name: str
+    model: str
+    encoder: Encoder | None
+    similarity: str
+    vectors: VectorCache | None = None
+
+    def obstacle(self, benchmark: Benchmark) -> str:
+        """Return why the system cannot be evaluated on a benchmark, or "" if it can."""
+        if self.encoder is None:
+            return f"{self.name} has no vectors for a linear model" if benchmark.training is not None else ""
+        if benchmark.task not in self.encoder.tasks:
+            tasks = ", ".join(self.encoder.tasks)
+            return f"unknown task {benchmark.task!r}: the tasks of {self.name} are {tasks}"
+        return ""
+
+
+def load_systems(
+    models: Mapping[str, ModelOptions],
+    config: Config | None,
+    similarities: Sequence[str] = (),
+    *,
+    max_length: int | None = None,
+    token_budget: int | None = None,
+    vectors_folder: Path | None = None,
+) -> list[System]:
+    """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
+
+    models: name in tables -> model; "bm25" needs no loading. config: of the run that the model belongs to.
+    similarities: by default each model's own. max_length: maximum number of tokens of a text, by default the model's.
+    vectors_folder: folder in which vectors are kept.
+    """
+    systems = []
+    for name, options in models.items():
+        if options.model == "bm25":
+            systems.append(System("bm25", "bm25", None, "bm25"))
+            continue
+        encoder = options.load(config)
+        if max_length is not None:
+            if max_length > (longest := encoder.family.max_positions):
+                raise UserError(f"max_length: {options.model} has positions for {longest} tokens, got {max_length}")
+            encoder.max_length = max_length
+        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
+        for similarity in similarities or [options.similarity_of(config)]:
+            full_name = f"{name}-{similarity}" if len(similarities) > 1 else name
+            systems.append(System(full_name, options.model, encoder, similarity, vectors))
+    return systems
+
+
+def short_name(model: str) -> str:
+    """Return a short name of a model: the end of its path, with digits that distinguish it from others of that end."""
+    path = Path(model)
+    if not path.exists():
+        return model.removeprefix(PACKAGE).replace("/", "-")
+    digits = hashlib.blake2b(str(path.resolve()).encode(), digest_size=3).hexdigest()
+    return f"{path.stem}-{digits}"

@@ -15,9 +15,15 @@ from experiments.config.experiment import from_dict
 from experiments.reporting.charts import NUM_COLOURS
 from experiments.reporting.run_files import RunFiles
 from experiments.results import paper
-from experiments.results.differences import told, words
-from experiments.results.measured import Measured, aligned
-from experiments.results.texts import benchmark_of, benchmarks_of_run
+from experiments.results.comparison import (
+    MeasuredSystem,
+    aligned_values,
+    benchmark_of,
+    benchmarks_of_run,
+    describe_document,
+    short_text,
+)
+from experiments.results.results import read_results
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.retrieval.significance import compare, holm
 
@@ -43,7 +49,7 @@ def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
         "paper": {path: paper_figures(content.value) for path, content in run.evaluations.items()},
     }
     if run.results:
-        trained = Measured(run.path, "trained", run.results)
+        trained = MeasuredSystem(run.path, "trained", read_results(run.path / "results.json"))
         computed["mean"] = run.means()
         computed["differences"] = _differences(trained)
         queries = {name: _queries(trained, name) for name in trained.benchmarks}
@@ -83,16 +89,16 @@ def paper_figures(results: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _differences(trained: Measured) -> dict[str, dict[str, Any]]:
+def _differences(trained: MeasuredSystem) -> dict[str, dict[str, Any]]:
     """Return the trained encoder's lead in the main metric, by benchmark and other system."""
     differences: dict[str, dict[str, Any]] = {}
     for name, result in trained.benchmarks.items():
-        for system in result["systems"]:
+        for system in result.systems:
             if system == trained.system:
                 continue
             other = dataclasses.replace(trained, system=system)
             try:
-                a, b, _ = aligned([trained], [other], name, _main_metric(trained, name))
+                a, b, _ = aligned_values([trained], [other], name, trained.main_metric(name))
             except UserError as error:
                 log.warning("%s", error)
                 continue
@@ -104,14 +110,9 @@ def _differences(trained: Measured) -> dict[str, dict[str, Any]]:
     return differences
 
 
-def _main_metric(measured: Measured, name: str) -> str:
-    result = measured.benchmarks[name]
-    return (result.get("metrics") or measured.results["metrics"])[0]
-
-
-def _queries(trained: Measured, name: str) -> dict[str, Any]:
+def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
     """Return typical queries and the worst ones; nothing where single queries were not measured."""
-    metric = _main_metric(trained, name)
+    metric = trained.main_metric(name)
     try:
         values = trained.values(name, metric)
         ids = list(values)
@@ -132,12 +133,15 @@ def _queries(trained: Measured, name: str) -> dict[str, Any]:
         relevant = sorted(grades, key=lambda d: (-grades[d], ranks.get(d, np.inf)))[:NUM_RANKED]
         return {
             "query": query,
-            "text": words(benchmark and benchmark.queries.get(query), query),
+            "text": short_text(benchmark and benchmark.queries.get(query), query),
             metric: values[query],
             "relevant": len(grades),
             "first_relevant": first_ranks[query],
-            "top": [told(benchmark, d, grades) | {"rank": i} for i, d in enumerate(ranking[:NUM_RANKED], start=1)],
-            "wanted": [told(benchmark, d, grades) | {"rank": ranks.get(d)} for d in relevant],
+            "top": [
+                describe_document(benchmark, d, grades) | {"rank": i}
+                for i, d in enumerate(ranking[:NUM_RANKED], start=1)
+            ],
+            "wanted": [describe_document(benchmark, d, grades) | {"rank": ranks.get(d)} for d in relevant],
         }
 
     return {
@@ -184,7 +188,7 @@ def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
         "checkpoint": str(checkpoint.relative_to(run.path)),
         "papers": len(ids),
         "ids": ids,
-        "titles": [words(paper, paper.id) for paper in papers],
+        "titles": [short_text(paper, paper.id) for paper in papers],
         "labels": names,
         "groups": list(groups),
         "chance": float(sum(chance)) if names else None,
@@ -209,7 +213,7 @@ def label_groups(benchmark: Benchmark, ids: Sequence[str]) -> tuple[list[str], l
     main = [max(paper_labels, key=lambda label: (counts[label], label), default=None) for paper_labels in labels]
     kept = [label for label, _ in Counter(label for label in main if label).most_common(NUM_COLOURS - 1)]
     group = {label: i for i, label in enumerate(kept)}
-    names = [words(benchmark.corpus.get(label), label, 40) for label in kept]
+    names = [short_text(benchmark.corpus.get(label), label, 40) for label in kept]
     return [*names, "other"], [group.get(label, len(kept)) for label in main]
 
 

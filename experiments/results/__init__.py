@@ -1,1 +1,1 @@
-"""Results: made, shown, read again, and put beside others."""
+"""Evaluation results: made, written, read, shown and compared."""

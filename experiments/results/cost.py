@@ -1,67 +1,82 @@
-"""What a measurement costs: texts and tokens that are encoded, seconds of devices, memory, and money."""
+"""The cost of an evaluation: texts and tokens encoded, device seconds, memory, and money."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from experiments.results.memory import Memory
+from experiments.shared.memory import Memory
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.encoders.base import Encoder
 
 
-class Meter:
-    """Of one system on one benchmark, from its construction on. encoder: none for BM25."""
+@dataclass(kw_only=True)
+class Cost:
+    """What a system cost, over all ranks.
+
+    texts, tokens: encoded now; texts whose vectors were stored cost nothing. Padding does not count.
+    texts_per_second: speed of one device while encoding; None if nothing was encoded.
+    device_seconds: seconds of the first rank, times the number of devices.
+    memory_mb: peak memory of a GPU, or of a process without one.
+    money: price of the device seconds; None if no price was given.
+    """
+
+    texts: int
+    tokens: int
+    texts_per_second: float | None
+    devices: int
+    device_seconds: float
+    memory_mb: int
+    money: float | None = None
+
+    def price(self, per_hour: float) -> None:
+        """Set the money, by the price of an hour of one device."""
+        self.money = round(self.device_seconds / 3600 * per_hour, 6)
+
+
+class CostMeter:
+    """Measures the cost of one system on one benchmark, from its construction on. encoder: None for BM25."""
 
     def __init__(self, encoder: Encoder | None):
         self.encoder, self.before = encoder, dict(encoder.encoded) if encoder else {}
         self.memory = Memory(encoder.device if encoder else torch.device("cpu"))
         self.memory.forget_peak()
 
-    def read(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Of all ranks together. seconds: of this one, by part.
-
-        texts, tokens: that were encoded now, without those whose vectors were there. texts_per_second: of these, of one
-        device. device_seconds: of all devices, for each of which it counts how long the first was busy. memory_mb: the
-        most that a device, or without GPU a process, held at once.
-        """
+    def read(self, seconds: Mapping[str, float]) -> Cost:
+        """Return the cost up to now. All ranks must call this. seconds: stage -> seconds of this rank."""
         encoded = {key: count - self.before[key] for key, count in self.encoder.encoded.items()} if self.encoder else {}
-        here = {"texts": 0, "tokens": 0, **encoded, "memory_mb": round(self.memory.peak() / 2**20)}
-        ranks = [here]
+        usage = {"texts": 0, "tokens": 0, **encoded, "memory_mb": round(self.memory.peak() / 2**20)}
+        ranks = [usage]
         if world_size() > 1:
-            ranks = [here] * world_size()
-            dist.all_gather_object(ranks, here)
-        spent, encoding = sum(seconds.values()), seconds.get("encode", 0.0)
-        return {
-            "texts": sum(of["texts"] for of in ranks),
-            "tokens": sum(of["tokens"] for of in ranks),
-            "texts_per_second": round(here["texts"] / encoding, 1) if here["texts"] and encoding else None,
-            "devices": len(ranks),
-            "device_seconds": round(spent * len(ranks), 2),
-            "memory_mb": max(of["memory_mb"] for of in ranks),
-        }
+            ranks = [usage] * world_size()
+            dist.all_gather_object(ranks, usage)
+        encode_seconds = seconds.get("encode", 0.0)
+        return Cost(
+            texts=sum(rank["texts"] for rank in ranks),
+            tokens=sum(rank["tokens"] for rank in ranks),
+            texts_per_second=round(usage["texts"] / encode_seconds, 1) if usage["texts"] and encode_seconds else None,
+            devices=len(ranks),
+            device_seconds=round(sum(seconds.values()) * len(ranks), 2),
+            memory_mb=max(rank["memory_mb"] for rank in ranks),
+        )
 
 
-def with_money(results: dict[str, Any], price: float | None) -> dict[str, Any]:
-    """The same results, in which costs have "money": seconds of devices at a price of each hour, if there is one."""
-    for result in results.values() if price is not None else ():
-        for of in result["measured"].values():
-            of["cost"]["money"] = round(of["cost"]["device_seconds"] / 3600 * price, 6)
-    return results
+def total_cost(costs: Sequence[Cost], encode_seconds: Sequence[float]) -> Cost:
+    """Add up the costs of one system on several benchmarks; memory is the largest.
 
-
-def total(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one system on several benchmarks: sums, and the most memory. measured: of each of them.
-
-    money: each at the price of its time; only where all have one, as it stands beside the seconds of all.
+    encode_seconds: of each benchmark. The sum has money only if every cost does.
     """
-    costs = [of["cost"] for of in measured]
-    encoding = sum(of["seconds"]["encode"] for of in measured if of["cost"]["texts"])
-    found = {key: sum(of[key] for of in costs) for key in ("texts", "tokens", "device_seconds")}
-    found |= {"devices": max(of["devices"] for of in costs), "memory_mb": max(of["memory_mb"] for of in costs)}
-    if all("money" in of for of in costs):
-        found["money"] = sum(of["money"] for of in costs)
-    return found | {"texts_per_second": found["texts"] / found["devices"] / encoding if encoding else None}
+    encoding = sum(seconds for cost, seconds in zip(costs, encode_seconds, strict=True) if cost.texts)
+    texts, devices = sum(cost.texts for cost in costs), max(cost.devices for cost in costs)
+    return Cost(
+        texts=texts,
+        tokens=sum(cost.tokens for cost in costs),
+        texts_per_second=texts / devices / encoding if encoding else None,
+        devices=devices,
+        device_seconds=sum(cost.device_seconds for cost in costs),
+        memory_mb=max(cost.memory_mb for cost in costs),
+        money=None if any(cost.money is None for cost in costs) else sum(cost.money for cost in costs),
+    )

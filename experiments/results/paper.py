@@ -1,36 +1,42 @@
-"""The figures of the paper's tables, as data: experiments/tables/*.yaml.
+"""The paper's tables as data, from experiments/tables/*.yaml, and our results compared with them cell by cell.
 
 Source: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific Literature Understanding,
 Findings of EMNLP 2023; and the leaderboard of PMC-Patients, for the later version of its data.
 
-A row of a table is a line of cells as they are printed there, in percent, with the average behind a bar:
+A row of a table is a line of cells as they are printed there, in percent, with the average after a bar:
 
     SciBERT: 79.7† 18.81 80.7† 12.29 | 47.88      † quoted there from another paper, ‡ computed there from a released
-                                                  output, – not there
+                                                  output, – no value
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from datamodules.records import UserError
+from experiments.results.results import Benchmarks, BenchmarkTable, SystemResult
 from lightning_modules.retrieval.metrics import parse_metric
 
 FOLDER = Path(__file__).parents[1] / "tables"
 MARKS = {"†": "quoted", "‡": "computed"}
 ABSENT = "–"
+TABLE_KEYS = {"name", "title", "source", "columns", "rows"}
 COLUMN_KEYS = {"protocol", "metrics", "queries", "documents", "similarity"}
+MAX_LENGTH = 512  # tokens of a text in the paper's evaluation
+TOLERANCES = (0.1, 0.5)  # percentage points
+
+Verdict = Literal["reproduced", "within 0.1", "within 0.5", "differs", "not comparable", "not measured"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A figure in percent. decimals: that are printed. mark: "quoted" or "computed", where it is no measurement."""
+    """A value in percent. decimals: number of printed digits. mark: "quoted" or "computed" if it was not measured."""
 
     value: float
     decimals: int
@@ -44,7 +50,7 @@ class Cell:
 class Column:
     """What a column measures.
 
-    queries, documents: how many there are, where it is known. similarity: of the protocol, if it has one.
+    queries, documents: their numbers, if known. similarity: of the protocol, if it has its own.
     """
 
     protocol: str
@@ -55,7 +61,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PaperTable:
     """rows: system -> a cell for each column. averages: system -> mean of its row, as printed."""
 
     name: str
@@ -65,50 +71,144 @@ class Table:
     averages: Mapping[str, Cell | None]
 
 
+@dataclass(frozen=True, slots=True)
+class CellComparison:
+    """A cell of the paper and our value.
+
+    ours: in percent, None if it was not measured.
+    verdict: "reproduced" if our value rounds to the paper's. remark: why the values are not comparable.
+    """
+
+    table: str
+    column: Column
+    paper: Cell
+    ours: float | None
+    verdict: Verdict
+    remark: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None else self.ours - self.paper.value
+
+
 @cache
-def tables() -> tuple[Table, ...]:
-    """All tables, those of the paper first. Raises UserError for a file that is not as above."""
-    return tuple(
-        _table(path) for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: ("table" not in path.name, path.name))
-    )
+def tables() -> tuple[PaperTable, ...]:
+    """Read all tables, those of the paper first. Raises UserError for a malformed file."""
+    paths = sorted(FOLDER.glob("*.yaml"), key=lambda path: ("table" not in path.name, path.name))
+    return tuple(map(_read_table, paths))
 
 
 def figures(protocol: str, metric: str) -> dict[str, Cell]:
-    """System -> its figure, where one of the tables has a column for this; the first of them counts."""
-    found: dict[str, Cell] = {}
+    """Return the value of each system under a protocol; the first table that has it counts."""
+    cells: dict[str, Cell] = {}
     for table in tables():
-        for place, column in enumerate(table.columns):
+        for position, column in enumerate(table.columns):
             if (column.protocol, column.metric) == (protocol, metric):
-                found = {system: row[place] for system, row in table.rows.items() if row[place]} | found
-    return found
+                cells = {system: row[position] for system, row in table.rows.items() if row[position]} | cells
+    return cells
 
 
-def _table(path: Path) -> Table:
+def compare_with_paper(benchmarks: Benchmarks, ours: str, system: str) -> list[CellComparison]:
+    """Compare one of our systems with a row of the paper's tables.
+
+    ours: name of our system in the benchmarks. system: name of the paper's row.
+    """
+    return [
+        _compare_cell(table.name, column, cell, benchmarks, ours, system)
+        for table in tables()
+        for column, cell in zip(table.columns, table.rows.get(system, ()), strict=False)
+        if cell is not None
+    ]
+
+
+def _compare_cell(
+    table: str, column: Column, cell: Cell, benchmarks: Benchmarks, ours: str, system: str
+) -> CellComparison:
+    comparison = CellComparison(table, column, cell, None, "not measured")
+    for result in _same_data(column, benchmarks, ours):
+        value = 100 * result.systems[ours].metrics[column.metric]
+        remark = "; ".join(_deviations(column, result, result.systems[ours], system))
+        if not remark:
+            return CellComparison(table, column, cell, value, _verdict(value, cell))
+        comparison = CellComparison(table, column, cell, value, "not comparable", remark)
+    return comparison
+
+
+def _same_data(column: Column, benchmarks: Benchmarks, ours: str) -> list[BenchmarkTable]:
+    """Return results on the column's data in its metric; those under its own protocol come last and set the remark."""
+    results = [
+        result
+        for result in benchmarks.values()
+        if ours in result.systems
+        and column.metric in result.systems[ours].metrics
+        and _data_of(result.protocol) == _data_of(column.protocol)
+    ]
+    return sorted(results, key=lambda result: result.protocol == column.protocol)
+
+
+def _data_of(protocol: str) -> str:
+    """Return the second word of a protocol, which names the data: scimult/scifact/all-splits, beir/scifact/test."""
+    return [*protocol.split("/"), ""][1]
+
+
+def _deviations(column: Column, result: BenchmarkTable, measured: SystemResult, system: str) -> Iterator[str]:
+    """Yield what was done differently from the paper."""
+    if result.protocol != column.protocol:
+        yield f"protocol {result.protocol}"
+    for what in ("queries", "documents"):
+        number, expected = getattr(result, what), getattr(column, what)
+        if expected is not None and number != expected:
+            yield f"{number:,} {what}, the paper has {expected:,}"
+    similarity = column.similarity or _similarity_of(system)
+    if measured.similarity != similarity:
+        yield f"similarity {measured.similarity}, the paper's is {similarity}"
+    if measured.max_length not in (None, MAX_LENGTH):
+        yield f"texts of {measured.max_length} tokens, the paper's of {MAX_LENGTH}"
+
+
+def _similarity_of(system: str) -> str:
+    """Return the similarity that the paper uses for a system (appendix B)."""
+    if system == "BM25":
+        return "bm25"
+    return "dot" if "SciMult" in system else "cosine"
+
+
+def _verdict(ours: float, paper: Cell) -> Verdict:
+    difference = abs(ours - paper.value)
+    if difference <= 0.5 * 10**-paper.decimals + 1e-9:
+        return "reproduced"
+    tolerance = next((points for points in TOLERANCES if difference <= points + 1e-9), None)
+    return f"within {tolerance}" if tolerance else "differs"
+
+
+def _read_table(path: Path) -> PaperTable:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if unknown := set(content) - {"name", "title", "source", "columns", "rows"}:
-        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}")
-    columns = tuple(column for group in content["columns"] for column in _columns(path, group))
+    if unknown := set(content) - TABLE_KEYS:
+        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}; expected {', '.join(sorted(TABLE_KEYS))}")
+    columns = tuple(column for group in content["columns"] for column in _read_columns(path, group))
     rows, averages = {}, {}
     for system, line in content["rows"].items():
         cells, _, average = line.partition("|")
-        rows[system] = tuple(map(_cell, cells.split()))
+        rows[system] = tuple(map(_read_cell, cells.split()))
         if len(rows[system]) != len(columns):
-            raise UserError(f"{path}: {system} has {len(rows[system])} cells for {len(columns)} columns")
+            raise UserError(f"{path}: {system} has {len(rows[system])} cells, expected {len(columns)}, one per column")
         if average:
-            averages[system] = _cell(average.strip())
-    return Table(content["name"], content["title"], columns, rows, averages)
+            averages[system] = _read_cell(average.strip())
+    return PaperTable(content["name"], content["title"], columns, rows, averages)
 
 
-def _columns(path: Path, group: Mapping[str, Any]) -> list[Column]:
+def _read_columns(path: Path, group: Mapping[str, Any]) -> list[Column]:
     if unknown := set(group) - COLUMN_KEYS:
-        raise UserError(f"{path}: unknown key {sorted(unknown)[0]} of a column, allowed are {', '.join(COLUMN_KEYS)}")
+        raise UserError(
+            f"{path}: unknown key {sorted(unknown)[0]} of a column; expected {', '.join(sorted(COLUMN_KEYS))}"
+        )
     for metric in group["metrics"]:
         parse_metric(metric)
     rest = {key: group.get(key) for key in ("queries", "documents", "similarity")}
     return [Column(group["protocol"], metric, **rest) for metric in group["metrics"]]
 
 
-def _cell(text: str) -> Cell | None:
+def _read_cell(text: str) -> Cell | None:
     if text == ABSENT:
         return None
     mark = MARKS.get(text[-1], "")

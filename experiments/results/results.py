@@ -1,184 +1,291 @@
-"""Systems ranked and measured on benchmarks: figures, how they came about, and the files beside them."""
+"""The contents of results.json as dataclasses, and how systems are evaluated into them."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
-from experiments.results.cost import Meter
-from experiments.results.figures import figures_of
+from experiments.build.models import System
+from experiments.results.cost import Cost, CostMeter
 from experiments.shared.progress import Progress
-from lightning_modules.distributed.collectives import world_size
 from lightning_modules.distributed.signals import leave_if_asked
-from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.compute import current
-from lightning_modules.retrieval.evaluation import bm25_run, encoded, rank_vectors
-from lightning_modules.retrieval.measure import depth
-from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.probes import probe_runs
-from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.retrieval.compute import computing_in, current
+from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, evaluate_bm25
 
 log = logging.getLogger(__name__)
-Results = dict[str, Any]
+
+STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
+OMITTED_IF_NONE = ("texts", "draws", "spread", "cost", "money")  # keys that some entries do not have
 
 
-def evaluate_encoder(
-    system: str,
-    encoder: Encoder,
-    benchmarks: Iterable[Benchmark],
+@dataclass(kw_only=True)
+class SystemResult:
+    """The metrics of one system on one benchmark, and how they were measured.
+
+    metrics: name -> value, 1 is best.
+    model: what was loaded. fingerprint: of its weights, arguments and vocabulary.
+    max_length: maximum number of tokens of a text.
+    texts: number of documents and queries that have vectors. seconds: stage -> seconds.
+    draws, spread: in few-shot learning the number of draws, and the standard deviation of each metric over them.
+    """
+
+    metrics: dict[str, float]
+    model: str | None = None
+    fingerprint: str | None = None
+    max_length: int | None = None
+    similarity: str | None = None
+    expert: str | None = None
+    instruction: str = ""
+    precision: str = "fp32"
+    device: str | None = None
+    texts: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    draws: int | None = None
+    spread: dict[str, float] | None = None
+    cost: Cost | None = None
+
+
+@dataclass(kw_only=True)
+class BenchmarkTable:
+    """The results of several systems on one benchmark.
+
+    queries, documents: their numbers. data: fingerprint of texts and judgements. options: settings of the protocol.
+    Old files lack some of these; they are None then.
+    """
+
+    task: str | None = None
+    split: str | None = None
+    queries: int | None = None
+    documents: int | None = None
+    protocol: str | None = None
+    metrics: list[str] | None = None
+    data: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    systems: dict[str, SystemResult] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunInfo:
+    """Where the results of a training come from."""
+
+    experiment: str
+    scale: str
+    seed: int
+    steps: int
+    checkpoint: str
+    checkpoint_step: int
+    split: str
+    metrics: list[str]
+
+
+@dataclass(kw_only=True)
+class EvaluationInfo:
+    """Where the results of `make eval` come from. command: its arguments."""
+
+    model: str = ""
+    similarity: str = ""
+    metrics: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    command: list[str] = field(default_factory=list)
+    created: str = ""
+
+
+Benchmarks = dict[str, BenchmarkTable]
+
+
+@dataclass(kw_only=True)
+class Results:
+    """The contents of a results.json: its origin, and the table of each benchmark."""
+
+    info: RunInfo | EvaluationInfo
+    benchmarks: Benchmarks
+
+    @property
+    def systems(self) -> list[str]:
+        """Names of all systems, in the order of their appearance."""
+        return list(dict.fromkeys(name for table in self.benchmarks.values() for name in table.systems))
+
+    def write(self, path: Path) -> None:
+        write_json(path, {**dataclasses.asdict(self.info), "benchmarks": tables_to_json(self.benchmarks)})
+
+
+def read_results(path: Path) -> Results:
+    """Read a results.json. Raises UserError if it is damaged or holds something else."""
+    content = read_json(path)
+    try:
+        benchmarks = tables_from_json(content["benchmarks"])
+        info = RunInfo if "experiment" in content else EvaluationInfo
+        return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: holds no results of benchmarks") from error
+
+
+def tables_to_json(tables: Benchmarks) -> dict[str, Any]:
+    """Return tables in the layout of results.json: "systems" has the metrics, "measured" everything else."""
+    content = {}
+    for name, table in tables.items():
+        entry = dataclasses.asdict(table)
+        systems = entry.pop("systems")
+        entry["systems"] = {system: result.pop("metrics") for system, result in systems.items()}
+        entry["measured"] = {system: _without_none(result) for system, result in systems.items()}
+        content[name] = entry
+    return content
+
+
+def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
+    """Return the tables of a results.json."""
+    tables = {}
+    for name, entry in content.items():
+        systems = {}
+        for system, metrics in entry["systems"].items():
+            measured = entry.get("measured", {}).get(system, {})
+            cost = Cost(**_known(Cost, {"texts_per_second": None} | measured["cost"])) if "cost" in measured else None
+            systems[system] = SystemResult(**_known(SystemResult, measured) | {"metrics": metrics, "cost": cost})
+        tables[name] = BenchmarkTable(**_known(BenchmarkTable, entry) | {"systems": systems})
+    return tables
+
+
+def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {key: value for key, value in content.items() if key in names}
+
+
+def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if key == "cost" and value else value
+        for key, value in content.items()
+        if value is not None or key not in OMITTED_IF_NONE
+    }
+
+
+def evaluate_system(
+    system: System,
+    benchmark: Benchmark,
     metrics: Sequence[str],
     folder: Path,
     *,
-    similarity: str,
-    token_budget: int | None,
-    model: str = "",
-    vectors: VectorCache | None = None,
-) -> Results:
-    """Rank and measure all benchmarks with an encoder.
+    token_budget: int | None = None,
+    precision: str = "fp32",
+) -> Benchmarks:
+    """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
 
-    system: its name in the table and in run files. metrics, similarity: where a benchmark has none of its own. model:
-    what the encoder was loaded from, to be noted. vectors: where the encoder's come from.
+    metrics: used if the benchmark has none of its own. folder: for the run files.
+    token_budget: maximum number of padded tokens per forward pass. precision: of the encoder.
     """
-    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    about = {"model": model or system, "fingerprint": vectors.fingerprint, "max_length": encoder.max_length}
-
-    def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:
-        chosen, started = benchmark.similarity or similarity, time.monotonic()
-        if benchmark.training is not None:
-            chosen = "svr" if benchmark.probe.learns == "number" else "svm"
-        texts = (len(benchmark.encoded_documents) + len(benchmark.queries)) // world_size()
-        with Progress(f"{system} encodes {benchmark.name}", "texts", texts, brief=True) as progress:
-
-            def advance(count: int) -> None:
-                progress.advance(count)
-                leave_if_asked()
-
-            ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
-        seconds = {"encode": time.monotonic() - started}
-        runs = _runs(system, encoder, benchmark, ids, queries, documents, k, chosen)
-        return runs, about | {
-            "similarity": chosen,
-            "expert": encoder.expert_of(benchmark.task),
-            "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
-            "precision": current(encoder.device),
-            "device": device_name(encoder.device),
-            "texts": len(benchmark.encoded_documents) + len(benchmark.queries),
-            "seconds": seconds,
-        }
-
-    return _evaluate(system, encoder, ranked, benchmarks, metrics, folder)
-
-
-def _runs(
-    system: str,
-    encoder: Encoder,
-    benchmark: Benchmark,
-    ids: Sequence[str],
-    queries: np.ndarray,
-    documents: Shards,
-    k: int,
-    similarity: str,
-) -> Iterator[Run]:
-    """One run, or in few-shot learning one for each draw. documents: of the corpus, or of the training papers."""
-    if benchmark.training is not None:
-        with Progress(f"{system} learns {benchmark.name}", "draws", benchmark.probe.draws, brief=True) as progress:
-            for run in probe_runs(benchmark, ids, queries, documents.gather(np.arange(documents.count))):
-                yield run
-                progress.advance(1)
-                leave_if_asked()
-        return
-    pairs = len(queries) * documents.count if benchmark.candidates is None else 0
-    with Progress(f"{system} ranks {benchmark.name}", "pairs", pairs, brief=True) as progress:
-        yield rank_vectors(
-            benchmark, ids, queries, documents, k, similarity, device=encoder.device, advance=progress.advance
-        )
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def evaluate_bm25(benchmarks: Iterable[Benchmark], metrics: Sequence[str], folder: Path) -> Results:
-    """The same for BM25; nothing where bm25s is not installed."""
-
-    def ranked(benchmark: Benchmark, k: int) -> tuple[Iterable[Run], Results]:
-        about = dict.fromkeys(("fingerprint", "max_length", "expert"))
-        about |= {"instruction": "", "precision": "fp32", "device": "cpu", "seconds": {"encode": 0.0}}
-        runs = (bm25_run(benchmark, k) for _ in range(1))
-        return runs, {"model": "bm25", "similarity": "bm25"} | about
-
-    if importlib.util.find_spec("bm25s") is None:
-        log.warning("bm25s is not installed: the table is without BM25 (pip install bm25s)")
+    if system.encoder is None and importlib.util.find_spec("bm25s") is None:
+        log.warning("bm25s is not installed: the table has no BM25 (pip install bm25s)")
         return {}
-    return _evaluate("bm25", None, ranked, benchmarks, metrics, folder)
+    names = list(benchmark.metrics or metrics)
+    log.info(
+        "%s on %s (%d queries, %d documents)",
+        *(system.name, benchmark.name, len(benchmark.queries), len(benchmark.corpus)),
+    )
+    if system.encoder is None:
+        meter = CostMeter(None)
+        result = evaluate_bm25(benchmark, names)
+        origin = {"model": "bm25", "device": "cpu"}
+    else:
+        origin = _describe_encoder(system, benchmark)
+        meter = CostMeter(system.encoder)
+        with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
+            origin["precision"] = current(system.encoder.device)
+            result = evaluate(
+                system.encoder,
+                benchmark,
+                names,
+                similarity=system.similarity,
+                token_budget=token_budget,
+                vectors=system.vectors,
+                advance=advance,
+            )
+        origin["texts"] = result.num_texts
+    result.write(folder, system.name)
+    table = _describe_benchmark(benchmark, names)
+    table.systems[system.name] = SystemResult(
+        **origin,
+        metrics=result.metrics,
+        similarity=result.similarity,
+        seconds={stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
+        draws=len(result.draws) or None,
+        spread=result.spread if result.draws else None,
+        cost=meter.read(result.seconds),
+    )
+    return {benchmark.name: table}
 
 
-def _evaluate(
-    system: str,
-    encoder: Encoder | None,
-    ranked: Callable[[Benchmark, int], tuple[Iterable[Run], Results]],
-    benchmarks: Iterable[Benchmark],
-    metrics: Sequence[str],
-    folder: Path,
-) -> Results:
-    """Benchmark name -> what was ranked, under "systems" the figures of this one, and under "measured" how."""
-    results: Results = {}
-    for benchmark in benchmarks:
-        name, own = benchmark.name, benchmark.metrics or metrics
-        log.info("%s on %s (%d queries, %d documents)", system, name, len(benchmark.queries), len(benchmark.corpus))
-        meter = Meter(encoder)
-        runs, about = ranked(benchmark, depth(own, benchmark))
-        figures, more = figures_of(runs, benchmark, own, about["seconds"], folder, system)
-        cost = meter.read(about["seconds"])
-        about["seconds"] = {part: round(seconds, 2) for part, seconds in about["seconds"].items()}
-        about |= more | {"cost": cost}
-        results[name] = _about(benchmark, own) | {"systems": {system: figures}, "measured": {system: about}}
-    return results
-
-
-def _about(benchmark: Benchmark, metrics: Sequence[str]) -> Results:
-    """Of a benchmark: its data and its protocol."""
+def _describe_encoder(system: System, benchmark: Benchmark) -> dict[str, Any]:
+    encoder = system.encoder
     return {
-        "task": benchmark.task,
-        "split": benchmark.split,
-        "queries": len(benchmark.queries),
-        "documents": len(benchmark.corpus),
-        "protocol": benchmark.protocol,
-        "metrics": list(metrics),
-        "data": benchmark.fingerprint(),
-        "options": {
+        "model": system.model or system.name,
+        "fingerprint": system.vectors.fingerprint,
+        "max_length": encoder.max_length,
+        "expert": encoder.expert_of(benchmark.task),
+        "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
+        "device": device_name(encoder.device),
+    }
+
+
+def _describe_benchmark(benchmark: Benchmark, metrics: list[str]) -> BenchmarkTable:
+    return BenchmarkTable(
+        task=benchmark.task,
+        split=benchmark.split,
+        queries=len(benchmark.queries),
+        documents=len(benchmark.corpus),
+        protocol=benchmark.protocol,
+        metrics=metrics,
+        data=benchmark.fingerprint(),
+        options={
             "candidates": "corpus" if benchmark.candidates is None else "own",
             "exclude_query": benchmark.exclude_query,
             "names_first": benchmark.first is not None,
             "without_relevant": benchmark.without_relevant,
             **({"probe": vars(benchmark.probe)} if benchmark.training is not None else {}),
         },
-    }
+    )
 
 
-def combine(*parts: Results) -> Results:
-    """The results of several systems on the same benchmarks as one.
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    Raises UserError for two of one name that cannot be compared: of other protocols, or other data.
-    """
-    combined: Results = {}
+
+@contextmanager
+def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
+    """Show the progress of each stage. Between its steps a signal may end the run."""
+    bars: dict[Stage, Progress] = {}
+    with ExitStack() as stack:
+
+        def advance(stage: Stage, count: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # the bar of the stage before
+                verb, unit = STAGES[stage]
+                bars[stage] = stack.enter_context(Progress(f"{system} {verb} {benchmark}", unit, total, brief=True))
+            bars[stage].advance(count)
+            if stage != "rank":
+                leave_if_asked()
+
+        yield advance
+
+
+def combine(*parts: Benchmarks) -> Benchmarks:
+    """Put several systems into the same tables. Raises UserError for different protocols or data under one name."""
+    combined: Benchmarks = {}
     for part in parts:
-        for name, result in part.items():
-            if name not in combined:
-                combined[name] = result | {"systems": {}, "measured": {}}
+        for name, table in part.items():
+            target = combined.setdefault(name, dataclasses.replace(table, systems={}))
             for key in ("protocol", "data"):
-                if combined[name].get(key) != result.get(key):
-                    both = f"{combined[name].get(key)} and {result.get(key)}"
-                    raise UserError(f"{name}: figures of different {key} cannot stand side by side ({both})")
-            combined[name]["systems"] |= result["systems"]
-            combined[name]["measured"] |= result.get("measured", {})
+                ours, theirs = getattr(target, key), getattr(table, key)
+                if ours != theirs:
+                    raise UserError(f"{name}: results of different {key} cannot share a table ({ours} and {theirs})")
+            target.systems |= table.systems
     return combined

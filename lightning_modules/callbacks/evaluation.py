@@ -1,4 +1,4 @@
-"""Retrieval on the dev splits during training, and the best checkpoint by it."""
+"""Evaluate on the dev splits during training, and save the best checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import on_any_rank, world_size
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted, leave_if_asked, noted
-from lightning_modules.retrieval.evaluation import rank_benchmark
-from lightning_modules.retrieval.measure import depth, measure
+from lightning_modules.retrieval.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
 
 class Evaluation(L.Callback):
-    """Ranks all benchmarks every n optimizer steps and after the last; saves the best checkpoint.
+    """Evaluate on all benchmarks every n optimizer steps and after the last step.
 
-    The best is that with the highest mean over benchmarks of the first metric.
+    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one.
+
+    benchmarks: what to evaluate on. metrics: names of metrics, the one that chooses the best checkpoint first.
+    every_n_steps: number of optimizer steps between evaluations.
+    token_budget: maximum number of padded tokens per forward pass.
+    path: file of the best checkpoint.
     """
 
     def __init__(
@@ -34,27 +38,27 @@ class Evaluation(L.Callback):
         self.benchmarks, self.metrics = list(benchmarks), list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
         self.best, self.best_step = float("-inf"), 0
-        self.evaluated_at: int | None = None  # the last step at which nothing is left to evaluate
+        self.evaluated_at: int | None = None  # last step up to which no evaluation is missing
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"best": self.best, "best_step": self.best_step, "measure": self._measure()}
+        state = {"best": self.best, "best_step": self.best_step, "measure": self._criterion()}
         return state | {"evaluated_at": self.evaluated_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluated_at = state.get("evaluated_at")
-        if state["measure"] == self._measure():
+        if state["measure"] == self._criterion():
             self.best, self.best_step = state["best"], state["best_step"]
         else:
-            log.warning("the best checkpoint was chosen by another measure: the next evaluation chooses anew")
+            log.warning("another metric or benchmark chose the best checkpoint: the next evaluation replaces it")
 
-    def _measure(self) -> list[str]:
-        """What the best is chosen by; bests by different measures cannot be compared."""
+    def _criterion(self) -> list[str]:
+        """Return what the best checkpoint is chosen by. Values of different criteria cannot be compared."""
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         if self.evaluated_at is None:
             self.evaluated_at = trainer.global_step
-        self._evaluate_if_due(trainer, module)  # a preempted run left it to this one
+        self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
         self._evaluate_if_due(trainer, module)
@@ -64,31 +68,39 @@ class Evaluation(L.Callback):
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step > self.evaluated_at and self.benchmarks:
             with contextlib.suppress(Preempted):
-                self._evaluate(trainer, module, step)
+                values = self._evaluate(trainer, module, may_leave=step < trainer.max_steps)
+                self._report(trainer, values, step)
                 self.evaluated_at = step
 
-    def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
-        """Raises Preempted if the run is asked to end before it is done, but not after the last step."""
+    def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, may_leave: bool) -> dict[str, float]:
+        """Return the metrics of all benchmarks and the mean of the first one, by their names in the log.
+
+        may_leave: raise Preempted if a signal asks the run to end.
+        """
         values: dict[str, float] = {}
-        may_leave, encoder = step < trainer.max_steps, replica(module.encoder)
+        encoder = replica(module.encoder)
         with trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
-                asked = noted()
-                if may_leave and on_any_rank(asked is not None, module.device):
-                    raise Preempted(asked)
-                run = rank_benchmark(
+                signal = noted()
+                if may_leave and on_any_rank(signal is not None, module.device):
+                    raise Preempted(signal)
+                result = evaluate(
                     encoder,
                     benchmark,
-                    depth(self.metrics, benchmark),
+                    self.metrics,
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
                     advance=leave_if_asked if may_leave and world_size() == 1 else None,
                 )
-                for name, value in measure(run, benchmark, self.metrics).items():
-                    values[f"val/{benchmark.name}/{name}"] = value
+                values |= {f"val/{benchmark.name}/{name}": value for name, value in result.metrics.items()}
         first = self.metrics[0]
-        mean = sum(values[f"val/{b.name}/{first}"] for b in self.benchmarks) / len(self.benchmarks)
-        values[f"val/mean/{first}"] = mean
+        mean = sum(values[f"val/{benchmark.name}/{first}"] for benchmark in self.benchmarks) / len(self.benchmarks)
+        return values | {f"val/mean/{first}": mean}
+
+    def _report(self, trainer: L.Trainer, values: dict[str, float], step: int) -> None:
+        """Log the values, and save the checkpoint if it is the best one so far."""
+        first = self.metrics[0]
+        mean = values[f"val/mean/{first}"]
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if trainer.is_global_zero:

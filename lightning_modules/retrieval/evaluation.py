@@ -1,30 +1,178 @@
-"""From a benchmark to a run: corpus and queries to vectors, their exact top-k, and BM25, the baseline without vectors.
+"""Evaluate an encoder on a benchmark: encode, rank, measure.
 
-With several ranks each embeds its share of the corpus and ranks its share of the queries.
+With several ranks, each one encodes its share of the corpus, and ranks and measures its share of the queries.
 
-Shapes: Q queries, M documents, D dimensions, k documents a query.
+Shapes: Q queries of the benchmark, q of them, M documents, D dimensions, k documents per query, n metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
+import torch.distributed as dist
 
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.bm25 import Bm25Index
-from lightning_modules.retrieval.metrics import Run, id_order, sorted_run
-from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
-from lightning_modules.retrieval.similarity import SIMILARITIES, of_documents, of_queries, scores_of
+from lightning_modules.retrieval import run_files
+from lightning_modules.retrieval.metrics import (
+    CLASS_METRICS,
+    LABEL_METRICS,
+    NUMBER_METRICS,
+    RANKING_METRICS,
+    Run,
+    class_counts,
+    judge,
+    parse_metric,
+    positions_of,
+)
+from lightning_modules.retrieval.probes import probe_runs
+from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
+from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache
 
+METRICS = ("ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100")
+JUDGE_BLOCK = 2**22  # ranked documents judged at a time
 
-def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
-    """Rankings (Q, k) with -1 where document own[q] stands in row q."""
-    return np.where(indices == np.asarray(own)[:, None], -1, indices)
+Stage = Literal["encode", "rank", "learn"]
+StageAdvance = Callable[[Stage, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryValues:
+    """The measurements of q queries.
+
+    metrics: names of the ranking metrics.
+    queries: positions of the queries in the benchmark, ascending, (q,).
+    values: value of each ranking metric, (q, n).
+    documents, scores: the first document of each query, (q, 1), from which other metrics are computed; for a probe all
+    of its predictions, (q, p). -1 for none.
+    """
+
+    metrics: tuple[str, ...]
+    queries: np.ndarray
+    values: np.ndarray
+    documents: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """The result of one system on one benchmark.
+
+    metrics: mean of each metric over all queries of all ranks; in few-shot learning its mean over the draws.
+    similarity: "dot", "cosine", "l2" or "bm25"; for a probe its linear model, "svm" or "svr".
+    num_texts: number of documents and queries that have vectors.
+    seconds: time of this rank in each stage: "encode", "rank" (which includes learning) and "metrics".
+    run: rankings of this rank's share of the queries. query_values: measurements of the queries of all ranks.
+    draws: metrics of each draw of training papers in few-shot learning, which has neither run nor query_values.
+    """
+
+    benchmark: Benchmark
+    metrics: dict[str, float]
+    similarity: str
+    num_texts: int
+    seconds: dict[str, float]
+    run: Run | None = None
+    query_values: QueryValues | None = None
+    draws: tuple[dict[str, float], ...] = ()
+
+    @property
+    def protocol(self) -> str:
+        return self.benchmark.protocol
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Standard deviation of each metric over the draws of few-shot learning."""
+        return {metric: statistics.pstdev(draw[metric] for draw in self.draws) for metric in self.metrics}
+
+    def write(self, folder: Path, system: str) -> None:
+        """Write the rankings, the values of each query and the judgements. All ranks must call this.
+
+        system: name of what was evaluated, used in the names of the files.
+        """
+        whole_run = None if self.run is None else gather_run(self.run)
+        if rank() != 0:
+            return
+        name = f"{self.benchmark.name}.{system}"
+        if whole_run is None:
+            run_files.write_draws(self.draws, folder / f"{name}.draws.tsv")
+        else:
+            values = self.query_values
+            run_files.write_trec(whole_run, folder / f"{name}.trec", system)
+            ids = list(self.benchmark.queries)
+            rows = ((ids[query], row) for query, row in zip(values.queries, values.values.tolist(), strict=True))
+            run_files.write_query_values(values.metrics, rows, folder / f"{name}.queries.tsv")
+        run_files.write_qrels(self.benchmark.qrels, folder / f"{self.benchmark.name}.qrels")
+
+
+def evaluate(
+    encoder: Encoder,
+    benchmark: Benchmark,
+    metrics: Sequence[str] = METRICS,
+    *,
+    similarity: str = "dot",
+    token_budget: int | None = None,
+    vectors: VectorCache | None = None,
+    k: int | None = None,
+    advance: StageAdvance | None = None,
+) -> BenchmarkResult:
+    """Evaluate an encoder on a benchmark. All ranks must call this.
+
+    metrics, similarity: used if the benchmark has none of its own. similarity: "dot", "cosine" or "l2".
+    token_budget: maximum number of padded tokens per forward pass.
+    vectors: source of the encoder's vectors; by default they are computed and not kept.
+    k: number of documents to rank per query, by default the deepest cut-off of the metrics.
+    advance: called with the stage, the number of its steps done since the last call, and their total. The steps are
+    texts to encode, query-document pairs to rank, and draws of training papers to learn from.
+
+    Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
+    """
+    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
+    advance = advance or _ignore_progress
+    metrics = tuple(benchmark.metrics or metrics)
+    k = k or ranking_depth(metrics, benchmark)
+    similarity = benchmark.similarity or similarity
+    if benchmark.training is not None:
+        similarity = "svr" if benchmark.probe.learns == "number" else "svm"
+    num_texts = len(benchmark.encoded_documents) + len(benchmark.queries)
+    started = time.monotonic()
+    advance("encode", 0, num_texts // world_size())
+    query_ids, queries, documents = encode_benchmark(
+        encoder, benchmark, vectors, lambda count: advance("encode", count, num_texts // world_size())
+    )
+    encode_seconds = time.monotonic() - started
+
+    def runs() -> Iterable[Run]:
+        if benchmark.training is None:
+            pairs = len(queries) * documents.count if benchmark.candidates is None else 0
+            advance("rank", 0, pairs)
+            step = lambda count: advance("rank", count, pairs)  # noqa: E731
+            yield rank_vectors(
+                benchmark, query_ids, queries, documents, k, similarity, device=encoder.device, advance=step
+            )
+            return
+        draws = benchmark.probe.draws
+        advance("learn", 0, draws)
+        for run in probe_runs(benchmark, query_ids, queries, documents.gather(np.arange(documents.count))):
+            yield run
+            advance("learn", 1, draws)
+
+    return _measure_runs(runs(), benchmark, metrics, similarity, num_texts, encode_seconds)
+
+
+def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
+    """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
+    metrics = tuple(benchmark.metrics or metrics)
+    k = k or ranking_depth(metrics, benchmark)
+    runs = (rank_bm25(benchmark, k) for _ in range(1))  # ranked inside the loop that takes the time
+    return _measure_runs(runs, benchmark, metrics, "bm25", 0, 0.0)
 
 
 def rank_benchmark(
@@ -34,125 +182,174 @@ def rank_benchmark(
     *,
     similarity: str = "dot",
     token_budget: int | None = None,
-    advance: Advance | None = None,
+    advance: Callable[[int], None] | None = None,
     vectors: VectorCache | None = None,
 ) -> Run:
-    """This rank's share of a benchmark's run: queries rank, rank + world size, ...
+    """Rank this rank's share of a benchmark's queries, without measuring: queries rank, rank + world size, ...
 
-    k: documents kept for each query. similarity: "dot", "cosine" or "l2", where the benchmark has none of its own.
-    advance: called with the number of texts that were encoded. vectors: where they come from, by default the encoder.
-    Raises UserError for vectors that are not finite.
+    advance: called with the number of texts encoded since the last call. Other arguments are those of evaluate().
     """
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    ids, queries, documents = encoded(encoder, benchmark, vectors, advance)
-    return rank_vectors(benchmark, ids, queries, documents, k, similarity, device=encoder.device)
+    query_ids, queries, documents = encode_benchmark(encoder, benchmark, vectors, advance)
+    return rank_vectors(benchmark, query_ids, queries, documents, k, similarity, device=encoder.device)
 
 
-def encoded(
-    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Advance | None = None
+def encode_benchmark(
+    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None = None
 ) -> tuple[list[str], np.ndarray, Shards]:
-    """This rank's queries by id, their vectors (q, D), and those of all documents (M, D), or all training papers."""
+    """Return this rank's query ids, their vectors (q, D), and those of all documents, or training papers, (M, D)."""
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
-    documents = vectors.of_all_ranks(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
-    ids = list(benchmark.queries)[rank() :: world_size()]
-    queries = vectors.of_this_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
-    return ids, queries, documents
+    documents = vectors.vectors(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
+    query_ids = list(benchmark.queries)[rank() :: world_size()]
+    queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
+    return query_ids, queries, documents
 
 
-def rank_vectors(
-    benchmark: Benchmark,
-    ids: Sequence[str],
-    queries: np.ndarray,
-    documents: Shards,
-    k: int,
-    similarity: str = "dot",
-    *,
-    device: torch.device | str = "cpu",
-    advance: Advance | None = None,
-) -> Run:
-    """The run of some queries, by vectors. ids: of the queries (q, D). documents: (M, D) in the corpus's order.
+def measure(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:
+    """Return the mean of each metric over the queries of all ranks. run: this rank's share of them."""
+    return mean_metrics(gather_query_values(measure_queries(run, benchmark, metrics)), benchmark, metrics)
 
-    advance: called with the number of documents that were searched.
-    """
-    similarity = benchmark.similarity or similarity
-    if similarity not in SIMILARITIES:
-        raise UserError(f"similarity: got {similarity!r}, allowed are {', '.join(SIMILARITIES)}")
-    prepared, documents = of_queries(queries, similarity), of_documents(documents, similarity)
-    place = {name: i for i, name in enumerate(benchmark.corpus)}
-    order = id_order(list(place))
+
+def ranking_depth(metrics: Sequence[str], benchmark: Benchmark) -> int:
+    """Return the number of documents to rank per query: the deepest cut-off of the metrics, at most all candidates."""
+    cut_offs = [parse_metric(name) for name in metrics]
+    most_relevant = max((sum(g > 0 for g in grades.values()) for grades in benchmark.qrels.values()), default=1)
+    deepest = max(most_relevant if name == "r_precision" else cut_off for name, cut_off in cut_offs)
     if benchmark.candidates is None:
-        wanted = k + benchmark.exclude_query
-        indices, scores = top_k(prepared, documents, wanted, order=order, device=device, advance=advance)
-    else:
-        indices = _rows([benchmark.candidates[query] for query in ids], place)
-        scores = pair_scores(prepared, documents, indices)
-    first = None
-    if benchmark.first is not None:
-        first = _rows([benchmark.first.get(query, ()) for query in ids], place)
-        of_first = pair_scores(prepared, documents, first)
-        indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([of_first, scores], axis=1)
-    return _finished(benchmark, ids, place, indices, scores_of(scores, queries, similarity), k, first, order)
+        return min(deepest, len(benchmark.corpus))
+    return min(deepest, max(map(len, benchmark.candidates.values()), default=1))
 
 
-def _rows(lists: Sequence[Sequence[str]], place: Mapping[str, int]) -> np.ndarray:
-    """Lists of ids as rows (Q, longest), padded with -1."""
-    rows = np.full((len(lists), max(map(len, lists), default=0)), -1, dtype=np.int64)
-    for row, ids in zip(rows, lists, strict=True):
-        row[: len(ids)] = [place[id] for id in ids]
-    return rows
+def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> QueryValues:
+    """Measure the queries of a run.
 
-
-def bm25_run(benchmark: Benchmark, k: int) -> Run:
-    """This rank's share of the BM25 ranking. Documents that share no word with the query are not retrieved.
-
-    Own candidates and what stands first are ranked by the scores of the whole corpus.
+    Raises UserError if no query of the benchmark has a relevant document, or if one has none and that is an error.
     """
-    place = {name: i for i, name in enumerate(benchmark.corpus)}
-    ids = list(benchmark.queries)[rank() :: world_size()]
-    index, first = Bm25Index(benchmark.corpus.values()), None
-    queries = (benchmark.queries[query] for query in ids)
-    if benchmark.candidates is not None:
-        indices = _rows([benchmark.candidates[query] for query in ids], place)
-        scores = index.scores(queries, indices)
-    elif benchmark.first is not None:
-        first = _rows([benchmark.first.get(query, ()) for query in ids], place)
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)), first=first)
-    else:
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(place)))
-    return _finished(benchmark, ids, place, indices, scores, k, first)
+    names = tuple(name for name in metrics if name not in CLASS_METRICS and name not in NUMBER_METRICS)
+    positions = positions_of(list(benchmark.queries))
+    queries = np.array([positions[query] for query in run.queries], dtype=np.int64)
+    if benchmark.training is None:
+        _check_relevant(benchmark)
+        values, counts = _ranking_values(run, benchmark, names)
+        width = 1
+    else:  # a probe may predict no label, so queries without labels still count
+        values, counts = np.zeros((len(queries), 0)), np.ones(len(queries), dtype=bool)
+        width = run.indices.shape[1]
+    documents, scores = run.indices[:, :width], run.scores[:, :width]
+    if not documents.shape[1]:
+        documents, scores = np.full((len(queries), 1), -1), np.zeros((len(queries), 1))
+    return merge_query_values([QueryValues(names, queries[counts], values[counts], documents[counts], scores[counts])])
 
 
-def _finished(
+def _check_relevant(benchmark: Benchmark) -> None:
+    without = [query for query, grades in benchmark.qrels.items() if not any(grade > 0 for grade in grades.values())]
+    if len(without) == len(benchmark.qrels):
+        raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
+    if without and benchmark.without_relevant == "error":
+        raise UserError(
+            f"{benchmark.name}: {len(without)} queries have no relevant document, the first is {without[0]!r}"
+        )
+
+
+def _ranking_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the value of each metric for each query, (q, n), and whether the query counts in the mean, (q,)."""
+    metrics = [(RANKING_METRICS[name], cut_off) for name, cut_off in map(parse_metric, names)]
+    positions = positions_of(run.documents)
+    values, counts = np.zeros((len(run.queries), len(metrics))), np.ones(len(run.queries), dtype=bool)
+    step = max(1, JUDGE_BLOCK // max(1, run.indices.shape[1]))
+    for start in range(0, len(run.queries), step):
+        judged = judge(run.part(start, start + step), benchmark.qrels, positions)
+        for column, (metric, cut_off) in enumerate(metrics):
+            values[start : start + step, column] = metric(judged, cut_off)
+        if benchmark.without_relevant == "skip":
+            counts[start : start + step] = judged.num_relevant > 0
+    return values, counts
+
+
+def gather_query_values(values: QueryValues) -> QueryValues:
+    """Return the measurements of all ranks. A query counts once, however many ranks measured it."""
+    if world_size() == 1:
+        return values
+    shares: list[QueryValues] = [values] * world_size()
+    dist.all_gather_object(shares, values)
+    return merge_query_values(shares)
+
+
+def merge_query_values(shares: Sequence[QueryValues]) -> QueryValues:
+    """Merge the measurements of several ranks, in the order of the benchmark's queries."""
+    queries, first = np.unique(np.concatenate([share.queries for share in shares]), return_index=True)
+    arrays = (
+        np.concatenate([getattr(share, name) for share in shares])[first] for name in ("values", "documents", "scores")
+    )
+    return QueryValues(shares[0].metrics, queries, *arrays)
+
+
+def mean_metrics(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:
+    """Return each metric over all queries of the measurements."""
+    means = dict(zip(values.metrics, values.values.mean(0).tolist(), strict=True)) if len(values.queries) else {}
+    if any(name in CLASS_METRICS for name in metrics):
+        counts = _count_classes(values, benchmark)
+        predicts_labels = benchmark.training is not None and benchmark.probe.learns == "labels"
+        functions = LABEL_METRICS if predicts_labels else CLASS_METRICS
+        means |= {name: functions[name](counts) for name in metrics if name in functions}
+    if any(name in NUMBER_METRICS for name in metrics):
+        ids, predicted = list(benchmark.queries), values.scores[:, 0]
+        true = np.array([next(iter(benchmark.qrels[ids[query]].values())) for query in values.queries])
+        means |= {name: NUMBER_METRICS[name](predicted, true) for name in metrics if name in NUMBER_METRICS}
+    return {name: means.get(name, 0.0) for name in metrics}
+
+
+def _count_classes(values: QueryValues, benchmark: Benchmark) -> np.ndarray:
+    """Count the classes, which are the corpus's documents: (3, M), see class_counts."""
+    positions = positions_of(list(benchmark.corpus))
+    ids = list(benchmark.queries)
+    true = [
+        (row, positions[document])
+        for row, query in enumerate(values.queries)
+        for document, grade in benchmark.qrels[ids[query]].items()
+        if grade > 0 and document in positions
+    ]
+    rows, classes = np.array(true, dtype=np.int64).reshape(-1, 2).T
+    return class_counts(values.documents, rows, classes, len(positions))
+
+
+def gather_run(run: Run) -> Run:
+    """Return the rankings of all ranks as one run, in the order of the benchmark's queries."""
+    if world_size() == 1:
+        return run
+    shares: list[Run] = [run] * world_size()
+    dist.all_gather_object(shares, run)
+    queries = [query for share in shares for query in share.queries]
+    turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # ranks take turns at the queries
+    back = np.argsort(np.concatenate(turns))
+    indices, scores = (np.concatenate([getattr(share, name) for share in shares]) for name in ("indices", "scores"))
+    return Run([queries[i] for i in back], run.documents, indices[back], scores[back])
+
+
+def _measure_runs(
+    runs: Iterable[Run],
     benchmark: Benchmark,
-    ids: Sequence[str],
-    place: Mapping[str, int],
-    indices: np.ndarray,
-    scores: np.ndarray,
-    k: int,
-    first: np.ndarray | None,
-    order: np.ndarray | None = None,
-) -> Run:
-    """The run of retrieved documents, k for each query.
+    metrics: Sequence[str],
+    similarity: str,
+    num_texts: int,
+    encode_seconds: float,
+) -> BenchmarkResult:
+    """Measure one run, or the run of each draw in few-shot learning. runs: computed here, one after the other."""
+    seconds = {"encode": encode_seconds, "rank": 0.0, "metrics": 0.0}
+    draws, started = [], time.monotonic()
+    for run in runs:
+        ranked = time.monotonic()
+        values = gather_query_values(measure_queries(run, benchmark, metrics))
+        draws.append(mean_metrics(values, benchmark, metrics))
+        seconds["rank"] += ranked - started
+        started = time.monotonic()
+        seconds["metrics"] += started - ranked
+    seconds["rank"] += time.monotonic() - started
+    means = {metric: statistics.fmean(draw[metric] for draw in draws) for metric in metrics}
+    if benchmark.training is not None and benchmark.probe.samples:
+        return BenchmarkResult(benchmark, means, similarity, num_texts, seconds, draws=tuple(draws))
+    return BenchmarkResult(benchmark, means, similarity, num_texts, seconds, run, values)
 
-    A query's own document is left out where the benchmark says so. What is first stands before all others; as no
-    similarity orders such a ranking, its scores count the places from its end.
-    """
-    if benchmark.exclude_query:
-        indices = hide_own(indices, [place.get(query, -2) for query in ids])
-    run = sorted_run(ids, list(place), indices, scores.astype(np.float32), order)
-    if first is not None:
-        run = _first_in_front(run, first)
-    return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])
 
-
-def _first_in_front(run: Run, first: np.ndarray) -> Run:
-    """Each row's documents once, those in first (Q, f) in front, each part in the order that it has."""
-    indices = np.full_like(run.indices, -1)
-    for row, (ranked, front) in enumerate(zip(run.indices, first, strict=True)):
-        _, once = np.unique(ranked, return_index=True)
-        ranked = ranked[np.sort(once)]
-        ranked = ranked[ranked >= 0]
-        in_front = np.isin(ranked, front)
-        indices[row, : len(ranked)] = np.concatenate([ranked[in_front], ranked[~in_front]])
-    counted = np.arange(indices.shape[1], 0, -1, dtype=np.float32)
-    return Run(run.queries, run.documents, indices, np.where(indices < 0, -np.inf, counted).astype(np.float32))
+def _ignore_progress(stage: Stage, count: int, total: int) -> None:
+    pass

@@ -1,10 +1,10 @@
-"""Metrics over rankings, as pure functions of arrays.
+"""Metrics of rankings and predictions, as pure functions of arrays.
 
-torchmetrics' own retrieval metrics are not used: they take a score of 0 or less for "not relevant", and do not see
+We do not use torchmetrics' retrieval metrics: they treat a score of 0 or less as "not relevant", and do not count
 relevant documents that were not retrieved.
 
-Shapes: Q queries, K retrieved documents, M documents. A metric of METRICS gives one value a query, float64 (Q,); one of
-AGGREGATES or CORRELATIONS (predictions.py) a single value for all queries together. 1 is best.
+Shapes: Q queries, K retrieved documents per query, M documents. Every metric is best at 1. RANKING_METRICS return one
+value per query, float64 (Q,). CLASS_METRICS and NUMBER_METRICS return one value for all queries together.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.records import Qrels, UserError
-from lightning_modules.retrieval.predictions import AGGREGATES, CORRELATIONS
 
-WHOLE = sys.maxsize  # the cut-off of a metric over the whole ranking
+WHOLE_RANKING = sys.maxsize  # cut-off of a metric without one
+SORT_BLOCK = 2**22  # ranked documents sorted at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A ranking of documents for every query, best first.
 
-    queries, documents: ids. indices: (Q, K) positions in documents, -1 where a query has fewer than K. scores: (Q, K).
-    Equal scores stand by descending document id, as trec_eval has them.
+    queries, documents: ids.
+    indices: (Q, K) positions in documents, -1 if a query has fewer than K.
+    scores: (Q, K). Documents with equal scores are ordered by descending id, as in trec_eval.
     """
 
     queries: Sequence[str]
@@ -36,12 +37,12 @@ class Run:
     scores: np.ndarray
 
     def part(self, start: int, stop: int) -> Run:
-        """The rankings of some queries."""
+        """Return the rankings of the queries from start up to stop."""
         return Run(self.queries[start:stop], self.documents, self.indices[start:stop], self.scores[start:stop])
 
 
 def id_order(documents: Sequence[str]) -> np.ndarray:
-    """(M,) the place of each document where they stand by descending id."""
+    """Return the position of each document when all are sorted by descending id, (M,)."""
     order = np.empty(len(documents), dtype=np.int64)
     order[np.argsort(np.array(documents, dtype=object))[::-1]] = np.arange(len(documents))
     return order
@@ -54,10 +55,14 @@ def sorted_run(
     scores: np.ndarray,
     order: np.ndarray | None = None,
 ) -> Run:
-    """A run from top documents in any order. indices (Q, K), -1 for none; scores (Q, K). order: id_order, if known."""
-    by_id = np.append(id_order(documents) if order is None else order, len(documents))  # the last: what -1 reads
+    """Sort each query's documents into a run.
+
+    indices: (Q, K) positions in documents in any order, -1 for none. scores: (Q, K).
+    order: id_order(documents), computed here by default.
+    """
+    by_id = np.append(id_order(documents) if order is None else order, len(documents))  # index -1 reads the last entry
     indices, scores = indices.copy(), scores.copy()
-    step = max(1, 2**22 // max(1, indices.shape[1]))
+    step = max(1, SORT_BLOCK // max(1, indices.shape[1]))
     for start in range(0, len(indices), step):
         rows, values = indices[start : start + step], scores[start : start + step]
         best = np.lexsort((by_id[rows], np.where(rows < 0, np.inf, -values)), axis=1)
@@ -68,9 +73,9 @@ def sorted_run(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What metrics need of Q queries: gains (Q, K) of the ranking, and of the best one (Q, R), at least one column.
+    """The gains of a run, on which ranking metrics are computed. A gain is a document's grade, or 0 if not relevant.
 
-    A gain is the grade of a document, 0 if it is not relevant.
+    gains: (Q, K) in the order of the ranking. ideal: (Q, R) in the order of the best possible ranking, R >= 1.
     """
 
     gains: np.ndarray
@@ -78,60 +83,62 @@ class Judged:
 
     @property
     def num_relevant(self) -> np.ndarray:
-        """(Q,) relevant documents of each query, retrieved or not."""
+        """Number of relevant documents of each query, retrieved or not, (Q,)."""
         return (self.ideal > 0).sum(1)
 
 
-def places(run: Run) -> dict[str, int]:
-    """Document id -> its position among the run's documents."""
-    return {document: i for i, document in enumerate(run.documents)}
+def positions_of(ids: Sequence[str]) -> dict[str, int]:
+    """Return the position of each id."""
+    return {id: position for position, id in enumerate(ids)}
 
 
-def judge(run: Run, qrels: Qrels, place: Mapping[str, int] | None = None) -> Judged:
-    """The gains of a run. place: of its documents, if it is known."""
-    place = places(run) if place is None else place
-    judged = [qrels.get(query, {}) for query in run.queries]
-    counts = np.array([len(grades) for grades in judged], dtype=np.int64)
-    rows = np.repeat(np.arange(len(judged)), counts)
-    columns = np.fromiter((place.get(d, -1) for grades in judged for d in grades), np.int64, len(rows))
-    grades = np.fromiter((max(0, g) for grades in judged for g in grades.values()), np.float64, len(rows))
+def judge(run: Run, qrels: Qrels, positions: Mapping[str, int] | None = None) -> Judged:
+    """Look up the gains of a run. positions: positions_of(run.documents), computed here by default."""
+    positions = positions_of(run.documents) if positions is None else positions
+    judgements = [qrels.get(query, {}) for query in run.queries]
+    counts = np.array([len(grades) for grades in judgements], dtype=np.int64)
+    rows = np.repeat(np.arange(len(judgements)), counts)
+    columns = np.fromiter((positions.get(d, -1) for grades in judgements for d in grades), np.int64, len(rows))
+    grades = np.fromiter((max(0, g) for grades in judgements for g in grades.values()), np.float64, len(rows))
 
     best = np.lexsort((-grades, rows))
-    ideal = np.zeros((len(judged), max(1, counts.max(initial=0))))
+    ideal = np.zeros((len(judgements), max(1, counts.max(initial=0))))
     ideal[rows, np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)] = grades[best]
 
-    width = len(run.documents) + 1  # column -1, of documents that are not in the corpus, is no pair of the run
-    known = columns >= 0
-    keys = (rows * width + columns)[known]
+    # A judgement becomes one number, row * width + column. Judged documents outside the corpus have none.
+    width = len(run.documents) + 1
+    in_corpus = columns >= 0
+    keys = (rows * width + columns)[in_corpus]
     order = np.argsort(keys)
-    keys, grades = np.append(keys[order], -1), np.append(grades[known][order], 0.0)
-    pairs = np.arange(len(judged))[:, None] * width + np.where(run.indices < 0, width - 1, run.indices)
-    found = np.searchsorted(keys[:-1], pairs)
-    return Judged(np.where(keys[found] == pairs, grades[found], 0.0), ideal)
+    keys, grades = np.append(keys[order], -1), np.append(grades[in_corpus][order], 0.0)
+    pairs = np.arange(len(judgements))[:, None] * width + np.where(run.indices < 0, width - 1, run.indices)
+    matches = np.searchsorted(keys[:-1], pairs)
+    return Judged(np.where(keys[matches] == pairs, grades[matches], 0.0), ideal)
 
 
-def _share(value: np.ndarray, of: np.ndarray) -> np.ndarray:
-    return np.divide(value, of, out=np.zeros(len(value)), where=of > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide, with 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
 
 
 def recall(judged: Judged, k: int) -> np.ndarray:
     """Share of the relevant documents that are among the first k."""
-    return _share((judged.gains[:, :k] > 0).sum(1).astype(float), judged.num_relevant)
+    return _ratio((judged.gains[:, :k] > 0).sum(1).astype(float), judged.num_relevant)
 
 
 def precision(judged: Judged, k: int) -> np.ndarray:
-    """Share of the first k that is relevant."""
+    """Share of the first k documents that are relevant."""
     return (judged.gains[:, :k] > 0).sum(1) / k
 
 
 def ndcg(judged: Judged, k: int) -> np.ndarray:
-    """Discounted cumulative gain of the first k over that of the best ranking; the gain is the grade."""
-    return _share(_dcg(judged.gains, k), _dcg(judged.ideal, k))
+    """Discounted cumulative gain of the first k, relative to that of the best ranking; the gain is the grade."""
+    return _ratio(_dcg(judged.gains, k), _dcg(judged.ideal, k))
 
 
 def ndcg_exp(judged: Judged, k: int) -> np.ndarray:
-    """The same with the gain 2^grade - 1 (Burges et al., 2005)."""
-    return _share(_dcg(np.exp2(judged.gains) - 1, k), _dcg(np.exp2(judged.ideal) - 1, k))
+    """nDCG with the gain 2^grade - 1 (Burges et al., 2005)."""
+    return _ratio(_dcg(np.exp2(judged.gains) - 1, k), _dcg(np.exp2(judged.ideal) - 1, k))
 
 
 def _dcg(gains: np.ndarray, k: int) -> np.ndarray:
@@ -140,26 +147,74 @@ def _dcg(gains: np.ndarray, k: int) -> np.ndarray:
 
 
 def mrr(judged: Judged, k: int) -> np.ndarray:
-    """1 / rank of the first relevant document among the first k, else 0."""
+    """Reciprocal rank of the first relevant document among the first k, or 0."""
     hits = judged.gains[:, :k] > 0
     return np.where(hits.any(1), 1 / (hits.argmax(1) + 1), 0.0) if hits.shape[1] else np.zeros(len(hits))
 
 
 def average_precision(judged: Judged, k: int) -> np.ndarray:
-    """Mean, over all relevant documents, of the precision at their ranks; 0 for those below rank k (MAP)."""
+    """Mean precision at the ranks of all relevant documents (MAP); those below rank k count 0."""
     hits = judged.gains[:, :k] > 0
-    at = hits.cumsum(1) / (np.arange(hits.shape[1]) + 1)
-    return _share((at * hits).sum(1), judged.num_relevant)
+    precision_at_rank = hits.cumsum(1) / (np.arange(hits.shape[1]) + 1)
+    return _ratio((precision_at_rank * hits).sum(1), judged.num_relevant)
 
 
 def r_precision(judged: Judged, k: int) -> np.ndarray:
-    """Share of the first R that is relevant, for R relevant documents."""
-    wanted = judged.num_relevant
-    hits = (judged.gains > 0) & (np.arange(judged.gains.shape[1]) < wanted[:, None])
-    return _share(hits.sum(1).astype(float), wanted)
+    """Share of the first R documents that are relevant, for a query with R relevant documents."""
+    num_relevant = judged.num_relevant
+    hits = (judged.gains > 0) & (np.arange(judged.gains.shape[1]) < num_relevant[:, None])
+    return _ratio(hits.sum(1).astype(float), num_relevant)
 
 
-METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
+def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count for each class how often it is predicted correctly, predicted, and true, (3, num_classes).
+
+    predicted: (Q, p) distinct classes of each query, padded with -1. queries, classes: (n,) each, the true pairs.
+    """
+    correct = classes[(predicted[queries] == classes[:, None]).any(1)]
+    all_predicted = predicted[predicted >= 0]
+    return np.stack([np.bincount(part, minlength=num_classes) for part in (correct, all_predicted, classes)])
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """Mean F1 over the classes that are predicted or true for some query. counts: (3, C) of class_counts."""
+    hits, predicted_or_true = counts[0], counts[1] + counts[2]
+    occurs = predicted_or_true > 0
+    return float((2 * hits[occurs] / predicted_or_true[occurs]).mean()) if occurs.any() else 0.0
+
+
+def macro_f1_of_labels(counts: np.ndarray) -> float:
+    """Mean F1 over all labels, if a query may have any number; a label that never occurs counts 0."""
+    return float((2 * counts[0] / np.maximum(1, counts[1] + counts[2])).mean())
+
+
+def micro_f1(counts: np.ndarray) -> float:
+    """F1 of all decisions together; the accuracy if each query has one class."""
+    return float(2 * counts[0].sum() / max(1, (counts[1] + counts[2]).sum()))
+
+
+def binary_f1(counts: np.ndarray) -> float:
+    """F1 of the second of two classes. Raises UserError if there are not exactly two."""
+    if counts.shape[1] != 2:
+        raise UserError(
+            f"metric f1 needs exactly two classes (it scores the second), but there are {counts.shape[1]}; use macro_f1"
+        )
+    return float(2 * counts[0, 1] / max(1, counts[1, 1] + counts[2, 1]))
+
+
+def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Kendall's tau-b of predicted and true numbers, (Q,) each; 0 if all numbers of one are equal."""
+    try:
+        from scipy.stats import kendalltau
+    except ImportError as error:
+        raise UserError(
+            "metric kendall_tau needs SciPy, which comes with scikit-learn (make install EXTRAS=cpu,svm)"
+        ) from error
+    tau = float(kendalltau(predicted, true).statistic)
+    return 0.0 if np.isnan(tau) else tau
+
+
+RANKING_METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
     "recall": recall,
     "precision": precision,
     "ndcg": ndcg,
@@ -168,27 +223,39 @@ METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
     "map": average_precision,
     "r_precision": r_precision,
 }
-OF_WHOLE = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")  # may stand without a cut-off
+CLASS_METRICS: dict[str, Callable[[np.ndarray], float]] = {
+    "macro_f1": macro_f1,
+    "micro_f1": micro_f1,
+    "f1": binary_f1,
+}
+LABEL_METRICS = CLASS_METRICS | {"macro_f1": macro_f1_of_labels}
+NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"kendall_tau": kendall_tau}
+CUT_OFF_IS_OPTIONAL = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")
 
 
 def parse_metric(name: str) -> tuple[str, int]:
-    """ "ndcg@10" -> its name and 10, "ndcg" -> WHOLE, "macro_f1" -> 1. Raises UserError for others."""
+    """Split a metric into its name and its cut-off: "ndcg@10" -> ("ndcg", 10).
+
+    The cut-off of "ndcg" is WHOLE_RANKING, that of "macro_f1" is 1. Raises UserError for an unknown metric.
+    """
     match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
-    metric, cut = match.groups() if match else ("", None)
-    if metric in METRICS and (metric in OF_WHOLE if cut is None else metric != "r_precision"):
-        return metric, int(cut or WHOLE)
-    if name in AGGREGATES or name in CORRELATIONS:
+    metric, cut_off = match.groups() if match else ("", None)
+    if metric in RANKING_METRICS and (metric in CUT_OFF_IS_OPTIONAL if cut_off is None else metric != "r_precision"):
+        return metric, int(cut_off or WHOLE_RANKING)
+    if name in CLASS_METRICS or name in NUMBER_METRICS:
         return name, 1
-    cut = ", ".join(f"{metric}@K" for metric in METRICS if metric != "r_precision")
-    whole = ", ".join((*OF_WHOLE, *AGGREGATES, *CORRELATIONS))
-    raise UserError(f"metric {name!r}: allowed are {cut}, with K a whole number above 0, and {whole}")
+    with_cut_off = ", ".join(f"{metric}@K" for metric in RANKING_METRICS if metric != "r_precision")
+    without = ", ".join((*CUT_OFF_IS_OPTIONAL, *CLASS_METRICS, *NUMBER_METRICS))
+    raise UserError(f"metric {name!r}: expected one of {with_cut_off} with a positive whole number K, {without}")
 
 
-def check_metric(name: str, told: str = "ranking") -> None:
-    """Raise UserError for a metric that is unknown, or not of what is told: a ranking, or what a probe learns."""
+def check_metric(name: str, kind: str = "ranking") -> None:
+    """Raise UserError for a metric that is unknown or does not apply.
+
+    kind: what is measured, a "ranking", or what a probe predicts: a "class", "labels" or a "number".
+    """
     parse_metric(name)
-    of_told = {"ranking": (*METRICS, "macro_f1", "micro_f1"), "number": tuple(CORRELATIONS)}.get(
-        told, tuple(AGGREGATES)
-    )
-    if name.partition("@")[0] not in of_told:
-        raise UserError(f"metric {name!r}: is not of a {told}, allowed are {', '.join(of_told)}")
+    applicable = {"ranking": (*RANKING_METRICS, "macro_f1", "micro_f1"), "number": tuple(NUMBER_METRICS)}
+    names = applicable.get(kind, tuple(CLASS_METRICS))
+    if name.partition("@")[0] not in names:
+        raise UserError(f"metric {name!r}: does not apply to a {kind}; expected one of {', '.join(names)}")

@@ -1,160 +1,304 @@
-"""What a linear model tells of papers by their vectors, as runs: their class, their labels, or a number.
+"""Probes: linear models that predict a paper's class, labels or a number from its vector.
 
-Source: allenai/scirepeval, evaluation/evaluator.py and evaluation/few_shot_evaluator.py.
+They follow the programs of SciDocs and SciRepEval: no intercept, and C chosen by three-fold cross-validation.
+SciRepEval's solver (sklearn-contrib-lightning) minimises the same objectives as scikit-learn's.
+
+Sources: allenai/scidocs, scidocs/classification.py; allenai/scirepeval, evaluation/evaluator.py and
+evaluation/few_shot_evaluator.py.
 
 Shapes: n training papers, q queries, D dimensions, L documents of the corpus (classes, labels, or the one number).
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from datamodules.records import Benchmark, UserError
-from lightning_modules.retrieval.linear import (
-    FOLDS,
-    SEED,
-    can_choose,
-    check_installed,
-    predict_classes,
-    predict_labels,
-    predict_numbers,
-)
-from lightning_modules.retrieval.metrics import Run
+from datamodules.records import Benchmark, Probe, UserError
+from lightning_modules.retrieval.metrics import Run, positions_of
 
 log = logging.getLogger(__name__)
 
+FOLDS = 3
+SEED = 42
+MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
+PARALLEL_FROM = 2**19  # below so many values, one process is done before others have started
 
-def probe_runs(benchmark: Benchmark, ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:
-    """The run of some queries, or in few-shot learning one for each draw of training papers.
 
-    ids: of the queries (q, D). train: (n, D) vectors of the papers of benchmark.training, in their order. A run has
-    each query's class; or its labels, surest first; or its number, as the score of the corpus's one document. Raises
-    UserError for a paper without or with several classes, too few papers of a class or label, or without scikit-learn.
+def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:
+    """Predict the queries, once, or in few-shot learning once for each draw of training papers.
+
+    queries: vectors of query_ids, (q, D). train: vectors of the papers of benchmark.training, in their order, (n, D).
+    Yields runs that have each query's class; or its labels, most certain first; or its number, as the score of the
+    corpus's one document.
+
+    Raises UserError for a paper without or with several classes, too few papers of a class or label, or without
+    scikit-learn.
     """
-    check_installed()
+    _check_installed()
     probe, names = benchmark.probe, list(benchmark.corpus)
-    wanted = {"class": _classes, "labels": _labels, "number": _numbers}[probe.learns](benchmark, names)
+    targets = {"class": _class_targets, "labels": _label_targets, "number": _number_targets}[probe.learns](
+        benchmark, names
+    )
     if not probe.samples:
-        log.info("%s: %d papers, %d values of C", benchmark.name, len(train), len(probe.costs))
-        yield _run(benchmark, ids, names, queries, train, wanted)
+        log.info("%s: %d training papers, %d values of C", benchmark.name, len(train), len(probe.costs))
+        yield _predict(benchmark, query_ids, names, queries, train, targets)
         return
-    for number, rows in enumerate(_draws(benchmark, wanted, names), start=1):
+    for number, rows in enumerate(_draws(benchmark, targets, names), start=1):
         if probe.learns == "class":
-            _check_classes(benchmark, names, wanted[rows], f"draw {number}: ")
+            _check_classes(benchmark, names, targets[rows], f"draw {number}: ")
         elif number == 1:
-            _tell_fixed(benchmark, names, wanted[rows])
-        yield _run(benchmark, ids, names, queries, train[rows], wanted[rows])
+            _warn_of_fixed_costs(benchmark, names, targets[rows])
+        yield _predict(benchmark, query_ids, names, queries, train[rows], targets[rows])
 
 
-def _run(benchmark: Benchmark, ids, names: list[str], queries: np.ndarray, train: np.ndarray, wanted: np.ndarray):
+def _predict(
+    benchmark: Benchmark,
+    query_ids: Sequence[str],
+    names: list[str],
+    queries: np.ndarray,
+    train: np.ndarray,
+    targets: np.ndarray,
+) -> Run:
+    """Learn from the training papers and predict the queries."""
     probe = benchmark.probe
-    if not len(ids):  # a rank without queries
+    if not len(query_ids):  # this rank has no queries
         width = len(names) if probe.learns == "labels" else 1
-        return Run(ids, names, np.full((0, width), -1), np.zeros((0, width)))
+        return Run(query_ids, names, np.full((0, width), -1), np.zeros((0, width)))
     if probe.learns == "labels":
-        sure = predict_labels(train, wanted, queries, probe)
-        order = np.argsort(-sure, axis=1, kind="stable")
-        scores = np.take_along_axis(sure, order, axis=1)
-        return Run(ids, names, np.where(scores > 0, order, -1), scores)
+        margins = predict_labels(train, targets, queries, probe)
+        order = np.argsort(-margins, axis=1, kind="stable")
+        scores = np.take_along_axis(margins, order, axis=1)
+        return Run(query_ids, names, np.where(scores > 0, order, -1), scores)
     predict = predict_classes if probe.learns == "class" else predict_numbers
-    found, c = predict(train, wanted, queries, probe)
+    predictions, cost = predict(train, targets, queries, probe)
     if not probe.samples:
-        log.info("%s: C = %g", benchmark.name, c)
+        log.info("%s: C = %g", benchmark.name, cost)
     if probe.learns == "class":
-        return Run(ids, names, found[:, None], np.ones((len(ids), 1), dtype=np.float32))
-    return Run(ids, names, np.zeros((len(ids), 1), dtype=np.int64), found[:, None])
+        return Run(query_ids, names, predictions[:, None], np.ones((len(query_ids), 1), dtype=np.float32))
+    return Run(query_ids, names, np.zeros((len(query_ids), 1), dtype=np.int64), predictions[:, None])
 
 
-def _draws(benchmark: Benchmark, wanted: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
-    """Rows of the training papers of each draw.
+def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
+    """Yield the rows of the training papers of each draw.
 
-    Of classes, the papers are dealt into parts of the wanted size that have the classes' shares, in their order, and
-    each part is a draw. Of labels, each draw takes papers of each label at random.
+    Papers with classes are dealt, in their order, into parts of the wanted size that have the proportions of the
+    classes; each part is a draw. With labels, each draw takes papers of each label at random.
     """
+    if benchmark.probe.learns == "labels":
+        yield from _label_draws(benchmark, targets, names)
+        return
     from sklearn.model_selection import StratifiedKFold
 
     probe = benchmark.probe
-    if probe.learns == "labels":
-        counts = wanted.sum(0)
-        if counts.min() < probe.samples:
-            few = f"{counts.min()} training papers of {names[counts.argmin()]!r}"
-            raise UserError(f"{benchmark.name}: {few}, needed are {probe.samples} of each label")
-        for draw in range(probe.draws):
-            random, rows = np.random.RandomState(SEED + draw), set()
-            for label in range(len(names)):
-                rows.update(random.choice(np.flatnonzero(wanted[:, label]), probe.samples, replace=False).tolist())
-            yield np.array(list(rows))  # in the set's order, as there: the folds of cross-validation follow from it
-        return
-    parts = -(-len(wanted) // probe.samples)
-    if parts < 2 or np.bincount(wanted).max() < parts:
-        raise UserError(f"{benchmark.name}: {len(wanted)} training papers do not make parts of {probe.samples}")
+    num_parts = -(-len(targets) // probe.samples)
+    if num_parts < 2 or np.bincount(targets).max() < num_parts:
+        raise UserError(
+            f"{benchmark.name}: {len(targets)} training papers cannot be divided into parts of {probe.samples}"
+        )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # some parts are without it, as there
-        splits = list(StratifiedKFold(parts).split(wanted, wanted))
-    size = len(wanted) // parts
-    if size < 0.9 * probe.samples:  # of many parts, a paper less in some is what the procedure means
-        few = "%s: %d training papers make parts of %d, not of %d: samples=%d says what is measured"
-        log.warning(few, benchmark.name, len(wanted), size, probe.samples, size)
-    if parts < probe.draws:
-        log.info("%s: %d draws, as the training papers make no more", benchmark.name, parts)
+        warnings.filterwarnings("ignore", "The least populated class")  # a part may lack it, as in SciRepEval
+        splits = list(StratifiedKFold(num_parts).split(targets, targets))
+    size = len(targets) // num_parts
+    if size < 0.9 * probe.samples:  # a paper less in some of many parts is part of the procedure
+        log.warning(
+            "%s: %d training papers make parts of %d, not of %d; samples=%d describes what is measured",
+            *(benchmark.name, len(targets), size, probe.samples, size),
+        )
+    if num_parts < probe.draws:
+        log.info("%s: only %d draws, since there are no more training papers", benchmark.name, num_parts)
     yield from (rows for _, rows in splits[: probe.draws])
 
 
-def _classes(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
-    """(n,) position of each training paper's class."""
-    place, found = {name: position for position, name in enumerate(names)}, []
+def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
+    probe, counts = benchmark.probe, labels.sum(0)
+    if counts.min() < probe.samples:
+        rarest = names[counts.argmin()]
+        raise UserError(
+            f"{benchmark.name}: {counts.min()} training papers of {rarest!r}, expected at least {probe.samples} of "
+            "each label"
+        )
+    for draw in range(probe.draws):
+        random, rows = np.random.RandomState(SEED + draw), set()
+        for label in range(len(names)):
+            rows.update(random.choice(np.flatnonzero(labels[:, label]), probe.samples, replace=False).tolist())
+        yield np.array(list(rows))  # the order of the set, as in SciRepEval, decides the folds of cross-validation
+
+
+def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
+    """Return the position of each training paper's class, (n,)."""
+    positions, classes = positions_of(names), []
     for paper, grades in benchmark.training[1].items():
-        own = [name for name, grade in grades.items() if grade > 0]
-        if len(own) != 1:
-            raise UserError(f"{benchmark.name}: training paper {paper!r} has {len(own)} classes, an SVM needs one")
-        found.append(place[own[0]])
-    _check_classes(benchmark, names, found)
-    return np.array(found)
+        relevant = [name for name, grade in grades.items() if grade > 0]
+        if len(relevant) != 1:
+            raise UserError(
+                f"{benchmark.name}: training paper {paper!r} has {len(relevant)} classes, expected exactly one"
+            )
+        classes.append(positions[relevant[0]])
+    _check_classes(benchmark, names, classes)
+    return np.array(classes)
 
 
-def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], whose: str = "") -> None:
-    """Raise UserError if training papers of these classes are of one, or too few of one for the folds."""
+def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], where: str = "") -> None:
+    """Raise UserError if training papers of these classes are all of one, or too few of one for the folds."""
     present, counts = np.unique(classes, return_counts=True)
     least = FOLDS if len(benchmark.probe.costs) > 1 else 1
     if len(present) < 2 or counts.min() < least:
         raise UserError(
-            f"{benchmark.name}: {whose}{counts.min()} training papers of {names[present[counts.argmin()]]!r}, and "
-            f"{len(present)} classes; needed are two classes and {least} papers of each"
+            f"{benchmark.name}: {where}{counts.min()} training papers of {names[present[counts.argmin()]]!r} and "
+            f"{len(present)} classes; expected at least two classes with {least} papers of each"
         )
 
 
-def _labels(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
-    """(n, L), 1 where a training paper has a label."""
+def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
+    """Return 1 where a training paper has a label, (n, L)."""
     if len(names) < 2:
-        raise UserError(f"{benchmark.name}: has {len(names)} labels, needed are two")
+        raise UserError(f"{benchmark.name}: expected at least two labels, got {len(names)}")
     rows = [[grades.get(name, 0) > 0 for name in names] for grades in benchmark.training[1].values()]
     labels = np.array(rows, dtype=np.int64)
-    if alike := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
+    if constant := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
         log.warning(
-            "%s: no training papers tell %d labels apart, the first is %s", benchmark.name, len(alike), alike[0]
+            "%s: all training papers have, or all lack, %d of the labels, first %s",
+            *(benchmark.name, len(constant), constant[0]),
         )
     if not benchmark.probe.samples:
-        _tell_fixed(benchmark, names, labels)
+        _warn_of_fixed_costs(benchmark, names, labels)
     return labels
 
 
-def _tell_fixed(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
-    """Warn of labels (n, L) for which no C is chosen."""
-    told_apart, costs = labels.min(0) < labels.max(0), benchmark.probe.costs
-    fixed = np.flatnonzero(told_apart & ~can_choose(labels)) if len(costs) > 1 else ()
+def _warn_of_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
+    """Warn of labels for which C cannot be chosen. labels: (n, L)."""
+    varies, costs = labels.min(0) < labels.max(0), benchmark.probe.costs
+    fixed = np.flatnonzero(varies & ~can_choose_cost(labels)) if len(costs) > 1 else ()
     if len(fixed):
         log.warning(
-            "%s: too few training papers have or lack %d labels to choose their C, which is %g; the first is %s",
+            "%s: too few training papers have or lack %d of the labels to choose C, so it is %g; the first is %s",
             *(benchmark.name, len(fixed), costs[0], names[fixed[0]]),
         )
 
 
-def _numbers(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
-    """(n,) the number of each training paper."""
+def _number_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
+    """Return the number of each training paper, (n,)."""
     if len(names) != 1:
         raise UserError(f"{benchmark.name}: expected a corpus of one document, whose grades are the numbers")
     return np.array([grades[names[0]] for grades in benchmark.training[1].values()], dtype=np.float64)
+
+
+def predict_classes(
+    train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe
+) -> tuple[np.ndarray, float]:
+    """Return the class of each query, (q,), and C, chosen by accuracy. Each class is separated from all others.
+
+    train: (n, D). classes: (n,). queries: (q, D).
+    """
+    model = _with_best_cost(_estimator(probe), probe, parallel=train.size > PARALLEL_FROM)
+    with _quiet():
+        model.fit(train.astype(np.float64), classes)
+    margins = _products(queries, _weights(model))
+    predictions = margins.argmax(1) if margins.shape[1] > 1 else (margins[:, 0] > 0).astype(int)
+    return model.classes_[predictions], _chosen_cost(model)
+
+
+def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
+    """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
+
+    labels: (n, L), 1 or 0. Each label has its own model and C, which is the first one if can_choose_cost says no. A
+    label that all training papers have, or none, is predicted for all queries, or none.
+    """
+    from joblib import Parallel, delayed
+
+    train, constant = train.astype(np.float64), labels.min(0) == labels.max(0)
+    num_jobs = -1 if train.size * labels.shape[1] > PARALLEL_FROM else 1
+    weights = Parallel(n_jobs=num_jobs)(
+        delayed(_label_weights)(train, label, probe) for label in labels[:, ~constant].T
+    )
+    margins = np.repeat(labels[:1].astype(np.float64), len(queries), axis=0)
+    if weights:
+        margins[:, ~constant] = _products(queries, np.stack(weights))
+    return margins
+
+
+def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.ndarray:
+    """Return the weights (D,) of the model of one label (n,)."""
+    model = _estimator(probe)
+    if can_choose_cost(label):
+        model = _with_best_cost(model, probe, parallel=False)
+    with _quiet():
+        model.fit(train, label)
+    return _weights(model)[0]
+
+
+def predict_numbers(
+    train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe
+) -> tuple[np.ndarray, float]:
+    """Return the number of each query, (q,), and C, chosen by R^2. numbers: of the training papers, (n,)."""
+    model = _with_best_cost(_estimator(probe), probe, parallel=train.size > PARALLEL_FROM)
+    with _quiet():
+        model.fit(train.astype(np.float64), numbers)
+    return _products(queries, _weights(model))[:, 0], _chosen_cost(model)
+
+
+def can_choose_cost(labels: np.ndarray) -> np.ndarray:
+    """Return whether every fold can learn each label. labels: (n, ...), 1 or 0."""
+    num_with, num_without = labels.sum(0), (1 - labels).sum(0)
+    return (np.minimum(num_with, num_without) > 1) & (np.maximum(num_with, num_without) >= FOLDS)
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("probes need scikit-learn (make install EXTRAS=cpu,svm)")
+
+
+def _weights(model: Any) -> np.ndarray:
+    """Return the weights of a fitted model, one row per class, (k, D)."""
+    return np.atleast_2d(getattr(model, "best_estimator_", model).coef_)
+
+
+def _products(queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Multiply queries (q, D) by weights (k, D) to (q, k), row by row.
+
+    The last bits of a matrix product depend on its number of rows. Equal papers, or a paper in another rank's share,
+    would then get different numbers.
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float64)
+    return np.stack([(queries * row).sum(1) for row in weights], axis=1)
+
+
+def _estimator(probe: Probe) -> Any:
+    from sklearn.svm import LinearSVC, LinearSVR
+
+    common = {"fit_intercept": False, "random_state": SEED, "max_iter": MAX_ITER[probe.learns], "C": probe.costs[0]}
+    return LinearSVR(epsilon=0.0, **common) if probe.learns == "number" else LinearSVC(loss=probe.loss, **common)
+
+
+def _with_best_cost(estimator: Any, probe: Probe, parallel: bool) -> Any:
+    """Choose C by cross-validation if there are several. parallel: use a process per core."""
+    from sklearn.model_selection import GridSearchCV
+
+    if len(probe.costs) == 1:
+        return estimator
+    return GridSearchCV(estimator, {"C": probe.costs}, cv=FOLDS, n_jobs=-1 if parallel else 1)
+
+
+def _chosen_cost(model: Any) -> float:
+    return float(model.best_params_["C"] if hasattr(model, "best_params_") else model.C)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence expected warnings: models with a large C reach the iteration limit, as in the authors' programs.
+
+    _warn_of_fixed_costs reports labels with too few papers.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The least populated class")
+        yield

@@ -7,8 +7,8 @@ import pytest
 
 from datamodules.records import Benchmark, Document, UserError
 from experiments.compare import main
-from lightning_modules.retrieval.evaluation import rank_vectors
-from lightning_modules.retrieval.measure import means, query_values, write_qrels, write_query_values, write_trec
+from lightning_modules.retrieval.evaluation import BenchmarkResult, mean_metrics, measure_queries
+from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.significance import compare
 
@@ -38,14 +38,13 @@ def ranked(benchmark: Benchmark, noise: float, seed: int):
 def measured(folder, noise: float, seed: int, benchmark: Benchmark | None = None, system: str = "encoder"):
     """A folder as make eval leaves it."""
     benchmark = benchmark or world()
-    values = query_values(run := ranked(benchmark, noise, seed), benchmark, METRICS)
-    name = benchmark.name
-    write_trec(run, folder / "runs" / f"{name}.{system}.trec", system)
-    write_query_values(values, benchmark, folder / "runs" / f"{name}.{system}.queries.tsv")
-    write_qrels(benchmark, folder / "runs" / f"{name}.qrels")
+    run = ranked(benchmark, noise, seed)
+    values = measure_queries(run, benchmark, METRICS)
+    means = mean_metrics(values, benchmark, METRICS)
+    BenchmarkResult(benchmark, means, "dot", 0, {}, run, values).write(folder / "runs", system)
     about = {key: getattr(benchmark, key) for key in ("task", "split", "protocol")} | {"metrics": list(METRICS)}
-    about |= {"data": benchmark.fingerprint(), "systems": {system: means(values, benchmark, METRICS)}}
-    (folder / "results.json").write_text(json.dumps({"benchmarks": {name: about}}))
+    about |= {"data": benchmark.fingerprint(), "systems": {system: means}}
+    (folder / "results.json").write_text(json.dumps({"benchmarks": {benchmark.name: about}}))
     return folder
 
 
@@ -73,7 +72,7 @@ def test_over_200_pairs_of_equal_models_no_more_are_told_apart_than_the_level_sa
     benchmark = world(60, 100)
 
     def values(noise: float, seed: int) -> np.ndarray:
-        return query_values(ranked(benchmark, noise, seed), benchmark, METRICS[:1]).values.T
+        return measure_queries(ranked(benchmark, noise, seed), benchmark, METRICS[:1]).values.T
 
     models = [values(0.5, seed) for seed in range(400)]
     equal = [compare(a, b, draws=499).p < 0.05 for a, b in zip(models[::2], models[1::2], strict=True)]
@@ -109,10 +108,10 @@ def test_the_largest_differences_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"protocol": "generated/all"}, "other protocols: generated/test and generated/all"),
-        ({"data": "0123"}, "other data"),
-        ({"split": "dev"}, "other splits: test and dev"),
-        ({"protocol": None}, "measure it again"),
+        ({"protocol": "generated/all"}, "different protocols: generated/test and generated/all"),
+        ({"data": "0123"}, "different data"),
+        ({"split": "dev"}, "different splits: test and dev"),
+        ({"protocol": None}, "evaluate it again"),
         ({"systems": {}}, "which system"),
     ],
 )
@@ -131,7 +130,7 @@ def test_other_queries_are_not_compared(tmp_path):
     a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
     table = b / "runs" / "generated.encoder.queries.tsv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* has measured other queries"):
+    with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* have measured other queries"):
         compared(tmp_path, a, b)
 
 
@@ -148,7 +147,7 @@ def test_a_reason_is_told_once_for_its_benchmarks_and_folders_have_short_names(t
     for folder, names in ((a, ("x", "y", "generated")), (b, ("generated",))):
         content = json.loads((folder / "results.json").read_text())["benchmarks"]["generated"]
         (folder / "results.json").write_text(json.dumps({"benchmarks": dict.fromkeys(names, content)}))
-    with pytest.raises(UserError, match=rf"\(x, y: {b} has not measured encoder on it\). .*make eval model={a},{b}"):
+    with pytest.raises(UserError, match=rf"\(x, y: {b} has no results of encoder on it\). .*make eval model={a},{b}"):
         main([f"A={a}", f"B={b}", "benchmark=x,y"])
     long = [measured(tmp_path / (letter * 200), 0.3, i) for i, letter in enumerate("cd")]
     monkeypatch.chdir(tmp_path)
@@ -159,15 +158,15 @@ def test_a_reason_is_told_once_for_its_benchmarks_and_folders_have_short_names(t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "A: which folder"),
-        (["A={a}"], "B: which folder"),
-        (["A={a}", "B=nowhere"], "nowhere is not there, and has no results.json. In runs/ there are: "),
-        (["A={a}:bm25", "B={a}"], "A: which system of .*There are .*:encoder"),
-        (["A={a}", "B={a}", "benchmark=other"], "benchmark: other was not measured, there are generated"),
+        ([], "A: required, folder of a run"),
+        (["A={a}"], "B: required, the system to compare with"),
+        (["A={a}", "B=nowhere"], "B: nowhere does not exist. In runs/ there are: "),
+        (["A={a}:bm25", "B={a}"], "A: which system of .*Expected one of .*:encoder"),
+        (["A={a}", "B={a}", "benchmark=other"], "benchmark: there are no results on other; expected some of generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),
         (["A={a},{a}", "B={a}"], "A: the same system is named twice"),
-        (["A={a}", "B={a}", "level=95"], "level: got '95'"),
-        (["A={a}", "B={a}", "draws=0"], "draws: got '0'"),
+        (["A={a}", "B={a}", "level=95"], "level: expected a number .* below 1, got 95"),
+        (["A={a}", "B={a}", "draws=0"], "draws: expected a number of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, arguments, message):

@@ -94,23 +94,32 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
             "model: runs/nope does not exist. In runs/ there are",
         ),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
-        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val', it has train, dev, test"),
+        (
+            ["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"],
+            "no 'val'; expected one of train, dev",
+        ),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
-        (["model={run}", "exclude=maybe"], "exclude: got 'maybe'"),
-        (["model={run}", "similarity=l1"], "similarity: got 'l1'"),
+        (["model={run}", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
+        (["model={run}", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
         (["model={run}", "metrics=recall"], "metric 'recall'"),
         (["model={run}", "split=none"], "split: the data has no 'none'"),
         (["model={run}", "beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
-        (["model={run}", "token_budget=many"], "token_budget: got 'many'"),
-        (["model={run}", "max_length=2"], "max_length: got '2'"),
-        (["model={run}", "max_length=9999"], "max_length: got 9999 tokens, but .* has positions for"),
+        (["model={run}", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
+        (["model={run}", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
+        (["model={run}", "max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
         (["model={run},{run}"], "model: each may be named once"),
-        (["model=bm25", "benchmarks=all"], "benchmarks and data.root: give both"),
-        (["model={run}", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is no file"),
+        (["model=bm25", "benchmarks=all"], "benchmarks, data.root: give both"),
+        (["model={run}", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
         (["model={run}", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
         (["model={run}", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
-        (["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"], "beir: is measured instead of"),
-        (["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"], "max_queries: got 9, but .* alone"),
+        (
+            ["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"],
+            "beir: cannot be used",
+        ),
+        (
+            ["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"],
+            "max_queries: got 9, but only",
+        ),
         (["model=bm25", "benchmarks=all", "data.root={beir}", "split=dev"], "split: got dev, but .* have their own"),
     ],
 )
@@ -153,7 +162,7 @@ def test_results_of_another_evaluation_are_not_written_over(twins):
     main([*given, f"beir={one}"])
     before = (out / "results.json").read_text()
     for arguments, message in (
-        ([f"beir={two}"], "results of search on other data"),
+        ([f"beir={two}"], "has results of search on other data"),
         ([f"beir={one}", "metrics=recall@5"], "another evaluation .metrics: .* there, recall@5 now"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,9 +15,9 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC, LinearSVR
 
 from datamodules.records import Document, UserError
-from experiments.build.benchmarks import suite_of
+from experiments.build.benchmarks import suite_benchmarks
 from experiments.evaluate import main
-from experiments.results.measured import open_measured
+from experiments.results.comparison import open_systems
 from lightning_modules.encoders.loading import load_encoder
 from tests.conftest import text_of
 
@@ -136,7 +136,7 @@ def test_figures_are_those_of_scirepevals_procedure(
     labels = {"f1": (kinds > 1).astype(int), "macro_f1": several, "kendall_tau": kinds + rng.normal(size=180).round(1)}
     as_files(tmp_path, config, test_config, papers, labels[metric])
     make_encoder().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("experiments.evaluate.suite_of", fewer_draws)
+    monkeypatch.setattr("experiments.evaluate.suite_benchmarks", fewer_draws)
     chosen = [f"benchmarks=scirepeval_{name}", f"data.root={tmp_path}", f"output={tmp_path / 'out'}"]
     main([f"model={tmp_path / 'model'}", *chosen])
 
@@ -151,8 +151,8 @@ def test_figures_are_those_of_scirepevals_procedure(
     if len(told) > 1:
         lines = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.draws.tsv").read_text().splitlines()
         assert [float(line.split("\t")[1]) for line in lines[1:]] == pytest.approx(scores, abs=1e-12)
-        with pytest.raises(UserError, match="is a mean over draws of training papers, and not over queries"):
-            open_measured("A", str(tmp_path / "out"))[0].values(f"scirepeval_{name}", metric)
+        with pytest.raises(UserError, match="is a mean over draws of training papers, not over queries"):
+            open_systems("A", [str(tmp_path / "out")])[0].values(f"scirepeval_{name}", metric)
         assert about["draws"] == len(told)
         assert about["spread"][metric] == pytest.approx(np.std(scores))
     else:
@@ -160,6 +160,6 @@ def test_figures_are_those_of_scirepevals_procedure(
         assert [float(line.split()[4]) for line in run] == pytest.approx(told[0], rel=1e-8)
 
 
-def fewer_draws(values, similarities):
-    for benchmark in suite_of(values, similarities):
+def fewer_draws(options):
+    for benchmark in suite_benchmarks(options):
         yield replace(benchmark, probe=replace(benchmark.probe, draws=min(DRAWS, benchmark.probe.draws)))

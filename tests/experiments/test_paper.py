@@ -7,8 +7,8 @@ import pytest
 from datamodules.records import UserError
 from experiments.build.suite import load_suite
 from experiments.reproduce import main
-from experiments.results.paper import figures, tables
-from experiments.results.reproduction import compare
+from experiments.results.paper import compare_with_paper, figures, tables
+from experiments.results.results import tables_from_json
 
 TABLES = {table.name: table for table in tables()}
 
@@ -73,6 +73,10 @@ def made_up(system="SciMult-MHAExpert", similarity="dot", max_length=512):
             )
             result["systems"]["ours"][column.metric] = cell.value / 100
     return benchmarks
+
+
+def compare(benchmarks, ours, system):
+    return compare_with_paper(tables_from_json(benchmarks), ours, system)
 
 
 def test_the_same_figures_are_reproduced():
@@ -144,7 +148,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match="expected a folder with results.json"):
         main([f"results={tmp_path}"])
     (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"x": {"systems": {"a": {}, "b": {}}}}}))
-    with pytest.raises(UserError, match="which one\\? The results are of a, b"):
+    with pytest.raises(UserError, match="ours: expected one of a, b, got nothing"):
         main([f"results={tmp_path}"])
-    with pytest.raises(UserError, match="system: got 'GPT'"):
+    with pytest.raises(UserError, match="system: expected one of .*, got 'GPT'"):
         main([f"results={tmp_path}", "ours=a", "system=GPT"])

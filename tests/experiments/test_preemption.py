@@ -83,7 +83,7 @@ def ends_as(folder, whole):
 
 
 def test_an_evaluation_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, evaluation, "rank_benchmark")
+    told_in(monkeypatch, evaluation, "evaluate")
     assert preempted(tmp_path) == 4
     assert not any("val/mean/ndcg@10" in row for row in rows(tmp_path))
     ends_as(tmp_path, whole)
@@ -99,7 +99,7 @@ def test_a_mining_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
 
 
 def test_the_final_table_is_left_and_made_anew(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, final_results, "encoded", signal.SIGTERM)
+    told_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
     assert preempted(tmp_path) == 9
     assert not (tmp_path / "results.json").exists()
     signals.catch()

@@ -8,11 +8,13 @@ import pytrec_eval
 import torch
 
 from datamodules.records import UserError
-from experiments.build.benchmarks import Collections, build
+from experiments.build.benchmarks import CollectionReader, build_benchmark
+from experiments.build.models import System
 from experiments.build.suite import load_suite
 from experiments.evaluate import main
-from experiments.results.results import combine, evaluate_encoder
-from experiments.results.table import show_cost
+from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
+from experiments.results.tables import show_cost
+from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
@@ -40,14 +42,14 @@ def encoder(make_encoder, monkeypatch):
 
 
 def evaluated(encoder, benchmark, folder):
-    arguments = {"similarity": "dot", "token_budget": 1000}
-    return evaluate_encoder("numbers", encoder, [benchmark], ["ndcg@1"], folder, **arguments)[benchmark.name]
+    system = System("numbers", "numbers", encoder, "dot", VectorCache(encoder, token_budget=1000))
+    return tables_to_json(evaluate_system(system, benchmark, ["ndcg@1"], folder))[benchmark.name]
 
 
 @pytest.mark.parametrize("name", SUITE)
 def test_a_benchmark_gives_the_figures_by_hand(name, root, encoder, tmp_path):
     encoder.tasks = {SUITE[name].task: SUITE[name].task}
-    benchmark = build(name, SUITE[name], Collections(root))
+    benchmark = build_benchmark(name, SUITE[name], CollectionReader(root))
     draws = min(3, benchmark.probe.draws)  # all are alike in this world
     benchmark = replace(benchmark, probe=replace(benchmark.probe, draws=draws))
     result = evaluated(encoder, benchmark, tmp_path)
@@ -66,7 +68,7 @@ def test_protocols_have_ids_of_their_own():
 @pytest.mark.parametrize("name", ["cs_conference_names", "recommendation", "scidocs_cite_without_own", "par"])
 def test_figures_follow_from_the_files_beside_them(name, root, encoder, tmp_path):
     """Also where scores are not the similarity's."""
-    result = evaluated(encoder, build(name, SUITE[name], Collections(root)), tmp_path)
+    result = evaluated(encoder, build_benchmark(name, SUITE[name], CollectionReader(root)), tmp_path)
     with open(tmp_path / f"{name}.numbers.trec") as run, open(tmp_path / f"{name}.qrels") as qrels:
         evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(qrels), {"recall.20", "ndcg", "ndcg_cut.10"})
         (values,) = evaluator.evaluate(pytrec_eval.parse_run(run)).values()
@@ -105,7 +107,7 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
     main(["model=bm25", *chosen, "add=yes"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(again["benchmarks"]["scifact_all"]["systems"]) == systems
-    with pytest.raises(UserError, match="protocol cannot stand side by side .*/1-of-4-quer"):
+    with pytest.raises(UserError, match="different protocol cannot share a table .*/1-of-4-quer"):
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
 
 
@@ -133,7 +135,7 @@ def test_costs_are_of_what_was_computed(root, tmp_path, make_backbone, capsys):
         assert 100 < of["cost"]["memory_mb"] < 100_000
     row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
     assert f"{sum(tokens) + tokens[29]:,}" in row
-    with pytest.raises(UserError, match="cost_per_hour: got 'much', allowed are numbers from 0"):
+    with pytest.raises(UserError, match="cost_per_hour: expected a number, got 'much'"):
         main([*arguments, "cost_per_hour=much"])
 
 
@@ -141,9 +143,12 @@ def test_a_sum_of_costs_tells_what_it_is_of(capsys):
     """Money stands beside the seconds of all benchmarks, so that of some is no sum."""
     cost = {"texts": 1, "tokens": 9, "devices": 1, "device_seconds": 3.5, "memory_mb": 100}
     parts = [{"cost": cost | {"money": 0.25}}, {"cost": cost | {"money": 0.5}}, {"cost": cost}, {}]
-    results = [{"measured": {"model": of | {"device": "cpu", "seconds": {"encode": 1.0}}}} for of in parts]
+    systems = {"model": {}}
+    results = [
+        {"systems": systems, "measured": {"model": of | {"device": "cpu", "seconds": {"encode": 1.0}}}} for of in parts
+    ]
     for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
-        show_cost(dict(enumerate(results[:count])))
+        show_cost(tables_from_json(dict(enumerate(results[:count]))))
         row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert f"{cells[0]} {cells[5]} {cells[7]}" == expected
@@ -213,25 +218,37 @@ GOOD = """
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("benchmarks: [1]", "expected keys with values, benchmarks among them"),
-        (f"benchmark:\n  mine:{GOOD}", "expected keys with values, benchmarks among them"),
-        (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources, allowed are source, defaults, benchmarks"),
-        (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': names are of a to z"),
-        (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric, allowed are protocol, task"),
-        ("benchmarks:\n  mine: {task: search}", "mine: no value for metrics, protocol, reader"),
-        (f"benchmarks:\n  mine:{GOOD}    candidates: all", "candidates: got 'all', allowed are corpus, own"),
+        ("benchmarks: [1]", "expected the keys benchmarks"),
+        (f"benchmark:\n  mine:{GOOD}", "expected the keys benchmarks"),
+        (
+            f"sources: x\nbenchmarks:\n  mine:{GOOD}",
+            "unknown key sources; expected one of source, defaults",
+        ),
+        (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': expected a name of a to z"),
+        (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric; did you mean mine.metrics"),
+        ("benchmarks:\n  mine: {task: search}", "no value for mine.metrics, mine.protocol, mine.reader"),
+        (f"benchmarks:\n  mine:{GOOD}    candidates: all", "candidates: expected one of corpus, own, got 'all'"),
         (f"benchmarks:\n  mine:{GOOD}    metrics: [f1]", "metric 'f1'"),
-        (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: got published, which SciMultReader"),
+        (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: published needs reader=SciMultReader"),
         (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
-        (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is measured on"),
-        (f"benchmarks:\n  mine:{GOOD}    train_on: [dev]", "metric 'ndcg@10': is not of a class, allowed are macro_f1"),
-        (f"benchmarks:\n  mine:{GOOD}    metrics: [kendall_tau]", "metric 'kendall_tau': is not of a ranking"),
-        (f"benchmarks:\n  mine:{GOOD}    probe: {{draws: 2}}", "probe: is for a linear model, which train_on names"),
-        (f"benchmarks:\n  mine:{GOOD}    probe: {{drawn: 2}}", "mine.probe.drawn: Key 'drawn' not in 'Probe'"),
-        (PROBE.format("learns: numbers"), "probe.learns: got 'numbers', allowed are class, labels, number"),
-        (PROBE.format("loss: log"), "probe.loss: got 'log', allowed are squared_hinge, hinge"),
-        (PROBE.format("costs: [0]"), r"probe.costs: got \[0.0\], allowed are numbers above 0"),
-        (PROBE.format("samples: 5, draws: 0"), "probe: got samples 5 and draws 0"),
+        (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is also in splits"),
+        (
+            f"benchmarks:\n  mine:{GOOD}    train_on: [dev]",
+            "metric 'ndcg@10': does not apply to a class",
+        ),
+        (f"benchmarks:\n  mine:{GOOD}    metrics: [kendall_tau]", "metric 'kendall_tau': does not apply to a ranking"),
+        (f"benchmarks:\n  mine:{GOOD}    probe: {{draws: 2}}", "probe: needs train_on"),
+        (
+            f"benchmarks:\n  mine:{GOOD}    probe: {{drawn: 2}}",
+            "unknown key mine.probe.drawn; did you mean mine.probe.draws",
+        ),
+        (PROBE.format("learns: numbers"), "probe.learns: expected one of class, labels, number, got 'numbers'"),
+        (PROBE.format("loss: log"), "probe.loss: expected one of squared_hinge, hinge, got 'log'"),
+        (PROBE.format("costs: [0]"), r"probe.costs: expected positive numbers, at least one, got \[0.0\]"),
+        (
+            PROBE.format("samples: 5, draws: 0"),
+            "probe: expected samples .* and draws of at least 1, got 5 and 0",
+        ),
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
     ],
 )
@@ -261,8 +278,8 @@ def test_a_suite_of_ones_own(root, tmp_path):
 
 
 def test_results_of_other_data_are_not_combined():
-    one = {"set": {"protocol": "a", "data": "1", "systems": {"x": {}}, "measured": {}}}
-    other = {"set": {"protocol": "a", "data": "2", "systems": {"y": {}}, "measured": {}}}
+    one = tables_from_json({"set": {"protocol": "a", "data": "1", "systems": {"x": {}}, "measured": {}}})
+    other = tables_from_json({"set": {"protocol": "a", "data": "2", "systems": {"y": {}}, "measured": {}}})
     assert list(combine(one, one | {"more": other["set"]})) == ["set", "more"]
-    with pytest.raises(UserError, match="set: figures of different data cannot stand side by side"):
+    with pytest.raises(UserError, match="set: results of different data cannot share a table"):
         combine(one, other)

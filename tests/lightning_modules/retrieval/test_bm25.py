@@ -10,9 +10,9 @@ import pytest
 
 from datamodules.readers.beir import BeirReader
 from datamodules.records import Benchmark
-from lightning_modules.retrieval.evaluation import bm25_run
-from lightning_modules.retrieval.measure import measure
+from lightning_modules.retrieval.evaluation import measure
 from lightning_modules.retrieval.metrics import sorted_run
+from lightning_modules.retrieval.ranking import rank_bm25
 
 DATA = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 STOP = re.compile(
@@ -52,6 +52,6 @@ def test_metrics_are_within_two_points_of_another_implementation(name):
     queries = {query: collection.queries[query] for query in qrels}
     benchmark = Benchmark(name, "search", "test", collection.corpus, queries, qrels)
     metrics = ["ndcg@10", "recall@100"]
-    ours, other = (measure(run, benchmark, metrics) for run in (bm25_run(benchmark, 100), by_numpy(benchmark, 100)))
+    ours, other = (measure(run, benchmark, metrics) for run in (rank_bm25(benchmark, 100), by_numpy(benchmark, 100)))
     for metric in metrics:
         assert ours[metric] == pytest.approx(other[metric], abs=0.02), (metric, ours, other)

@@ -1,4 +1,4 @@
-"""The memory that a step takes: of the GPU, or of this process."""
+"""Measure the memory that a step takes, on the GPU or of this process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 
 
 class Memory:
-    """Of the GPU, or of this process; 0 where the system does not tell (on Linux it does)."""
+    """Allocated memory of the GPU, or resident memory of this process, in bytes; 0 if the system does not report it."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
 
     def now(self) -> int:
-        return torch.cuda.memory_allocated() if self.on_gpu else _of_process("VmRSS")
+        return torch.cuda.memory_allocated() if self.on_gpu else _process_memory("VmRSS")
 
     def forget_peak(self) -> None:
+        """Measure the peak from now on."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -25,10 +26,10 @@ class Memory:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.on_gpu else _of_process("VmHWM")
+        return torch.cuda.max_memory_allocated() if self.on_gpu else _process_memory("VmHWM")
 
 
-def _of_process(key: str) -> int:
+def _process_memory(key: str) -> int:
     status = Path("/proc/self/status")
     if not status.is_file():
         return 0

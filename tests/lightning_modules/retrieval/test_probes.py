@@ -1,4 +1,4 @@
-"""A linear SVM over vectors, against its objective minimised by another solver."""
+"""Probes, against their objectives minimised by another solver."""
 
 import numpy as np
 import pytest
@@ -8,16 +8,16 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from datamodules.records import Benchmark, Document, Probe, UserError
-from lightning_modules.retrieval.linear import predict_classes, predict_labels, predict_numbers
-from lightning_modules.retrieval.measure import means, query_values, write_trec
+from lightning_modules.retrieval.evaluation import mean_metrics, measure_queries
 from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.probes import probe_runs
+from lightning_modules.retrieval.probes import predict_classes, predict_labels, predict_numbers, probe_runs
+from lightning_modules.retrieval.run_files import write_trec
 
 CS = Probe().costs
 
 
 def drawn(seed=0, per_class=12, spread=1.2):
-    """Three overlapping clouds: train, their classes, queries."""
+    """Return training vectors from three overlapping clouds, their classes, and queries."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(3, 5))
     classes = np.repeat([0, 1, 2], per_class)
@@ -26,7 +26,7 @@ def drawn(seed=0, per_class=12, spread=1.2):
 
 
 def by_hand(train, classes, queries, c):
-    """One class against the others: |w|^2 / 2 + C sum(max(0, 1 - y w.x)^2)."""
+    """Separate each class from the others: |w|^2 / 2 + C sum(max(0, 1 - y w.x)^2)."""
 
     def weights(signs):
         def loss(w):
@@ -39,18 +39,18 @@ def by_hand(train, classes, queries, c):
     return (queries @ every.T).argmax(1)
 
 
-def test_predictions_and_the_chosen_c_are_those_of_the_objective():
+def test_predictions_and_chosen_cost_follow_from_the_objective():
     train, classes, queries = (part.astype(np.float64) if part.dtype == np.float32 else part for part in drawn())
     folds = list(StratifiedKFold(3).split(train, classes))
     accuracy = [
         np.mean([np.mean(by_hand(train[a], classes[a], train[b], c) == classes[b]) for a, b in folds]) for c in CS
     ]
-    assert len(set(accuracy)) > 2, "the folds tell the values of C apart"
+    assert len(set(accuracy)) > 2, "the values of C differ in accuracy"
     best = CS[int(np.argmax(accuracy))]
-    found, chosen = predict_classes(*drawn(), Probe())
+    predictions, chosen = predict_classes(*drawn(), Probe())
     assert chosen == best
-    assert (found == by_hand(train, classes, queries, best)).all()
-    assert (found != by_hand(train, classes, queries, CS[0])).any(), "C matters here"
+    assert (predictions == by_hand(train, classes, queries, best)).all()
+    assert (predictions != by_hand(train, classes, queries, CS[0])).any(), "C matters here"
 
 
 def benchmark(classes, **probe):
@@ -63,7 +63,7 @@ def benchmark(classes, **probe):
     )
 
 
-def test_a_run_has_each_querys_class():
+def test_run_has_the_class_of_each_query():
     train, classes, queries = drawn()
     (run,) = probe_runs(benchmark(["abc"[c] for c in classes]), list(range(40)), queries, train)
     assert run.indices[:, 0].tolist() == predict_classes(train, classes, queries, Probe())[0].tolist()
@@ -74,65 +74,69 @@ def test_a_run_has_each_querys_class():
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["a"] * 4 + ["b"] * 2, "2 training papers of 'b', and 2 classes"),
+        (["a"] * 4 + ["b"] * 2, "2 training papers of 'b' and 2 classes"),
         (["a"] * 6, "1 classes"),
         (["a"] * 5 + ["ab"], "training paper 't5' has 2 classes"),
         (["a"] * 5 + [""], "training paper 't5' has 0 classes"),
     ],
 )
-def test_what_an_svm_cannot_learn_is_refused(classes, message):
+def test_classes_that_cannot_be_learned_raise_user_error(classes, message):
     with pytest.raises(UserError, match=message):
         list(probe_runs(benchmark(classes), ["q0"], np.zeros((1, 4)), np.ones((len(classes), 4))))
 
 
-def test_a_label_of_no_training_paper_is_told(caplog):
+def test_label_of_no_training_paper_is_reported(caplog):
     train, classes, queries = drawn()
     (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
     assert set(run.indices.ravel()) == {-1, 0, 2}
-    assert "toy: no training papers tell 1 labels apart, the first is b" in caplog.text
+    assert "toy: all training papers have, or all lack, 1 of the labels, first b" in caplog.text
 
 
-def test_without_scikit_learn_it_is_told(monkeypatch):
+def test_missing_scikit_learn_raises_user_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="a linear model needs scikit-learn .make install EXTRAS=cpu,svm"):
+    with pytest.raises(UserError, match="probes need scikit-learn .make install EXTRAS=cpu,svm"):
         next(probe_runs(benchmark(["a"] * 3 + ["b"] * 3), ["q0"], np.zeros((1, 4)), np.ones((6, 4))))
 
 
-def test_a_rank_without_queries_has_an_empty_run():
+def test_rank_without_queries_has_an_empty_run():
     train, classes, _ = drawn()
     for probe in ({}, {"learns": "labels"}, {"samples": 12, "costs": [1], "draws": 2}):
         for run in probe_runs(benchmark(["abc"[c] for c in classes], **probe), [], np.zeros((0, 5)), train):
             assert run.indices.shape == (0, 3 if probe.get("learns") == "labels" else 1)
 
 
-def test_numbers_are_those_of_the_objective():
-    """|w|^2 / 2 + C sum |y - w.x|: of one dimension, w is among the points where the slope turns."""
+def test_predicted_numbers_follow_from_the_objective():
+    """In one dimension, |w|^2 / 2 + C sum |y - w.x| is minimised on a grid."""
     rng = np.random.default_rng(2)
     train, queries = rng.normal(size=(30, 1)), rng.normal(size=(5, 1))
     numbers = 3 * train[:, 0] + rng.normal(size=30)
-    found, c = predict_numbers(train, numbers, queries, Probe("number", costs=[0.05]))
-    assert c == 0.05
+    predictions, cost = predict_numbers(train, numbers, queries, Probe("number", costs=[0.05]))
+    assert cost == 0.05
     grid = np.linspace(-5, 5, 200_001)
     loss = grid**2 / 2 + 0.05 * np.abs(numbers[:, None] - train * grid).sum(0)
-    np.testing.assert_allclose(found, queries[:, 0] * grid[loss.argmin()], atol=2e-3)
+    np.testing.assert_allclose(predictions, queries[:, 0] * grid[loss.argmin()], atol=2e-3)
     assert abs(grid[loss.argmin()]) < 2.5, "C matters here"
 
 
 @pytest.mark.parametrize(
     ("classes", "probe", "message"),
     [
-        (["a"] * 4 + ["b"] * 4, {"samples": 8, "costs": [1]}, "8 training papers do not make parts of 8"),
-        (["a"] * 9 + ["b"], {"samples": 2, "costs": [1]}, "draw 1: 2 training papers of 'a', and 1 classes"),
+        (["a"] * 4 + ["b"] * 4, {"samples": 8, "costs": [1]}, "8 training papers cannot be divided into parts of 8"),
+        (["a"] * 9 + ["b"], {"samples": 2, "costs": [1]}, "draw 1: 2 training papers of 'a' and 1 classes"),
         (
             ["a", "b", "c"] * 12,
             {"samples": 6, "costs": [0.1, 1]},
-            "draw 1: 2 training papers of 'a', .* 3 papers of each",
+            "draw 1: 2 training papers of 'a' and .* with 3 papers of each",
         ),
-        (["ab", "a", "c"], {"learns": "labels", "samples": 2}, "1 training papers of 'b', needed are 2 of each label"),
+        (
+            ["ab", "a", "c"],
+            {"learns": "labels", "samples": 2},
+            "1 training papers of 'b', expected at least 2 of each label",
+        ),
         (["a", "b"], {"learns": "number"}, "expected a corpus of one document"),
     ],
 )
-def test_what_few_shot_learning_cannot_take_is_refused(classes, probe, message):
+def test_too_few_papers_for_few_shot_learning_raise_user_error(classes, probe, message):
     train = np.random.default_rng(0).normal(size=(len(classes), 4))
     with pytest.raises(UserError, match=message):
         list(probe_runs(benchmark(classes, **probe), ["q0"], np.zeros((1, 4)), train))
@@ -140,16 +144,16 @@ def test_what_few_shot_learning_cannot_take_is_refused(classes, probe, message):
 
 @pytest.mark.parametrize("learns", ["labels", "number"])
 def test_predictions_do_not_depend_on_the_share_of_queries(learns):
-    """To the last bit, and those of equal vectors are equal; with a width at which products of matrices differ so."""
+    """They are equal bit for bit, also for equal vectors, at a width where matrix products would differ."""
     rng = np.random.default_rng(3)
     train, queries = (rng.normal(size=(size, 300)).astype(np.float32) for size in (60, 101))
     queries[51:] = queries[:50]
     predict = {"labels": predict_labels, "number": predict_numbers}[learns]
-    told = {"labels": rng.integers(0, 2, (60, 3)), "number": rng.normal(size=60)}[learns]
+    targets = {"labels": rng.integers(0, 2, (60, 3)), "number": rng.normal(size=60)}[learns]
 
     def predicted(part):
-        found = predict(train, told, part, Probe(learns, costs=[0.01]))
-        return found if learns == "labels" else found[0]
+        predictions = predict(train, targets, part, Probe(learns, costs=[0.01]))
+        return predictions if learns == "labels" else predictions[0]
 
     whole = predicted(queries)
     assert len(np.unique(whole)) > 2
@@ -159,31 +163,33 @@ def test_predictions_do_not_depend_on_the_share_of_queries(learns):
             assert (predicted(queries[rank::size]) == whole[rank::size]).all()
 
 
-def test_tau_is_that_of_the_numbers_in_the_run_file(tmp_path):
-    """Also where they differ in the last digits alone."""
+def test_tau_follows_from_the_numbers_in_the_run_file(tmp_path):
+    """The numbers differ in their last digits only."""
     rng = np.random.default_rng(4)
-    told, true = 1 + rng.integers(0, 9, 60) * 2.0**-52, rng.normal(size=60)
-    run = Run([f"q{i}" for i in range(60)], ["number"], np.zeros((60, 1), int), told[:, None])
+    predicted, true = 1 + rng.integers(0, 9, 60) * 2.0**-52, rng.normal(size=60)
+    run = Run([f"q{i}" for i in range(60)], ["number"], np.zeros((60, 1), int), predicted[:, None])
     papers = {query: Document(query) for query in run.queries}
     qrels = {query: {"number": number} for query, number in zip(run.queries, true, strict=True)}
     numbers = Benchmark("toy", "t", "test", {"number": Document("n")}, papers, qrels, training=({}, {}))
     write_trec(run, tmp_path / "run.trec", "model")
     written = [float(line.split()[4]) for line in (tmp_path / "run.trec").read_text().splitlines()]
-    found = means(query_values(run, numbers, ["kendall_tau"]), numbers, ["kendall_tau"])["kendall_tau"]
-    assert found == kendalltau(written, true).statistic != 0
+    values = measure_queries(run, numbers, ["kendall_tau"])
+    assert mean_metrics(values, numbers, ["kendall_tau"])["kendall_tau"] == kendalltau(written, true).statistic != 0
 
 
 @pytest.mark.parametrize("probe", [{}, {"samples": 1, "draws": 2}])
 @pytest.mark.filterwarnings("error")
-def test_a_label_of_too_few_papers_has_the_first_c_and_that_is_told(probe, caplog):
-    """With one paper of b, or of each: a fold without it cannot learn it."""
+def test_label_of_too_few_papers_gets_the_first_cost_with_a_warning(probe, caplog):
+    """A fold without the only paper of a label cannot learn it."""
     train, _, queries = drawn()
     classes = ["a"] * 17 + ["c"] * 18 + ["bc"]
-    told = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
-    runs = list(probe_runs(told, list(range(40)), queries, train))
+    labels = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
+    runs = list(probe_runs(labels, list(range(40)), queries, train))
     count = 3 if probe else 1
-    few = f"toy: too few training papers have or lack {count} labels to choose their C, which is 0.02; the first is "
-    assert caplog.text.count(few) == 1
+    warning = (
+        f"toy: too few training papers have or lack {count} of the labels to choose C, so it is 0.02; the first is"
+    )
+    assert caplog.text.count(warning) == 1
     if not probe:
         model = LinearSVC(C=0.02, fit_intercept=False, random_state=42).fit(train.astype(float), np.arange(36) == 35)
         assert (
@@ -191,7 +197,7 @@ def test_a_label_of_too_few_papers_has_the_first_c_and_that_is_told(probe, caplo
         )
 
 
-def test_parts_smaller_than_asked_for_are_told(caplog):
+def test_parts_smaller_than_requested_are_reported(caplog):
     classes = ["a", "b"] * 50
     train = np.random.default_rng(0).normal(size=(100, 4))
     for samples in (99, 50):

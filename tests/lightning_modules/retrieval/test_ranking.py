@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules.records import Benchmark, Document, UserError
-from lightning_modules.retrieval.evaluation import rank_vectors
+from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
 
 NUM, QUERIES, DIMENSION = 60, 20, 8
@@ -12,7 +12,7 @@ NUM, QUERIES, DIMENSION = 60, 20, 8
 
 @pytest.fixture
 def world():
-    """Queries (20, 8), documents (60, 8), some of which are equal, and how a benchmark of them is made."""
+    """Queries (20, 8), documents (60, 8) of which some are equal, their ids, and a function that makes a benchmark."""
     rng = np.random.default_rng(0)
     queries, documents = (rng.standard_normal((n, DIMENSION)).astype(np.float32) for n in (QUERIES, NUM))
     documents *= rng.uniform(0.5, 3, (NUM, 1)).astype(np.float32)
@@ -36,13 +36,13 @@ def scored(query, document, similarity):
 
 
 def by_loop(query, documents, names, similarity):
-    """All ids, best first, equal ones by descending id, and the scores."""
+    """Return all ids, best first and equal ones by descending id, and their scores."""
     scores = {n: float(np.float32(scored(query, d, similarity))) for n, d in zip(names, documents, strict=True)}
     return sorted(sorted(names, reverse=True), key=lambda name: -round(scores[name], 5)), scores
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "l2"])
-def test_similarities(world, similarity):
+def test_ranking_by_each_similarity(world, similarity):
     queries, documents, ids, names, benchmark = world
     run = rank_vectors(benchmark(), ids, queries, Shards(np.split(documents, [13, 40])), 10, similarity)
     for q, query in enumerate(queries):
@@ -51,17 +51,17 @@ def test_similarities(world, similarity):
         np.testing.assert_allclose(run.scores[q], [scores[name] for name in ranked[:10]], atol=2e-6)
 
 
-def test_a_protocols_own_similarity_counts(world):
+def test_similarity_of_the_benchmark_takes_precedence(world):
     queries, documents, ids, _, benchmark = world
     one = rank_vectors(benchmark(similarity="l2"), ids, queries, Shards([documents]), 10, "dot")
     other = rank_vectors(benchmark(), ids, queries, Shards([documents]), 10, "l2")
     assert (one.indices == other.indices).all()
-    with pytest.raises(UserError, match="similarity: got 'l1', allowed are dot, cosine, l2"):
+    with pytest.raises(UserError, match="similarity: expected one of dot, cosine, l2, got 'l1'"):
         rank_vectors(benchmark(), ids, queries, Shards([documents]), 10, "l1")
 
 
 def test_distances_of_near_vectors_far_from_the_origin():
-    """|q|^2 - 2 q.d + |d|^2 would lose them in float32."""
+    """In float32, |q|^2 - 2 q.d + |d|^2 would lose them."""
     queries = np.full((1, DIMENSION), 1000.0, dtype=np.float32)
     documents = queries + np.linspace(0.01, 0.2, 20, dtype=np.float32)[::-1, None]
     ids = {f"d{i:02}": Document(f"d{i:02}") for i in range(20)}
@@ -71,7 +71,7 @@ def test_distances_of_near_vectors_far_from_the_origin():
 
 
 @pytest.mark.parametrize("similarity", ["dot", "l2"])
-def test_own_candidates(world, similarity):
+def test_only_own_candidates_are_ranked(world, similarity):
     queries, documents, ids, names, benchmark = world
     rng = np.random.default_rng(1)
     own = {query: list(rng.permutation(names)[: rng.integers(0, 9)]) for query in ids}
@@ -82,8 +82,8 @@ def test_own_candidates(world, similarity):
 
 
 @pytest.mark.parametrize("k", [3, 20, NUM])
-def test_named_labels_first_as_the_authors_move_them(world, k):
-    """Their way: two passes over the whole ranking, and membership in lists."""
+def test_named_labels_come_first_as_in_the_authors_program(world, k):
+    """The program passes twice over the whole ranking and looks ids up in lists."""
     queries, documents, ids, names, benchmark = world
     rng = np.random.default_rng(2)
     named = {query: list(rng.permutation(names)[: rng.integers(0, 7)]) for query in ids}

@@ -1,1 +1,0 @@
-"""Encoders in the hands of other programs."""

@@ -1,0 +1,267 @@
+"""Read systems back from the folders of runs and of `make eval`, and compare them query by query."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from datamodules.records import Benchmark, Document, UserError
+from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
+from experiments.build.data import build_data
+from experiments.build.models import config_of_run, run_of
+from experiments.config.arguments import parse_known
+from experiments.config.paths import runs_there
+from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
+
+log = logging.getLogger(__name__)
+
+MUST_AGREE = {"protocol": "protocols", "data": "data", "split": "splits", "task": "tasks"}  # field -> its plural
+MOST_RELEVANT = 3  # relevant documents shown per query
+
+
+@dataclass(frozen=True)
+class MeasuredSystem:
+    """One system in the folder of a run or of `make eval`.
+
+    results.json                        its metrics, and how they were measured
+    runs/BENCHMARK.SYSTEM.queries.tsv   the value of each metric for each query
+    runs/BENCHMARK.SYSTEM.trec          its rankings
+    runs/BENCHMARK.qrels                the judgements
+    runs/BENCHMARK.SYSTEM.draws.tsv     in few-shot learning, the metrics of each draw instead of single queries
+    """
+
+    folder: Path
+    system: str
+    results: Results
+
+    @property
+    def benchmarks(self) -> dict[str, BenchmarkTable]:
+        """The benchmarks that this system was evaluated on."""
+        return {name: table for name, table in self.results.benchmarks.items() if self.system in table.systems}
+
+    def file(self, benchmark: str, kind: Literal["trec", "queries.tsv", "draws.tsv"]) -> Path:
+        return self.folder / "runs" / f"{benchmark}.{self.system}.{kind}"
+
+    def main_metric(self, benchmark: str) -> str:
+        return (self.benchmarks[benchmark].metrics or self.results.info.metrics)[0]
+
+    def values(self, benchmark: str, metric: str) -> dict[str, float]:
+        """Return the value of each query. Raises UserError if the metric has none for single queries."""
+        path = self.file(benchmark, "queries.tsv")
+        if self.file(benchmark, "draws.tsv").is_file():
+            raise UserError(f"{metric} is a mean over draws of training papers, not over queries")
+        try:
+            with open(path, encoding="utf-8", newline="") as lines:
+                rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+            return {row["query"]: float(row[metric]) for row in rows}
+        except KeyError as error:
+            names = ", ".join(name for name in rows[0] if name != "query") or "no metric"
+            raise UserError(f"{path}: has no {metric} for single queries, only {names}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
+
+    def ranking(self, benchmark: str, queries: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
+        """Return the ranked documents of some queries with their scores, best first."""
+        wanted, rankings = set(queries), defaultdict(list)
+        for query, _, document, _, score, _ in _read_fields(self.file(benchmark, "trec"), 6):
+            if query in wanted:
+                rankings[query].append((document, float(score)))
+        return dict(rankings)
+
+    def judgements(self, benchmark: str, queries: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Return the relevant documents of some queries with their grades."""
+        wanted, judgements = set(queries), defaultdict(dict)
+        for query, _, document, grade in _read_fields(self.folder / "runs" / f"{benchmark}.qrels", 4):
+            if query in wanted and int(grade) > 0:
+                judgements[query][document] = int(grade)
+        return dict(judgements)
+
+    def first_ranks(self, benchmark: str, queries: Sequence[str]) -> dict[str, int | None]:
+        """Return the rank of each query's first relevant document; None if none was retrieved."""
+        relevant, ranks = self.judgements(benchmark, queries), Counter()
+        first: dict[str, int | None] = dict.fromkeys(queries)
+        for query, _, document, *_ in _read_fields(self.file(benchmark, "trec"), 6):
+            ranks[query] += 1
+            if document in relevant.get(query, ()) and first[query] is None:
+                first[query] = ranks[query]
+        return first
+
+
+def _read_fields(path: Path, count: int) -> Iterator[list[str]]:
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                fields = line.split()
+                if len(fields) != count:
+                    raise UserError(f"{path}:{number}: expected {count} fields, got {line.strip()!r}")
+                yield fields
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
+
+
+def open_systems(key: str, names: Sequence[str]) -> list[MeasuredSystem]:
+    """Open FOLDER or FOLDER:SYSTEM for each of several seeds of one system.
+
+    Without SYSTEM it is a run's trained encoder, or the only system of an evaluation.
+    key: option that the names come from, for errors.
+    """
+    systems = [_open_system(key, name) for name in names]
+    if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
+        raise UserError(f"{key}: the same system is named twice in {','.join(names)}")
+    return systems
+
+
+def _open_system(key: str, name: str) -> MeasuredSystem:
+    folder, system = Path(name), ""
+    if not folder.is_dir() and ":" in name:
+        folder, _, system = name.rpartition(":")
+        folder = Path(folder)
+    path = folder / "results.json"
+    if not folder.exists():
+        raise UserError(f"{key}: {folder} does not exist. {runs_there()}")
+    if not path.is_file():
+        others = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
+        hint = f"; use {others}" if others else " (complete runs and the folders of make eval have one)"
+        raise UserError(f"{key}: {folder} has no results.json{hint}")
+    results = read_results(path)
+    systems = results.systems
+    if not system:
+        system = "trained" if "trained" in systems else systems[-1] if len(systems) == 1 else ""
+    if system not in systems:
+        choices = ", ".join(f"{folder}:{choice}" for choice in systems)
+        raise UserError(f"{key}: which system of {folder}? Expected one of {choices}")
+    return MeasuredSystem(folder, system, results)
+
+
+def aligned_values(
+    a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], benchmark: str, metric: str
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the values of two systems on the same queries, (S, Q) and (S', Q), and the queries.
+
+    a, b: seeds of each system. Raises UserError if the queries differ.
+    """
+    tables = [system.values(benchmark, metric) for system in (*a, *b)]
+    queries = list(tables[0])
+    if not queries:
+        raise UserError(f"{benchmark}: no query counts in the mean")
+    for system, table in zip((*a, *b), tables, strict=True):
+        if table.keys() != tables[0].keys():
+            raise UserError(f"{benchmark}: {system.folder} and {a[0].folder} have measured other queries")
+    values = np.array([[table[query] for query in queries] for table in tables])
+    return values[: len(a)], values[len(a) :], queries
+
+
+def incomparable(systems: Sequence[MeasuredSystem], benchmark: str) -> str:
+    """Return why the systems cannot be compared on a benchmark, or "" if they can."""
+    for system in systems:
+        table = system.benchmarks.get(benchmark)
+        if table is None:
+            return f"{system.folder} has no results of {system.system} on it"
+        if not all(getattr(table, key) for key in MUST_AGREE):
+            return f"{system.folder} does not name its {', '.join(MUST_AGREE)}: evaluate it again"
+    for key, plural in MUST_AGREE.items():
+        values = list(dict.fromkeys(getattr(system.benchmarks[benchmark], key) for system in systems))
+        if len(values) > 1:
+            return f"different {plural}: {' and '.join(values)}"
+    return ""
+
+
+def largest_differences(
+    a: MeasuredSystem,
+    b: MeasuredSystem,
+    name: str,
+    queries: Sequence[str],
+    values_a: np.ndarray,
+    values_b: np.ndarray,
+    count: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Describe the queries on which A, and those on which B, is furthest ahead.
+
+    name: of the benchmark. values_a, values_b: values of the queries, (Q,). count: number of queries for each side.
+    """
+    differences = values_a - values_b
+    order = np.argsort(-differences, kind="stable")
+    chosen = {
+        "A": [i for i in order[:count] if differences[i] > 0],
+        "B": [i for i in order[::-1][:count] if differences[i] < 0],
+    }
+    ids = [queries[i] for side in chosen.values() for i in side]
+    if not ids:
+        return {side: [] for side in chosen}
+    benchmark = benchmark_of(a, name)
+    relevant = a.judgements(name, ids)
+    rankings = {"A": a.ranking(name, ids), "B": b.ranking(name, ids)}
+
+    def describe(i: int) -> dict[str, Any]:
+        query = queries[i]
+        grades = relevant.get(query, {})
+        best = sorted(grades, key=grades.get, reverse=True)[:MOST_RELEVANT]
+        firsts = {side: ranking[query][0][0] if ranking.get(query) else None for side, ranking in rankings.items()}
+        return {
+            "query": query,
+            "text": short_text(benchmark and benchmark.queries.get(query), query),
+            "A": float(values_a[i]),
+            "B": float(values_b[i]),
+            **{f"first_{side}": id and describe_document(benchmark, id, grades) for side, id in firsts.items()},
+            "relevant": [describe_document(benchmark, document, grades) for document in best],
+        }
+
+    return {side: [describe(i) for i in rows] for side, rows in chosen.items()}
+
+
+def describe_document(benchmark: Benchmark | None, id: str, grades: Mapping[str, int]) -> dict[str, Any]:
+    """Return a document's id, its text in short and its grade."""
+    return {
+        "id": id,
+        "text": short_text(benchmark and benchmark.corpus.get(id), id),
+        "grade": grades.get(id, 0),
+    }
+
+
+def short_text(document: Document | None, id: str, longest: int = 120) -> str:
+    """Return the title of a paper or label, or the words of a query, cut after a word; the id if there is no text."""
+    text = (document.title or document.text) if document else ""
+    text = " ".join(text.split()) or id
+    return text if len(text) <= longest else text[: longest - 1].rsplit(" ", 1)[0] + "…"
+
+
+def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
+    """Read the data of a benchmark again; None, with a warning, if they are gone or have changed."""
+    table = measured.benchmarks[name]
+    try:
+        benchmark = _read_benchmark(measured.folder.resolve(), name, table.split)
+    except UserError as error:
+        log.warning("%s: ids are shown without their texts (%s)", name, error)
+        return None
+    if benchmark and benchmark.fingerprint() != table.data:
+        log.warning("%s: the data have changed since, so ids are shown without their texts", name)
+        return None
+    return benchmark
+
+
+@functools.lru_cache(maxsize=2)
+def _read_benchmark(folder: Path, name: str, split: str) -> Benchmark | None:
+    if (folder / "config.yaml").is_file():
+        return benchmarks_of_run(folder, split).get(name)
+    info = read_results(folder / "results.json").info
+    command = info.command if isinstance(info, EvaluationInfo) else []
+    options, _ = parse_known(BenchmarkOptions, command)
+    if options.benchmarks:
+        options.benchmarks = (name,)
+        return next(suite_benchmarks(options), None)
+    config = config_of_run(options.run or run_of(info.model))
+    return next((benchmark for benchmark in collection_benchmarks(options, config) if benchmark.name == name), None)
+
+
+@functools.lru_cache(maxsize=1)
+def benchmarks_of_run(folder: Path, split: str) -> dict[str, Benchmark]:
+    """Return the benchmarks of a run's final table, by name. Raises UserError if the data cannot be read."""
+    return {benchmark.name: benchmark for benchmark in build_data(config_of_run(folder)).benchmarks(split)}

@@ -1,0 +1,126 @@
+"""The final table of a run: BM25, the encoder before training, and the trained encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from datamodules.files import read_json, write_json
+from datamodules.records import Benchmark, UserError
+from experiments.build.models import System
+from experiments.config.schema import Config
+from experiments.results.results import (
+    Benchmarks,
+    Results,
+    RunInfo,
+    combine,
+    evaluate_system,
+    tables_from_json,
+    tables_to_json,
+)
+from experiments.results.tables import show
+from experiments.run.folder import RunFolder
+from lightning_modules.distributed.collectives import rank
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.vector_cache import VectorCache
+
+log = logging.getLogger(__name__)
+
+
+class FinalTable:
+    """Evaluates the systems of a run on the final split, and writes results.json. All ranks share the work.
+
+    Encoders compute in fp32 here, as in `make eval`, whatever the precision of the training.
+    """
+
+    def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
+        self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
+        split = config.evaluation.split
+        if not self.benchmarks:
+            raise UserError(
+                f"evaluation.split: no collection has a split {split!r} for the final table; add {split}.jsonl or "
+                f"qrels/{split}.tsv to one, or set evaluation.split=dev (or train, to see whether it learns)"
+            )
+        if missing := set(config.task) - {benchmark.task for benchmark in self.benchmarks}:
+            log.warning("the final table has no results for %s: no %s split", ", ".join(sorted(missing)), split)
+        self.baselines_file = folder.path / "baselines.json"  # so that a resumed run need not evaluate them again
+        self.results: Results | None = None
+
+    def baselines(self, encoder: Encoder) -> None:
+        """Evaluate BM25, and the encoder before training: untrained, or loaded by init_from or extend.model."""
+        start = "start" if self.config.init_from or self.config.extend.model else "untrained"
+        tables = combine(self._evaluate(System("bm25", "bm25", None, "bm25")), self._evaluate_encoder(start, encoder))
+        if rank() == 0:
+            write_json(self.baselines_file, self._protocol() | {"benchmarks": tables_to_json(tables)})
+
+    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int) -> None:
+        """Evaluate the trained encoder and write results.json.
+
+        checkpoint: name of the file that the encoder was loaded from. checkpoint_step: optimizer step of that file.
+        """
+        info = RunInfo(
+            experiment=self.config.experiment,
+            scale=self.config.scale,
+            seed=self.config.run.seed,
+            steps=self.config.trainer.max_steps,
+            checkpoint=checkpoint,
+            checkpoint_step=checkpoint_step,
+            **self._protocol(),
+        )
+        tables = combine(self._read_baselines(), self._evaluate_encoder("trained", encoder))
+        self.results = Results(info=info, benchmarks=tables)
+        if rank() == 0:
+            self.results.write(self.folder.results)
+
+    def flat(self) -> dict[str, float]:
+        """Return the trained encoder's metrics for loggers: <split>/<benchmark>/<metric>, and the mean of the first."""
+        split, first = self.results.info.split, self.results.info.metrics[0]
+        trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
+        values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
+        mean = sum(metrics[first] for metrics in trained.values()) / len(trained)
+        return values | {f"{split}/mean/{first}": mean}
+
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Return columns and rows of the table, for loggers."""
+        metrics = self.results.info.metrics
+        rows = [
+            [table.task, name, system, *(result.metrics.get(metric) for metric in metrics)]
+            for name, table in self.results.benchmarks.items()
+            for system, result in table.systems.items()
+        ]
+        return ["task", "benchmark", "system", *metrics], rows
+
+    @staticmethod
+    def show(results: Results) -> None:
+        """Print the results of a run."""
+        info = results.info
+        title = (
+            f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint} of step "
+            f"{info.checkpoint_step} of {info.steps}, {info.split} split"
+        )
+        show(results.benchmarks, info.metrics, title)
+
+    def _evaluate_encoder(self, name: str, encoder: Encoder) -> Benchmarks:
+        vectors = VectorCache(encoder, token_budget=self.config.data.token_budget)
+        return self._evaluate(System(name, name, encoder, self.config.objective.similarity, vectors))
+
+    def _evaluate(self, system: System) -> Benchmarks:
+        metrics, folder = self.config.evaluation.metrics, self.folder.path / "runs"
+        return combine(*(evaluate_system(system, benchmark, metrics, folder) for benchmark in self.benchmarks))
+
+    def _protocol(self) -> dict[str, Any]:
+        return {"split": self.config.evaluation.split, "metrics": self.config.evaluation.metrics}
+
+    def _read_baselines(self) -> Benchmarks:
+        """Return the baselines, if they were evaluated on the same data with the same metrics and protocols."""
+        if not self.baselines_file.is_file():
+            return {}
+        content = read_json(self.baselines_file)
+        tables = tables_from_json(content["benchmarks"])
+        now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
+        then = {name: (table.protocol, table.data) for name, table in tables.items()}
+        if {key: content.get(key) for key in self._protocol()} != self._protocol() or then != now:
+            log.warning("the baselines are of other data, metrics or protocols: the final table does not have them")
+            return {}
+        return tables
