@@ -46,6 +46,7 @@ __all__ = [
     "Encoder",
     "FrozenEncoder",
     "InstructEncoder",
+    "MiningOptions",
     "MoEEncoder",
     "ObjectiveOptions",
     "OptimOptions",

@@ -1,11 +1,12 @@
-"""What a training will need, from a few of its steps on one rank: memory, time of a step, hours of the whole.
+"""Predict what a training needs from a few of its steps on one rank: memory, time of a step, time in all.
 
-Time and peak memory are measured where this runs; what further ranks add is computed.
+Time and peak memory are measured on this machine. What further ranks add is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,15 +27,17 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in
 
-WARM, MEASURED = 2, 6  # batches of each task
-TEXTS = 256  # of a benchmark that are encoded
+NUM_WARMUP, NUM_MEASURED = 2, 6  # batches of each task
+MAX_TEXTS = 256  # texts of a benchmark that are encoded
 
 
 @dataclasses.dataclass
 class TaskCost:
-    """Of one batch on one rank, means. seconds: forward, backward and preparing it. documents: of all ranks, that a
-    query is compared with. batches: in the whole training, on each rank. scores: bytes of similarities of all ranks'
-    documents. flops: of forward and backward, 6 for each parameter and token.
+    """Mean cost of one batch of a task on one rank.
+
+    seconds: time to prepare it, and of the forward and backward pass. documents: documents of all ranks, with which
+    each query is compared. batches: number of batches on each rank in the whole training. scores: bytes of the
+    similarities with the documents of all ranks. flops: forward and backward, 6 for each parameter and token.
     """
 
     seconds: float
@@ -48,10 +51,13 @@ class TaskCost:
 
 @dataclasses.dataclass
 class Prediction:
-    """Bytes and seconds. peak: of this process, or of GPU memory, in the measured steps. activations: what of it is
-    neither weights nor gradients nor the optimizer's nor the process itself. further: what other ranks' documents add.
-    gathered: weights and gradients that stand whole for a time where ranks share them out (trainer.strategy=fsdp), when
-    those above are a rank's share. start: data and encoder are read and built, texts tokenised.
+    """Memory of a rank in bytes, and times in seconds.
+
+    process: Python, libraries and data (on a GPU: other memory). activations: the rest of the measured peak.
+    further: vectors of other ranks' documents, and similarities with them. gathered: weights and gradients that are
+    whole for a time with trainer.strategy=fsdp; weights, gradients and optimizer are a rank's share then.
+    update: clipping and the optimizer, per step. evaluation: all evaluations. start: reading and building data and
+    encoder, and tokenising. tasks: cost by task.
     """
 
     weights: int
@@ -72,7 +78,7 @@ class Prediction:
         return kept + self.process + self.activations + self.further + self.gathered
 
     def training(self, steps: int) -> float:
-        """Seconds of all steps."""
+        """Return the seconds of a number of steps."""
         return steps * self.update + sum(cost.batches * cost.seconds for cost in self.tasks.values())
 
 
@@ -82,57 +88,59 @@ def ranks_of(config: Config) -> int:
 
 
 def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
-    """Take a few steps with every task. The module's weights change. built: seconds that both took to build."""
+    """Take a few steps with every task, which change the module's weights. built: seconds that building both took."""
     device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
     module.to(device).train()
-    memory, steps = Memory(device), _Steps(config, module, device)
+    memory, stepper = Memory(device), _Stepper(config, module, device)
     batches, preparing, tokenising = {}, {}, 0.0
     for task in data.tasks:
-        began = time.perf_counter()
-        _batches(task, data, 1)  # its texts are tokenised, once
-        started = time.perf_counter()
-        tokenising += started - began
-        batches[task.task.name] = _batches(task, data, WARM + MEASURED)
-        preparing[task.task.name] = (time.perf_counter() - started) / (WARM + MEASURED)
+        start = time.perf_counter()
+        _batches(task, data, 1)  # tokenises the texts, once
+        tokenised = time.perf_counter()
+        tokenising += tokenised - start
+        batches[task.task.name] = _batches(task, data, NUM_WARMUP + NUM_MEASURED)
+        preparing[task.task.name] = (time.perf_counter() - tokenised) / (NUM_WARMUP + NUM_MEASURED)
     weights = _bytes(module)
-    for some in batches.values():
-        for batch in some[:WARM]:
-            steps.take(batch)
-    states = [s for state in steps.optimizer.state.values() for s in state.values() if torch.is_tensor(s)]
-    optimizer = sum(s.numel() * s.element_size() for s in states)
+    for task_batches in batches.values():
+        for batch in task_batches[:NUM_WARMUP]:
+            stepper.step(batch)
+    optimizer = stepper.optimizer_bytes()
     process = max(0, memory.now() - weights - optimizer)
     memory.forget_peak()
-    costs, update, gradients = {}, [], 0
-    for name, some in batches.items():
-        taken = [steps.take(batch) for batch in some[WARM:]]
-        gradients = max(gradients, steps.gradients)
-        update += [after for _, after in taken]
-        mean = sum(seconds for seconds, _ in taken) / len(taken)
-        own = 0.0 if config.data.num_workers else preparing[name]
-        costs[name] = _cost(config, data, module, name, some[WARM:], mean + own)
+    costs, updates, gradients = {}, [], 0
+    for name, task_batches in batches.items():
+        measured = task_batches[NUM_WARMUP:]
+        times = [stepper.step(batch) for batch in measured]
+        gradients = max(gradients, stepper.gradients)
+        updates += [update for _, update in times]
+        seconds = sum(passes for passes, _ in times) / len(times)
+        in_turn = 0.0 if config.data.num_workers else preparing[name]  # workers prepare batches in parallel
+        costs[name] = _cost(config, data, module, name, measured, seconds + in_turn)
     activations = max(0, memory.peak() - process - weights - optimizer - gradients)
-    ranks = ranks_of(config)
-    sharded = config.trainer.strategy == "fsdp"
-    shares = ranks if sharded else 1
+    num_ranks = ranks_of(config)
+    is_sharded = config.trainer.strategy == "fsdp"
+    shares = num_ranks if is_sharded else 1
     largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
     return Prediction(
-        weights // shares,
-        gradients // shares,
-        optimizer // shares,
-        process,
-        activations,
-        # Vectors of others' documents and similarities with them, forward and backward.
-        int(2 * largest * (ranks - 1) / ranks),
-        _gathered(module.encoder) if sharded else 0,
-        sum(update) / len(update),
-        _evaluation(config, data, module) / ranks,
-        built + tokenising,
-        costs,
+        weights=weights // shares,
+        gradients=gradients // shares,
+        optimizer=optimizer // shares,
+        process=process,
+        activations=activations,
+        further=int(2 * largest * (num_ranks - 1) / num_ranks),  # forward and backward
+        gathered=_gathered(module.encoder) if is_sharded else 0,
+        update=sum(updates) / len(updates),
+        evaluation=_evaluation(config, data, module) / num_ranks,
+        start=built + tokenising,
+        tasks=costs,
     )
 
 
 def _gathered(encoder: Encoder) -> int:
-    """Bytes of what is outside of layers, and of two neighbours, of which one was asked for early; with gradients."""
+    """Return the bytes, with gradients, of what is outside of layers and of two neighbouring layers.
+
+    FSDP gathers a layer while the one before it is computed.
+    """
     layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
     return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
 
@@ -146,17 +154,17 @@ def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> lis
     return first_batches(task, data.tokenizer, count)
 
 
-class _Steps:
-    """Optimizer steps of one batch each, timed."""
+class _Stepper:
+    """Takes optimizer steps of one batch each, and times them. gradients: bytes of the last step's gradients."""
 
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
         self.optimizer = module.configure_optimizers()["optimizer"]
         self.bf16, self.gradients = precision_of(config) == "bf16", 0
 
-    def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
-        """Seconds of forward and backward, and of clipping and the optimizer."""
-        started = self._time()
+    def step(self, batch: ContrastiveBatch) -> tuple[float, float]:
+        """Return the seconds of the forward and backward pass, and those of clipping and the optimizer."""
+        start = self._time()
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
         middle = self._time()
@@ -164,7 +172,11 @@ class _Steps:
         self.module.configure_gradient_clipping(self.optimizer, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return middle - started, self._time() - middle
+        return middle - start, self._time() - middle
+
+    def optimizer_bytes(self) -> int:
+        tensors = (value for state in self.optimizer.state.values() for value in state.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if torch.is_tensor(tensor))
 
     def _with_gradient(self) -> Iterator[torch.nn.Parameter]:
         return (p for p in self.module.parameters() if p.grad is not None)
@@ -183,34 +195,33 @@ def _cost(
     batches: list[ContrastiveBatch],
     seconds: float,
 ) -> TaskCost:
-    def mean(of: Callable[[ContrastiveBatch], float]) -> float:
-        return sum(of(batch) for batch in batches) / len(batches)
+    def mean(value: Callable[[ContrastiveBatch], float]) -> float:
+        return sum(value(batch) for batch in batches) / len(batches)
 
-    count, schedule, ranks = config.trainer.max_steps * batches_per_step(config), data.schedule(), ranks_of(config)
-    tokens, queries = mean(lambda b: b.num_tokens), mean(lambda b: len(b.queries))
-    documents = mean(lambda b: len(b.documents)) * ranks
+    tokens, queries = mean(lambda batch: batch.num_tokens), mean(lambda batch: len(batch.queries))
+    documents = mean(lambda batch: len(batch.documents)) * ranks_of(config)
     return TaskCost(
-        seconds,
-        tokens,
-        queries,
-        documents,
-        schedule.turns(count, task),
-        4 * queries * documents,
-        6 * tokens * _parameters(module),
+        seconds=seconds,
+        tokens=tokens,
+        queries=queries,
+        documents=documents,
+        batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
+        scores=4 * queries * documents,
+        flops=6 * tokens * _parameters(module),
     )
 
 
 def _parameters(module: ContrastiveModule) -> int:
-    """Of a forward: no embeddings, and of each kind of expert one."""
+    """Return the number of parameters that a token passes: no embeddings, and only one of a layer's experts."""
     tasks = max(1, len(set(module.encoder.tasks.values())))
     sizes = [(name, p.numel()) for name, p in module.encoder.named_parameters() if "embeddings" not in name]
     return sum(size // tasks if ".experts." in name else size for name, size in sizes)
 
 
 def _evaluation(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
-    """Seconds of all evaluations on one rank, by the texts of each benchmark; ranking is not counted."""
+    """Return the seconds that encoding takes in all evaluations on one rank. Ranking is not included."""
     settings, steps = config.evaluation, config.trainer.max_steps
-    in_training = -(-steps // settings.every_n_steps) if settings.every_n_steps else 0
+    in_training = math.ceil(steps / settings.every_n_steps) if settings.every_n_steps else 0
     final = 2 if settings.baselines else 1
     seconds = 0.0
     for split, count, precision in (("dev", in_training, precision_of(config)), (settings.split, final, "fp32")):
@@ -220,11 +231,12 @@ def _evaluation(config: Config, data: MultiTaskDataModule, module: ContrastiveMo
 
 
 def _encoding(config: Config, module: ContrastiveModule, benchmark: Benchmark) -> float:
-    corpus, queries = list(benchmark.corpus.values()), list(benchmark.queries.values())
+    """Return the seconds that encoding a benchmark takes, from a sample of its texts."""
     seconds = 0.0
-    for texts in (corpus, queries):
-        some = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
-        started = time.perf_counter()
-        module.encoder.encode(some, benchmark.task, token_budget=config.data.token_budget)
-        seconds += (time.perf_counter() - started) * len(texts) / len(some)
+    for documents in (benchmark.corpus, benchmark.queries):
+        texts = list(documents.values())
+        sample = texts[:: max(1, len(texts) // MAX_TEXTS)][:MAX_TEXTS]
+        start = time.perf_counter()
+        module.encoder.encode(sample, benchmark.task, token_budget=config.data.token_budget)
+        seconds += (time.perf_counter() - start) * len(texts) / len(sample)
     return seconds
