@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_modules.encoders.moe import MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder
+    from lightning_modules.mining.mine import mine
     from lightning_modules.objective import FrozenEncoder
     from lightning_modules.objective_options import ObjectiveOptions
     from lightning_modules.optim import OptimOptions
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "PromptEncoder": "lightning_modules.encoders.instruct",
     "AdapterEncoder": "lightning_modules.encoders.adapters",
     "load_encoder": "lightning_modules.encoders.loading",
+    "mine": "lightning_modules.mining.mine",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Encoder",
     "FrozenEncoder",
     "InstructEncoder",
+    "MiningOptions",
     "MoEEncoder",
     "ObjectiveOptions",
     "OptimOptions",
@@ -51,6 +54,7 @@ __all__ = [
     "RoutedEncoder",
     "SharedEncoder",
     "load_encoder",
+    "mine",
 ]
 
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch.distributed as dist
 
 from datamodules.options import option
-from datamodules.records import Document, MinedNegatives, MiningPool, UserError
+from datamodules.records import Document, MinedNegatives, MiningPool, Ragged, UserError
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining import filters
-from lightning_modules.mining.filters import Lists, Sieve
+from lightning_modules.mining.filters import Sieve
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
 from lightning_modules.retrieval.search import Shards, pair_scores
 from lightning_modules.retrieval.vector_cache import VectorCache
@@ -281,7 +281,7 @@ class _BlockMiner:
         )
 
     def _apply_margins(
-        self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Lists
+        self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
         """Apply the filters that compare candidates with positives by the encoder, and return the margins (Q, k)."""
         if self.context.queries is None:
@@ -301,7 +301,7 @@ class _BlockMiner:
         vectors: tuple[Shards, Shards],
         block: range,
         rows: np.ndarray,
-        positives: Lists,
+        positives: Ragged,
         scores: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores of each query's positive (Q,) and candidates (Q, k) by vectors of queries and documents.
@@ -309,8 +309,8 @@ class _BlockMiner:
         scores: those of the candidates if they are known.
         """
         queries, documents = vectors
-        of_positives = queries.gather(filters.query_of_entries(positives) + block.start).astype(np.float64)
-        positive_scores = np.einsum("pd,pd->p", of_positives, documents.gather(positives[1]).astype(np.float64))
+        of_positives = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)
+        positive_scores = np.einsum("pd,pd->p", of_positives, documents.gather(positives.values).astype(np.float64))
         positive = filters.positive_score(positive_scores, positives, self.options.positive)
         if scores is None:
             block_queries = queries.gather(np.arange(block.start, block.stop))
@@ -325,10 +325,10 @@ def _vectors_of(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
     return cache.vectors(pool.queries, pool.task, f"queries of {pool.name}"), documents
 
 
-def _lists_of(lists: Lists, queries: range) -> Lists:
+def _lists_of(lists: Ragged, queries: range) -> Ragged:
     """Return the lists of some queries."""
-    starts = lists[0][queries.start : queries.stop + 1]
-    return starts - starts[0], lists[1][starts[0] : starts[-1]]
+    starts = lists.starts[queries.start : queries.stop + 1]
+    return Ragged(starts - starts[0], lists.values[starts[0] : starts[-1]])
 
 
 def _joined_pools(pools: Sequence[Mined]) -> Mined:

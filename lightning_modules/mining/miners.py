@@ -125,7 +125,7 @@ class ShownMiner(Miner):
     """
 
     def rank(self, pool, queries, k, context):
-        starts, documents = pool.judged_negatives
+        starts, documents = pool.shown.starts, pool.shown.values
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         for i, query in enumerate(queries):
             shown = documents[starts[query] : starts[query + 1]][:k]
@@ -160,8 +160,7 @@ class TwoHopMiner(Miner):
 
 def positives_of(pool: MiningPool) -> list[np.ndarray]:
     """Return the positives of each query."""
-    starts, documents = pool.positives
-    return np.split(documents, starts[1:-1])
+    return np.split(pool.positives.values, pool.positives.starts[1:-1])
 
 
 class CitedByCitedMiner(TwoHopMiner):
