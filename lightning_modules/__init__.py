@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_modules.encoders.moe import MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder
-    from lightning_modules.mining.mine import MiningOptions, mine
+    from lightning_modules.mining.mine import mine
     from lightning_modules.objective import FrozenEncoder
     from lightning_modules.objective_options import ObjectiveOptions
     from lightning_modules.optim import OptimOptions
@@ -37,7 +37,6 @@ _MODULE_OF = {
     "PromptEncoder": "lightning_modules.encoders.instruct",
     "AdapterEncoder": "lightning_modules.encoders.adapters",
     "load_encoder": "lightning_modules.encoders.loading",
-    "MiningOptions": "lightning_modules.mining.mine",
     "mine": "lightning_modules.mining.mine",
 }
 
