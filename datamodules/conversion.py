@@ -123,14 +123,14 @@ def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
 
 def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
     """Write first.npy, own.npy and same.npy. Return the first of them."""
-    own = np.fromiter((sink.documents.get(id, -1) for id in sink.queries), dtype=np.int32, count=len(sink.queries))
+    same_id = np.fromiter((sink.documents.get(id, -1) for id in sink.queries), dtype=np.int32, count=len(sink.queries))
     corpus, queries = StoredDocuments(folder / "corpus.arrow"), StoredDocuments(folder / "queries.arrow")
-    same = np.zeros(len(own), dtype=bool)
-    for number in np.flatnonzero(own >= 0).tolist():
-        same[number] = _same_text(corpus.row(int(own[number])), queries.row(number))
+    same_text = np.zeros(len(same_id), dtype=bool)
+    for number in np.flatnonzero(same_id >= 0).tolist():
+        same_text[number] = _equal_texts(corpus.row(int(same_id[number])), queries.row(number))
     first = _first_of_same_text(sink.hashes, corpus)
-    own[own >= 0] = first[own[own >= 0]]
-    for name, values in (("first", first), ("own", own), ("same", same)):
+    same_id[same_id >= 0] = first[same_id[same_id >= 0]]
+    for name, values in (("first", first), ("own", same_id), ("same", same_text)):
         np.save(folder / f"{name}.npy", values)
     return first
 
@@ -149,7 +149,7 @@ def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> 
     return len(np.unique(queries))
 
 
-def _same_text(one: Document, other: Document) -> bool:
+def _equal_texts(one: Document, other: Document) -> bool:
     return (one.title, one.text) == (other.title, other.text)
 
 
@@ -158,7 +158,7 @@ def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():
-        if not _same_text(texts.row(row), texts.row(int(first[row]))):  # different texts may have equal hashes
+        if not _equal_texts(texts.row(row), texts.row(int(first[row]))):  # different texts may have equal hashes
             first[row] = row
     return first
 

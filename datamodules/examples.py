@@ -23,27 +23,38 @@ class ExampleTable(Sequence[Example]):
     """Examples of one collection, whose rows start at 0. The arrays may be memory-mapped.
 
     queries: row of each query, (n,) int32.
-    own: row of the document that each query is, -1 if it is not a document, (n,) int32.
+    document_of_query: row of the document that each query is, -1 if it is not a document, (n,) int32.
     starts: (n + 1,) int64; the judgements of example i are those from starts[i] to starts[i + 1].
     documents: row of each judged document, (j,) int32.
     grades: grade of each judgement, (j,) int32; above 0 is a positive, 0 a hard negative.
     """
 
     def __init__(
-        self, queries: np.ndarray, own: np.ndarray, starts: np.ndarray, documents: np.ndarray, grades: np.ndarray
+        self,
+        queries: np.ndarray,
+        document_of_query: np.ndarray,
+        starts: np.ndarray,
+        documents: np.ndarray,
+        grades: np.ndarray,
     ):
-        self.queries, self.own, self.starts, self.documents, self.grades = queries, own, starts, documents, grades
+        self.queries, self.document_of_query = queries, document_of_query
+        self.starts, self.documents, self.grades = starts, documents, grades
 
     @classmethod
     def from_judgements(
-        cls, queries: np.ndarray, documents: np.ndarray, grades: np.ndarray, rows: np.ndarray, own: np.ndarray
+        cls,
+        queries: np.ndarray,
+        documents: np.ndarray,
+        grades: np.ndarray,
+        rows: np.ndarray,
+        document_of_query: np.ndarray,
     ) -> ExampleTable:
         """Group judgements by query, in the order in which the queries first appear.
 
         Queries without a positive are dropped. The highest grade of a repeated pair counts.
 
         queries, documents, grades: number of the query, row of the document, grade; (j,) each.
-        rows, own: row of each query by its number, and row of the document that it is, or -1.
+        rows, document_of_query: row of each query by its number, and row of the document that it is, or -1.
         """
         best = _highest_grades(queries, documents, grades)
         queries, documents, grades = queries[best], documents[best], grades[best]
@@ -60,7 +71,7 @@ class ExampleTable(Sequence[Example]):
         np.cumsum(counts[by_first], out=starts[1:])
         return cls(
             rows[numbers[by_first]].astype(np.int32),
-            own[numbers[by_first]].astype(np.int32),
+            document_of_query[numbers[by_first]].astype(np.int32),
             starts,
             documents[order].astype(np.int32),
             grades[order].astype(np.int32),
@@ -80,13 +91,13 @@ class ExampleTable(Sequence[Example]):
         grades = self.grades[judgements].tolist()
         rows = [row + offset for row in self.documents[judgements].tolist()]
         positives = tuple(row for row, grade in zip(rows, grades, strict=True) if grade > 0)
-        own = int(self.own[index])
+        document = int(self.document_of_query[index])
         return Example(
             query=int(self.queries[index]) + offset,
             positives=positives,
             grades=tuple(grade for grade in grades if grade > 0),
             hard_negatives=tuple(row for row, grade in zip(rows, grades, strict=True) if grade == 0),
-            not_negatives=positives + (() if own < 0 else (own + offset,)),
+            not_negatives=positives + (() if document < 0 else (document + offset,)),
         )
 
     def judged(self, chosen: np.ndarray) -> Ragged:
@@ -118,7 +129,7 @@ class ExampleTable(Sequence[Example]):
 
     def without_itself(self) -> ExampleTable:
         """Return the table without judgements of the document that the query is."""
-        kept = self.own[self._example_of_judgement()] != self.documents
+        kept = self.document_of_query[self._example_of_judgement()] != self.documents
         if kept.all():
             return self
         log.warning(
@@ -134,8 +145,13 @@ class ExampleTable(Sequence[Example]):
     def _only(self, kept: np.ndarray) -> ExampleTable:
         """Keep some judgements, and the examples that still have a positive. kept: (j,) bool."""
         example, documents, grades = self._example_of_judgement(), np.asarray(self.documents), np.asarray(self.grades)
-        queries, own = np.asarray(self.queries), np.asarray(self.own)
-        return ExampleTable.from_judgements(example[kept], documents[kept], grades[kept], queries, own)
+        return ExampleTable.from_judgements(
+            example[kept],
+            documents[kept],
+            grades[kept],
+            np.asarray(self.queries),
+            np.asarray(self.document_of_query),
+        )
 
 
 def whole_grade(split: str, query: str, document: str, grade: float) -> int:
@@ -249,7 +265,7 @@ class JoinedExamples(Joined[Example]):
 
 
 def query_rows(
-    numbers: np.ndarray, num_documents: int, own: np.ndarray, same: np.ndarray, queries_are_documents: bool
+    numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the row of each query, and the row of the document that it is, or -1; (n,) int32 each.
 
@@ -257,13 +273,13 @@ def query_rows(
     documents.
 
     numbers: numbers of the queries.
-    own: document with each query's id, as given by first_of_same_text, or -1.
-    same: whether that document has the query's text too.
+    same_id: row of the document with each query's id, as given by first_of_same_text, or -1.
+    same_text: whether that document has the query's text too.
     """
     if not queries_are_documents:
         return (numbers + num_documents).astype(np.int32), np.full(len(numbers), -1, dtype=np.int32)
-    documents = own[numbers]
-    rows = np.where((documents >= 0) & same[numbers], documents, numbers + num_documents)
+    documents = same_id[numbers]
+    rows = np.where((documents >= 0) & same_text[numbers], documents, numbers + num_documents)
     return rows.astype(np.int32), documents.astype(np.int32)
 
 
@@ -276,9 +292,10 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     queries = {id: number for number, id in enumerate(collection.queries)}
     documents = [list(collection.corpus.values()), list(collection.queries.values())]
     first = first_of_same_text(documents[0])
-    own = np.array([first[corpus[id]] if id in corpus else -1 for id in queries], dtype=np.int32)
-    same = np.array([collection.corpus.get(id) == query for id, query in collection.queries.items()], bool)
-    rows, own_rows = query_rows(np.arange(len(queries)), len(corpus), own, same, queries_are_documents)
+    same_id = np.array([first[corpus[id]] if id in corpus else -1 for id in queries], dtype=np.int32)
+    same_text = np.array([collection.corpus.get(id) == query for id, query in collection.queries.items()], bool)
+    numbers = np.arange(len(queries))
+    rows, document_of_query = query_rows(numbers, len(corpus), same_id, same_text, queries_are_documents)
     judgements = []
     for query, grades in collection.qrels.get("train", {}).items():
         for document, grade in grades.items():
@@ -287,5 +304,5 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
                 raise UserError(f"split train: the judgements name a {kind} {id!r} that is not in the collection")
             judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     numbers, judged, grades = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
-    table = ExampleTable.from_judgements(numbers, first[judged], grades, rows, own_rows)
+    table = ExampleTable.from_judgements(numbers, first[judged], grades, rows, document_of_query)
     return documents, table.without_itself() if queries_are_documents else table

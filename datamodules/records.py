@@ -229,11 +229,11 @@ class MiningPool:
     queries: Q documents, the query of each training example.
     first_row: row of the first corpus document in the task's document table.
     first_example: number of the first query's example in the task's list of examples.
-    own: corpus row of each query, -1 if the query is not a document of the corpus, (Q,).
+    document_of_query: corpus row of the document that each query is, -1 if it is not in the corpus, (Q,).
     positives: corpus rows of the positives of each query.
-    revealed: corpus rows that only other splits than train judge relevant. Use them in reports, never to choose
-        negatives.
-    shown: corpus rows that the train split judges irrelevant (grade 0).
+    held_out_positives: corpus rows that only other splits than train judge relevant. Use them in reports, never to
+        choose negatives.
+    judged_negatives: corpus rows that the train split judges irrelevant (grade 0).
     excluded: corpus rows that are not trained on.
     """
 
@@ -243,10 +243,10 @@ class MiningPool:
     queries: Sequence[Document]
     first_row: int
     first_example: int
-    own: np.ndarray
+    document_of_query: np.ndarray
     positives: Ragged
-    revealed: Ragged
-    shown: Ragged
+    held_out_positives: Ragged
+    judged_negatives: Ragged
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 

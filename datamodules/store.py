@@ -148,8 +148,9 @@ class StoredCollection:
             starts, documents, grades = (self.array(f"examples.{n}") for n in ("starts", "documents", "grades"))
         else:
             starts, documents, grades = np.zeros(1, dtype=np.int64), numbers, numbers
-        rows, own = query_rows(numbers, len(self.corpus), self.array("own"), self.array("same"), queries_are_documents)
-        table = ExampleTable(rows, own, starts, documents, grades)
+        same_id, same_text = self.array("own"), self.array("same")
+        rows, document_of_query = query_rows(numbers, len(self.corpus), same_id, same_text, queries_are_documents)
+        table = ExampleTable(rows, document_of_query, starts, documents, grades)
         return [self.corpus.rows, self.queries.rows], table.without_itself() if queries_are_documents else table
 
 

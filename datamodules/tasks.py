@@ -219,10 +219,10 @@ class TaskDataModule(ContrastiveDataModule):
             queries=queries,
             first_row=first_row,
             first_example=first_example,
-            own=np.asarray(table.own),
+            document_of_query=np.asarray(table.document_of_query),
             positives=positives,
-            revealed=_held_out_positives(collection, corpus, queries, positives),
-            shown=table.judged(np.asarray(table.grades) == 0),
+            held_out_positives=_held_out_positives(collection, corpus, queries, positives),
+            judged_negatives=table.judged(np.asarray(table.grades) == 0),
             excluded=self.stripped - first_row,
         )
 

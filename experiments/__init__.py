@@ -1,1 +1,1 @@
-"""What was run: configurations, and one entry point a file."""
+"""Experiments: one YAML file each, and the commands that train, evaluate and compare them."""

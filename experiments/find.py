@@ -24,8 +24,8 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_ids, read_metadata
 from lightning_modules.retrieval.faiss_index import read_index, search_index
 from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.run_files import write_trec
 from lightning_modules.retrieval.search import top_k
+from lightning_modules.retrieval.trec import write_trec
 from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,4 @@
-"""List runs: python -m experiments.runs [root=runs]
-
-A row for each run below the folder root, the latest first: its folder; in which settings it differs from what its
-experiment and scale are now (and these, where the folder's name does not tell them); how far it is; its mean over
-benchmarks in the first metric, and BM25's; experiment, scale and seed; the hours that its devices trained together; and
-when something was last logged. On a narrow terminal some columns are left out.
-"""
+"""List runs: python -m experiments.runs [root=runs]"""
 
 from __future__ import annotations
 
@@ -12,79 +6,100 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from datamodules.options import option
 from datamodules.records import UserError
+from experiments.config.arguments import parse
 from experiments.config.experiment import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
 from experiments.run.folder import flat
-from experiments.shared.console import counted, entry_point, key_values, table_console
+from experiments.shared.console import counted, entry_point, table_console
 
 log = logging.getLogger(__name__)
 
-KEYS = {"root": "runs"}
-HEADINGS = (
-    "run",
-    "differs in",
-    "steps",
-    "mean",
-    "metric",
-    "BM25",
-    "experiment",
-    "scale",
-    "seed",
-    "device hours",
-    "last logged",
-)
-RIGHT = ("steps", "mean", "BM25", "seed", "device hours")
-LEAVE_OUT = ("seed", "scale", "experiment", "device hours", "last logged", "BM25", "metric", "steps", "mean")
-NARROWEST = 24  # letters of the settings, which are folded
-TOLD_ELSEWHERE = ("experiment", "scale", "run.", "wandb.")
+RIGHT_ALIGNED = ("steps", "mean", "BM25", "seed", "device hours")
+# On a narrow terminal, columns are left out in this order.
+OPTIONAL_COLUMNS = (*("seed", "scale", "experiment", "device hours", "last logged", "BM25", "metric", "steps", "mean"),)
+SETTINGS_WIDTH = 24  # least number of characters of the column "differs in", which is folded
+IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.")  # prefixes of keys
 
 
-def row(run: RunFiles) -> list[str]:
-    """A run's cells, in the order of HEADINGS."""
-    wanted, means = run.config["trainer"]["max_steps"], run.means()
+@dataclass(kw_only=True)
+class RunsOptions:
+    """List runs, the latest first.
+
+    A row shows where a run differs from the present settings of its experiment, how far it is, its mean over the
+    benchmarks in the first metric, next to BM25's, and how many hours its devices have trained. On a narrow terminal
+    some columns are left out.
+    """
+
+    root: Path = option(Path("runs"), "folder with runs at any depth")
+
+
+def main(arguments: Sequence[str]) -> None:
+    root = parse(RunsOptions, arguments).root
+    rows, problems = [], []
+    for path in sorted(root.rglob("config.yaml")):
+        if not (path.parent / "checkpoints").is_dir():  # a file of another tool
+            continue
+        try:
+            rows.append(row(RunFiles(path.parent)))
+        except (UserError, KeyError, TypeError) as error:
+            problems.append(f"{path.parent}: not a run of this version ({error})")
+    if not rows and not problems:
+        raise UserError(f"root: there are no runs in {root}")
+    rows.sort(key=lambda cells: cells["last logged"], reverse=True)
+    console = table_console()
+    console.print(table_of(rows, f"{counted(len(rows), 'run')} in {root}", console.width))
+    for problem in problems:
+        log.warning("%s", problem)
+
+
+def row(run: RunFiles) -> dict[str, str]:
+    """Return the cells of a run by their headings."""
+    max_steps, means = run.config["trainer"]["max_steps"], run.means()
     experiment, scale, seed = run.config["experiment"], run.config["scale"], str(run.config["run"]["seed"])
-    told = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
-    names = [] if told else [f"EXP={experiment}", f"SCALE={scale}", f"run.seed={seed}"]
-    metric = run.results["metrics"][0] if run.results else ""
+    has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
+    names = [] if has_default_name else [f"EXP={experiment}", f"SCALE={scale}", f"run.seed={seed}"]
     logged = max((values["time"] for values in run.metrics.values() if "time" in values), default=None)
-    return [
-        str(run.path),
-        " ".join([*names, *differences(run.config)]),
-        f"{wanted:,}" if run.results else f"{run.last_step:,} of {wanted:,}",
-        f"{means['trained']:.4f}" if "trained" in means else "",
-        metric,
-        f"{means['bm25']:.4f}" if "bm25" in means else "",
-        *(experiment, scale, seed),
-        f"{device_hours(run):.2f}",
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else "",
-    ]
+    return {
+        "run": str(run.path),
+        "differs in": " ".join([*names, *differences(run.config)]),
+        "steps": f"{max_steps:,}" if run.results else f"{run.last_step:,} of {max_steps:,}",
+        "mean": f"{means['trained']:.4f}" if "trained" in means else "",
+        "metric": run.results["metrics"][0] if run.results else "",
+        "BM25": f"{means['bm25']:.4f}" if "bm25" in means else "",
+        "experiment": experiment,
+        "scale": scale,
+        "seed": seed,
+        "device hours": f"{device_hours(run):.2f}",
+        "last logged": time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else "",
+    }
 
 
 def differences(config: Mapping[str, Any]) -> Iterator[str]:
-    """key=value of a run that its experiment has otherwise; of tasks that this does not name, their names alone."""
-    usual = _usual(config["experiment"], config["scale"])
+    """Yield key=value where a run differs from its experiment. Tasks that the experiment does not have are skipped."""
+    present = _present_settings(config["experiment"], config["scale"])
     for key, value in flat(config):
-        of_other_task = key.startswith("task.") and key.split(".")[1] not in usual.get("tasks", ())
-        if key.startswith(TOLD_ELSEWHERE) or of_other_task or usual.get(key) == value:
-            continue
-        yield f"{key}={_shown(value)}"
+        is_of_other_task = key.startswith("task.") and key.split(".")[1] not in present.get("tasks", ())
+        if not key.startswith(IN_OTHER_COLUMNS) and not is_of_other_task and present.get(key) != value:
+            yield f"{key}={_as_text(value)}"
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(_as_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @functools.cache
-def _usual(experiment: str, scale: str) -> dict[str, Any]:
-    """The settings of an experiment, by keys with dots; none where it is there no more, or needs further ones."""
+def _present_settings(experiment: str, scale: str) -> dict[str, Any]:
+    """Return an experiment's settings by dotted keys, {} if it no longer exists or needs further keys."""
     try:
         return dict(flat(as_dict(load_config(experiment, [f"scale={scale}"]))))
     except UserError:
@@ -92,51 +107,34 @@ def _usual(experiment: str, scale: str) -> dict[str, Any]:
 
 
 def device_hours(run: RunFiles) -> float:
-    """Of training, in all attempts that came to an end of their own; those that were killed have noted none."""
+    """Return the hours of training, times devices, of all attempts that were not killed."""
     attempts = run.manifest.get("attempts", ())
-    return sum((of["seconds"] or 0) * of.get("devices", 1) for of in attempts) / 3600
+    return sum((attempt["seconds"] or 0) * attempt.get("devices", 1) for attempt in attempts) / 3600
 
 
-def table_of(rows: Sequence[Sequence[str]], title: str, width: int) -> Table:
-    """As many columns as there is room for; names of folders stay whole, to be copied."""
-    longest = {h: max(map(len, (h, *(cells[i] for cells in rows)))) for i, h in enumerate(HEADINGS)}
-    least = longest | {"differs in": min(longest["differs in"], NARROWEST)}
-    shown = list(HEADINGS)
-    for heading in LEAVE_OUT:
+def table_of(rows: Sequence[Mapping[str, str]], title: str, width: int) -> Table:
+    """Return a table with as many columns as fit. The names of folders are never cut, so that they can be copied."""
+    table = Table(title=title, title_justify="left")
+    if not rows:
+        return table
+    longest = {heading: max(map(len, (heading, *(cells[heading] for cells in rows)))) for heading in rows[0]}
+    least = longest | {"differs in": min(longest["differs in"], SETTINGS_WIDTH)}
+    shown = list(longest)
+    for heading in OPTIONAL_COLUMNS:
         if sum(least[name] + 3 for name in shown) + 1 > width:
             shown.remove(heading)
-    table = Table(title=title, title_justify="left")
     for heading in shown:
         folds = heading == "differs in"
         table.add_column(
             heading,
-            justify="right" if heading in RIGHT else "left",
+            justify="right" if heading in RIGHT_ALIGNED else "left",
             no_wrap=not folds,
             overflow="fold" if folds else "ignore",
             min_width=None if folds else longest[heading],
         )
     for cells in rows:
-        table.add_row(*(cells[HEADINGS.index(heading)] for heading in shown))
+        table.add_row(*(cells[heading] for heading in shown))
     return table
-
-
-def main(arguments: Sequence[str]) -> None:
-    root = Path(key_values(arguments, KEYS)["root"])
-    found, unread = [], []
-    for path in sorted(root.rglob("config.yaml")):
-        if not (path.parent / "checkpoints").is_dir():  # another tool's file
-            continue
-        try:
-            found.append(row(RunFiles(path.parent)))
-        except (UserError, KeyError, TypeError) as error:
-            unread.append(f"{path.parent}: is no run of this version ({error})")
-    if not found and not unread:
-        raise UserError(f"root: there are no runs in {root}")
-    console = table_console()
-    found.sort(key=lambda cells: cells[-1], reverse=True)
-    console.print(table_of(found, f"{counted(len(found), 'run')} in {root}", console.width))
-    for line in unread:
-        log.warning("%s", line)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,4 @@
-"""Write a SLURM job for an experiment, and submit it: python -m experiments.slurm EXPERIMENT TIME=time [KEY=value ...]
-
-NODES     nodes (1)
-GPUS      GPUs of each node, with a rank for each (1); 0 for a job on CPUs
-TASKS     ranks on each node of a job on CPUs (1)
-TIME      longest time of one attempt: minutes, hours:minutes:seconds, days-hours; a longer run goes on in the next one
-SEEDS     an array of jobs with run.seed: 0,1,2
-EXPS      an array of jobs, one an experiment: vanilla,moe; with SEEDS, each with every seed
-SWEEP     an array of jobs, one a trial of a sweep (grid or random); make sweep then shows its table
-AT_ONCE   so many jobs of the array run at the same time
-SUBMIT    1 submits the job; else the command that does is told
-PARTITION, ACCOUNT, QOS, CONSTRAINT, CPUS, MEM, GRACE, SETUP, LAUNCH, PYTHON    as in experiments/slurm/cluster.yaml
-key=value of the experiment
-
-The job is experiments/slurm/train.sbatch, filled in, and lies in slurm/; its log beside it.
-"""
+"""Write a SLURM job, and submit it: python -m experiments.slurm EXPERIMENT TIME=04:00:00 [KEY=value ...]"""
 
 from __future__ import annotations
 
@@ -24,121 +9,124 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from datamodules.files import write_text
+from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.experiment import FOLDER, experiments, load_config
+from experiments.config.arguments import as_argument, option_keys
+from experiments.config.experiment import FOLDER, ExperimentOptions, load_config, parse_overrides
 from experiments.config.paths import folder_of
-from experiments.config.schema import Config
-from experiments.config.structured import keys
-from experiments.config.suggest import did_you_mean
+from experiments.config.structured import read_yaml, structured
 from experiments.config.sweep_file import read_sweep
 from experiments.run.trials import trials_of
-from experiments.shared.console import entry_point, whole_number
+from experiments.shared.console import entry_point
 
 log = logging.getLogger(__name__)
 
-TEMPLATE, DEFAULTS = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "cluster.yaml"
-OWN = {
-    "NODES": "1",
-    "GPUS": "1",
-    "TASKS": "1",
-    "TIME": "",
-    "SEEDS": "",
-    "EXPS": "",
-    "SWEEP": "",
-    "AT_ONCE": "",
-    "SUBMIT": "",
-}
-LEAST_TRAINING = 60  # seconds of TIME that must be left before the signal
+TEMPLATE, CLUSTER = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "cluster.yaml"
+MIN_TRAINING = 60  # seconds of TIME that must remain before the signal
+
+
+@dataclass(kw_only=True)
+class ClusterOptions:
+    """What jobs ask of SLURM. Defaults come from experiments/slurm/cluster.yaml, where keys are in lower case."""
+
+    partition: str | None = option(None, "partition, by default the cluster's", key="PARTITION")
+    account: str | None = option(None, "account that pays", key="ACCOUNT")
+    qos: str | None = option(None, "quality of service", key="QOS")
+    constraint: str | None = option(None, "kind of node, such as a100", key="CONSTRAINT")
+    cpus: int = option(8, "cores of each rank", minimum=1, key="CPUS")
+    mem: str | None = option(None, "memory of a node, such as 200G; 0 is all of it", key="MEM")
+    grace: int = option(120, "seconds before the end of TIME at which the run saves", minimum=1, key="GRACE")
+    setup: str = option("", "lines of the job before the run, such as module load cuda", key="SETUP")
+    launch: str | None = option(None, "words before python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
+    python: str | None = option(None, "interpreter, by default this one", key="PYTHON")
+
+
+@dataclass(kw_only=True)
+class SlurmOptions(ExperimentOptions, ClusterOptions):
+    """Write a SLURM job that trains an experiment, or an array of jobs, and submit it.
+
+    The job is experiments/slurm/train.sbatch, filled in. It is in slurm/, with its log next to it.
+    """
+
+    time: str = option(
+        help="longest time of one attempt, such as 90 (minutes), 04:00:00 or 2-12 (days-hours); the next one resumes",
+        key="TIME",
+    )
+    nodes: int = option(1, "number of nodes", minimum=1, key="NODES")
+    gpus: int = option(1, "GPUs of each node, with one rank each; 0 for a job on CPUs", minimum=0, key="GPUS")
+    tasks: int = option(1, "ranks on each node of a job on CPUs", minimum=1, key="TASKS")
+    seeds: tuple[str, ...] = option((), "values of run.seed, for an array with one job each", key="SEEDS")
+    exps: tuple[str, ...] = option((), "experiments, for an array with one job each; with SEEDS, each pair", key="EXPS")
+    sweep: str = option("", "grid or random sweep, for an array with one job per trial", key="SWEEP")
+    at_once: int | None = option(None, "number of jobs of an array that run at a time", minimum=1, key="AT_ONCE")
+    submit: str = option("0", "1 submits the job; otherwise the command for that is printed", key="SUBMIT")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training: its experiment, its key=value, and the folder it will have."""
+    """One training of the job. overrides: its key=value arguments. folder: the run's folder."""
 
     experiment: str
     overrides: tuple[str, ...]
     folder: Path
 
 
-def slurm(experiment: str, arguments: Sequence[str]) -> Path:
-    """Write the job, and submit it if asked to. Returns the script."""
-    values = _values([text for text in arguments if _is_own(text)])
-    overrides = [text for text in arguments if not _is_own(text)]
-    runs = _runs(experiment, overrides, values)
+def main(arguments: Sequence[str]) -> None:
+    slurm(arguments)
+
+
+def slurm(arguments: Sequence[str]) -> Path:
+    """Write the job, and submit it if SUBMIT says so. Returns the job's script."""
+    options, overrides = read_options(arguments)
+    runs = plan_runs(options, overrides)
     name = runs[0].folder.name + (f"-and-{len(runs) - 1}-more" if len(runs) > 1 else "")
     script = Path("slurm", f"{name}.sbatch").absolute()
     try:
         script.parent.mkdir(exist_ok=True)
-        write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _fields(values, runs, script)))
+        write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _template_fields(options, runs, script)))
     except OSError as error:
         raise UserError(f"{script}: cannot be written ({error})") from error
     log.info("the job: %s", script)
     for run in runs:
         log.info("  %s, in %s", run.experiment, run.folder)
-    if values["SUBMIT"] in ("", "0"):
+    if options.submit in ("", "0", "no"):
         log.info("Next: sbatch %s (or SUBMIT=1 here)", script)
     else:
         log.info("job %s: squeue --me, tail -F %s", submit(script), script.parent / f"{name}-*.out")
-        log.info("To stop it: scancel JOB. To have it save, and go on later: scancel --signal=USR1 JOB")
+        log.info("To stop it: scancel JOB. To let it save and resume it later: scancel --signal=USR1 JOB")
     return script
 
 
-def submit(script: Path) -> str:
-    """Returns the job's number. Raises UserError if SLURM is not there, or refuses."""
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"SUBMIT: sbatch cannot be run here ({error}); the job lies in {script}") from error
-    if done.returncode:
-        raise UserError(f"SUBMIT: sbatch refused {script} ({done.stderr.strip()})")
-    return done.stdout.strip().split(";")[0]
-
-
-def _is_own(text: str) -> bool:
-    return text.partition("=")[0].isupper()
-
-
-def _values(arguments: Sequence[str]) -> dict[str, Any]:
-    """The capital keys: what cluster.yaml says, and over it what the command line does."""
-    try:
-        of_cluster = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{DEFAULTS}: cannot be read ({error})") from error
-    values: dict[str, Any] = OWN | {key.upper(): value for key, value in of_cluster.items()}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        if key not in values or not equals:
-            hint = did_you_mean(key, [*values, *keys(Config)])
-            raise UserError(
-                f"the command line: got {text!r}; {hint}allowed are {', '.join(values)}, and keys of an experiment"
-            )
-        values[key] = [value] if key == "SETUP" else value
-    if not values["TIME"]:
-        raise UserError("TIME: how long may one attempt take? For instance TIME=04:00:00")
-    for key, least in (("NODES", 1), ("GPUS", 0), ("TASKS", 1), ("CPUS", 1), ("GRACE", 1), ("AT_ONCE", 1)):
-        if values[key]:
-            values[key] = whole_number(key, str(values[key]), least)
-    if seconds(values["TIME"]) < values["GRACE"] + LEAST_TRAINING:
+def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
+    """Return the options, with the defaults of cluster.yaml, and the overrides of the experiment."""
+    content = OmegaConf.to_container(read_yaml(CLUSTER))
+    content["setup"] = "\n".join(content.get("setup") or [])
+    cluster = structured(ClusterOptions, [OmegaConf.create(content)], str(CLUSTER))
+    defaults = [f"{key.metadata['key']}={as_argument(getattr(cluster, key.name))}" for key in fields(cluster)]
+    if arguments and "=" not in arguments[0]:  # the experiment remains the first argument
+        arguments = [arguments[0], *defaults, *arguments[1:]]
+    options, overrides = parse_overrides(SlurmOptions, arguments)
+    if seconds(options.time) < options.grace + MIN_TRAINING:
         raise UserError(
-            f"TIME: {values['TIME']} leaves no time to train before GRACE, {values['GRACE']} seconds: a run that is "
-            "told to save at its start never comes to an end"
+            f"TIME: {options.time} leaves no time to train before GRACE, {options.grace} seconds; a run that has to "
+            "save as soon as it starts never ends"
         )
-    return values
+    return options, overrides
 
 
 def seconds(time: str) -> int:
-    """Of a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Read a time as SLURM does: minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]]."""
     form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?", time)
     if not form or any(int(part or 0) > 59 for part in form.groups()[2:]):
         raise UserError(
-            f"TIME: got {time!r}, allowed are minutes, hours:minutes:seconds and days-hours: 90, 04:00:00, 2-12"
+            f"TIME: expected minutes, hours:minutes:seconds or days-hours (90, 04:00:00, 2-12), got {time!r}"
         )
     days, first, second, third = (int(part) if part else None for part in form.groups())
     if days is not None:
@@ -150,84 +138,83 @@ def seconds(time: str) -> int:
     return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def _runs(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) -> list[Run]:
-    """All trainings of the job, each with its configuration checked here, before it waits in a queue."""
-    said = {
-        "trainer.num_nodes": str(values["NODES"]),
-        "trainer.devices": str(values["GPUS"] or values["TASKS"]),
-        "trainer.accelerator": "gpu" if values["GPUS"] else "cpu",
+def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
+    """Return all trainings of the job. Their configurations are checked now, before they wait in a queue."""
+    ranks = {
+        "trainer.num_nodes": str(options.nodes),
+        "trainer.devices": str(options.gpus or options.tasks),
+        "trainer.accelerator": "gpu" if options.gpus else "cpu",
     }
     for text in overrides:
         key, _, value = text.partition("=")
-        if said.get(key, value) != value:
-            raise UserError(f"{text}: NODES, GPUS and TASKS say that it is {said[key]}")
-    ranks = [f"{key}={value}" for key, value in said.items()]
-    names = values["EXPS"].split(",") if values["EXPS"] else [experiment]
-    seeds = [f"run.seed={seed}" for seed in values["SEEDS"].split(",")] if values["SEEDS"] else [None]
-    trials = _trials(experiment, overrides, values)
+        if ranks.get(key, value) != value:
+            raise UserError(f"{text}: NODES, GPUS and TASKS set it to {ranks[key]}")
+    experiments = options.exps or (options.experiment,)
+    seeds = [[f"run.seed={seed}"] for seed in options.seeds] or [[]]
     runs = []
-    for name, seed, trial in itertools.product(names, seeds, trials):
-        given = [*overrides, *([seed] if seed else []), *trial, *ranks]
-        # There may be no GPU on this machine.
-        config = load_config(name, [*given, "trainer.accelerator=cpu"], [*values])
-        config.trainer.accelerator = said["trainer.accelerator"]
-        runs.append(Run(name, tuple(given), folder_of(config)))
-    folders = [run.folder for run in runs]
-    if len(set(folders)) < len(folders):
-        raise UserError("run.dir: the jobs of an array need a folder each; leave it out, and each finds its own")
+    for experiment, seed, trial in itertools.product(experiments, seeds, _trials(options, overrides)):
+        arguments = [*overrides, *seed, *trial, *(f"{key}={value}" for key, value in ranks.items())]
+        # This machine may have no GPU.
+        config = load_config(experiment, [*arguments, "trainer.accelerator=cpu"], option_keys(SlurmOptions))
+        config.trainer.accelerator = ranks["trainer.accelerator"]
+        runs.append(Run(experiment, tuple(arguments), folder_of(config)))
+    if len({run.folder for run in runs}) < len(runs):
+        raise UserError("run.dir: each job of an array needs its own folder; leave the key out, and each finds its own")
     return runs
 
 
-def _trials(experiment: str, overrides: Sequence[str], values: Mapping[str, Any]) -> list[list[str]]:
-    """The key=value of each trial of SWEEP, or a single one of no sweep."""
-    if not values["SWEEP"]:
+def _trials(options: SlurmOptions, overrides: Sequence[str]) -> list[list[str]]:
+    """Return the arguments of each trial of SWEEP, or those of a single run without SWEEP: none."""
+    if not options.sweep:
         return [[]]
-    if values["EXPS"] or values["SEEDS"]:
-        raise UserError("SWEEP: its trials are the array; EXPS and SEEDS make another one")
-    found = read_sweep(values["SWEEP"], experiment, overrides)
-    if found.early_terminate:
-        log.warning("early_terminate of %s: nobody leads an array, so its tasks run to their end", found.name)
-    if found.method == "bayes":
+    if options.exps or options.seeds:
+        raise UserError("SWEEP: its trials are the array, so EXPS and SEEDS cannot be given, too")
+    sweep = read_sweep(options.sweep, options.experiment, overrides)
+    if sweep.method == "bayes":
         raise UserError("SWEEP: method bayes chooses values by the results of earlier trials; expected grid or random")
-    return [trial.arguments(found) for trial in trials_of(found, found.folder)]
+    if sweep.early_terminate:
+        log.warning(
+            "early_terminate of %s: nothing compares the tasks of an array, so they all run to their end", sweep.name
+        )
+    return [trial.arguments(sweep) for trial in trials_of(sweep, sweep.folder)]
 
 
-def _fields(values: Mapping[str, Any], runs: Sequence[Run], script: Path) -> dict[str, str]:
-    """What stands for {{...}} in the template."""
-    array = f"0-{len(runs) - 1}" + (f"%{values['AT_ONCE']}" if values["AT_ONCE"] else "") if len(runs) > 1 else ""
+def _template_fields(options: SlurmOptions, runs: Sequence[Run], script: Path) -> dict[str, str]:
+    """Return the values of {{...}} in the template."""
+    array = ""
+    if len(runs) > 1:
+        array = f"0-{len(runs) - 1}" + (f"%{options.at_once}" if options.at_once else "")
     lines = [f"  {number}) run {shlex.join((run.experiment, *run.overrides))} ;;" for number, run in enumerate(runs)]
-    fields = {key.lower(): value for key, value in values.items()} | {
+    values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)} | {
         "what": f"{', '.join(dict.fromkeys(run.experiment for run in runs))}: made by make slurm, from {TEMPLATE.name}",
         "name": script.stem,
-        "tasks": values["GPUS"] or values["TASKS"],
-        "gpus": values["GPUS"] or None,
+        "tasks": options.gpus or options.tasks,
+        "gpus": options.gpus or None,
         "array": array,
         "output": script.with_name(f"{script.stem}-{'%A_%a' if array else '%j'}.out"),
         "root": shlex.quote(str(Path.cwd())),
-        "setup": "\n".join(values["SETUP"] or ["# (SETUP: lines before the run, such as module load)"]),
-        "launch": values["LAUNCH"] or "",
-        "python": values["PYTHON"] or shlex.quote(sys.executable),
+        "setup": options.setup or "# (SETUP: lines before the run, such as module load)",
+        "python": options.python or shlex.quote(sys.executable),
         "runs": "\n".join(lines),
     }
-    return {key: "" if value is None else str(value) for key, value in fields.items()}
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with its fields. An option of sbatch without value is left out."""
-
-    def filled(line: str) -> str:
-        return re.sub(r"{{(\w+)}}", lambda field: fields[field[1]], line)
-
-    lines = [filled(line) for line in template.splitlines()]
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Fill in a template. Options of sbatch without a value are left out."""
+    lines = [re.sub(r"{{(\w+)}}", lambda field: values[field[1]], line) for line in template.splitlines()]
     return "\n".join(line for line in lines if not (line.startswith("#SBATCH") and line.endswith("="))) + "\n"
 
 
-def main(arguments: Sequence[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise UserError(
-            f"which experiment? There are {', '.join(experiments())}: python -m experiments.slurm moe TIME=60"
-        )
-    slurm(arguments[0], arguments[1:])
+def submit(script: Path) -> str:
+    """Submit a job, and return its number. Raises UserError if SLURM is not installed, or refuses the job."""
+    try:
+        result = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"SUBMIT: sbatch cannot be run here ({error}); the job is in {script}") from error
+    if result.returncode:
+        raise UserError(f"SUBMIT: sbatch refused {script} ({result.stderr.strip()})")
+    return result.stdout.strip().split(";")[0]
 
 
 if __name__ == "__main__":

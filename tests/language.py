@@ -36,7 +36,7 @@ RULES = {
     r"\bwhat (judges|looks|stands|lies)\b": "name it",
     r"\bOf (what|whose|whom)\b|\bof (whose|whom)\b|\b(to|for) who\b": "say it with a noun",
     r"\bthat there (is|are)\b|\bthere is there\b|\bis there already\b": "exists, already exists",
-    r"\b(such a|such) ones?\b|\bthere are none\b|\bnone is\b": "say what there is not",
+    r"\b(such a|such) ones?\b|\bnone is\b": "say what there is not",
     r"\b(rows that look|columns that are found)\b": "queries, candidates",
     r"\bsees? to it\b|\bholds? on to\b|\bcan be had\b": "ensures, keeps, is available",
     r"\b(whence|whereof|thereof|wherein|therein|whereupon)\b": "plain words",

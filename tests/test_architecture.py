@@ -1,6 +1,7 @@
-"""Imports run one way, and what is optional is imported only where it is used."""
+"""Imports go one way, optional packages are imported where they are used, and names mean one thing."""
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ MAY_IMPORT = {
     },
     "experiments": {"datamodules", "lightning_modules", "experiments"},
 }
+# Folders of experiments/, lowest first. "commands" are the files in experiments/ itself, bench, download and interop.
+LAYERS = ("shared", "config", "build", "run", "results", "reporting", "commands")
+# Callbacks have the name of what they call during training.
+CALLBACKS = {"evaluation.py", "hard_negatives.py"}
 PURE = (
     "lightning_modules/losses.py",
     "lightning_modules/retrieval/metrics.py",
@@ -51,6 +56,31 @@ def test_imports_run_one_way(package):
             if name.split(".")[0] in PACKAGES:
                 allowed = MAY_IMPORT[package]
                 assert any(name == a or name.startswith(a + ".") for a in allowed), f"{path} imports {name}"
+
+
+def layer(name: str) -> str:
+    """Return the layer of a module of experiments."""
+    folder = name.split(".")[1]
+    return folder if folder in LAYERS else "commands"
+
+
+def test_folders_of_experiments_import_one_way():
+    for path in sources("experiments"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name in imports(path):
+            if name.startswith("experiments.") and module != "experiments.__init__":
+                assert LAYERS.index(layer(name)) <= LAYERS.index(layer(module)), f"{module} imports {name}"
+
+
+def test_no_two_modules_have_the_same_name():
+    """Commands are exempt: experiments/mine.py runs lightning_modules/mining/mine.py."""
+    places = defaultdict(list)
+    for package in MAY_IMPORT:
+        for path in sources(package):
+            is_command = path.parent in (ROOT / "experiments", ROOT / "experiments" / "bench")
+            if path.name != "__init__.py" and not is_command and path.name not in CALLBACKS:
+                places[path.name].append(str(path.relative_to(ROOT)))
+    assert not [paths for paths in places.values() if len(paths) > 1]
 
 
 def test_only_experiments_know_omegaconf():

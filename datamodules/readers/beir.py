@@ -14,7 +14,7 @@ from datamodules.records import Collection, Document, Qrels, Sink, UserError
 
 
 class BeirReader:
-    """A folder in BEIR layout.
+    """Reader of a folder in BEIR layout.
 
     folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
     folder/queries.jsonl   the same, title optional

@@ -11,7 +11,7 @@ from datamodules.records import Collection, Sink, UserError
 
 
 class BeirHubReader:
-    """A data set of the hub, or a folder that `datasets` can load. Needs `pip install datasets`.
+    """Reader of a data set on the hub, or of a folder that `datasets` can load. Needs `pip install datasets`.
 
     dataset: name such as BeIR/scifact. Its configs "corpus" and "queries" have rows {"_id", "title", "text"}.
     qrels: data set of the judgements, such as BeIR/scifact-qrels, with rows {"query-id", "corpus-id", "score"}. By

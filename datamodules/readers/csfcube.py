@@ -24,7 +24,7 @@ from datamodules.records import Collection, Document, Qrels, UserError
 
 
 class CsfCubeReader:
-    """The folder of the release; all of it is the test split. Each query has its own candidates.
+    """Reader of the CSFCube release. All of it is the test split, and each query has its own candidates.
 
     folder/abstracts-csfcube-preds.jsonl           {"paper_id", "title", "abstract": [sentence]} per line
     folder/test-pid2anns-csfcube-background.json   {query: {"cands": [paper], "relevance_adju": [grade from 0 to 3]}}

@@ -18,13 +18,15 @@ from datamodules.records import Collection, Document, UserError
 
 @dataclass(frozen=True, slots=True)
 class _Question:
+    """A query with its candidates, and the aspects that it asks for."""
+
     query: Document
     candidates: list[str]
     aspects: set[str]
 
 
 class DorisMaeReader:
-    """The folder of the release; all of it is the test split.
+    """Reader of the DORIS-MAE release. All of it is the test split.
 
     folder/DORIS-MAE_dataset_v1.json   one object with
         "Corpus"      [{"original_abstract": text, ...}]; the id of a paper is its index in this list

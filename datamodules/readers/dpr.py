@@ -28,7 +28,7 @@ NEGATIVES = ("hard_negative_ctxs", "negative_ctxs")
 
 
 class DprReader:
-    """Files such as biencoder-nq-train.json, one for each split. At least one split is needed.
+    """Reader of files such as biencoder-nq-train.json, one for each split. At least one split is needed.
 
     An entry is {"question": ..., "answers": [...], "positive_ctxs": [...], "negative_ctxs": [...],
     "hard_negative_ctxs": [...]}; a passage is {"title": ..., "text": ..., "passage_id" or "psg_id": ...}, and its score
@@ -66,27 +66,33 @@ class DprReader:
         """Read and check all files. Raises UserError with file, entry and reason."""
         corpus: dict[str, Document] = {}
         queries: dict[str, Document] = {}
-        qrels: dict[str, dict[str, dict[str, int]]] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            for split, path in self.files.items():
-                qrels[split], left_out = {}, 0
-                for row in read_records(find_file(path.parent, path.name), bad):
-                    with row:
-                        record = as_object(row, " with question and positive_ctxs")
-                        query = Document(f"{split}.{row.ordinal}", "", record.text("question", required=True))
-                        if not query.text.strip():
-                            raise UserError("question is empty")
-                        passages = {key: _read_passages(record, key) for key in (POSITIVES, *NEGATIVES)}
-                        add_repeated(corpus, [passage for group in passages.values() for passage in group])
-                        if not passages[POSITIVES]:
-                            left_out += 1
-                            continue
-                        negatives = {passage.id: 0 for key in self.negatives for passage in passages[key]}
-                        qrels[split][query.id] = negatives | {passage.id: 1 for passage in passages[POSITIVES]}
-                        queries[query.id] = query
-                if left_out:
-                    log.warning("%s: left out %d questions without a positive passage", path, left_out)
+            qrels = {split: self._read_split(split, corpus, queries, bad) for split in self.files}
         return check_collection(Collection(corpus, queries, qrels), ", ".join(map(str, self.files.values())))
+
+    def _read_split(
+        self, split: str, corpus: dict[str, Document], queries: dict[str, Document], bad: BadLines
+    ) -> dict[str, dict[str, int]]:
+        """Add the passages and questions of a split, and return its judgements."""
+        path, left_out = self.files[split], 0
+        qrels: dict[str, dict[str, int]] = {}
+        for row in read_records(find_file(path.parent, path.name), bad):
+            with row:
+                record = as_object(row, " with question and positive_ctxs")
+                query = Document(f"{split}.{row.ordinal}", "", record.text("question", required=True))
+                if not query.text.strip():
+                    raise UserError("question is empty")
+                passages = {key: _read_passages(record, key) for key in (POSITIVES, *NEGATIVES)}
+                add_repeated(corpus, [passage for group in passages.values() for passage in group])
+                if not passages[POSITIVES]:
+                    left_out += 1
+                    continue
+                negatives = {passage.id: 0 for key in self.negatives for passage in passages[key]}
+                qrels[query.id] = negatives | {passage.id: 1 for passage in passages[POSITIVES]}
+                queries[query.id] = query
+        if left_out:
+            log.warning("%s: left out %d questions without a positive passage", path, left_out)
+        return qrels
 
 
 def _read_passages(record: Record, key: str) -> list[Document]:

@@ -52,8 +52,8 @@ def open_text(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
     if path.suffix == ".zst":
-        # pyarrow is installed for the collections on disk anyway. Unlike zstandard's own reader, its stream raises an
-        # error for a file that was cut short. It refuses windows of more than 128 MB (zstd --long=28 and above).
+        # pyarrow is installed anyway. Unlike the reader of the package zstandard, its stream raises an error for a
+        # truncated file. It rejects files with windows of more than 128 MB (zstd --long=28 and above).
         import pyarrow
 
         file = pyarrow.input_stream(file, compression="zstd")
@@ -205,8 +205,8 @@ def _not_text(text: str) -> str:
 
 # --- JSON that is larger than memory ---
 #
-# ijson streams such files too, but stops at the first invalid entry and does not know its line. Our users get the line,
-# and with on_error="skip" the entries after it.
+# ijson reads such files too, but it stops at the first invalid entry, and does not know its line. This code reports the
+# line, and continues after the entry if on_error is "skip".
 
 
 def _read_key(window: _JsonWindow, what: str) -> str:
@@ -273,13 +273,13 @@ class _JsonWindow:
             self._slide()
 
     def expect(self, character: str, what: str) -> None:
-        """Move behind a character. Raises UserError if another one follows."""
+        """Move past the next character. Raises UserError if it is another one. what: its description for the error."""
         if self.peek() != character:
             self._refuse(what)
         self._move(self.position + 1)
 
     def next_value(self, what: str) -> tuple[Any, str, str]:
-        """Return the next value, its text, and the reason why it is invalid, or "".
+        """Return the next value, its text, and the reason if it is invalid, else "".
 
         Raises UserError if the value does not end, or only after MAX_LINE characters.
         """
@@ -299,7 +299,7 @@ class _JsonWindow:
             self._slide()
 
     def _slide(self) -> None:
-        """Drop the text that was read, and read at least as much as the rest, so that long entries take linear time."""
+        """Drop the text before the position, and at least double the rest, so that long entries take linear time."""
         rest = self.text[self.position :]
         chunk = read_chunk(self.stream, self.path, self.line, max(CHUNK, len(rest)))
         self.text, self.position, self.ended = rest + chunk, 0, not chunk
@@ -317,7 +317,7 @@ class _JsonWindow:
         try:
             if first in ('"', "{", "["):
                 return *self.DECODER.raw_decode(self.text, self.position), ""
-            # Numbers have no closing bracket: of 1.5e7, the window may hold 1.5, or 1.5e.
+            # A number has no closing bracket: the window may end inside 1.5e7, after 1.5 or 1.5e.
             end = self._find_end(first)
             word = self.text[self.position : end]
             return json.loads(word) if end is not None and word else None, end, ""

@@ -22,7 +22,7 @@ from datamodules.records import Collection, Document, Sink, UserError
 
 
 class JsonlReader:
-    """A folder with a corpus, and a file of queries with their documents for each split.
+    """Reader of a folder with a corpus, and for each split a file of queries with their documents.
 
     folder/corpus.jsonl   {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
     folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; the latter optional
@@ -138,7 +138,9 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     check_known(list(negatives), sink.documents, "negatives")
     query = _read_query(record, f"{split}.{row.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
-        raise UserError(f"the query is named {query.id!r} by its line, but a document has that id; rename the document")
+        raise UserError(
+            f"the query is named {query.id!r} after its line, but a document has that id; rename the document"
+        )
     if query.id in positives | negatives:
         raise UserError(f"the query {query.id!r} is one of its own positives or negatives")
     return query, positives | negatives

@@ -17,7 +17,7 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class LitSearchReader:
-    """The folder of the data set; all of it is the test split.
+    """Reader of the LitSearch data set. All of it is the test split.
 
     folder/query/full*.parquet          one file with rows {"query": text, "corpusids": [id], ...}
     folder/corpus_clean/full*.parquet   rows {"corpusid": id, "title", "abstract", ...}

@@ -48,7 +48,7 @@ class Paper:
 
 
 class MapleReader:
-    """One folder of MAPLE, such as MAPLE/Computer_Science, or several folders as one collection.
+    """Reader of one folder of MAPLE, such as MAPLE/Computer_Science, or of several folders as one collection.
 
     folder/papers.json   {"paper", "venue", "year", "title", "abstract", "label": [id], "author": [id],
                          "reference": [id]} per line; title_raw and abstract_raw are preferred if present

@@ -15,14 +15,14 @@ from datamodules.records import Collection, Document
 
 
 class PmcPatientsReader:
-    """The folder of the ReCDS benchmark.
+    """Reader of the ReCDS benchmark.
 
-    folder/queries/train_queries.jsonl   {"_id", "text"} per line; dev_queries.jsonl and test_queries.jsonl alike
-    folder/PAR/corpus.jsonl              {"_id", "title", "text"} per line (or PAR_corpus.jsonl); PPR alike
+    folder/queries/train_queries.jsonl   {"_id", "text"} per line; dev_queries.jsonl and test_queries.jsonl likewise
+    folder/PAR/corpus.jsonl              {"_id", "title", "text"} per line (or PAR_corpus.jsonl); PPR likewise
     folder/PAR/qrels_train.tsv           a header, then query-id <tab> corpus-id <tab> score, 1 or 2 (or
-                                         PAR_train_qrels.tsv); dev and test alike
+                                         PAR_train_qrels.tsv); dev and test likewise
 
-    Splits with qrels are read, at least one. Every file may be compressed as .gz or .zst.
+    Splits with qrels are read; there must be at least one. Every file may be compressed as .gz or .zst.
 
     task: "PAR" or "PPR". In PPR, queries of the train split are documents of the corpus.
     on_error, quarantine: see BadLines.

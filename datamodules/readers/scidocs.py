@@ -21,12 +21,12 @@ FILES = {"train": "train", "dev": "val", "test": "test"}
 
 
 class SciDocsReader:
-    """The data folder of SciDocs.
+    """Reader of the data folder of SciDocs.
 
     folder/paper_metadata_mag_mesh.json         {paper id: {"paper_id", "title", "abstract"}}, one object
     folder/paper_metadata_view_cite_read.json   the same
-    folder/mag/train.csv, val.csv, test.csv     a header, then paper id and label; mesh alike
-    folder/cite/val.qrel, test.qrel             "query 0 document grade" per line; cocite, coview, coread alike
+    folder/mag/train.csv, val.csv, test.csv     a header, then paper id and label; mesh likewise
+    folder/cite/val.qrel, test.qrel             "query 0 document grade" per line; cocite, coview, coread likewise
 
     Every file may be compressed as .gz or .zst.
 
@@ -110,7 +110,9 @@ class SciDocsReader:
             with row:
                 columns = row.text.split()
                 if len(columns) != 4:
-                    raise UserError(f"expected query, 0, document and grade between spaces, got {row.text[:60]!r}")
+                    raise UserError(
+                        f"expected query, 0, document and grade, separated by spaces, got {row.text[:60]!r}"
+                    )
                 judgements.add(columns[0], columns[2], check_grade(columns[3], "grade"))
         return judgements.finish(path)
 

@@ -39,7 +39,7 @@ GradesOf = Callable[[Record], dict[str, int]]  # grades of a query's documents, 
 
 
 class SciMultReader:
-    """One data set of the folder that contains classification_fine, search and so on. All of it is the test split.
+    """Reader of one data set from the folder with classification_fine, search and so on. All of it is the test split.
 
     classification_fine/D_label.json, D_papers_test.json (and classification_coarse)
         {"label", "name": [...], "definition"}, {"title", "abstract", "label": [id], or one id}
@@ -146,7 +146,7 @@ class SciMultReader:
         grades_of: GradesOf,
         kind: str = "queries",
     ) -> Collection:
-        """Return a collection whose queries have their judgements on their own line."""
+        """Return a collection from a file whose lines each have a query and its judgements."""
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, int]] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):

@@ -32,7 +32,7 @@ Grades = dict[str, dict[str, int]]  # judgements of one split
 
 
 class SciRepEvalReader:
-    """One config of SciRepEval, from a folder of files or from the hub.
+    """Reader of one config of SciRepEval, from a folder of files or from the hub.
 
     A paper is {"doc_id" or "corpus_id", "title", "abstract"}. The view says what a row is:
 
@@ -153,7 +153,7 @@ def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
 def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
     query, positive, negative = (_read_paper(record, key) for key in ("query", "pos", "neg"))
     if positive.id in (query.id, negative.id):
-        raise UserError(f"pos: {positive.id!r} is the query or the negative too")
+        raise UserError(f"pos: {positive.id!r} is also the query or the negative")
     _check_same(queries, query)
     add_repeated(corpus, [positive, negative])
     queries[query.id] = query

@@ -27,7 +27,7 @@ Label = str | tuple[int, ...] | float  # of the views "class", "labels" and "num
 
 
 class SciRepEvalExamplesReader:
-    """A config of both data sets, for benchmarks with train_on. Queries are papers.
+    """Reader of a config of both data sets, for benchmarks with train_on. Queries are papers.
 
     folder/evaluation.jsonl              {"doc_id" or "corpus_id", "title", "abstract"} per row, of allenai/scirepeval
     judgements/train.jsonl, test.jsonl   {"paper_id", "label"} per row, of allenai/scirepeval_test

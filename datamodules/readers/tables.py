@@ -12,7 +12,7 @@ from datamodules.readers.checks import QUARANTINED_TEXT, SPLITS, BadLines, Row
 from datamodules.readers.io import read_records
 from datamodules.records import UserError
 
-# Names of splits in published data sets. Data for evaluation alone are a test split.
+# Names of splits in published data sets. A split "evaluation" is used as the test split.
 SPLIT_NAMES = {"train": "train", "validation": "dev", "val": "dev", "dev": "dev", "test": "test", "evaluation": "test"}
 FILE_NAME = re.compile(
     rf"(?P<split>{'|'.join(SPLIT_NAMES)})(-(?P<part>[0-9]+)-of-(?P<parts>[0-9]+))?\.(json|jsonl|parquet)(\.gz|\.zst)?"

@@ -119,8 +119,6 @@ def measure_batches(
     folder: Path, cache: Path, step: int, num_batches: int, workers: int, launched: float
 ) -> dict[str, float]:
     """Measure the loader in this process, from a step on. launched: time at which the process was started."""
-    from lightning_modules import contrastive  # noqa: F401 (training would have imported it)
-
     text_tokenizer = tokenizer()
     before, started = memory(), time.perf_counter()
     task = build_task(folder, cache, step + num_batches + 1, workers)
@@ -157,7 +155,7 @@ def training_rate(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int
         loss = module.training_step(batch.to(device), number)["loss"]
         loss.backward()
         optimizer.step()
-        float(loss)  # waits for the GPU
+        float(loss.detach())  # waits for the GPU
         started = started or time.perf_counter()
     return num_texts(batches[1:]) / (time.perf_counter() - started)
 

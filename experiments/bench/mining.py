@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datamodules.options import option
-from datamodules.records import Document, MiningPool
+from datamodules.records import Document, MiningPool, Ragged
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.mining.mine import MiningOptions, mine
@@ -99,7 +99,7 @@ def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPo
     starts = np.searchsorted(document_clusters[by_cluster], np.arange(document_clusters.max() + 2))
     size = np.diff(starts)[query_clusters]
     positives = by_cluster[starts[query_clusters][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
-    empty = (np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+    empty = Ragged(np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
     return MiningPool(
         "search",
         "random",
@@ -108,7 +108,7 @@ def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPo
         0,
         0,
         np.full(num_queries, -1),
-        (np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
+        Ragged(np.arange(num_queries + 1) * 3, positives.ravel().astype(np.int32)),
         empty,
         empty,
     )

@@ -42,10 +42,10 @@ def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str
     """Return the options, and the arguments that are none of them: the keys of an experiment, for instance."""
     _print_help(options, arguments, "Further key=value arguments are keys of the experiment: see docs/reference.md.")
     hints, values, rest = get_type_hints(options), {}, list(arguments)
-    fields = {_key(field): field for field in dataclasses.fields(options)}
+    fields = {option_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
         if field.metadata.get("positional") and rest and "=" not in rest[0]:
-            values[field.name] = _convert(_key(field), hints[field.name], rest.pop(0))
+            values[field.name] = _convert(option_key(field), hints[field.name], rest.pop(0))
     unknown = []
     for argument in rest:
         key, equals, text = argument.partition("=")
@@ -64,7 +64,7 @@ def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str
 
 def option_keys(options: type) -> list[str]:
     """Return the keys of a command's options."""
-    return [_key(field) for field in dataclasses.fields(options)]
+    return [option_key(field) for field in dataclasses.fields(options)]
 
 
 def _print_help(options: type, arguments: Sequence[str], note: str = "") -> None:
@@ -76,18 +76,25 @@ def _print_help(options: type, arguments: Sequence[str], note: str = "") -> None
 def usage(options: type) -> str:
     """Return the text of --help: what the command does, and each option with its type, default and meaning."""
     hints = get_type_hints(options)
-    command = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or options.__module__
-    positional = "".join(f" {_key(f).upper()}" for f in dataclasses.fields(options) if f.metadata.get("positional"))
-    lines = [inspect.getdoc(options) or "", "", f"usage: python -m {command}{positional} [key=value ...]", ""]
+    fields = dataclasses.fields(options)
+    positional = "".join(f" {option_key(field).upper()}" for field in fields if field.metadata.get("positional"))
+    usage_line = f"usage: {command_of(options)}{positional} [key=value ...]"
+    lines = [inspect.getdoc(options) or "", "", usage_line, ""]
     width = min(shutil.get_terminal_size().columns, 120)
     for field in dataclasses.fields(options):
-        key = _key(field)
+        key = option_key(field)
         head = key.upper() if field.metadata.get("positional") else f"{key}={type_name(hints[field.name])}"
         notes = [field.metadata.get("help", ""), describe_bounds(field), _default(field)]
         text = "; ".join(filter(None, notes))
         lines.append(f"  {head}")
         lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
+
+
+def command_of(options: type) -> str:
+    """Return how the running command is started."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None)
+    return f"python -m {name or options.__module__}"
 
 
 def as_argument(value: Any) -> str:
@@ -99,7 +106,8 @@ def as_argument(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _key(field: dataclasses.Field) -> str:
+def option_key(field: dataclasses.Field) -> str:
+    """Return the name of an option on the command line."""
     return field.metadata.get("key") or field.name
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-
 import torch
 
 from datamodules.records import UserError
@@ -13,26 +9,9 @@ from experiments.config.schema import Config
 from lightning_modules.objective_options import check_objective
 from lightning_modules.retrieval.metrics import check_metric
 
-# Settings of the lower packages whose fields have no bounds yet.
-ABOVE_0 = (
-    *("objective.gradnorm_lr", "optim.lr", "optim.eps", "optim.layer_decay", "backbone.vocab_size"),
-    *("mining.k", "mining.num_negatives", "mining.sampling_temperature", "mining.memory_mb"),
-)
-FROM_0 = (
-    *("objective.gradnorm_alpha", "optim.weight_decay"),
-    *("mining.first_rank", "mining.absolute_margin", "mining.guide_margin"),
-)
-SHARES = (
-    *("optim.warmup", "optim.beta1", "optim.beta2", "backbone.dropout", "backbone.attention_dropout"),
-    "mining.relative_margin",
-)
-
 
 def check_constraints(config: Config) -> None:
     """Raise UserError for settings that contradict each other, or that this machine cannot serve."""
-    _check_bounds(config, ABOVE_0, lambda value: 0 < value < math.inf, "above 0")
-    _check_bounds(config, FROM_0, lambda value: 0 <= value < math.inf, "of at least 0")
-    _check_bounds(config, SHARES, lambda value: 0 <= value < 1, "of at least 0 and below 1")
     _check_metrics(config)
     _check_balance(config)
     _check_devices(config)
@@ -40,13 +19,6 @@ def check_constraints(config: Config) -> None:
     _check_mining_times(config)
     _check_mined_negatives_are_used(config)
     check_objective(config.objective, list(config.task), "objective.")
-
-
-def _check_bounds(config: Config, keys: Sequence[str], is_valid: Callable[[float], bool], expected: str) -> None:
-    for key in keys:
-        value = functools.reduce(getattr, key.split("."), config)
-        if value is not None and not is_valid(value):
-            raise UserError(f"{key}: expected a number {expected}, got {value}")
 
 
 def _check_metrics(config: Config) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.options import check_options, option
 from datamodules.records import UserError
 from datamodules.tasks import Reader
-from experiments.config.arguments import option_keys, parse_known
+from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.constraints import check_constraints
 from experiments.config.merging import check_override, merge, merge_overrides
 from experiments.config.moved import with_first_paths
@@ -62,8 +61,7 @@ def parse_experiment(options: type[T], arguments: Sequence[str]) -> tuple[T, Con
 def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     """Return a command's options, and the other arguments: keys of the experiment, not checked yet."""
     if not {"--help", "-h"}.intersection(arguments) and (not arguments or "=" in arguments[0]):
-        command = getattr(sys.modules["__main__"].__spec__, "name", None) or options.__module__
-        example = f"python -m {command} moe"
+        example = f"{command_of(options)} moe"
         raise UserError(f"experiment: expected one of {', '.join(experiments())} as first argument ({example})")
     return parse_known(options, arguments)
 

@@ -33,7 +33,7 @@ class PhaseConfig:
     """A phase of the curriculum: from a step on, tasks are drawn with these weights."""
 
     from_step: int = option(MISSING, "first optimizer step of the phase", minimum=0)
-    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit", minimum=0)
+    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit", above=0)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class DataConfig:
         "(proportional), by that number to the power 1 / schedule_temperature (temperature), or by data.weights",
     )
     schedule_temperature: float = option(2.0, "temperature of the schedule of that name", above=0)
-    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit, for schedule=weights")
+    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit, for schedule=weights", above=0)
     curriculum: list[PhaseConfig] = option([], "later phases, with other weights")
 
 
@@ -185,7 +185,7 @@ class ExtendConfig:
 
 @dataclass
 class Config:
-    """An experiment."""
+    """What an experiment is made of."""
 
     experiment: str = option(MISSING, "name of the experiment (the first argument of a command)")
     scale: str = option("sample", "name of a file in experiments/scale")

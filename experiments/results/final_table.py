@@ -10,6 +10,7 @@ from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.config.schema import Config
+from experiments.results.paper_tables import show
 from experiments.results.results import (
     Benchmarks,
     Results,
@@ -19,7 +20,6 @@ from experiments.results.results import (
     tables_from_json,
     tables_to_json,
 )
-from experiments.results.tables import show
 from experiments.run.folder import RunFolder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder

@@ -1,22 +1,23 @@
-"""How a training ends before it is done: with which words, with which status, and under SLURM in the queue again.
+"""How a training ends: the exit status, the last message, and SLURM's queue.
 
-    75     it goes on when the same command is run again (EX_TEMPFAIL of sysexits.h)
-    0      the same, and SLURM runs it again by itself
-    143    SLURM ends the job by SIGTERM, and knows itself whether it runs again
+    75     preempted: the same command resumes the run (EX_TEMPFAIL of sysexits.h)
+    0      complete; or preempted, and SLURM has put the job back into its queue
+    143    SLURM ends the job by SIGTERM, and decides whether it runs again
     130    Ctrl-C
-    2      an error that the user can mend; a lost rank too
+    2      an error that the user can fix, or a lost rank
 
-Asked by a signal, all ranks but the first end with 0: launchers take anything else for a crash.
+After a signal, all ranks but the first exit with 0, because launchers take any other status for a crash.
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import lightning as L
 
 from datamodules.records import UserError
 from experiments.config.paths import LAST
+from experiments.config.schema import Config
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates, read_checkpoint
@@ -34,18 +36,32 @@ from lightning_modules.loggers import RunLogger
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75
+THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that another run does not share
 
 
-def how_to_go_on(folder: Path) -> str:
-    """What the same command does, by the run's last checkpoint."""
+def describe_resuming(folder: Path) -> str:
+    """Describe what the same command will do, from the run's last checkpoint."""
     newest = next(iter(candidates(folder / LAST)), None)
     if newest is None:
-        return "the same command starts anew"
-    return f"the same command goes on from step {read_checkpoint(newest)['global_step']}"
+        return "the same command starts from the beginning"
+    return f"the same command resumes from step {read_checkpoint(newest)['global_step']}"
+
+
+def next_steps(config: Config, overrides: Sequence[str], folder: Path) -> str:
+    """Suggest the report, and the same training with another encoder if the overrides make sense for it."""
+    report = f"Next: make report RUN={shlex.quote(str(folder))}"
+    keys = [text.partition("=")[0] for text in overrides]
+    if config.extend.model or config.init_from or any(key.startswith(("encoder", "callbacks.")) for key in keys):
+        return report
+    other = "moe" if config.experiment == "vanilla" else "vanilla"
+    shared = [text for text, key in zip(overrides, keys, strict=True) if key not in THIS_RUN_ONLY]
+    scale = [] if config.scale == Config.scale else [f"SCALE={config.scale}"]
+    command = shlex.join(["make", "train", f"EXP={other}", *scale, *shared])
+    return f"{report}, or the same with another encoder: {command}"
 
 
 def raise_if_preempted(trainer: L.Trainer) -> None:
-    """Raise Preempted if the training was stopped by a signal."""
+    """Raise Preempted if a signal has stopped the training."""
     preemption = next(callback for callback in trainer.callbacks if isinstance(callback, Preemption))
     if preemption.asked:
         for logger in trainer.loggers:
@@ -54,14 +70,14 @@ def raise_if_preempted(trainer: L.Trainer) -> None:
         raise Preempted(preemption.asked)
 
 
-def answer(preempted: Preempted, folder: Path) -> int:
-    """Tell what becomes of the run that lies in a folder. Returns the process's exit status."""
+def exit_status(preempted: Preempted, folder: Path) -> int:
+    """Return the exit status of a preempted run, put its SLURM job back into the queue, and report what was done."""
     if launch.rank() > 0:
         return 0
     if preempted.signal == signal.SIGINT:
-        print(f"interrupted: {how_to_go_on(folder)}", file=sys.stderr)
+        print(f"interrupted: {describe_resuming(folder)}", file=sys.stderr)
         return 128 + signal.SIGINT
-    log.info("preempted by %s: %s", preempted, how_to_go_on(folder))
+    log.info("preempted by %s: %s", preempted, describe_resuming(folder))
     job = launch.slurm_job()
     if job is None:
         return PREEMPTED
@@ -71,42 +87,44 @@ def answer(preempted: Preempted, folder: Path) -> int:
 
 
 def _requeue(job: str) -> bool:
-    """Put the SLURM job into the queue again, which ends it here. Returns whether that could be done."""
+    """Put a SLURM job back into the queue, which ends it here. Returns whether SLURM accepted that."""
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        problem = (done.stderr.strip() or f"status {done.returncode}") if done.returncode else ""
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        problem = (result.stderr.strip() or f"status {result.returncode}") if result.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        log.warning("job %s cannot be put into the queue again from here (%s): ending with status 75", job, problem)
+        log.warning("job %s: scontrol cannot requeue it from here (%s), so this exits with status 75", job, problem)
         return False
     log.info("job %s is in the queue again", job)
     return True
 
 
 @contextmanager
-def naming_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
-    """What fails because another rank was lost ends in a UserError that names it."""
+def lost_ranks_named(trainer: L.Trainer) -> Iterator[None]:
+    """Turn an error that a lost rank has caused into a UserError that names the rank."""
     heartbeat = next(callback for callback in trainer.callbacks if isinstance(callback, Heartbeat))
     try:
         yield
-    except RuntimeError as error:  # as gloo and NCCL call it
-        lost = _ended_children(trainer) or heartbeat.lost()
+    except RuntimeError as error:  # raised by gloo and NCCL
+        lost = _failed_children(trainer) or heartbeat.lost()
         if not lost:
             raise
         if trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # a rank that is stopped would stay
-        raise UserError(
-            f"{' and '.join(lost)} ended or no longer answers; {how_to_go_on(Path(trainer.default_root_dir))}"
-        ) from error
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # a stopped rank would remain
+        resuming = describe_resuming(Path(trainer.default_root_dir))
+        raise UserError(f"{' and '.join(lost)} ended or no longer answers; {resuming}") from error
     finally:
         heartbeat.stop()
 
 
-def _ended_children(trainer: L.Trainer) -> list[str]:
-    """Of the ranks that Lightning started from here, those that failed. At once, for it kills this one after them."""
+def _failed_children(trainer: L.Trainer) -> list[str]:
+    """Return the names of the ranks that Lightning started here and that have failed.
+
+    This must be quick, because Lightning kills this process after them.
+    """
     children = getattr(trainer.strategy.launcher, "procs", [])
-    deadline = time.monotonic() + 0.5  # connections close before the process has ended
+    deadline = time.monotonic() + 0.5  # a connection closes before its process has ended
     while children and time.monotonic() < deadline and not any(child.poll() for child in children):
         time.sleep(0.02)
     names = (f"rank {trainer.global_rank + i} (process {child.pid})" for i, child in enumerate(children, start=1))

@@ -1,12 +1,12 @@
-"""The folder of a run: where it lies, what stands in it, and whether it goes on or starts.
+"""The folder of a run: whether it holds a run, which is complete or can be resumed, and what is written about it.
 
-config.yaml       the resolved configuration
+config.yaml       resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
-experts.svg       the last picture of tasks and experts, if diagnostics are on
-checkpoints/      last.ckpt, those before it (last.1.ckpt, ...), best.ckpt
-results.json      the final table; its presence says that the run is complete
-negatives/        mined hard negatives, a folder for each mining, with its report
+experts.svg       last picture of tasks and experts, if diagnostics are on
+checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt
+results.json      final table; a run that has it is complete
+negatives/        mined hard negatives: one folder for each mining, with its report
 runs/             TREC run files of the final table
 wandb/            W&B's own files
 """
@@ -39,32 +39,24 @@ from lightning_modules.distributed import launch
 
 log = logging.getLogger(__name__)
 
-# What may change between the attempts of one run, as prefixes of keys.
+# Prefixes of keys that may change between the attempts of a run.
 CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
     *("data.cache", "mining.memory_mb", "mining.store"),
-    # With another number of ranks; the loader sees to it that the global batch stays the same.
+    # They change with the number of ranks; the loader makes sure that the global batch remains the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
     *("trainer.strategy", "trainer.timeout"),
 )
-VERSIONS = (
-    "torch",
-    "lightning",
-    "transformers",
-    "omegaconf",
-    "wandb",
-    "faiss-cpu",
-    "faiss-gpu",
-    "bm25s",
-    "numpy",
-)
+PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """path: of the run. checkpoint: to resume from, or None; ranks take the first one's. complete: the run has its
-    results already.
+    """A run's folder as it was found.
+
+    checkpoint: checkpoint to resume from, None for a new run; other ranks use that of the first.
+    complete: whether the run has its results.
     """
 
     path: Path
@@ -75,29 +67,37 @@ class RunFolder:
     def results(self) -> Path:
         return self.path / "results.json"
 
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    def recorded_precision(self) -> str | None:
+        """Return the precision of a run that is resumed, which remains the same on another machine; None for others."""
+        return read_json(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
+
 
 def open_run(config: Config) -> RunFolder:
-    """Find the run's folder. Nothing is made or changed, but the first rank renames the old one for resume "never", and
-    damaged checkpoints newer than the one to go on from.
+    """Find out what the run's folder holds.
 
-    Raises UserError if the folder holds a run of another configuration or something that is no run, or if all of its
-    checkpoints are damaged.
+    Only the first rank changes anything: with run.resume=never it renames the old run, and it renames damaged
+    checkpoints that are newer than the one to resume from. Raises UserError if the folder holds another run or
+    something else, or if all checkpoints are damaged.
     """
-    path, first = folder_of(config), rank_zero_only.rank == 0
-    anew = config.run.resume == "never" and not _begun_by_this_job(path)
-    if first:
+    path, is_first = folder_of(config), rank_zero_only.rank == 0
+    starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
+    if is_first:
         try:
-            _prepare(config, path, anew)
+            _prepare(config, path, starts_over)
         except OSError as error:
             raise UserError(f"run.dir: {path} cannot be used ({error})") from error
-    if anew:  # other ranks do not look: the first may be renaming the old run just now
+    if starts_over:  # other ranks must not look: the first rank may be renaming the old run right now
         return RunFolder(path, None, False)
-    checkpoint = newest_intact(path / LAST) if first else next(iter(candidates(path / LAST)), None)
+    checkpoint = newest_intact(path / LAST) if is_first else next(iter(candidates(path / LAST)), None)
     return RunFolder(path, checkpoint, _is_complete(path, config))
 
 
-def _begun_by_this_job(path: Path) -> bool:
-    """Whether the run is that of this SLURM job, before it was put into the queue again."""
+def _was_started_by_this_job(path: Path) -> bool:
+    """Return whether this SLURM job started the run, before it was put back into the queue."""
     job, manifest = launch.slurm_job(), path / "manifest.json"
     if job is None or not manifest.is_file():
         return False
@@ -107,41 +107,30 @@ def _begun_by_this_job(path: Path) -> bool:
         return False
 
 
-def _prepare(config: Config, path: Path, anew: bool) -> None:
+def _prepare(config: Config, path: Path, starts_over: bool) -> None:
     if path.is_file():
         raise UserError(f"run.dir: {path} is a file")
-    if (path / "config.yaml").exists() and not (path / "checkpoints").is_dir():
-        raise UserError(f"run.dir: {path} has a config.yaml and is no run; choose another folder")
-    if anew and (path / "config.yaml").exists():
+    if not (path / "config.yaml").exists():
+        return
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"run.dir: {path} has a config.yaml, but it is not a run; choose another folder")
+    if starts_over:
         path = path.resolve()
-        kept = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+        names = (path.with_name(f"{path.name}.{number}") for number in range(1, 10_000))
+        kept = next(name for name in names if not name.exists())
         replace_folder(path, kept)
-        log.info("the run that was in %s is kept in %s", path, kept)
-    if (path / "config.yaml").exists():
+        log.info("the previous run in %s is now in %s", path, kept)
+    else:
         _refuse_other_run(config, path)
 
 
 def _is_complete(path: Path, config: Config) -> bool:
-    """Whether the run has its results: for these steps, this split and these metrics."""
+    """Return whether the run has results for the number of steps, the split and the metrics of the configuration."""
     if not (path / "results.json").is_file():
         return False
-    results = read_json(path / "results.json")
-    wanted = config.evaluation
-    measured_alike = results["split"] == wanted.split and results["metrics"] == wanted.metrics
-    return results["steps"] >= config.trainer.max_steps and measured_alike
-
-
-def write_config(folder: RunFolder, config: Config) -> None:
-    """Make the folder and its config.yaml, when all that can be wrong with the configuration has been found right.
-
-    Raises UserError if it cannot be made.
-    """
-    if rank_zero_only.rank == 0:
-        try:
-            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
+    results, evaluation = read_json(path / "results.json"), config.evaluation
+    same_protocol = results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
+    return results["steps"] >= config.trainer.max_steps and same_protocol
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:
@@ -154,8 +143,8 @@ def _refuse_other_run(config: Config, path: Path) -> None:
     if changed:
         first = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
         raise UserError(
-            f"{path} holds a run of another configuration ({first}). "
-            "Choose another run.dir, or run.resume=never to start over (the old run is kept beside)."
+            f"run.dir: {path} holds a run of another configuration ({first}). "
+            "Choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
 
 
@@ -164,7 +153,7 @@ def _is_batch_size(key: str) -> bool:
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values."""
+    """Yield dotted keys and their values."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             yield from flat(value, f"{prefix}{key}.")
@@ -172,32 +161,38 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), node
 
 
-def write_manifest(
+def write_config(folder: RunFolder, config: Config) -> None:
+    """Create the folder with its config.yaml, once everything in the configuration has proved right.
+
+    Raises UserError if the folder cannot be created.
+    """
+    if rank_zero_only.rank == 0:
+        try:
+            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
+
+
+@rank_zero_only
+def record_start(
     folder: RunFolder,
     data: MultiTaskDataModule,
+    *,
     num_parameters: int,
     schedule: Mapping[str, Any],
     devices: int,
     precision: str,
-    seconds: float | None = None,
 ) -> None:
-    """Note what is needed to understand and repeat the run.
+    """Record in the manifest that an attempt starts, and what is needed to understand and repeat the run.
 
-    schedule: each task's batches and passes. devices: of all ranks. precision: of training. seconds: of training in
-    this attempt, None before it.
+    schedule: batches of each task, and passes through its examples. devices: number of ranks. precision: fp32 or bf16.
     """
-    if rank_zero_only.rank > 0:
-        return
-    path = folder.path / "manifest.json"
-    manifest = read_json(path) if path.is_file() else {"attempts": []}
-    if seconds is None:
-        job = {"job": launch.slurm_job()} if launch.slurm_job() else {}
-        manifest["attempts"].append(
-            {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
-            | job
-        )
-    else:
-        manifest["attempts"][-1]["seconds"] = round(seconds, 1)
+    manifest = read_json(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
+    attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
+    if job := launch.slurm_job():
+        attempt["job"] = job
+    manifest["attempts"].append(attempt)
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),
@@ -217,29 +212,30 @@ def write_manifest(
             for name, collection in task.collections.items()
         },
     }
-    write_json(path, manifest)
+    write_json(folder.manifest, manifest)
 
 
-def begun_in(folder: RunFolder) -> str | None:
-    """The precision of a run that goes on: it stays the same on another machine. None for one that begins."""
-    manifest = folder.path / "manifest.json"
-    return read_json(manifest).get("precision") if folder.checkpoint and manifest.is_file() else None
+@rank_zero_only
+def record_end(folder: RunFolder, seconds: float) -> None:
+    """Record in the manifest how long this attempt has trained."""
+    manifest = read_json(folder.manifest)
+    manifest["attempts"][-1]["seconds"] = round(seconds, 1)
+    write_json(folder.manifest, manifest)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a figure may depend on."""
-    return {name: version for name in VERSIONS if (version := _version(name))}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Return the versions of the installed packages that results may depend on."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
 
 
 def git_state() -> dict[str, Any] | None:
-    """The commit of this code, and whether it was changed since; None where it is in no repository."""
+    """Return the commit of this code, and whether files have changed since; None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -7,13 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from datamodules.records import UserError
-from experiments.config.suggest import did_you_mean
 from lightning_modules.distributed import launch
 
 UNCUT = 10_000  # width of a table that goes to a file or pipe, where nothing must be cut
@@ -64,11 +63,6 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
-def token_budget(values: Mapping[str, str]) -> int | None:
-    """Return the value of token_budget, or None to choose it by the device."""
-    return whole_number("token_budget", values["token_budget"]) if values["token_budget"] else None
-
-
 def table_console() -> Console:
     """Return the console for tables: as wide as the terminal, and without limit in a file or pipe."""
     console = Console()
@@ -80,35 +74,7 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-def key_values(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:
-    """Merge key=value arguments over defaults. Raises UserError for a key without default."""
-    values = dict(defaults)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"command line: expected key=value, got {argument!r}")
-        if key not in defaults:
-            hint = did_you_mean(key, defaults)
-            raise UserError(f"command line: unknown key {key!r}; {hint}allowed are {', '.join(defaults)}")
-        values[key] = value
-    return values
-
-
 def near(path: Path | str) -> Path:
     """Return a path relative to the working directory if it is inside it, else unchanged."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def choice(key: str, value: str, allowed: Sequence[str]) -> str:
-    """Return the value of a key. Raises UserError unless it is one of the allowed words."""
-    if value not in allowed:
-        raise UserError(f"{key}: got {value!r}, allowed are {', '.join(allowed)}")
-    return value
-
-
-def whole_number(key: str, value: str, least: int = 1) -> int:
-    """Return the value of a key as a whole number. Raises UserError if it is less than `least`."""
-    if not value.isdecimal() or int(value) < least:
-        raise UserError(f"{key}: got {value!r}, allowed are whole numbers from {least}")
-    return int(value)

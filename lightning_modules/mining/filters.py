@@ -2,7 +2,6 @@
 
 Shapes: Q queries with k candidates each, best first. rows: the candidates' documents, (Q, k), -1 for none. A filter
 returns which candidates it keeps, (Q, k) bool.
-Lists are pairs (starts, entries): those of query q are entries[starts[q] : starts[q + 1]].
 """
 
 from __future__ import annotations
@@ -11,24 +10,23 @@ from collections.abc import Iterable
 
 import numpy as np
 
-Lists = tuple[np.ndarray, np.ndarray]
+from datamodules.records import Ragged
 
 
-def query_of_entries(lists: Lists) -> np.ndarray:
-    """Return the query that each entry belongs to."""
-    starts, _ = lists
-    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+def query_of_values(lists: Ragged) -> np.ndarray:
+    """Return the query whose list each value belongs to."""
+    return np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
 
 
-def contained(rows: np.ndarray, lists: Lists) -> np.ndarray:
+def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
     """Return which candidates (Q, k) are in the list of their query."""
-    entries = lists[1].astype(np.int64)
-    span = int(max(rows.max(initial=0), entries.max(initial=0))) + 1
-    keys = query_of_entries(lists) * span + entries
+    values = lists.values.astype(np.int64)
+    span = int(max(rows.max(initial=0), values.max(initial=0))) + 1
+    keys = query_of_values(lists) * span + values
     return np.isin(np.arange(len(rows))[:, None] * span + rows, keys) & (rows >= 0)
 
 
-def not_known_positive(rows: np.ndarray, positives: Lists, query_rows: np.ndarray) -> np.ndarray:
+def not_known_positive(rows: np.ndarray, positives: Ragged, query_rows: np.ndarray) -> np.ndarray:
     """Keep candidates that are neither a known positive nor the query itself.
 
     query_rows: row of each query if it is a document itself, else -1, (Q,).
@@ -37,14 +35,14 @@ def not_known_positive(rows: np.ndarray, positives: Lists, query_rows: np.ndarra
 
 
 def different_text(
-    rows: np.ndarray, positives: Lists, document_texts: np.ndarray, query_texts: np.ndarray
+    rows: np.ndarray, positives: Ragged, document_texts: np.ndarray, query_texts: np.ndarray
 ) -> np.ndarray:
     """Keep candidates whose text differs from that of the query and of its positives.
 
     document_texts, query_texts: a number for each text, (M,) and (Q,); equal numbers mean equal texts.
     """
     texts = np.where(rows < 0, -1, document_texts[rows])
-    same = contained(texts, (positives[0], document_texts[positives[1]]))
+    same = contained(texts, Ragged(positives.starts, document_texts[positives.values]))
     return ~same & (texts != query_texts[:, None])
 
 
@@ -73,14 +71,14 @@ def absolute_margin(scores: np.ndarray, positive: np.ndarray, margin: float) -> 
     return scores < (positive - margin)[:, None]
 
 
-def positive_score(scores: np.ndarray, positives: Lists, which: str) -> np.ndarray:
+def positive_score(scores: np.ndarray, positives: Ragged, which: str) -> np.ndarray:
     """Return the "mean", "lowest" or "highest" score of each query's positives, (Q,). scores: of all positives, (P,).
 
     Every query must have a positive.
     """
-    starts = positives[0][:-1]
+    starts = positives.starts[:-1]
     if which == "mean":
-        return np.add.reduceat(scores, starts) / np.diff(positives[0])
+        return np.add.reduceat(scores, starts) / np.diff(positives.starts)
     return (np.minimum if which == "lowest" else np.maximum).reduceat(scores, starts)
 
 

@@ -125,7 +125,7 @@ class ShownMiner(Miner):
     """
 
     def rank(self, pool, queries, k, context):
-        starts, documents = pool.shown
+        starts, documents = pool.judged_negatives.starts, pool.judged_negatives.values
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         for i, query in enumerate(queries):
             shown = documents[starts[query] : starts[query + 1]][:k]
@@ -160,8 +160,7 @@ class TwoHopMiner(Miner):
 
 def positives_of(pool: MiningPool) -> list[np.ndarray]:
     """Return the positives of each query."""
-    starts, documents = pool.positives
-    return np.split(documents, starts[1:-1])
+    return np.split(pool.positives.values, pool.positives.starts[1:-1])
 
 
 class CitedByCitedMiner(TwoHopMiner):
@@ -171,13 +170,15 @@ class CitedByCitedMiner(TwoHopMiner):
     """
 
     def links(self, pool, context):
-        if (pool.own < 0).all():
+        if (pool.document_of_query < 0).all():
             raise UserError(
                 f"{pool.name}: CitedByCitedMiner needs papers that cite papers (link_prediction), but no query is a "
                 "document of the corpus"
             )
         positives = positives_of(pool)
-        return positives, {int(row): cited for row, cited in zip(pool.own, positives, strict=True) if row >= 0}
+        return positives, {
+            int(row): cited for row, cited in zip(pool.document_of_query, positives, strict=True) if row >= 0
+        }
 
 
 class LabelsOfCitedMiner(TwoHopMiner):
@@ -189,7 +190,7 @@ class LabelsOfCitedMiner(TwoHopMiner):
     def links(self, pool, context):
         cited: dict[str, list[str]] = {}
         for other in context.pools:
-            for query, row, positives in zip(other.queries, other.own, positives_of(other), strict=True):
+            for query, row, positives in zip(other.queries, other.document_of_query, positives_of(other), strict=True):
                 if row >= 0:
                     cited.setdefault(query.id, []).extend(other.corpus[positive].id for positive in positives.tolist())
         query_numbers = {query.id: i for i, query in enumerate(pool.queries)}
@@ -252,7 +253,10 @@ class SharingMiner(Miner):
         if not any(len(queries) > 1 for queries in queries_of_value.values()):
             raise UserError(f"{pool.name}: no two of its papers share a value of {self.field!r} in {self.papers}")
         positives = positives_of(pool)
-        documents = [np.array([row]) if row >= 0 else own for row, own in zip(pool.own, positives, strict=True)]
+        documents = [
+            np.array([row]) if row >= 0 else positives_of_query
+            for row, positives_of_query in zip(pool.document_of_query, positives, strict=True)
+        ]
         return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import read_json, write_json
-from datamodules.records import MinedNegatives, UserError
-from lightning_modules.mining.filters import query_of_entries
+from datamodules.records import MinedNegatives, Ragged, UserError
+from lightning_modules.mining.filters import query_of_values
 from lightning_modules.mining.mine import Mined
 from lightning_modules.pictures import box, document, text
 
@@ -58,8 +58,8 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
     values = {
         "negatives": total / len(negatives),
         "without": float((counts == 0).mean()),
-        "false_negative_rate": float((above | mined.revealed).mean()),
-        "revealed": float(mined.revealed.mean()),
+        "false_negative_rate": float((above | mined.held_out).mean()),
+        "revealed": float(mined.held_out.mean()),
         "duplicates": 1 - len(_pairs(negatives.starts, mined.texts)) / total,
         "distinct": len(np.unique(negatives.documents)) / total,
     }
@@ -83,9 +83,9 @@ def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> d
     return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
 
 
-def _pairs(starts: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """Return the distinct (query, entry) pairs, each as one number."""
-    return np.unique(query_of_entries((starts, entries)) * (1 << 32) + entries.astype(np.int64))
+def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the distinct (query, value) pairs, each as one number."""
+    return np.unique(query_of_values(Ragged(starts, values)) * (1 << 32) + values.astype(np.int64))
 
 
 def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:

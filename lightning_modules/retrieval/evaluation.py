@@ -20,7 +20,7 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval import run_files
+from lightning_modules.retrieval import trec as run_files
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
     LABEL_METRICS,

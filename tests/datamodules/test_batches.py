@@ -287,12 +287,12 @@ class Rank:
 
 def test_another_number_of_ranks_resumes_with_the_same_global_batches(make_task):
     def loaders(world_size):
-        found = []
+        rank_loaders = []
         for rank in range(world_size):
             task = make_task(SearchDataModule, batch_size=8 // world_size, num_batches=9)
             task.trainer = Rank(rank, world_size)
-            found.append(task.train_dataloader())
-        return found
+            rank_loaders.append(task.train_dataloader())
+        return rank_loaders
 
     def queries(batches):
         """Return the texts of the queries of one step, over all ranks in order."""

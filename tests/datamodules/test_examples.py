@@ -52,12 +52,12 @@ def test_judgements_of_a_paper_with_itself_are_ignored(tmp_path, queries_are_doc
     write_beir(collection, tmp_path / "data")
     converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
     for _, examples in (in_memory(collection, queries_are_documents), converted.table(queries_are_documents)):
-        found = [(example.positives, example.hard_negatives) for example in examples]
+        pairs = [(example.positives, example.hard_negatives) for example in examples]
         if queries_are_documents:
-            assert found == [((3,), ()), ((0,), ())]
+            assert pairs == [((3,), ()), ((0,), ())]
             assert [example.query for example in examples] == [0, 3]
         else:
-            assert found == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
+            assert pairs == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
     assert caplog.text.count("ignored 3 of 5 judgements: they relate a paper to itself") == (
         2 if queries_are_documents else 0
     )

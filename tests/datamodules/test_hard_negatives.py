@@ -152,12 +152,12 @@ def test_workers_switch_to_a_new_round_at_its_first_batch(make_task, tmp_path, n
             written(tmp_path / f"{after}", data, [[9 - after // 3]] * 12)
             data.rounds.begin(after, f"{after}")
     assert sorted(seen) == list(range(12))
-    for step, found in seen.items():
+    for step, rows in seen.items():
         example = data.examples[data.schedule().draws(step)[0][0]]
         if step < 3:
-            assert found == set(example.hard_negatives)
+            assert rows == set(example.hard_negatives)
         elif 9 - step // 3 not in example.positives:
-            assert found == {9 - step // 3}
+            assert rows == {9 - step // 3}
 
 
 class Rank:
@@ -171,7 +171,7 @@ def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make
     """Rounds start at 3, 6 and 9, each with other negatives. A resumed run reuses those that were mined before."""
 
     def run(world_size, num_workers, state=None, until=12):
-        found, loaders = {}, []
+        rows_by_step, loaders = {}, []
         for rank in range(world_size):
             data = with_rounds(make_task, tmp_path, batch_size=8 // world_size, num_workers=num_workers)
             data.trainer = Rank(rank, world_size)
@@ -181,7 +181,7 @@ def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make
         for batches in zip(*(loader for loader, _ in loaders), strict=True):
             step = batches[0].step
             drawn = [row for batch in batches for row in batch.document_ids.tolist()]
-            found[step] = sorted(set(drawn))
+            rows_by_step[step] = sorted(set(drawn))
             for _, data in loaders:
                 if data.rounds.is_planned(step + 1) and not data.rounds.has(step + 1):
                     rng = np.random.default_rng(step)
@@ -189,7 +189,7 @@ def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make
                     data.rounds.begin(step + 1, f"{step + 1}")
             if step + 1 == until:
                 break
-        return found, loaders[0][0].state_dict()
+        return rows_by_step, loaders[0][0].state_dict()
 
     whole, _ = run(2, 0)
     assert sorted(whole) == list(range(12))

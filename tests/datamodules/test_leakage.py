@@ -40,9 +40,9 @@ def test_only_planted_overlaps_are_found(world):
     trained, other, planted = world
     assert overlaps(other, trained) == []
     for way, documents in planted.items():
-        found = overlaps(other + documents, trained)
-        assert {overlap.evaluated.id for overlap in found} == {document.id for document in documents}
-        assert {overlap.way for overlap in found} == {way}
+        planted_overlaps = overlaps(other + documents, trained)
+        assert {overlap.evaluated.id for overlap in planted_overlaps} == {document.id for document in documents}
+        assert {overlap.way for overlap in planted_overlaps} == {way}
         assert overlaps(documents, trained, ways=[w for w in WAYS if w != way]) == []
     first = overlaps(planted["text"], trained)[0]
     assert first.trained == trained[200]
@@ -53,8 +53,10 @@ def test_text_in_several_sets_is_found_in_each():
     index, text = Index(), "one two three four five six seven eight nine"
     for name in ("a", "b"):
         index.add(name, [Document(f"{name}{i}", "", text) for i in range(2)], ["text"])
-    found = index.overlaps(Document("a0", "", text))
-    assert [(o.name, o.evaluated.id, o.way) for o in found] == [(n, f"{n}{i}", "text") for n in "ab" for i in range(2)]
+    matches = index.overlaps(Document("a0", "", text))
+    assert [(o.name, o.evaluated.id, o.way) for o in matches] == [
+        (n, f"{n}{i}", "text") for n in "ab" for i in range(2)
+    ]
 
 
 def test_similarity_compares_runs_of_words():

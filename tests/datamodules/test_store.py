@@ -62,25 +62,25 @@ def streamed(request, tmp_path):
 
 def test_stored_collection_equals_the_one_read(streamed, tmp_path):
     _, reader = streamed
-    wanted, found = reader._collection, stored(reader, tmp_path / "cache")
-    assert list(found.corpus) == list(wanted.corpus)
-    assert list(found.corpus.values()) == list(wanted.corpus.values())
-    assert dict(found.queries) == dict(wanted.queries)
-    assert found.splits == wanted.splits
-    for split in wanted.splits:
-        queries, qrels = found.judged(split)
-        assert qrels == wanted.qrels[split]
-        assert queries == wanted.judged(split)[0]
+    expected, actual = reader._collection, stored(reader, tmp_path / "cache")
+    assert list(actual.corpus) == list(expected.corpus)
+    assert list(actual.corpus.values()) == list(expected.corpus.values())
+    assert dict(actual.queries) == dict(expected.queries)
+    assert actual.splits == expected.splits
+    for split in expected.splits:
+        queries, qrels = actual.judged(split)
+        assert qrels == expected.qrels[split]
+        assert queries == expected.judged(split)[0]
     for queries_are_documents in (False, True):
-        ours = [list(part) for part in found.table(queries_are_documents)[0]]
-        parts, examples = in_memory(wanted, queries_are_documents)
+        ours = [list(part) for part in actual.table(queries_are_documents)[0]]
+        parts, examples = in_memory(expected, queries_are_documents)
         assert ours == parts
-        assert list(found.table(queries_are_documents)[1]) == list(examples)
+        assert list(actual.table(queries_are_documents)[1]) == list(examples)
 
 
 def test_stored_and_in_memory_collections_give_the_same_batches_and_benchmarks(streamed, tmp_path, make_backbone):
     kind, reader = streamed
-    found = []
+    actual = []
     for cache in ("", str(tmp_path / "cache")):
         options = BatchOptions(batch_size=4, num_batches=6, max_length=32, num_workers=2 if cache else 0, cache=cache)
         task = KINDS[kind](Task(kind, kind), {"toy": reader}, options, make_backbone()[1])
@@ -88,8 +88,8 @@ def test_stored_and_in_memory_collections_give_the_same_batches_and_benchmarks(s
         assert isinstance(task.collections["toy"], StoredCollection) == bool(cache)
         batches = [batch.fingerprint for batch in task.train_dataloader()]
         benchmarks = [(b.name, dict(b.corpus), dict(b.queries), dict(b.qrels)) for b in task.benchmarks("test")]
-        found.append((batches, benchmarks, list(task.texts())))
-    assert found[0] == found[1]
+        actual.append((batches, benchmarks, list(task.texts())))
+    assert actual[0] == actual[1]
 
 
 def test_collection_is_converted_again_only_if_a_file_changes(streamed, tmp_path):
@@ -188,18 +188,18 @@ def test_stored_documents_span_several_arrow_batches(tmp_path):
             sink.add_judgement("train", "q", "d0", 0)
 
     (tmp_path / "data").mkdir()
-    found = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
-    assert len(found.corpus) == count
+    actual = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
+    assert len(actual.corpus) == count
     for i in (0, ROWS - 1, ROWS, 2 * ROWS, count - 1):
-        assert found.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
-    assert found.corpus.rows[-1].id == f"d{count - 1}"
+        assert actual.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
+    assert actual.corpus.rows[-1].id == f"d{count - 1}"
     with pytest.raises(IndexError):
-        found.corpus.rows[count]
-    (example,) = found.table(False)[1]
+        actual.corpus.rows[count]
+    (example,) = actual.table(False)[1]
     assert (example.query, example.positives, example.hard_negatives) == (count, (count - 1,), (0,))
-    again = pickle.loads(pickle.dumps(found.corpus))
+    again = pickle.loads(pickle.dumps(actual.corpus))
     assert isinstance(again, StoredDocuments)
-    assert again["d5"] == found.corpus.rows[5]
+    assert again["d5"] == actual.corpus.rows[5]
 
 
 def test_file_changed_with_the_same_time_is_converted_again(streamed, tmp_path):
@@ -216,9 +216,9 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
     _, reader = streamed
     beir = BeirReader(str(reader.folder))
     assert isinstance(beir, StreamingReader)
-    found, wanted = stored(beir, tmp_path / "cache"), beir.read()
-    assert list(found.corpus.values()) == list(wanted.corpus.values())
-    assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
+    actual, expected = stored(beir, tmp_path / "cache"), beir.read()
+    assert list(actual.corpus.values()) == list(expected.corpus.values())
+    assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
     qrels = reader.folder / "qrels" / "train.tsv"
     good = qrels.read_text()
     query, document, grade = good.splitlines()[1].split("\t")
@@ -237,7 +237,7 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
     qrels.write_text(
         good + "\t".join((query, document, grade)) + "\n"
     )  # a repeated judgement with the same score is harmless
-    assert stored(beir, tmp_path / "cache").judged("train")[1] == wanted.qrels["train"]
+    assert stored(beir, tmp_path / "cache").judged("train")[1] == expected.qrels["train"]
     corpus = reader.folder / "corpus.jsonl"
     texts = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
@@ -255,8 +255,8 @@ def test_skipped_lines_are_logged_on_every_use(streamed, tmp_path, caplog):
     beir = BeirReader(str(reader.folder), on_error="skip", quarantine=str(quarantine))
     for _ in range(2):
         caplog.clear()
-        found = stored(beir, tmp_path / "cache")
-        assert list(found.corpus) == list(reader._collection.corpus)
+        actual = stored(beir, tmp_path / "cache")
+        assert list(actual.corpus) == list(reader._collection.corpus)
         assert "left out 1 bad line" in caplog.text
     assert len(quarantine.read_text().splitlines()) == 1
 
@@ -275,13 +275,13 @@ def test_conversion_of_every_reader_equals_its_collection(world, tmp_path, monke
     reader, opened = world.make(tmp_path / "data"), []
     assert isinstance(reader, FileReader)
     monkeypatch.setattr(io, "open_text", lambda path, real=io.open_text: opened.append(path) or real(path))
-    wanted = reader.read()
+    expected = reader.read()
     assert set(opened) == set(reader.sources())
-    found = stored(reader, tmp_path / "cache")
-    assert dict(found.corpus) == dict(wanted.corpus)
-    assert dict(found.queries) == dict(wanted.queries)
-    assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
-    assert stored(world.make(tmp_path / "data"), tmp_path / "cache").folder == found.folder
+    actual = stored(reader, tmp_path / "cache")
+    assert dict(actual.corpus) == dict(expected.corpus)
+    assert dict(actual.queries) == dict(expected.queries)
+    assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
+    assert stored(world.make(tmp_path / "data"), tmp_path / "cache").folder == actual.folder
     assert describe(world.make(tmp_path / "data", on_error="skip")) != describe(reader)
 
 
@@ -314,16 +314,16 @@ def test_streaming_agrees_with_reading_on_mutated_files(tmp_path, kind, policy):
         good = path.read_bytes()
         path.write_bytes(rng.choice((mutated, retyped))(good, rng))
         reader = make(str(tmp_path / "data"), on_error=policy, quarantine=str(tmp_path / "quarantine.jsonl"))
-        wanted = ending(reader.read)
-        found = ending(lambda reader=reader, turn=turn: stored(reader, tmp_path / f"cache{turn}"))
-        ends.append(wanted == "refused")
+        expected = ending(reader.read)
+        actual = ending(lambda reader=reader, turn=turn: stored(reader, tmp_path / f"cache{turn}"))
+        ends.append(expected == "refused")
         path.write_bytes(good)
-        if found == "refused" or wanted == "refused":
-            assert found == wanted
+        if actual == "refused" or expected == "refused":
+            assert actual == expected
             continue
-        assert list(found.corpus.values()) == list(wanted.corpus.values())
-        assert dict(found.queries) == dict(wanted.queries)
-        assert {split: found.judged(split)[1] for split in found.splits} == wanted.qrels
+        assert list(actual.corpus.values()) == list(expected.corpus.values())
+        assert dict(actual.queries) == dict(expected.queries)
+        assert {split: actual.judged(split)[1] for split in actual.splits} == expected.qrels
     assert sum(ends) < 55
     if policy == "fail":
         assert sum(ends) > 5
@@ -336,6 +336,6 @@ def test_skip_policy_ignores_contradicting_scores(streamed, tmp_path, caplog):
     with open(qrels, "a") as file:
         file.write(f"{query}\t{document}\t{int(grade) + 1}\n")
     skipping = BeirReader(str(reader.folder), on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl"))
-    found = stored(skipping, tmp_path / "cache")
-    assert found.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
+    actual = stored(skipping, tmp_path / "cache")
+    assert actual.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
     assert "split train: 1 pairs are judged again with another score" in caplog.text

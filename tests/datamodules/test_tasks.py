@@ -64,15 +64,15 @@ def test_pool_agrees_with_its_collection(make_task, kind):
     (pool,) = data.pools()
     assert [d.id for d in pool.corpus] == list(collection.corpus)
     assert [q.id for q in pool.queries] == list(qrels["train"])
-    assert pool.own.tolist() == (list(range(6)) if papers else [-1] * 6)
+    assert pool.document_of_query.tolist() == (list(range(6)) if papers else [-1] * 6)
     for i, grades in enumerate(qrels["train"].values()):
         positives = pool.positives[1][pool.positives[0][i] : pool.positives[0][i + 1]]
         assert {pool.corpus[row].id for row in positives} == {d for d, grade in grades.items() if grade > 0}
         assert [row + pool.first_row for row in positives] == sorted(data.examples[i].positives)
-        shown = pool.shown[1][pool.shown[0][i] : pool.shown[0][i + 1]]
+        shown = pool.judged_negatives[1][pool.judged_negatives[0][i] : pool.judged_negatives[0][i + 1]]
         assert [pool.corpus[row].id for row in shown] == [d for d, grade in grades.items() if grade == 0]
     known = set(qrels["train"][pool.queries[0].id])
-    starts, revealed = pool.revealed
+    starts, revealed = pool.held_out_positives
     assert [pool.corpus[row].id for row in revealed[starts[0] : starts[1]]] == [
         d for d in ("d1", "d9") if d not in known or not qrels["train"][pool.queries[0].id][d]
     ]

@@ -14,9 +14,9 @@ import yaml
 
 from datamodules.records import UserError
 from experiments import agent
-from experiments.agent import tell_other_ranks
 from experiments.config.experiment import load_config
 from experiments.config.paths import folder_of
+from experiments.run.agent_trials import publish_trial
 from experiments.sweep import main as sweep
 from tests.experiments.test_train import TINY
 from tests.experiments.wandb_server import wandb_server
@@ -52,14 +52,14 @@ def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog, 
     assert "make agent SWEEP_ID=me/p/s1" in caplog.text
 
 
-def test_an_agent_without_login_is_told_how_to_log_in(server, monkeypatch, tmp_path):
+def test_an_agent_without_login_explains_how_to_log_in(server, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine elsewhere login user password " + "0" * 40 + "\n")
     wandb.teardown()
     started = []
-    monkeypatch.setattr(agent, "agent", lambda *given: started.append(given) or 0)
-    with pytest.raises(UserError, match=f"{server.url}, where you are not logged in: .venv/bin/wandb login"):
+    monkeypatch.setattr(agent, "run_agent", lambda *arguments: started.append(arguments) or 0)
+    with pytest.raises(UserError, match=f"{server.url}, where you are not logged in; run .venv/bin/wandb login"):
         agent.main(["sweep_id=a/b/c"])
     assert started == []
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password " + "0" * 40 + "\n")
@@ -68,25 +68,25 @@ def test_an_agent_without_login_is_told_how_to_log_in(server, monkeypatch, tmp_p
     assert started == [("a/b/c", None)]
 
 
-def test_a_trial_of_wandb_lies_in_a_folder_by_its_id(monkeypatch):
+def test_the_folder_of_a_wandb_trial_has_its_id(monkeypatch):
     config = load_config("moe")
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     assert folder_of(config) == Path("runs/sweep-s1/r1")
 
 
-def test_a_process_without_waiting_ranks_tells_nobody(tmp_path, monkeypatch):
+def test_only_the_first_rank_publishes_its_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("SCIMULT_TRIALS", str(tmp_path))
-    tell_other_ranks("moe", ["a=1"], tmp_path)
+    publish_trial("moe", ["a=1"], tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("RANK", "0")
-    tell_other_ranks("moe", ["a=1"], tmp_path / "run")
+    publish_trial("moe", ["a=1"], tmp_path / "run")
     assert json.loads((tmp_path / "0.json").read_text()) == ["moe", "a=1", f"run.dir={tmp_path / 'run'}"]
 
 
 @pytest.mark.slow
-def test_ranks_of_a_job_train_what_the_first_one_was_given(server, tmp_path, free_port):
+def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, free_port):
     """Two ranks as srun starts them; W&B gives one trial, and then no more."""
     run = tmp_path / "run"
     quick = ["trainer.max_steps=2", "evaluation.every_n_steps=0", "evaluation.baselines=false", "tasks=[search]"]

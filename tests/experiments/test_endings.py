@@ -12,7 +12,7 @@ from datamodules import locks
 from datamodules.records import UserError
 from datamodules.store import locked
 from experiments.run import lock as run_lock
-from experiments.run.endings import answer
+from experiments.run.endings import exit_status
 from experiments.run.lock import only_job
 from lightning_modules.distributed.signals import Preempted
 
@@ -44,41 +44,41 @@ def job(monkeypatch, **more):
 def test_usr1_puts_the_job_into_the_queue_again(tmp_path, monkeypatch, scontrol):
     told = scontrol()
     job(monkeypatch)
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     assert told.read_text() == "requeue 12\nrequeue 10_3\n"
 
 
 def test_only_the_first_rank_asks_slurm(tmp_path, monkeypatch, scontrol):
     told = scontrol()
     job(monkeypatch, SLURM_PROCID="1")
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 0
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     assert not told.exists()
 
 
 def test_scontrol_that_fails_or_is_missing_ends_with_75(tmp_path, monkeypatch, scontrol, caplog):
     scontrol(status=1)
     job(monkeypatch)
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert "job 12 cannot be put into the queue again from here (not allowed): ending with status 75" in caplog.text
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
+    assert "job 12: scontrol cannot requeue it from here (not allowed), so this exits with status 75" in caplog.text
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path, monkeypatch, scontrol):
     told = scontrol()
     job(monkeypatch)
-    assert answer(Preempted(signal.SIGTERM), tmp_path) == 143
+    assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 143
     assert not told.exists()
 
 
 def test_without_slurm_the_status_says_that_the_command_goes_on(tmp_path, scontrol, capsys):
     told = scontrol()
-    assert answer(Preempted(signal.SIGTERM), tmp_path) == 75
-    assert answer(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert answer(Preempted(signal.SIGINT), tmp_path) == 130
-    assert capsys.readouterr().err == "interrupted: the same command starts anew\n"
+    assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 75
+    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
+    assert exit_status(Preempted(signal.SIGINT), tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted: the same command starts from the beginning\n"
     assert not told.exists()
 
 

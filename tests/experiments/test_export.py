@@ -11,6 +11,8 @@ from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
 from tests.experiments.test_train import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -72,7 +72,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path, number, lost):
     finally:
         process.kill()
     found = re.search(
-        rf"error: rank {lost}\b.* ended or no longer answers; the same command goes on from step (\d+)", told
+        rf"error: rank {lost}\b.* ended or no longer answers; the same command resumes from step (\d+)", told
     )
     assert found, told[-3000:]
     assert "Traceback" not in told

@@ -1,4 +1,4 @@
-"""The Makefile: what make itself would do with words that are no target."""
+"""The Makefile: unknown targets, and settings that are passed on."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def dry(folder, *words: str) -> subprocess.CompletedProcess:
-    """What would run, in a folder that has the Makefile alone."""
+    """Print the commands that would run, in a folder that has only the Makefile."""
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("setup.cfg", "constraints.txt", "pyproject.toml"):
         (folder / name).touch()
@@ -27,7 +27,7 @@ def dry(folder, *words: str) -> subprocess.CompletedProcess:
         (["evall", "model=M"], "evall"),
     ],
 )
-def test_a_word_that_is_no_target_is_refused_before_anything_runs(tmp_path, words, unknown):
+def test_unknown_target_fails_before_anything_runs(tmp_path, words, unknown):
     done = dry(tmp_path, *words)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -35,7 +35,7 @@ def test_a_word_that_is_no_target_is_refused_before_anything_runs(tmp_path, word
 
 
 @pytest.mark.slow
-def test_targets_that_there_are_run_one_after_the_other_with_their_settings(tmp_path):
+def test_several_targets_run_in_order_with_their_settings(tmp_path):
     done = dry(tmp_path, "dry-run", "train", "EXP=vanilla", "optim.lr=1e-3", "query=two words")
     assert done.returncode == 0, done.stderr
     last = [line for line in done.stdout.splitlines() if "experiments." in line]

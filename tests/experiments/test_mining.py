@@ -33,12 +33,12 @@ def negatives_of_batches(config, tokenizer, store=None):
     """Return, for each of the first batches, its hash and whether all its negatives are mined ones."""
     data = build_data(config, training=True)
     data.tokenizer = tokenizer
-    found = []
+    batches = []
     for batch in data.train_dataloader():
         drawn = set(batch.document_ids.tolist()) - set(batch.document_ids[batch.positives].flatten().tolist())
         mined = set(store.tasks[batch.task].documents.tolist()) if store else set()
-        found.append((batch.fingerprint, drawn <= mined))
-    return found
+        batches.append((batch.fingerprint, drawn <= mined))
+    return batches
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_mining_leaves_a_store_with_its_report(run):
     folders = sorted(path.name for path in (run / "negatives").iterdir())
     assert folders == ["step-00000000", "step-00000002", "step-00000004", "vectors"]
@@ -59,12 +60,13 @@ def test_every_mining_leaves_a_store_with_its_report(run):
         assert store.meta["step"] == int(name[-8:])
         assert set(store.tasks) == {"classification", "link_prediction", "search"}
         models.add(store.meta["model"])
-        told = json.loads((store.path / "report.json").read_text())
-        assert sum(told["search"]["histogram"]["counts"]) == len(store.tasks["search"].documents)
+        task_reports = json.loads((store.path / "report.json").read_text())
+        assert sum(task_reports["search"]["histogram"]["counts"]) == len(store.tasks["search"].documents)
         ElementTree.parse(store.path / "report.svg")
     assert len(models) == 3
 
 
+@pytest.mark.slow
 def test_every_mining_is_logged_for_every_task(run):
     logged = [row for row in rows(run) if "mine/seconds" in row]
     assert [row["step"] for row in logged] == [0, 2, 4]
@@ -74,6 +76,7 @@ def test_every_mining_is_logged_for_every_task(run):
             assert (row.get(f"mine/{task}/age") == 2) == (row["step"] > 0)
 
 
+@pytest.mark.slow
 def test_mined_negatives_agree_with_the_data(run):
     data = build_data(load_config("moe_mined", [*SMALL, *MINED]))
     store = HardNegativeStore(run / "negatives" / "step-00000004")
@@ -87,6 +90,7 @@ def test_mined_negatives_agree_with_the_data(run):
             assert not set(drawn) & set(task.examples[i].not_negatives)
 
 
+@pytest.mark.slow
 def test_batches_draw_from_the_store_in_use(run, tmp_path):
     """Each logged batch is the one that the data give with the store in use, and not the one without it."""
     logged = {row["step"] - 1: row["train/batch"] for row in rows(run) if "train/batch" in row}
@@ -96,18 +100,19 @@ def test_batches_draw_from_the_store_in_use(run, tmp_path):
     for step in (0, 2, 4):
         store = HardNegativeStore(run / "negatives" / f"step-{step:08d}")
         config = load_config("moe", [*overrides, f"mining.store={store.path}"])
-        found = negatives_of_batches(config, tokenizer, store)
+        batches = negatives_of_batches(config, tokenizer, store)
         for batch in (step, step + 1):
-            assert found[batch] == (logged[batch], True)
+            assert batches[batch] == (logged[batch], True)
             assert plain[batch][0] != logged[batch]
 
 
+@pytest.mark.slow
 def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
     """The store has the negatives that an independent ranking finds."""
     caplog.set_level("INFO")
     output = tmp_path / "store"
-    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
-    mine(["moe", *given])
+    arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    mine(["moe", *arguments])
     assert "false_negative_rate" in caplog.text
     store = HardNegativeStore(output)
     encoder = load_encoder(run)
@@ -119,8 +124,8 @@ def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
         example = task.examples[i]
         query = encoder.encode([task.documents[example.query]], "search").double()
         order = (torch.nn.functional.normalize(query, dim=-1) @ documents.T)[0].argsort(descending=True, stable=True)
-        assert store.of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
-    mine(["moe", *given])
+        assert store.negatives_of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
+    mine(["moe", *arguments])
     assert "were mined before" in caplog.text
     trained = tmp_path / "trained"
     train("moe", [f"run.dir={trained}", *SMALL, f"mining.store={output}", "trainer.max_steps=2"])
@@ -133,8 +138,8 @@ def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
 def test_killed_mining_continues_without_embedding_again(run, tmp_path):
     """SIGKILL while it embeds. Complete shards stay, and the store is that of an uninterrupted mining."""
     output, vectors = tmp_path / "store", tmp_path / "store.vectors"
-    given = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *given], cwd=ROOT)
+    arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *arguments], cwd=ROOT)
     while process.poll() is None and len(list(vectors.glob("*/*.npy"))) < 2:
         time.sleep(0.001)
     process.kill()
@@ -145,25 +150,27 @@ def test_killed_mining_continues_without_embedding_again(run, tmp_path):
         return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in vectors.glob("*/*.npy")}
 
     finished = shards()
-    mine(["moe", *given])
+    mine(["moe", *arguments])
     assert 2 <= len(finished) < len(shards())
     assert finished.items() <= shards().items()
-    mine(["moe", *given[:-1], f"output={tmp_path / 'whole'}"])
+    mine(["moe", *arguments[:-1], f"output={tmp_path / 'whole'}"])
     assert HardNegativeStore(output).hash == HardNegativeStore(tmp_path / "whole").hash
 
 
+@pytest.mark.slow
 def test_a_store_mined_with_other_settings_is_not_overwritten(run, tmp_path, make_encoder):
     output, other = tmp_path / "store", tmp_path / "other"
     tasks = dict.fromkeys(("classification", "link_prediction", "search"), "one")
     make_encoder("shared", tasks=tasks).save_pretrained(other)
-    given = [*SMALL, *MINED[1:], f"output={output}"]
-    mine(["moe", *given, f"model={run}"])
+    arguments = [*SMALL, *MINED[1:], f"output={output}"]
+    mine(["moe", *arguments, f"model={run}"])
     with pytest.raises(UserError, match="other settings .model: [0-9a-f]{16} then, [0-9a-f]{16} now"):
-        mine(["moe", *given, f"model={other}"])
+        mine(["moe", *arguments, f"model={other}"])
     with pytest.raises(UserError, match=r"miner\.options\.k: 40 then, 30 now"):
-        mine(["moe", *given, f"model={run}", "mining.k=30"])
+        mine(["moe", *arguments, f"model={run}", "mining.k=30"])
 
 
+@pytest.mark.slow
 def test_a_store_of_other_data_raises_before_training(run, tmp_path):
     store = run / "negatives" / "step-00000002"
     changed = [*SMALL, "task.search.data.searches.num_papers=501", f"mining.store={store}"]
@@ -172,6 +179,7 @@ def test_a_store_of_other_data_raises_before_training(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_stops_if_negatives_look_like_positives(tmp_path):
     short = ["mining.first_step=2", "trainer.max_steps=4"]
     for _ in range(2):  # the second time from the existing store
@@ -200,14 +208,15 @@ def test_tasks_can_have_miners_that_need_no_model(tmp_path):
         assert np.mean(agree) == 1.0
 
 
+@pytest.mark.slow
 def test_cached_data_give_the_negatives_of_data_in_memory(tmp_path, beir_root):
     stores = []
     for cache in ("null", tmp_path / "cache"):
         node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {beir_root / 'mlcite'}}}"
-        given = ["tasks=[link_prediction]", f"task.link_prediction.data={{cite: {node}}}", f"data.cache={cache}"]
+        arguments = ["tasks=[link_prediction]", f"task.link_prediction.data={{cite: {node}}}", f"data.cache={cache}"]
         miner = "mining.miner._target_=lightning_modules.mining.miners.CitedByCitedMiner"
         output = tmp_path / f"store{len(stores)}"
-        mine(["moe", *SMALL[3:], *given, miner, "mining.relative_margin=null", f"output={output}"])
+        mine(["moe", *SMALL[3:], *arguments, miner, "mining.relative_margin=null", f"output={output}"])
         stores.append(HardNegativeStore(output))
     one, other = stores
     assert len(one.tasks["link_prediction"].documents) > 20
@@ -215,16 +224,17 @@ def test_cached_data_give_the_negatives_of_data_in_memory(tmp_path, beir_root):
         assert (getattr(one.tasks["link_prediction"], name) == getattr(other.tasks["link_prediction"], name)).all()
 
 
+@pytest.mark.slow
 def test_a_moved_store_can_be_given_again(run, tmp_path):
     store, moved, folder = tmp_path / "store", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(run / "negatives" / "step-00000002", store)
-    given = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
-    train("moe", [*given, f"mining.store={store}"])
+    arguments = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
+    train("moe", [*arguments, f"mining.store={store}"])
     store.rename(moved)
-    train("moe", [*given, f"mining.store={moved}", "trainer.max_steps=3"])
+    train("moe", [*arguments, f"mining.store={moved}", "trainer.max_steps=3"])
     assert [row["step"] for row in rows(folder) if "train/lr" in row] == [1, 2, 3]
     with pytest.raises(UserError, match="was trained with mined hard negatives"):
-        train("moe", [*given, "trainer.max_steps=4"])
+        train("moe", [*arguments, "trainer.max_steps=4"])
 
 
 def test_every_n_epochs_counts_passes_over_all_examples():

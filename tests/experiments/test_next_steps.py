@@ -7,7 +7,7 @@ import pytest
 from experiments.build.trainer import warn_about_cores
 from experiments.config.experiment import load_config
 from experiments.config.paths import folder_of
-from experiments.run.next_steps import next_steps
+from experiments.run.endings import next_steps
 
 
 def told(*overrides, experiment="moe"):

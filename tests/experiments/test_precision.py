@@ -1,4 +1,4 @@
-"""fp32 or bf16: what auto takes, that a run keeps to it, and that it does not reach what is reported."""
+"""fp32 or bf16: the choice of auto, resumed runs keep it, and final results are always computed in fp32."""
 
 import json
 from types import SimpleNamespace
@@ -24,28 +24,29 @@ SETTINGS = [*TINY, "tasks=[search]", "trainer.precision=auto", "evaluation.every
 
 @pytest.fixture
 def amx(monkeypatch):
-    """Says whether the CPU has AMX, to whoever asks."""
+    """A function that sets whether the CPU seems to have AMX."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return lambda there: monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+    return lambda has_amx: monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
 
 
-def test_auto_is_bf16_on_cpus_with_amx_alone(amx, monkeypatch):
+def test_auto_is_bf16_only_on_cpus_with_amx(amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    for there, expected in ((True, "bf16"), (False, "fp32")):
-        amx(there)
+    for has_amx, expected in ((True, "bf16"), (False, "fp32")):
+        amx(has_amx)
         assert precision_of(load_config("moe", ["trainer.precision=auto"])) == expected
         assert next(doctor.where()).found.endswith(f"training in {expected}")
 
 
-def test_a_run_keeps_to_the_precision_that_it_began_with(tmp_path, amx, monkeypatch, caplog):
+@pytest.mark.slow
+def test_resumed_run_keeps_its_precision(tmp_path, amx, monkeypatch, caplog):
     caplog.set_level("INFO")
     original, computed = ContrastiveModule.training_step, []
 
-    def noting(module, *given):
+    def record(module, *arguments):
         computed.append(precision.current(torch.device("cpu")))
-        return original(module, *given)
+        return original(module, *arguments)
 
-    monkeypatch.setattr(ContrastiveModule, "training_step", noting)
+    monkeypatch.setattr(ContrastiveModule, "training_step", record)
     amx(True)
     train("moe", [f"run.dir={tmp_path}", *SETTINGS, "trainer.max_steps=1"])
     assert "1 steps, in bf16\n" in caplog.text
@@ -61,37 +62,37 @@ def scores(path):
     return {(line[0], line[2]): float(line[4]) for line in lines}
 
 
-def test_the_final_table_of_a_bf16_training_is_what_eval_measures(tmp_path, capsys):
+@pytest.mark.slow
+def test_final_table_of_bf16_training_equals_evaluation_in_fp32(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     train("moe", [f"run.dir={run}", *SETTINGS, "trainer.precision=bf16", "trainer.max_steps=2"])
     final = json.loads((run / "results.json").read_text())["benchmarks"]["searches"]
-    assert {of["precision"] for of in final["measured"].values()} == {"fp32"}
+    assert {system["precision"] for system in final["measured"].values()} == {"fp32"}
     for kind in ("fp32", "bf16"):
-        chosen = [f"precision={kind}", "metrics=ndcg@10,recall@20", f"output={out / kind}"]
-        evaluate([f"model={run}", *chosen])
+        evaluate([f"model={run}", f"precision={kind}", "metrics=ndcg@10,recall@20", f"output={out / kind}"])
         assert ("measured in bf16" in capsys.readouterr().out) == (kind == "bf16")
     measured = json.loads((out / "fp32" / "results.json").read_text())["benchmarks"]["searches"]
     assert measured["systems"]["encoder"] == final["systems"]["trained"]
-    of_training = scores(run / "runs" / "searches.trained.trec")
-    of_eval = [scores(out / kind / "runs" / "searches.encoder.trec") for kind in ("fp32", "bf16")]
-    far = [max(abs(of[pair] - of_training[pair]) for pair in of.keys() & of_training.keys()) for of in of_eval]
-    assert far[0] < 1e-6
-    assert far[1] > 1e-5  # so bf16 would have been seen
-    assert np.isfinite(far).all()
+    expected = scores(run / "runs" / "searches.trained.trec")
+    evaluated = [scores(out / kind / "runs" / "searches.encoder.trec") for kind in ("fp32", "bf16")]
+    errors = [max(abs(run[pair] - expected[pair]) for pair in run.keys() & expected.keys()) for run in evaluated]
+    assert errors[0] < 1e-6
+    assert errors[1] > 1e-5  # bf16 would be noticed
+    assert np.isfinite(errors).all()
 
 
-def test_ranks_that_would_compute_differently_end(monkeypatch):
+def test_ranks_with_different_precision_raise_user_error(monkeypatch):
     monkeypatch.setattr(training_log, "world_size", lambda: 2)
     trainer = SimpleNamespace(precision="32-true")
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own]))
+    monkeypatch.setattr(dist, "all_gather_object", lambda objects, own: objects.__setitem__(slice(None), [own, own]))
     training_log.RankReport().on_train_start(trainer, None)
     others = ["32-true", "bf16-mixed"]
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), others))
+    monkeypatch.setattr(dist, "all_gather_object", lambda objects, own: objects.__setitem__(slice(None), others))
     with pytest.raises(UserError, match=r"rank 0 32-true, rank 1 bf16-mixed\); set fp32 or bf16"):
         training_log.RankReport().on_train_start(trainer, None)
 
 
-def test_the_doctor_measures_what_auto_does_not(amx, monkeypatch):
+def test_doctor_measures_the_speed_of_bf16(amx, monkeypatch):
     amx(False)
     for speed, state in ((2.5, "note"), (0.6, "ok"), (1.1, "ok")):
         monkeypatch.setattr(precision, "bf16_speed", lambda speed=speed: speed)

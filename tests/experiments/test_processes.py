@@ -104,14 +104,14 @@ def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
     queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(25)}
     qrels = {"test": {query: {f"d{i * 3}": 1, f"d{i * 3 + 1}": 2} for i, query in enumerate(queries)}}
     write_beir(Collection(corpus, queries, qrels), tmp_path / "toy")
-    given = [f"model={tmp_path / 'model'}", f"beir={tmp_path / 'toy'}", "task=search", "metrics=ndcg@10,recall@100"]
-    command = [sys.executable, "-m", "experiments.evaluate", *given, f"output={tmp_path / 'two'}", "devices=2"]
+    options = [f"model={tmp_path / 'model'}", f"beir={tmp_path / 'toy'}", "task=search", "metrics=ndcg@10,recall@100"]
+    command = [sys.executable, "-m", "experiments.evaluate", *options, f"output={tmp_path / 'two'}", "devices=2"]
     step = {f"SLURM_{key}": value for key, value in {"STEP_ID": "0", "PROCID": "0", "STEP_NUM_TASKS": "1"}.items()}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | step, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(str(tmp_path / "two")) == 1  # only the first rank logs
     assert done.stderr == ""
-    main([*given, f"output={tmp_path / 'one'}"])
+    main([*options, f"output={tmp_path / 'one'}"])
     expected = results_of(tmp_path / "one")
     assert len(expected[1]) == 3
     assert results_of(tmp_path / "two") == expected

@@ -25,7 +25,7 @@ from experiments.report import main
 from experiments.reporting.computed import principal_components, same_label_share
 from experiments.reporting.page import figure, quote
 from experiments.reporting.run_files import Source
-from experiments.runs import HEADINGS, differences, table_of
+from experiments.runs import differences, table_of
 from experiments.runs import main as list_runs
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
@@ -279,8 +279,10 @@ def test_list_of_runs_shows_differing_settings_and_full_names_on_narrow_terminal
     ]
     assert list(differences(as_dict(load_config("vanilla")))) == []
     names = [f"runs/moe-sample-seed0-{i:06d}" for i in range(3)]
-    rows = [[name, "optim.lr=0.5 " * 4, "1,200", "0.2279", "ndcg@10", "0.31", *"xyz", "0.02", "now"] for name in names]
-    for width, there in ((80, ("steps", "mean")), (200, HEADINGS)):
+    others = {"metric": "ndcg@10", "BM25": "0.31", "seed": "0", "device hours": "0.02", "last logged": "now"}
+    row = {"differs in": "optim.lr=0.5 " * 4, "steps": "1,200", "mean": "0.2279", **others}
+    rows = [{"run": name, **row} for name in names]
+    for width, there in ((80, ("steps", "mean")), (200, rows[0])):
         (console := Console(width=width, record=True, file=io.StringIO())).print(table_of(rows, "3 runs", width))
         shown = console.export_text()
         assert all(f" {word} " in shown for word in (*names, *there))

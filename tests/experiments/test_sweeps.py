@@ -303,14 +303,14 @@ def test_a_signal_reaches_the_trials(make_sweep, tmp_path):
 def test_a_job_array_runs_one_trial_in_each_task(make_sweep, tmp_path, monkeypatch):
     path = make_sweep("method: grid\nparameters: {optim.lr: {values: [0.1, 0.2]}, wandb.entity: {value: null}}\n")
     monkeypatch.chdir(tmp_path)
-    script = slurm("moe", ["TIME=60", "GPUS=0", f"SWEEP={path}", "run.seed=1"]).read_text()
+    script = slurm(["moe", "TIME=60", "GPUS=0", f"SWEEP={path}", "run.seed=1"]).read_text()
     folder = read_sweep(path, "moe", ["run.seed=1"]).folder
     assert "#SBATCH --array=0-1" in script
     for number, lr in enumerate((0.1, 0.2)):
         arguments = f"run moe run.seed=1 optim.lr={lr} wandb.entity=null run.dir={folder / f't00{number}'}"
         assert f"{number}) {arguments}" in script
     with pytest.raises(UserError, match="SWEEP: its trials are the array"):
-        slurm("moe", ["TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
+        slurm(["moe", "TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="trial: method bayes chooses values by the results of earlier trials"):
         sweep(["moe", f"sweep={path}", "trial=1"])
     with pytest.raises(UserError, match="SWEEP: method bayes chooses values by the results of earlier trials"):
-        slurm("moe", ["TIME=60", f"SWEEP={path}"])
+        slurm(["moe", "TIME=60", f"SWEEP={path}"])
 
 
 def test_the_table_of_a_sweep_can_be_made_from_rows_of_former_versions(make_sweep, tmp_path):

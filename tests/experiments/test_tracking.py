@@ -17,7 +17,7 @@ from datamodules.records import UserError
 from experiments import sync as sync_module
 from experiments.config.experiment import as_dict, load_config
 from experiments.run.lock import only_job
-from experiments.run.tracking import WandbLogger, build_loggers
+from experiments.run.wandb_logger import WandbLogger, build_loggers
 from experiments.sync import main as sync
 from tests.experiments.wandb_file import history, records
 from tests.experiments.wandb_server import wandb_server
@@ -99,14 +99,14 @@ def test_attempts_are_sent_to_one_run_each_row_once(server, tmp_path, caplog):
     identity = (tmp_path / "run" / "wandb_id").read_text()
     with only_job(tmp_path / "run"):
         sync([f"folder={tmp_path}"])
-    assert "still trained" in caplog.text
+    assert "still being trained" in caplog.text
     assert server.rows(identity) == []
     sync([f"folder={tmp_path}"])
     assert "run: sent, 2 attempts" in caplog.text
     assert [row[STEP] for row in server.rows(identity)] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert list(server.runs) == [identity]
     sync([f"folder={tmp_path}"])
-    assert "nothing is left to be sent" in caplog.text
+    assert "everything has been sent already" in caplog.text
     assert len(server.rows(identity)) == 8
 
 
@@ -153,7 +153,7 @@ def test_a_server_that_fails_loses_nothing_and_holds_nothing_up(server, tmp_path
     assert longest < 2  # an answer would take forever
     assert sender.poll() is not None
     assert [row[STEP] for row in history(file_of(tmp_path))] == [*range(101), 100]
-    assert "W&B was not sent all of the run: make sync" in caplog.text
+    assert "W&B did not get the whole run: make sync" in caplog.text
     with wandb_server() as back:
         os.environ["WANDB_BASE_URL"] = back.url  # monkeypatch puts it back
         wandb.teardown()
@@ -170,7 +170,7 @@ def test_sync_says_when_there_is_no_server(server, tmp_path, monkeypatch):
     server.close()
     with pytest.raises(UserError, match="does not answer"):
         sync([f"folder={tmp_path}"])
-    monkeypatch.setattr(sync_module, "_ask_server", lambda: None)
+    monkeypatch.setattr(sync_module, "check_server", lambda: None)
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match="1 of 1 runs could not be sent"):
@@ -210,7 +210,7 @@ def test_a_trial_of_a_sweep_has_the_id_that_its_agent_chose(server, tmp_path, mo
 @pytest.mark.slow
 def test_the_sender_ends_with_a_training_that_is_killed(server, tmp_path):
     (tmp_path / "run-a.wandb").write_bytes(b":W&B\x00\x00\x00")  # a run that never ends
-    sender = [sys.executable, "-m", "experiments.run.sender", str(tmp_path / "run-a.wandb")]
+    sender = [sys.executable, "-m", "experiments.run.wandb_sender", str(tmp_path / "run-a.wandb")]
     code = f"import subprocess, time; print(subprocess.Popen({sender!r}).pid, flush=True); time.sleep(60)"
     training = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     sender = int(training.stdout.readline())

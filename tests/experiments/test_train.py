@@ -209,7 +209,7 @@ def test_folders_that_are_no_run_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"run\.dir: .* is a file"):
         train("vanilla", two_steps(tmp_path / "file", *TINY, "run.resume=never"))
     (tmp_path / "config.yaml").write_text("site: mine")
-    with pytest.raises(UserError, match=r"run\.dir: .* is no run"):
+    with pytest.raises(UserError, match=r"run\.dir: .* but it is not a run"):
         train("vanilla", two_steps(tmp_path, *TINY, "run.resume=never"))
     assert (tmp_path / "config.yaml").read_text() == "site: mine"
 
@@ -388,7 +388,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    told = re.search(rb"interrupted: the same command goes on from step (\d+)", errors)
+    told = re.search(rb"interrupted: the same command resumes from step (\d+)", errors)
     assert told, errors
     assert rows(tmp_path)[-1]["step"] == int(told[1])  # nothing is lost
 
@@ -405,7 +405,7 @@ def test_wandb_is_offline_by_default_and_when_its_server_is_away(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-        assert ("W&B was not sent all of the run" in done.stdout) == (name == "away")
+        assert ("W&B did not get the whole run" in done.stdout) == (name == "away")
 
 
 def test_an_error_is_one_line_without_traceback(tmp_path):

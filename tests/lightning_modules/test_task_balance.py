@@ -152,7 +152,7 @@ def trained_on_classification(module, three_tasks):
     return module
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pcgrad_in_training_projects_shared_parameters(make_encoder, three_tasks, tmp_path, cache):
     spy, module = Spy(), trained_on_classification(make_module(make_encoder, grad_cache=cache).train(), three_tasks)
     by_task = task_gradients(module, three_tasks)

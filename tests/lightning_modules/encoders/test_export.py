@@ -1,5 +1,6 @@
 """Exports: plain folders, ONNX, the average of the experts, checkpoints in the authors' layout."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,30 +20,29 @@ from tests.conftest import TASKS, text_of
 from tests.lightning_modules.encoders.test_families import make_modern  # noqa: F401
 from tests.lightning_modules.encoders.test_pretrained import INSTRUCTIONS, KINDS
 
-PLAIN = ("shared", "attention", "ffn", "both", "prompt")
 TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 3 * i))) for i in range(8)]
 STRINGS = [f"{d.title} [SEP] {d.text}" if d.text else d.title for d in TEXTS]
 
-# Runs in a process that cannot import our packages.
+# Runs in a process that cannot import our packages. Its arguments are pairs of a folder and the file for its vectors.
 LOADER = """
 import json, sys
 for name in ("lightning_modules", "datamodules", "experiments"):
     sys.modules[name] = None
 import numpy as np
-task, folder, out = sys.argv[1:4]
-texts = json.load(sys.stdin)
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(folder, device="cpu")
-found = {"sentence_transformers": model.encode(texts, batch_size=3), "length": model.max_seq_length,
-         "similarity": model.similarity_fn_name}
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    found["states"] = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.numpy()
-found["mask"] = tokens["attention_mask"].numpy()
-np.savez(out, **found)
+texts = json.load(sys.stdin)
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = SentenceTransformer(folder, device="cpu")
+    found = {"sentence_transformers": model.encode(texts, batch_size=3), "length": model.max_seq_length,
+             "similarity": model.similarity_fn_name}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found["states"] = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.numpy()
+    found["mask"] = tokens["attention_mask"].numpy()
+    np.savez(out, **found)
 """
 
 
@@ -64,42 +64,47 @@ def make(make_backbone):
     return build
 
 
-def loaded_elsewhere(folder, task, out):
-    """Load the folder in a process without our packages, and return its vectors."""
-    command = [sys.executable, "-c", LOADER, task, str(folder), str(out)]
-    done = subprocess.run(command, input=json.dumps(STRINGS), capture_output=True, text=True)
+def load_elsewhere(folders):
+    """Load the folders in a process without our packages. Return the vectors and settings of each."""
+    arguments = [str(path) for folder in folders for path in (folder, folder.with_suffix(".npz"))]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, *arguments], input=json.dumps(STRINGS), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    return np.load(out)
+    return [np.load(folder.with_suffix(".npz")) for folder in folders]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pooling", "normalize"),
-    [("shared", "cls", False), ("attention", "cls", False), ("ffn", "mean", True), ("both", "mean", False)],
-)
-def test_other_tools_load_each_task_without_our_code(make, tmp_path, name, pooling, normalize):
-    encoder = make(name, pooling, normalize)
-    for task in TASKS if name == "attention" else ["search"]:
-        folder = save_dense(encoder, task, tmp_path / task, "cosine")
-        found = loaded_elsewhere(folder, task, tmp_path / f"{task}.npz")
+def test_other_tools_load_each_task_without_our_code(make, tmp_path):
+    cases = [("shared", "cls", False), ("attention", "cls", False), ("ffn", "mean", True), ("both", "mean", False)]
+    exports = []
+    for name, pooling, normalize in cases:
+        encoder = make(name, pooling, normalize)
+        for task in TASKS if name == "attention" else ["search"]:
+            exports.append((encoder, task, save_dense(encoder, task, tmp_path / f"{name}-{task}", "cosine")))
+    found = load_elsewhere([folder for _, _, folder in exports])
+    for (encoder, task, folder), loaded in zip(exports, found, strict=True):
         ours = encoder.encode(TEXTS, task).numpy()  # some texts are longer than max_length
-        assert np.abs(found["sentence_transformers"] - ours).max() < 1e-5
-        states, mask = found["states"], found["mask"][..., None]
-        pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
-        pooled = pooled / np.linalg.norm(pooled, axis=1, keepdims=True) if normalize else pooled
-        assert np.abs(pooled - ours).max() < 1e-5
-        assert (found["length"], str(found["similarity"])) == (16, "cosine")
+        assert np.abs(loaded["sentence_transformers"] - ours).max() < 1e-5, folder
+        states, mask = loaded["states"], loaded["mask"][..., None]
+        pooled = states[:, 0] if encoder.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+        pooled = pooled / np.linalg.norm(pooled, axis=1, keepdims=True) if encoder.normalize else pooled
+        assert np.abs(pooled - ours).max() < 1e-5, folder
+        assert (loaded["length"], str(loaded["similarity"])) == (16, "cosine")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pooling", "pool_prompt"), [("mean", True), ("mean", False), ("cls", False)])
-def test_prompt_is_exported(make, tmp_path, pooling, pool_prompt):
-    encoder = make("prompt", pooling, pool_prompt=pool_prompt, max_length=32)
-    folder = save_dense(encoder, "search", tmp_path / "search")
-    found = loaded_elsewhere(folder, "search", tmp_path / "found.npz")
-    assert np.abs(found["sentence_transformers"] - encoder.encode(TEXTS, "search").numpy()).max() < 1e-5
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
-    assert settings["prompts"] == {"search": INSTRUCTIONS["search"] + " "}
+def test_prompt_is_exported(make, tmp_path):
+    exports = []
+    for pooling, pool_prompt in [("mean", True), ("mean", False), ("cls", False)]:
+        encoder = make("prompt", pooling, pool_prompt=pool_prompt, max_length=32)
+        folder = save_dense(encoder, "search", tmp_path / f"{pooling}-{pool_prompt}")
+        settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+        assert settings["prompts"] == {"search": INSTRUCTIONS["search"] + " "}
+        exports.append((encoder, folder))
+    for (encoder, folder), loaded in zip(exports, load_elsewhere([folder for _, folder in exports]), strict=True):
+        ours = encoder.encode(TEXTS, "search").numpy()
+        assert np.abs(loaded["sentence_transformers"] - ours).max() < 1e-5, folder
 
 
 def test_modernbert_is_exported(make_modern, tmp_path):  # noqa: F811
@@ -165,11 +170,13 @@ def test_impossible_exports_raise_user_error(make, tmp_path):
     assert not (tmp_path / "x.ckpt").exists()
 
 
-@pytest.mark.parametrize("name", ["shared", "attention", "ffn", "both"])
-@pytest.mark.parametrize("rule", ["mod2", "mod3", "le7mod3", "ge6mod3"])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("shared", ""), *itertools.product(("attention", "ffn", "both"), ("mod2", "mod3", "le7mod3", "ge6mod3"))],
+)
 def test_round_trip_through_the_authors_layout_is_bit_equal(make, make_backbone, tmp_path, name, rule):
     kind, arguments = KINDS[name]
-    layers = {} if name == "shared" else {"layers": rule}
+    layers = {"layers": rule} if rule else {}
     torch.manual_seed(1)
     encoder = changed(kind(*make_backbone(num_layers=6), TASKS, **arguments | layers, max_length=64))
     encoder.save_pretrained(tmp_path / "bert")

@@ -65,25 +65,25 @@ def test_queries_are_ranked_alike_in_any_block_best_first(make_task, kind):
     assert whole.shape[1] <= 6
     assert (whole >= 0).any()
     assert (whole < 10).all()
-    there = np.where(whole >= 0, scores, -np.inf)
+    present = np.where(whole >= 0, scores, -np.inf)
     if kind is not RankBandMiner:  # whose first ranks are empty
-        assert (np.diff(np.where(np.isinf(there), -1e9, there)) <= 0).all()
+        assert (np.diff(np.where(np.isinf(present), -1e9, present)) <= 0).all()
     for row in whole:
         assert len(set(row[row >= 0])) == (row >= 0).sum()
-    for part in (range(3), range(3, 4), range(4, 10)):
-        rows, values = miner.rank(pool, part, 5, context)
-        assert (rows == whole[part.start : part.stop]).all()
-        np.testing.assert_allclose(values, scores[part.start : part.stop])
+    for block in (range(3), range(3, 4), range(4, 10)):
+        rows, values = miner.rank(pool, block, 5, context)
+        assert (rows == whole[block.start : block.stop]).all()
+        np.testing.assert_allclose(values, scores[block.start : block.stop])
     assert miner.description["miner"].endswith(kind.__name__)
 
 
 def test_dense_miners_rank_by_vectors(make_task):
     pool = pool_of(make_task)
     context = context_of(pool)
-    wanted = np.argsort(-(context.queries[0] @ context.documents[0].T), axis=1)
-    assert (DenseMiner().rank(pool, range(12), 4, context)[0] == wanted[:, :4]).all()
+    expected = np.argsort(-(context.queries[0] @ context.documents[0].T), axis=1)
+    assert (DenseMiner().rank(pool, range(12), 4, context)[0] == expected[:, :4]).all()
     band = RankBandMiner(2, 6).rank(pool, range(12), 4, context)[0]
-    assert (band[:, 2:] == wanted[:, 2:6]).all()
+    assert (band[:, 2:] == expected[:, 2:6]).all()
     assert (band[:, :2] == -1).all()
     with pytest.raises(UserError, match="first: expected a rank below the number of documents of toy, 10, got 10"):
         RankBandMiner(10, 20).rank(pool, range(12), 4, context)
@@ -128,12 +128,12 @@ def test_cited_by_cited_counts_paths(make_task):
     names = list(PAPERS.corpus)
     for q, query in enumerate(cites):
         count = {}
-        for near in cites[query]:
-            for far in cites[near]:
+        for cited in cites[query]:
+            for far in cites[cited]:
                 count[far] = count.get(far, 0) + 1
-        wanted = sorted(count, key=lambda d: (-count[d], names.index(d)))
-        assert [names[row] for row in rows[q] if row >= 0] == wanted
-        assert ways[q][rows[q] >= 0].tolist() == [count[d] for d in wanted]
+        expected = sorted(count, key=lambda d: (-count[d], names.index(d)))
+        assert [names[row] for row in rows[q] if row >= 0] == expected
+        assert ways[q][rows[q] >= 0].tolist() == [count[d] for d in expected]
     with pytest.raises(UserError, match="CitedByCitedMiner needs papers that cite papers"):
         CitedByCitedMiner().rank(pool_of(make_task), range(3), 3, context_of(pool))
 
@@ -146,7 +146,7 @@ def test_shown_documents_keep_their_order(make_task):
 
 
 def papers_file(path, values):
-    path.write_text("".join(json.dumps({"id": f"d{i}", "author": own}) + "\n" for i, own in enumerate(values)))
+    path.write_text("".join(json.dumps({"id": f"d{i}", "author": value}) + "\n" for i, value in enumerate(values)))
     return str(path)
 
 
@@ -154,9 +154,9 @@ AUTHORS = [["a"], ["a", "b"], "b", ["b"], None, ["c"], [], ["a", "b"], ["d"], ["
 
 
 def sharing(q):
-    """Other papers with the number of authors that they share with paper q."""
-    own = [set(value if isinstance(value, list) else [value]) if value else set() for value in AUTHORS]
-    return {p: len(own[p] & own[q]) for p in range(10) if p != q and own[p] & own[q]}
+    """Return the papers that share authors with paper q, and how many."""
+    authors = [set(value if isinstance(value, list) else [value]) if value else set() for value in AUTHORS]
+    return {p: len(authors[p] & authors[q]) for p in range(10) if p != q and authors[p] & authors[q]}
 
 
 def test_sharing_miner_ranks_papers_by_shared_values(make_task, tmp_path):
@@ -164,11 +164,11 @@ def test_sharing_miner_ranks_papers_by_shared_values(make_task, tmp_path):
     file = papers_file(tmp_path / "papers.jsonl", AUTHORS)
     rows, ways = SharingMiner(file, "author").rank(pool, range(10), 9, context_of(pool))
     for q in range(10):
-        there = rows[q] >= 0
-        assert dict(zip(rows[q][there].tolist(), ways[q][there].tolist(), strict=True)) == sharing(q)
+        present = rows[q] >= 0
+        assert dict(zip(rows[q][present].tolist(), ways[q][present].tolist(), strict=True)) == sharing(q)
         assert (np.diff(ways[q]) <= 0).all()
-    part, _ = SharingMiner(file, "author").rank(pool, range(4, 10), 9, context_of(pool))
-    assert (part == rows[4:]).all()
+    block, _ = SharingMiner(file, "author").rank(pool, range(4, 10), 9, context_of(pool))
+    assert (block == rows[4:]).all()
     few, _ = SharingMiner(file, "author", most=2).rank(pool, range(10), 9, context_of(pool))
     assert 0 < (few >= 0).sum() < (rows >= 0).sum()
     assert (SharingMiner(file, "author", seed=1).rank(pool, range(10), 9, context_of(pool))[0] != rows).any()
@@ -181,8 +181,8 @@ def test_sharing_miner_takes_labels_of_papers(make_task, tmp_path):
     file = papers_file(tmp_path / "papers.jsonl", AUTHORS)
     rows, _ = SharingMiner(file, "author").rank(pool, range(10), 5, context_of(pool))
     for q in range(10):
-        wanted = {label % 5 for p in sharing(q) for label in (p, p + 1)}
-        assert set(rows[q][rows[q] >= 0].tolist()) == wanted
+        expected = {label % 5 for p in sharing(q) for label in (p, p + 1)}
+        assert set(rows[q][rows[q] >= 0].tolist()) == expected
 
 
 def test_unusable_paper_files_raise_user_errors(make_task, tmp_path):
@@ -211,12 +211,12 @@ def test_labels_of_cited_papers(make_task):
     tagged = pool_of(make_task, ClassificationDataModule, collection=Collection(labels, queries, {"train": judged}))
     cited = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS)
     rows, _ = LabelsOfCitedMiner().rank(tagged, range(5), 5, context_of(tagged, [tagged, cited]))
-    names, some = list(labels), False
+    names, any_label = list(labels), False
     for q, paper in enumerate(queries):
-        near = [d for d, grade in PAPERS.qrels["train"][paper].items() if grade > 0]
-        wanted = {label for d in near if d in judged for label in judged[d]}
-        assert {names[row] for row in rows[q] if row >= 0} == wanted
-        some = some or bool(wanted)
-    assert some
+        cited = [d for d, grade in PAPERS.qrels["train"][paper].items() if grade > 0]
+        expected = {label for d in cited if d in judged for label in judged[d]}
+        assert {names[row] for row in rows[q] if row >= 0} == expected
+        any_label = any_label or bool(expected)
+    assert any_label
     with pytest.raises(UserError, match="takes citations from link_prediction tasks, but none"):
         LabelsOfCitedMiner().rank(tagged, range(5), 5, context_of(tagged, [tagged]))

@@ -24,9 +24,9 @@ from tests.conftest import toy_collection
 
 
 def mining_of(tmp_path, miner=None, tasks=("search",), similarity="cosine", guide=None, **options):
-    given = MiningOptions(**{"k": 10, "relative_margin": None, "num_negatives": 10} | options)
+    arguments = MiningOptions(**{"k": 10, "relative_margin": None, "num_negatives": 10} | options)
     return Mining(
-        given, dict.fromkeys(tasks, miner or DenseMiner()), tmp_path, similarity=similarity, guide=guide, seed=3
+        arguments, dict.fromkeys(tasks, miner or DenseMiner()), tmp_path, similarity=similarity, guide=guide, seed=3
     )
 
 
@@ -61,17 +61,17 @@ def test_the_nearest_documents_below_the_margin_are_mined(
     )
     mined = mining.run(mining.cache(encoder), data.pools())["search"]
     order, scores = ranking(encoder, data, similarity)
-    wanted, margins = [], []
+    expected, margins = [], []
     for q, example in enumerate(data.examples):
         best = max(scores[q][list(example.positives)])
         limit = best - 0.01 * abs(best)
         left = [r for r in order[q][1:8] if r not in example.not_negatives and scores[q][r] < limit][:3]
-        wanted.append(left)
+        expected.append(left)
         margins += [best - scores[q][row] for row in left]
-    assert sum(map(len, wanted)) > 5
-    assert lists_of(mined) == wanted
+    assert sum(map(len, expected)) > 5
+    assert lists_of(mined) == expected
     np.testing.assert_allclose(mined.margins, margins, atol=1e-5)
-    flat = [(q, row) for q, rows in enumerate(wanted) for row in rows]
+    flat = [(q, row) for q, rows in enumerate(expected) for row in rows]
     assert mined.negatives.ranks.tolist() == [order[q].tolist().index(row) for q, row in flat]
     np.testing.assert_allclose(mined.negatives.scores, [scores[q][row] for q, row in flat], atol=1e-5)
 
@@ -109,8 +109,8 @@ def test_equal_texts_are_mined_once_and_never_next_to_a_positive(make_task, make
         mined = mining.run(mining.cache(make_encoder("shared")), data.pools())["search"]
         for q, example in enumerate(data.examples):
             clean = set(range(10)) - set(example.positives)
-            wanted = clean if same_text else clean | set(range(10, 20))
-            assert set(lists_of(mined)[q]) == wanted
+            expected = clean if same_text else clean | set(range(10, 20))
+            assert set(lists_of(mined)[q]) == expected
         assert (report(mined, 0).values["duplicates"] > 0) != same_text
         assert mined.negatives.taken.get("copies", 0) == (120 if same_text else 0)
 
@@ -182,19 +182,19 @@ def test_text_numbers_ignore_case_and_spaces():
     assert queries[1] not in documents
 
 
-def made_up(margins, lists, revealed=None, texts=None):
+def example_result(margins, lists, held_out=None, texts=None):
     starts, rows = ragged(lists)
     margins = np.array(margins, dtype=np.float32)
-    revealed = np.zeros(len(rows), bool) if revealed is None else np.array(revealed)
+    held_out = np.zeros(len(rows), bool) if held_out is None else np.array(held_out)
     texts = rows.astype(np.int64) if texts is None else np.array(texts)
     negatives = MinedNegatives(starts, rows, np.zeros(len(rows), np.int32), -margins, {"known positives": 4})
-    return Mined(negatives, margins, revealed, texts, num_candidates=20, num_above=5)
+    return Mined(negatives, margins, held_out, texts, num_candidates=20, num_above=5)
 
 
 def test_report_figures_match_their_definitions():
-    mined = made_up([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
-    former = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
-    values = report(mined, 60, former, 40).values
+    mined = example_result([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
+    previous = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
+    values = report(mined, 60, previous, 40).values
     assert values == {
         "negatives": 4 / 3,
         "without": 1 / 3,
@@ -210,55 +210,60 @@ def test_report_figures_match_their_definitions():
         "age": 20.0,
         "kept": 0.5,
     }
-    found = report(mined, 60)
-    assert "age" not in found.values
-    assert found.histogram[0].sum() == 4
-    assert metrics({"search": found})["mine/search/duplicates"] == 0.25
-    told = "\n".join(table({"search": found, "classification": found}))
-    assert "false_negative_rate" in told
-    assert "  known positives" in told
-    assert set(FIGURES) == {*found.values, "age", "kept"}
-    tiny = dataclasses.replace(found, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5})
+    first_report = report(mined, 60)
+    assert "age" not in first_report.values
+    assert first_report.histogram[0].sum() == 4
+    assert metrics({"search": first_report})["mine/search/duplicates"] == 0.25
+    text = "\n".join(table({"search": first_report, "classification": first_report}))
+    assert "false_negative_rate" in text
+    assert "  known positives" in text
+    assert set(FIGURES) == {*first_report.values, "age", "kept"}
+    tiny = dataclasses.replace(
+        first_report, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5}
+    )
     assert [line.split()[1] for line in table({"search": tiny})[1:4]] == ["0.25", "<0.0001", "0"]
 
 
 def test_report_without_scores_has_no_margins():
-    found = report(made_up([np.nan] * 2, [[1], [2]], [True, False]), 0)
-    assert found.values["false_negative_rate"] == 0.5
-    assert not {"above_positive", "candidates_above", "margin_p50"} & set(found.values)
-    assert "no scores: mined without an encoder" in svg({"search": found}, "none")
+    task_report = report(example_result([np.nan] * 2, [[1], [2]], [True, False]), 0)
+    assert task_report.values["false_negative_rate"] == 0.5
+    assert not {"above_positive", "candidates_above", "margin_p50"} & set(task_report.values)
+    assert "no scores: mined without an encoder" in svg({"search": task_report}, "none")
 
 
 def test_loggers_with_histograms_get_the_margins(tmp_path):
     class Plots(JsonlLogger):
-        taken = None
+        received = None
 
         def log_histograms(self, histograms, step):
-            self.taken = histograms, step
+            self.received = histograms, step
 
-    reports = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0), "other": report(made_up([np.nan], [[1]]), 0)}
-    found, file, plots = histograms(reports), JsonlLogger(tmp_path / "a.jsonl"), Plots(tmp_path / "b.jsonl")
-    log_histograms([file, plots], found, 7)
-    assert set(found) == {"mine/search/margins"}
-    assert plots.taken == (found, 7)
+    reports = {
+        "search": report(example_result([0.2, -0.1], [[1], [2]]), 0),
+        "other": report(example_result([np.nan], [[1]]), 0),
+    }
+    margins, file, plots = histograms(reports), JsonlLogger(tmp_path / "a.jsonl"), Plots(tmp_path / "b.jsonl")
+    log_histograms([file, plots], margins, 7)
+    assert set(margins) == {"mine/search/margins"}
+    assert plots.received == (margins, 7)
     assert not file.path.exists()
 
 
 def test_too_many_false_negatives_raise():
-    found = {"search": report(made_up([0.2, -0.1], [[1], [2]]), 0).values}
-    for open_at in (None, 0.5):
-        check_false_negatives(found, open_at)
+    values = {"search": report(example_result([0.2, -0.1], [[1], [2]]), 0).values}
+    for stop_at in (None, 0.5):
+        check_false_negatives(values, stop_at)
     with pytest.raises(
         UserError, match=r"search: 50.0% of the mined .*, more than stop_at, 49.0% .*\. Raise relative_margin"
     ):
-        check_false_negatives(found, 0.49)
+        check_false_negatives(values, 0.49)
 
 
 def test_svg_has_a_bar_for_each_bin():
-    found = {name: report(made_up([0.2, -0.1, 0.3], [[1], [2, 3]]), 0) for name in ("search", "a & b")}
-    root = ElementTree.fromstring(svg(found, "at <step> 3"))
+    reports = {name: report(example_result([0.2, -0.1, 0.3], [[1], [2, 3]]), 0) for name in ("search", "a & b")}
+    root = ElementTree.fromstring(svg(reports, "at <step> 3"))
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("fill") != "white"]
-    assert len(bars) == 2 * len(found["search"].histogram[0])
+    assert len(bars) == 2 * len(reports["search"].histogram[0])
     assert sum(float(bar.get("height")) > 0 for bar in bars) == 6
     red = [bar for bar in bars if bar.get("fill") == "#c0392b" and float(bar.get("height")) > 0]
     assert len(red) == 2
@@ -270,7 +275,7 @@ import sys
 from types import SimpleNamespace
 import numpy as np, torch
 import torch.distributed as dist
-from datamodules.records import Document, MiningPool, UserError
+from datamodules.records import Document, MiningPool, Ragged, UserError
 from lightning_modules.mining import mine as mine_module
 from lightning_modules.retrieval import vector_cache
 from lightning_modules.mining.mine import Mining
@@ -293,11 +298,11 @@ encoder = SimpleNamespace(
     config={}, tokenizer=SimpleNamespace(get_vocab=dict), backbone=SimpleNamespace(config=None), state_dict=dict,
     device=torch.device("cpu"), encode=encode, document_task=lambda task: task,
 )
-nothing = (np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
+empty = Ragged(np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],
     [Document(f"q{i}", "", str(100 + i)) for i in range(30)], 0, 0, np.full(30, -1),
-    (np.arange(31), np.arange(30, dtype=np.int32)), nothing, nothing,
+    Ragged(np.arange(31), np.arange(30, dtype=np.int32)), empty, empty,
 )
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]
@@ -313,16 +318,16 @@ class Failing(DenseMiner):
 def infinite(documents, task, **options):
     return encode(documents, task) / (0.0 if documents[-1].text == "49" else 1.0)
 
-def told(miner):
+def print_error(miner):
     mining = Mining(MiningOptions(k=20), {"search": miner}, folder + ".other")
     try:
         mining.run(mining.cache(encoder), [pool])
     except UserError as error:
         print(error)
 
-told(Failing())
+print_error(Failing())
 encoder.encode, folder = infinite, folder + ".infinite"
-told(DenseMiner())
+print_error(DenseMiner())
 if world > 1:
     dist.destroy_process_group()
 """
@@ -333,7 +338,7 @@ def test_ranks_share_the_work_and_have_the_result_of_one(tmp_path, free_port):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    told = []
+    outputs = []
     for world in (1, 2):
         folder = str(tmp_path / f"vectors{world}")
         ranks = [
@@ -347,8 +352,8 @@ def test_ranks_share_the_work_and_have_the_result_of_one(tmp_path, free_port):
         for process in ranks:
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0
-            told.append(out)
-    lines = [out.decode().splitlines() for out in told]
+            outputs.append(out)
+    lines = [out.decode().splitlines() for out in outputs]
     assert len(lines[0][0]) > 300
     assert lines[0][0] == lines[1][0] == lines[2][0]
     for _, cannot, infinite in lines:  # a rank whose own share is fine does not wait for the other

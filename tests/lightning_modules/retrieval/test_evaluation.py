@@ -18,7 +18,7 @@ from lightning_modules.retrieval.evaluation import (
     ranking_depth,
 )
 from lightning_modules.retrieval.ranking import hide_own, rank_bm25
-from lightning_modules.retrieval.run_files import write_trec
+from lightning_modules.retrieval.trec import write_trec
 from tests.conftest import toy_collection
 
 

@@ -17,9 +17,9 @@ from tests.conftest import text_of
 
 def clustered(count, dimension=16, clusters=20, seed=0):
     rng = np.random.default_rng(seed)
-    found = 2 * rng.standard_normal((clusters, dimension))[rng.integers(0, clusters, count)]
-    found = (found + rng.standard_normal(found.shape)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    centres = 2 * rng.standard_normal((clusters, dimension))[rng.integers(0, clusters, count)]
+    vectors = (centres + rng.standard_normal(centres.shape)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
@@ -28,10 +28,10 @@ def test_recall_agrees_with_a_loop(kind):
     vectors = clustered(600)
     shards = Shards([vectors[:250], vectors[250:]])
     options = IndexOptions(kind=kind, nlist=8, m=4).resolved(600, 16)
-    found = build_index(shards, options)
-    lines = measure_recall(found, shards, options, num_queries=600)
+    faiss_index = build_index(shards, options)
+    lines = measure_recall(faiss_index, shards, options, num_queries=600)
     assert [line["nprobe"] for line in lines] == ([0] if kind == "flat" else [1, 4, 8])
-    rows, _ = search_index(found, vectors, 11, nprobe=options.nlist and 1)
+    rows, _ = search_index(faiss_index, vectors, 11, nprobe=options.nlist and 1)
     hits = 0
     for i, query in enumerate(vectors):
         exact = [row for row in np.argsort(-(vectors @ query), kind="stable") if row != i][:10]
@@ -58,8 +58,8 @@ def corpus(make_encoder, tmp_path):
     make_encoder("attention").save_pretrained(tmp_path / "model")
     papers = [{"id": f"p{i}", "title": text_of(i, i // 7), "text": text_of(i + 1, i // 3)} for i in range(300)]
     (tmp_path / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
-    given = [f"model={tmp_path / 'model'}", "task=search", f"input={tmp_path / 'papers.jsonl'}", "shard_size=128"]
-    embed([*given, f"output={tmp_path / 'vectors'}"])
+    arguments = [f"model={tmp_path / 'model'}", "task=search", f"input={tmp_path / 'papers.jsonl'}", "shard_size=128"]
+    embed([*arguments, f"output={tmp_path / 'vectors'}"])
     return tmp_path
 
 
@@ -67,8 +67,8 @@ def test_find_shows_the_nearest_papers_with_and_without_an_index(corpus, capsys)
     query = text_of(3, 4, 5)
     encoder = load_encoder(corpus / "model")
     matrix = np.load(corpus / "vectors" / "search.npy")
-    asked = encoder.encode([query], "search").numpy()[0]
-    best = [f"p{row}" for row in np.argsort(-(matrix @ asked))[:3]]
+    query_vector = encoder.encode([query], "search").numpy()[0]
+    best = [f"p{row}" for row in np.argsort(-(matrix @ query_vector))[:3]]
     sources = [f"embeddings={corpus / 'vectors'}"]
     for kind in ("flat", "ivf", "ivfpq"):
         output = corpus / f"{kind}.faiss"
@@ -77,10 +77,10 @@ def test_find_shows_the_nearest_papers_with_and_without_an_index(corpus, capsys)
     capsys.readouterr()
     for source in sources:
         find([source, f"query={query}", "k=3"])
-        shown = capsys.readouterr().out
-        assert [word for word in shown.split() if word in best] == best, source
+        printed = capsys.readouterr().out
+        assert [word for word in printed.split() if word in best] == best, source
         title = text_of(int(best[0][1:]), int(best[0][1:]) // 7)
-        assert title.split()[0] in shown
+        assert title.split()[0] in printed
 
 
 def test_rankings_of_many_queries_agree_with_a_loop(corpus):
@@ -91,11 +91,13 @@ def test_rankings_of_many_queries_agree_with_a_loop(corpus):
     run = [line.split() for line in (corpus / "run.trec").read_text().splitlines()]
     for i, line in enumerate(lines):
         scores = matrix @ encoder.encode([line["text"]], "search").numpy()[0]
-        found = [(document, float(score)) for query, _, document, _, score, _ in run if query == f"q{i}"]
-        assert len(found) == 10
-        wanted = scores / np.linalg.norm(encoder.encode([line["text"]], "search").numpy()[0])
-        np.testing.assert_allclose([score for _, score in found], np.sort(wanted)[::-1][:10], atol=1e-5)
-        np.testing.assert_allclose([wanted[int(d[1:])] for d, _ in found], [s for _, s in found], atol=1e-5)
+        ranking = [(document, float(score)) for query, _, document, _, score, _ in run if query == f"q{i}"]
+        assert len(ranking) == 10
+        expected_scores = scores / np.linalg.norm(encoder.encode([line["text"]], "search").numpy()[0])
+        np.testing.assert_allclose([score for _, score in ranking], np.sort(expected_scores)[::-1][:10], atol=1e-5)
+        np.testing.assert_allclose(
+            [expected_scores[int(d[1:])] for d, _ in ranking], [s for _, s in ranking], atol=1e-5
+        )
 
 
 def test_another_model_or_damaged_files_raise(corpus, make_encoder):

@@ -11,7 +11,7 @@ from datamodules.records import Benchmark, Document, Probe, UserError
 from lightning_modules.retrieval.evaluation import mean_metrics, measure_queries
 from lightning_modules.retrieval.metrics import Run
 from lightning_modules.retrieval.probes import predict_classes, predict_labels, predict_numbers, probe_runs
-from lightning_modules.retrieval.run_files import write_trec
+from lightning_modules.retrieval.trec import write_trec
 
 CS = Probe().costs
 

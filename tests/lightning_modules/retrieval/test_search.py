@@ -16,12 +16,12 @@ BACKENDS = ("faiss", "torch")
 
 def loop(queries, documents, k):
     """Return the k best documents of each query by float64 score and then row, and their scores."""
-    found = []
+    results = []
     for query in queries.astype(np.float64):
         scores = np.array([(query * document).sum() for document in documents.astype(np.float64)])
         best = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[:k]
-        found.append(([*best], scores[best]))
-    return np.array([rows for rows, _ in found]), np.array([scores for _, scores in found])
+        results.append(([*best], scores[best]))
+    return np.array([rows for rows, _ in results]), np.array([scores for _, scores in results])
 
 
 def world(num_queries=30, num_documents=300, dimension=24, seed=0):
@@ -35,8 +35,8 @@ def world(num_queries=30, num_documents=300, dimension=24, seed=0):
 def test_backends_agree_with_a_loop(backend, memory, k):
     queries, documents = world()
     rows, scores = top_k(queries, documents, k, backend=backend, memory=memory)
-    wanted, values = loop(queries, documents, k)
-    assert (rows == wanted).all()
+    expected, values = loop(queries, documents, k)
+    assert (rows == expected).all()
     np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
 
 
@@ -70,8 +70,8 @@ def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
     compared = []
     shards = Shards(np.split(documents, [3, 150, 151]))
     rows, scores = top_k(queries, shards, k, memory=memory, advance=compared.append)
-    wanted, values = loop(queries, documents.astype(np.float32), k)
-    assert (rows == wanted).all()
+    expected, values = loop(queries, documents.astype(np.float32), k)
+    assert (rows == expected).all()
     np.testing.assert_allclose(scores, values, rtol=1e-6, atol=1e-6)
     assert sum(compared) == queries.shape[0] * len(documents)
 
@@ -94,13 +94,13 @@ def test_torch_is_used_without_faiss(monkeypatch):
 
 
 def test_faiss_is_used_on_request_only(monkeypatch):
-    asked = []
+    calls = []
     original = faiss.knn
-    monkeypatch.setattr(faiss, "knn", lambda *a, **k: asked.append(1) or original(*a, **k))
+    monkeypatch.setattr(faiss, "knn", lambda *a, **k: calls.append(1) or original(*a, **k))
     top_k(*world(), 9)
-    assert not asked
+    assert not calls
     top_k(*world(), 9, backend="faiss")
-    assert asked
+    assert calls
 
 
 def test_training_precision_does_not_affect_rankings():
@@ -117,25 +117,29 @@ def test_training_precision_does_not_affect_rankings():
 
 def test_faiss_searches_on_the_gpu_up_to_its_largest_k(monkeypatch):
     """Without a GPU: check the call against the signature of knn_gpu, and the use of its result."""
-    asked, signature = [], inspect.signature(faiss.knn_gpu)
+    calls, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
         def setTempMemory(self, size):
             assert size == 1 << 20
 
     def knn_gpu(*given, **named):
-        found = signature.bind(*given, **named).arguments
-        assert (found["metric"], found["device"], type(found["res"])) == (faiss.METRIC_INNER_PRODUCT, 1, Resources)
-        asked.append(found["k"])
-        return faiss.knn(found["xq"], found["xb"], found["k"], metric=found["metric"])
+        arguments = signature.bind(*given, **named).arguments
+        assert (arguments["metric"], arguments["device"], type(arguments["res"])) == (
+            faiss.METRIC_INNER_PRODUCT,
+            1,
+            Resources,
+        )
+        calls.append(arguments["k"])
+        return faiss.knn(arguments["xq"], arguments["xb"], arguments["k"], metric=arguments["metric"])
 
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
     queries, documents = world(num_documents=3000)
     for k, on_gpu in ((9, [25]), (2040, [])):  # with PADDING, more than a GPU finds
-        asked.clear()
+        calls.clear()
         rows, _ = top_k(queries, documents, k, backend="faiss", memory=1 << 21, device="cuda:1")
-        assert (asked, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
+        assert (calls, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)
 
 
 def test_pair_scores_and_missing_rows():

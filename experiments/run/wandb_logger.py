@@ -1,4 +1,4 @@
-"""Where a run is told of: metrics.jsonl, and Weights & Biases."""
+"""The loggers of a run: metrics.jsonl, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
-from experiments.results.final_table import FinalTable
 from experiments.run.endings import PREEMPTED
-from experiments.run.sender import is_sent
+from experiments.run.wandb_sender import is_sent
 from lightning_modules.loggers import JsonlLogger, RunLogger
 
 log = logging.getLogger(__name__)
@@ -30,6 +29,7 @@ STEP = "trainer/global_step"  # the x-axis of every curve, as in Lightning's own
 
 
 def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
+    """Return the loggers of a run. W&B is left out if it is disabled or not installed."""
     loggers: list[RunLogger] = [JsonlLogger(folder / "metrics.jsonl")]
     mode = os.environ.get("WANDB_MODE", config.wandb.mode)
     if mode == "disabled":
@@ -37,7 +37,7 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
     try:
         import wandb  # noqa: F401
     except ImportError:
-        log.warning("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)")
+        log.warning("wandb is not installed (pip install wandb): metrics only go to metrics.jsonl")
         return loggers
     run = config.wandb
     arguments = {
@@ -51,45 +51,37 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
     return [*loggers, WandbLogger(folder, arguments, mode == "online", run.finish_timeout)]
 
 
-def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, model: Sequence[Path]) -> None:
-    """Tell of what a run came to. model: the files that are it."""
-    for logger in loggers:
-        logger.log_metrics(table.flat(), step=step)
-        logger.log_table("results", *table.rows(), step=step)
-        if table.config.wandb.checkpoints:
-            logger.log_model(model)
-        logger.close()
-
-
 def _harmless(method: Callable) -> Callable:
-    """On the first rank alone; what W&B raises ends its log, and not the run."""
+    """Run a method on the first rank only. An error in W&B ends its log, and not the run."""
 
     @functools.wraps(method)
-    def call(self: WandbLogger, *given: Any, **named: Any) -> None:
-        if rank_zero_only.rank > 0 or self.failed:
+    def call(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
+        if rank_zero_only.rank > 0 or self.has_failed:
             return
         try:
-            method(self, *given, **named)
-        except (Exception, SystemExit) as error:  # a foreign process, which may die of anything
-            self.failed = True
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            log.warning("W&B failed (%s): from here on metrics go to metrics.jsonl alone", why)
+            method(self, *args, **kwargs)
+        except (Exception, SystemExit) as error:  # W&B is a process of its own, which may fail in any way
+            self.has_failed = True
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("W&B failed (%s): from now on, metrics only go to metrics.jsonl", reason)
 
     return call
 
 
 class WandbLogger(RunLogger):
-    """A run in W&B's own file, in wandb/ of its folder; started by what is logged first.
+    """Logs a run into W&B's own file, in wandb/ of the run's folder. The first logged value starts it.
 
-    The file is written offline, so that no server can hold the training up. online: another process sends it meanwhile
-    (sender.py); patience: seconds that the end of the run waits for it. Every attempt of a run has a file of its own,
-    and all have one id.
+    The file is written offline, so that no server can slow the training down. Each attempt of a run has its own file,
+    and all attempts have the same id.
+
+    arguments: for wandb.init. online: whether another process sends the file meanwhile (wandb_sender.py). patience:
+    maximum number of seconds to wait for that process at the end of the run.
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any], online: bool, patience: float):
         super().__init__()
         self.folder, self.arguments, self.online, self.patience = folder, dict(arguments), online, patience
-        self.failed = False
+        self.has_failed = False
         self._run: Any = None
         self._sender: subprocess.Popen | None = None
 
@@ -112,25 +104,25 @@ class WandbLogger(RunLogger):
 
         os.environ.setdefault("WANDB_SILENT", "true")
         if self.online:
-            atexit.register(self._wait)  # before W&B registers the end of the run, and so after it
+            atexit.register(self._wait_for_sender)  # registered before W&B's own function, so it runs after it
         settings = wandb.Settings(x_transaction_log_flush_interval=5)
-        given = self.arguments | {"dir": self.folder, "id": self._identity(), "resume": "allow"}
-        run = wandb.init(mode="offline", settings=settings, **given)
+        arguments = self.arguments | {"dir": self.folder, "id": self._run_id(), "resume": "allow"}
+        run = wandb.init(mode="offline", settings=settings, **arguments)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         if self.online:
             self._sender = subprocess.Popen(
-                [sys.executable, "-m", "experiments.run.sender", run.settings.sync_file],
+                [sys.executable, "-m", "experiments.run.wandb_sender", run.settings.sync_file],
                 stdin=subprocess.DEVNULL,
                 cwd=Path(__file__).parents[2],
             )
         return run
 
-    def _identity(self) -> str:
-        """The run's id, kept in its folder; W&B's agent has chosen that of a trial."""
+    def _run_id(self) -> str:
+        """Return the run's id, which is kept in its folder. W&B's agent chooses the id of a trial."""
         path = self.folder / "wandb_id"
-        if chosen := os.environ.get("WANDB_RUN_ID"):
-            path.write_text(chosen)
+        if trial_id := os.environ.get("WANDB_RUN_ID"):
+            path.write_text(trial_id)
         elif not path.exists():
             path.write_text(secrets.token_hex(4))
         return path.read_text().strip()
@@ -150,33 +142,33 @@ class WandbLogger(RunLogger):
         import wandb
 
         if path.suffix == ".svg":
-            shown = path.read_text(encoding="utf-8")
+            html = path.read_text(encoding="utf-8")
         else:
-            shown = f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        self.run.log({name: wandb.Html(shown, inject=False), STEP: step})
+            html = f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        self.run.log({name: wandb.Html(html, inject=False), STEP: step})
 
     @_harmless
     def log_histograms(self, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]], step: int) -> None:
         import wandb
 
-        self.log_metrics({name: wandb.Histogram(np_histogram=counted) for name, counted in histograms.items()}, step)
+        self.log_metrics({name: wandb.Histogram(np_histogram=each) for name, each in histograms.items()}, step)
 
     @_harmless
     def log_model(self, files: Sequence[Path]) -> None:
-        """Files as an artifact; none is copied, so that they must be there still when it is sent."""
+        """Log files as an artifact. They are not copied, so they must still exist when the artifact is sent."""
         import wandb
 
-        artifact = wandb.Artifact(f"model-{self._identity()}", type="model")
+        artifact = wandb.Artifact(f"model-{self._run_id()}", type="model")
         for path in files:
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         self.run.log_artifact(artifact)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration was given at the start, once."""
+        """Do nothing: wandb.init has the configuration."""
 
     @_harmless
     def preempted(self) -> None:
-        """A sweep gives the run to its next agent, with its id and parameters."""
+        """Let W&B's sweep give the trial to its next agent, with the same id and parameters."""
         self.run.mark_preempting()
         self._finish(PREEMPTED)
 
@@ -188,11 +180,11 @@ class WandbLogger(RunLogger):
         import wandb
 
         self.run.finish(exit_code=status)
-        wandb.teardown()  # only then all is on the disk
-        self._wait()
+        wandb.teardown()  # only now is everything on disk
+        self._wait_for_sender()
 
-    def _wait(self) -> None:
-        """Until all is sent, or patience ends."""
+    def _wait_for_sender(self) -> None:
+        """Wait until everything is sent, or patience ends."""
         if self._sender is None:
             return
         sender, self._sender = self._sender, None
@@ -202,4 +194,4 @@ class WandbLogger(RunLogger):
             sender.terminate()
             sender.wait()
         if self._run is not None and not is_sent(Path(self._run.settings.sync_file)):
-            log.warning("W&B was not sent all of the run: make sync folder=%s does it later", self.folder)
+            log.warning("W&B did not get the whole run: make sync folder=%s sends the rest", self.folder)

@@ -1,0 +1,141 @@
+"""Write docs/reference.md: every key of an experiment, and the options of every command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+import experiments
+import experiments.bench
+from datamodules.files import write_text
+from datamodules.options import describe_bounds, option
+from experiments.config.arguments import as_argument, option_key, parse, type_name
+from experiments.config.schema import Config
+from experiments.shared.console import entry_point
+
+PATH = Path(__file__).parents[1] / "docs" / "reference.md"
+HEAD = """# Reference of all keys
+
+Written by `python -m experiments.reference` from the dataclasses in the code. Do not edit.
+
+Settings come from files in a fixed order, and the last one wins: `experiments/base.yaml`, `scale/<SCALE>.yaml`,
+`tasks/*.yaml`, `<EXPERIMENT>.yaml`, and `key=value` on the command line.
+"""
+TARGETS = {"dry_run": "dry-run", "evaluate": "eval"}  # make targets with another name than their command
+TABLE = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
+
+
+@dataclass(kw_only=True)
+class ReferenceOptions:
+    """Write docs/reference.md: every key of an experiment, and the options of every command."""
+
+    output: Path = option(PATH, "file to write")
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(ReferenceOptions, arguments)
+    write_text(options.output, reference())
+    print(f"wrote {options.output}")
+
+
+def reference() -> str:
+    """Return the whole page."""
+    lines = [HEAD, "## Keys of an experiment", *_sections(Config), "## Options of commands", *_commands()]
+    return "\n\n".join(line.strip() for line in lines) + "\n"
+
+
+def _sections(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yield the table of a dataclass, and then those of the dataclasses inside it, with their headings."""
+    hints = get_type_hints(schema)
+    rows, inner = [], []
+    for field in dataclasses.fields(schema):
+        nested, suffix = _nested(hints[field.name])
+        if nested:
+            inner.append((nested, f"{prefix}{field.name}{suffix}."))
+        if nested is None or suffix:
+            rows.append(_row(f"{prefix}{field.name}", field, hints[field.name]))
+    title = f"### `{prefix.removesuffix('.')}`" if prefix else ""
+    yield "\n\n".join(filter(None, (title, inspect.getdoc(schema), "\n".join([TABLE, *rows]) if rows else "")))
+    for nested, path in inner:
+        yield from _sections(nested, path)
+
+
+def _nested(hint: Any) -> tuple[type | None, str]:
+    """Return the dataclass of a field and how its keys continue: "", ".NAME" in a dict, "[i]" in a list."""
+    if dataclasses.is_dataclass(hint):
+        return hint, ""
+    item = get_args(hint)[-1] if get_args(hint) else None
+    if dataclasses.is_dataclass(item):
+        return item, ".NAME" if get_origin(hint) is dict else "[i]"
+    return None, ""
+
+
+def _row(key: str, field: dataclasses.Field, hint: Any) -> str:
+    bounds = describe_bounds(field).removeprefix("a number ").removeprefix("of ")
+    value = ", ".join(filter(None, (_type_words(hint), bounds)))
+    cells = (f"`{key}`", value, _default(field), field.metadata.get("help", ""))
+    return f"| {' | '.join(re.sub(r'(?<!`)[|]', ', ', cell) for cell in cells)} |"
+
+
+def _type_words(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is dict:
+        value = "settings" if dataclasses.is_dataclass(arguments[1]) else _type_words(arguments[1])
+        return f"name -> {value}"
+    if origin is list and dataclasses.is_dataclass(arguments[0]):
+        return "list of settings"
+    if hint is Any:
+        return "any value"
+    words = type_name(hint).partition(",")[0]
+    words = words if "|" in words else words.lower()
+    return f"list of {words}" if origin in (list, tuple) else words
+
+
+def _default(field: dataclasses.Field) -> str:
+    no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    if no_default or field.default == MISSING:
+        return "required"
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(value, Path) and value.is_absolute():
+        value = value.relative_to(PATH.parents[1])
+    text = str(value) if isinstance(value, dict) else as_argument(value)
+    return f"`{text}`" if text and value not in ({}, []) else ""
+
+
+def _commands() -> Iterator[str]:
+    for package in (experiments, experiments.bench):
+        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+            module = f"{package.__name__}.{info.name}"
+            if not info.ispkg and (options := options_of(importlib.import_module(module))):
+                yield _command(module, options)
+
+
+def options_of(module: ModuleType) -> type | None:
+    """Return the options of a command: the dataclass called ...Options that its module defines."""
+    for name, value in vars(module).items():
+        if name.endswith("Options") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+            return value
+    return None
+
+
+def _command(module: str, options: type) -> str:
+    hints = get_type_hints(options)
+    name = module.rpartition(".")[2]
+    target = f"make bench BENCH={name}" if ".bench." in module else f"make {TARGETS.get(name, name)}"
+    rows = [_row(option_key(field), field, hints[field.name]) for field in dataclasses.fields(options)]
+    parts = (f"### `{module}`", f"`{target}`", inspect.getdoc(options), "\n".join([TABLE, *rows]) if rows else "")
+    return "\n\n".join(filter(None, parts))
+
+
+if __name__ == "__main__":
+    entry_point(main)
