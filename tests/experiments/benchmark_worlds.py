@@ -175,7 +175,7 @@ def doris_mae(root: Path) -> None:
 
 
 def literature(root: Path) -> None:
-    """The answers of LitSearch have ranks 2 and 25. The query of CSFCube is 10, and only 8 of 8, 9 and 20 is relevant."""
+    """LitSearch: the answers have ranks 2 and 25. CSFCube: the query is 10, and of 8, 9 and 20 only 8 is relevant."""
     put(root / "litsearch" / "corpus_clean" / "full.jsonl", *numbered("corpusid", "p"))
     put(root / "litsearch" / "query" / "full.jsonl", {"query": "1", "corpusids": ["p28", "p5"]})
     papers = ({"paper_id": f"p{i}", "title": f"{i}", "abstract": ["words"]} for i in range(30))
