@@ -223,7 +223,7 @@ GOOD = """
         (f"benchmark:\n  mine:{GOOD}", "expected the keys benchmarks"),
         (
             f"sources: x\nbenchmarks:\n  mine:{GOOD}",
-            "unknown key sources; expected one of source, defaults",
+            "unknown key sources; did you mean source",
         ),
         (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': expected a name of a to z"),
         (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric; did you mean mine.metrics"),
