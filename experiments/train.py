@@ -17,7 +17,6 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.files import read_json
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
@@ -25,13 +24,14 @@ from experiments.config.experiment import ExperimentOptions, load_config, parse_
 from experiments.config.paths import LAST, folder_of
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
+from experiments.results.results import read_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, lost_ranks_named, next_steps, raise_if_preempted
 from experiments.run.folder import open_run, record_end, record_start, write_config
 from experiments.run.lock import only_job
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
-from lightning_modules.callbacks.before_first_step import BeforeFirstStep
+from lightning_modules.callbacks.evaluation import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
@@ -76,7 +76,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     """
     folder = open_run(config)
     if folder.complete:
-        FinalTable.show(read_json(folder.results))
+        FinalTable.show(read_results(folder.results))
         log.info("This run is complete: it is in %s (run.resume=never trains it again).", folder.path)
         return
 
@@ -113,7 +113,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         table.finish(load_encoder(checkpoint).to(module.device), checkpoint.name, step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
-        table.show(table.content)
+        table.show(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
 

@@ -116,14 +116,14 @@ class InstructEncoder(Encoder):
         instruction = self.instructions[task]
         if self.training or torch.is_grad_enabled():
             return Condition(prefixes=self._prefixes(instruction))
-        version = self._version()
+        version = self._weights_version()
         if self._cache.version != version:
             self._cache = CachedPrefixes(version, list(self.parameters()), {})
         if instruction not in self._cache.prefixes:
             self._cache.prefixes[instruction] = self._prefixes(instruction)
         return Condition(prefixes=self._cache.prefixes[instruction])
 
-    def _version(self) -> tuple:
+    def _weights_version(self) -> tuple:  # not _version, which state_dict stores with the weights
         """Return everything that prefixes depend on, except the instruction.
 
         One value of each parameter is included, because a change through .data does not change its version.
