@@ -156,7 +156,9 @@ def save_onnx(folder: str | Path) -> Path:
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     if not pooling["include_prompt"]:
-        raise UserError("onnx: pool_prompt=false is not supported, because an ONNX model does not know where the prompt ends")
+        raise UserError(
+            "onnx: pool_prompt=false is not supported, because an ONNX model does not know where the prompt ends"
+        )
     # Eager attention, because its masks are plain arithmetic.
     config = AutoConfig.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options_of(config))

@@ -159,7 +159,10 @@ QUERY = "encoder.layer.1.attention.self.moe_query.2.weight"
     [
         (drop("encoder.layer.0.output.dense.weight"), "1 missing .backbone.encoder.layer.0.output.dense.weight"),
         (lambda c: c["model_dict"].update({"span_proj.weight": torch.ones(1)}), "1 unexpected keys .span_proj.weight"),
-        (lambda c: c["model_dict"].update({f"question_model.encoder.{QUERY}": torch.ones(32, 32)}), "tower: required, query or document"),
+        (
+            lambda c: c["model_dict"].update({f"question_model.encoder.{QUERY}": torch.ones(32, 32)}),
+            "tower: required, query or document",
+        ),
         (lambda c: c["encoder_params"].update(num_expert=4), "num_expert 4, but the weights contain 3"),
         (
             lambda c: c["encoder_params"].update(moe_type="mod3:attn"),
