@@ -189,8 +189,7 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"backbone: required, a folder or hub name with the configuration and tokenizer of a BERT, because {path} "
-                "has none"
+                f"backbone: required, folder or hub name of a configuration and tokenizer, because {path} has none"
             )
         empty, tokenizer = empty_backbone(str(backbone), "backbone")
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)
