@@ -25,7 +25,7 @@ from lightning_modules.encoders.families import AttentionContext, Prefix, family
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
-BLOCK = 8192  # number of texts tokenized and sorted by length at a time; the token ids of a corpus would be too many
+BLOCK = 8192  # texts tokenized and sorted by length at a time, because the token ids of a corpus may not fit in memory
 
 
 class Condition(NamedTuple):
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         return self.forward_tasks(input_ids, attention_mask, (task,))[task]
 
     def forward_tasks(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Return task -> vectors (B, D) of the same texts. What tasks have in common is computed once."""
+        """Return task -> vectors (B, D) of the same texts. Layers that do not depend on the task are computed once."""
         distinct = {self.served_by(task): task for task in tasks}
         hidden, context = self.family.begin(input_ids, attention_mask)
         fork = self.num_shared_layers if len(distinct) > 1 else 0
@@ -195,16 +195,16 @@ class Encoder(nn.Module):
         return states
 
     def _computed_positions(self, index: int, states: Tensor) -> Tensor:
-        """Return the positions (B, L, D) that a layer has to compute: of the last one, only what is pooled."""
+        """Return the positions that a layer computes, (B, L, D): in the last layer only [CLS], if it is pooled."""
         if index < self.num_layers - 1 or self.pooling != "cls":
             return states
-        # Contiguous, because torch otherwise chooses its kernel, and so the last bits, by requires_grad.
+        # Contiguous, because otherwise torch uses another kernel for frozen weights, which changes the last bits.
         return states[:, :1].contiguous()
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one layer, with gradient checkpointing if it is on, and the backbone's end after the last one."""
+        """Compute one layer, with gradient checkpointing if enabled, and after the last one the end of the backbone."""
         arguments = (index, hidden, states, context, condition)
         if self.gradient_checkpointing and self.training:
             hidden = checkpoint(self.layer, *arguments, use_reentrant=False)
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
         return self.family.end(hidden) if index == self.num_layers - 1 else hidden
 
     def layer_modules(self, index: int) -> list[nn.Module]:
-        """Return the modules whose parameters the layer_methods use for a layer."""
+        """Return the modules that the layer_methods use for a layer."""
         return [self.family.layers[index]]
 
     def layer(
