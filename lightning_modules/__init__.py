@@ -2,7 +2,7 @@
 
 The names below are the public API. They are imported on first use, because torch and transformers take seconds to load.
 
-    from lightning_modules import ContrastiveModule, load_encoder
+    from lightning_modules import ContrastiveModule, evaluate, load_encoder
 """
 
 from __future__ import annotations
@@ -10,28 +10,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the redundant aliases mark re-exports
-    from lightning_modules.contrastive import ContrastiveModule as ContrastiveModule
-    from lightning_modules.encoders.adapters import AdapterEncoder as AdapterEncoder
-    from lightning_modules.encoders.backbone import load_backbone as load_backbone
-    from lightning_modules.encoders.base import Encoder as Encoder
-    from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
-    from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
-    from lightning_modules.encoders.loading import load_encoder as load_encoder
-    from lightning_modules.encoders.moe import MoEEncoder as MoEEncoder
-    from lightning_modules.encoders.routed import RoutedEncoder as RoutedEncoder
-    from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
-    from lightning_modules.mining.mine import MiningOptions as MiningOptions
-    from lightning_modules.mining.mine import mine as mine
-    from lightning_modules.objective import FrozenEncoder as FrozenEncoder
-    from lightning_modules.objective_options import ObjectiveOptions as ObjectiveOptions
-    from lightning_modules.optim import OptimOptions as OptimOptions
-    from lightning_modules.retrieval.evaluation import evaluate as evaluate
+if TYPE_CHECKING:
+    from lightning_modules.contrastive import ContrastiveModule
+    from lightning_modules.encoders.adapters import AdapterEncoder
+    from lightning_modules.encoders.base import Encoder
+    from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+    from lightning_modules.encoders.loading import load_encoder
+    from lightning_modules.encoders.moe import MoEEncoder
+    from lightning_modules.encoders.routed import RoutedEncoder
+    from lightning_modules.encoders.shared import SharedEncoder
+    from lightning_modules.mining.mine import MiningOptions, mine
+    from lightning_modules.objective import FrozenEncoder
+    from lightning_modules.objective_options import ObjectiveOptions
+    from lightning_modules.optim import OptimOptions
+    from lightning_modules.retrieval.evaluation import BenchmarkResult, evaluate
 
 _MODULE_OF = {
     "ContrastiveModule": "lightning_modules.contrastive",
-    "ObjectiveOptions": "lightning_modules.objective_options",
     "FrozenEncoder": "lightning_modules.objective",
+    "ObjectiveOptions": "lightning_modules.objective_options",
     "OptimOptions": "lightning_modules.optim",
     "Encoder": "lightning_modules.encoders.base",
     "SharedEncoder": "lightning_modules.encoders.shared",
@@ -45,9 +42,28 @@ _MODULE_OF = {
     "evaluate": "lightning_modules.retrieval.evaluation",
     "mine": "lightning_modules.mining.mine",
     "MiningOptions": "lightning_modules.mining.mine",
+    "evaluate": "lightning_modules.retrieval.evaluation",
+    "BenchmarkResult": "lightning_modules.retrieval.evaluation",
 }
 
-__all__ = list(_MODULE_OF)
+__all__ = [
+    "AdapterEncoder",
+    "BenchmarkResult",
+    "ContrastiveModule",
+    "Encoder",
+    "FrozenEncoder",
+    "InstructEncoder",
+    "MiningOptions",
+    "MoEEncoder",
+    "ObjectiveOptions",
+    "OptimOptions",
+    "PromptEncoder",
+    "RoutedEncoder",
+    "SharedEncoder",
+    "evaluate",
+    "load_encoder",
+    "mine",
+]
 
 
 def __getattr__(name: str) -> Any:

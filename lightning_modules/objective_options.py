@@ -17,7 +17,7 @@ class GuideOptions:
 
     model: str | None = option(None, "frozen model that finds false negatives: a run, checkpoint, folder or hub name")
     margin: float = option(
-        0.0, "a document is no negative if the guide scores it above the positives minus this margin", minimum=0
+        0.0, "documents that the guide scores above the positives minus this margin are not negatives", minimum=0
     )
     kind: Literal["absolute", "relative"] = option(
         "absolute", "whether the margin is a difference of scores or a share of the positive's score"
