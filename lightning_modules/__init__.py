@@ -42,7 +42,6 @@ _MODULE_OF = {
     "evaluate": "lightning_modules.retrieval.evaluation",
     "mine": "lightning_modules.mining.mine",
     "MiningOptions": "lightning_modules.mining.mine",
-    "evaluate": "lightning_modules.retrieval.evaluation",
     "BenchmarkResult": "lightning_modules.retrieval.evaluation",
 }
 
