@@ -94,7 +94,7 @@ def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrain
             )
         name = folder
     if name:
-        return load_backbone(name)
+        return load_backbone(name, key="backbone.name")
     reads_instructions = accepted_arguments(config.encoder, ["instructions"])
     instructions = [task.instruction for task in config.task.values() if reads_instructions]
     words = (input_text(text, " ") for text in texts)
