@@ -108,7 +108,7 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_backbone(name: str, key: str = "name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer.
 
     name: folder or hub name.

@@ -1,8 +1,8 @@
 """The encoder that all variants share: a Hugging Face backbone whose layers are computed one by one.
 
 The modules and parameters of the backbone are unchanged; only the loop over its layers is ours (families.py computes a
-single layer). So a variant can choose experts by task without hidden state, the last layer computes only the position
-that is pooled, and several tasks share the layers that do not depend on the task.
+single layer). That is why a variant can choose experts by the task it is called with, the last layer can compute only
+the pooled position, and several tasks can share the layers that do not depend on the task.
 
 Shapes: B texts, S tokens, L positions computed (S, or 1 if only the first one is needed), D hidden size, n documents.
 """
@@ -25,7 +25,7 @@ from lightning_modules.encoders.families import AttentionContext, Prefix, family
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
-BLOCK = 8192  # texts that are tokenized and sorted by length together; a whole corpus of token ids would be too large
+BLOCK = 8192  # number of texts tokenized and sorted by length at a time; the token ids of a corpus would be too many
 
 
 class Condition(NamedTuple):
@@ -44,7 +44,7 @@ class Condition(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """An encoder of queries and documents for several tasks (paper, equations 1 and 3).
+    """An encoder of queries and documents for one or several tasks (paper, equations 1 and 3).
 
     backbone: a model of one of the FAMILIES. Variants change it in place.
     tokenizer: the tokenizer of the backbone.

@@ -189,8 +189,7 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"{path}: has no configuration and tokenizer of its BERT; name a folder or hub name with backbone= "
-                "(or convert it once with make export format=pretrained)"
+                f"backbone: required, folder or hub name of a configuration and tokenizer, because {path} has none"
             )
         empty, tokenizer = empty_backbone(str(backbone), "backbone")
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)

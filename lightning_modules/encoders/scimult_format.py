@@ -137,7 +137,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
     queries, documents = towers["query"], towers["document"]
     if tower is None and documents and not _equal_towers(queries, documents):
         raise UserError(
-            f"{source}: has different towers for queries and documents; choose one with tower=query or tower=document"
+            f"tower: required, query or document, because {source} has different towers for queries and documents"
         )
     return towers[chosen]
 
