@@ -37,7 +37,7 @@ class BatchOptions:
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
     num_batches: int = option(0, "batches of the whole training; 0 makes those of the trainer's max_steps", minimum=0)
-    max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=1)
+    max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=3)
     token_budget: int = option(16384, "maximum number of padded tokens in a chunk", minimum=1)
     num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
     num_hard_negatives: int = option(1, "hard negatives per query, if it has that many", minimum=0)

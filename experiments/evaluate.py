@@ -106,6 +106,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         models,
         config,
         options.similarity,
+        task=options.task,
         max_length=options.max_length,
         token_budget=options.token_budget,
         vectors_folder=options.vectors,

@@ -87,10 +87,7 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
         for key in ("batch_size", "max_length", "num_positives", "num_hard_negatives")
         if (value := getattr(task, key)) is not None
     }
-    if "batch_size" in overrides:
-        overrides["batch_tokens"] = 0
-    options = dataclasses.replace(options, **overrides)
-    return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options)
+    return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options.override(**overrides))
 
 
 def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:

@@ -77,7 +77,7 @@ class Mined:
 
     negatives: hard negatives of each query.
     margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
-    revealed: whether a dev or test split judges the negative relevant, (j,) bool.
+    held_out: whether only a dev or test split judges the negative relevant, (j,) bool.
     texts: number of the negative's text, (j,); equal numbers mean equal texts.
     num_candidates: number of candidates before first_rank and the margins.
     num_above: number of those that score above the positive.
@@ -85,7 +85,7 @@ class Mined:
 
     negatives: MinedNegatives
     margins: np.ndarray
-    revealed: np.ndarray
+    held_out: np.ndarray
     texts: np.ndarray
     num_candidates: int
     num_above: int
@@ -118,13 +118,7 @@ def mine(
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
     prepared = {} if prepared is None else prepared
-    if options.first_rank >= len(pool.corpus):
-        raise UserError(
-            f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
-            f"{options.first_rank}"
-        )
-    if options.k > len(pool.corpus):
-        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
+    _check_size(pool, options)
     context = MiningContext(pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared)
     if miner.needs_vectors or options.compares:
         if encoder is None:
@@ -133,19 +127,30 @@ def mine(
                 f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
                 "absolute_margin to null"
             )
-        vectors = vectors or VectorCache(encoder, similarity=similarity)
-        queries, documents = _vectors_of(vectors, pool)
+        queries, documents = _vectors_of(vectors or VectorCache(encoder, similarity=similarity), pool)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
     block_miner = _BlockMiner(pool, miner, options, context, guide and _vectors_of(guide, pool), seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
-    share = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
+    mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
     if world_size() > 1:
-        shares = [share] * world_size()
-        dist.all_gather_object(shares, share)
-        share = sorted((block for other in shares for block in other), key=lambda block: block[0])
-    return _joined([mined for _, mined in share])
+        shares = [mined] * world_size()
+        dist.all_gather_object(shares, mined)
+        mined = sorted((each for share in shares for each in share), key=lambda each: each[0])
+    return _joined([each for _, each in mined])
+
+
+def _check_size(pool: MiningPool, options: MiningOptions) -> None:
+    """Raise UserError, or log a warning, if the options ask for more documents than the pool has."""
+    num_documents = len(pool.corpus)
+    if options.first_rank >= num_documents:
+        raise UserError(
+            f"first_rank: expected a rank below the number of documents of {pool.name}, {num_documents}, got "
+            f"{options.first_rank}"
+        )
+    if options.k > num_documents:
+        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, num_documents)
 
 
 class Mining:
@@ -353,7 +358,7 @@ def _joined(parts: Sequence[Mined]) -> Mined:
     return Mined(
         MinedNegatives(np.concatenate(starts), **arrays, taken=dict(removed)),
         np.concatenate([part.margins for part in parts]),
-        np.concatenate([part.revealed for part in parts]),
+        np.concatenate([part.held_out for part in parts]),
         np.concatenate([part.texts for part in parts]),
         sum(part.num_candidates for part in parts),
         sum(part.num_above for part in parts),

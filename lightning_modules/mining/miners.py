@@ -125,7 +125,7 @@ class ShownMiner(Miner):
     """
 
     def rank(self, pool, queries, k, context):
-        starts, documents = pool.shown.starts, pool.shown.values
+        starts, documents = pool.judged_negatives.starts, pool.judged_negatives.values
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         for i, query in enumerate(queries):
             shown = documents[starts[query] : starts[query + 1]][:k]
@@ -254,7 +254,8 @@ class SharingMiner(Miner):
             raise UserError(f"{pool.name}: no two of its papers share a value of {self.field!r} in {self.papers}")
         positives = positives_of(pool)
         documents = [
-            np.array([row]) if row >= 0 else own for row, own in zip(pool.document_of_query, positives, strict=True)
+            np.array([row]) if row >= 0 else positives_of_query
+            for row, positives_of_query in zip(pool.document_of_query, positives, strict=True)
         ]
         return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
 

@@ -58,8 +58,8 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
     values = {
         "negatives": total / len(negatives),
         "without": float((counts == 0).mean()),
-        "false_negative_rate": float((above | mined.revealed).mean()),
-        "revealed": float(mined.revealed.mean()),
+        "false_negative_rate": float((above | mined.held_out).mean()),
+        "revealed": float(mined.held_out.mean()),
         "duplicates": 1 - len(_pairs(negatives.starts, mined.texts)) / total,
         "distinct": len(np.unique(negatives.documents)) / total,
     }

@@ -84,8 +84,6 @@ class VectorCache:
         """Return the vectors (q, D) of this rank's texts: numbers rank, rank + world size, ... of the texts."""
         return self.vectors(texts, task, name, advance).gather(np.arange(rank(), len(texts), world_size()))
 
-    of_all_ranks, of_this_rank = vectors, vectors_of_rank
-
     def remove(self) -> None:
         """Delete this encoder's vectors."""
         self._kept.clear()

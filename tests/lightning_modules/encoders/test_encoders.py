@@ -244,7 +244,7 @@ def test_default_token_budget_fits_a_cpu(make_encoder, monkeypatch):
     forward = encoder.forward_tasks
     monkeypatch.setattr(encoder, "forward_tasks", lambda ids, *rest: sizes.append(ids.numel()) or forward(ids, *rest))
     texts = [Document(str(i), "", text_of(*range(9))) for i in range(600)]
-    for encode in (encoder.encode, lambda *given: VectorCache(encoder).of_all_ranks(*given, "texts")):
+    for encode in (encoder.encode, lambda *given: VectorCache(encoder).vectors(*given, "texts")):
         sizes.clear()
         encode(texts, "search")
         assert len(sizes) > 2

@@ -182,13 +182,13 @@ def test_text_numbers_ignore_case_and_spaces():
     assert queries[1] not in documents
 
 
-def example_result(margins, lists, revealed=None, texts=None):
+def example_result(margins, lists, held_out=None, texts=None):
     starts, rows = ragged(lists)
     margins = np.array(margins, dtype=np.float32)
-    revealed = np.zeros(len(rows), bool) if revealed is None else np.array(revealed)
+    held_out = np.zeros(len(rows), bool) if held_out is None else np.array(held_out)
     texts = rows.astype(np.int64) if texts is None else np.array(texts)
     negatives = MinedNegatives(starts, rows, np.zeros(len(rows), np.int32), -margins, {"known positives": 4})
-    return Mined(negatives, margins, revealed, texts, num_candidates=20, num_above=5)
+    return Mined(negatives, margins, held_out, texts, num_candidates=20, num_above=5)
 
 
 def test_report_figures_match_their_definitions():
