@@ -140,7 +140,7 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether this command wrote a folder, also in a version without marker files."""
+    """Return whether this command wrote a folder, including its versions without marker files."""
     if (folder / MARKER).is_file():
         return True
     entries = list(folder.iterdir())
