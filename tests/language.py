@@ -20,18 +20,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RULES = {
-    r"\b(is|are|was|were|be) told\b(?! to\b)|\btold (of|by)\b|\btells? (of|whether|where|when)\b": "logs, shows, reports",
+    r"\b(is|are|was|were|be) told\b(?! to\b)|\btold (of|by)\b|\btells? (of|whether|where|when)\b": "shows, reports",
     r"\b(stands?|stood) (in|beside|there|behind|on|for it)\b": "is in, is next to, is stored in",
     r"\b(lies|lay) (in|beside|there|below|at)\b|\bwhere [\w ]*\b(lies|lie)\b": "is in, is stored in",
     r"\b(go|goes|went|gone) on\b": "resumes, continues",
-    r"(?<!there )(?<!There )\b(is|are|was|were) no (?!longer\b|more\b|less\b|need\b|way\b|secret\b|\w+er than\b)": "is not a",
+    r"(?<![Tt]here )\b(is|are|was|were) no (?!longer\b|more\b|less\b|need\b|way\b|secret\b|\w+er than\b)": "not a",
     r"\b(allowed|supported|known) (are|is)\b": "expected one of, must be one of",
     r"\banew\b": "again",
     r"\bbeside\b": "next to, in addition to, in parallel",
     r"\bso many\b(?! that\b)": "that many",
     r"\bwhat is left\b": "the rest",
     r"\bmend(ed|s|ing)?\b": "fix",
-    r"\b(who|whoever) (looks|calls|asks|judges|names|wants|writes|reads|has|is|takes)\b": "the user",
+    r"\b(who|whoever) (looks|calls|asks|judges|names|wants|writes|takes)\b": "the user",
     r"\bwhat (judges|looks|stands|lies)\b": "name it",
     r"\bOf (what|whose|whom)\b|\bof (whose|whom)\b|\b(to|for) who\b": "say it with a noun",
     r"(?<!so )\bthat there (is|are)\b|\bthere is there\b|\bis there already\b": "exists, already exists",
