@@ -52,7 +52,7 @@ class DataOptions:
     can be changed too: outputs.NAME.reader.ARGUMENT=VALUE, sources.NAME.url=URL and so on.
     """
 
-    recipe: str = option("", f"{', '.join(recipes())}, or a YAML file", positional=True)
+    recipe: str = option("", f"name of a recipe ({', '.join(recipes())}), or path of a YAML file", positional=True)
     root: Path = option(Path("data"), "folder for all data, which make train takes as data.root", key="data.root")
     mirror: str = option("", "URL under which SOURCE/FILE are found, instead of the URLs of the recipe")
     only: tuple[str, ...] = option((), "names of the folders to build; by default all")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(options: DataOptions) -> None:
     if not options.recipe:
-        raise UserError(f"recipe: required, {', '.join(recipes())}, or a YAML file: python -m experiments.data scimult")
+        raise UserError(f"recipe: required, a name ({', '.join(recipes())}) or a YAML file")
     if options.mirror and not options.mirror.startswith(("http://", "https://")):
         raise UserError(
             f"mirror: expected http:// or https://, got {options.mirror!r} (place local files in data.root/downloads)"

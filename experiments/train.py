@@ -31,7 +31,7 @@ from experiments.run.folder import open_run, record_end, record_start, write_con
 from experiments.run.lock import only_job
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
-from lightning_modules.callbacks.before_first_step import BeforeFirstStep
+from lightning_modules.callbacks.evaluation import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked

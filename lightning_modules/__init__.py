@@ -2,7 +2,7 @@
 
 The names below are the public API. They are imported on first use, because torch and transformers take seconds to load.
 
-    from lightning_modules import ContrastiveModule, load_encoder
+    from lightning_modules import ContrastiveModule, evaluate, load_encoder
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from lightning_modules.encoders.moe import MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder
-    from lightning_modules.mining.mine import mine
+    from lightning_modules.mining.mine import MiningOptions, mine
     from lightning_modules.objective import FrozenEncoder
     from lightning_modules.objective_options import ObjectiveOptions
     from lightning_modules.optim import OptimOptions
+    from lightning_modules.retrieval.evaluation import BenchmarkResult, evaluate
 
 _MODULE_OF = {
     "ContrastiveModule": "lightning_modules.contrastive",
-    "ObjectiveOptions": "lightning_modules.objective_options",
     "FrozenEncoder": "lightning_modules.objective",
+    "ObjectiveOptions": "lightning_modules.objective_options",
     "OptimOptions": "lightning_modules.optim",
     "Encoder": "lightning_modules.encoders.base",
     "SharedEncoder": "lightning_modules.encoders.shared",
@@ -36,12 +37,17 @@ _MODULE_OF = {
     "InstructEncoder": "lightning_modules.encoders.instruct",
     "PromptEncoder": "lightning_modules.encoders.instruct",
     "AdapterEncoder": "lightning_modules.encoders.adapters",
+    "load_backbone": "lightning_modules.encoders.backbone",
     "load_encoder": "lightning_modules.encoders.loading",
+    "evaluate": "lightning_modules.retrieval.evaluation",
     "mine": "lightning_modules.mining.mine",
+    "MiningOptions": "lightning_modules.mining.mine",
+    "BenchmarkResult": "lightning_modules.retrieval.evaluation",
 }
 
 __all__ = [
     "AdapterEncoder",
+    "BenchmarkResult",
     "ContrastiveModule",
     "Encoder",
     "FrozenEncoder",
@@ -53,6 +59,7 @@ __all__ = [
     "PromptEncoder",
     "RoutedEncoder",
     "SharedEncoder",
+    "evaluate",
     "load_encoder",
     "mine",
 ]

@@ -1,8 +1,9 @@
-"""The training objective: InfoNCE over the documents of all ranks (paper, section 3.4), and its options.
+"""The training objective: InfoNCE over the documents of all ranks (paper, section 3.4), and what its options add.
 
-Read it from top to bottom: temperature, frozen models (guide and teacher), masks, the two directions in which
-a batch is compared, the loss of a direction, and the Objective that adds the directions up. The formulas are in
-losses.py, the computation of large score matrices block by block is in chunked.py, the options in objective_options.py.
+Read it from top to bottom. The Objective adds up the two directions in which a batch is compared: queries look for
+documents and, if the options ask for it, documents look for queries. A Direction has the vectors, the positives and the
+masks. Its loss is computed from scores block by block. The last sections are details: masks, frozen models, and the
+temperature. The options are in objective_options.py, the formulas in losses.py, and the blocks in chunked.py.
 
 Shapes
     U   distinct texts of a batch on this rank
@@ -25,7 +26,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.records import ContrastiveBatch
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
@@ -44,126 +45,68 @@ from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, 
 
 Mask = Callable[[slice], Tensor]  # rows -> whether a candidate is excluded as a negative of a query, (r, C) bool
 
-# Temperature
 
+class Objective(nn.Module):
+    """The loss of a batch, as a function of its vectors and of the temperature's parameters.
 
-class Temperature(nn.Module):
-    """The divisor of the scores: a constant, or learned.
-
-    A learned temperature is stored as its logarithm, so that optimizer steps are relative (CLIP, arXiv 2103.00020).
-
-    initial: a number, or one per task.
-    learn: "no", "one" for all tasks, or "per_task".
-    bounds: lowest and highest value, restored by clamp after each optimizer step.
+    tasks: tasks of the batches.
+    dimension: size of the vectors, D.
+    guide, teacher: frozen models, if the options use them.
     """
 
     def __init__(
         self,
-        initial: float | Mapping[str, float],
-        learn: str = "no",
-        tasks: Sequence[str] = (),
-        bounds: Sequence[float] = (0.01, 100.0),
+        options: ObjectiveOptions,
+        tasks: Sequence[str],
+        dimension: int,
+        guide: FrozenEncoder | None = None,
+        teacher: FrozenEncoder | None = None,
     ):
         super().__init__()
-        self.initial, self.bounds = initial, tuple(bounds)
-        names = {"no": (), "one": ("all",), "per_task": tasks}[learn]
-        self.log = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(self._initial(name)))) for name in names})
+        check_objective(options, tasks, dimension=dimension)
+        self.options, self.guide, self.teacher = options, guide, teacher
+        self.temperature = Temperature(options.temperature, options.learn_temperature, tasks, options.temperature_range)
 
-    def _initial(self, task: str) -> float:
-        return self.initial[task] if isinstance(self.initial, Mapping) else self.initial
+    def forward(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
+        """Return the loss of a batch, and the values to log with it.
 
-    def forward(self, task: str) -> float | Tensor:
-        """Return the temperature of a task: a number, or a scalar with a gradient if it is learned."""
-        if not self.log:
-            return self._initial(task)
-        return self.log[task if task in self.log else "all"].exp()
+        There is no randomness and no state but the parameters, so the vectors may be leaves whose gradient is
+        propagated elsewhere.
 
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Move the temperature back into its bounds. Clamping in forward would leave it without a gradient."""
-        lowest, highest = map(math.log, self.bounds)
-        for parameter in self.log.values():
-            parameter.clamp_(lowest, highest)
+        vectors: vectors of the distinct texts of the batch, (U, D).
+        """
+        options, temperature = self.options, self.temperature(batch.task)
+        guide = None if self.guide is None else self.guide.embed(batch)
+        teacher = None if self.teacher is None else self.teacher.embed(batch)
+        with torch.autocast(vectors.device.type, enabled=False):
+            directions = [query_to_document(vectors, batch, options, guide, teacher)]
+            if options.symmetric:
+                directions.append(document_to_query(vectors, batch, options, guide))
+            terms = [self._terms(directions, temperature)]
+            terms += [self._terms(directions, temperature, prefix) for prefix in options.matryoshka]
+            weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
+            loss = terms[0].loss
+            for shorter, weight in zip(terms[1:], weights, strict=True):
+                loss = loss + weight * shorter.loss
+        outputs = {"loss": options.task_weights.get(batch.task, 1.0) * loss * batch.weight}
+        outputs["accuracy"] = terms[0].accuracy
+        if teacher is not None:
+            outputs |= {"contrastive": terms[0].contrastive, "distillation": terms[0].distillation}
+        if isinstance(temperature, Tensor):
+            outputs["temperature"] = temperature.detach()
+        return outputs
 
-
-# Frozen models: the guide, which finds false negatives, and the teacher, whose scores are distilled
-
-
-@dataclass(frozen=True)
-class FrozenVectors:
-    """Vectors of a batch by a frozen model. Their dot products are its scores."""
-
-    queries: Tensor  # (B, G)
-    documents: Tensor  # (m, G)
-
-
-class FrozenEncoder:
-    """An encoder that is not trained. It reads the texts of each batch with its own tokenizer.
-
-    It is not an nn.Module, so that its weights stay out of the trained module's parameters and checkpoints.
-    """
-
-    def __init__(self, encoder: Encoder, similarity: str = "cosine"):
-        self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
-
-    def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
-        assert batch.texts, "the batch carries no texts: set BatchOptions.carry_texts"
-        device = batch.queries.device
-        if self.encoder.device != device:
-            self.encoder.to(device)
-        query_task, document_task = batch.task, self.encoder.document_task(batch.task)
-        vectors = self.encoder.encode(batch.texts, tasks=(query_task, document_task))
-        # Clones, because tensors made in inference mode cannot be saved for a backward pass.
-        queries = vectors[query_task].clone().to(device)[batch.queries]
-        documents = vectors[document_task].clone().to(device)[batch.documents]
-        return FrozenVectors(comparable(queries, self.similarity), comparable(documents, self.similarity))
+    def _terms(
+        self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
+    ) -> LossTerms:
+        """Add up the directions, with equal weights. Accuracy and distillation are those of the first one."""
+        weight = 1 / len(directions)
+        terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
+        loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
+        return LossTerms(loss, terms[0].accuracy, contrastive, terms[0].distillation)
 
 
-@dataclass(frozen=True)
-class FrozenScores:
-    """Scores of a frozen model in one direction."""
-
-    queries: Tensor  # (R, G)
-    candidates: Tensor  # (C, G)
-
-    def block(self, rows: slice) -> Tensor:
-        return self.queries[rows] @ self.candidates.T  # (r, C)
-
-    def of_columns(self, rows: slice, columns: Tensor) -> Tensor:
-        """Return the scores of a few candidates of each query. columns: (r, k)."""
-        return torch.einsum("rg,rcg->rc", self.queries[rows], self.candidates[columns])  # (r, k)
-
-
-# Masks: candidates that must not serve as negatives. Like the scores, they are computed for a block of rows at a time.
-
-
-def _mask_by_keys(keys: Tensor, candidate_keys: Tensor, rows: slice) -> Tensor:
-    """Exclude candidates whose key is among the query's. keys: (R, K). candidate_keys: (C,)."""
-    return membership_mask(keys[rows], candidate_keys)  # (r, C)
-
-
-def _mask_by_known_positives_of_candidates(known_positives: Tensor, ids: Tensor, rows: slice) -> Tensor:
-    """Exclude candidates that know the query as a positive. known_positives: (C, K) ids. ids: of the queries, (R,)."""
-    return membership_mask(known_positives, ids[rows]).T  # (r, C)
-
-
-def _mask_duplicates(is_duplicate: Tensor, rows: slice) -> Tensor:
-    """Exclude all copies of a candidate but one. is_duplicate: (C,) bool."""
-    return is_duplicate.expand(rows.stop - rows.start, -1)  # (r, C)
-
-
-def _mask_by_guide(scores: FrozenScores, positives: Tensor, options: GuideOptions, rows: slice) -> Tensor:
-    """Exclude candidates that the guide finds as good as the positives. positives: (R, P)."""
-    return guide_mask(scores.block(rows), positives[rows], options.margin, options.kind)  # (r, C)
-
-
-def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
-    """Return hashes of the texts that a query must not meet as negatives: its positives' and its own, (B, P + 1)."""
-    positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
-    return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
-
-
-# Directions: which vectors are compared, what is a positive, and what is no negative
+# Directions: which vectors are compared, which are positives, and which must not be negatives
 
 
 @dataclass(frozen=True)
@@ -319,67 +262,120 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     return margin_mse(scores, teacher_scores, positives, candidates)
 
 
-# The objective
+# Masks: candidates that must not serve as negatives. Like the scores, they are computed for a block of rows at a time.
 
 
-class Objective(nn.Module):
-    """The loss of a batch, as a function of its vectors and of the temperature's parameters.
+def _mask_by_keys(keys: Tensor, candidate_keys: Tensor, rows: slice) -> Tensor:
+    """Exclude candidates whose key is among the query's. keys: (R, K). candidate_keys: (C,)."""
+    return membership_mask(keys[rows], candidate_keys)  # (r, C)
 
-    tasks: tasks of the batches.
-    dimension: size of the vectors, D.
-    guide, teacher: frozen models, if the options use them.
+
+def _mask_by_known_positives_of_candidates(known_positives: Tensor, ids: Tensor, rows: slice) -> Tensor:
+    """Exclude candidates that know the query as a positive. known_positives: (C, K) ids. ids: of the queries, (R,)."""
+    return membership_mask(known_positives, ids[rows]).T  # (r, C)
+
+
+def _mask_duplicates(is_duplicate: Tensor, rows: slice) -> Tensor:
+    """Exclude all copies of a candidate but one. is_duplicate: (C,) bool."""
+    return is_duplicate.expand(rows.stop - rows.start, -1)  # (r, C)
+
+
+def _mask_by_guide(scores: FrozenScores, positives: Tensor, options: GuideOptions, rows: slice) -> Tensor:
+    """Exclude candidates that the guide finds as good as the positives. positives: (R, P)."""
+    return guide_mask(scores.block(rows), positives[rows], options.margin, options.kind)  # (r, C)
+
+
+def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
+    """Return hashes of the texts that a query must not meet as negatives: its positives' and its own, (B, P + 1)."""
+    positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
+    return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
+
+
+# Frozen models: the guide, which finds false negatives, and the teacher, whose scores are distilled
+
+
+@dataclass(frozen=True)
+class FrozenVectors:
+    """Vectors of a batch by a frozen model. Their dot products are its scores."""
+
+    queries: Tensor  # (B, G)
+    documents: Tensor  # (m, G)
+
+
+class FrozenEncoder:
+    """An encoder that is not trained. It reads the texts of each batch with its own tokenizer.
+
+    It is not an nn.Module, so that its weights stay out of the trained module's parameters and checkpoints.
+    """
+
+    def __init__(self, encoder: Encoder, similarity: str = "cosine"):
+        self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
+
+    def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
+        assert batch.texts, "the batch carries no texts: set BatchOptions.carry_texts"
+        device = batch.queries.device
+        if self.encoder.device != device:
+            self.encoder.to(device)
+        query_task, document_task = batch.task, self.encoder.document_task(batch.task)
+        vectors = self.encoder.encode(batch.texts, tasks=(query_task, document_task))
+        # Clones, because tensors made in inference mode cannot be saved for a backward pass.
+        queries = vectors[query_task].clone().to(device)[batch.queries]
+        documents = vectors[document_task].clone().to(device)[batch.documents]
+        return FrozenVectors(comparable(queries, self.similarity), comparable(documents, self.similarity))
+
+
+@dataclass(frozen=True)
+class FrozenScores:
+    """Scores of a frozen model in one direction."""
+
+    queries: Tensor  # (R, G)
+    candidates: Tensor  # (C, G)
+
+    def block(self, rows: slice) -> Tensor:
+        return self.queries[rows] @ self.candidates.T  # (r, C)
+
+    def of_columns(self, rows: slice, columns: Tensor) -> Tensor:
+        """Return the scores of a few candidates of each query. columns: (r, k)."""
+        return torch.einsum("rg,rcg->rc", self.queries[rows], self.candidates[columns])  # (r, k)
+
+
+# Temperature
+
+
+class Temperature(nn.Module):
+    """The divisor of the scores: a constant, or learned.
+
+    A learned temperature is stored as its logarithm, so that optimizer steps are relative (CLIP, arXiv 2103.00020).
+
+    initial: a number, or one per task.
+    learn: "no", "one" for all tasks, or "per_task".
+    bounds: lowest and highest value, restored by clamp after each optimizer step.
     """
 
     def __init__(
         self,
-        options: ObjectiveOptions,
-        tasks: Sequence[str],
-        dimension: int,
-        guide: FrozenEncoder | None = None,
-        teacher: FrozenEncoder | None = None,
+        initial: float | Mapping[str, float],
+        learn: str = "no",
+        tasks: Sequence[str] = (),
+        bounds: Sequence[float] = (0.01, 100.0),
     ):
         super().__init__()
-        check_objective(options, tasks)
-        for prefix in options.matryoshka:
-            if prefix >= dimension:
-                raise UserError(f"matryoshka: expected numbers below {dimension}, the whole vector, got {prefix}")
-        self.options, self.guide, self.teacher = options, guide, teacher
-        self.temperature = Temperature(options.temperature, options.learn_temperature, tasks, options.temperature_range)
+        self.initial, self.bounds = initial, tuple(bounds)
+        names = {"no": (), "one": ("all",), "per_task": tasks}[learn]
+        self.log = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(self._initial(name)))) for name in names})
 
-    def forward(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
-        """Return the loss of a batch, and the values to log with it.
+    def _initial(self, task: str) -> float:
+        return self.initial[task] if isinstance(self.initial, Mapping) else self.initial
 
-        There is no randomness and no state but the parameters, so the vectors may be leaves whose gradient is
-        propagated elsewhere.
+    def forward(self, task: str) -> float | Tensor:
+        """Return the temperature of a task: a number, or a scalar with a gradient if it is learned."""
+        if not self.log:
+            return self._initial(task)
+        return self.log[task if task in self.log else "all"].exp()
 
-        vectors: vectors of the distinct texts of the batch, (U, D).
-        """
-        options, temperature = self.options, self.temperature(batch.task)
-        guide = None if self.guide is None else self.guide.embed(batch)
-        teacher = None if self.teacher is None else self.teacher.embed(batch)
-        with torch.autocast(vectors.device.type, enabled=False):
-            directions = [query_to_document(vectors, batch, options, guide, teacher)]
-            if options.symmetric:
-                directions.append(document_to_query(vectors, batch, options, guide))
-            terms = [self._terms(directions, temperature)]
-            terms += [self._terms(directions, temperature, prefix) for prefix in options.matryoshka]
-            weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
-            loss = terms[0].loss
-            for shorter, weight in zip(terms[1:], weights, strict=True):
-                loss = loss + weight * shorter.loss
-        outputs = {"loss": options.task_weights.get(batch.task, 1.0) * loss * batch.weight}
-        outputs["accuracy"] = terms[0].accuracy
-        if teacher is not None:
-            outputs |= {"contrastive": terms[0].contrastive, "distillation": terms[0].distillation}
-        if isinstance(temperature, Tensor):
-            outputs["temperature"] = temperature.detach()
-        return outputs
-
-    def _terms(
-        self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
-    ) -> LossTerms:
-        """Add up the directions, with equal weights. Accuracy and distillation are those of the first one."""
-        weight = 1 / len(directions)
-        terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
-        loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
-        return LossTerms(loss, terms[0].accuracy, contrastive, terms[0].distillation)
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Move the temperature back into its bounds. Clamping in forward would leave it without a gradient."""
+        lowest, highest = map(math.log, self.bounds)
+        for parameter in self.log.values():
+            parameter.clamp_(lowest, highest)

@@ -38,7 +38,7 @@ from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 
-# What is logged for each task alone; the other values relate it to a second task.
+# Values logged for each task alone; the others relate it to a second task.
 OF_TASK = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
 
 

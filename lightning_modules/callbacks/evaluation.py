@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import on_any_rank, world_size
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted, leave_if_asked, noted
+from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.evaluation import evaluate
 
 log = logging.getLogger(__name__)
@@ -111,3 +112,14 @@ class Evaluation(L.Callback):
             self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them
             if save_checkpoint(trainer, self.path):
                 self.best, self.best_step = former  # not written: a later step may still become the best
+
+
+class BeforeFirstStep(L.Callback):
+    """Calls a function with the encoder on every rank when a training starts, but not when it is resumed."""
+
+    def __init__(self, function: Callable[[Encoder], None]):
+        self.function = function
+
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        if trainer.global_step == 0:
+            self.function(replica(module.encoder))

@@ -4,9 +4,9 @@ Every rank keeps a slice of each parameter. The parameters of a layer, those of 
 layer is computed. After its backward pass their gradients are averaged over ranks, and each rank keeps its slice
 (Rajbhandari et al., arXiv 1910.02054, stage 3).
 
-The encoder's modules and their names do not change. What is gathered together is a Unit outside the encoder, and the
-encoder's methods are called through it. So all ranks must compute the same layers in the same order. They do so in a
-training step (chunked.py). To encode, where each rank has its own texts, they create a replica.
+The encoder's modules and their names do not change. Modules that are gathered together form a Unit outside the encoder,
+and the encoder's methods are called through it. So all ranks must compute the same layers in the same order. They do so
+in a training step (chunked.py). To encode, where each rank has its own texts, they create a replica.
 """
 
 from __future__ import annotations

@@ -439,8 +439,8 @@ def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "recipe: required, beir_sci, scimult, or a YAML file"),
-        (["data.root=x"], "recipe: required, beir_sci, scimult, or a YAML file"),
+        ([], "recipe: required, a name (beir_sci, scimult) or a YAML file"),
+        (["data.root=x"], "recipe: required, a name (beir_sci, scimult) or a YAML file"),
         (
             ["simult"],
             "recipe: unknown recipe 'simult'; did you mean scimult? Expected one of beir_sci, scimult, a YAML",

@@ -1,6 +1,7 @@
 """The best checkpoint is the best one that was saved."""
 
 import errno
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,10 +14,12 @@ from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.contrastive import ContrastiveModule
 
 
-class Scripted(Evaluation):
-    """An evaluation whose results are fixed: value of each step."""
+def scripted_result(step):
+    return SimpleNamespace(metrics={"ndcg@10": {1: 0.9, 2: 0.5, 3: 0.4}[step]})
 
-    values = {1: 0.9, 2: 0.5, 3: 0.4}
+
+class Scripted(Evaluation):
+    """An evaluation that knows the step it is at, for fixed results."""
 
     def on_train_batch_end(self, trainer, module, *_):
         self.step = trainer.global_step
@@ -37,7 +40,7 @@ def fitted(make_encoder, make_task, tmp_path, monkeypatch):
 
         data = make_task(ClassificationDataModule, "classification", num_batches=3)
         callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
-        monkeypatch.setattr(evaluation, "measure", lambda *_: {"ndcg@10": Scripted.values[callback.step]})
+        monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: scripted_result(callback.step))
         monkeypatch.setattr(checkpoint, "write_checkpoint", write_if_there_is_room)
         trainer = L.Trainer(
             max_steps=3,
@@ -57,7 +60,7 @@ def fitted(make_encoder, make_task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("full_at", "best_step", "best"), [((), 1, 0.9), ((1,), 2, 0.5), ((1, 2), 3, 0.4)])
-def test_a_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, full_at, best_step, best):
+def test_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, full_at, best_step, best):
     callback = fitted(*full_at)
     assert (callback.best_step, callback.best) == (best_step, best)
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
