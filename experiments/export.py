@@ -13,7 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
-from experiments.run.model_card import CARD, INTRODUCTION, write_card
+from experiments.results.model_card import CARD, INTRODUCTION, write_card
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint

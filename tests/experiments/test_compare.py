@@ -67,6 +67,7 @@ def test_noise_is_significant_and_equal_models_are_not(tmp_path, capsys):
     assert same["p"] > 0.05
 
 
+@pytest.mark.slow
 def test_false_alarms_over_200_pairs_of_equal_models_stay_within_the_level():
     """At a level of 5 %, more than 20 of 200 have a chance of 0.1 %. Most unequal pairs are significant."""
     benchmark = world(60, 100)

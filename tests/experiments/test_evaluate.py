@@ -27,6 +27,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())["benchmarks"]
 
 
+@pytest.mark.slow
 def test_run_checkpoint_and_exported_folder_have_equal_results(run, tmp_path):
     load_encoder(run).save_pretrained(tmp_path / "model")
     arguments = ["metrics=ndcg@10,recall@20"]
@@ -39,6 +40,7 @@ def test_run_checkpoint_and_exported_folder_have_equal_results(run, tmp_path):
     assert {name: result["systems"]["encoder"] for name, result in results(tmp_path / "a").items()} == trained
 
 
+@pytest.mark.slow
 def test_split_and_task_choose_the_benchmarks(run):
     main([f"model={run}", "split=dev", "task=search"])
     measured = results(run / "evaluation" / "search-dev")
@@ -47,6 +49,7 @@ def test_split_and_task_choose_the_benchmarks(run):
     assert (run / "evaluation" / "search-dev" / "runs" / "searches.encoder.trec").is_file()
 
 
+@pytest.mark.slow
 def test_folder_in_beir_layout_has_the_results_of_the_run(run, beir_root, tmp_path, capsys):
     main([f"model={run}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path}"])
     ours = results(tmp_path)["mlcite"]["systems"]["encoder"]["ndcg@10"]
@@ -54,6 +57,7 @@ def test_folder_in_beir_layout_has_the_results_of_the_run(run, beir_root, tmp_pa
     assert "mlcite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_document_is_excluded_by_the_kind_of_the_task(run, beir_root, tmp_path):
     collection = BeirReader(str(beir_root / "mlcite")).read()
     spaced = {key: Document(key, d.title, d.text + " ") for key, d in collection.queries.items()}
@@ -65,6 +69,7 @@ def test_own_document_is_excluded_by_the_kind_of_the_task(run, beir_root, tmp_pa
     assert measured["auto"] == measured["yes"] != measured["no"]
 
 
+@pytest.mark.slow
 def test_pooling_option_changes_a_plain_bert(run, beir_root, make_backbone, tmp_path):
     backbone, tokenizer = make_backbone()
     backbone.save_pretrained(tmp_path / "bert")
@@ -89,44 +94,44 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
-        (
-            ["model=runs/nope", "beir={beir}/scitldr", "task=search"],
-            "model: runs/nope does not exist. In runs/ there are",
-        ),
+        (["model=runs/nope", "beir={beir}/scitldr", "task=search"], "model: runs/nope does not exist. In runs/"),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"],
-            "no 'val'; expected one of train, dev",
-        ),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val'; expected one of train, dev"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
-        (["model={run}", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
-        (["model={run}", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
-        (["model={run}", "metrics=recall"], "metric 'recall'"),
-        (["model={run}", "split=none"], "split: the data has no 'none'"),
-        (["model={run}", "beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
-        (["model={run}", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
-        (["model={run}", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
-        (["model={run}", "max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
-        (["model={run},{run}"], "model: each may be named once"),
+        (["model=m", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
+        (["model=m", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
+        (["model=m", "metrics=recall"], "metric 'recall'"),
+        (["model=m", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
+        (["model=m", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
+        (["model=m,m"], "model: each may be named once"),
         (["model=bm25", "benchmarks=all"], "benchmarks, data.root: give both"),
-        (["model={run}", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
-        (["model={run}", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
-        (["model={run}", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"],
-            "beir: cannot be used",
-        ),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"],
-            "max_queries: got 9, but only",
-        ),
+        (["model=m", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
+        (["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"], "beir: cannot be used"),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"], "max_queries: got 9, but only"),
         (["model=bm25", "benchmarks=all", "data.root={beir}", "split=dev"], "split: got dev, but .* have their own"),
     ],
 )
-def test_invalid_options_raise_user_error(run, beir_root, tmp_path, arguments, message):
-    arguments = [argument.format(run=run, beir=beir_root) for argument in arguments]
+def test_invalid_options_raise_user_error(beir_root, tmp_path, arguments, message):
+    arguments = [argument.format(beir=beir_root) for argument in arguments]
     with pytest.raises(UserError, match=message):
         main([*arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else [])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["split=none"], "split: the data has no 'none'"),
+        (["beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
+        (["max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
+    ],
+)
+def test_options_that_a_run_cannot_serve_raise_user_error(run, beir_root, tmp_path, arguments, message):
+    arguments = [argument.format(beir=beir_root) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        main([f"model={run}", *arguments, f"output={tmp_path}"])
 
 
 @pytest.fixture
@@ -171,6 +176,7 @@ def test_results_of_another_evaluation_are_never_overwritten(twins):
     main([*given, f"beir={one}"])
 
 
+@pytest.mark.slow
 def test_failed_evaluation_leaves_no_folder(run, twins):
     with pytest.raises(UserError, match="unknown task"):
         main([f"model={run / 'checkpoints' / 'best.ckpt'}", "run=", f"beir={twins / 'one' / 'search'}", "task=serach"])
@@ -187,6 +193,7 @@ def test_bench_of_encoder_cost_runs(capsys):
     assert "32 experts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_of_data_scale_runs(tmp_path, capsys):
     data_scale.main([f"folder={tmp_path}", "documents=200", "pairs=100", "batches=2", "step=7"])
     assert "step 7: first batch, s" in capsys.readouterr().out

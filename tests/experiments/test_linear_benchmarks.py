@@ -47,6 +47,7 @@ def scidocs(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_results_equal_those_of_scidocs(scidocs, make_encoder, tmp_path, caplog):
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path / "model")
@@ -117,6 +118,7 @@ def as_files(folder, config, test_config, papers, labels):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), home / "0000.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "test_config", "procedure", "metric", "score"),
     [

@@ -61,6 +61,7 @@ def benchmark(beir_root):
     return Benchmark("papers", "search", "test", collection.corpus, dict(list(queries.items())[:60]), qrels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 def test_metrics_of_mteb_equal_ours(benchmark, make_encoder, tmp_path, similarity):
     encoder = make_encoder()
@@ -118,6 +119,7 @@ def test_other_experts_or_similarities_have_other_revisions(make_encoder):
     assert len({model.mteb_model_meta.revision for model in models}) == 4
 
 
+@pytest.mark.slow
 def test_command_prints_a_row_per_task(benchmark, make_encoder, tmp_path, monkeypatch, capsys):
     judged = {query: benchmark.qrels[query] for query in benchmark.queries}
     data = Benchmark("papers", "search", "test", benchmark.corpus, benchmark.queries, judged)

@@ -82,6 +82,7 @@ def test_metrics_follow_from_the_run_files(name, root, encoder, tmp_path):
         assert written[metric] == result["systems"]["numbers"][metric]
 
 
+@pytest.mark.slow
 def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, caplog):
     for name in ("one", "two"):
         for part in make_backbone():
@@ -111,6 +112,7 @@ def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, cap
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
 
 
+@pytest.mark.slow
 def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
     """Tokens are those of the tokenizer, stored vectors cost nothing, and money follows from device seconds."""
     backbone, tokenizer = make_backbone()
@@ -155,6 +157,7 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
         assert f"{cells[0]} {cells[5]} {cells[7]}" == expected
 
 
+@pytest.mark.slow
 def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_backbone, monkeypatch):
     for part in make_backbone():
         part.save_pretrained(tmp_path / "model")
@@ -168,6 +171,7 @@ def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_
     assert len(list((tmp_path / "vectors").rglob("*.npy"))) == 2  # four benchmarks, one corpus, the same queries
 
 
+@pytest.mark.slow
 def test_missing_data_are_listed_with_their_source(root, tmp_path, caplog):
     partly = tmp_path / "partly"
     partly.mkdir()
@@ -191,6 +195,7 @@ def test_missing_data_are_listed_with_their_source(root, tmp_path, caplog):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_other_similarity_changes_the_protocol(root, tmp_path):
     arguments = ["model=bm25", f"data.root={root}", "benchmarks=cite_rerank", f"output={tmp_path}"]
     main([*arguments, "similarity=dot"])
