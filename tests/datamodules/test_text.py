@@ -72,4 +72,4 @@ def test_matcher_finds_all_names_as_whole_words():
 
 def test_matcher_ignores_names_without_words():
     matcher = NameMatcher({"a": Document("a", "?!"), "b": Document("b", "x")})
-    assert matcher.of_all([Document("p", "", "a ?! X."), Document("q", "xx")]) == {"p": ["b"], "q": []}
+    assert matcher.match([Document("p", "", "a ?! X."), Document("q", "xx")]) == {"p": ["b"], "q": []}
