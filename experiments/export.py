@@ -13,7 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
-from experiments.run.model_card import CARD, INTRODUCTION, write_card
+from experiments.results.model_card import CARD, INTRODUCTION, write_card
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint
@@ -140,7 +140,7 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether this command wrote a folder, also in a version without marker files."""
+    """Return whether this command wrote a folder, including its versions without marker files."""
     if (folder / MARKER).is_file():
         return True
     entries = list(folder.iterdir())

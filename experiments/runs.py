@@ -72,7 +72,7 @@ def row(run: RunFiles) -> dict[str, str]:
         "differs in": " ".join([*names, *differences(run.config)]),
         "steps": f"{max_steps:,}" if run.results else f"{run.last_step:,} of {max_steps:,}",
         "mean": f"{means['trained']:.4f}" if "trained" in means else "",
-        "metric": run.results["metrics"][0] if run.results else "",
+        "metric": run.results.info.metrics[0] if run.results else "",
         "BM25": f"{means['bm25']:.4f}" if "bm25" in means else "",
         "experiment": experiment,
         "scale": scale,

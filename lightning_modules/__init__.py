@@ -37,10 +37,11 @@ _MODULE_OF = {
     "InstructEncoder": "lightning_modules.encoders.instruct",
     "PromptEncoder": "lightning_modules.encoders.instruct",
     "AdapterEncoder": "lightning_modules.encoders.adapters",
+    "load_backbone": "lightning_modules.encoders.backbone",
     "load_encoder": "lightning_modules.encoders.loading",
+    "evaluate": "lightning_modules.retrieval.evaluation",
     "mine": "lightning_modules.mining.mine",
     "MiningOptions": "lightning_modules.mining.mine",
-    "evaluate": "lightning_modules.retrieval.evaluation",
     "BenchmarkResult": "lightning_modules.retrieval.evaluation",
 }
 

@@ -144,4 +144,4 @@ def newest_intact(path: Path) -> Path | None:
     if not damaged:
         return None
     problems = "; ".join(f"{file} ({why})" for file, why in damaged.items())
-    raise UserError(f"all checkpoints of the run are damaged: {problems}. Restore one as {path}, or start a new run.")
+    raise UserError(f"all checkpoints of the run are damaged: {problems}. Restore a good one as {path}.")

@@ -26,7 +26,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.records import ContrastiveBatch
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
@@ -63,10 +63,7 @@ class Objective(nn.Module):
         teacher: FrozenEncoder | None = None,
     ):
         super().__init__()
-        check_objective(options, tasks)
-        for prefix in options.matryoshka:
-            if prefix >= dimension:
-                raise UserError(f"matryoshka: expected numbers below {dimension}, the whole vector, got {prefix}")
+        check_objective(options, tasks, dimension=dimension)
         self.options, self.guide, self.teacher = options, guide, teacher
         self.temperature = Temperature(options.temperature, options.learn_temperature, tasks, options.temperature_range)
 

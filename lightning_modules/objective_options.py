@@ -74,10 +74,13 @@ class ObjectiveOptions:
     score_memory: int = option(512, "MiB for the scores of a batch; a larger matrix is computed in blocks", above=0)
 
 
-def check_objective(options: ObjectiveOptions, tasks: Sequence[str], prefix: str = "") -> None:
+def check_objective(
+    options: ObjectiveOptions, tasks: Sequence[str], prefix: str = "", dimension: int | None = None
+) -> None:
     """Raise UserError for a value outside its bounds, and for a task that is not one of `tasks`.
 
     prefix: path of the options in a configuration, such as "objective.", for the message.
+    dimension: size of the encoder's vectors, if it is known.
     """
     check_options(options, prefix)
     _check_temperature(options, tasks, prefix)
@@ -87,6 +90,9 @@ def check_objective(options: ObjectiveOptions, tasks: Sequence[str], prefix: str
     prefixes, weights = options.matryoshka, options.matryoshka_weights
     if len(set(prefixes)) < len(prefixes):
         raise UserError(f"{prefix}matryoshka: expected different numbers, got {prefixes}")
+    for shorter in prefixes if dimension else ():
+        if shorter >= dimension:
+            raise UserError(f"{prefix}matryoshka: expected numbers below {dimension}, the whole vector, got {shorter}")
     if len(weights) not in (0, len(prefixes)):
         raise UserError(f"{prefix}matryoshka_weights: expected {len(prefixes)} as in matryoshka, got {len(weights)}")
     for task in options.task_weights:

@@ -20,8 +20,6 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
 from lightning_modules.retrieval.vector_cache import VectorCache
 
-MODEL_KEYS = {"model": "", "backbone": "", "pooling": "", "tower": "", "adapters": ""}
-
 
 @dataclass(kw_only=True)
 class ModelOptions:
@@ -96,19 +94,6 @@ class ModelOptions:
         return folders
 
 
-def load_model(values: Mapping[str, str], config: Config | None) -> Encoder:
-    return _options_of(values).load(config, task=values["task"])
-
-
-def default_similarity(values: Mapping[str, str], config: Config | None) -> str:
-    return _options_of(values).similarity_of(config)
-
-
-def _options_of(values: Mapping[str, str]) -> ModelOptions:
-    chosen = {key: values[key] or None for key in ("backbone", "pooling", "tower")}
-    return ModelOptions(model=values["model"], adapters=tuple(filter(None, values["adapters"].split(","))), **chosen)
-
-
 def located(model: str) -> str:
     """Return the folder of a package:NAME, and any other model unchanged.
 
@@ -167,6 +152,7 @@ def load_systems(
     config: Config | None,
     similarities: Sequence[str] = (),
     *,
+    task: str = "",
     max_length: int | None = None,
     token_budget: int | None = None,
     vectors_folder: Path | None = None,
@@ -174,7 +160,8 @@ def load_systems(
     """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
 
     models: name in tables -> model; "bm25" needs no loading. config: of the run that the model belongs to.
-    similarities: by default each model's own. max_length: maximum number of tokens of a text, by default the model's.
+    similarities: by default each model's own. task: the only task of a plain model, which by default has three.
+    max_length: maximum number of tokens of a text, by default the model's.
     vectors_folder: folder in which vectors are kept.
     """
     systems = []
@@ -182,12 +169,11 @@ def load_systems(
         if options.model == "bm25":
             systems.append(System("bm25", "bm25", None, "bm25"))
             continue
-        encoder = options.load(config)
+        encoder = options.load_on_device(config, task=task)
         if max_length is not None:
             if max_length > (longest := encoder.family.max_positions):
                 raise UserError(f"max_length: {options.model} has positions for {longest} tokens, got {max_length}")
             encoder.max_length = max_length
-        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
         for similarity in similarities or [options.similarity_of(config)]:
             full_name = f"{name}-{similarity}" if len(similarities) > 1 else name

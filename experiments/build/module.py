@@ -28,7 +28,7 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
 from lightning_modules.encoders.loading import continue_from, load_encoder
 from lightning_modules.objective import FrozenEncoder
-from lightning_modules.objective_options import GuideOptions, TeacherOptions
+from lightning_modules.objective_options import GuideOptions, TeacherOptions, check_objective
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrain
             )
         name = folder
     if name:
-        return load_backbone(name)
+        return load_backbone(name, key="backbone.name")
     reads_instructions = accepted_arguments(config.encoder, ["instructions"])
     instructions = [task.instruction for task in config.task.values() if reads_instructions]
     words = (input_text(text, " ") for text in texts)
@@ -170,6 +170,7 @@ def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, coun
 
 def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
     objective = config.objective
+    check_objective(objective, list(config.task), "objective.", encoder.dimension)
     return ContrastiveModule(
         encoder,
         tasks=list(config.task),

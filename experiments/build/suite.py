@@ -21,14 +21,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from datamodules.options import option
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
-from experiments.config.structured import read_yaml, structured
+from experiments.config.structured import read_yaml, refuse_unknown_keys, structured
 from experiments.config.suggest import did_you_mean
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.ranking import SIMILARITIES
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-FAMILY_KEYS = ("source", "defaults", "benchmarks")
+
+
+@dataclass
+class Family:
+    """A file in experiments/benchmarks: benchmarks that share settings."""
+
+    source: str = option("", "where the data come from")
+    defaults: dict[str, Any] = option({}, "settings of all benchmarks of the file")
+    benchmarks: dict[str, Any] = option({}, "benchmark -> its own settings")
 
 
 @dataclass
@@ -91,8 +99,7 @@ def _read_family(path: Path) -> dict[str, BenchmarkConfig]:
     family = read_yaml(path)
     if not isinstance(family.get("benchmarks"), DictConfig):
         raise UserError(f"{path}: expected the keys benchmarks, and perhaps source and defaults")
-    if unknown := set(family) - set(FAMILY_KEYS):
-        raise UserError(f"{path}: unknown key {min(unknown)}; expected one of {', '.join(FAMILY_KEYS)}")
+    refuse_unknown_keys(Family, family, str(path))
     return {name: _read_benchmark(path, family, name) for name in family.benchmarks}
 
 

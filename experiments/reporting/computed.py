@@ -23,7 +23,6 @@ from experiments.results.comparison import (
     describe_document,
     short_text,
 )
-from experiments.results.results import read_results
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.retrieval.significance import compare, holm
 
@@ -49,7 +48,7 @@ def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
         "paper": {path: paper_figures(content.value) for path, content in run.evaluations.items()},
     }
     if run.results:
-        trained = MeasuredSystem(run.path, "trained", read_results(run.path / "results.json"))
+        trained = MeasuredSystem(run.path, "trained", run.results)
         computed["mean"] = run.means()
         computed["differences"] = _differences(trained)
         queries = {name: _queries(trained, name) for name in trained.benchmarks}

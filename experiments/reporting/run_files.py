@@ -13,6 +13,7 @@ from typing import Any
 from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.paths import read_config, runs_there
+from experiments.results.results import Results, read_results
 
 CONFIG = "config.yaml"
 COMPUTED = "report.json"  # the report's own calculations, stored next to the page
@@ -76,8 +77,9 @@ class RunFiles:
         return self.json("manifest.json") or {}
 
     @cached_property
-    def results(self) -> Mapping[str, Any] | None:
-        return self.json("results.json")
+    def results(self) -> Results | None:
+        path = self.path / "results.json"
+        return read_results(path) if path.is_file() else None
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:
@@ -94,12 +96,7 @@ class RunFiles:
 
     def means(self) -> dict[str, float]:
         """Return the mean of the first metric for each system that was measured on all benchmarks."""
-        if not self.results:
-            return {}
-        metric, benchmarks = self.results["metrics"][0], self.results["benchmarks"].values()
-        systems = dict.fromkeys(system for result in benchmarks for system in result["systems"])
-        values = {s: [b["systems"][s][metric] for b in benchmarks if s in b["systems"]] for s in systems}
-        return {s: sum(v) / len(v) for s, v in values.items() if len(v) == len(benchmarks)}
+        return self.results.means() if self.results else {}
 
     @property
     def last_step(self) -> int:

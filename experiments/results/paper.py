@@ -15,23 +15,45 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
+from omegaconf import MISSING
 
+from datamodules.options import option
 from datamodules.records import UserError
+from experiments.config.structured import read_yaml, structured
 from experiments.results.results import Benchmarks, BenchmarkTable, SystemResult
 from lightning_modules.retrieval.metrics import parse_metric
 
 FOLDER = Path(__file__).parents[1] / "tables"
 MARKS = {"†": "quoted", "‡": "computed"}
 ABSENT = "–"
-TABLE_KEYS = {"name", "title", "source", "columns", "rows"}
-COLUMN_KEYS = {"protocol", "metrics", "queries", "documents", "similarity"}
 MAX_LENGTH = 512  # tokens of a text in the paper's evaluation
 TOLERANCES = (0.1, 0.5)  # percentage points
 
 Verdict = Literal["reproduced", "within 0.1", "within 0.5", "differs", "not comparable", "not measured"]
+
+
+@dataclass
+class ColumnGroup:
+    """Columns of a table's file that share a protocol."""
+
+    protocol: str = option(MISSING, "id of the protocol")
+    metrics: list[str] = option(MISSING, "one per column")
+    queries: int | None = option(None, "number of queries, if known", minimum=1)
+    documents: int | None = option(None, "number of documents, if known", minimum=1)
+    similarity: str | None = option(None, "similarity of the protocol, if it has its own")
+
+
+@dataclass
+class TableFile:
+    """A file in experiments/tables."""
+
+    name: str = option(MISSING, "name of the table in the paper")
+    title: str = option(MISSING, "what the table shows")
+    source: str = option("", "where the values come from, if not from the paper")
+    columns: list[ColumnGroup] = option(MISSING, "columns, in their order")
+    rows: dict[str, str] = option(MISSING, "system -> its cells, and the average after a bar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,30 +204,24 @@ def _verdict(ours: float, paper: Cell) -> Verdict:
 
 
 def _read_table(path: Path) -> PaperTable:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if unknown := set(content) - TABLE_KEYS:
-        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}; expected {', '.join(sorted(TABLE_KEYS))}")
-    columns = tuple(column for group in content["columns"] for column in _read_columns(path, group))
+    content = structured(TableFile, [read_yaml(path)], str(path))
+    columns = tuple(column for group in content.columns for column in _columns(group))
     rows, averages = {}, {}
-    for system, line in content["rows"].items():
+    for system, line in content.rows.items():
         cells, _, average = line.partition("|")
         rows[system] = tuple(map(_read_cell, cells.split()))
         if len(rows[system]) != len(columns):
             raise UserError(f"{path}: {system} has {len(rows[system])} cells, expected {len(columns)}, one per column")
         if average:
             averages[system] = _read_cell(average.strip())
-    return PaperTable(content["name"], content["title"], columns, rows, averages)
+    return PaperTable(content.name, content.title, columns, rows, averages)
 
 
-def _read_columns(path: Path, group: Mapping[str, Any]) -> list[Column]:
-    if unknown := set(group) - COLUMN_KEYS:
-        raise UserError(
-            f"{path}: unknown key {sorted(unknown)[0]} of a column; expected {', '.join(sorted(COLUMN_KEYS))}"
-        )
-    for metric in group["metrics"]:
+def _columns(group: ColumnGroup) -> list[Column]:
+    for metric in group.metrics:
         parse_metric(metric)
-    rest = {key: group.get(key) for key in ("queries", "documents", "similarity")}
-    return [Column(group["protocol"], metric, **rest) for metric in group["metrics"]]
+    rest = (group.queries, group.documents, group.similarity)
+    return [Column(group.protocol, metric, *rest) for metric in group.metrics]
 
 
 def _read_cell(text: str) -> Cell | None:

@@ -116,6 +116,12 @@ class Results:
         """Names of all systems, in the order of their appearance."""
         return list(dict.fromkeys(name for table in self.benchmarks.values() for name in table.systems))
 
+    def means(self) -> dict[str, float]:
+        """Return the mean of the first metric for each system that was evaluated on all benchmarks."""
+        metric, tables = self.info.metrics[0], self.benchmarks.values()
+        values = {name: [t.systems[name].metrics[metric] for t in tables if name in t.systems] for name in self.systems}
+        return {name: sum(scores) / len(scores) for name, scores in values.items() if len(scores) == len(tables)}
+
     def write(self, path: Path) -> None:
         write_json(path, {**dataclasses.asdict(self.info), "benchmarks": tables_to_json(self.benchmarks)})
 

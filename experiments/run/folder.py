@@ -92,7 +92,10 @@ def open_run(config: Config) -> RunFolder:
             raise UserError(f"run.dir: {path} cannot be used ({error})") from error
     if starts_over:  # other ranks must not look: the first rank may be renaming the old run right now
         return RunFolder(path, None, False)
-    checkpoint = newest_intact(path / LAST) if is_first else next(iter(candidates(path / LAST)), None)
+    try:
+        checkpoint = newest_intact(path / LAST) if is_first else next(iter(candidates(path / LAST)), None)
+    except UserError as error:
+        raise UserError(f"{error} run.resume=never starts a new run and keeps the old one.") from error
     return RunFolder(path, checkpoint, _is_complete(path, config))
 
 

@@ -33,7 +33,7 @@ from lightning_modules.encoders.shared import SharedEncoder
 
 
 class Bottleneck(nn.Module):
-    """Down to a few dimensions, an activation, and up again. Returns zeros until it is trained."""
+    """A projection to a few dimensions, an activation, and a projection back. Returns zeros until it is trained."""
 
     def __init__(self, size: int, bottleneck: int, activation: str):
         super().__init__()
@@ -155,7 +155,10 @@ OPTIONAL_FORM = {  # may be missing in the file
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read from files. weights: state of a list with one Bottleneck per layer."""
+    """An adapter as read from files.
+
+    weights: state of a list with one Bottleneck per layer.
+    """
 
     reduction_factor: int
     activation: str
@@ -163,7 +166,7 @@ class Adapter:
 
 
 def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncoder:
-    """Return a plain encoder with adapters that the library `adapters` has saved.
+    """Return an encoder with the backbone of a plain one and with adapters that the library `adapters` has saved.
 
     adapters: task -> folder or hub name. "search.documents" is the adapter for the documents of task search, if they
         have another one than its queries.

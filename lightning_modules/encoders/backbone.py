@@ -108,7 +108,7 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_backbone(name: str, key: str = "name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer.
 
     name: folder or hub name.
@@ -129,7 +129,7 @@ def load_backbone(name: str, key: str = "backbone.name") -> tuple[nn.Module, Pre
 
 
 def empty_backbone(name: str, key: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Return a backbone whose parameters have no memory yet, and its tokenizer. Arguments as in load_backbone."""
+    """Return a backbone without weights, and its tokenizer. The arguments are those of load_backbone."""
     with reading(name, key):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_family(config, name, key)
@@ -137,9 +137,9 @@ def empty_backbone(name: str, key: str) -> tuple[nn.Module, PreTrainedTokenizerB
 
 
 def check_complete(name: str, info: dict[str, Any]) -> None:
-    """Raise UserError if a model's file did not have exactly the weights of its layers.
+    """Raise UserError unless the file of a model has exactly the weights of its layers.
 
-    Otherwise transformers initializes missing weights at random. Poolers and heads may be missing or unused.
+    Transformers would initialize missing weights at random. Poolers and heads may be missing or unused.
 
     info: what from_pretrained returns with output_loading_info.
     """
@@ -155,7 +155,7 @@ def check_complete(name: str, info: dict[str, Any]) -> None:
 
 @contextmanager
 def reading(name: str, key: str) -> Iterator[None]:
-    """Turn errors while a model is read into UserError.
+    """Turn all errors that occur while a model is read into UserError.
 
     name: folder, file or hub name. key: argument that the name comes from.
     """

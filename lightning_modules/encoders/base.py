@@ -1,8 +1,8 @@
 """The encoder that all variants share: a Hugging Face backbone whose layers are computed one by one.
 
 The modules and parameters of the backbone are unchanged; only the loop over its layers is ours (families.py computes a
-single layer). So a variant can choose experts by task without hidden state, the last layer computes only the position
-that is pooled, and several tasks share the layers that do not depend on the task.
+single layer). That is why a variant can choose experts by the task it is called with, the last layer can compute only
+the pooled position, and several tasks can share the layers that do not depend on the task.
 
 Shapes: B texts, S tokens, L positions computed (S, or 1 if only the first one is needed), D hidden size, n documents.
 """
@@ -25,7 +25,7 @@ from lightning_modules.encoders.families import AttentionContext, Prefix, family
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
-BLOCK = 8192  # texts that are tokenized and sorted by length together; a whole corpus of token ids would be too large
+BLOCK = 8192  # texts tokenized and sorted by length at a time, because the token ids of a corpus may not fit in memory
 
 
 class Condition(NamedTuple):
@@ -44,7 +44,7 @@ class Condition(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """An encoder of queries and documents for several tasks (paper, equations 1 and 3).
+    """An encoder of queries and documents for one or several tasks (paper, equations 1 and 3).
 
     backbone: a model of one of the FAMILIES. Variants change it in place.
     tokenizer: the tokenizer of the backbone.
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         return self.forward_tasks(input_ids, attention_mask, (task,))[task]
 
     def forward_tasks(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Return task -> vectors (B, D) of the same texts. What tasks have in common is computed once."""
+        """Return task -> vectors (B, D) of the same texts. Layers that do not depend on the task are computed once."""
         distinct = {self.served_by(task): task for task in tasks}
         hidden, context = self.family.begin(input_ids, attention_mask)
         fork = self.num_shared_layers if len(distinct) > 1 else 0
@@ -195,16 +195,16 @@ class Encoder(nn.Module):
         return states
 
     def _computed_positions(self, index: int, states: Tensor) -> Tensor:
-        """Return the positions (B, L, D) that a layer has to compute: of the last one, only what is pooled."""
+        """Return the positions that a layer computes, (B, L, D): in the last layer only [CLS], if it is pooled."""
         if index < self.num_layers - 1 or self.pooling != "cls":
             return states
-        # Contiguous, because torch otherwise chooses its kernel, and so the last bits, by requires_grad.
+        # Contiguous, because otherwise torch uses another kernel for frozen weights, which changes the last bits.
         return states[:, :1].contiguous()
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one layer, with gradient checkpointing if it is on, and the backbone's end after the last one."""
+        """Compute one layer, with gradient checkpointing if enabled, and after the last one the end of the backbone."""
         arguments = (index, hidden, states, context, condition)
         if self.gradient_checkpointing and self.training:
             hidden = checkpoint(self.layer, *arguments, use_reentrant=False)
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
         return self.family.end(hidden) if index == self.num_layers - 1 else hidden
 
     def layer_modules(self, index: int) -> list[nn.Module]:
-        """Return the modules whose parameters the layer_methods use for a layer."""
+        """Return the modules that the layer_methods use for a layer."""
         return [self.family.layers[index]]
 
     def layer(

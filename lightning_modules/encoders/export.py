@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from datamodules.files import atomic_file
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, backbone_without_memory, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
@@ -41,8 +42,8 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     """
     if type(encoder) not in (SharedEncoder, MoEEncoder, PromptEncoder):
         raise UserError(
-            f"{type(encoder).__name__} has no plain form, because its vectors depend on more than a plain model "
-            "computes; format=pretrained exports the whole encoder"
+            f"{type(encoder).__name__} has no plain form, because a plain model cannot compute its vectors; save the "
+            "whole encoder instead"
         )
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")
@@ -148,14 +149,16 @@ def save_onnx(folder: str | Path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("onnx: needs the packages onnx and onnxscript (make install EXTRAS=cpu,onnx)") from error
+        raise UserError("onnx: the packages onnx and onnxscript are not installed") from error
     quiet_transformers()
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they log optimizations, and that torchvision is missing
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     if not pooling["include_prompt"]:
-        raise UserError("onnx: an ONNX model cannot tell the prompt from the text, as pool_prompt=false needs")
+        raise UserError(
+            "onnx: pool_prompt=false is not supported, because an ONNX model does not know where the prompt ends"
+        )
     # Eager attention, because its masks are plain arithmetic.
     config = AutoConfig.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options_of(config))
@@ -182,16 +185,11 @@ def save_onnx(folder: str | Path) -> Path:
 
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
     """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
-    path = Path(path)
-    checkpoint = to_reference(encoder)
-    partial = path.with_name(f".{path.name}.unfinished")
+    path, checkpoint = Path(path), to_reference(encoder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.save(checkpoint, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return path

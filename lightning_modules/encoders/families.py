@@ -75,7 +75,7 @@ class Family(Protocol):
     max_positions: int
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, AttentionContext]:
-        """Return the embeddings (B, S, D) of a batch, and what attention needs to know about it."""
+        """Return the embeddings (B, S, D) of a batch, and its AttentionContext."""
         ...
 
     def attention(

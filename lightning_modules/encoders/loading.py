@@ -43,7 +43,7 @@ DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_pr
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """Return the description from which build makes an encoder of the same kind, in plain containers."""
+    """Describe an encoder in plain containers, so that build can make another one like it."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
@@ -51,7 +51,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def describe_architecture(encoder: Encoder) -> dict[str, Any]:
-    """Return the description of an encoder without its tokenizer."""
+    """Describe an encoder without its tokenizer."""
     kind = type(encoder)
     return {
         "kind": f"{kind.__module__}.{kind.__name__}",
@@ -63,7 +63,7 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
 def build(
     description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, source: str = "the encoder"
 ) -> Encoder:
-    """Return an encoder of the given description. Its parameters get their memory from load_weights.
+    """Build an encoder from its description. It has no weights until load_weights is called.
 
     tokenizer: by default that of the description.
     source: name of what is loaded, for error messages.
@@ -189,8 +189,7 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"{path}: has no configuration and tokenizer of its BERT; name a folder or hub name with backbone= "
-                "(or convert it once with make export format=pretrained)"
+                f"backbone: required, folder or hub name of a configuration and tokenizer, because {path} has none"
             )
         empty, tokenizer = empty_backbone(str(backbone), "backbone")
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)

@@ -42,12 +42,12 @@ class SciMultConfig(PreTrainedConfig):
     backbone: dict[str, Any] | None = None
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Return JSON as transformers does, but without sorting: the order of tasks numbers experts elsewhere."""
+        """Return JSON without sorting keys, because the order of tasks gives experts their numbers in other formats."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
 
 
 class SciMultModel(PreTrainedModel):
-    """A transformers model around an encoder, which is its attribute `encoder`."""
+    """A transformers model that contains an encoder, in its attribute `encoder`."""
 
     config_class = SciMultConfig
 

@@ -137,7 +137,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
     queries, documents = towers["query"], towers["document"]
     if tower is None and documents and not _equal_towers(queries, documents):
         raise UserError(
-            f"{source}: has different towers for queries and documents; choose one with tower=query or tower=document"
+            f"tower: required, query or document, because {source} has different towers for queries and documents"
         )
     return towers[chosen]
 
@@ -185,7 +185,7 @@ def _check_settings(settings: Mapping[str, Any], num_experts: int, layers: list[
 
 
 def to_reference(encoder: Encoder) -> dict[str, Any]:
-    """Return a checkpoint that the authors' code can load: both towers, the settings, and what else its loader reads.
+    """Return a checkpoint that the authors' code can load: both towers, settings, and the other entries it reads.
 
     Raises UserError for an encoder that their code does not have.
     """
@@ -238,7 +238,7 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
 
 
 def is_exported_reference(checkpoint: object) -> bool:
-    """Return whether to_reference made the content of a file. The authors' own settings have no max_length."""
+    """Return whether the content of a file comes from to_reference. The authors' files have no max_length."""
     return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval import trec as run_files
+from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
     LABEL_METRICS,
@@ -102,14 +102,14 @@ class BenchmarkResult:
             return
         name = f"{self.benchmark.name}.{system}"
         if whole_run is None:
-            run_files.write_draws(self.draws, folder / f"{name}.draws.tsv")
+            trec.write_draws(self.draws, folder / f"{name}.draws.tsv")
         else:
             values = self.query_values
-            run_files.write_trec(whole_run, folder / f"{name}.trec", system)
+            trec.write_trec(whole_run, folder / f"{name}.trec", system)
             ids = list(self.benchmark.queries)
             rows = ((ids[query], row) for query, row in zip(values.queries, values.values.tolist(), strict=True))
-            run_files.write_query_values(values.metrics, rows, folder / f"{name}.queries.tsv")
-        run_files.write_qrels(self.benchmark.qrels, folder / f"{self.benchmark.name}.qrels")
+            trec.write_query_values(values.metrics, rows, folder / f"{name}.queries.tsv")
+        trec.write_qrels(self.benchmark.qrels, folder / f"{self.benchmark.name}.qrels")
 
 
 def evaluate(
@@ -142,29 +142,12 @@ def evaluate(
     if benchmark.training is not None:
         similarity = "svr" if benchmark.probe.learns == "number" else "svm"
     num_texts = len(benchmark.encoded_documents) + len(benchmark.queries)
+    step = _counter(advance, "encode", num_texts // world_size())
     started = time.monotonic()
-    advance("encode", 0, num_texts // world_size())
-    query_ids, queries, documents = encode_benchmark(
-        encoder, benchmark, vectors, lambda count: advance("encode", count, num_texts // world_size())
-    )
+    encoded = _encode(encoder, benchmark, vectors, step)
     encode_seconds = time.monotonic() - started
-
-    def runs() -> Iterable[Run]:
-        if benchmark.training is None:
-            pairs = len(queries) * documents.count if benchmark.candidates is None else 0
-            advance("rank", 0, pairs)
-            step = lambda count: advance("rank", count, pairs)  # noqa: E731
-            yield rank_vectors(
-                benchmark, query_ids, queries, documents, k, similarity, device=encoder.device, advance=step
-            )
-            return
-        draws = benchmark.probe.draws
-        advance("learn", 0, draws)
-        for run in probe_runs(benchmark, query_ids, queries, documents.gather(np.arange(documents.count))):
-            yield run
-            advance("learn", 1, draws)
-
-    return _measure_runs(runs(), benchmark, metrics, similarity, num_texts, encode_seconds)
+    runs = _rank(encoder, benchmark, encoded, k, similarity, advance)
+    return _measure_runs(runs, benchmark, metrics, similarity, num_texts, encode_seconds)
 
 
 def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
@@ -190,19 +173,47 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. Other arguments are those of evaluate().
     """
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    query_ids, queries, documents = encode_benchmark(encoder, benchmark, vectors, advance)
-    return rank_vectors(benchmark, query_ids, queries, documents, k, similarity, device=encoder.device)
+    encoded = _encode(encoder, benchmark, vectors, advance)
+    return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
 
 
-def encode_benchmark(
-    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None = None
-) -> tuple[list[str], np.ndarray, Shards]:
-    """Return this rank's query ids, their vectors (q, D), and those of all documents, or training papers, (M, D)."""
+class _Encoded(NamedTuple):
+    """query_ids: of this rank. queries: their vectors, (q, D). documents: of the corpus, or training papers, (M, D)."""
+
+    query_ids: list[str]
+    queries: np.ndarray
+    documents: Shards
+
+
+def _encode(
+    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None
+) -> _Encoded:
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     documents = vectors.vectors(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
-    return query_ids, queries, documents
+    return _Encoded(query_ids, queries, documents)
+
+
+def _rank(
+    encoder: Encoder, benchmark: Benchmark, encoded: _Encoded, k: int, similarity: str, advance: StageAdvance
+) -> Iterator[Run]:
+    """Yield the run of this rank's queries, or of each draw in few-shot learning."""
+    query_ids, queries, documents = encoded
+    if benchmark.training is None:
+        step = _counter(advance, "rank", len(queries) * documents.count if benchmark.candidates is None else 0)
+        yield rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device, advance=step)
+        return
+    step = _counter(advance, "learn", benchmark.probe.draws)
+    for run in probe_runs(benchmark, query_ids, queries, documents.gather(np.arange(documents.count))):
+        yield run
+        step(1)
+
+
+def _counter(advance: StageAdvance, stage: Stage, total: int) -> Callable[[int], None]:
+    """Begin a stage, and return a function that reports a number of its steps."""
+    advance(stage, 0, total)
+    return lambda count: advance(stage, count, total)
 
 
 def measure(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FOLDS = 3
 SEED = 42
 MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
-PARALLEL_FROM = 2**19  # below so many values, one process is done before others have started
+PARALLEL_FROM = 2**19  # with fewer values, one process finishes before others have started
 
 
 def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:

@@ -1,6 +1,6 @@
-"""Is one system better than another, or were the queries kind to it? Pure functions over values of single queries.
+"""Significance tests of the difference between two systems, as pure functions of the values of single queries.
 
-Shapes: Q queries, S seeds of a system, R draws. values: (S, Q), one row a seed, each row of the same queries.
+Shapes: Q queries, S seeds of a system. Values are (S, Q): one row per seed, all rows of the same queries.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 1 << 22  # numbers that are drawn at a time
-ROUNDING = 1e-12  # sums of the same numbers in another order are the same
+BLOCK = 1 << 22  # random numbers drawn at a time
+ROUNDING = 1e-12  # differences between sums of the same numbers in another order
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of one benchmark, A against B.
+    """Two systems A and B on one benchmark.
 
-    mean_a, mean_b: over seeds and queries. spread_a, spread_b: standard deviation of the seeds' means (n - 1), None of
-    one seed. difference: mean_a - mean_b, low and high its confidence interval. p: two-sided, of "no difference".
-    wins, ties, losses: queries on which A is better, equal, worse.
+    queries: number of queries.
+    mean_a, mean_b: means over seeds and queries.
+    spread_a, spread_b: standard deviation of the seeds' means (n - 1), None for a single seed.
+    difference: mean_a - mean_b. low, high: its confidence interval.
+    p: two-sided p-value of "no difference".
+    wins, ties, losses: numbers of queries on which A is better, equal, worse.
     """
 
     queries: int
@@ -60,55 +63,56 @@ def compare(a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 1
 
 
 def spread(values: np.ndarray) -> float | None:
-    """Standard deviation of the seeds' means, (S, Q) -> one number; None of one seed."""
+    """Return the standard deviation of the seeds' means; None for a single seed. values: (S, Q)."""
     return float(values.mean(1).std(ddof=1)) if len(values) > 1 else None
 
 
 def bootstrap_interval(
     a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of mean(a) - mean(b) when queries are drawn again, with replacement, the same for both.
+    """Return the percentile interval of mean(a) - mean(b) when the queries are resampled, the same ones for both.
 
-    Paired bootstrap (Efron and Tibshirani 1993, chapter 13; Sakai 2006 for retrieval). With several seeds, each side's
-    seeds are drawn again too, as the upper level of a hierarchy: the interval then tells of further queries and of
-    further trainings. Of two or three seeds it is still too narrow.
+    Paired bootstrap (Efron and Tibshirani 1993, chapter 13; Sakai 2006 for retrieval). With several seeds, the seeds of
+    each system are resampled too, as the upper level of a hierarchy: the interval then covers other queries and other
+    trainings. With two or three seeds it is still too narrow.
     """
     rng = np.random.default_rng([seed, 1])
     rows, num_queries = np.concatenate([a, b]), a.shape[1]
-    found = []
+    differences = []
     for size in _blocks(draws, num_queries):
         chosen = rng.integers(num_queries, size=(size, num_queries), dtype=np.int32)
         chosen += np.arange(size, dtype=np.int32)[:, None] * num_queries
         times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
         means = times @ rows.T / num_queries  # (size, S + S')
         seeds = [rng.multinomial(len(side), [1 / len(side)] * len(side), size=size) / len(side) for side in (a, b)]
-        found.append((means[:, : len(a)] * seeds[0]).sum(1) - (means[:, len(a) :] * seeds[1]).sum(1))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+        differences.append((means[:, : len(a)] * seeds[0]).sum(1) - (means[:, len(a) :] * seeds[1]).sum(1))
+    low, high = np.quantile(np.concatenate(differences), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of "A and B may change places on any query", by the mean difference (Q,).
+    """Return the two-sided p-value of the mean difference if A and B could be swapped on any query.
 
-    Fisher's paired randomisation test (Smucker et al., CIKM 2007). All 2^n assignments where that is no more than
-    draws, else draws random ones, the observed one counted among them: then p is at least 1 / (draws + 1).
+    Fisher's paired randomisation test (Smucker et al., CIKM 2007). It uses all 2^n assignments if there are at most
+    `draws`, and else that many random ones and the observed one, so that p is at least 1 / (draws + 1).
+    differences: (Q,).
     """
-    moved = differences[differences != 0]  # the others stay what they are
-    if not len(moved):
+    nonzero = differences[differences != 0]  # swapping changes only these
+    if not len(nonzero):
         return 1.0
-    observed = abs(moved.sum()) - ROUNDING * len(moved)
-    if len(moved) <= np.log2(draws):
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(moved))))
-        return float((np.abs(signs @ moved) >= observed).mean())
+    observed = abs(nonzero.sum()) - ROUNDING * len(nonzero)
+    if len(nonzero) <= np.log2(draws):
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(nonzero))))
+        return float((np.abs(signs @ nonzero) >= observed).mean())
     rng, as_large = np.random.default_rng([seed, 2]), 0
-    for size in _blocks(draws, len(moved)):
-        flipped = rng.integers(2, size=(size, len(moved)), dtype=np.int8).astype(np.float64)
-        as_large += int((np.abs(moved.sum() - 2 * (flipped @ moved)) >= observed).sum())
+    for size in _blocks(draws, len(nonzero)):
+        swapped = rng.integers(2, size=(size, len(nonzero)), dtype=np.int8).astype(np.float64)
+        as_large += int((np.abs(nonzero.sum() - 2 * (swapped @ nonzero)) >= observed).sum())
     return (as_large + 1) / (draws + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, raised so that any is below a level by chance no more often than that (Holm, 1979)."""
+    """Correct the p-values of several tests (Holm, 1979): any falls below a level by chance at most that often."""
     order = np.argsort(p_values, kind="stable")
     raised = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -117,7 +121,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _blocks(draws: int, width: int) -> Iterator[int]:
-    """Sizes that add up to draws, each of about BLOCK numbers."""
+    """Yield numbers of draws that add up to draws, each for about BLOCK random numbers. width: numbers per draw."""
     size = max(1, BLOCK // max(1, width))
     for start in range(0, draws, size):
         yield min(size, draws - start)

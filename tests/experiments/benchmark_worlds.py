@@ -1,6 +1,6 @@
-"""Tiny data for every benchmark, in its published layout below one folder, and the figures that follow by hand.
+"""Tiny data for every benchmark, in its published layout below one folder, and their metrics by hand.
 
-A text's vector is the sum of the whole numbers in it (see vector_of): a query of 1 ranks documents by their number.
+The vector of a text is the sum of its whole numbers (see number_of). A query of 1 ranks documents by their number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.datamodules.readers.worlds import one_object, put
 
-SECOND = 1 / math.log2(3)  # gain at the second place
+SECOND = 1 / math.log2(3)  # gain at rank 2
 THIRD = 1 / 2
 
 
@@ -24,7 +24,7 @@ def numbered(key: str, prefix: str, text: str = "abstract", **more) -> list[dict
 
 
 def fine_classification(root: Path) -> None:
-    """l5 counts 30 with its definition and 5 without; l3 is named in the paper."""
+    """The number of l5 is 30 with its definition and 5 without; the paper names l3."""
     for name in ("CSConference", "ChemistryMeSH", "Geography", "Psychology"):
         labels = [{"label": f"l{i}", "name": [f"name {i}", "synonym 99"], "definition": "of it"} for i in range(30)]
         labels[5]["definition"] = "with 25 more"
@@ -35,7 +35,7 @@ def fine_classification(root: Path) -> None:
 
 
 def coarse_classification(root: Path) -> None:
-    """Predicted are 2, 2, 2 and 0."""
+    """The predicted classes are 2, 2, 2 and 0."""
     for name in ("MAG", "MeSH"):
         home = root / "scimult" / "classification_coarse"
         put(home / f"{name}_label.json", *({"label": i, "name": [f"{i + 1}"], "definition": ""} for i in range(3)))
@@ -44,7 +44,7 @@ def coarse_classification(root: Path) -> None:
 
 
 def linear_classification(root: Path) -> None:
-    """Below 0 is class 0, above it class 1; one test paper is of the other class."""
+    """Numbers below 0 are class 0, others class 1; one test paper has the other class."""
     home = root / "scidocs"
     numbers = {"train": (-3, -2, -1, 1, 2, 3), "test": (5, 7, -5, 4)}
     classes = {"train": (0, 0, 0, 1, 1, 1), "test": (1, 1, 0, 0)}
@@ -58,7 +58,7 @@ def linear_classification(root: Path) -> None:
 
 
 def link_retrieval(root: Path) -> None:
-    """p29 cites p9, the 20th after itself."""
+    """Paper p29 cites p9, which comes 20th after itself."""
     home = root / "scimult" / "link_prediction_retrieval"
     papers = numbered("paper", "p", cite=[])
     papers[29]["cite"] = ["p9"]
@@ -68,7 +68,7 @@ def link_retrieval(root: Path) -> None:
 
 
 def pmc_patients(root: Path) -> None:
-    """Relevant are the documents at places 2 and 25."""
+    """The relevant documents have ranks 2 and 25."""
     qrels = ("query-id\tcorpus-id\tscore", "q\tp28\t1", "q\tp5\t1")
     for task, kind in (("PAR", "article"), ("PPR", "patient")):
         home = root / "scimult" / "pmc_patients"
@@ -81,7 +81,7 @@ def pmc_patients(root: Path) -> None:
 
 
 def scidocs_reranking(root: Path) -> None:
-    """The query is 10: 9 is nearer than the relevant 8, and 20 would be first by dot product."""
+    """The query is 10: 9 is nearer than the relevant 8, and by dot product 20 would come first."""
     papers = {f"p{i}": {"paper_id": f"p{i}", "title": f"{i}", "abstract": ""} for i in range(30)}
     put(root / "scidocs" / "paper_metadata_view_cite_read.json", *one_object(papers))
     for task in ("coview", "coread", "cite", "cocite"):
@@ -89,7 +89,7 @@ def scidocs_reranking(root: Path) -> None:
 
 
 def recommendation(root: Path) -> None:
-    """Ranked are 7, 5 and 3 alone."""
+    """Only 7, 5 and 3 are ranked."""
     papers = numbered("paper", "p", score={})
     papers[1]["score"] = {"p5": 5, "p7": 0, "p3": 3}
     put(root / "scimult" / "link_prediction_reranking" / "Recommendation_papers_test.json", *papers)
@@ -105,7 +105,7 @@ def search(root: Path) -> None:
 
 
 def beir(root: Path) -> None:
-    """A query's document is the second in the test split, and the first in the others."""
+    """The relevant document comes second in the test split, and first in the others."""
     for name, splits in (("scifact", ("train",)), ("nfcorpus", ("train", "dev")), ("trec-covid", ())):
         home = root / "beir" / name
         put(home / "corpus.jsonl", *numbered("_id", "d", "text"))
@@ -120,7 +120,7 @@ def beir(root: Path) -> None:
 
 
 def scirepeval(root: Path) -> None:
-    """As SciDocs."""
+    """The same world as SciDocs."""
     candidates = [
         {"doc_id": f"p{n}", "title": f"{n}", "abstract": "", "score": s} for n, s in ((8, 1), (9, 0), (20, 0))
     ]
@@ -133,8 +133,11 @@ def scirepeval(root: Path) -> None:
 
 
 def scirepeval_probes(root: Path) -> None:
-    """Above 0 is class 1 and label 0, below it class 0 and label 1; of the test papers one has the other class and
-    label, and one no label. A number is twice that of the text; of the test papers two have changed places."""
+    """Numbers above 0 are class 1 and label 0, others class 0 and label 1.
+
+    One test paper has the other class and label, and one has no label. Numbers to predict are twice those of the texts;
+    those of two test papers are swapped.
+    """
     train = {f"t{n}": n for n in range(-64, 65) if n}
     sides = {"five": (5, 1), "seven": (7, 1), "below": (-5, 0), "other": (4, 0)}
     orders = {"one": (1, 0.5), "two": (2, 3.25), "three": (3, 2), "four": (4, 4)}
@@ -159,7 +162,7 @@ def scirepeval_probes(root: Path) -> None:
 
 
 def doris_mae(root: Path) -> None:
-    """The query of 1 ranks 4, 3, 2, 1 and 0 so; over its three aspects their scores are 2, 0, 3, 4 and 0 in all."""
+    """The query of 1 ranks 4, 3, 2, 1, 0; their scores, summed over its three aspects, are 2, 0, 3, 4, 0."""
     papers = [{"original_abstract": f"{n}", "title": "9"} for n in range(6)]
     scores = {("7", 4): 2, ("7", 2): 1, ("8", 2): 2, ("7", 1): 2, ("9", 1): 2, ("8", 3): 0, ("6", 3): 2}
     content = {
@@ -172,7 +175,7 @@ def doris_mae(root: Path) -> None:
 
 
 def literature(root: Path) -> None:
-    """LitSearch's answers are at places 2 and 25. CSFCube's query is 10, and of 8, 9 and 20 the first is relevant."""
+    """LitSearch: the answers have ranks 2 and 25. CSFCube: the query is 10, and of 8, 9 and 20 only 8 is relevant."""
     put(root / "litsearch" / "corpus_clean" / "full.jsonl", *numbered("corpusid", "p"))
     put(root / "litsearch" / "query" / "full.jsonl", {"query": "1", "corpusids": ["p28", "p5"]})
     papers = ({"paper_id": f"p{i}", "title": f"{i}", "abstract": ["words"]} for i in range(30))

@@ -50,12 +50,12 @@ SETTINGS = [
     "mining.k=20",
 ]
 KINDS = ("anywhere", "writing", "full", "asked")
-LOGS = Path(tempfile.mkdtemp(prefix="kills-log-"))  # not in a file system that is filled
+LOGS = Path(tempfile.mkdtemp(prefix="kills-log-"))  # outside the file system that is filled
 STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
-    """Start a training in a process of its own. Returns its number."""
+    """Fork a training, and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -70,7 +70,7 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
-    except UserError:  # as entry_point has it: there was no room for the last checkpoint
+    except UserError:  # as in entry_point: there was no room for the last checkpoint
         status = 2
         logging.exception("the attempt ended")
     except OSError as error:  # mining needs room
@@ -84,14 +84,14 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
 
 
 def rows(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl that tell a batch. A line that is being written is left out."""
+    """Return the rows of metrics.jsonl with a batch, without a line that is being written."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [row for row in map(json.loads, lines) if "train/batch" in row]
 
 
 def saved(folder: Path) -> int:
-    """The step that a resumed run goes on from."""
+    """Return the step at which the run would be resumed."""
     for path in checkpoint_files.candidates(folder / "checkpoints" / "last.ckpt"):
         if checkpoint_files.damage(path) is None:
             return torch.load(path, weights_only=True)["global_step"]
@@ -99,7 +99,7 @@ def saved(folder: Path) -> int:
 
 
 def die_while_writing(countdown: int) -> None:
-    """Let this process kill itself at one of the points of the countdown-th checkpoint that it writes."""
+    """Let this process kill itself at a random point of the n-th checkpoint that it writes, n = countdown."""
     point = random.choice(["half", "fsync", "link", "replace", "after"])
     left = [countdown]
 
@@ -116,7 +116,7 @@ def die_while_writing(countdown: int) -> None:
         original(checkpoint, file)
 
     class Os:
-        """The module os, deadly."""
+        """The module os, but a call of the chosen function kills the process."""
 
         def __getattr__(self, name):
             function = getattr(os, name)
@@ -138,13 +138,13 @@ def die_while_writing(countdown: int) -> None:
     checkpoint_files.os, checkpoint_files.torch = Os(), Torch()
 
 
-def told_of_full_disk() -> int:
-    """How often the killed run has said that a checkpoint could not be written."""
+def num_full_disk_warnings() -> int:
+    """Return how often the killed run has logged that a checkpoint could not be written."""
     return (LOGS / "killed.log").read_text().count("could not be written")
 
 
 def fill_disk(folder: Path) -> bool:
-    """Leave room for nothing in the folder's file system, if that is one of its own."""
+    """Fill the folder's file system, if the folder is a mount point. Returns whether it is."""
     if not os.path.ismount(folder):
         return False
     with open(folder / "filler", "wb", buffering=0) as file:
@@ -157,7 +157,7 @@ def fill_disk(folder: Path) -> bool:
 
 
 def kill_once(kind: str, folder: Path, steps: int) -> str:
-    """One attempt, killed. Returns what happened in a few words."""
+    """Start one attempt and kill it. Returns a short description of what happened."""
     before, seen = saved(folder), len(rows(folder))
     wanted, written = random.randint(0, STEPS), random.randint(1, 2)
     pid = attempt(folder, steps, (lambda: die_while_writing(written)) if kind == "writing" else lambda: None)
@@ -171,10 +171,10 @@ def kill_once(kind: str, folder: Path, steps: int) -> str:
         made = len(rows(folder)) - seen
         if kind == "full":
             if made and not full:
-                full, told = True, told_of_full_disk()
+                full, told = True, num_full_disk_warnings()
                 if not fill_disk(folder.parent):
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
-            ready = full and told_of_full_disk() > told
+            ready = full and num_full_disk_warnings() > told
         else:
             ready = kind != "writing" and made >= wanted
         if ready:
@@ -200,7 +200,7 @@ def kill_once(kind: str, folder: Path, steps: int) -> str:
 
 
 def campaign(folder: Path, number: int) -> Counter:
-    """All kills, and the comparison. Returns how many of each kind there were. Raises AssertionError."""
+    """Kill a run many times, and compare it with an undisturbed one. Returns the number of kills of each kind."""
     steps = max(30, number * EVERY)
     whole, killed = folder / "whole", folder / "killed"
     assert os.waitpid(attempt(whole, steps), 0)[1] == 0, (LOGS / "whole.log").read_text()[-3000:]
@@ -219,7 +219,7 @@ def campaign(folder: Path, number: int) -> Counter:
 
 
 def check_equal(whole: Path, killed: Path, steps: int) -> None:
-    """The same batch wherever a step was made, and the same weights and optimizer at the end."""
+    """Assert that both runs had the same batch in each step, and have the same weights, optimizer and results."""
     batches = {row["step"]: row["train/batch"] for row in rows(whole)}
     assert len(batches) == steps
     for row in rows(killed):
@@ -233,7 +233,7 @@ def check_equal(whole: Path, killed: Path, steps: int) -> None:
 
 
 def figures(folder: Path) -> dict:
-    """What stands in results.json, but for the time that it took."""
+    """Return the content of results.json without times."""
     results = json.loads((folder / "results.json").read_text())
     results["benchmarks"] = {name: result["systems"] for name, result in results["benchmarks"].items()}
     return results

@@ -1,4 +1,4 @@
-"""A file server on this machine alone, which fails as one likes."""
+"""A file server on this machine that can fail in several ways."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Loopback:
-    """files: path -> bytes. requests: (path, Range) in their order. ranges, tags, lengths: what the server can.
+    """State of the server.
 
-    dies_after: bytes of an answer after which the connection ends, and status: to answer with, each for one request.
-    waits: seconds after each 64 KiB. headers: further ones of every answer.
+    files: content by path. requests: path and Range header of each request. ranges, tags, lengths: whether the server
+    supports ranges, ETag and Content-Length. dies_after: number of bytes after which an answer breaks off, one entry
+    per request. status: status of an answer, one entry per request. waits: seconds to wait after each 64 KiB.
+    headers: further headers of every answer.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -79,7 +81,7 @@ def loopback() -> Iterator[Loopback]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client may be gone
                 state.answer(self)
 
         def log_message(self, *arguments) -> None:

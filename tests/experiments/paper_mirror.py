@@ -1,4 +1,4 @@
-"""Small files in the layouts of those that the recipe `scimult` names, and the recipe with their checksums."""
+"""Small files in the layouts of the recipe `scimult`, and the recipe with their checksums."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lines(rows) -> bytes:
 
 
 def maple_papers(field: str, labels: list[str], seed: int) -> list[dict]:
-    """The first label is one of every paper; a paper has two others. It cites three, of 40 authors and 4 venues."""
+    """Make papers that share their first label and have two others, cite three papers, and have one of 40 authors."""
     rng = random.Random(seed)
     ids = [f"{seed}{i:04}" for i in range(NUM_PAPERS)]
     return [
@@ -52,7 +52,7 @@ def maple_zip() -> bytes:
     specification = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["sources"]["maple"]
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("MAPLE/CSRankings/papers.json", b"not asked for")
+        archive.writestr("MAPLE/CSRankings/papers.json", b"not used")
         for number, member in enumerate(specification["members"], start=1):
             field = member.split("/")[1]
             if member.endswith("labels.txt"):
@@ -69,7 +69,7 @@ def micol_zip() -> bytes:
     rows = ({"label": str(i), "name": [f"name {i}", "n"], "definition": f"what {i} is"} for i in range(10))
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("MAG/MAG_label.json", lines(rows))
-        archive.writestr("scibert_scivocab_uncased/pytorch_model.bin", b"not asked for")
+        archive.writestr("scibert_scivocab_uncased/pytorch_model.bin", b"not used")
     return out.getvalue()
 
 
@@ -106,7 +106,7 @@ def searches(number: int) -> bytes:
 
 
 def write_mirror(by_hand: bool = True) -> dict[str, bytes]:
-    """SOURCE/FILE -> bytes. by_hand: with what can only be placed by hand."""
+    """Return SOURCE/FILE -> bytes. by_hand: include files that users must download by hand."""
     sources = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["sources"]
     files = {
         "maple/MAPLE.zip": maple_zip(),
@@ -121,7 +121,7 @@ def write_mirror(by_hand: bool = True) -> dict[str, bytes]:
 
 
 def write_recipe(path: Path, files: dict[str, bytes]) -> Path:
-    """The recipe itself, but for the checksums: what has one is given that of the small file."""
+    """Write the recipe with the checksums of the small files."""
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     for source, spec in recipe["sources"].items():
         for name, about in spec["files"].items():

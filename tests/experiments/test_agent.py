@@ -1,4 +1,4 @@
-"""Sweeps that W&B leads: registered, run by its agent, on one process and on the ranks of a SLURM job."""
+"""Sweeps that W&B leads: registered, and run by its agent in one process or on the ranks of a SLURM job."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def server(monkeypatch):
     with wandb_server() as found:
         for name in ("MODE", "ENTITY", "PROJECT"):
             monkeypatch.setenv(f"WANDB_{name}", "")
-            monkeypatch.delenv(f"WANDB_{name}")  # both are undone, also what is set meanwhile
+            monkeypatch.delenv(f"WANDB_{name}")  # undoes variables that W&B sets in the meantime, too
         monkeypatch.setenv("WANDB_BASE_URL", found.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         wandb.teardown()
@@ -43,12 +43,12 @@ def test_a_sweep_is_registered_with_its_experiment_and_settings(server, caplog, 
     content = yaml.safe_load((ROOT / "experiments" / "sweeps" / "lr_temperature.yaml").read_text())
     path.write_text(yaml.safe_dump(content | {"early_terminate": early}))
     sweep(["moe", f"sweep={path}", "scale=sample", "wandb.mode=online", "run_cap=5"])
-    told = yaml.safe_load(server.sweeps["s1"])
+    registered = yaml.safe_load(server.sweeps["s1"])
     shared = ["EXP=moe", "SCALE=sample", "wandb.mode=online"]
-    assert told["command"] == ["make", "train", *shared, "${args_no_hyphens}"]
-    assert told["parameters"]["objective.temperature"]["values"] == [0.02, 0.05, 0.1]
-    assert told["run_cap"] == 5
-    assert told["early_terminate"] == early
+    assert registered["command"] == ["make", "train", *shared, "${args_no_hyphens}"]
+    assert registered["parameters"]["objective.temperature"]["values"] == [0.02, 0.05, 0.1]
+    assert registered["run_cap"] == 5
+    assert registered["early_terminate"] == early
     assert "make agent SWEEP_ID=me/p/s1" in caplog.text
 
 
@@ -87,7 +87,7 @@ def test_only_the_first_rank_publishes_its_trial(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, free_port):
-    """Two ranks as srun starts them; W&B gives one trial, and then no more."""
+    """Two ranks are started as by srun. W&B's server has one trial for them."""
     run = tmp_path / "run"
     quick = ["trainer.max_steps=2", "evaluation.every_n_steps=0", "evaluation.baselines=false", "tasks=[search]"]
     training = [*TINY[2:], *quick, "trainer.devices=2", f"run.dir={run}", "wandb.mode=online"]
@@ -123,11 +123,11 @@ def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, 
         for process in ranks:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    told = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
-    assert statuses == [0, 0], told
+    registered = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
+    assert statuses == [0, 0], registered
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["optim"]["lr"], config["wandb"]["entity"], config["encoder"]["layers"]) == (0.0125, None, [0, 1])
     assert json.loads((run / "results.json").read_text())["steps"] == 2
-    assert list(server.runs) == ["trial001"]  # one run, and that of the trial
+    assert list(server.runs) == ["trial001"]  # one run: that of the trial
     assert server.runs["trial001"]["sweep"] == "s1"
     assert server.exits["trial001"] == 0

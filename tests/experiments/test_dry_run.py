@@ -11,6 +11,8 @@ from experiments.dry_run import dry_run
 from lightning_modules.contrastive import ContrastiveModule
 from tests.experiments.test_train import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def predicted(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""How a run ends that is asked to, and that one job alone trains in a folder."""
+"""The exit status of a preempted run, and the lock that lets one job train in a folder."""
 
 import errno
 import os
@@ -19,19 +19,19 @@ from lightning_modules.distributed.signals import Preempted
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A scontrol that writes down how it was called. Returns where, and sets its status."""
+    """Return a function that installs a scontrol with an exit status, and returns the file with its calls."""
     for key in [key for key in os.environ if key.startswith("SLURM_")]:
         monkeypatch.delenv(key)
-    told = tmp_path / "scontrol.txt"
+    calls = tmp_path / "scontrol.txt"
 
     def put(status=0):
         program = tmp_path / "scontrol"
         program.write_text(
-            f'#!/bin/sh\necho "$@" >> {told}\n[ {status} = 0 ] || echo "not allowed" >&2\nexit {status}\n'
+            f'#!/bin/sh\necho "$@" >> {calls}\n[ {status} = 0 ] || echo "not allowed" >&2\nexit {status}\n'
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        return told
+        return calls
 
     return put
 
@@ -41,23 +41,23 @@ def job(monkeypatch, **more):
         monkeypatch.setenv(key, value)
 
 
-def test_usr1_puts_the_job_into_the_queue_again(tmp_path, monkeypatch, scontrol):
-    told = scontrol()
+def test_sigusr1_requeues_the_job(tmp_path, monkeypatch, scontrol):
+    calls = scontrol()
     job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    assert told.read_text() == "requeue 12\nrequeue 10_3\n"
+    assert calls.read_text() == "requeue 12\nrequeue 10_3\n"
 
 
-def test_only_the_first_rank_asks_slurm(tmp_path, monkeypatch, scontrol):
-    told = scontrol()
+def test_only_the_first_rank_requeues(tmp_path, monkeypatch, scontrol):
+    calls = scontrol()
     job(monkeypatch, SLURM_PROCID="1")
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    assert not told.exists()
+    assert not calls.exists()
 
 
-def test_scontrol_that_fails_or_is_missing_ends_with_75(tmp_path, monkeypatch, scontrol, caplog):
+def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch, scontrol, caplog):
     scontrol(status=1)
     job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
@@ -66,36 +66,36 @@ def test_scontrol_that_fails_or_is_missing_ends_with_75(tmp_path, monkeypatch, s
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
 
 
-def test_a_cancelled_job_stays_cancelled(tmp_path, monkeypatch, scontrol):
-    told = scontrol()
+def test_a_cancelled_job_is_not_requeued(tmp_path, monkeypatch, scontrol):
+    calls = scontrol()
     job(monkeypatch)
     assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 143
-    assert not told.exists()
+    assert not calls.exists()
 
 
-def test_without_slurm_the_status_says_that_the_command_goes_on(tmp_path, scontrol, capsys):
-    told = scontrol()
+def test_without_slurm_the_status_says_that_the_run_can_be_resumed(tmp_path, scontrol, capsys):
+    calls = scontrol()
     assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 75
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
     assert exit_status(Preempted(signal.SIGINT), tmp_path) == 130
     assert capsys.readouterr().err == "interrupted: the same command starts from the beginning\n"
-    assert not told.exists()
+    assert not calls.exists()
 
 
 def holder_of(folder):
-    """A process that holds the folder's lock until it is killed; forked, so that it need not import."""
-    ready, told = os.pipe()
+    """Fork a process that holds the folder's lock until it is killed, and return its id."""
+    ready, calls = os.pipe()
     pid = os.fork()
     if pid == 0:
         with only_job(folder):
-            os.write(told, b"held")
+            os.write(calls, b"held")
             time.sleep(60)
         os._exit(0)
     assert os.read(ready, 4) == b"held"
     return pid
 
 
-def test_a_second_job_is_refused_and_a_killed_one_blocks_nothing(tmp_path, monkeypatch):
+def test_a_second_job_is_refused_but_not_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
     folder = tmp_path / "run"
     holder = holder_of(folder)
@@ -110,10 +110,10 @@ def test_a_second_job_is_refused_and_a_killed_one_blocks_nothing(tmp_path, monke
     monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
     with only_job(folder):
         pass
-    assert not list(tmp_path.iterdir())  # locks leave nothing
+    assert not list(tmp_path.iterdir())  # a lock leaves no file
 
 
-def test_the_next_attempt_waits_for_the_end_of_the_former(tmp_path, caplog):
+def test_the_next_attempt_waits_for_the_end_of_the_previous_one(tmp_path, caplog):
     caplog.set_level("INFO")
     holder = holder_of(tmp_path / "run")
     threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
@@ -134,7 +134,7 @@ def test_a_run_is_locked_under_every_name_of_its_folder(tmp_path, monkeypatch):
             assert run_lock.is_in_use(name)
             with pytest.raises(UserError, match="is in use by process"), only_job(name):
                 pass
-        (runs / "a").rename(runs / "b")  # the same folder at another place, as through a bind mount
+        (runs / "a").rename(runs / "b")  # the same folder under another path, as through a bind mount
         with pytest.raises(UserError, match="is in use by process"), only_job(runs / "b"):
             pass
     finally:

@@ -1,4 +1,4 @@
-"""The evaluate entry point: any model on any data."""
+"""The command evaluate, with any model on any data."""
 
 import json
 
@@ -27,7 +27,8 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())["benchmarks"]
 
 
-def test_a_run_a_checkpoint_and_an_exported_folder_measure_the_same(run, tmp_path):
+@pytest.mark.slow
+def test_run_checkpoint_and_exported_folder_have_equal_results(run, tmp_path):
     load_encoder(run).save_pretrained(tmp_path / "model")
     arguments = ["metrics=ndcg@10,recall@20"]
     main([f"model={run}", f"output={tmp_path / 'a'}", *arguments])
@@ -39,7 +40,8 @@ def test_a_run_a_checkpoint_and_an_exported_folder_measure_the_same(run, tmp_pat
     assert {name: result["systems"]["encoder"] for name, result in results(tmp_path / "a").items()} == trained
 
 
-def test_another_split_and_one_task_alone(run):
+@pytest.mark.slow
+def test_split_and_task_choose_the_benchmarks(run):
     main([f"model={run}", "split=dev", "task=search"])
     measured = results(run / "evaluation" / "search-dev")
     assert list(measured) == ["searches"]
@@ -47,14 +49,16 @@ def test_another_split_and_one_task_alone(run):
     assert (run / "evaluation" / "search-dev" / "runs" / "searches.encoder.trec").is_file()
 
 
-def test_any_beir_folder(run, beir_root, tmp_path, capsys):
+@pytest.mark.slow
+def test_folder_in_beir_layout_has_the_results_of_the_run(run, beir_root, tmp_path, capsys):
     main([f"model={run}", f"beir={beir_root / 'mlcite'}", "task=link_prediction", f"output={tmp_path}"])
     ours = results(tmp_path)["mlcite"]["systems"]["encoder"]["ndcg@10"]
     assert ours == pytest.approx(results(run)["citations"]["systems"]["trained"]["ndcg@10"])
     assert "mlcite" in capsys.readouterr().out
 
 
-def test_a_papers_own_document_is_left_out_by_the_tasks_kind(run, beir_root, tmp_path):
+@pytest.mark.slow
+def test_own_document_is_excluded_by_the_kind_of_the_task(run, beir_root, tmp_path):
     collection = BeirReader(str(beir_root / "mlcite")).read()
     spaced = {key: Document(key, d.title, d.text + " ") for key, d in collection.queries.items()}
     write_beir(Collection(collection.corpus, spaced, collection.qrels), tmp_path / "links")
@@ -65,7 +69,8 @@ def test_a_papers_own_document_is_left_out_by_the_tasks_kind(run, beir_root, tmp
     assert measured["auto"] == measured["yes"] != measured["no"]
 
 
-def test_a_plain_bert_is_pooled_as_asked(run, beir_root, make_backbone, tmp_path):
+@pytest.mark.slow
+def test_pooling_option_changes_a_plain_bert(run, beir_root, make_backbone, tmp_path):
     backbone, tokenizer = make_backbone()
     backbone.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
@@ -89,49 +94,49 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
         (["model=bm25"], "which data"),
-        (
-            ["model=runs/nope", "beir={beir}/scitldr", "task=search"],
-            "model: runs/nope does not exist. In runs/ there are",
-        ),
+        (["model=runs/nope", "beir={beir}/scitldr", "task=search"], "model: runs/nope does not exist. In runs/"),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"],
-            "no 'val'; expected one of train, dev",
-        ),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val'; expected one of train, dev"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
-        (["model={run}", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
-        (["model={run}", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
-        (["model={run}", "metrics=recall"], "metric 'recall'"),
-        (["model={run}", "split=none"], "split: the data has no 'none'"),
-        (["model={run}", "beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
-        (["model={run}", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
-        (["model={run}", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
-        (["model={run}", "max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
-        (["model={run},{run}"], "model: each may be named once"),
+        (["model=m", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
+        (["model=m", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
+        (["model=m", "metrics=recall"], "metric 'recall'"),
+        (["model=m", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
+        (["model=m", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
+        (["model=m,m"], "model: each may be named once"),
         (["model=bm25", "benchmarks=all"], "benchmarks, data.root: give both"),
-        (["model={run}", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
-        (["model={run}", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
-        (["model={run}", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"],
-            "beir: cannot be used",
-        ),
-        (
-            ["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"],
-            "max_queries: got 9, but only",
-        ),
+        (["model=m", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
+        (["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"], "beir: cannot be used"),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"], "max_queries: got 9, but only"),
         (["model=bm25", "benchmarks=all", "data.root={beir}", "split=dev"], "split: got dev, but .* have their own"),
     ],
 )
-def test_bad_input_is_refused(run, beir_root, tmp_path, arguments, message):
-    arguments = [argument.format(run=run, beir=beir_root) for argument in arguments]
+def test_invalid_options_raise_user_error(beir_root, tmp_path, arguments, message):
+    arguments = [argument.format(beir=beir_root) for argument in arguments]
     with pytest.raises(UserError, match=message):
         main([*arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else [])])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["split=none"], "split: the data has no 'none'"),
+        (["beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
+        (["max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
+    ],
+)
+def test_options_that_a_run_cannot_serve_raise_user_error(run, beir_root, tmp_path, arguments, message):
+    arguments = [argument.format(beir=beir_root) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        main([f"model={run}", *arguments, f"output={tmp_path}"])
+
+
 @pytest.fixture
 def twins(tmp_path, monkeypatch):
-    """Two folders of one last name with other queries. The working directory is empty."""
+    """Make two folders of the same name with different queries, and an empty working directory."""
     whole = SampleReader("searches", num_papers=500).read()
     for name, first in (("one", 0), ("two", 5)):
         test = dict(list(whole.qrels["test"].items())[first : first + 5])
@@ -142,7 +147,7 @@ def twins(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_results_of_other_data_or_metrics_lie_in_another_folder_and_the_same_ones_are_renewed(twins):
+def test_default_output_differs_for_other_data_and_metrics_only(twins):
     def folders(*arguments):
         main(["model=bm25", "task=search", *arguments])
         return {path.parent: path.read_text() for path in twins.rglob("results.json")}
@@ -150,13 +155,13 @@ def test_results_of_other_data_or_metrics_lie_in_another_folder_and_the_same_one
     first = folders(f"beir={twins / 'one' / 'search'}")
     assert len(first) == 1
     assert len(folders(f"beir={twins / 'two' / 'search'}")) == 2
-    found = folders(f"beir={twins / 'one' / 'search'}", "metrics=ndcg@5,recall@5")
-    assert len(found) == 3
-    assert found.items() >= first.items()  # untouched
+    third = folders(f"beir={twins / 'one' / 'search'}", "metrics=ndcg@5,recall@5")
+    assert len(third) == 3
+    assert third.items() >= first.items()  # the old results are untouched
     assert len(folders("beir=../one/search", "token_budget=99")) == 3
 
 
-def test_results_of_another_evaluation_are_not_written_over(twins):
+def test_results_of_another_evaluation_are_never_overwritten(twins):
     one, two, out = (twins / name for name in ("one/search", "two/search", "out"))
     given = ["model=bm25", "task=search", f"output={out}"]
     main([*given, f"beir={one}"])
@@ -171,7 +176,8 @@ def test_results_of_another_evaluation_are_not_written_over(twins):
     main([*given, f"beir={one}"])
 
 
-def test_what_fails_leaves_no_folder(run, twins):
+@pytest.mark.slow
+def test_failed_evaluation_leaves_no_folder(run, twins):
     with pytest.raises(UserError, match="unknown task"):
         main([f"model={run / 'checkpoints' / 'best.ckpt'}", "run=", f"beir={twins / 'one' / 'search'}", "task=serach"])
     with pytest.raises(UserError, match="scifact_all needs"):
@@ -181,20 +187,21 @@ def test_what_fails_leaves_no_folder(run, twins):
     assert not list((run / "evaluation").glob("*serach*"))
 
 
-def test_the_bench_runs(capsys):
+def test_bench_of_encoder_cost_runs(capsys):
     main_arguments = ["layers=2", "hidden=64", "texts=2", "tokens=8", "rounds=1"]
     encoder_cost.main(main_arguments)
     assert "32 experts" in capsys.readouterr().out
 
 
-def test_the_data_bench_runs(tmp_path, capsys):
+@pytest.mark.slow
+def test_bench_of_data_scale_runs(tmp_path, capsys):
     data_scale.main([f"folder={tmp_path}", "documents=200", "pairs=100", "batches=2", "step=7"])
     assert "step 7: first batch, s" in capsys.readouterr().out
 
 
-def test_the_sample_is_written_as_beir_folders(tmp_path):
+def test_sample_command_writes_beir_folders(tmp_path):
     sample.main([f"output={tmp_path}", "papers=500"])
     for view in SampleReader.VIEWS:
         assert BeirReader(str(tmp_path / view)).read() == SampleReader(view, num_papers=500).read()
-    with pytest.raises(UserError, match="output=FOLDER"):
+    with pytest.raises(UserError, match="output: required"):
         sample.main([])

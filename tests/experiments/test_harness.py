@@ -1,4 +1,4 @@
-"""Files for other evaluations, read as their own programs read them."""
+"""The command harness, whose files are read as the programs of other evaluations read them."""
 
 import json
 from collections import defaultdict
@@ -16,7 +16,7 @@ from tests.conftest import text_of, toy_collection
 
 @pytest.fixture
 def model(make_encoder, tmp_path):
-    """An encoder whose experts differ, and its folder."""
+    """Return an encoder whose experts differ, and the option that names its folder."""
     encoder = make_encoder()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -36,22 +36,19 @@ def documents(records, key):
 
 
 def load(path, key):
-    """As scidocs.embeddings and EmbeddingsGenerator.load_embeddings_from_jsonl do."""
-    found = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        found[record[key]] = np.array(record["embedding"])
-    return found
+    """Read vectors like scidocs.embeddings and EmbeddingsGenerator.load_embeddings_from_jsonl."""
+    records = map(json.loads, path.read_text().splitlines())
+    return {record[key]: np.array(record["embedding"]) for record in records}
 
 
-def same(found, encoder, texts, task):
-    """Whether these are the vectors of one task's expert, and of no other's."""
-    assert list(found) == [text.id for text in texts]
-    vectors = np.stack(list(found.values()))
+def encoded_by(loaded, encoder, texts, task):
+    """Return whether these are the vectors of the task's expert, and of no other's."""
+    assert list(loaded) == [text.id for text in texts]
+    vectors = np.stack(list(loaded.values()))
     return [t for t in encoder.tasks if np.allclose(vectors, encoder.encode(texts, t).numpy(), atol=1e-6)] == [task]
 
 
-def test_scidocs(model, tmp_path):
+def test_scidocs_files_have_the_vectors_of_their_expert(model, tmp_path):
     encoder, of_model = model
     data = tmp_path / "data"
     data.mkdir()
@@ -60,9 +57,12 @@ def test_scidocs(model, tmp_path):
         (data / f"paper_metadata_{name}.json").write_text(json.dumps({p["paper_id"]: p for p in papers}))
     main(["format=scidocs", of_model, f"data={data}", f"output={tmp_path / 'out'}"])
     out = tmp_path / "out"
-    assert same(load(out / "cls.jsonl", "paper_id"), encoder, documents(classes, "paper_id"), "classification")
-    assert same(load(out / "user-citation.jsonl", "paper_id"), encoder, documents(links, "paper_id"), "link_prediction")
-    assert same(load(out / "recomm.jsonl", "paper_id"), encoder, documents(links[:2], "paper_id"), "link_prediction")
+    for name, papers, task in (
+        ("cls", classes, "classification"),
+        ("user-citation", links, "link_prediction"),
+        ("recomm", links[:2], "link_prediction"),
+    ):
+        assert encoded_by(load(out / f"{name}.jsonl", "paper_id"), encoder, documents(papers, "paper_id"), task)
     assert json.loads((out / "cls.jsonl").read_text().splitlines()[0])["title"] == classes[0]["title"]
 
     (data / "paper_metadata_recomm.json").unlink()
@@ -75,7 +75,7 @@ def test_scidocs(model, tmp_path):
 
 @pytest.fixture
 def scirepeval(tmp_path):
-    """Three configs, and the tasks of four, as published."""
+    """Make the data of three configs, and the tasks of four, as published."""
     data, papers = tmp_path / "scirepeval", [paper(i, "doc_id") for i in range(8)]
     rows = {
         "fos": papers[:4],
@@ -103,22 +103,24 @@ def scirepeval(tmp_path):
     return data, tasks
 
 
-def test_scirepeval(model, scirepeval, tmp_path):
+def test_scirepeval_files_have_the_vectors_of_their_expert(model, scirepeval, tmp_path):
     (encoder, of_model), (data, tasks) = model, scirepeval
     arguments = ["format=scirepeval", of_model, f"data={data}", f"tasks={tmp_path / 'scirepeval_tasks.jsonl'}"]
     main([*arguments, f"output={tmp_path / 'out'}"])
-    ready = [json.loads(line) for line in (tmp_path / "out" / "tasks.jsonl").read_text().splitlines()]
-    assert [task["name"] for task in ready] == [task["name"] for task in tasks[:4]], "mesh_descriptors is not there"
-    for task, original in zip(ready, tasks[:4], strict=True):
-        assert {**task, "embeddings": 0} == {**original, "embeddings": 0}, "the rest is theirs"
-    found = {task["name"]: load((tmp_path / task["embeddings"]["load"]), "doc_id") for task in ready}
+    written = [json.loads(line) for line in (tmp_path / "out" / "tasks.jsonl").read_text().splitlines()]
+    assert [task["name"] for task in written] == [task["name"] for task in tasks[:4]], "mesh_descriptors is missing"
+    for task, original in zip(written, tasks[:4], strict=True):
+        assert {**task, "embeddings": 0} == {**original, "embeddings": 0}, "the rest is unchanged"
+    vectors = {task["name"]: load((tmp_path / task["embeddings"]["load"]), "doc_id") for task in written}
     papers = documents([paper(i, "doc_id") for i in range(8)], "doc_id")
-    assert same(found["Fields of study"], encoder, papers[:4], "classification")
-    assert same(found["Years"], encoder, papers[:4], "classification")
+    assert encoded_by(vectors["Fields of study"], encoder, papers[:4], "classification")
+    assert encoded_by(vectors["Years"], encoder, papers[:4], "classification")
     queries = [Document("q1", "", text_of(1, 4)), Document("q2", "", text_of(2, 5))]
-    assert same(found["Search"], encoder, [*queries, *papers[:5]], "search")
+    assert encoded_by(vectors["Search"], encoder, [*queries, *papers[:5]], "search")
     pair = [papers[0], papers[1], papers[7]]
-    assert same(found["Same Author Detection"], encoder, pair, "link_prediction"), "the query's paper once"
+    assert encoded_by(vectors["Same Author Detection"], encoder, pair, "link_prediction"), (
+        "the query's paper occurs once"
+    )
 
     main([*arguments, f"output={tmp_path / 'one'}", "only=Search"])
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"search.jsonl", "tasks.jsonl"}
@@ -126,7 +128,7 @@ def test_scirepeval(model, scirepeval, tmp_path):
         main([*arguments, f"output={tmp_path / 'two'}", "only=MeSH"])
 
 
-def test_a_config_of_two_types_has_two_files(model, scirepeval, tmp_path, monkeypatch):
+def test_config_with_two_types_of_tasks_has_two_files(model, scirepeval, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "experiments.harness.SCIREPEVAL",
         {"classification": "classification", "regression": "search"}
@@ -145,12 +147,12 @@ def test_a_config_of_two_types_has_two_files(model, scirepeval, tmp_path, monkey
         ]
     )
     papers = documents([paper(i, "doc_id") for i in range(4)], "doc_id")
-    assert same(load(tmp_path / "out" / "fos.jsonl", "doc_id"), encoder, papers, "classification")
-    assert same(load(tmp_path / "out" / "fos-regression.jsonl", "doc_id"), encoder, papers, "search")
+    assert encoded_by(load(tmp_path / "out" / "fos.jsonl", "doc_id"), encoder, papers, "classification")
+    assert encoded_by(load(tmp_path / "out" / "fos-regression.jsonl", "doc_id"), encoder, papers, "search")
 
 
-def test_pmc_patients(model, tmp_path):
-    """The leaderboard's own program measures the file with BEIR, which is pytrec_eval."""
+def test_pmc_patients_rankings_measured_by_pytrec_eval_equal_our_metrics(model, tmp_path):
+    """The program of the leaderboard measures the file with BEIR, which uses pytrec_eval."""
     encoder, of_model = model
     data, collection = tmp_path / "recds", toy_collection()
     (data / "queries").mkdir(parents=True)
@@ -167,7 +169,7 @@ def test_pmc_patients(model, tmp_path):
 
     results = json.loads((tmp_path / "out" / "PAR.json").read_text())
     assert {len(ranking) for ranking in results.values()} == {6}
-    assert json.loads((tmp_path / "out" / "PPR.json").read_text()) == results, "the same data here"
+    assert json.loads((tmp_path / "out" / "PPR.json").read_text()) == results, "both have the same data here"
     judged = defaultdict(dict)
     for line in (data / "PAR" / "qrels_test.tsv").read_text().splitlines()[1:]:
         query, document, grade = line.split("\t")
@@ -180,7 +182,7 @@ def test_pmc_patients(model, tmp_path):
     assert 0 < theirs["recall_5"] < 1
 
 
-def test_bad_arguments(model, scirepeval, tmp_path):
+def test_invalid_options_raise_user_error(model, scirepeval, tmp_path):
     (_, of_model), (data, _) = model, scirepeval
     out = f"output={tmp_path / 'out'}"
     for arguments, message in (

@@ -1,4 +1,4 @@
-"""A run that is killed in every way loses nothing that was saved (python -m tests.experiments.kills 30 for more)."""
+"""A run that is killed in different ways loses nothing that was saved. More: python -m tests.experiments.kills 30"""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.experiments.test_train import ROOT
 
 
 @pytest.mark.slow
-def test_no_kill_loses_or_changes_anything(tmp_path):
+def test_kills_lose_and_change_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.experiments.kills", "4", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What linear models tell, in SciDocs's and SciRepEval's files, against a few lines of their programs' procedures."""
+"""Benchmarks of probes on files of SciDocs and SciRepEval, against the procedures of their programs in a few lines."""
 
 import csv
 import json
@@ -22,12 +22,12 @@ from lightning_modules.encoders.loading import load_encoder
 from tests.conftest import text_of
 
 NUM_CLASSES = 3
-pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # with the largest C, here as there
+pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # with the largest C
 
 
 @pytest.fixture
 def scidocs(tmp_path):
-    """Papers of three classes, named 0 to 2, whose words overlap."""
+    """Make papers of three classes, named 0 to 2, whose words overlap."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "data" / "scidocs"
     papers, rows = {}, {}
@@ -47,7 +47,8 @@ def scidocs(tmp_path):
     return folder
 
 
-def test_figures_are_those_of_the_harness(scidocs, make_encoder, tmp_path, caplog):
+@pytest.mark.slow
+def test_results_equal_those_of_scidocs(scidocs, make_encoder, tmp_path, caplog):
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path / "model")
     models = f"model={tmp_path / 'model'},bm25"
@@ -80,14 +81,14 @@ DRAWS = 4  # instead of 50
 
 
 def few_shot_classes(train, classes, test):
-    """Parts of 64 papers, each a training set."""
+    """Learn from each part of 64 papers."""
     parts = [part for _, part in StratifiedKFold(-(-len(train) // 64)).split(train, classes)][:50]
     return [LinearSVC(fit_intercept=False, random_state=42).fit(train[p], classes[p]).predict(test) for p in parts]
 
 
 def few_shot_labels(train, labels, test):
-    """Ten papers of each label, drawn with seeds from 42 on, in the order of a Python set."""
-    told = []
+    """Learn from ten papers of each label, drawn with seeds from 42 on, in the order of a Python set."""
+    predictions = []
     for draw in range(DRAWS):
         np.random.seed(42 + draw)
         chosen = set()
@@ -96,8 +97,8 @@ def few_shot_labels(train, labels, test):
         rows = list(chosen)
         svm = LinearSVC(loss="hinge", fit_intercept=False, max_iter=10000, random_state=42)
         model = OneVsRestClassifier(GridSearchCV(svm, COSTS, cv=3))
-        told.append(model.fit(train[rows], labels[rows]).predict(test))
-    return told
+        predictions.append(model.fit(train[rows], labels[rows]).predict(test))
+    return predictions
 
 
 def regression(train, numbers, test):
@@ -106,7 +107,7 @@ def regression(train, numbers, test):
 
 
 def as_files(folder, config, test_config, papers, labels):
-    """As the hub has them: texts as a table, and what is judged as its converted branch has it."""
+    """Write the files of the hub: texts as a table, and judgements as in its converted branch."""
     (folder / "scirepeval" / config).mkdir(parents=True)
     texts = pyarrow.Table.from_pylist([{"doc_id": p.id, "title": p.title, "abstract": p.text} for p in papers])
     pyarrow.parquet.write_table(texts, folder / "scirepeval" / config / "evaluation-00000-of-00001.parquet")
@@ -117,6 +118,7 @@ def as_files(folder, config, test_config, papers, labels):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), home / "0000.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "test_config", "procedure", "metric", "score"),
     [
@@ -125,7 +127,7 @@ def as_files(folder, config, test_config, papers, labels):
         ("review_score", "peer_review_score_hIndex", "peer_review_score", regression, "kendall_tau", kendalltau),
     ],
 )
-def test_figures_are_those_of_scirepevals_procedure(
+def test_results_equal_those_of_scirepeval(
     name, config, test_config, procedure, metric, score, make_encoder, tmp_path, monkeypatch
 ):
     rng = np.random.default_rng(5)
@@ -141,23 +143,23 @@ def test_figures_are_those_of_scirepevals_procedure(
     main([f"model={tmp_path / 'model'}", *chosen])
 
     vectors = load_encoder(tmp_path / "model").encode(papers, "classification").numpy().astype(float)
-    told = procedure(vectors[:130], labels[metric][:130], vectors[130:])
-    scores = [score(labels[metric][130:], one) for one in told]
+    predictions = procedure(vectors[:130], labels[metric][:130], vectors[130:])
+    scores = [score(labels[metric][130:], one) for one in predictions]
     scores = [getattr(one, "statistic", one) for one in scores]
     result = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"][f"scirepeval_{name}"]
     assert 0.2 < np.mean(scores) < 0.99, "neither chance nor trivial"
     assert result["systems"]["model"] == {metric: pytest.approx(np.mean(scores), abs=1e-12)}
     about = result["measured"]["model"]
-    if len(told) > 1:
+    if len(predictions) > 1:
         lines = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.draws.tsv").read_text().splitlines()
         assert [float(line.split("\t")[1]) for line in lines[1:]] == pytest.approx(scores, abs=1e-12)
         with pytest.raises(UserError, match="is a mean over draws of training papers, not over queries"):
             open_systems("A", [str(tmp_path / "out")])[0].values(f"scirepeval_{name}", metric)
-        assert about["draws"] == len(told)
+        assert about["draws"] == len(predictions)
         assert about["spread"][metric] == pytest.approx(np.std(scores))
     else:
         run = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.trec").read_text().splitlines()
-        assert [float(line.split()[4]) for line in run] == pytest.approx(told[0], rel=1e-8)
+        assert [float(line.split()[4]) for line in run] == pytest.approx(predictions[0], rel=1e-8)
 
 
 def fewer_draws(options):

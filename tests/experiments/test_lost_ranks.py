@@ -1,4 +1,4 @@
-"""Ranks on several nodes, and ranks that are lost. LONG_TESTS=1 loses the first one too, and stops one."""
+"""Ranks on several nodes, and lost ranks. With LONG_TESTS=1, the first rank is killed, too, and another one stopped."""
 
 import os
 import re
@@ -39,18 +39,18 @@ def wait_for_step(folder, step, process):
 
 @pytest.mark.slow
 def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
-    """Bit for bit. Both run the same command; what one alone may do in the run's folder, the first does."""
+    """The weights are bit-equal. Both nodes run the same command, and only the first one writes."""
     steps = "trainer.max_steps=6"
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(one, *SETTINGS, steps, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     nodes = [started(two, steps, "trainer.num_nodes=2", NODE_RANK=str(node), **address) for node in range(2)]
-    told = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], told
-    assert "rank 1 (cpu on" in told[0]
-    assert "a query has up to" in told[0]
-    assert "step 6/6" in told[0]
-    assert "step 6/6" not in told[1]  # the second node leaves the talking to the first
+    output = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], output
+    assert "rank 1 (cpu on" in output[0]
+    assert "a query has up to" in output[0]
+    assert "step 6/6" in output[0]
+    assert "step 6/6" not in output[1]  # only the first node reports
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (one, two)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -59,28 +59,28 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), *LONGER])
-def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path, number, lost):
-    """Killed, the others see it at once; stopped, after trainer.timeout."""
+def test_a_lost_rank_is_named_and_the_run_can_be_resumed(tmp_path, number, lost):
+    """The others notice a killed rank at once, and a stopped one after trainer.timeout."""
     process = started(tmp_path, "trainer.max_steps=100000", "trainer.devices=2")
     try:
         wait_for_step(tmp_path, 12, process)
         pids = [process.pid, next(pid for pid in children(process.pid) if b"experiments.train" in cmdline(pid))]
-        begun = time.monotonic()
+        start = time.monotonic()
         os.kill(pids[lost], number)
-        told = process.communicate(timeout=120)[0]  # of all ranks: they share the pipe
-        assert time.monotonic() - begun < 100
+        output = process.communicate(timeout=120)[0]  # all ranks share the pipe
+        assert time.monotonic() - start < 100
     finally:
         process.kill()
-    found = re.search(
-        rf"error: rank {lost}\b.* ended or no longer answers; the same command resumes from step (\d+)", told
+    match = re.search(
+        rf"error: rank {lost}\b.* ended or no longer answers; the same command resumes from step (\d+)", output
     )
-    assert found, told[-3000:]
-    assert "Traceback" not in told
-    step = int(found[1])
+    assert match, output[-3000:]
+    assert "Traceback" not in output
+    step = int(match[1])
     process = started(tmp_path, f"trainer.max_steps={step + 2}", "trainer.devices=2")
-    told = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, told[-3000:]
-    assert f"from {tmp_path}/checkpoints/last.ckpt" in told
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    assert f"from {tmp_path}/checkpoints/last.ckpt" in output
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 2
 
 

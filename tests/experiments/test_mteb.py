@@ -1,4 +1,4 @@
-"""mteb runs a task of its own kind on our encoders, and comes to our own evaluation's figures."""
+"""The command mteb, and mteb's metrics of our encoders against our own."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ METRICS = {"ndcg@10": "ndcg_at_10", "recall@5": "recall_at_5", "map@10": "map_at
 
 
 def local_task(benchmark, name="LocalPapers", kind="Retrieval"):
-    """A task as mteb's users write them, with its data in memory instead of on the hub."""
+    """Return a task as mteb's users write them, with its data in memory instead of on the hub."""
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -61,8 +61,9 @@ def benchmark(beir_root):
     return Benchmark("papers", "search", "test", collection.corpus, dict(list(queries.items())[:60]), qrels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_mteb_comes_to_our_figures(benchmark, make_encoder, tmp_path, similarity):
+def test_metrics_of_mteb_equal_ours(benchmark, make_encoder, tmp_path, similarity):
     encoder = make_encoder()
     judged = {query: benchmark.qrels[query] for query in benchmark.queries}
     task = local_task(Benchmark("papers", "search", "test", benchmark.corpus, benchmark.queries, judged))
@@ -74,14 +75,14 @@ def test_mteb_comes_to_our_figures(benchmark, make_encoder, tmp_path, similarity
     ours = evaluate(encoder, benchmark, list(METRICS), similarity=similarity).metrics
     assert {key: theirs[METRICS[key]] for key in ours} == pytest.approx(ours, abs=2e-5)  # mteb prints five digits
     other = evaluate(make_encoder(seed=1), benchmark, list(METRICS), similarity=similarity).metrics
-    assert other["ndcg@10"] != pytest.approx(ours["ndcg@10"], abs=1e-3), "the figures tell models apart"
+    assert other["ndcg@10"] != pytest.approx(ours["ndcg@10"], abs=1e-3), "other weights have other metrics"
 
     written = next(tmp_path.rglob("LocalPapers.json"))
     assert f"{model.fingerprint}-{similarity}" in str(written)
     assert json.loads(written.read_text())["scores"]["test"][0]["main_score"] == theirs["ndcg_at_10"]
 
 
-def test_whose_expert_encodes(make_encoder):
+def test_type_of_the_task_chooses_the_expert(make_encoder):
     encoder = make_encoder()
     with torch.no_grad():  # experts start as copies of each other
         for name, parameter in encoder.named_parameters():
@@ -93,21 +94,21 @@ def test_whose_expert_encodes(make_encoder):
     for kind, name, task in (
         ("Retrieval", "SciFact", "search"),
         ("Reranking", "SciDocsRR", "link_prediction"),
-        ("Retrieval", "SCIDOCS", "search"),  # as asked for
+        ("Retrieval", "SCIDOCS", "search"),  # on request
         ("Clustering", "BiorxivClusteringP2P.v2", "classification"),
         ("STS", "BIOSSES", "link_prediction"),
     ):
-        found = model.encode(batches, task_metadata=SimpleNamespace(type=kind, name=name), hf_split="test")
+        vectors = model.encode(batches, task_metadata=SimpleNamespace(type=kind, name=name), hf_split="test")
         alone = {other: encoder.encode(texts, other).numpy() for other in encoder.tasks}
-        assert [other for other in alone if np.allclose(found, alone[other], atol=1e-6)] == [task], name
+        assert [other for other in alone if np.allclose(vectors, alone[other], atol=1e-6)] == [task], name
     titled = [{"title": ["Ba ra", ""], "body": ["be li", "bo mu"], "text": ["Ba ra be li", "bo mu"]}]
     about = SimpleNamespace(type="Retrieval", name="SciFact")
-    found = model.encode(titled, task_metadata=about, prompt_type="document")
+    vectors = model.encode(titled, task_metadata=about, prompt_type="document")
     documents = [Document("", "Ba ra", "be li"), Document("", "", "bo mu")]
-    assert np.allclose(found, encoder.encode(documents, "search").numpy(), atol=1e-6)
+    assert np.allclose(vectors, encoder.encode(documents, "search").numpy(), atol=1e-6)
 
 
-def test_other_experts_or_similarities_are_other_revisions(make_encoder):
+def test_other_experts_or_similarities_have_other_revisions(make_encoder):
     encoder = make_encoder()
     models = [
         MtebEncoder(encoder, "tiny"),
@@ -118,7 +119,8 @@ def test_other_experts_or_similarities_are_other_revisions(make_encoder):
     assert len({model.mteb_model_meta.revision for model in models}) == 4
 
 
-def test_the_command(benchmark, make_encoder, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_command_prints_a_row_per_task(benchmark, make_encoder, tmp_path, monkeypatch, capsys):
     judged = {query: benchmark.qrels[query] for query in benchmark.queries}
     data = Benchmark("papers", "search", "test", benchmark.corpus, benchmark.queries, judged)
     monkeypatch.setattr(mteb, "get_task", lambda name: local_task(data, name))
@@ -131,7 +133,7 @@ def test_the_command(benchmark, make_encoder, tmp_path, monkeypatch, capsys):
     assert {path.stem for path in (tmp_path / "out").rglob("*.json")} >= {"SciFact", "Papers"}
 
 
-def test_what_cannot_be_run_is_told(make_encoder, tmp_path):
+def test_tasks_that_cannot_run_raise_user_error(make_encoder, tmp_path):
     make_encoder().save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="mteb has no task 'SciFac' .*Did you mean: 'SciFact'"):
         entry.main([f"model={tmp_path / 'model'}", "tasks=SciFac"])
@@ -142,10 +144,10 @@ def test_what_cannot_be_run_is_told(make_encoder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_line_of_the_hub_is_told_once():
-    told = (
+def test_log_line_of_the_hub_is_printed_once():
+    setup = (
         "import huggingface_hub, logging\ndef main(_): logging.getLogger('huggingface_hub.utils').warning('retrying')"
     )
-    program = f"{told}\nfrom experiments.shared.console import entry_point\nentry_point(main)"
+    program = f"{setup}\nfrom experiments.shared.console import entry_point\nentry_point(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.stdout + done.stderr).count("retrying") == 1

@@ -1,4 +1,4 @@
-"""What a training tells at its end, and at its start of a machine that is not what it takes it for."""
+"""The suggestions at the end of a training, and its warning about too few cores."""
 
 import shlex
 
@@ -10,27 +10,27 @@ from experiments.config.paths import folder_of
 from experiments.run.endings import next_steps
 
 
-def told(*overrides, experiment="moe"):
+def suggestion(*overrides, experiment="moe"):
     config = load_config(experiment, overrides)
     return next_steps(config, overrides, folder_of(config))
 
 
-def test_another_encoder_is_proposed_with_all_settings_of_the_command(tmp_path):
+def test_another_encoder_is_suggested_with_the_settings_of_the_command(tmp_path):
     settings = ["scale=small", "tasks=[search]", "data.root=/my data", "task.search.batch_size=4"]
-    line = told(*settings, f"run.dir={tmp_path}", "run.seed=3")
+    line = suggestion(*settings, f"run.dir={tmp_path}", "run.seed=3")
     words = shlex.split(line.partition("encoder: ")[2])
     assert words == ["make", "train", "EXP=vanilla", "SCALE=small", *settings[1:], "run.seed=3"]
     assert load_config("vanilla", [word for word in words if "." in word]).run.seed == 3
-    assert told(experiment="vanilla").endswith("encoder: make train EXP=moe")
+    assert suggestion(experiment="vanilla").endswith("encoder: make train EXP=moe")
 
 
 @pytest.mark.parametrize("setting", ["encoder.layers=all", "extend.model=/x", "init_from=/x"])
-def test_no_encoder_is_proposed_where_the_settings_are_of_this_one(setting):
-    assert told(setting).startswith("Next: make report RUN=runs/moe-sample-seed0-")
-    assert "make train" not in told(setting)
+def test_no_encoder_is_suggested_if_the_settings_are_specific_to_this_one(setting):
+    assert suggestion(setting).startswith("Next: make report RUN=runs/moe-sample-seed0-")
+    assert "make train" not in suggestion(setting)
 
 
-def test_more_processes_than_cores_are_told(monkeypatch, caplog):
+def test_more_processes_than_cores_cause_a_warning(monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
     config = load_config("moe", ["trainer.devices=8", "trainer.accelerator=cpu"])
     warn_about_cores(config)

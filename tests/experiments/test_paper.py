@@ -1,4 +1,4 @@
-"""The paper's figures as data, and a results folder beside them."""
+"""The paper's tables as data, and the command reproduce."""
 
 import json
 
@@ -14,7 +14,7 @@ TABLES = {table.name: table for table in tables()}
 
 
 def test_every_average_is_the_mean_of_its_row():
-    """The paper prints averages: a figure that was copied wrongly would move one."""
+    """A value that was copied wrongly would change one of the printed averages."""
     averages = [(row, table.averages.get(system)) for table in tables() for system, row in table.rows.items()]
     averages = [(row, average) for row, average in averages if average]
     assert len(averages) == 14 + 15 + 14 + 15 + 14 + 15
@@ -22,7 +22,7 @@ def test_every_average_is_the_mean_of_its_row():
         assert sum(cell.value for cell in row) / len(row) == pytest.approx(average.value, abs=0.00501)
 
 
-def test_relative_changes_are_those_of_table_9():
+def test_relative_changes_equal_table_9():
     changes = {
         "3": (3.15, -0.95, -0.51, 0.68),
         "4": (1.02, 0.33, 1.50, 0.93),
@@ -33,28 +33,28 @@ def test_relative_changes_are_those_of_table_9():
     for name, expected in changes.items():
         means = {system: cell.value for system, cell in TABLES[name].averages.items() if cell}
         variants = [means[f"SciMult-{kind}"] for kind in ("MHAExpert", "FFNExpert", "Prefix", "Instruction")]
-        found = [100 * (value / means["SciMult-Vanilla"] - 1) for value in variants]
-        assert found == pytest.approx(expected, abs=0.012)  # the means are rounded too
+        computed = [100 * (value / means["SciMult-Vanilla"] - 1) for value in variants]
+        assert computed == pytest.approx(expected, abs=0.012)  # the means are rounded too
 
 
-def test_every_column_is_a_benchmark_of_the_suite():
+def test_every_column_is_in_the_suite():
     suite = {config.protocol: config.metrics for config in load_suite().values()}
     for table in tables():
         for column in table.columns:
             assert column.metric in suite[column.protocol], (table.name, column)
 
 
-def test_figures_of_a_metric():
-    found = figures("scidocs/mag/linear", "macro_f1")
-    assert (str(found["SciBERT"]), found["SciBERT"].mark) == ("79.7", "quoted")
-    assert "BM25" not in found
-    assert len(found) == 14
+def test_figures_of_a_protocol_and_metric():
+    cells = figures("scidocs/mag/linear", "macro_f1")
+    assert (str(cells["SciBERT"]), cells["SciBERT"].mark) == ("79.7", "quoted")
+    assert "BM25" not in cells
+    assert len(cells) == 14
     assert {cell.mark for cell in figures("scimult/recommendation", "ndcg").values()} == {"", "computed"}
     assert figures("scimult/scifact/all-splits", "recall@100") == {}
 
 
 def made_up(system="SciMult-MHAExpert", similarity="dot", max_length=512):
-    """What results.json would say if the paper were reproduced exactly."""
+    """Return the content of results.json if the paper were reproduced exactly."""
     benchmarks = {}
     for table in tables():
         for place, column in enumerate(table.columns):
@@ -79,11 +79,11 @@ def compare(benchmarks, ours, system):
     return compare_with_paper(tables_from_json(benchmarks), ours, system)
 
 
-def test_the_same_figures_are_reproduced():
+def test_equal_values_are_reproduced():
     cells = compare(made_up(), "ours", "SciMult-MHAExpert")
     assert len(cells) == 12 + 12 + 6 + 4 + 9 + 11 + 5
     assert {cell.verdict for cell in cells} == {"reproduced"}
-    trained = "DPR (SciMult-MHAExpert)"  # another checkpoint: of PAR's and PPR's training data
+    trained = "DPR (SciMult-MHAExpert)"  # another checkpoint, trained on PAR and PPR
     assert len(compare(made_up(trained), "ours", trained)) == 4 * 4
 
 
@@ -91,20 +91,20 @@ def test_the_same_figures_are_reproduced():
     ("points", "verdict"),
     [(0.004, "reproduced"), (-0.006, "within 0.1"), (0.1, "within 0.1"), (-0.3, "within 0.5"), (0.51, "differs")],
 )
-def test_how_far_a_figure_is(points, verdict):
+def test_verdict_depends_on_the_difference(points, verdict):
     benchmarks = made_up()
     benchmarks["scimult/trec-covid/beir"]["systems"]["ours"]["ndcg@10"] += points / 100
-    found = {cell.column.protocol: cell for cell in compare(benchmarks, "ours", "SciMult-MHAExpert")}
-    cell = found["scimult/trec-covid/beir"]
+    cells = {cell.column.protocol: cell for cell in compare(benchmarks, "ours", "SciMult-MHAExpert")}
+    cell = cells["scimult/trec-covid/beir"]
     assert (cell.verdict, cell.difference) == (verdict, pytest.approx(points))
-    assert found["scimult/scifact/all-splits"].verdict == "reproduced"
+    assert cells["scimult/scifact/all-splits"].verdict == "reproduced"
 
 
-def test_a_quoted_figure_is_compared_to_the_digits_that_it_has():
+def test_quoted_value_is_compared_to_its_printed_digits():
     benchmarks = made_up("SPECTER", "cosine")
     benchmarks["scidocs/cite/rerank"]["systems"]["ours"]["map"] += 0.0004
-    found = {(c.column.protocol, c.column.metric): c for c in compare(benchmarks, "ours", "SPECTER")}
-    assert found["scidocs/cite/rerank", "map"].verdict == "reproduced"
+    cells = {(c.column.protocol, c.column.metric): c for c in compare(benchmarks, "ours", "SPECTER")}
+    assert cells["scidocs/cite/rerank", "map"].verdict == "reproduced"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_quoted_figure_is_compared_to_the_digits_that_it_has():
         ({"measured": {"ours": {"similarity": "dot", "max_length": 256}}}, "texts of 256 tokens, the paper's of 512"),
     ],
 )
-def test_what_was_measured_otherwise_is_not_compared(change, remark):
+def test_values_measured_differently_are_not_comparable(change, remark):
     benchmarks = made_up()
     benchmarks["scimult/scifact/all-splits"] |= change
     cells = compare(benchmarks, "ours", "SciMult-MHAExpert")
@@ -130,7 +130,7 @@ def test_what_was_measured_otherwise_is_not_compared(change, remark):
     assert other[0].remark.startswith(remark)
 
 
-def test_the_command(tmp_path, capsys, caplog):
+def test_command_prints_a_row_per_cell(tmp_path, capsys, caplog):
     benchmarks = made_up()
     del benchmarks["scimult/nfcorpus/all-splits"]
     benchmarks["scimult/scifact/all-splits"]["systems"]["ours"]["ndcg@10"] = 0.7
@@ -144,7 +144,7 @@ def test_the_command(tmp_path, capsys, caplog):
     assert "59 cells: 57 reproduced, 1 differs, 1 not measured" in caplog.text
 
 
-def test_bad_arguments(tmp_path):
+def test_invalid_options_raise_user_error(tmp_path):
     with pytest.raises(UserError, match="expected a folder with results.json"):
         main([f"results={tmp_path}"])
     (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"x": {"systems": {"a": {}, "b": {}}}}}))

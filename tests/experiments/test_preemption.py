@@ -1,4 +1,4 @@
-"""A run that is told to end in the middle of something saves, and the one that goes on makes up for what was left."""
+"""A signal in the middle of an evaluation, a mining or the final table: the resumed run repeats what was abandoned."""
 
 import json
 import os
@@ -28,8 +28,11 @@ SETTINGS = [
 ]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
-def as_before():
+def signal_handlers_restored():
     handlers = {number: signal.getsignal(number) for number in signals.ASKING}
     yield
     for number, handler in handlers.items():
@@ -44,20 +47,20 @@ def whole(tmp_path_factory):
     return folder
 
 
-def told_in(monkeypatch, place, name, number=signal.SIGUSR1):
-    """The signal comes when a function is called for the first time."""
-    original, left = getattr(place, name), [1]
+def signal_in(monkeypatch, owner, name, number=signal.SIGUSR1):
+    """Let a signal come when a function is called for the first time."""
+    original, left = getattr(owner, name), [1]
 
     def called(*arguments, **options):
         if left and left.pop():
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(place, name, called)
+    monkeypatch.setattr(owner, name, called)
 
 
 def preempted(folder):
-    """The step that is saved by a run that is told to end."""
+    """Train until the signal, and return the step that was saved."""
     signals.catch()
     with pytest.raises(SystemExit) as leaving:
         train("moe", [f"run.dir={folder}", *SETTINGS])
@@ -65,15 +68,15 @@ def preempted(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
-def ends_as(folder, whole):
-    """Let the run go on to its end: all is as in the one that was not disturbed, and nothing is logged twice."""
+def finish_as(folder, whole):
+    """Resume the run to its end: it must equal the undisturbed one, and log nothing twice."""
     signals.catch()
     train("moe", [f"run.dir={folder}", *SETTINGS])
 
-    def logged(place):
+    def logged(folder):
         return [
             {k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k and k != "time"}
-            for row in rows(place)
+            for row in rows(folder)
         ]
 
     assert sorted(map(json.dumps, logged(folder))) == sorted(map(json.dumps, logged(whole)))
@@ -82,24 +85,24 @@ def ends_as(folder, whole):
     assert figures(folder) == figures(whole)
 
 
-def test_an_evaluation_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, evaluation, "evaluate")
+def test_an_interrupted_evaluation_is_repeated(tmp_path, whole, monkeypatch):
+    signal_in(monkeypatch, evaluation, "evaluate")
     assert preempted(tmp_path) == 4
     assert not any("val/mean/ndcg@10" in row for row in rows(tmp_path))
-    ends_as(tmp_path, whole)
+    finish_as(tmp_path, whole)
 
 
-def test_a_mining_is_left_and_made_up_for(tmp_path, whole, monkeypatch):
+def test_an_interrupted_mining_is_repeated(tmp_path, whole, monkeypatch):
     from lightning_modules.callbacks import hard_negatives
 
-    told_in(monkeypatch, hard_negatives.Mining, "cache")
+    signal_in(monkeypatch, hard_negatives.Mining, "cache")
     assert preempted(tmp_path) == 6
     assert not any("mine/seconds" in row for row in rows(tmp_path))
-    ends_as(tmp_path, whole)
+    finish_as(tmp_path, whole)
 
 
-def test_the_final_table_is_left_and_made_anew(tmp_path, whole, monkeypatch):
-    told_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
+def test_an_interrupted_final_table_is_repeated(tmp_path, whole, monkeypatch):
+    signal_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
     assert preempted(tmp_path) == 9
     assert not (tmp_path / "results.json").exists()
     signals.catch()
@@ -107,8 +110,8 @@ def test_the_final_table_is_left_and_made_anew(tmp_path, whole, monkeypatch):
     assert figures(tmp_path) == figures(whole)
 
 
-def test_before_the_first_step_nothing_is_made(tmp_path, monkeypatch):
-    told_in(monkeypatch, Encoder, "__init__")
+def test_a_signal_before_the_first_step_leaves_no_run(tmp_path, monkeypatch):
+    signal_in(monkeypatch, Encoder, "__init__")
     signals.catch()
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(SystemExit, match="75"):
@@ -117,7 +120,7 @@ def test_before_the_first_step_nothing_is_made(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_falls_back_with_its_mined_negatives(tmp_path, whole, caplog):
-    """The newest two, from after the mining, are damaged: the one before knows no mining, which is found on disk."""
+    """The two newest are damaged. The one before is older than the mining, whose negatives are found on disk."""
     saving = ["checkpoint.every_n_steps=3", "checkpoint.keep=3"]
     train("moe", [f"run.dir={tmp_path}", *SETTINGS, *saving])  # saved at 3, 6 (when it had mined) and 9
     (tmp_path / "results.json").unlink()

@@ -1,7 +1,7 @@
-"""Jobs for SLURM: what is written, what is refused, and a real SLURM on loopback that preempts a run of two ranks.
+"""SLURM jobs: the script, refused options, and a real SLURM on loopback that preempts a run of two ranks.
 
-Longer ways to be preempted: LONG_TESTS=1000 python -m pytest tests/experiments/test_slurm.py; so many steps, with an
-evaluation after each, must take longer than two attempts of a job with a limit of three minutes.
+For more ways of preemption, set LONG_TESTS to a number of steps, such as 1000. That many steps, with an evaluation
+after each, must take longer than two attempts of a job with a limit of three minutes.
 """
 
 import os
@@ -23,11 +23,12 @@ from tests.experiments.test_train import LONG, ROOT, TINY, command, rows
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def empty_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_job_asks_for_what_was_said_and_runs_it(tmp_path, caplog):
+@pytest.mark.slow
+def test_the_script_has_the_options_and_runs_the_training(tmp_path, caplog):
     caplog.set_level("INFO")
     script = slurm(["moe", "NODES=2", "GPUS=8", "TIME=04:00:00", "PARTITION=gpu", "optim.lr=3e-5", "wandb.name=it's 1"])
     text = script.read_text()
@@ -46,7 +47,7 @@ def test_the_job_asks_for_what_was_said_and_runs_it(tmp_path, caplog):
 
 
 def ran(tmp_path, script, status=0, **environment):
-    """Run the script with a srun that writes down what it would start. Returns the arguments of python."""
+    """Run the script with a stub of srun, and return the arguments of python."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir(exist_ok=True)
     srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/told\nexit {status}\n')
@@ -62,6 +63,7 @@ def ran(tmp_path, script, status=0, **environment):
     return told[told.index(sys.executable) + 1 :]
 
 
+@pytest.mark.slow
 def test_an_array_has_a_job_for_every_experiment_and_seed(tmp_path):
     script = slurm(["moe", "TIME=60", "GPUS=0", "TASKS=2", "EXPS=vanilla,moe", "SEEDS=0,7", "AT_ONCE=2"])
     text = script.read_text()
@@ -74,7 +76,8 @@ def test_an_array_has_a_job_for_every_experiment_and_seed(tmp_path):
     ]
 
 
-def test_the_script_requeues_a_run_that_could_not_do_it_itself(tmp_path):
+@pytest.mark.slow
+def test_the_script_requeues_a_run_that_cannot_do_so_itself(tmp_path):
     script = slurm(["moe", "TIME=60", "LAUNCH=apptainer exec --nv image.sif", "SETUP=export COLOUR=red"])
     assert "  apptainer exec --nv image.sif " in script.read_text()
     assert "\nexport COLOUR=red\n" in script.read_text()
@@ -88,7 +91,7 @@ def test_the_script_requeues_a_run_that_could_not_do_it_itself(tmp_path):
     ("time", "expected"),
     [("90", 5400), ("90:30", 5430), ("04:00:00", 14400), ("2-12", 216000), ("1-00:30", 88200), ("1-2:03:04", 93784)],
 )
-def test_times_are_read_as_slurm_does(time, expected):
+def test_times_are_read_as_slurm_reads_them(time, expected):
     assert seconds(time) == expected
 
 
@@ -109,13 +112,13 @@ def test_times_are_read_as_slurm_does(time, expected):
         (["TIME=60", "trainer.devices=4"], "trainer.devices=4: NODES, GPUS and TASKS set it to 1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_it_waits_in_a_queue(arguments, message):
+def test_wrong_options_are_refused_before_the_job_waits_in_a_queue(arguments, message):
     with pytest.raises(UserError, match=message):
         slurm(["moe", *arguments])
     assert not Path("slurm").exists()
 
 
-def test_where_there_is_no_slurm_the_script_is_written_and_named(monkeypatch):
+def test_without_slurm_the_script_is_written_and_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"SUBMIT: sbatch cannot be run here .* the job is in .*moe.*\.sbatch"):
         slurm(["moe", "TIME=60", "SUBMIT=1"])
@@ -142,9 +145,8 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if way == "steps" or "LONG_TESTS" in os.environ])
-def test_a_preempted_job_ends_as_if_it_had_not_been(tmp_path, monkeypatch, caplog, cluster, way):
-    """SIGUSR1 during imports, at random steps, by the time limit, and after the end: the same batches, bit-equal
-    weights, and no attempt fails."""
+def test_a_preempted_job_equals_an_undisturbed_one(tmp_path, monkeypatch, caplog, cluster, way):
+    """SIGUSR1 comes during imports, at random steps, by the time limit, and after the end. No attempt fails."""
     settings = [*LONG, "data.num_workers=1", f"trainer.max_steps={STEPS}"]
     if way == "time":
         settings += [f"trainer.max_steps={os.environ['LONG_TESTS']}", "evaluation.every_n_steps=1"]
@@ -162,7 +164,7 @@ def test_a_preempted_job_ends_as_if_it_had_not_been(tmp_path, monkeypatch, caplo
     for kind in WAYS[way]:
         preempt(cluster, number, kind, folder)
     state = wait(cluster, number, lambda: (folder / "results.json").is_file() or None, until=("COMPLETED",))
-    scancel(cluster, number)  # the run ends just now, and is not disturbed
+    scancel(cluster, number)  # the run is just ending, and is not disturbed
     state = wait(cluster, number, until=("COMPLETED",))
     told = output.read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), told[-3000:]
@@ -183,7 +185,7 @@ def check_equal(whole, folder):
 
 
 def preempt(cluster, number, kind, folder):
-    """Sends SIGUSR1 to all tasks of a job: while they import, or after a random number of further steps."""
+    """Send SIGUSR1 to all tasks of a job, during imports or after a random number of further steps."""
     restarts = int(wait(cluster, number, until=("RUNNING",))["Restarts"])
     seen = len(rows(folder)) if (folder / "metrics.jsonl").is_file() else 0
     more = random.randint(1, 8)
@@ -204,7 +206,7 @@ def scancel(cluster, number):
 
 
 def wait(cluster, number, what=None, until=()):
-    """The job's state, when it is one of some, or something else has come about."""
+    """Wait until the job is in one of some states or a condition holds, and return its state."""
     deadline = time.monotonic() + 1200
     while time.monotonic() < deadline:
         state = slurm_loopback.job(cluster, number)

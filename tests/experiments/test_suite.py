@@ -1,4 +1,4 @@
-"""Every benchmark on data in its published format, against figures by hand."""
+"""Every benchmark on data in its published format, against metrics computed by hand."""
 
 import json
 from dataclasses import replace
@@ -30,15 +30,15 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def encoder(make_encoder, monkeypatch):
-    """Vectors of one number, that of the text."""
-    found = make_encoder("shared")
+    """Return an encoder whose vectors are the number in the text."""
+    encoder = make_encoder("shared")
 
     def encode(documents, task, **_):
-        found.expert_of(task)
+        encoder.expert_of(task)
         return torch.tensor([[float(number_of(d.title, d.text))] for d in documents]).reshape(-1, 1)
 
-    monkeypatch.setattr(found, "encode", encode)
-    return found
+    monkeypatch.setattr(encoder, "encode", encode)
+    return encoder
 
 
 def evaluated(encoder, benchmark, folder):
@@ -47,27 +47,27 @@ def evaluated(encoder, benchmark, folder):
 
 
 @pytest.mark.parametrize("name", SUITE)
-def test_a_benchmark_gives_the_figures_by_hand(name, root, encoder, tmp_path):
+def test_metrics_equal_those_by_hand(name, root, encoder, tmp_path):
     encoder.tasks = {SUITE[name].task: SUITE[name].task}
     benchmark = build_benchmark(name, SUITE[name], CollectionReader(root))
-    draws = min(3, benchmark.probe.draws)  # all are alike in this world
+    draws = min(3, benchmark.probe.draws)  # all are equal in this world
     benchmark = replace(benchmark, probe=replace(benchmark.probe, draws=draws))
     result = evaluated(encoder, benchmark, tmp_path)
     assert result["systems"]["numbers"] == pytest.approx(FIGURES[name])
     assert result["protocol"] == SUITE[name].protocol
     learns = "svr" if SUITE[name].probe.learns == "number" else "svm"
-    way = learns if SUITE[name].train_on else SUITE[name].similarity or "dot"
-    assert result["measured"]["numbers"]["similarity"] == way
+    similarity = learns if SUITE[name].train_on else SUITE[name].similarity or "dot"
+    assert result["measured"]["numbers"]["similarity"] == similarity
 
 
-def test_protocols_have_ids_of_their_own():
+def test_protocols_have_distinct_ids():
     assert set(FIGURES) == set(SUITE)
     assert len({config.protocol for config in SUITE.values()}) == len(SUITE)
 
 
 @pytest.mark.parametrize("name", ["cs_conference_names", "recommendation", "scidocs_cite_without_own", "par"])
-def test_figures_follow_from_the_files_beside_them(name, root, encoder, tmp_path):
-    """Also where scores are not the similarity's."""
+def test_metrics_follow_from_the_run_files(name, root, encoder, tmp_path):
+    """This includes benchmarks whose scores are not similarities."""
     result = evaluated(encoder, build_benchmark(name, SUITE[name], CollectionReader(root)), tmp_path)
     with open(tmp_path / f"{name}.numbers.trec") as run, open(tmp_path / f"{name}.qrels") as qrels:
         evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(qrels), {"recall.20", "ndcg", "ndcg_cut.10"})
@@ -82,7 +82,8 @@ def test_figures_follow_from_the_files_beside_them(name, root, encoder, tmp_path
         assert written[metric] == result["systems"]["numbers"][metric]
 
 
-def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, caplog):
+@pytest.mark.slow
+def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, caplog):
     for name in ("one", "two"):
         for part in make_backbone():
             part.save_pretrained(tmp_path / name)
@@ -111,8 +112,9 @@ def test_several_models_in_one_table(root, tmp_path, make_backbone, capsys, capl
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
 
 
-def test_costs_are_of_what_was_computed(root, tmp_path, make_backbone, capsys):
-    """Tokens as the tokenizer counts them; nothing is encoded whose vectors were there; money by seconds of devices."""
+@pytest.mark.slow
+def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
+    """Tokens are those of the tokenizer, stored vectors cost nothing, and money follows from device seconds."""
     backbone, tokenizer = make_backbone()
     for part in (backbone, tokenizer):
         part.save_pretrained(tmp_path / "model")
@@ -127,25 +129,26 @@ def test_costs_are_of_what_was_computed(root, tmp_path, make_backbone, capsys):
     assert first["cost"]["texts_per_second"] == pytest.approx(31 / first["seconds"]["encode"], rel=0.3)
     assert (second["cost"]["texts"], second["cost"]["tokens"]) == (0, 0)
     assert second["cost"]["texts_per_second"] is None
-    for of in (first, second):
-        spent = of["cost"]["device_seconds"]
-        assert spent == pytest.approx(sum(of["seconds"].values()), abs=0.03)
-        assert of["cost"]["money"] == pytest.approx(7.2 * spent / 3600, abs=1e-6)
-        assert of["cost"]["devices"] == 1
-        assert 100 < of["cost"]["memory_mb"] < 100_000
+    for measured in (first, second):
+        cost = measured["cost"]
+        assert cost["device_seconds"] == pytest.approx(sum(measured["seconds"].values()), abs=0.03)
+        assert cost["money"] == pytest.approx(7.2 * cost["device_seconds"] / 3600, abs=1e-6)
+        assert cost["devices"] == 1
+        assert 100 < cost["memory_mb"] < 100_000
     row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
     assert f"{sum(tokens) + tokens[29]:,}" in row
     with pytest.raises(UserError, match="cost_per_hour: expected a number, got 'much'"):
         main([*arguments, "cost_per_hour=much"])
 
 
-def test_a_sum_of_costs_tells_what_it_is_of(capsys):
-    """Money stands beside the seconds of all benchmarks, so that of some is no sum."""
+def test_total_cost_names_the_number_of_benchmarks(capsys):
+    """The money of some benchmarks is not added up, since seconds are those of all."""
     cost = {"texts": 1, "tokens": 9, "devices": 1, "device_seconds": 3.5, "memory_mb": 100}
     parts = [{"cost": cost | {"money": 0.25}}, {"cost": cost | {"money": 0.5}}, {"cost": cost}, {}]
     systems = {"model": {}}
     results = [
-        {"systems": systems, "measured": {"model": of | {"device": "cpu", "seconds": {"encode": 1.0}}}} for of in parts
+        {"systems": systems, "measured": {"model": part | {"device": "cpu", "seconds": {"encode": 1.0}}}}
+        for part in parts
     ]
     for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
         show_cost(tables_from_json(dict(enumerate(results[:count]))))
@@ -154,7 +157,8 @@ def test_a_sum_of_costs_tells_what_it_is_of(capsys):
         assert f"{cells[0]} {cells[5]} {cells[7]}" == expected
 
 
-def test_vectors_on_disk_give_the_same_and_are_used_again(root, tmp_path, make_backbone, monkeypatch):
+@pytest.mark.slow
+def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_backbone, monkeypatch):
     for part in make_backbone():
         part.save_pretrained(tmp_path / "model")
     arguments = [f"model={tmp_path / 'model'}", "benchmarks=scidocs_c*", f"data.root={root}"]
@@ -162,12 +166,13 @@ def test_vectors_on_disk_give_the_same_and_are_used_again(root, tmp_path, make_b
     for folder in "bc":
         main([*arguments, f"output={tmp_path / folder}", f"vectors={tmp_path / 'vectors'}"])
     read = [json.loads((tmp_path / f / "results.json").read_text())["benchmarks"] for f in "abc"]
-    figures = [{name: result["systems"] for name, result in part.items()} for part in read]
-    assert figures[0] == figures[1] == figures[2]
+    metrics = [{name: result["systems"] for name, result in benchmarks.items()} for benchmarks in read]
+    assert metrics[0] == metrics[1] == metrics[2]
     assert len(list((tmp_path / "vectors").rglob("*.npy"))) == 2  # four benchmarks, one corpus, the same queries
 
 
-def test_data_that_are_not_there_are_told(root, tmp_path, caplog):
+@pytest.mark.slow
+def test_missing_data_are_listed_with_their_source(root, tmp_path, caplog):
     partly = tmp_path / "partly"
     partly.mkdir()
     (partly / "beir").symlink_to(root / "beir")
@@ -190,7 +195,8 @@ def test_data_that_are_not_there_are_told(root, tmp_path, caplog):
     assert not (tmp_path / "none").exists()
 
 
-def test_another_similarity_is_another_protocol(root, tmp_path):
+@pytest.mark.slow
+def test_other_similarity_changes_the_protocol(root, tmp_path):
     arguments = ["model=bm25", f"data.root={root}", "benchmarks=cite_rerank", f"output={tmp_path}"]
     main([*arguments, "similarity=dot"])
     result = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["cite_rerank"]
@@ -222,7 +228,7 @@ GOOD = """
         (f"benchmark:\n  mine:{GOOD}", "expected the keys benchmarks"),
         (
             f"sources: x\nbenchmarks:\n  mine:{GOOD}",
-            "unknown key sources; expected one of source, defaults",
+            "unknown key sources; did you mean source",
         ),
         (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': expected a name of a to z"),
         (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric; did you mean mine.metrics"),
@@ -252,7 +258,7 @@ GOOD = """
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
     ],
 )
-def test_a_bad_suite_is_refused(text, message, tmp_path):
+def test_invalid_suite_raises_user_error(text, message, tmp_path):
     if text.count("    metrics:") == 2 or text.count("    reader:") == 2:  # the last one counts
         key = "metrics" if text.count("    metrics:") == 2 else "reader"
         lines = text.splitlines()
@@ -263,7 +269,7 @@ def test_a_bad_suite_is_refused(text, message, tmp_path):
         load_suite([tmp_path / "suite.yaml"])
 
 
-def test_a_suite_of_ones_own(root, tmp_path):
+def test_suite_of_your_own(root, tmp_path):
     (tmp_path / "suite.yaml").write_text(f"benchmarks:\n  mine:{GOOD}    splits: [train, test]\n")
     arguments = ["model=bm25", f"suite={tmp_path / 'suite.yaml'}", f"data.root={root}"]
     main([*arguments, "benchmarks=all", "max_queries=1", f"output={tmp_path / 'one'}"])

@@ -1,4 +1,4 @@
-"""Running sweeps: no trial is lost or run twice, whatever is killed."""
+"""Running sweeps: no trial is lost or runs twice, even after kills."""
 
 import json
 import os

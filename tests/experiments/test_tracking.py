@@ -1,4 +1,4 @@
-"""W&B: what its file holds, and that no server, whatever it does, stops a run or loses a row."""
+"""W&B: the content of its file, and that no failing server slows a run down or loses a row."""
 
 import json
 import os
@@ -28,7 +28,7 @@ STEP = "trainer/global_step"
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that W&B speaks to."""
+    """Start a stub of W&B's server, which W&B uses."""
     with wandb_server() as found:
         for name in [name for name in os.environ if name.startswith("WANDB")]:
             monkeypatch.delenv(name)
@@ -54,7 +54,8 @@ def kinds(path, kind):
     return [getattr(record, kind) for record in records(path) if record.WhichOneof("record_type") == kind]
 
 
-def test_a_runs_file_holds_configuration_curves_table_picture_and_model(server, tmp_path):
+@pytest.mark.slow
+def test_the_file_of_a_run_has_configuration_curves_table_picture_and_model(server, tmp_path):
     logger = make_logger(tmp_path, "run.seed=3", "scale=sample")
     logger.log_metrics({"train/search/loss": 0.5, "train/batch": "a1"}, step=20)
     logger.log_metrics({"val/mean/ndcg@10": 0.25}, step=40)
@@ -88,7 +89,7 @@ def test_a_runs_file_holds_configuration_curves_table_picture_and_model(server, 
 
 
 @pytest.mark.slow
-def test_attempts_are_sent_to_one_run_each_row_once(server, tmp_path, caplog):
+def test_the_attempts_of_a_run_are_sent_once_and_to_one_run(server, tmp_path, caplog):
     caplog.set_level("INFO")
     for first in (1, 3):
         logger = make_logger(tmp_path / "run")
@@ -111,7 +112,7 @@ def test_attempts_are_sent_to_one_run_each_row_once(server, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_online_a_run_is_sent_while_it_trains(server, tmp_path):
+def test_an_online_run_is_sent_while_it_trains(server, tmp_path):
     logger = make_logger(tmp_path, "wandb.mode=online")
     logger.log_metrics({"train/search/loss": 0.5}, step=1)
     identity = (tmp_path / "wandb_id").read_text()
@@ -128,7 +129,7 @@ def test_online_a_run_is_sent_while_it_trains(server, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", ["refuses", "falls silent later"])
-def test_a_server_that_fails_loses_nothing_and_holds_nothing_up(server, tmp_path, caplog, failure):
+def test_a_failing_server_loses_nothing_and_delays_nothing(server, tmp_path, caplog, failure):
     fail = server.silent.set if "silent" in failure else server.close
     logger = make_logger(tmp_path, "wandb.mode=online", "wandb.finish_timeout=3")
     if "later" not in failure:
@@ -141,15 +142,15 @@ def test_a_server_that_fails_loses_nothing_and_holds_nothing_up(server, tmp_path
         fail()
     longest = 0.0
     for step in range(1, 101):
-        began = time.perf_counter()
+        start = time.perf_counter()
         logger.log_metrics({"train/search/loss": step / 10}, step=step)
-        longest = max(longest, time.perf_counter() - began)
+        longest = max(longest, time.perf_counter() - start)
         time.sleep(0.005)
     logger.log_table("results", ["system"], [["trained"]], step=100)
     sender = logger._sender
-    began = time.perf_counter()
+    start = time.perf_counter()
     logger.close()
-    assert time.perf_counter() - began < 8
+    assert time.perf_counter() - start < 8
     assert longest < 2  # an answer would take forever
     assert sender.poll() is not None
     assert [row[STEP] for row in history(file_of(tmp_path))] == [*range(101), 100]
@@ -163,7 +164,8 @@ def test_a_server_that_fails_loses_nothing_and_holds_nothing_up(server, tmp_path
     assert rows == set(range(101))
 
 
-def test_sync_says_when_there_is_no_server(server, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_sync_reports_an_absent_server(server, tmp_path, monkeypatch):
     logger = make_logger(tmp_path)
     logger.log_metrics({"a": 1.0}, step=1)
     logger.close()
@@ -177,7 +179,8 @@ def test_sync_says_when_there_is_no_server(server, tmp_path, monkeypatch):
         sync([f"folder={tmp_path}"])
 
 
-def test_what_wandb_raises_ends_its_log_and_not_the_run(server, tmp_path, caplog):
+@pytest.mark.slow
+def test_an_error_in_wandb_ends_its_log_but_not_the_run(server, tmp_path, caplog):
     logger = make_logger(tmp_path)
     logger.log_metrics({"a": 1.0}, step=1)
     run, logger._run = logger._run, None
@@ -189,7 +192,8 @@ def test_what_wandb_raises_ends_its_log_and_not_the_run(server, tmp_path, caplog
     run.finish()
 
 
-def test_other_ranks_have_no_run(server, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_only_the_first_rank_has_a_wandb_run(server, tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = make_logger(tmp_path, "wandb.mode=online")
     logger.log_metrics({"a": 1.0}, step=1)
@@ -197,7 +201,8 @@ def test_other_ranks_have_no_run(server, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_trial_of_a_sweep_has_the_id_that_its_agent_chose(server, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_trial_has_the_id_that_its_agent_chose(server, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "chosen01")
     logger = make_logger(tmp_path)
@@ -208,7 +213,7 @@ def test_a_trial_of_a_sweep_has_the_id_that_its_agent_chose(server, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_sender_ends_with_a_training_that_is_killed(server, tmp_path):
+def test_the_sender_ends_with_a_killed_training(server, tmp_path):
     (tmp_path / "run-a.wandb").write_bytes(b":W&B\x00\x00\x00")  # a run that never ends
     sender = [sys.executable, "-m", "experiments.run.wandb_sender", str(tmp_path / "run-a.wandb")]
     code = f"import subprocess, time; print(subprocess.Popen({sender!r}).pid, flush=True); time.sleep(60)"

@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: what a step's task does not use stays as it is, and GradCache trains as the plain pass."""
+"""Whole runs on two ranks: idle parameters do not change, and GradCache trains like the plain pass."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ QUICK = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.de
 
 
 def run(folder, *overrides):
-    """State of the last checkpoint."""
+    """Train, and return the state of the last checkpoint."""
     done = subprocess.run(command(folder, *QUICK, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -31,7 +31,7 @@ def equal(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [False, True])
 def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
-    """Neither by weight decay (never used), nor by momentum (used at first, idle later)."""
+    """Neither weight decay moves an unused expert, nor momentum one that was used before."""
     overrides = [
         f"trainer.grad_cache={cache}",
         "data.token_budget=256",
@@ -48,7 +48,7 @@ def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
     assert tasks == ["search", "search", "classification", "classification"]
     unused = of_expert(before, "link_prediction")
     assert unused
-    assert equal(unused, of_expert(before, "classification"))  # both as they began
+    assert equal(unused, of_expert(before, "classification"))  # both are unchanged
     assert not equal(unused, of_expert(before, "search"))
     assert equal(unused, of_expert(after, "link_prediction"))
     assert equal(of_expert(before, "search"), of_expert(after, "search"))
@@ -73,8 +73,8 @@ def test_grad_cache_trains_as_the_plain_pass_on_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_of_one_change_nothing_on_two_ranks(tmp_path):
-    """GradNorm, whose weights begin as 1, averages the gradients over ranks as DDP does, experts included."""
+def test_task_weights_of_one_change_nothing_on_two_ranks(tmp_path):
+    """GradNorm, whose weights start at 1, averages gradients over ranks as DDP does, also those of experts."""
     overrides = ["trainer.max_steps=1", "data.schedule=together", "trainer.accumulate_grad_batches=2", "optim.eps=1e-4"]
     plain, balanced = (run(tmp_path / name, *overrides, f"objective.balance={name}") for name in ("none", "gradnorm"))
     for name, tensor in plain.items():
@@ -85,7 +85,7 @@ def test_weights_of_one_change_nothing_on_two_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
-    """Three tasks in two steps: the weight of the third has no gradient, and stays. Diagnostics go with it."""
+    """Three tasks in two steps: the third one's weight has no gradient and does not change. Diagnostics work, too."""
     overrides = ["trainer.max_steps=2", "objective.balance=uncertainty", "diagnostics.every_n_steps=2"]
     state = run(tmp_path, *overrides)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -106,17 +106,17 @@ def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_as_one_with_the_same_global_batches(tmp_path):
-    """Without dropout, which differs by rank, the weights are those of two. Four ranks: test_loader.py."""
+def test_a_run_of_two_ranks_resumes_on_one_with_the_same_global_batches(tmp_path):
+    """Without dropout, which differs between ranks, the weights are the same. Four ranks: test_loader.py."""
     overrides = ["data.schedule=proportional", "backbone.dropout=0", "optim.eps=1e-4", "checkpoint.every_n_steps=3"]
     before = run(tmp_path / "two", *overrides, "trainer.max_steps=3")
-    found = {}
+    states = {}
     for ranks in (1, 2):
         folder = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
-        given = [*overrides, f"trainer.devices={ranks}", f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
-        found[ranks] = run(folder, *given)
-    for name, tensor in found[1].items():
+        arguments = [*overrides, f"trainer.devices={ranks}", f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
+        states[ranks] = run(folder, *arguments)
+    for name, tensor in states[1].items():
         torch.testing.assert_close(
-            found[2][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            states[2][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in found[1].items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in states[1].items())

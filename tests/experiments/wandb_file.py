@@ -1,4 +1,4 @@
-"""Reads W&B's own file: records of its protobufs in the blocks of a LevelDB log."""
+"""Read W&B's own file: protobuf records in the blocks of a LevelDB log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[Record]:
-    """All whole records; a last one that a killed process left half is not one."""
+    """Yield all complete records. A kill may have cut the last one short."""
     content, position, parts = path.read_bytes(), HEADER, b""
     while position + HEADER <= len(content):
         if BLOCK - position % BLOCK < HEADER:
@@ -32,7 +32,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """Every logged row."""
+    """Return all logged rows."""
     return [
         {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records(path)

@@ -1,4 +1,4 @@
-"""A stub of W&B's server on this machine alone: it keeps what it is sent, and fails as one likes."""
+"""A stub of W&B's server on this machine: it stores what it receives, and can fail in several ways."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 
 @dataclass
 class WandbServer:
-    """runs: id -> what was said of it. history: id -> rows by their offset. uploads: names of files that were sent.
+    """State of the server.
 
-    commands: what agents are told next, one a heartbeat. silent: set, it accepts every connection and never answers.
-    close(): it is gone, and its port refuses connections.
+    runs: values by run id. history: rows by run id and offset. uploads: names of received files. commands: the next
+    commands for agents, one per heartbeat. silent: once set, the server accepts connections but never answers.
+    close(): end the server; its port refuses connections.
     """
 
     url: str = ""
@@ -36,17 +37,17 @@ class WandbServer:
     def rows(self, run: str) -> list[dict[str, Any]]:
         return [row for _, row in sorted(self.history[run].items())]
 
-    def graphql(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
+    def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         name = re.match(r"\s*(?:query|mutation)\s+(\w+)", query)
         answer = getattr(self, f"_{name[1]}", None) if name else None
-        return answer(given) if answer else {}
+        return answer(variables) if answer else {}
 
-    def _Viewer(self, given):
+    def _Viewer(self, variables):
         entity = {"id": "RQ==", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": entity}
 
-    def _RunResumeStatus(self, given):
-        run, rows = given["name"], self.rows(given["name"])
+    def _RunResumeStatus(self, variables):
+        run, rows = variables["name"], self.rows(variables["name"])
         if run not in self.runs:
             return {"model": {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}, "bucket": None}}
         bucket = {
@@ -66,41 +67,47 @@ class WandbServer:
         }
         return {"model": {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}, "bucket": bucket}}
 
-    def _UpsertBucket(self, given):
-        self.runs[given["name"]] |= {key: value for key, value in given.items() if value is not None}
-        project = {"id": "UA==", "name": given.get("project") or "p", "entity": {"id": "RQ==", "name": "me"}}
-        bucket = {"id": "Qg==", "name": given["name"], "displayName": given["name"], "description": "", "config": "{}"}
-        bucket |= {"sweepName": given.get("sweep"), "project": project, "historyLineCount": 0}
+    def _UpsertBucket(self, variables):
+        self.runs[variables["name"]] |= {key: value for key, value in variables.items() if value is not None}
+        project = {"id": "UA==", "name": variables.get("project") or "p", "entity": {"id": "RQ==", "name": "me"}}
+        bucket = {
+            "id": "Qg==",
+            "name": variables["name"],
+            "displayName": variables["name"],
+            "description": "",
+            "config": "{}",
+        }
+        bucket |= {"sweepName": variables.get("sweep"), "project": project, "historyLineCount": 0}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
 
-    def _CreateRunFiles(self, given):
-        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
+    def _CreateRunFiles(self, variables):
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": "Qg==", "uploadHeaders": [], "files": files}}
 
-    def _ArtifactType(self, given):
+    def _ArtifactType(self, variables):
         return {"project": {"artifact": None}}
 
-    def _CreateArtifact(self, given):
-        self.artifacts.append(given["input"]["artifactCollectionName"])
+    def _CreateArtifact(self, variables):
+        self.artifacts.append(variables["input"]["artifactCollectionName"])
         sequence = {"id": "UQ==", "latestArtifact": {"id": "QQ==", "versionIndex": 0}}
         return {"createArtifact": {"artifact": {"id": "QQ==", "state": "COMMITTED", "artifactSequence": sequence}}}
 
-    def _UpsertSweep(self, given):
-        self.sweeps["s1"] = given["config"]
+    def _UpsertSweep(self, variables):
+        self.sweeps["s1"] = variables["config"]
         project = {"id": "UA==", "name": "p", "entity": {"id": "RQ==", "name": "me"}}
         return {"upsertSweep": {"sweep": {"name": "s1", "project": project}, "configValidationWarnings": []}}
 
-    def _SweepWithRuns(self, given):
-        if given["sweep"] not in self.sweeps:
+    def _SweepWithRuns(self, variables):
+        if variables["sweep"] not in self.sweeps:
             return {"project": {"sweep": None}}
-        config = self.sweeps[given["sweep"]]
+        config = self.sweeps[variables["sweep"]]
         return {"project": {"sweep": {"id": "s", "name": "s1", "config": config, "runs": {"edges": []}}}}
 
-    def _CreateAgent(self, given):
+    def _CreateAgent(self, variables):
         return {"createAgent": {"agent": {"id": "a1"}}}
 
-    def _Heartbeat(self, given):
-        running = json.loads(given["runState"])
+    def _Heartbeat(self, variables):
+        running = json.loads(variables["runState"])
         commands = [] if running else [self.commands.pop(0)] if self.commands else [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(commands)}}
 
@@ -114,10 +121,10 @@ class WandbServer:
     def answer(self, request: BaseHTTPRequestHandler) -> bytes:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         if self.silent.is_set():
-            self.over.wait()  # accepted, and never answered
+            self.over.wait()  # accepts the connection, but never answers
         if request.path == "/graphql":
-            asked = json.loads(body)
-            return json.dumps({"data": self.graphql(asked["query"], asked.get("variables") or {})}).encode()
+            query = json.loads(body)
+            return json.dumps({"data": self.graphql(query["query"], query.get("variables") or {})}).encode()
         if stream := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
             self.file_stream(stream[1], json.loads(body))
         elif request.path.startswith("/upload/"):
@@ -133,7 +140,7 @@ def wandb_server() -> Iterator[WandbServer]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client may be gone
                 content = state.answer(self)
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -150,7 +157,7 @@ def wandb_server() -> Iterator[WandbServer]:
         daemon_threads = True
 
         def handle_error(self, *arguments) -> None:
-            pass  # who asked is gone
+            pass  # the client is gone
 
     server = Server(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{server.server_port}"

@@ -68,7 +68,9 @@ def test_all_damaged_checkpoints_are_named(tmp_path):
         write_checkpoint(checkpoint(step), path, 2)
     path.write_bytes(b"")
     write_checkpoint({"global_step": 1}, tmp_path / "last.1.ckpt")
-    with pytest.raises(UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*start a new run"):
+    with pytest.raises(
+        UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*Restore a good one as"
+    ):
         newest_intact(path)
     assert path.exists()
 

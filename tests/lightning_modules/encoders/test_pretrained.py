@@ -82,6 +82,11 @@ def test_encoder_is_built_from_a_json_description(encoder):
     assert torch.equal(vectors(again.eval()), vectors(encoder))
 
 
+def test_state_dict_is_read_with_weights_only(encoder, tmp_path):
+    torch.save(encoder.state_dict(), tmp_path / "weights.pt")
+    assert torch.load(tmp_path / "weights.pt", weights_only=True).keys() == encoder.state_dict().keys()
+
+
 def test_encoding_for_several_tasks_equals_encoding_for_each(encoder):
     together = encoder.encode(TEXTS, tasks=list(TASKS), token_budget=64)
     assert list(together) == list(TASKS)

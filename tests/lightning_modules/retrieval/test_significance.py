@@ -1,4 +1,4 @@
-"""Significance tests against scipy, and on values whose truth is known."""
+"""Significance tests against SciPy, and on values with a known difference."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from lightning_modules.retrieval.significance import bootstrap_interval, compare
 
 
 def values(num_queries: int, better: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two systems (1, Q) with nDCG-like values, the first better by about that much."""
+    """Return the values of two systems, (1, Q) each, like nDCG; the first is better by about that much."""
     rng = np.random.default_rng(seed)
     queries = rng.beta(0.6, 0.8, num_queries)
     a, b = (np.clip(queries + shift + rng.normal(0, 0.2, num_queries), 0, 1) for shift in (better, 0.0))
     return a[None], b[None]
 
 
-def test_p_is_scipys_exactly_where_all_assignments_are_counted():
+def test_p_equals_scipy_if_all_assignments_are_counted():
     for seed in range(20):
         a, b = values(9, 0.05, seed)
         b[0, :2] = a[0, :2]  # ties
@@ -26,23 +26,23 @@ def test_p_is_scipys_exactly_where_all_assignments_are_counted():
 
 
 @pytest.mark.parametrize("better", [0.0, 0.02, 0.05])
-def test_p_and_interval_are_scipys_up_to_chance(better):
+def test_p_and_interval_equal_scipy_up_to_chance(better):
     a, b = values(300, better, seed=3)
-    found = compare(a, b)
+    comparison = compare(a, b)
     scipy = stats.permutation_test(
         (a[0], b[0]), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=10_000, rng=1
     )
     deviation = np.sqrt(2 * max(scipy.pvalue, 1e-4) / 10_000)  # of the difference of two such estimates
-    assert found.p == pytest.approx(scipy.pvalue, abs=4 * deviation)
+    assert comparison.p == pytest.approx(scipy.pvalue, abs=4 * deviation)
     differences = (a - b)[0]
     theirs = stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=10_000, rng=1)
     error = differences.std() / np.sqrt(len(differences))
-    assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.1 * error)
-    assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.1 * error)
+    assert comparison.low == pytest.approx(theirs.confidence_interval.low, abs=0.1 * error)
+    assert comparison.high == pytest.approx(theirs.confidence_interval.high, abs=0.1 * error)
 
 
-def test_equal_systems_differ_no_more_often_than_the_level_and_a_better_one_is_found_as_by_the_t_test():
-    """Over 200 draws. At a level of 5 % more than 20 false alarms in 200 have a chance of 0.1 %."""
+def test_false_alarms_stay_within_the_level_and_power_equals_that_of_the_t_test():
+    """At a level of 5 %, more than 20 false alarms in 200 draws have a chance of 0.1 %."""
 
     def significant(better: float) -> tuple[int, int]:
         pairs = [values(150, better, seed) for seed in range(200)]
@@ -55,7 +55,7 @@ def test_equal_systems_differ_no_more_often_than_the_level_and_a_better_one_is_f
     assert abs(ours - theirs) <= 4
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_contain_the_truth_at_their_level():
     inside = 0
     for seed in range(200):
         a = np.random.default_rng(seed).normal(0.3, 1.0, (1, 100))
@@ -77,15 +77,15 @@ def test_seeds_that_disagree_widen_the_interval_and_average_in_p():
     assert one.spread_b is None
 
 
-def test_wins_ties_losses_and_what_is_equal():
+def test_wins_ties_and_losses_are_counted():
     a, b = np.array([[1.0, 0.5, 0.1 + 0.2, 0.0]]), np.array([[0.0, 0.7, 0.3, 0.0]])
-    found = compare(a, b)
-    assert (found.wins, found.ties, found.losses) == (1, 2, 1)
+    comparison = compare(a, b)
+    assert (comparison.wins, comparison.ties, comparison.losses) == (1, 2, 1)
     same = compare(a, a)
     assert (same.p, same.difference, same.low, same.high) == (1.0, 0.0, 0.0, 0.0)
 
 
-def test_holm():
+def test_holm_correction():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []

@@ -34,7 +34,7 @@ def test_auto_is_bf16_only_on_cpus_with_amx(amx, monkeypatch):
     for has_amx, expected in ((True, "bf16"), (False, "fp32")):
         amx(has_amx)
         assert precision_of(load_config("moe", ["trainer.precision=auto"])) == expected
-        assert next(doctor.where()).found.endswith(f"training in {expected}")
+        assert next(doctor.devices()).finding.endswith(f"training in {expected}")
 
 
 @pytest.mark.slow
@@ -98,6 +98,6 @@ def test_doctor_measures_the_speed_of_bf16(amx, monkeypatch):
         monkeypatch.setattr(precision, "bf16_speed", lambda speed=speed: speed)
         line = doctor.bf16()
         assert line.state == state
-        assert f"{speed:.1f} times as fast as in fp32; trainer.precision=auto is fp32" in line.found
+        assert f"{speed:.1f} times as fast as in fp32; trainer.precision=auto is fp32" in line.finding
     monkeypatch.undo()
     assert 0.05 < precision.bf16_speed() < 50

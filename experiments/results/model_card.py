@@ -9,6 +9,7 @@ from typing import Any
 
 from datamodules.files import read_json
 from experiments.config.paths import read_config
+from experiments.results.results import Results, read_results
 from lightning_modules.encoders.base import Encoder
 
 CARD = "README.md"
@@ -105,7 +106,7 @@ def _training(run: Path, task: str) -> list[str]:
     if manifest:
         sections.append(_run(config, manifest))
     if (run / "results.json").is_file():
-        sections.append(_results(read_json(run / "results.json"), task))
+        sections.append(_results(read_results(run / "results.json"), task))
     return sections
 
 
@@ -128,22 +129,22 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     return f"## Training\n\n{text}\n\n{block}\n\nWith {versions}.{commit}"
 
 
-def _results(results: Mapping[str, Any], task: str) -> str:
+def _results(results: Results, task: str) -> str:
     """Return the results on the benchmarks of a task, or on all of them."""
     if task == "average":
         return (
             "## Results\n\nThe average of the experts was not measured in the run. `make eval model=THIS FOLDER` "
             "measures it."
         )
-    metrics = results["metrics"]
+    info = results.info
     rows = [
-        (name, system, *(f"{scores[metric]:.4f}" for metric in metrics))
-        for name, result in results["benchmarks"].items()
-        if task in ("", result["task"])
-        for system, scores in result["systems"].items()
+        (name, system, *(f"{result.metrics[metric]:.4f}" for metric in info.metrics))
+        for name, table in results.benchmarks.items()
+        if task in ("", table.task)
+        for system, result in table.systems.items()
     ]
-    text = f"{results['split']} split, {results['checkpoint']} of step {results['checkpoint_step']}."
-    return f"## Results\n\n{text}\n\n{_table(['benchmark', 'system', *metrics], rows)}"
+    text = f"{info.split} split, {info.checkpoint} of step {info.checkpoint_step}."
+    return f"## Results\n\n{text}\n\n{_table(['benchmark', 'system', *info.metrics], rows)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

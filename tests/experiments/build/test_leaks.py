@@ -41,6 +41,7 @@ def built(config):
     return task
 
 
+@pytest.mark.slow
 def test_leaks_are_warned_about_stripped_or_refused(leaking, tmp_path, caplog):
     folder, train = leaking
     summary = "searches, test queries: 3 by text"
