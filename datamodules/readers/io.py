@@ -222,8 +222,8 @@ def _not_text(text: str) -> str:
 
 # --- JSON that is larger than memory ---
 #
-# ijson reads such files too, but it stops at the first invalid entry and does not report its line. This code does report
-# it, and continues after the entry under on_error="skip".
+# ijson reads such files too, but it stops at the first invalid entry without reporting its line. This code reports it,
+# and continues after the entry under on_error="skip".
 
 
 def _read_key(window: _JsonWindow, what: str) -> str:
