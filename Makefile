@@ -134,6 +134,7 @@ check: ## check formatting, lint, sweep files, and the wording of comments and m
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweep moe check=yes
+	@$(PY) -m tests.language -v
 
 bench: $(STAMP) ## measure speed: make bench BENCH=encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)

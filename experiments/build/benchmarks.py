@@ -82,7 +82,7 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:
-    """Return the benchmark of a folder, or those of a run's collections. config: of the run."""
+    """Return the benchmark of a folder, or those of a run's collections. config: configuration of the run."""
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:

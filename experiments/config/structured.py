@@ -67,7 +67,7 @@ def describe(error: OmegaConfBaseException) -> str:
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a dataclass. Names that users choose, such as those of tasks, have none."""
+    """Yield all dotted keys of a dataclass. Names that users choose, such as tasks, are not keys."""
     for key, hint in typing.get_type_hints(schema).items():
         yield f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):

@@ -198,34 +198,30 @@ class Controller:
             with trial.lock(wait) as lock:
                 if lock is None:
                     return False
-                state = self.states().get(trial.number, {}).get("state")
+                recorded = self.states().get(trial.number, {})
+                trial = dataclasses.replace(trial, values=recorded.get("parameters", trial.values))
+                state = recorded.get("state")
                 if trial.has_results and state != "finished":  # run by a job array, or for a killed controller
                     self._record(trial, "finished", value=self._best(trial))
                 elif state not in ENDED and (state != "failed" or self.retry_failed):
-                    self._run_to_its_end(self._with_values(trial), slot, lock)
+                    self._run_to_its_end(self._start(trial), slot, lock)
             return True
         finally:
             self._slots.put(slot)
 
-    def _with_values(self, trial: Trial) -> Trial:
-        """Record that a trial starts, and return it with the values of its parameters."""
+    def _start(self, trial: Trial) -> Trial:
+        """Record that a trial starts, and return it. With `method: bayes`, this chooses its values."""
         with lock_file(self.folder / "trials.lock"):  # one controller at a time chooses values
-            states = self.states()
-            if self.sweep.method == "bayes":
-                trial = dataclasses.replace(trial, values=self._suggest(trial, states))
-                self.trials[trial.number] = trial
+            if not trial.values:
+                past = [
+                    (row["parameters"], self._best(self.trials[number]))
+                    for number, row in sorted(self.states().items())
+                    if row["state"] != "failed" and number < len(self.trials)
+                ]
+                values = suggest_trial(self.sweep.parameters, past, self.sweep.maximize, trial.number)
+                trial = dataclasses.replace(trial, values=values)
             self._record(trial, "started")
         return trial
-
-    def _suggest(self, trial: Trial, states: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
-        if trial.number in states:
-            return states[trial.number]["parameters"]
-        past = [
-            (row["parameters"], self._best(self.trials[number]))
-            for number, row in sorted(states.items())
-            if row["state"] != "failed" and number < len(self.trials)
-        ]
-        return suggest_trial(self.sweep.parameters, past, self.sweep.maximize, trial.number)
 
     def _run_to_its_end(self, trial: Trial, slot: int, lock: IO[str]) -> None:
         """Run a trial, again whenever it is preempted, until it finishes, fails or is stopped."""

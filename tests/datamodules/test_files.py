@@ -1,4 +1,4 @@
-"""Files and folders are replaced whole, or stay as they are."""
+"""Files and folders are replaced whole, or stay unchanged."""
 
 import contextlib
 

@@ -344,6 +344,8 @@ def test_bayes_records_the_values_it_chooses_and_resumes_with_them(make_sweep, t
     chosen = {row["trial"]: row["parameters"] for row in rows}
     for number in (2, 3):
         (output / f"t00{number}" / "results.json").unlink()
+    with open(output / "trials.jsonl", "a") as file:  # as if the controller had been killed, and then trial 1 had ended
+        file.write(json.dumps({"trial": 1, "state": "started", "parameters": chosen[1]}) + "\n")
     with open(output / "trials.jsonl", "a") as file:  # as if trial 2 had been killed, and trial 3 had never started
         file.write(json.dumps({"trial": 2, "state": "started", "parameters": chosen[2]}) + "\n")
     lines = [line for line in (output / "trials.jsonl").read_text().splitlines() if json.loads(line)["trial"] != 3]
