@@ -49,7 +49,7 @@ help: ## show this page
 
 # One stamp per set of extras, so that nothing is installed twice.
 STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, minilm, mteb, onnx, sentence-transformers, svm, zst, dev)
+install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, minilm, mteb, onnx, sentence-transformers, svm, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -134,6 +134,7 @@ check: ## check formatting, lint, sweep files, and the wording of comments and m
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweep moe check=yes
+	@$(PY) -m tests.language -v
 
 bench: $(STAMP) ## measure speed: make bench BENCH=encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)

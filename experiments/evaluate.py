@@ -18,7 +18,7 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.models import ModelOptions, System, config_of_run, load_systems, run_of, short_name
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
-from experiments.results.paper_tables import show, show_cost, show_suite
+from experiments.results.result_tables import show, show_cost, show_suite
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks

@@ -147,7 +147,7 @@ class MtebEncoder:
     mteb has types of tasks, but no experts: EXPERTS maps one to the other. Titles and texts of mteb's documents are
     joined as in training.
 
-    name: of the model in mteb's results. similarity: "dot" or "cosine".
+    name: name of the model in mteb's results. similarity: "dot" or "cosine".
     experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
     token_budget: maximum number of padded tokens per forward pass.
     """

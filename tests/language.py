@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RULES = {
-    r"\b(is|are|was|were|be) told\b(?! to\b)|\btold (of|by)\b|\btells? (of|whether|where|when)\b": "shows, reports",
+    r"\b(is|are|was|were|be) told(?= of\b| by\b| in\b|[.,;:)]|$)": "shows, reports",
+    r"\btold (of|by)\b|\btells? (of|whether|where|when)\b": "shows, reports",
     r"\b(stands?|stood) (in|beside|there|behind|on|for it)\b": "is in, is next to, is stored in",
     r"\b(lies|lay) (in|beside|there|below|at)\b|\bwhere [\w ]*\b(lies|lie)\b": "is in, is stored in",
     r"\b(go|goes|went|gone) on\b": "resumes, continues",

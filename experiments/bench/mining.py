@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Document, MiningPool, Ragged
+from experiments.bench.timing import peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.mining.mine import MiningOptions, mine
@@ -67,18 +67,18 @@ def main(arguments: Sequence[str]) -> None:
     pool = _pool(document_clusters, query_clusters)
     vectors = RandomVectors(pool, documents, queries)
     mining = MiningOptions(k=options.k, memory_mb=options.memory_mb, backend=options.backend)
-    before, start, cpu_start = _megabytes(), time.perf_counter(), time.process_time()
+    before, start, cpu_start = peak_memory(), time.perf_counter(), time.process_time()
     mined = mine(vectors.encoder, pool, options=mining, vectors=vectors)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     for line in table({"random": report(mined, step=0)}):
         log.info("%s", line)
     log.info(
-        "%s, %d threads: %.1f s (%.1f s of CPU time), %.0f MB besides the vectors",
+        "%s, %d threads: %.1f s (%.1f s of CPU time), %.2f GB besides the vectors",
         options.backend,
         options.threads,
         seconds,
         cpu_seconds,
-        _megabytes() - before,
+        peak_memory() - before,
     )
 
 
@@ -112,10 +112,6 @@ def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPo
         empty,
         empty,
     )
-
-
-def _megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:
-    """Return the benchmark of a folder, or those of a run's collections. config: of the run."""
+    """Return the benchmark of a folder, or those of a run's collections. config: configuration of the run."""
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:
@@ -249,7 +249,7 @@ def _labels_ranked_first(
     if config.names_first == "no":
         return None
     if config.names_first == "words":
-        return NameMatcher(corpus).of_all(queries.values())
+        return NameMatcher(corpus).match(queries.values())
     named = collections.reader(config).named_labels()
     if without := next((query for query in queries if query not in named), None):
         raise UserError(f"names_first: the published file has no names for query {without!r}")

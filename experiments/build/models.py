@@ -76,10 +76,7 @@ class ModelOptions:
         return self.load(config, task=task).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def similarity_of(self, config: Config | None) -> str:
-        """Return the similarity that a model was trained with: that of its run, or dot for the authors' checkpoints.
-
-        Other models are compared by cosine.
-        """
+        """Return the default similarity: that of the model's run, dot for the authors' checkpoints, else cosine."""
         if config:
             return config.objective.similarity
         return "dot" if self.backbone else "cosine"
@@ -127,8 +124,8 @@ def config_of_run(run: Path | None) -> Config | None:
 class System:
     """A model under evaluation.
 
-    name: in tables and names of files. model: what was loaded. encoder, vectors: None for BM25.
-    similarity: of benchmarks that have none of their own.
+    name: its name in tables and file names. model: path or name that it was loaded from.
+    encoder, vectors: None for BM25. similarity: "dot", "cosine" or "l2", for benchmarks without their own.
     """
 
     name: str
@@ -159,8 +156,9 @@ def load_systems(
 ) -> list[System]:
     """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
 
-    models: name in tables -> model; "bm25" needs no loading. config: of the run that the model belongs to.
-    similarities: by default each model's own. task: the only task of a plain model, which by default has three.
+    models: name in tables -> model; "bm25" needs no loading. config: configuration of the model's run, if any.
+    similarities: similarities to compare, by default each model's own.
+    task: the only task of a plain model, which by default has the paper's three.
     max_length: maximum number of tokens of a text, by default the model's.
     vectors_folder: folder in which vectors are kept.
     """

@@ -185,7 +185,7 @@ def largest_differences(
 ) -> dict[str, list[dict[str, Any]]]:
     """Describe the queries on which A, and those on which B, is furthest ahead.
 
-    name: of the benchmark. values_a, values_b: values of the queries, (Q,). count: number of queries for each side.
+    name: name of the benchmark. values_a, values_b: values of the queries, (Q,). count: queries for each side.
     """
     differences = values_a - values_b
     order = np.argsort(-differences, kind="stable")

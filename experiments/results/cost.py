@@ -67,7 +67,7 @@ class CostMeter:
 def total_cost(costs: Sequence[Cost], encode_seconds: Sequence[float]) -> Cost:
     """Add up the costs of one system on several benchmarks; memory is the largest.
 
-    encode_seconds: of each benchmark. The sum has money only if every cost does.
+    encode_seconds: seconds of encoding for each benchmark. The sum has money only if every cost does.
     """
     encoding = sum(seconds for cost, seconds in zip(costs, encode_seconds, strict=True) if cost.texts)
     texts, devices = sum(cost.texts for cost in costs), max(cost.devices for cost in costs)

@@ -10,7 +10,7 @@ from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.config.schema import Config
-from experiments.results.paper_tables import show
+from experiments.results.result_tables import show
 from experiments.results.results import (
     Benchmarks,
     Results,

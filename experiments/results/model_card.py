@@ -58,7 +58,7 @@ def _usage(encoder: Encoder, similarity: str, task: str) -> str:
             note += f"\n\nEvery text starts with `{prompt}`, which sentence-transformers adds automatically."
     else:
         code = [
-            "from lightning_modules.encoders.loading import load_encoder",
+            "from lightning_modules import load_encoder",
             "",
             'encoder = load_encoder("THIS FOLDER")',
             f'vectors = encoder.encode(["some text"], task="{next(iter(encoder.tasks))}")',

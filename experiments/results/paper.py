@@ -72,7 +72,7 @@ class Cell:
 class Column:
     """What a column measures.
 
-    queries, documents: their numbers, if known. similarity: of the protocol, if it has its own.
+    queries, documents: their numbers, if known. similarity: the similarity of the protocol, if it has its own.
     """
 
     protocol: str
@@ -97,7 +97,7 @@ class PaperTable:
 class CellComparison:
     """A cell of the paper and our value.
 
-    ours: in percent, None if it was not measured.
+    ours: our value in percent, None if it was not measured.
     verdict: "reproduced" if our value rounds to the paper's. remark: why the values are not comparable.
     """
 

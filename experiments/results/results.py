@@ -33,10 +33,10 @@ class SystemResult:
     """The metrics of one system on one benchmark, and how they were measured.
 
     metrics: name -> value, 1 is best.
-    model: what was loaded. fingerprint: of its weights, arguments and vocabulary.
+    model: path or name of the model. fingerprint: hash of its weights, arguments and vocabulary.
     max_length: maximum number of tokens of a text.
     texts: number of documents and queries that have vectors. seconds: stage -> seconds.
-    draws, spread: in few-shot learning the number of draws, and the standard deviation of each metric over them.
+    draws, spread: number of draws in few-shot learning, and standard deviation of each metric over them.
     """
 
     metrics: dict[str, float]
@@ -186,8 +186,8 @@ def evaluate_system(
 ) -> Benchmarks:
     """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
 
-    metrics: used if the benchmark has none of its own. folder: for the run files.
-    token_budget: maximum number of padded tokens per forward pass. precision: of the encoder.
+    metrics: names of the metrics, unless the benchmark has its own. folder: folder for the run files.
+    token_budget: maximum number of padded tokens per forward pass. precision: "fp32", "bf16" or "auto".
     """
     if system.encoder is None and importlib.util.find_spec("bm25s") is None:
         log.warning("bm25s is not installed: the table has no BM25 (pip install bm25s)")

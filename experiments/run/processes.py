@@ -1,6 +1,7 @@
-"""Several processes for one command: started here by torchrun's launcher, or beforehand by a user's torchrun or srun.
+"""Run evaluate, mine or embed in several processes, started here, or by the user with torchrun or srun.
 
-Evaluating, mining and embedding use this; Lightning starts the ranks of a training.
+Here torchrun's launcher starts them. Lightning's launcher, which training uses, would end the command with SIGKILL if a
+process fails, without a useful status.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from datamodules.records import UserError
 from lightning_modules.distributed import launch
 
-LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable: process id of the command that launched this process
-GRACE = 10.0  # seconds that a rank waits with its error, so that the rank that caused it can print it and exit first
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the process id of the command that launched this process
+GRACE = 10.0  # seconds that a rank waits before it raises an error that another rank may have caused
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent ends
 TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str], devices: int) -> None:
-    """Do the work of a command on `devices` processes of this machine, the ranks of one torch.distributed group.
+    """Share the work of a command among `devices` processes of this machine, the ranks of torch.distributed.
 
-    command, arguments: module and arguments that each process runs again. In there, and in a process of torchrun or
-    srun, this calls `work` as one of the ranks. If one rank fails, all end.
-    Raises UserError for devices that do not exist, or that differ from the number of processes of the launcher.
+    work: function that each rank calls.
+    command, arguments: module and arguments that each process runs. They lead to this function again, which then calls
+        `work`, as it does in the processes of a user's torchrun or srun.
+    If one rank fails, all end. Raises UserError if there are fewer GPUs than devices, or if a launcher has started
+    another number of processes.
     """
     num_ranks = launch.num_ranks()
     if num_ranks == 1 and devices > 1:
@@ -51,16 +53,16 @@ def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str
 
 
 def launch_processes(command: str, arguments: Sequence[str], devices: int) -> None:
-    """Run `python -m command arguments` in `devices` processes, with the environment variables of torchrun.
+    """Run `python -m command arguments` in `devices` processes, which have the environment variables of torchrun.
 
-    If one fails, the others are ended. Raises UserError if a process was killed or failed unexpectedly; after an error
-    that the process has printed, exits with its status.
+    If one fails, the others are ended, and this process exits with status 2 if the failed one has printed a UserError.
+    Raises UserError if it was killed, or failed in another way.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in TORCHRUN_LOGGERS:  # they would repeat each failure
+    for name in TORCHRUN_LOGGERS:  # they report each failure again
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
@@ -94,9 +96,9 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
 
 
 def end_with_launcher() -> None:
-    """Make sure that this process ends with the command that launched it, whatever ends that one.
+    """Make sure that this process ends when the command that launched it ends.
 
-    torchrun's launcher ends its processes in an orderly shutdown, but they would outlive its SIGKILL.
+    torchrun's launcher stops its processes when it shuts down, but they would outlive it if it is killed.
     """
     if LAUNCHER not in os.environ:
         return
@@ -118,7 +120,7 @@ def _watch(launcher: int) -> None:
 
 
 def _work_as_rank(work: Callable[[], None]) -> None:
-    """Do the work within the process group of all ranks, on this rank's own GPU if there are GPUs."""
+    """Call work as one rank of the process group, on a GPU of its own if there are GPUs."""
     if "RANK" not in os.environ:
         _translate_slurm()
     try:
@@ -129,8 +131,8 @@ def _work_as_rank(work: Callable[[], None]) -> None:
         work()
         dist.barrier()
     except (UserError, RuntimeError) as error:
-        # This error may be another rank's, raised here too, or its consequence. The launcher then ends this process
-        # while it waits, so that the error is printed once.
+        # If another rank has raised the same error, or caused this one, the launcher ends this process while it waits.
+        # So the error is printed once.
         if launch.rank() > 0 or isinstance(error, RuntimeError):
             time.sleep(GRACE)
         raise
@@ -140,7 +142,9 @@ def _work_as_rank(work: Callable[[], None]) -> None:
 
 
 def _translate_slurm() -> None:
-    """Set the variables that torch.distributed reads from those of srun."""
+    """Set the environment variables that torch.distributed reads, from those of srun."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
     first_node = SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
     os.environ.setdefault("MASTER_ADDR", first_node)
     os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10_000))

@@ -15,7 +15,8 @@ differ, and one of them is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,17 +77,11 @@ def from_reference(
         raise UserError(f"{source}: was trained with factor_rep, which is not supported")
 
     weights = _one_tower(checkpoint["model_dict"], source, tower)
-    num_experts = max((int(m[4]) + 1 for key in weights if (m := _expert_key(key))), default=0)
-    gates = {match[1] for key in weights if (match := GATE.fullmatch(key))}  # layers, or None for one common gate
-    use_gates = bool(settings.get("use_infer_expert"))
-    if use_gates != bool(gates):
-        raise UserError(
-            f"{source}: encoder_params have use_infer_expert {use_gates}, but the weights contain "
-            f"{'a' if gates else 'no'} gate"
-        )
-    names: Sequence[str] = EXPERTS
-    if gates or num_experts != len(EXPERTS):
-        names = tuple(f"expert{e}" for e in range(num_experts))
+    experts = _find_experts(weights)
+    _check_settings(settings, experts, backbone.config.num_hidden_layers, source)
+    names = EXPERTS
+    if experts.gates or experts.number != len(EXPERTS):
+        names = tuple(f"expert{e}" for e in range(experts.number))
     renamed = {_our_key(key, names): tensor for key, tensor in weights.items()}
 
     mean = bool(settings.get("mean_pool"))  # the authors' code normalizes means
@@ -97,21 +92,47 @@ def from_reference(
         "max_length": settings.get("max_length", backbone.config.max_position_embeddings),
     }
     tasks = {name: name for name in EXPERTS}
-    if not num_experts:
+    if not experts.number:
         return SharedEncoder(backbone, tokenizer, tasks, **arguments), renamed
-    in_attention = {int(m[2]) for key in weights if (m := ATTENTION.fullmatch(key))}
-    in_ffn = {int(m[2]) for key in weights if (m := FEED_FORWARD.fullmatch(key))}
-    layers = sorted(in_attention | in_ffn)
-    _check_settings(settings, num_experts, layers, backbone.config.num_hidden_layers, source)
-    arguments |= {"attention": bool(in_attention), "ffn": bool(in_ffn), "layers": layers}
-    if not gates:
+    arguments |= {"attention": bool(experts.attention), "ffn": bool(experts.ffn), "layers": experts.layers}
+    if not experts.gates:
         return MoEEncoder(backbone, tokenizer, {name: name for name in names}, **arguments), renamed
     arguments |= {
-        "num_experts": num_experts,
+        "num_experts": experts.number,
         "level": "token" if "tok" in str(settings.get("moe_type")) else "sequence",
-        "gate_per_layer": gates != {None},
+        "gate_per_layer": experts.gates != {None},
     }
     return RoutedEncoder(backbone, tokenizer, tasks, **arguments), renamed
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The experts that the keys of a checkpoint show.
+
+    number: number of experts.
+    attention, ffn: layers that have experts there.
+    gates: layers that have a gate, or None for one that all layers share.
+    """
+
+    number: int
+    attention: set[int]
+    ffn: set[int]
+    gates: set[str | None]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.attention | self.ffn)
+
+
+def _find_experts(keys: Iterable[str]) -> _Experts:
+    attention = [match for key in keys if (match := ATTENTION.fullmatch(key))]
+    ffn = [match for key in keys if (match := FEED_FORWARD.fullmatch(key))]
+    return _Experts(
+        number=max((int(match[4]) + 1 for match in attention + ffn), default=0),
+        attention={int(match[2]) for match in attention},
+        ffn={int(match[2]) for match in ffn},
+        gates={match[1] for key in keys if (match := GATE.fullmatch(key))},
+    )
 
 
 def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> dict[str, Tensor]:
@@ -154,10 +175,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return shared or a.equal(b)
 
 
-def _expert_key(key: str) -> re.Match | None:
-    return ATTENTION.fullmatch(key) or FEED_FORWARD.fullmatch(key)
-
-
 def _our_key(key: str, experts: Sequence[str]) -> str:
     """Translate the authors' name of a tensor into ours."""
     if match := ATTENTION.fullmatch(key):
@@ -174,14 +191,23 @@ def _our_key(key: str, experts: Sequence[str]) -> str:
     return f"backbone.{key}"
 
 
-def _check_settings(settings: Mapping[str, Any], num_experts: int, layers: list[int], depth: int, source: str) -> None:
+def _check_settings(settings: Mapping[str, Any], experts: _Experts, num_layers: int, source: str) -> None:
     """Raise UserError if the settings contradict the tensors."""
-    if settings.get("num_expert") != num_experts:
-        number = settings.get("num_expert")
-        raise UserError(f"{source}: encoder_params have num_expert {number}, but the weights contain {num_experts}")
+    use_gates = bool(settings.get("use_infer_expert"))
+    if use_gates != bool(experts.gates):
+        raise UserError(
+            f"{source}: encoder_params have use_infer_expert {use_gates}, but the weights contain "
+            f"{'a' if experts.gates else 'no'} gate"
+        )
+    if not experts.number:
+        return
+    if (number := settings.get("num_expert")) != experts.number:
+        raise UserError(f"{source}: encoder_params have num_expert {number}, but the weights contain {experts.number}")
     rule = str(settings.get("moe_type", "")).partition(":")[0]
-    if rule and (expected := expert_layers(rule, depth)) != layers:
-        raise UserError(f"{source}: moe_type {rule} means experts in layers {expected}, but the weights have {layers}")
+    if rule and (expected := expert_layers(rule, num_layers)) != experts.layers:
+        raise UserError(
+            f"{source}: moe_type {rule} means experts in layers {expected}, but the weights have {experts.layers}"
+        )
 
 
 def to_reference(encoder: Encoder) -> dict[str, Any]:

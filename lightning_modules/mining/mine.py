@@ -106,14 +106,14 @@ def mine(
 ) -> Mined:
     """Return the hard negatives of all queries of a pool. Ranks share the queries, and all have the result.
 
-    encoder: scores the candidates; None for miners that need no vectors, without margins.
-    miner: proposes the candidates, by default DenseMiner.
-    similarity: "dot" or "cosine", of the encoder.
-    vectors: the encoder's vectors, to keep them; by default a cache in memory, with the given similarity.
-    guide: vectors of a guide model, for options.guide_margin.
-    pools: those of all tasks, for miners that need them.
+    encoder: encoder that scores the candidates; None for miners that need no vectors, without margins.
+    miner: miner that proposes the candidates, by default DenseMiner.
+    similarity: "dot" or "cosine", the similarity that the encoder was trained with.
+    vectors: cache of the encoder's vectors, by default one in memory, with the given similarity.
+    guide: cache of a guide model's vectors, for options.guide_margin.
+    pools: pools of all tasks, for miners that take something from other tasks.
     seeds: seeds of the sampling.
-    prepared: what is computed once for the pool, to keep it for the next call.
+    prepared: results that are computed once for the pool, such as an index. Give the same dict to the next call.
     Raises UserError if the options do not fit the pool, or the encoder is missing.
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
@@ -156,11 +156,11 @@ def _check_size(pool: MiningPool, options: MiningOptions) -> None:
 class Mining:
     """Mines hard negatives for all tasks of a training.
 
-    miners: task -> its miner; other tasks are not mined.
+    miners: miner of each task; other tasks are not mined.
     folder: folder of cached vectors.
-    similarity, token_budget: as in training.
+    similarity, token_budget: similarity and maximum number of padded tokens per forward pass, as in training.
     seed: seed of the sampling.
-    guide: the guide model of options.guide.
+    guide: guide model that options.guide names.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Mining:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides, besides encoder and data, which negatives are mined; in plain containers."""
+        """The settings that decide, besides encoder and data, which negatives are mined, in plain containers."""
         names = (f.name for f in dataclasses.fields(MiningOptions) if f.name not in ("memory_mb", "backend"))
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.description for task, miner in self.miners.items()}
@@ -196,9 +196,11 @@ class Mining:
         return self._cache(encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget)
 
     def run(self, vectors: VectorCache | None, pools: Sequence[MiningPool], step: int = 0) -> dict[str, Mined]:
-        """Return what was mined for each task with a miner. All ranks call this together.
+        """Mine for each task that has a miner. All ranks call this together.
 
-        vectors: cache of the encoder's vectors; None if nothing needs an encoder. step: a seed of the sampling.
+        vectors: cache of the encoder's vectors; None if nothing needs an encoder.
+        pools: pools of all tasks.
+        step: optimizer step, a further seed of the sampling.
         Raises UserError if a task has no negatives left.
         """
         guide = None
@@ -231,7 +233,7 @@ class Mining:
 
 
 class _BlockMiner:
-    """Mines a block of a pool's queries. guide: the guide model's vectors of queries and documents."""
+    """Mines a block of a pool's queries. guide: vectors of queries and documents by the guide model."""
 
     def __init__(
         self,
@@ -309,9 +311,9 @@ class _BlockMiner:
         positives: Ragged,
         scores: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores of each query's positive (Q,) and candidates (Q, k) by vectors of queries and documents.
+        """Return the scores of each query's positive (Q,) and candidates (Q, k).
 
-        scores: those of the candidates if they are known.
+        vectors: vectors of queries and documents. scores: scores of the candidates if they are known already.
         """
         queries, documents = vectors
         of_positives = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)
@@ -337,7 +339,7 @@ def _lists_of(lists: Ragged, queries: range) -> Ragged:
 
 
 def _joined_pools(pools: Sequence[Mined]) -> Mined:
-    """Join what was mined from a task's pools, in the order of their examples."""
+    """Join the results of a task's pools, in the order of their examples."""
     offsets = np.cumsum([0, *(pool.texts.max(initial=-1) + 1 for pool in pools)])
     return _joined(
         [dataclasses.replace(pool, texts=pool.texts + offset) for pool, offset in zip(pools, offsets, strict=False)]
@@ -345,7 +347,7 @@ def _joined_pools(pools: Sequence[Mined]) -> Mined:
 
 
 def _joined(parts: Sequence[Mined]) -> Mined:
-    """Join what was mined for some queries, in their order. Numbers of texts stay as they are."""
+    """Join the results of consecutive queries. Numbers of texts are unchanged."""
     starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
     for part in parts:
         starts.append(part.negatives.starts[1:] + total)
@@ -374,9 +376,9 @@ def _none_left(task: str, removed: Mapping[str, int]) -> str:
 
 
 def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a number for the text of each document (M,) and query (Q,).
+    """Return a number for the text of each document, (M,), and of each query, (Q,).
 
-    Texts have equal numbers if they differ only in case and white space.
+    Two texts have the same number if they differ only in case and white space.
     """
     document_hashes, query_hashes = _text_hashes(corpus), _text_hashes(queries)
     numbers = np.unique(np.concatenate([document_hashes, query_hashes]), return_inverse=True)[1]

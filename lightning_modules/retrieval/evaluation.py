@@ -125,7 +125,8 @@ def evaluate(
 ) -> BenchmarkResult:
     """Evaluate an encoder on a benchmark. All ranks must call this.
 
-    metrics, similarity: used if the benchmark has none of its own. similarity: "dot", "cosine" or "l2".
+    metrics: names of the metrics, unless the benchmark has its own.
+    similarity: "dot", "cosine" or "l2", unless the benchmark has its own.
     token_budget: maximum number of padded tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
@@ -178,7 +179,11 @@ def rank_benchmark(
 
 
 class _Encoded(NamedTuple):
-    """query_ids: of this rank. queries: their vectors, (q, D). documents: of the corpus, or training papers, (M, D)."""
+    """The vectors of a benchmark.
+
+    query_ids: ids of this rank's queries. queries: their vectors, (q, D).
+    documents: vectors of the corpus, or of the training papers for a probe, (M, D).
+    """
 
     query_ids: list[str]
     queries: np.ndarray

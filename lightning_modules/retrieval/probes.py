@@ -237,7 +237,7 @@ def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.nda
 def predict_numbers(
     train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the number of each query, (q,), and C, chosen by R^2. numbers: of the training papers, (n,)."""
+    """Return the number of each query, (q,), and C, chosen by R^2. numbers: those of the training papers, (n,)."""
     model = _with_best_cost(_estimator(probe), probe, parallel=train.size > PARALLEL_FROM)
     with _quiet():
         model.fit(train.astype(np.float64), numbers)

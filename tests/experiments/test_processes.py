@@ -17,7 +17,7 @@ from lightning_modules.distributed import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
 
-NO_ZOMBIE = "Z"  # state of a process that has ended, but that nobody has waited for
+ZOMBIE = "Z"  # state in /proc of a process that has ended, but that nobody has waited for
 COMMAND = """
 import os, sys, time
 import torch.distributed as dist
@@ -63,7 +63,12 @@ def start(folder, what):
     (folder / "command.py").write_text(COMMAND)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "command", what], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "command", what],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
     )
     paths = [folder / f"pid-{rank}" for rank in range(2)]
     assert wait_until(lambda: all(path.exists() for path in paths) or process.poll() is not None, 90)
@@ -73,7 +78,7 @@ def start(folder, what):
 def is_running(pid):
     try:
         with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != NO_ZOMBIE
+            return stat.read().rpartition(")")[2].split()[0] != ZOMBIE
     except (FileNotFoundError, ProcessLookupError):
         return False
 

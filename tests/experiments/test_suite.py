@@ -12,7 +12,7 @@ from experiments.build.benchmarks import CollectionReader, build_benchmark
 from experiments.build.models import System
 from experiments.build.suite import load_suite
 from experiments.evaluate import main
-from experiments.results.paper_tables import show_cost
+from experiments.results.result_tables import show_cost
 from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
 from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered

@@ -15,8 +15,8 @@ from experiments.shared.console import table_console
 def show(benchmarks: Benchmarks, metrics: Sequence[str], title: str) -> None:
     """Print a table for each set of metrics: blocks of benchmarks, rows of systems, and their means at the end.
 
-    metrics: of benchmarks that name none. A narrow terminal shows only the first metrics that fit, a wide one also the
-    protocols; results.json has them all.
+    A narrow terminal shows only the first metrics that fit, a wide one also the protocols; results.json has them all.
+    metrics: metrics of benchmarks that name none.
     """
     console = table_console()
     groups: dict[tuple[str, ...], Benchmarks] = {}
