@@ -36,7 +36,7 @@ class BatchOptions:
 
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
-    num_batches: int = option(0, "batches of the whole training; 0 makes those of the trainer's max_steps", minimum=0)
+    num_batches: int = option(0, "batches of the whole training; 0 follows the trainer's max_steps", minimum=0)
     max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=3)
     token_budget: int = option(16384, "maximum number of padded tokens in a chunk", minimum=1)
     num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
@@ -44,7 +44,7 @@ class BatchOptions:
     carry_texts: bool = option(False, "whether batches contain their texts, for frozen models that score them")
     num_workers: int = option(0, "processes that prepare batches; 0 uses the training process", minimum=0)
     seed: int = option(0, "seed of the schedule and of everything that is sampled")
-    phases: tuple[Phase, ...] = option((Phase(0),), "shares of the tasks, from given steps on; by default in turns")
+    phases: tuple[Phase, ...] = option((Phase(0),), "phases of the schedule; by default tasks take turns throughout")
     cache: str = option("", "folder of converted collections; empty keeps collections in memory")
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class BatchOptions:
 
 
 def sampled_by_grade(example: Example, count: int, rng: random.Random) -> list[int]:
-    """Sample up to `count` positives without replacement, in proportion to their grades."""
+    """Sample up to `count` positives without replacement, with probabilities proportional to their grades."""
     remaining = dict(zip(example.positives, example.grades, strict=True))
     sampled: list[int] = []
     while remaining and len(sampled) < count:
@@ -74,7 +74,7 @@ def padded(lists: Sequence[Sequence[int]]) -> Tensor:
 
 
 def text_key(ids: np.ndarray) -> int:
-    """Return a hash of a text's token ids: equal, on every rank, for texts that look the same to the encoder."""
+    """Return a hash of a text's token ids: equal, on every rank, for texts with the same tokens."""
     digest = hashlib.blake2b(np.asarray(ids, dtype=np.uint32).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
 
@@ -87,7 +87,7 @@ class Collator:
     token_budget: maximum number of padded tokens in a chunk.
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
     negatives_of: rows from which an example's hard negatives are sampled.
-    texts: documents of all rows, if batches shall contain their texts.
+    texts: documents of all rows, if batches contain their texts.
     """
 
     def __init__(
@@ -179,9 +179,9 @@ class ResumableLoader:
     state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
     the same on all ranks, and the rounds of hard negatives.
 
-    signature: everything besides the step that determines the batches; a state with another signature is refused.
-    rounds: mined hard negatives. Workers do not prepare batches beyond the next batch at which a round may start; new
-        workers, which see the new round, make those after it.
+    signature: everything but the step that determines the batches. A state with another signature is rejected.
+    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
+        the new round, continue from there.
     """
 
     def __init__(
@@ -241,9 +241,9 @@ class ResumableLoader:
 
 
 class ContrastiveDataModule(L.LightningDataModule):
-    """Base of one task's data and of the combination of several: a loader that follows the schedule.
+    """Base class of the data of one task and of several tasks, with a loader that follows the schedule.
 
-    tokenizer: tokenizer of the encoder; by default that of the module that is trained.
+    tokenizer: tokenizer of the encoder; by default that of the trained module.
     prompts: text that precedes the inputs of each task.
     rounds: mined hard negatives.
     """
@@ -256,15 +256,15 @@ class ContrastiveDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def tasks(self) -> Sequence[TaskDataModule]:
-        """The single tasks."""
+        """The data of each task."""
 
     @abstractmethod
     def pools(self) -> list[MiningPool]:
-        """Return each collection with training queries, as a pool from which hard negatives are mined."""
+        """Return a pool to mine hard negatives from, for each collection with training queries."""
 
     @abstractmethod
     def benchmarks(self, split: str) -> list[Benchmark]:
-        """Return the queries of a split, of each collection that has the split."""
+        """Return a benchmark for each collection that has the split."""
 
     def schedule(self) -> Schedule:
         sizes = {task.task.name: len(task.examples) for task in self.tasks}
@@ -305,7 +305,7 @@ class ContrastiveDataModule(L.LightningDataModule):
         return DEFAULT_NUM_BATCHES
 
     def _signature(self, schedule: Schedule, world_size: int) -> dict[str, Any]:
-        """Return everything besides the step that determines the batches. Checkpoints have it, so keys stay."""
+        """Return everything but the step that determines the batches. Checkpoints store it, so keep its keys."""
         signature = {
             "seed": self.options.seed,
             # Over all ranks: another number of ranks may resume with the same global batches.
@@ -359,8 +359,7 @@ class MultiTaskDataModule(ContrastiveDataModule):
 
         MultiTaskDataModule([ClassificationDataModule(...), SearchDataModule(...)], batch_size=16)
 
-    options: options of all batches; single options may be given as keywords. Tasks that were given no BatchOptions use
-        them too.
+    options: options of all batches, which may also be given as keywords. Tasks without options of their own use them.
     """
 
     def __init__(

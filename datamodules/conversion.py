@@ -1,4 +1,4 @@
-"""Convert a reader's collection into the folder of store.py, once, and find it again while its files are unchanged."""
+"""Convert a reader's collection into the folder of store.py, once, and reuse it while its files are unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
-from datamodules.readers.checks import stream_collection
+from datamodules.readers.checks import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
@@ -38,7 +38,7 @@ class FileReader(Protocol):
 
 @runtime_checkable
 class StreamingReader(FileReader, Protocol):
-    """A reader that does not need all of its data in memory at once."""
+    """A reader that never holds all of its data in memory."""
 
     def stream(self, sink: Sink) -> None:
         """Add all documents to the sink, then each query and its judgements."""
@@ -46,7 +46,7 @@ class StreamingReader(FileReader, Protocol):
 
 
 def describe(reader: FileReader) -> str:
-    """Return a reader's class and settings, without where it writes bad lines: the key of its conversion."""
+    """Return a reader's class and settings, which identify its conversion. The quarantine file does not count."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
     shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
@@ -154,7 +154,7 @@ def _equal_texts(one: Document, other: Document) -> bool:
 
 
 def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
-    """Do as examples.first_of_same_text, without holding the texts in memory. hashes: hash of each text."""
+    """Return what examples.first_of_same_text returns, with only the hashes of the texts in memory."""
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():
@@ -177,28 +177,22 @@ class _Writer:
         self.judgements: dict[str, tuple[array, array, array]] = {}
         self.keep_first = False
         self.digest = hashlib.blake2b(digest_size=8)
-        self._files = {
-            "documents": _ArrowFile(folder / "corpus.arrow", self.digest, "documents"),
-            "queries": _ArrowFile(folder / "queries.arrow", self.digest, "queries"),
-        }
+        self._document_file = _ArrowFile(folder / "corpus.arrow", self.digest, "documents")
+        self._query_file = _ArrowFile(folder / "queries.arrow", self.digest, "queries")
         self._corpus = StoredDocuments(folder / "corpus.arrow")
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._document_file.close()
+        self._query_file.close()
 
     def add_document(self, document: Document) -> None:
-        self._add(self.documents, "documents", document)
+        add_id(self.documents, document.id, len(self.documents))
+        self._document_file.add(document)
         self.hashes.append(hash((document.title, document.text)))
 
     def add_query(self, query: Document) -> None:
-        self._add(self.queries, "queries", query)
-
-    def _add(self, rows: dict[str, int], kind: str, document: Document) -> None:
-        if document.id in rows:
-            raise UserError(f"duplicate id {document.id!r}: an earlier line has it too")
-        rows[document.id] = len(rows)
-        self._files[kind].add(document)
+        add_id(self.queries, query.id, len(self.queries))
+        self._query_file.add(query)
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
         if split not in self.judgements:
@@ -209,7 +203,7 @@ class _Writer:
         grades.append(whole_grade(split, query, document, grade))
 
     def document(self, id: str) -> Document:
-        self._files["documents"].close()  # no document comes after the first query
+        self._document_file.close()  # no document comes after the first query
         return self._corpus.row(self.documents[id])
 
     def has(self, split: str) -> bool:
@@ -254,7 +248,6 @@ class _ArrowFile:
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._columns: tuple[list[str], ...] = ([], [], [])
         self._count, self._started, self._logged = 0, 0.0, 0.0
-        self._closed = False
 
     def add(self, document: Document) -> None:
         if not self._count:
@@ -264,7 +257,10 @@ class _ArrowFile:
             column.append(value)
         if len(self._columns[0]) == ROWS:
             self._flush()
-            self._log_progress()
+            now = time.monotonic()
+            if now - self._logged > LOG_INTERVAL:
+                self._logged, rate = now, self._count / (now - self._started)
+                log.info("  %s %s, %.0f per second", f"{self._count:,}", self._kind, rate)
 
     def _flush(self) -> None:
         pa = self._pa
@@ -276,16 +272,9 @@ class _ArrowFile:
         for column in self._columns:
             column.clear()
 
-    def _log_progress(self) -> None:
-        now = time.monotonic()
-        if now - self._logged > LOG_INTERVAL:
-            self._logged = now
-            log.info("  %s %s, %.0f per second", f"{self._count:,}", self._kind, self._count / (now - self._started))
-
     def close(self) -> None:
-        if self._closed:
+        if self._file.closed:
             return
-        self._closed = True
         if self._columns[0]:
             self._flush()
         self._writer.close()

@@ -1,6 +1,7 @@
 """The training examples of a task as integer arrays; an Example object exists only while it is in a batch.
 
-Numbers are rows of the task's document table: corpus and queries of its first collection, then of the next, and so on.
+Their integers are rows of the task's document table: the corpus and queries of its first collection, then those of the
+next, and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class ExampleTable(Sequence[Example]):
     """Examples of one collection, whose rows start at 0. The arrays may be memory-mapped.
 
     queries: row of each query, (n,) int32.
-    document_of_query: row of the document that each query is, -1 if it is not a document, (n,) int32.
+    document_of_query: row of each query that is itself a document, else -1, (n,) int32.
     starts: (n + 1,) int64; the judgements of example i are those from starts[i] to starts[i + 1].
     documents: row of each judged document, (j,) int32.
     grades: grade of each judgement, (j,) int32; above 0 is a positive, 0 a hard negative.
@@ -51,10 +52,10 @@ class ExampleTable(Sequence[Example]):
     ) -> ExampleTable:
         """Group judgements by query, in the order in which the queries first appear.
 
-        Queries without a positive are dropped. The highest grade of a repeated pair counts.
+        Queries without a positive are dropped. If a pair is repeated, its highest grade counts.
 
-        queries, documents, grades: number of the query, row of the document, grade; (j,) each.
-        rows, document_of_query: row of each query by its number, and row of the document that it is, or -1.
+        queries, documents, grades: number of the query, row of the document, and grade of each judgement, (j,).
+        rows, document_of_query: row of each query, by its number, and its row as a document, or -1.
         """
         best = _highest_grades(queries, documents, grades)
         queries, documents, grades = queries[best], documents[best], grades[best]
@@ -101,16 +102,15 @@ class ExampleTable(Sequence[Example]):
         )
 
     def judged(self, chosen: np.ndarray) -> Ragged:
-        """Return the documents of each example, of the chosen judgements only. chosen: (j,) bool."""
+        """Return the documents of each example's chosen judgements. chosen: (j,) bool."""
         before = np.concatenate([[0], np.cumsum(chosen)])
         return Ragged(before[np.asarray(self.starts)], np.asarray(self.documents)[chosen])
 
     def costs(self, lengths: np.ndarray, num_positives: int, num_hard_negatives: int) -> np.ndarray:
         """Return the expected number of tokens of each example, (n,) int64.
 
-        An example has its query, num_positives positives and num_hard_negatives hard negatives of mean length.
-
-        lengths: number of tokens of each row.
+        A query has up to num_positives positives and num_hard_negatives hard negatives, each of the mean length of its
+        kind. lengths: number of tokens of each row.
         """
         if not len(self):
             return np.zeros(0, dtype=np.int64)
@@ -123,39 +123,35 @@ class ExampleTable(Sequence[Example]):
         return np.ceil(tokens).astype(np.int64)
 
     def without(self, queries: np.ndarray, documents: np.ndarray) -> ExampleTable:
-        """Return the table without the rows `queries` and `documents`. Examples left without positive are dropped."""
+        """Return the table without these query and document rows. Examples left without a positive are dropped."""
         example = self._example_of_judgement()
-        return self._only(~np.isin(self.queries, queries)[example] & ~np.isin(self.documents, documents))
+        return self._keep(~np.isin(self.queries, queries)[example] & ~np.isin(self.documents, documents))
 
-    def without_itself(self) -> ExampleTable:
-        """Return the table without judgements of the document that the query is."""
+    def without_self_links(self) -> ExampleTable:
+        """Return the table without judgements of a query with itself."""
         kept = self.document_of_query[self._example_of_judgement()] != self.documents
         if kept.all():
             return self
         log.warning(
-            "ignored %d of %d judgements: they relate a paper to itself or to a paper of the same text",
+            "ignored %d of %d judgements: they relate a paper to itself or to a paper with the same text",
             len(kept) - int(kept.sum()),
             len(kept),
         )
-        return self._only(kept)
+        return self._keep(kept)
 
     def _example_of_judgement(self) -> np.ndarray:
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
-    def _only(self, kept: np.ndarray) -> ExampleTable:
+    def _keep(self, kept: np.ndarray) -> ExampleTable:
         """Keep some judgements, and the examples that still have a positive. kept: (j,) bool."""
         example, documents, grades = self._example_of_judgement(), np.asarray(self.documents), np.asarray(self.grades)
         return ExampleTable.from_judgements(
-            example[kept],
-            documents[kept],
-            grades[kept],
-            np.asarray(self.queries),
-            np.asarray(self.document_of_query),
+            example[kept], documents[kept], grades[kept], np.asarray(self.queries), np.asarray(self.document_of_query)
         )
 
 
 def whole_grade(split: str, query: str, document: str, grade: float) -> int:
-    """Return a grade as an integer. Raises UserError for fractions, which only probes can use."""
+    """Return a grade as an integer. Raises UserError for a fraction, which only a probe can use."""
     if not isinstance(grade, int) and grade != int(grade):
         raise UserError(
             f"split {split}: query {query!r} and document {document!r}: grades must be whole numbers, got {grade}; a "
@@ -165,7 +161,7 @@ def whole_grade(split: str, query: str, document: str, grade: float) -> int:
 
 
 def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarray) -> np.ndarray:
-    """Return the sorted indices of the judgements with the highest grade of their pair."""
+    """Return the sorted indices of one judgement for each pair: the one with the highest grade."""
     pairs = queries.astype(np.int64) << 32 | documents
     order = np.lexsort((-grades, pairs))
     first = np.ones(len(order), dtype=bool)
@@ -174,7 +170,7 @@ def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarr
 
 
 def first_of_same_text(documents: Sequence[Document]) -> np.ndarray:
-    """Return for each document the first one with the same title and text, (documents,) int32."""
+    """Return, for each document, the row of the first one with the same title and text, (M,) int32."""
     first: dict[tuple[str, str], int] = {}
     rows = (first.setdefault((d.title, d.text), row) for row, d in enumerate(documents))
     return np.fromiter(rows, dtype=np.int32, count=len(documents))
@@ -242,7 +238,7 @@ class JoinedExamples(Joined[Example]):
         return self._parts[number].example(inside, self._offsets[number])
 
     def without(self, queries: np.ndarray, documents: np.ndarray) -> JoinedExamples:
-        """Do as ExampleTable.without, with rows of the task's document table."""
+        """Apply ExampleTable.without, with rows of the task's document table."""
         remaining = JoinedExamples()
         for table, offset in self.parts:
             remaining.append(table.without(queries - offset, documents - offset), offset)
@@ -267,13 +263,12 @@ class JoinedExamples(Joined[Example]):
 def query_rows(
     numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row of each query, and the row of the document that it is, or -1; (n,) int32 each.
+    """Return the row of each query, and its row as a document, or -1; (n,) int32 each.
 
-    A query that is a document of the same text has that document's row. The rows of other queries follow those of the
-    documents.
+    A query that is a document with the same text has that document's row. Other queries come after the documents.
 
     numbers: numbers of the queries.
-    same_id: row of the document with each query's id, as given by first_of_same_text, or -1.
+    same_id: for each query, the document with its id (the first one with that text), or -1.
     same_text: whether that document has the query's text too.
     """
     if not queries_are_documents:
@@ -286,7 +281,7 @@ def query_rows(
 def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
     """Return a collection's documents (corpus, then queries), and the examples of its train split over their rows.
 
-    Documents of the same text count as one in training, the first of them: none of them is a negative of another.
+    In training, documents with the same text count as one, so that no copy of a positive is a negative.
     """
     corpus = {id: row for row, id in enumerate(collection.corpus)}
     queries = {id: number for number, id in enumerate(collection.queries)}
@@ -305,4 +300,4 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
             judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     numbers, judged, grades = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
     table = ExampleTable.from_judgements(numbers, first[judged], grades, rows, document_of_query)
-    return documents, table.without_itself() if queries_are_documents else table
+    return documents, table.without_self_links() if queries_are_documents else table

@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Create a folder to fill, which replaces path once it is complete. On an error nothing is left of it.
 
-    path: may be a folder already, which is then removed. Its parent is created if needed.
+    path: new folder, or an existing one to replace. Its parent is created if needed.
     """
     path = path.resolve()  # a link stays, and its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, **options: Any) -> None:
-    """Write a JSON file atomically. options: of json.dumps; by default indent=2."""
+    """Write a JSON file atomically. options: arguments of json.dumps, by default indent=2."""
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 

@@ -1,6 +1,6 @@
-"""Mined hard negatives on disk, and the batch from which they are used.
+"""Mined hard negatives on disk, and the batches that draw from them.
 
-A store has the negatives of one mining, for one or more tasks:
+A store has the negatives of one mining run, for one or more tasks:
 
     FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives
     FOLDER/meta.json                                   see write_store
@@ -28,12 +28,12 @@ VERSION = 1  # of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores")
 SOURCES = ("mined", "data", "both")  # values of Rounds.source
 
-# Number of the example, the example, step -> rows from which its hard negatives are drawn.
+# (index of the example, example, step) -> rows to draw its hard negatives from
 NegativesOf = Callable[[int, Example, int], Sequence[int]]
 
 
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
-    """Write mined hard negatives, completely or not at all. An existing store, even a damaged one, is replaced.
+    """Write mined hard negatives, completely or not at all. Replace an existing store, even a damaged one.
 
     meta: how they were mined: "miner" (class and arguments), "model" (fingerprint, or None), "data" (fingerprint of
         each task's collections), "step", "k" and any other entries. The layout's version, the counts of examples,
@@ -56,7 +56,7 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
 
 
 def _is_store(path: Path) -> bool:
-    """Return whether a folder has only files of a store. An empty folder has, too."""
+    """Return whether a folder has no other files than those of a store. It may be empty."""
     files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
     return path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
 
@@ -88,12 +88,12 @@ class HardNegativeStore:
                 raise UserError(f"{path}: expected layout {VERSION}, got {self.meta['version']}; mine again")
             self.hash: str = self.meta["hash"]
             self.tasks: dict[str, MinedNegatives] = {task: self._load(task) for task in self.meta["tasks"]}
+        except UserError:
+            raise
         except FileNotFoundError as error:
             problem = f"{Path(error.filename).name} is missing" if self.path.is_dir() else "no such folder"
             raise UserError(f"{path}: expected mined hard negatives, but {problem}; mine them first") from error
         except (OSError, KeyError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{path}: the mined hard negatives are damaged ({error}); mine again") from error
         if verify and (actual := hash_arrays(self.tasks)) != self.hash:
             raise UserError(
@@ -109,17 +109,17 @@ class HardNegativeStore:
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path, verify=False)  # the process that started the worker has verified it
+        self.__init__(path, verify=False)  # verified before the worker started
 
     def negatives_of(self, task: str, example: int) -> list[int]:
-        """Return the rows of an example's hard negatives, best first; none for a task that was not mined."""
+        """Return the rows of an example's hard negatives, best first. A task that was not mined has none."""
         if task not in self.tasks:
             return []
         mined = self.tasks[task]
         return mined.documents[mined.starts[example] : mined.starts[example + 1]].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise UserError unless the negatives were mined from these data. The store may have further tasks.
+        """Raise UserError unless the negatives were mined from this data. The store may have more tasks.
 
         data: fingerprint of each collection of each task, in order.
         """
@@ -155,12 +155,12 @@ class Round:
 
 
 class Rounds:
-    """Which mined hard negatives are used at which batch.
+    """The stores of mined hard negatives, and the batches that use each of them.
 
     folder: folder of the stores that are mined during the training.
-    source: "mined" uses an example's mined negatives if it has any, otherwise those of the data; "data" uses only those
-        of the data; "both" uses all.
-    data: fingerprints of the training data, which every store must have.
+    source: "mined" uses an example's mined negatives, or those of the data if it has none; "data" uses only those of
+        the data; "both" uses all.
+    data: fingerprints of the training data. A store mined from other data is rejected.
     """
 
     def __init__(self, folder: Path, source: str = "mined", data: Mapping[str, Mapping[str, str]] | None = None):
@@ -190,7 +190,7 @@ class Rounds:
         return any(r.batch == batch for r in self._rounds)
 
     def begin(self, batch: int, store: str) -> None:
-        """Use a store from a batch on. store: its name in the folder, or its path.
+        """Use a store from a batch onwards. store: its name in the folder, or its path.
 
         Raises UserError if the store is missing, damaged or of other data.
         """
@@ -205,7 +205,7 @@ class Rounds:
         return write_store(self.folder / name, mined, meta).path
 
     def has_made(self, name: str, meta: Mapping[str, Any]) -> bool:
-        """Return whether the folder has an intact store of this name with exactly these settings."""
+        """Return whether the folder has an intact store with this name and these settings."""
         try:
             store = HardNegativeStore(self.folder / name)
         except UserError:
@@ -213,7 +213,7 @@ class Rounds:
         return all(store.meta.get(key) == value for key, value in json.loads(json.dumps(meta)).items())
 
     def at(self, step: int) -> HardNegativeStore | None:
-        """Return the store that is used at a step."""
+        """Return the store for a step, or None."""
         current = max((r for r in self._rounds if r.batch <= step), key=lambda r: r.batch, default=None)
         return None if current is None else self._open(current)
 
@@ -243,9 +243,9 @@ class Rounds:
         return [asdict(r) for r in self._rounds]
 
     def load(self, state: Sequence[Mapping[str, Any]], position: int) -> None:
-        """Restore the rounds of a checkpoint. position: number of batches it was trained on.
+        """Restore the rounds of a checkpoint. position: number of batches before it.
 
-        Raises UserError if the store used at the position is missing, damaged or another one.
+        Raises UserError if the store for this position is missing, damaged or a different one.
         """
         initial = next((r for r in self._rounds if r.batch == 0), None)  # mined in advance; its folder may have moved
         rounds = [Round(**r) for r in state]
@@ -263,7 +263,7 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True)
 class TaskNegatives:
-    """The hard negatives from which a task's examples draw (NegativesOf)."""
+    """Return the rows from which an example of a task draws its hard negatives (NegativesOf)."""
 
     rounds: Rounds
     task: str
@@ -277,5 +277,5 @@ class TaskNegatives:
 
 
 def negatives_of_data(index: int, example: Example, step: int) -> Sequence[int]:
-    """Draw from the hard negatives of the data (NegativesOf)."""
+    """Return the hard negatives of the data (NegativesOf)."""
     return example.hard_negatives

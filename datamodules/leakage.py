@@ -2,8 +2,8 @@
 
 id      equal ids, for collections that share a numbering of documents
 title   equal words in the title, ignoring case, accents, punctuation and spaces
-text    a Jaccard similarity of at least 0.7 between the sets of three-word runs. Candidates are found by MinHash with
-        bands (Broder, 1997) and then compared exactly. Queries of fewer than eight words must be equal.
+text    a Jaccard similarity of at least 0.7 between the sets of three-word runs. Candidates come from MinHash with
+        bands (Broder, 1997) and are then compared exactly. Queries of fewer than eight words must be equal.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from datamodules.records import Document
 
 WAYS = ("id", "title", "text")
 RUN = 3  # words in a shingle
-BANDS, ROWS = 20, 5  # 20 bands of 5 hashes: texts of similarity 0.7 share one with probability 0.98, of 0.3 with 0.04
+BANDS, ROWS = 20, 5  # texts of similarity 0.7 share a band of 5 hashes with probability 0.97, of 0.3 with 0.05
 THRESHOLD = 0.7  # similarity from which two texts count as the same
-MIN_WORDS = 8  # shorter texts are too unspecific for shingles
-MIN_TITLE = 3  # shorter titles, such as "Introduction", are too unspecific
+MIN_WORDS = 8  # shorter texts have too few shingles
+MIN_TITLE = 3  # words; shorter titles, such as "Introduction", are not specific enough
 
-_draw = np.random.default_rng(20)
-_FACTORS = _draw.integers(1, 2**61, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
-_SUMMANDS = _draw.integers(0, 2**61, BANDS * ROWS, dtype=np.uint64)
+_rng = np.random.default_rng(20)
+_FACTORS = _rng.integers(1, 2**61, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
+_SUMMANDS = _rng.integers(0, 2**61, BANDS * ROWS, dtype=np.uint64)
 
 
 class Overlap(NamedTuple):
@@ -36,7 +36,7 @@ class Overlap(NamedTuple):
 
     way: "id", "title" or "text".
     name: name of the evaluated set.
-    similarity: similarity of the texts; 1 for ids and titles.
+    similarity: similarity of the two texts; 1 for equal ids and titles.
     """
 
     way: str
@@ -52,18 +52,14 @@ def normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", "".join(c for c in plain if not unicodedata.combining(c))))
 
 
-def _words(document: Document) -> str:
-    return normal(f"{document.title} {document.text}")
-
-
 def _short_query(document: Document) -> str:
-    """Return the normalised text of a document without title, by which short queries are compared."""
+    """Return the normalised text of a document without a title, for the comparison of short queries."""
     return "" if document.title else normal(document.text)
 
 
 def shingles(document: Document) -> np.ndarray:
     """Return the sorted hashes of the distinct runs of RUN words in title and text, (n,) uint64; n is 0 if short."""
-    words = _words(document).split()
+    words = normal(f"{document.title} {document.text}").split()
     if len(words) < MIN_WORDS:
         return np.zeros(0, dtype=np.uint64)
     codes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)

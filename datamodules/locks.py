@@ -1,7 +1,7 @@
 """Locks on files. The system releases them when the process ends, however it ends, so no lock is ever stale.
 
 This is `flock` from the standard library, not the filelock package: a sweep hands the lock on a trial down to the
-trial's process, which filelock cannot do, and on a file system without locks filelock leaves a file that stays after a
+trial's process, which filelock cannot do, and where a file system has no locks, filelock leaves a file behind after a
 kill.
 """
 
@@ -20,9 +20,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
-    """Lock a file, which is created if necessary. Closing the returned file releases the lock.
+    """Lock a file, and create it if necessary. Closing the returned file releases the lock.
 
-    wait: whether to wait while another process holds the lock. If not, return None.
+    wait: whether to wait if another process holds the lock. Otherwise return None.
 
     A lock belongs to the file itself (its inode), so it holds under every name of the file: through links, bind mounts
     and other spellings. On a file system without locks, log a warning and return the file unlocked. Raises OSError if

@@ -30,8 +30,8 @@ def option(
 
     default: value if the user gives none. Lists and dictionaries are copied for each instance.
     help: one line for --help and for the reference of all keys.
-    minimum, maximum: bounds that belong to the range. above, below: bounds that do not.
-    choices: the words a value may be, or each of several values. A Literal type needs none.
+    minimum, maximum: inclusive bounds. above, below: exclusive bounds.
+    choices: allowed values, or allowed items of a list. A Literal type needs none.
     key: name on the command line, by default that of the field.
     positional: whether the value is the command's first argument instead of key=value.
     """
@@ -80,7 +80,7 @@ def describe_bounds(field: dataclasses.Field) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield a value, or the items of a collection, with their paths. None is a value left to its default."""
+    """Yield a value, or the items of a collection, with their paths. None means the default and is skipped."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(item, f"{path}.{name}")

@@ -1,7 +1,7 @@
 """The vocabulary of the data: document, example, task, collection, benchmark, batch.
 
 The words are those of TREC and BEIR. Labels and queries are documents too, so one encoder and one code path serve all
-tasks: the title of a label is its name and its text is the definition; a query has a text and no title.
+tasks. A label has its name as title and its definition as text; a query has only a text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
 
 
-# Query id -> document id -> grade. Grades above 0 are relevant. A probe that predicts numbers has any number as grade.
+# Query id -> document id -> grade. A grade above 0 means relevant. For a probe that predicts numbers, any number goes.
 Qrels = Mapping[str, Mapping[str, int]]
 
 
@@ -102,8 +102,8 @@ class Sink(Protocol):
     All documents come before the first query, and a query comes before its judgements.
 
     documents, queries: ids received so far.
-    keep_first: whether the first of two contradicting judgements counts. Otherwise a second, different grade of a pair
-        raises UserError. A second document or query of the same id always does.
+    keep_first: whether the first of two conflicting grades of a pair counts; otherwise the second raises UserError.
+        A second document or query with the same id always raises UserError.
     """
 
     keep_first: bool
@@ -118,7 +118,7 @@ class Sink(Protocol):
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None: ...
 
     def document(self, id: str) -> Document:
-        """Return a document of the corpus. Call it only after the last document was added."""
+        """Return a document of the corpus. Call this only after the last document."""
         ...
 
     def has(self, split: str) -> bool:
@@ -138,7 +138,7 @@ LOSSES = ("squared_hinge", "hinge")  # values of Probe.loss
 
 @dataclass
 class Probe:
-    """A linear model on frozen vectors: it is fitted on training papers and predicts for the queries.
+    """A linear model on frozen vectors, fitted on training papers and applied to the queries.
 
     learns: "class" (one per paper), "labels" (any number per paper) or "number". Classes and labels are the documents
         of the corpus. A number is the grade of the corpus's only document.
@@ -162,15 +162,15 @@ class Benchmark:
     split: split of the collection; names of merged splits are joined by "+".
     protocol: id of all settings below. Scores with different ids are not comparable.
     metrics: metrics of this benchmark, the main one first; if empty, those of the run.
-    exclude_query: whether to leave the document with the query's id out of its ranking. Set it where papers are both
+    exclude_query: whether to leave the document with the query's id out of its ranking, for papers that are both
         queries and corpus.
     candidates: documents to rank for each query; None ranks the whole corpus.
-    first: documents that are placed before all others, for each query.
+    first: documents to rank before all others, for each query.
     similarity: "dot", "cosine" or "l2"; "" uses the similarity of the model.
     without_relevant: treatment of queries without a relevant document: "skip" leaves them out of the means, "zero"
         scores them 0, "error" raises.
-    training: training papers and their judgements. If given, a linear probe is fitted on them and predicts for the
-        queries, and no ranking is made.
+    training: training papers and their judgements. If given, a linear probe is fitted on them and applied to the
+        queries, and nothing is ranked.
     probe: settings of that probe.
     """
 
@@ -192,7 +192,7 @@ class Benchmark:
 
     @property
     def encoded_documents(self) -> Mapping[str, Document]:
-        """Documents that are encoded besides the queries: the corpus, or the training papers of the probe."""
+        """Documents to encode in addition to the queries: the corpus, or the training papers of the probe."""
         return self.corpus if self.training is None else self.training[0]
 
     def fingerprint(self) -> str:
@@ -229,11 +229,11 @@ class MiningPool:
     queries: Q documents, the query of each training example.
     first_row: row of the first corpus document in the task's document table.
     first_example: number of the first query's example in the task's list of examples.
-    document_of_query: corpus row of the document that each query is, -1 if it is not in the corpus, (Q,).
+    document_of_query: corpus row of each query that is itself in the corpus, else -1, (Q,).
     positives: corpus rows of the positives of each query.
-    held_out_positives: corpus rows that only other splits than train judge relevant. Use them in reports, never to
+    held_out_positives: corpus rows that are relevant only in splits other than train. Use them in reports, never to
         choose negatives.
-    judged_negatives: corpus rows that the train split judges irrelevant (grade 0).
+    judged_negatives: corpus rows with grade 0 in the train split.
     excluded: corpus rows that are not trained on.
     """
 
@@ -252,7 +252,7 @@ class MiningPool:
 
 @dataclass(frozen=True)
 class MinedNegatives:
-    """Mined hard negatives of n examples. Those of example i are at starts[i] to starts[i + 1], best first.
+    """Mined hard negatives of n examples. Example i has those from starts[i] to starts[i + 1], best first.
 
     starts: (n + 1,) int64.
     documents: rows of the task's document table, (j,) int32.
@@ -290,7 +290,7 @@ class Tokens:
 
 @dataclass
 class ContrastiveBatch:
-    """B queries of one task and the M documents that they are compared with. Each distinct text is encoded once.
+    """B queries of one task, and the M documents they are compared with. Each distinct text is encoded once.
 
     The U distinct texts are in chunks, shortest first. The embeddings of all chunks, concatenated, have shape (U, D).
 
@@ -303,13 +303,13 @@ class ContrastiveBatch:
     queries          (B,)   row of each query among the U texts
     documents        (M,)   row of each document among the U texts
     document_ids     (M,)   identity of each document, the same on all ranks
-    positives        (B, P) columns among the M documents of the sampled positives, at least one; padded with -1
-    hard_negatives   (B, N) columns among the M documents of the query's own hard negatives; padded with -1
+    positives        (B, P) columns of the sampled positives among the M documents, at least one; padded with -1
+    hard_negatives   (B, N) columns of the query's own hard negatives among the M documents; padded with -1
     known_positives  (B, K) identities that must not be negatives of the query: all its positives, and the query itself
                             if it is a document; padded with -1
     texts            documents of the U rows if a frozen model scores the batch, else empty
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
-    text_keys        (U,)   hashes of token ids: equal for texts that look the same to the encoder; None if unknown
+    text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
     """
 
     step: int

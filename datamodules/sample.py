@@ -1,27 +1,12 @@
 """The built-in sample: a small synthetic science with all three tasks, generated from a seed in a few seconds.
 
-Every paper has four facets, and each task depends on two of them:
+Every paper has four facets, and each task depends on two of them (docs/sample.md describes the tasks):
 
     facet       meaning                                classification   link prediction   search
     subfield    what the paper is about                      x                x
     aspect      which side of it is studied                  x                              x
     method      how it is studied                                             x
     material    what it is studied on                                                       x
-
-* The labels are a tree of fields, subfields and topics (a subfield and an aspect). A paper has its topic and all
-  ancestors as labels; some papers have two topics.
-* A paper cites the latest earlier papers with its subfield and method, and a few others of its subfield.
-* A search query names a material and an aspect. Papers with both have grade 2, papers with only the material grade 1.
-
-A shared embedding must serve all pairs at once. For link prediction, material and aspect are noise; for search,
-subfield and method are. The tasks conflict, so an encoder that specialises has an advantage.
-
-Matching words is not enough. Each facet value has several unrelated terms, whose use changes over the years; label
-definitions and queries prefer other terms than papers. Every paper also mentions other facet values, in sentences about
-what it does not study.
-
-In the train split, grade 0 marks hard negatives as in the SciMult paper (section 3.4): labels of cited papers, papers
-cited by cited papers, and papers shown but not clicked (right aspect, wrong material).
 """
 
 from __future__ import annotations
@@ -79,7 +64,7 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class Science:
-    """The generated papers, labels, citations and queries, from which each task's collection is made."""
+    """The generated papers, labels, citations and queries. The collections of all tasks are made from them."""
 
     papers: tuple[Paper, ...]
     labels: dict[str, Document]
@@ -88,7 +73,7 @@ class Science:
 
 
 class Lexicon:
-    """Eight different invented words for each facet value.
+    """Eight invented words for each value of a facet.
 
     Papers use the first six, and older papers the earlier ones of these. Queries and definitions use the last four.
     """
@@ -135,7 +120,7 @@ def split_of(key: str, seed: int) -> str:
 
 @functools.lru_cache(maxsize=2)
 def science(seed: int, num_papers: int) -> Science:
-    """Generate the science of a seed. It is the same on every machine."""
+    """Generate the papers, labels, citations and queries of a seed, the same on every machine."""
     rng = random.Random(seed)
     lexicon = Lexicon(rng)
     num_subfields = NUM_FIELDS * SUBFIELDS_PER_FIELD
@@ -163,7 +148,7 @@ def science(seed: int, num_papers: int) -> Science:
 
 
 def _labels(lexicon: Lexicon, aspects: list[list[int]]) -> dict[str, Document]:
-    """Make fields, subfields and topics, each with a name and a definition."""
+    """Make the labels (fields, subfields and topics), each with a name and a definition."""
     labels = {}
 
     def add(label: str, *facets: tuple[str, int]) -> None:
@@ -188,9 +173,7 @@ def _label_ids(subfield: int, aspect: int) -> set[str]:
 def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: int, year: int) -> Document:
     rng = lexicon.rng
     words = {facet: lexicon.in_paper(facet, value, year) for facet, value in facets.items()}
-    sentences = []
-    for facet, value in facets.items():
-        sentences.append(rng.choice(SENTENCES[facet]).format(lexicon.in_paper(facet, value, year)))
+    sentences = [rng.choice(SENTENCES[f]).format(lexicon.in_paper(f, value, year)) for f, value in facets.items()]
     if second_aspect != facets["aspect"]:
         sentences.append(rng.choice(SENTENCES["aspect"]).format(lexicon.in_paper("aspect", second_aspect, year)))
     for facet, count in (("subfield", NUM_FIELDS * SUBFIELDS_PER_FIELD), ("material", NUM_MATERIALS)):
@@ -202,7 +185,7 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
 
 
 def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
-    """Draw the citations: most of the five latest earlier papers with the same subfield and method, rarely another."""
+    """Draw the citations: mostly the five latest earlier papers with the subfield and method, sometimes another."""
     by_subfield: dict[int, list[Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):
@@ -248,11 +231,8 @@ class SampleReader:
     def read(self) -> Collection:
         world = science(self.seed, self.num_papers)
         papers = {paper.document.id: paper.document for paper in world.papers}
-        corpus, queries, judged = {
-            "topics": self._topics,
-            "citations": self._citations,
-            "searches": self._searches,
-        }[self.view](world, papers)
+        make = {"topics": self._topics, "citations": self._citations, "searches": self._searches}[self.view]
+        corpus, queries, judged = make(world, papers)
         qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
         for query, grades in judged.items():
             # All three queries of a material and an aspect are in one split.

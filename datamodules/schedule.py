@@ -6,7 +6,7 @@ in-batch negatives are shared across ranks and an expert must be used by all ran
 of the global batch.
 
 Steps are planned in blocks. Within a block every task has its share of the steps: in turns for round-robin, otherwise
-in a random order drawn for that block. The shares are exact after every whole block, and the number of a task's steps
+in a random order drawn for that block. So the shares are exact after every block, and the number of a task's steps
 before any step follows from the number of the block.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from datamodules.records import UserError
 
-BLOCK = 1000  # steps within which the shares of a weighted schedule are kept
+BLOCK = 1000  # steps after which the shares of a weighted schedule are exact
 STRATEGIES = ("round_robin", "together", "proportional", "temperature", "weights")
 
 
@@ -40,7 +40,7 @@ def _order(seed: int, task: str, size: int, epoch: int) -> np.ndarray:
 
 
 class Draw(NamedTuple):
-    """An example to train on. epoch: pass through the task's examples; it seeds what is sampled for the example."""
+    """An example to train on. epoch: pass through the task's examples, which seeds the sampling of its documents."""
 
     example: int
     epoch: int
@@ -50,8 +50,8 @@ class Draw(NamedTuple):
 class Phase:
     """A part of the schedule.
 
-    first: step at which it starts.
-    weights: share of the steps of each task, in any unit; None for tasks in turns.
+    first: first step of the phase.
+    weights: each task's share of the steps, in any unit; None if tasks take turns.
     """
 
     first: int
@@ -107,18 +107,18 @@ class Schedule:
 
     sizes: number of examples of each task.
     batch_sizes: queries in a batch of each task, on each rank; tokens for the tasks in `costs`.
-    phases: shares of the tasks, from given steps on. By default tasks take turns throughout.
+    phases: shares of the tasks in each phase. By default tasks take turns throughout.
     costs: number of tokens of each example, (examples,), for tasks whose batches are sized in tokens.
-    collections: number of examples of each collection, in order, for tasks that have several.
+    collections: number of examples of each collection, in order, for tasks with several.
 
-    A batch is from one collection. A document of another may well be relevant to a query without anyone having judged
-    it, since a paper has labels in each of several label spaces. The collections share a task's turns in proportion to
-    their numbers of examples, by a schedule of their own.
+    A batch comes from one collection. A document of another may be relevant to a query without anyone having judged it:
+    a paper can have labels in several label spaces. The collections share a task's turns in proportion to their numbers
+    of examples, by a schedule of their own.
 
-    A task goes through its examples in passes, each in a new order. A small task starts its next pass while a large one
-    is still in its first. A batch may span two passes, so no example is left out.
+    A task goes through its examples in passes, each in a new order. A small task starts its second pass while a large
+    one is still in its first. A batch may span two passes, so no example is left out.
 
-    For batches in tokens, the examples of all passes are laid end to end, each as long as its tokens. This line is cut
+    For batches in tokens, the examples of all passes form a line, each as long as its number of tokens. The line is cut
     into pieces of batch_sizes tokens, and an example belongs to the piece in which it starts. So batches have different
     numbers of queries, and any batch can be found without those before it.
     """
@@ -143,7 +143,7 @@ class Schedule:
                 )
         self._counts = [self._steps_per_block(phase) for phase in self.phases]
         self._starts: dict[tuple[str, int], np.ndarray] = {}
-        self._inner = {task: self._collection_schedule(task, parts) for task, parts in (collections or {}).items()}
+        self._inner = {task: self._collection_schedule(task, counts) for task, counts in (collections or {}).items()}
 
     def _collection_schedule(self, task: str, sizes: Mapping[str, int]) -> tuple[Schedule, dict[str, int]]:
         """Return the schedule of a task's turns over its collections, and the first example of each collection."""
@@ -157,7 +157,7 @@ class Schedule:
         return Schedule(sizes, batch_sizes, mix(self.seed, "collections", task), (phase,), costs), starts
 
     def _steps_per_block(self, phase: Phase) -> dict[str, int]:
-        """Return each task's steps in a block, at least one; the largest remainders get what rounding leaves."""
+        """Return each task's steps in a block, at least one. Rounding favours the largest remainders."""
         if phase.weights is None:
             return dict.fromkeys(self.tasks, 1)
         total = sum(phase.weights.values())
@@ -195,7 +195,7 @@ class Schedule:
         return total
 
     def draws(self, step: int, rank: int = 0, world_size: int = 1) -> list[Draw]:
-        """Return the rank's slice of the global batch, which is the same for any number of ranks that divides it."""
+        """Return the rank's slice of the global batch. The global batch does not depend on the number of ranks."""
         task = self.task(step)
         if task in self._inner:
             inner, starts = self._inner[task]
@@ -216,7 +216,8 @@ class Schedule:
             return 1.0
         size = self.batch_sizes[task]
         first = self.turns(step, task) * world_size * size
-        counts = [len(self._positions(task, at, at + size)) for at in range(first, first + world_size * size, size)]
+        starts = range(first, first + world_size * size, size)
+        counts = [len(self._positions(task, start, start + size)) for start in starts]
         return counts[rank] * world_size / sum(counts)
 
     def passes(self, steps: int, task: str, world_size: int = 1) -> float:
@@ -225,7 +226,7 @@ class Schedule:
         return self.turns(steps, task) * self.batch_sizes[task] * world_size / length
 
     def _positions(self, task: str, first: int, end: int) -> list[tuple[int, int]]:
-        """Return the (pass, position in the pass) of the examples between two points of a task's line."""
+        """Return (pass, position in the pass) of the examples between two points of a task's line."""
         if task not in self.costs:
             return [divmod(position, self.sizes[task]) for position in range(first, end)]
         length = int(self.costs[task].sum())
@@ -236,7 +237,7 @@ class Schedule:
         return positions
 
     def _line(self, task: str, epoch: int) -> np.ndarray:
-        """Return where the examples of a pass start on their line, in tokens, in the order of the pass."""
+        """Return the position of each example of a pass on its line, in tokens, in the order of the pass."""
         if (task, epoch) not in self._starts:
             for old in [key for key in self._starts if key[0] == task and key[1] < epoch - 1]:
                 del self._starts[old]

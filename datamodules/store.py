@@ -3,8 +3,8 @@
 A training process keeps no Python object per document or judgement. conversion.py writes the folder:
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
-    FOLDER/first.npy                       (M,) the first document with the same text, for each document
-    FOLDER/own.npy                         (Q,) the document with the query's id (the first of its text); -1 if none
+    FOLDER/first.npy                       (M,) for each document, the first one with the same text
+    FOLDER/own.npy                         (Q,) for each query, first.npy of the document with its id, or -1
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
     FOLDER/SPLIT.{queries,documents,grades}.npy    judgements of a split, as rows
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
@@ -32,7 +32,7 @@ FIELDS = ("id", "title", "text")
 
 
 class StoredDocuments(Mapping[str, Document]):
-    """Documents in an Arrow file, by id or, through `rows`, by number."""
+    """Documents in an Arrow file, by id, or by number through `rows`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -111,14 +111,14 @@ class StoredCollection:
     def check_sizes(self) -> None:
         """Raise UserError if a file is missing or has another size than when it was written.
 
-        The fingerprint is not computed again: every rank would read the whole corpus at every start.
+        The fingerprint is not checked: every rank would read the whole corpus at every start.
         """
         for name, size in self.meta.get("files", {}).items():
             path = self.folder / name
             actual = f"{path.stat().st_size}" if path.is_file() else "no such file"
             if actual != str(size):
                 raise UserError(
-                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder}, and it is converted again"
+                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder} to convert it again"
                 )
 
     def fingerprint(self) -> str:
@@ -151,14 +151,14 @@ class StoredCollection:
         same_id, same_text = self.array("own"), self.array("same")
         rows, document_of_query = query_rows(numbers, len(self.corpus), same_id, same_text, queries_are_documents)
         table = ExampleTable(rows, document_of_query, starts, documents, grades)
-        return [self.corpus.rows, self.queries.rows], table.without_itself() if queries_are_documents else table
+        return [self.corpus.rows, self.queries.rows], table.without_self_links() if queries_are_documents else table
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make a file or folder of the cache: the first rank makes it, the others wait.
+    """Let one process at a time make a file or folder of the cache. Other ranks wait until it is made.
 
-    Raises UserError if the folder that is to contain it cannot be used.
+    Raises UserError if the parent folder cannot be used.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

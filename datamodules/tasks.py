@@ -1,7 +1,7 @@
 """One LightningDataModule for each kind of task. Train it alone, or with others in a MultiTaskDataModule.
 
-The kinds differ in what queries and documents are, and so in which documents must not be negatives and which are left
-out of a ranking. All have a table of documents and examples over its rows.
+The kinds differ in what their queries and documents are. This decides which documents are never negatives, and which
+are left out of a ranking.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ import numpy as np
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
 from datamodules.examples import ExampleTable, Joined, JoinedExamples, in_memory, ragged
-from datamodules.records import (
-    Benchmark,
-    Collection,
-    Document,
-    MiningPool,
-    Ragged,
-    Task,
-    UserError,
-    plain_protocol,
-)
+from datamodules.records import Benchmark, Collection, Document, MiningPool, Ragged, Task, UserError, plain_protocol
 from datamodules.store import StoredCollection
 from datamodules.tokens import Encoding, token_tables
 
@@ -39,7 +30,7 @@ class Reader(Protocol):
 
 
 class CollectionError(UserError):
-    """An error in one of a task's collections. problem: the message without their names."""
+    """An error in a collection of a task. problem: the message without the names of the two."""
 
     def __init__(self, task: str, collection: str, problem: str):
         super().__init__(task, collection, problem)
@@ -56,15 +47,15 @@ class TaskDataModule(ContrastiveDataModule):
 
     task: the task, or its name.
     data: a reader, a Collection, or several of them by name. A single one has the task's name.
-    options: options of the batches; single options may be given as keywords.
-    tokenizer: tokenizer of the encoder; by default that of the module that is trained.
+    options: options of the batches, which may also be given as keywords.
+    tokenizer: tokenizer of the encoder; by default that of the trained module.
 
     documents: the corpus and then the queries of each collection. The row of a document identifies it in batches; a
         query that is a document has the document's row.
     """
 
     queries_are_documents: ClassVar[bool] = False  # whether the document with a query's id is the query itself
-    corpus_is_evaluated: ClassVar[bool] = True  # whether training on documents of an evaluation is a leak
+    corpus_is_evaluated: ClassVar[bool] = True  # whether training on an evaluation's documents is a leak
 
     def __init__(
         self,
@@ -87,7 +78,7 @@ class TaskDataModule(ContrastiveDataModule):
         self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # of the last encoding
 
     def inherit_options(self, options: BatchOptions) -> None:
-        """Use the options of several tasks, unless this one was given its own."""
+        """Use the options that several tasks share, unless this task has its own."""
         if self._overrides is not None:
             self.options = options.override(**self._overrides)
 
@@ -180,12 +171,10 @@ class TaskDataModule(ContrastiveDataModule):
         self.examples, self.is_stripped = self.examples.without(queries, documents), True
         self.stripped = np.union1d(self.stripped, documents)
         if not self.examples:
-            raise UserError(
-                f"task {self.task.name}: no training example remains without the texts that are in the evaluation"
-            )
+            raise UserError(f"task {self.task.name}: no training example remains without the texts of the evaluation")
 
     def corpus_rows(self) -> np.ndarray:
-        """Return which rows of the document table belong to a corpus, (documents,) bool."""
+        """Return whether each row of the document table belongs to a corpus, (documents,) bool."""
         in_corpus = np.zeros(len(self.documents), dtype=bool)
         start = 0
         for collection in self.collections.values():
@@ -267,7 +256,7 @@ def _held_out_positives(
     queries: Sequence[Document],
     positives: Ragged,
 ) -> Ragged:
-    """Return for each training query the corpus rows that only other splits than train judge relevant."""
+    """Return, for each training query, the corpus rows that are relevant only in splits other than train."""
     relevant: dict[str, set[str]] = {}
     for split in collection.splits:
         if split != "train":
@@ -287,17 +276,17 @@ def _held_out_positives(
 class ClassificationDataModule(TaskDataModule):
     """Rank labels for a paper. The corpus is the label space; a paper's other labels are never its negatives."""
 
-    corpus_is_evaluated = False  # labels are no secret
+    corpus_is_evaluated = False  # labels may be seen in training
 
 
 class LinkPredictionDataModule(TaskDataModule):
-    """Rank papers that a paper cites. A paper is neither its own negative nor in its own ranking."""
+    """Find the papers that a paper cites. A paper is never its own negative, and never in its own ranking."""
 
     queries_are_documents = True
 
 
 class SearchDataModule(TaskDataModule):
-    """Rank papers for a query, with graded relevance. Grade 0 in the train split: shown but not clicked."""
+    """Rank papers for a query, by graded relevance. Grade 0 in the train split means shown but not clicked."""
 
 
 KINDS: dict[str, type[TaskDataModule]] = {

@@ -18,16 +18,16 @@ import torch
 
 from datamodules.records import Document, Tokens
 
-TEXT_KEYS = ("text", "abstract")  # keys of a paper's text in a mapping; the first that is present counts
+TEXT_KEYS = ("text", "abstract")  # keys of a paper's text in a mapping; the first one present is used
 
 
 def as_documents(items: Sequence[Any]) -> list[Document]:
     """Convert strings, mappings and Documents to Documents.
 
-    items: a string is a text without title; a mapping has a title and a text (or abstract). Other keys are ignored,
+    items: a string is a text without a title; a mapping has a title and a text (or abstract). Other keys are ignored,
         and None is treated as missing.
 
-    Raises TypeError that names the item and what was found.
+    Raises TypeError with the index and the content of a wrong item.
     """
     if isinstance(items, str | Mapping | Document):
         raise TypeError(f"documents: expected a list, got one {_describe(items)}")
@@ -66,7 +66,7 @@ def input_text(document: Document, separator: str) -> str:
     title, text = document.title.strip(), document.text.strip()
     if not title:
         text = text.replace("\t", f" {separator} ").replace("[SEP]", separator)
-    return f" {separator} ".join(part for part in (title, text) if part)
+    return f" {separator} ".join(segment for segment in (title, text) if segment)
 
 
 def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
@@ -93,7 +93,7 @@ def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[
 
 
 def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
-    """Pad the token ids of b texts to the longest one, L: tensors of shape (b, L)."""
+    """Pad the token ids of b texts to the length L of the longest, as tensors of shape (b, L)."""
     rows = list(sequences)
     lengths = np.array([len(row) for row in rows])
     input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
@@ -114,7 +114,7 @@ class NameMatcher:
     An automaton over words finds all names in one pass over a paper, however many names there are.
     """
 
-    END = ""  # key of the labels whose name ends at a node; no word is empty
+    END = ""  # key of the labels whose names end at a node; no word is empty
 
     def __init__(self, labels: Mapping[str, Document]):
         self.root: dict = {}
@@ -137,6 +137,6 @@ class NameMatcher:
                 node = node.get(text[position]) if position < len(text) else None
         return list(labels)
 
-    def of_all(self, documents: Iterable[Document]) -> dict[str, list[str]]:
-        """Return the labels named in each document, by document id."""
+    def match(self, documents: Iterable[Document]) -> dict[str, list[str]]:
+        """Return the ids of the labels named in each document, by document id."""
         return {document.id: self.labels_in(document) for document in documents}

@@ -1,7 +1,7 @@
 """Texts as token ids: tokenised once, before the first batch, and stored next to the texts.
 
     FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
-    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, where each text starts
+    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, position at which each text starts
 
 FOLDER is that of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
 """
@@ -32,7 +32,7 @@ LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a text becomes token ids.
+    """How texts are turned into token ids.
 
     prompt: text that precedes every text.
     max_length: maximum number of tokens of a text, special tokens included.
@@ -55,13 +55,13 @@ class Encoding:
         if not getattr(self.tokenizer, "is_fast", False):
             return None
         description = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        description |= {"truncation": None, "padding": None}  # state of its last call
+        description |= {"truncation": None, "padding": None}  # set by its last call
         settings = (self.tokenizer.sep_token, self.prompt, self.max_length, self.tokenizer.truncation_side)
         return hashlib.blake2b(repr((json.dumps(description), settings)).encode(), digest_size=8).hexdigest()
 
 
 class TokenTable(Sequence[np.ndarray]):
-    """Token ids of n texts in memory. starts: (n + 1,) where each text starts among the ids."""
+    """Token ids of n texts in memory. starts: (n + 1,) position of each text among the ids."""
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray):
         self.ids, self.starts = ids, starts
@@ -82,7 +82,7 @@ class TokenTable(Sequence[np.ndarray]):
 
 
 class TokenFile(TokenTable):
-    """Token ids of texts in a file. They are read, not mapped, so memory stays small however long a training runs."""
+    """Token ids of texts in a file. They are read, not mapped, so memory stays small during a long training."""
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger]):
         self.path, self.dtype = path, np.dtype(dtype)
@@ -90,7 +90,7 @@ class TokenFile(TokenTable):
         expected, actual = int(self.starts[-1]) * self.dtype.itemsize, path.stat().st_size
         if actual != expected:
             raise UserError(
-                f"{path}: expected {expected} bytes, found {actual}; delete {path.parent}, and it is tokenised again"
+                f"{path}: expected {expected} bytes, found {actual}; delete {path.parent} to tokenise the texts again"
             )
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the table)
 
@@ -107,13 +107,13 @@ class TokenFile(TokenTable):
 
 def token_tables(collection: Collection | StoredCollection, encoding: Encoding) -> list[TokenTable]:
     """Return the token ids of a collection's corpus, and those of its queries."""
-    parts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
+    texts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
     key = encoding.fingerprint()
     if not isinstance(collection, StoredCollection) or key is None:
-        return [_in_memory(list(documents), encoding) for documents in parts.values()]
+        return [_in_memory(list(documents), encoding) for documents in texts.values()]
     folder = collection.folder / f"tokens-{key}"
-    make_once(folder, lambda new: _write(parts, encoding, new))
-    return [TokenFile(folder / f"{name}.ids", encoding.dtype) for name in parts]
+    make_once(folder, lambda new: _write(texts, encoding, new))
+    return [TokenFile(folder / f"{name}.ids", encoding.dtype) for name in texts]
 
 
 def _in_memory(documents: Sequence[Document], encoding: Encoding) -> TokenTable:
@@ -122,9 +122,9 @@ def _in_memory(documents: Sequence[Document], encoding: Encoding) -> TokenTable:
     return TokenTable(ids, _starts([lengths for _, lengths in blocks]))
 
 
-def _write(parts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:
+def _write(texts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:
     log.info("tokenising %s (once)", folder.parent)
-    for name, documents in parts.items():
+    for name, documents in texts.items():
         lengths = []
         with open(folder / f"{name}.ids", "wb") as file:
             for ids, block_lengths in _blocks(documents, encoding, name):

@@ -40,22 +40,22 @@ from experiments.shared.progress import Progress
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # version of the output folders; raising it builds all of them again
-STAMP = "built.json"  # what a folder was built from, and its counts
+STAMP = "built.json"  # fingerprint of what a folder was built from, and its counts
 TOLERANCE = 0.02  # relative difference from published counts that needs no explanation
 
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """Build training data from public downloads, as a recipe says.
+    """Build training data from public downloads, by a recipe.
 
     Finished steps are not repeated: an interrupted command resumes, and a complete one does nothing. Keys of the recipe
     can be changed too: outputs.NAME.reader.ARGUMENT=VALUE, sources.NAME.url=URL and so on.
     """
 
     recipe: str = option("", f"name of a recipe ({', '.join(recipes())}), or path of a YAML file", positional=True)
-    root: Path = option(Path("data"), "folder for all data, which make train takes as data.root", key="data.root")
+    root: Path = option(Path("data"), "folder for all data; pass it to make train as data.root too", key="data.root")
     mirror: str = option("", "URL under which SOURCE/FILE are found, instead of the URLs of the recipe")
-    only: tuple[str, ...] = option((), "names of the folders to build; by default all")
+    only: tuple[str, ...] = option((), "folders to build; by default all")
     on_error: Literal["fail", "skip"] = option(
         "fail", "stop at a bad line, or save bad lines in ROOT/NAME.quarantine.jsonl", key="data.on_error"
     )
@@ -70,7 +70,11 @@ def main(arguments: Sequence[str]) -> None:
     root = options.root.expanduser().resolve()
     with _locked(root):
         sources = Sources(root, recipe.sources, options.mirror)
-        outputs = [Output.of(root / name, recipe.outputs[name], sources) for name in names]
+        outputs = []
+        for name in names:
+            spec = recipe.outputs[name]
+            missing = [source for source in spec.without if sources.is_missing(source)]
+            outputs.append(Output(root / name, spec, sources, missing))
         to_build = [output for output in outputs if not output.is_built()]
         _check_available(sources, to_build)
         for output in to_build:
@@ -91,7 +95,7 @@ def _check(options: DataOptions) -> None:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Lock the folder, so that only one command at a time builds in it."""
+    """Let only one command at a time build in a folder."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = lock_file(root / ".lock", wait=False)
@@ -105,23 +109,16 @@ def _locked(root: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Output:
-    """A folder in BEIR layout that is built from sources.
-
-    missing: optional sources that are not available.
-    """
+    """A folder in BEIR layout, and the sources it is built from. missing: optional sources that are not available."""
 
     folder: Path
     spec: OutputSpec
     sources: Sources
-    missing: tuple[str, ...]
-
-    @classmethod
-    def of(cls, folder: Path, spec: OutputSpec, sources: Sources) -> Output:
-        return cls(folder, spec, sources, tuple(name for name in spec.without if sources.is_missing(name)))
+    missing: list[str]
 
     @property
     def needed(self) -> list[str]:
-        """Names of the sources it is built from."""
+        """Names of the sources to build from."""
         return needed_sources(self.spec, self.missing)
 
     def is_built(self) -> bool:
@@ -137,7 +134,7 @@ class Output:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def build(self, on_error: str) -> None:
-        """Fetch the sources, read them, and write the folder. Raises UserError."""
+        """Fetch the sources, read them and write the folder. Raises UserError."""
         name = self.folder.name
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / STAMP).exists():
             raise UserError(f"{self.folder}: exists, but no recipe built it; move it, or set another data.root")
@@ -152,7 +149,7 @@ class Output:
         reader = instantiate(node, **{key: defaults[key] for key in accepted})
         with Progress(f"building {name}"):
             collection = merge_splits(reader.read(), self.spec.splits, name)
-            stamp = {"fingerprint": self.fingerprint(), "without": list(self.missing)}
+            stamp = {"fingerprint": self.fingerprint(), "without": self.missing}
             self._write(collection, stamp | {"counts": count(collection)})
 
     def _write(self, collection: Collection, stamp: Mapping[str, Any]) -> None:
@@ -178,9 +175,9 @@ def _check_available(sources: Sources, outputs: Sequence[Output]) -> None:
 
 
 def merge_splits(collection: Collection, splits: Mapping[str, Sequence[str]], name: str) -> Collection:
-    """Return a collection whose splits are made of several splits each. The highest grade of a pair counts.
+    """Merge splits of a collection. If a pair is repeated, its highest grade counts.
 
-    splits: splits of the collection that make up each new split. If empty, the collection stays as it is.
+    splits: old splits that make up each new split. If empty, the collection is returned unchanged.
     name: name of the output, for errors.
     """
     if not splits:
@@ -202,16 +199,15 @@ def merge_splits(collection: Collection, splits: Mapping[str, Sequence[str]], na
 
 
 def count(collection: Collection) -> dict[str, int]:
-    """Return documents, queries, pairs and negatives of the train split, or of the first split if there is none."""
+    """Count documents, queries, pairs and negatives in the train split, or in the first split if there is none."""
     qrels = collection.qrels.get("train") or next(iter(collection.qrels.values()))
     num_pairs = sum(grade > 0 for grades in qrels.values() for grade in grades.values())
     num_judgements = sum(map(len, qrels.values()))
-    counts = (len(collection.corpus), len(qrels), num_pairs, num_judgements - num_pairs)
-    return dict(zip(COUNTS, counts, strict=True))
+    return dict(zip(COUNTS, (len(collection.corpus), len(qrels), num_pairs, num_judgements - num_pairs), strict=True))
 
 
 def _report(root: Path, recipe: Recipe, outputs: Sequence[Output]) -> None:
-    """Print the counts next to the published ones, and explain differences."""
+    """Print the counts next to the published ones, and explain the differences."""
     columns = (Column("folder", no_wrap=True), *(Column(kind, justify="right") for kind in COUNTS))
     table = Table(*columns, title=f"training data in {root}")
     stamps = [(output, output.stamp()) for output in outputs]
@@ -236,7 +232,7 @@ def _published(counted: int, expected: int | None) -> str:
 
 
 def _verdict(spec: OutputSpec, stamp: Mapping[str, Any]) -> str:
-    """Say whether the counts are as published, and what may explain differences."""
+    """Return whether the counts are as published and what explains a difference, in words."""
     expected = {kind: spec.expected[kind] for kind in COUNTS if kind in spec.expected}
     different = [kind for kind, value in expected.items() if abs(stamp["counts"][kind] - value) > TOLERANCE * value]
     sentences = []

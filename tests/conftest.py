@@ -10,9 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # the default of data.cache is in it
-os.environ["MAKEFLAGS"] = os.environ["MFLAGS"] = os.environ["MAKELEVEL"] = (
-    ""  # those of `make test` must not reach tests that run make
-)
+os.environ.update(MAKEFLAGS="", MFLAGS="", MAKELEVEL="")  # those of `make test` must not reach tests that run make
 
 import pytest
 import torch
@@ -43,7 +41,7 @@ def text_of(*numbers: int) -> str:
 def toy_collection(num_queries: int = 12, num_documents: int = 10, papers: bool = False) -> Collection:
     """Make a collection in which query i has positives i (grade 1) and i + 1 (grade 2), and hard negative i + 2.
 
-    papers: queries are the first documents of the corpus. All numbers above are then one higher.
+    papers: whether queries are the first documents of the corpus. The document numbers above are then one higher.
     """
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(i, i + 3, i + 5)) for i in range(num_documents)}
     if papers:
@@ -122,17 +120,13 @@ def make_task(make_backbone):
 
 @pytest.fixture
 def three_tasks(make_backbone, make_task):
-    """Twelve batches of three tasks in turns. Search has the opposite judgements of classification."""
+    """Three tasks in turns, twelve batches. The judgements of search are the opposite of those of classification."""
     kinds = (ClassificationDataModule, LinkPredictionDataModule, SearchDataModule)
     toy = toy_collection()
     opposite = {
         query: {d: int(grade == 0) for d, grade in grades.items()} for query, grades in toy.qrels["train"].items()
     }
-    collections = (
-        toy,
-        toy_collection(10, 10, papers=True),
-        Collection(toy.corpus, toy.queries, {"train": opposite}),
-    )
+    collections = (toy, toy_collection(10, 10, papers=True), Collection(toy.corpus, toy.queries, {"train": opposite}))
     tasks = []
     for kind, name, collection in zip(kinds, TASKS, collections, strict=True):
         task = make_task(kind, name, collection)

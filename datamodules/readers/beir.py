@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from datamodules.readers.checks import SPLITS, BadLines, Judgements, Record, check_choice, check_grade, read_into_memory
-from datamodules.readers.io import as_object, find_file, read_lines
+from datamodules.readers.io import as_object, check_folder, find_file, find_split_files, read_lines
 from datamodules.records import Collection, Document, Qrels, Sink, UserError
 
 
@@ -25,8 +25,6 @@ class BeirReader:
     on_error, quarantine: see BadLines.
     """
 
-    SPLITS = SPLITS
-
     def __init__(self, folder: str, on_error: str = "fail", quarantine: str | None = None):
         self.folder = Path(folder)
         self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
@@ -37,14 +35,12 @@ class BeirReader:
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder (expected corpus.jsonl, queries.jsonl and qrels/ in it)")
+        check_folder(self.folder, "corpus.jsonl, queries.jsonl and qrels/")
         files = [find_file(self.folder, "corpus.jsonl"), find_file(self.folder, "queries.jsonl")]
-        splits = [find_file(self.folder, f"qrels/{split}.tsv", required=False) for split in self.SPLITS]
-        if not any(splits):
-            names = ", ".join(f"{split}.tsv" for split in self.SPLITS)
+        if not (splits := find_split_files(self.folder, "qrels/SPLIT.tsv")):
+            names = ", ".join(f"{split}.tsv" for split in SPLITS)
             raise UserError(f"{self.folder / 'qrels'}: contains none of {names} (plain, .gz or .zst)")
-        return [*files, *(path for path in splits if path)]
+        return [*files, *splits.values()]
 
     def stream(self, sink: Sink) -> None:
         """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
@@ -59,18 +55,16 @@ class BeirReader:
                         empty = False
                 if empty:
                     raise UserError(f"{path}: contains no documents")
-            for split in self.SPLITS:
-                path = find_file(self.folder, f"qrels/{split}.tsv", required=False)
-                if path is not None:
-                    add_judgement = functools.partial(sink.add_judgement, split)
-                    files = ("queries.jsonl", "corpus.jsonl")
-                    read_qrels(path, Judgements(sink.queries, sink.documents, bad, *files, target=add_judgement))
-                    if not sink.has(split):
-                        raise UserError(f"{path}: the split is empty (no judgements below the header)")
+            for split, path in find_split_files(self.folder, "qrels/SPLIT.tsv").items():
+                add_judgement = functools.partial(sink.add_judgement, split)
+                files = ("queries.jsonl", "corpus.jsonl")
+                read_qrels(path, Judgements(sink.queries, sink.documents, bad, *files, target=add_judgement))
+                if not sink.has(split):
+                    raise UserError(f"{path}: the split is empty (no judgements below the header)")
 
 
 def _document(record: Record) -> Document:
-    if not (id := record.text("_id", required=True)):  # unlike other formats, BEIR has no integers as ids
+    if not (id := record.text("_id", required=True)):  # unlike in other formats, an id is never an integer
         raise UserError("_id is empty")
     return record.document(body="text", id=id)
 
@@ -90,7 +84,7 @@ def read_qrels(path: Path, judgements: Judgements) -> Qrels:
 
 
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
-    """Write a collection as a folder that BeirReader reads. compress: whether to gzip corpus and queries."""
+    """Write a collection in BEIR layout. compress: whether to gzip corpus and queries."""
     folder = Path(folder)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
 MAX_GRADE = 10**9
 QUARANTINED_TEXT = 2000  # characters
-# Halves of surrogate pairs are not text. Bytes that are not UTF-8 are decoded to them.
+# Lone surrogates are not text. Bytes that are not UTF-8 are decoded to them.
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 JudgementTarget = Callable[[str, str, int], None]  # receives query id, document id and grade
@@ -32,12 +32,12 @@ JudgementTarget = Callable[[str, str, int], None]  # receives query id, document
 class Row:
     """A line of a file, an entry of a JSON list or object, or a row of a table, with its location.
 
-    Within `with row:`, a UserError is reported to the policy for bad lines.
+    A UserError inside `with row:` goes to the policy for bad lines.
 
     number: line number, from 1.
     text: the line or entry as in the file.
-    entry: number of the entry or row, from 1. None for a plain line.
-    value: the parsed entry or row. Lines are parsed later, by `as_object`.
+    entry: number of the entry or row, from 1; None for a plain line.
+    value: the parsed entry or row; `as_object` parses a plain line.
     """
 
     bad: BadLines
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def ordinal(self) -> int:
-        """Number of the line or entry in its file, bad ones included. Records without an id are named by it."""
+        """Number of the line or entry in its file, bad ones included. It names records without an id."""
         return self.number if self.entry is None else self.entry
 
     def __str__(self) -> str:
@@ -69,8 +69,8 @@ class BadLines:
     """The policy for bad lines during one `read()`, used as `with BadLines(...) as bad:`.
 
     on_error: "fail" raises UserError at the first bad line. "skip" leaves bad lines out, appends them to the quarantine
-        file, and logs a warning with their number at the end. A file with more than half of its lines bad is an error
-        under "skip" too, because it is probably in another format.
+        file, and warns about their number at the end. If more than half of a file's lines are bad, "skip" raises too,
+        because the file is probably in another format.
     quarantine: file for skipped lines, by default quarantine.jsonl. Each line is a JSON object with file, line, reason
         and text (the first 2,000 characters).
     """
@@ -130,7 +130,7 @@ class BadLines:
 
 
 def _without_details(reason: str) -> str:
-    """Remove quoted values, numbers and parentheses, which differ from line to line."""
+    """Replace quoted values, numbers and parentheses, which differ from line to line, by dots."""
     return re.sub(r"'.*'|\".*\"|\(.*\)|[0-9]+", "...", reason, flags=re.DOTALL)
 
 
@@ -180,7 +180,7 @@ def check_grade(value: Any, key: str = "score") -> int:
 
 
 class Record(dict[str, Any]):
-    """A JSON object, or a row of a table, with methods that check a value and raise UserError if it is wrong."""
+    """A JSON object or a row of a table. Its methods return checked values, and raise UserError for wrong ones."""
 
     def text(self, key: str, required: bool = False) -> str:
         """Return a string. A missing key or null is an empty string, unless it is required."""
@@ -191,8 +191,15 @@ class Record(dict[str, Any]):
             raise self._wrong_type(key, "a string")
         return check_text(value, key)
 
+    def words(self, key: str) -> str:
+        """Return a string that is not blank."""
+        text = self.text(key, required=True)
+        if not text.strip():
+            raise UserError(f"{key} is empty")
+        return text
+
     def id(self, *keys: str) -> str:
-        """Return the value of the first key that exists. An id is a string or an integer."""
+        """Return the id under the first key that exists, a string or an integer."""
         for key in keys:
             if self.get(key) is not None:
                 return check_id(self[key], key)
@@ -252,7 +259,7 @@ class Record(dict[str, Any]):
         return f"keys here: {', '.join(map(str, self))[:200] or 'none'}"
 
 
-# --- ids and splits that files do not have ---
+# --- ids and splits for files without them ---
 
 
 def content_id(title: str, body: str) -> str:
@@ -280,18 +287,23 @@ def split_of(
     return "test" if train_until is None and percent < dev_percent + test_percent else "train"
 
 
-# --- collections; all raise UserError ---
+# --- collections; all functions raise UserError ---
+
+
+def add_id(values: dict[str, Any], id: str, value: Any) -> None:
+    """Add a value under an id that may occur only once."""
+    if id in values:
+        raise UserError(f"duplicate id {id!r}: an earlier line has it too")
+    values[id] = value
 
 
 def add_document(documents: dict[str, Document], document: Document) -> None:
-    """Add a document to a corpus in which each id occurs once."""
-    if document.id in documents:
-        raise UserError(f"duplicate id {document.id!r}: an earlier line has it too")
-    documents[document.id] = document
+    """Add a document whose id may occur only once."""
+    add_id(documents, document.id, document)
 
 
 def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> None:
-    """Add all documents of a line, or none, to a corpus whose lines may repeat documents."""
+    """Add all documents of a line, or none. Lines may repeat a document."""
     added: dict[str, Document] = {}
     for document in new:
         earlier = documents.get(document.id) or added.setdefault(document.id, document)
@@ -301,16 +313,20 @@ def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> Non
 
 
 def add_grades(qrels: dict[str, dict[str, int]], query: str, grades: Mapping[str, int]) -> None:
-    """Add all judgements of a query, or none."""
-    earlier = qrels.get(query, {})
+    """Add all judgements of a query, or none if one conflicts."""
+    merged = dict(qrels.get(query, {}))
     for document, grade in grades.items():
-        if earlier.get(document, grade) != grade:
-            raise _conflict(query, document, grade, earlier[document])
-    qrels[query] = earlier | grades
+        _add_grade(merged, query, document, grade)
+    qrels[query] = merged
+
+
+def _add_grade(grades: dict[str, int], query: str, document: str, grade: int) -> None:
+    if (earlier := grades.setdefault(document, grade)) != grade:
+        raise UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
 
 
 def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
-    """Check ids that one record lists under a key."""
+    """Check that all ids of a record's list are in the corpus. key: key of the list, for the error."""
     unknown = [id for id in ids if id not in corpus]
     if unknown:
         raise UserError(f"{key}: {len(unknown)} of {len(ids)} ids are not in the corpus, first {unknown[0]!r}")
@@ -323,8 +339,7 @@ class Judgements:
     query_file, corpus_file: names of the files with the queries and the documents, for errors.
     target: function that receives the judgements, instead of `qrels`.
 
-    Under "fail", unknown ids are reported together by `finish`, which shows how many there are. Under "skip", each is a
-    bad line.
+    Under "fail", `finish` reports all unknown ids together. Under "skip", each is a bad line.
     """
 
     def __init__(
@@ -351,9 +366,7 @@ class Judgements:
         self.target(query, document, grade)
 
     def _keep(self, query: str, document: str, grade: int) -> None:
-        earlier = self.qrels.setdefault(query, {}).setdefault(document, grade)
-        if earlier != grade:
-            raise _conflict(query, document, grade, earlier)
+        _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
 
     def finish(self, path: Path) -> Qrels:
         """Return all judgements. Raises UserError if there were unknown ids."""
@@ -368,7 +381,7 @@ class Judgements:
 
 
 class MemorySink:
-    """The sink of a collection in memory. A second grade for a pair is an error on its own line."""
+    """A sink in memory. A second grade for a pair is an error of its own line, whatever keep_first says."""
 
     def __init__(self) -> None:
         self.keep_first = False
@@ -383,9 +396,7 @@ class MemorySink:
         add_document(self.queries, query)
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
-        earlier = self.qrels.setdefault(split, {}).setdefault(query, {}).setdefault(document, grade)
-        if earlier != grade:
-            raise _conflict(query, document, grade, earlier)
+        _add_grade(self.qrels.setdefault(split, {}).setdefault(query, {}), query, document, grade)
 
     def document(self, id: str) -> Document:
         return self.documents[id]
@@ -423,10 +434,6 @@ def check_collection(collection: Collection, source: Path | str) -> Collection:
         if not qrels:
             raise UserError(f"{source}: the {split} split is empty")
     return collection
-
-
-def _conflict(query: str, document: str, grade: int, earlier: int) -> UserError:
-    return UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
 
 
 def _short(value: Any) -> str:

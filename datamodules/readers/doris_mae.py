@@ -36,8 +36,8 @@ class DorisMaeReader:
     The text of a paper is its abstract alone, as in the authors' experiments. The corpus has only papers that are
     candidates of a query.
 
-    view: how a candidate's scores in all aspects of the query become its grade. "relevant": 1 if their mean is at least
-        1. "sum": their sum. "best": 1 for the candidates with the largest sum.
+    view: how to grade a candidate by its scores in all aspects of the query. "relevant": 1 if their mean is at least 1.
+        "sum": their sum. "best": 1 for the candidates with the largest sum.
     on_error, quarantine: see BadLines.
     """
 
@@ -52,7 +52,7 @@ class DorisMaeReader:
         return [find_file(self.folder, "DORIS-MAE_dataset_v1.json")]
 
     def read(self) -> Collection:
-        """Read and check the folder, in two passes over the large file. Raises UserError with file, line and reason."""
+        """Read and check the file, in two passes. Raises UserError with file, line and reason."""
         (path,) = self.sources()
         with BadLines(self.on_error, self.quarantine) as bad:
             questions, scores = _read_questions(path, bad)
@@ -98,7 +98,7 @@ def _read_papers(path: Path, bad: BadLines, wanted: Container[str]) -> dict[str,
     for _, row in read_members(path, bad, ("Corpus",)):
         if (id := str(row.ordinal - 1)) in wanted:
             with row:
-                corpus[id] = _read_paper(as_object(row), id)
+                corpus[id] = Document(id, "", as_object(row).words("original_abstract"))
     return corpus
 
 
@@ -112,10 +112,3 @@ def _read_question(record: Record, id: str) -> _Question:
     if not (query.text.strip() and candidates and aspects):
         raise UserError("query_text, candidate_pool or aspects is empty")
     return _Question(query, candidates, aspects)
-
-
-def _read_paper(record: Record, id: str) -> Document:
-    abstract = record.text("original_abstract", required=True)
-    if not abstract.strip():
-        raise UserError("original_abstract is empty")
-    return Document(id, "", abstract)

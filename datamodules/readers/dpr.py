@@ -34,12 +34,12 @@ class DprReader:
     "hard_negative_ctxs": [...]}; a passage is {"title": ..., "text": ..., "passage_id" or "psg_id": ...}, and its score
     is not used. A passage without an id gets one from its text.
 
-    The corpus has all passages of all files. Questions without a positive are left out, as DPR does, and a warning
-    counts them. Files may be compressed as .gz or .zst, and may be JSON lines. A file is never in memory as a whole.
+    The corpus has all passages of all files. Questions without a positive are left out, as in DPR, and a warning counts
+    them. Files may be compressed as .gz or .zst, and may be JSON lines. No file is held in memory.
 
     train, dev, test: file of the split.
-    negatives: lists whose passages are judged as not relevant, and so become hard negatives in training:
-        "hard_negative_ctxs", "negative_ctxs", or by default both. A passage that is a positive too is not a negative.
+    negatives: lists whose passages get grade 0, and so become hard negatives in training: "hard_negative_ctxs",
+        "negative_ctxs", or by default both. A passage that is also a positive is not a negative.
     on_error, quarantine: see BadLines.
     """
 
@@ -79,9 +79,7 @@ class DprReader:
         for row in read_records(find_file(path.parent, path.name), bad):
             with row:
                 record = as_object(row, " with question and positive_ctxs")
-                query = Document(f"{split}.{row.ordinal}", "", record.text("question", required=True))
-                if not query.text.strip():
-                    raise UserError("question is empty")
+                query = Document(f"{split}.{row.ordinal}", "", record.words("question"))
                 passages = {key: _read_passages(record, key) for key in (POSITIVES, *NEGATIVES)}
                 add_repeated(corpus, [passage for group in passages.values() for passage in group])
                 if not passages[POSITIVES]:

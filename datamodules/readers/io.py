@@ -1,7 +1,7 @@
-"""Files as rows: numbered lines, and JSON in lines, lists and objects; plain, .gz or .zst.
+"""Read files as rows: numbered lines, and JSON in lines, lists and objects; plain, .gz or .zst.
 
-Text is UTF-8, with or without a byte order mark, with any line endings. No large file is in memory as a whole, and a
-file that cannot be read to its end is always an error.
+Text is UTF-8, with or without a byte order mark, and with any line endings. No large file is held in memory, and a file
+that cannot be read to its end always raises an error.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SURROGATES, BadLines, Record, Row
+from datamodules.readers.checks import QUARANTINED_TEXT, SPLITS, SURROGATES, BadLines, Record, Row
 from datamodules.records import UserError
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
 CHUNK = 2**20  # characters
 SUFFIXES = ("", ".gz", ".zst")
+SAME_NAMES = {split: split for split in SPLITS}
+
+
+def check_folder(folder: Path, expected: str) -> None:
+    """Raise UserError if a folder is missing. expected: description of its files, for the error."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (expected {expected} in it)")
 
 
 def find_file(folder: Path, *names: str, required: bool = True) -> Path | None:
-    """Return the first of the names that exists in the folder, plain or compressed.
+    """Return the path of the first of the names that exists in the folder, plain or compressed.
 
     Raises UserError if a required file is missing.
     """
@@ -35,10 +42,20 @@ def find_file(folder: Path, *names: str, required: bool = True) -> Path | None:
                 return folder / f"{name}{suffix}"
     if not required:
         return None
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (expected {names[0]} in it)")
+    check_folder(folder, names[0])
     others = "".join(f", nor {name}" for name in names[1:])
     raise UserError(f"{folder / names[0]}: no such file{others} (also not as .gz or .zst)")
+
+
+def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SAME_NAMES) -> dict[str, Path]:
+    """Return the file of each split that has one.
+
+    patterns: names of the file, in which SPLIT stands for the split, in order of preference.
+    names: what each split is called in file names.
+    """
+    candidates = {split: [pattern.replace("SPLIT", name) for pattern in patterns] for split, name in names.items()}
+    files = {split: find_file(folder, *options, required=False) for split, options in candidates.items()}
+    return {split: path for split, path in files.items() if path}
 
 
 @contextmanager
@@ -77,7 +94,7 @@ def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: b
 
 
 def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the lines that are not blank, numbered from 1.
+    """Yield the non-blank lines, numbered from 1.
 
     Lines that are not text (not UTF-8, with NUL bytes, longer than MAX_LINE) are reported as bad. Raises UserError if
     the file cannot be read to its end.
@@ -115,7 +132,7 @@ def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
 def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
     """Yield the entries of a file that is one JSON list, or the values of one JSON object (kind "object").
 
-    An entry with matching brackets that is invalid JSON is reported as bad. Raises UserError for damage between
+    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between
     entries, because the start of the next entry is then unknown.
     """
     with open_text(path) as stream:
@@ -127,7 +144,7 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
 
 
 def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield key and entry of the lists that are stored under `keys` in a file's one JSON object.
+    """Yield (key, entry) for the entries of the lists under `keys`, in a file that is one JSON object.
 
     Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
     missing.
@@ -205,8 +222,8 @@ def _not_text(text: str) -> str:
 
 # --- JSON that is larger than memory ---
 #
-# ijson reads such files too, but it stops at the first invalid entry, and does not know its line. This code reports the
-# line, and continues after the entry if on_error is "skip".
+# ijson reads such files too, but it stops at the first invalid entry without reporting its line. This code reports it,
+# and continues after the entry under on_error="skip".
 
 
 def _read_key(window: _JsonWindow, what: str) -> str:
@@ -246,9 +263,9 @@ def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[
 
 
 class _JsonWindow:
-    """A window that slides over the text of a JSON file; the standard decoder reads one value after another from it.
+    """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
 
-    text: current part of the file. position: index of the next character. line: line number there, from 1.
+    text: current part of the file. position: index of the next character. line: its line number, from 1.
     """
 
     DECODER = json.JSONDecoder()
@@ -273,15 +290,15 @@ class _JsonWindow:
             self._slide()
 
     def expect(self, character: str, what: str) -> None:
-        """Move past the next character. Raises UserError if it is another one. what: its description for the error."""
+        """Move past a character. Raises UserError if another one comes next. what: its description for the error."""
         if self.peek() != character:
             self._refuse(what)
         self._move(self.position + 1)
 
     def next_value(self, what: str) -> tuple[Any, str, str]:
-        """Return the next value, its text, and the reason if it is invalid, else "".
+        """Return the next value, its text, and the reason why it is invalid, or "".
 
-        Raises UserError if the value does not end, or only after MAX_LINE characters.
+        Raises UserError if the value does not end within MAX_LINE characters.
         """
         first = self.peek()
         while True:
@@ -299,7 +316,7 @@ class _JsonWindow:
             self._slide()
 
     def _slide(self) -> None:
-        """Drop the text before the position, and at least double the rest, so that long entries take linear time."""
+        """Drop the text before the position, and at least double the rest. So long entries take linear time."""
         rest = self.text[self.position :]
         chunk = read_chunk(self.stream, self.path, self.line, max(CHUNK, len(rest)))
         self.text, self.position, self.ended = rest + chunk, 0, not chunk

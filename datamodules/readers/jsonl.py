@@ -17,7 +17,7 @@ from datamodules.readers.checks import (
     read_into_memory,
     split_of,
 )
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.io import as_object, find_file, find_split_files, read_records
 from datamodules.records import Collection, Document, Sink, UserError
 
 
@@ -25,19 +25,19 @@ class JsonlReader:
     """Reader of a folder with a corpus, and for each split a file of queries with their documents.
 
     folder/corpus.jsonl   {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
-    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; the latter optional
+    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
     folder/dev.jsonl      the same
     folder/test.jsonl     the same; at least one of the three files must exist
 
-    A query is {"id": ...}, a document of the corpus; or {"title": ..., "text": ...}; or a string, which is the document
-    with that id if the corpus has one, else a text. Positives may be {id: grade, ...} with grades above 0. Negatives
-    are judged as not relevant, and are hard negatives in the train split.
+    A query is {"id": ...}, a document of the corpus; {"title": ..., "text": ...}; or a string, which is an id if the
+    corpus has it, and otherwise a text. Positives may be {id: grade, ...} with grades above 0. Negatives have grade 0,
+    and are hard negatives in the train split.
 
     Every file may be compressed as .gz or .zst, and may be one JSON list instead of JSON lines.
 
-    train_until: last year of training. The lines of all files are then split by the year of their query, which must be
-        a document of the corpus with a "year": later years are the test split, and dev_percent of the other queries,
-        chosen by a hash of their ids, the dev split.
+    train_until: last year of training. If set, the lines of all files are split by the year of their query, which must
+        be a document of the corpus with a "year". Queries of later years form the test split. Of the others,
+        dev_percent form the dev split, chosen by a hash of their ids.
     dev_percent: percentage of queries in the dev split, from 0 to 99, used with train_until.
     on_error, quarantine: see BadLines.
     """
@@ -67,10 +67,9 @@ class JsonlReader:
         return find_file(self.folder, "corpus.jsonl", "corpus.json")
 
     def _split_files(self) -> dict[str, Path]:
-        files = {split: find_file(self.folder, f"{split}.jsonl", f"{split}.json", required=False) for split in SPLITS}
-        if not any(files.values()):
+        if not (files := find_split_files(self.folder, "SPLIT.jsonl", "SPLIT.json")):
             raise UserError(f"{self.folder}: contains none of train.jsonl, dev.jsonl and test.jsonl")
-        return {split: path for split, path in files.items() if path}
+        return files
 
     def stream(self, sink: Sink) -> None:
         """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
@@ -113,14 +112,14 @@ class JsonlReader:
         for document, grade in grades.items():
             try:
                 sink.add_judgement(split, query.id, document, grade)
-            except UserError as error:  # the pair has another grade on an earlier line, which is kept
+            except UserError as error:  # an earlier line has another grade for the pair, and counts
                 errors.append(error)
         if errors:
             raise errors[0]
 
 
 def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str, int]]:
-    """Return the query of a line, and the grades of its documents."""
+    """Return the query of a line, and the grade of each of its documents."""
     record = as_object(row, " with query, positives and negatives")
     if isinstance(record.get("positives"), dict):
         positives = record.grades("positives")

@@ -14,8 +14,8 @@ from datamodules.records import Document, UserError
 def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
     """Return the labels of a file. The title of a label is its first name, and the text its definition.
 
-    .json, .jsonl (MICoL, SciMult)   {"label": id, "name": [name, synonym, ...], "definition": ...} per line; the name
-                                     may be a string, and "combined_text" may replace name and definition
+    .json, .jsonl (MICoL, SciMult)   {"label": id, "name": [name, synonym, ...], "definition": ...} per line; name may
+                                     be a string, and "combined_text" may replace name and definition
     .xml (MeSH: desc2022.xml)        descriptors, whose scope notes are the definitions
     other (MAPLE)                    id <tab> name <tab> synonym ... per line
     """
@@ -54,7 +54,7 @@ def _from_columns(row: Row) -> Document:
 
 
 def _read_mesh(path: Path) -> Iterator[Document]:
-    """Yield the descriptors of a MeSH file. The file has 300 MB, so only one descriptor is in memory at a time."""
+    """Yield the descriptors of a MeSH file, one at a time, because the file has 300 MB."""
     parser = ElementTree.XMLPullParser(["start", "end"])
     root = None
     with open_text(path) as stream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.checks import BadLines, add_document, check_choice, check_collection, check_known
-from datamodules.readers.io import as_object
+from datamodules.readers.io import as_object, check_folder
 from datamodules.readers.tables import read_tables
 from datamodules.records import Collection, Document, UserError
 
@@ -37,9 +37,8 @@ class LitSearchReader:
 
     def _files(self, config: str) -> list[Path]:
         folder = self.folder / config
+        check_folder(folder, "full-00000-of-00001.parquet")
         files = sorted(path for path in folder.glob("full*") if path.name.endswith(SUFFIXES))
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder (expected full-00000-of-00001.parquet in it)")
         if not files:
             raise UserError(f"{folder}: contains no file of the split full (such as full-00000-of-00001.parquet)")
         return files

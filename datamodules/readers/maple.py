@@ -19,6 +19,7 @@ from pathlib import Path
 from datamodules.readers.checks import (
     BadLines,
     Record,
+    add_id,
     check_choice,
     check_choices,
     check_collection,
@@ -37,7 +38,7 @@ ATTEMPTS = 8  # draws per hard negative
 
 @dataclass(slots=True)
 class Paper:
-    """A paper with what its labels, links and hard negatives are made from."""
+    """A paper, and the fields from which its labels, links and hard negatives are made."""
 
     document: Document
     year: int | None
@@ -54,22 +55,22 @@ class MapleReader:
                          "reference": [id]} per line; title_raw and abstract_raw are preferred if present
     folder/labels.txt    id <tab> name per line (or labels_mesh.txt)
 
-    Files may be compressed as .gz or .zst. Labels that the label file lacks are dropped, with the papers that have no
-    other label, and a warning counts them.
+    Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, with the papers that have
+    no other label, and a warning counts them.
 
     view: "labels": queries are papers, the corpus is the label space. "citations": queries and corpus are papers, and
-        the references within the corpus are relevant. "fields": queries are papers, and the corpus is the names of the
+        the references within the corpus are relevant. "fields": queries are papers, and the corpus has the names of the
         folders.
     labels: another label file, in the folder or with its full path (see read_labels).
     label_key: key of a paper's labels.
     further: more folders of the same collection, with the labels of the first. A paper of several folders is one paper,
         with the text from the first folder and the labels from all.
     max_per_label: maximum number of training papers for each label or field, drawn by the seed; 0 for all. In "fields"
-        only these papers are kept in memory, so they are drawn for each split, by a hash of their ids.
+        papers of every split are drawn, by a hash of their ids, and only these are kept in memory.
     negatives: sources of hard negatives: papers that the paper "cited", or that share an "author" or the "venue". In
         "labels" and "fields" a hard negative is a label of such a paper that the paper itself does not have. In
-        "citations" it is a reference of a cited paper, or the paper of the same author or venue, unless the paper cites
-        it.
+        "citations" it is a reference of a cited paper, or a paper by the same author or in the same venue, unless the
+        paper cites it.
     num_negatives: maximum number of hard negatives for each training paper.
     train_until: last year of training. Papers of later years are the test split (MAPLE's own split is 2015).
     dev_percent, test_percent: percentages of papers in the dev and test splits, chosen by a hash of their ids.
@@ -171,9 +172,7 @@ class MapleReader:
             for row in read_records(self._papers_file(folder), bad):
                 with row:
                     paper = self._read_paper(as_object(row, " with paper, title, abstract and label"), folder)
-                    if paper.document.id in new:
-                        raise UserError(f"duplicate id {paper.document.id!r}: an earlier line has it too")
-                    new[paper.document.id] = paper
+                    add_id(new, paper.document.id, paper)
                     if self.view == "fields" and self.max_per_label:
                         self._drop_surplus(new, kept[self._split(paper)], paper.document.id)
             for id, paper in new.items():

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
-from datamodules.readers.checks import SPLITS, BadLines, Judgements, add_document, check_choice, check_collection
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.checks import BadLines, Judgements, add_document, check_choice, check_collection
+from datamodules.readers.io import as_object, find_file, find_split_files, read_records
 from datamodules.records import Collection, Document
 
 
@@ -44,9 +44,7 @@ class PmcPatientsReader:
         return find_file(self.folder, f"{self.task}/corpus.jsonl", f"{self.task}/{self.task}_corpus.jsonl")
 
     def _split_files(self) -> dict[str, Path]:
-        names = {s: (f"{self.task}/qrels_{s}.tsv", f"{self.task}/{self.task}_{s}_qrels.tsv") for s in SPLITS}
-        files = {split: find_file(self.folder, *both, required=False) for split, both in names.items()}
-        return {split: path for split, path in files.items() if path}
+        return find_split_files(self.folder, f"{self.task}/qrels_SPLIT.tsv", f"{self.task}/{self.task}_SPLIT_qrels.tsv")
 
     def read(self) -> Collection:
         """Read and check the folder. Raises UserError with file, line and reason."""
@@ -65,7 +63,7 @@ class PmcPatientsReader:
 
 
 def _read_documents(path: Path, documents: dict[str, Document], bad: BadLines) -> None:
-    """Add the documents of a file to those that were read before."""
+    """Add the documents of a file."""
     for row in read_records(path, bad):
         with row:
             add_document(documents, as_object(row).document("_id", body="text"))

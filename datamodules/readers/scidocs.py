@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datamodules.readers.checks import BadLines, Judgements, add_document, check_choice, check_collection, check_grade
-from datamodules.readers.io import as_object, find_file, read_entries, read_lines
+from datamodules.readers.io import as_object, find_file, find_split_files, read_entries, read_lines
 from datamodules.readers.labels import read_labels
 from datamodules.records import Collection, Document, Qrels, UserError
 
@@ -34,7 +34,7 @@ class SciDocsReader:
         "coread", where queries and corpus are papers, each query has its own candidates with grades (0 for not
         relevant), and there is no train split.
     labels: file with the names of the labels (see read_labels), required if the labels are numbers.
-    unnamed: whether to use numbers as labels without names, for a classifier that does not read them.
+    unnamed: whether to accept numbers as labels without names, for a classifier that does not read them.
     on_error, quarantine: see BadLines.
     """
 
@@ -67,9 +67,7 @@ class SciDocsReader:
 
     def _split_files(self) -> dict[str, Path]:
         suffix = "csv" if self.task in CLASSIFICATION else "qrel"
-        names = {split: f"{self.task}/{stem}.{suffix}" for split, stem in FILES.items()}
-        files = {split: find_file(self.folder, name, required=False) for split, name in names.items()}
-        return {split: path for split, path in files.items() if path}
+        return find_split_files(self.folder, f"{self.task}/SPLIT.{suffix}", names=FILES)
 
     def read(self) -> Collection:
         """Read and check the folder. Raises UserError with file, line and reason."""

@@ -22,7 +22,7 @@ from datamodules.readers.checks import (
     check_collection,
     check_known,
 )
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.io import as_object, check_folder, find_file, read_records
 from datamodules.readers.labels import read_labels
 from datamodules.records import Collection, Document, UserError
 
@@ -57,7 +57,7 @@ class SciMultReader:
 
     All files are JSON lines, and may be compressed as .gz or .zst. A query without an id is named by its line. Queries
     of Recommendation, Search and TRECCOVID_SciRepEval have their own candidates: the documents with a grade, including
-    0. Other documents of the corpus must not be ranked for them. classification_fine/D_matched.json lists the labels
+    0. Do not rank other documents of the corpus for them. classification_fine/D_matched.json lists the labels
     whose names occur in each paper, {"candidate": [id]} per line. The folder scidocs is read by SciDocsReader.
 
     task: folder of the data set, such as "search".
@@ -86,8 +86,7 @@ class SciMultReader:
     def sources(self) -> list[Path]:
         """Return the files to read."""
         folder = self.folder / self.task
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder (expected files such as {self.dataset}_papers_test.json in it)")
+        check_folder(folder, f"files such as {self.dataset}_papers_test.json")
         return sorted(path for path in folder.rglob("*") if path.is_file() and self._is_source(path.name))
 
     def _is_source(self, name: str) -> bool:
@@ -146,7 +145,7 @@ class SciMultReader:
         grades_of: GradesOf,
         kind: str = "queries",
     ) -> Collection:
-        """Return a collection from a file whose lines each have a query and its judgements."""
+        """Return a collection from a file that has a query with its judgements on each line."""
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, int]] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):
@@ -160,7 +159,7 @@ class SciMultReader:
         return Collection(corpus, queries, {"test": qrels})
 
     def _read_linked_papers(self, bad: BadLines, grades_of: GradesOf) -> Collection:
-        """Return a collection of papers that are corpus and queries. Papers without judgements are not queries."""
+        """Return a collection whose queries are the papers of the corpus that have judgements."""
         corpus: dict[str, Document] = {}
         pending: list[tuple[Row, str, dict[str, int]]] = []
         path, num_lines = self._file("papers_test"), 0
@@ -198,9 +197,7 @@ def _unnamed_query(row: Row) -> Document:
 
 def _search_query(row: Row) -> Document:
     record = as_object(row)
-    text = record.text("query", required=True)
-    if not text.strip():
-        raise UserError("query is empty")
+    text = record.words("query")
     return Document(record.id("query_id"), "", text)
 
 

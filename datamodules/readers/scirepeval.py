@@ -36,16 +36,16 @@ class SciRepEvalReader:
 
     A paper is {"doc_id" or "corpus_id", "title", "abstract"}. The view says what a row is:
 
-    "citations"  {"query": paper, "pos": paper, "neg": paper}, as in cite_prediction. A negative that is a positive of
-                 the same query in another row is not a negative.
+    "citations"  {"query": paper, "pos": paper, "neg": paper}, as in cite_prediction. A paper that is a positive in one
+                 row and a negative in another, for the same query, counts as positive.
     "search"     {"query": text or paper, "doc_id": of the query, "candidates": [paper with "score"]}, as in search,
                  same_author, relish, nfcorpus, trec_covid. Candidates may be an object of lists, also in the row itself
                  ("doc_id", "title", "abstract", "score": lists). Score 0 means judged and not relevant.
     "labels"     a paper with a label or a list of labels: fos (labels_text), mesh_descriptors (descriptor). The corpus
                  is the label space.
 
-    folder: folder with train.jsonl, validation.jsonl, test.jsonl (or evaluation), as .json, .jsonl or .parquet, whole
-        or in parts (train-00000-of-00002.parquet). Give either the folder, or dataset and config.
+    folder: folder with train.jsonl, validation.jsonl and test.jsonl (or evaluation.jsonl), or .json or .parquet files,
+        whole or in parts (train-00000-of-00002.parquet). Give either the folder, or dataset and config.
     dataset, config: names on the hub, such as allenai/scirepeval and cite_prediction.
     label_key: key of the labels in the view "labels".
     labels: file with the names of the labels (see read_labels). By default the labels are their own names.
@@ -128,9 +128,9 @@ class SciRepEvalReader:
 
 
 def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
-    """Return queries and papers that SciRepEval's own program embeds: those of the split "evaluation".
+    """Return the queries and papers of the split "evaluation", which SciRepEval's own program embeds.
 
-    Judgements are not read; they are in another data set.
+    Their judgements are in another data set.
     """
     queries: Documents = {}
     papers: Documents = {}
@@ -185,9 +185,7 @@ def _read_query(record: Record, new_id: str) -> Document:
     """Return a query, which is a paper or a text. new_id: id of a text that has none."""
     if isinstance(record.get("query"), dict):
         return _read_paper(record, "query")
-    text = record.text("query", required=True)
-    if not text.strip():
-        raise UserError("query is empty")
+    text = record.words("query")
     id = next((record[key] for key in ("query_id", *ID_KEYS) if isinstance(record.get(key), str | int)), new_id)
     return Document(check_id(id, "doc_id"), "", text)
 
@@ -207,7 +205,7 @@ def _check_same(queries: Mapping[str, Document], query: Document) -> None:
 
 
 def _candidates(record: Record) -> list[Record]:
-    """Return the candidates as objects. `datasets` turns a list of objects into an object of lists."""
+    """Return the candidates as a list, also from an object of lists, into which `datasets` may turn a list."""
     candidates = record.get("candidates")
     if candidates is None and isinstance(record.get("doc_id"), list):
         candidates = {key: record[key] for key in ("doc_id", "title", "abstract", "score") if key in record}

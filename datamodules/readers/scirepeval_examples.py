@@ -21,7 +21,7 @@ from datamodules.records import Collection, Document, UserError
 log = logging.getLogger(__name__)
 
 NUMBER = "number"
-MAX_NUMBER = 1e100  # the choice of C squares the numbers, and larger squares are not finite
+MAX_NUMBER = 1e100  # cross-validation squares the numbers, and larger squares may overflow
 
 Label = str | tuple[int, ...] | float  # of the views "class", "labels" and "number"
 
@@ -81,7 +81,7 @@ class SciRepEvalExamplesReader:
     def _read_examples(
         self, paths: Sequence[Path], texts: Mapping[str, Document], bad: BadLines
     ) -> list[tuple[Document, Label]]:
-        """Return the papers of a split with their labels, in file order, which sets the folds of cross-validation."""
+        """Return the papers of a split with their labels, in the order that sets the folds of cross-validation."""
         examples: list[tuple[Document, Label]] = []
         count: Counter[str] = Counter()
         num_without_text, num_labels = 0, None

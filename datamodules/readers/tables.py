@@ -1,4 +1,4 @@
-"""Data sets as tables, one or more for each split: JSON and parquet files of a folder, or a data set of the hub."""
+"""Tables, one or more for each split, from JSON and parquet files in a folder or from a data set on the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.readers.checks import QUARANTINED_TEXT, SPLITS, BadLines, Row
-from datamodules.readers.io import read_records
+from datamodules.readers.io import check_folder, read_records
 from datamodules.records import UserError
 
 # Names of splits in published data sets. A split "evaluation" is used as the test split.
@@ -28,12 +28,11 @@ class _Part(NamedTuple):
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
     """Return the files of each split, in order.
 
-    A split is one file (train.jsonl), all its parts (train-00000-of-00002.parquet, ...), or a folder as in the hub's
-    own conversions (train/0000.parquet, ...). Raises UserError if there is no split, if a split has two files, or if
-    parts are missing.
+    A split is one file (train.jsonl), several parts (train-00000-of-00002.parquet, ...), or a folder as in the hub's
+    conversions (train/0000.parquet, ...). Raises UserError if there is no split, or if a split has two files or lacks
+    parts.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (expected files such as train.jsonl or train.parquet in it)")
+    check_folder(folder, "files such as train.jsonl or train.parquet")
     parts: dict[str, list[_Part]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if (match := FILE_NAME.fullmatch(path.name)) and path.is_file():
@@ -80,13 +79,13 @@ def load_hub(dataset: str, config: str | None) -> Mapping[str, Iterable[dict[str
         raise UserError(f"dataset {dataset}: needs the package datasets: pip install datasets") from error
     try:
         return datasets.load_dataset(dataset, config)
-    except Exception as error:  # errors of datasets, of pyarrow and of the network share no base class
+    except Exception as error:  # errors of datasets, pyarrow and the network have no common base class
         reason = f"{error.__cause__}; {error}" if error.__cause__ else error
         raise UserError(f"dataset {dataset}, config {config}: cannot be loaded ({reason})") from error
 
 
 def load_hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict[str, Any]]]:
-    """Return the rows of each of our splits, from a data set of the hub or a folder that `datasets` can load."""
+    """Return the rows of train, dev and test, from a data set on the hub or a folder that `datasets` can load."""
     loaded = load_hub(dataset, config)
     known = [name for name in loaded if name in SPLIT_NAMES]
     splits = {SPLIT_NAMES[name]: loaded[name] for name in known}

@@ -1,6 +1,6 @@
 """Texts of one file, in shards of a fixed number of lines, to be embedded.
 
-A shard is counted in lines and not in documents, so that lines of unwanted shards need not be parsed.
+Shards are counted in lines and not in documents, so that unwanted shards need not be parsed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def text_file(source: Path) -> Path:
 
 
 def count_lines(path: Path, on_error: str) -> int:
-    """Return the number of lines (rows of parquet, entries of a JSON list) in a file. Raises UserError."""
+    """Return the number of lines (rows of parquet, entries of a JSON list) in a file."""
     bad = BadLines(on_error, os.devnull)  # bad lines are reported when their shard is read
     return sum(1 for _ in read_tables([path], bad))
 
 
 def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) -> Iterator[tuple[int, list[Document]]]:
-    """Yield number and documents of each wanted shard.
+    """Yield the number and the documents of each wanted shard.
 
     A line is {"id": ..., "title": ..., "text" or "abstract": ...}. Raises UserError for a bad line, unless the policy
     skips it.

@@ -80,7 +80,7 @@ def _loop(options: BenchOptions) -> None:
     metrics = [f"recall@{k}" for k in CUT_OFFS]
     encoder.encode(list(benchmark.corpus.values())[:100], "task0")  # warm up
     started = _clock()
-    NameMatcher(benchmark.corpus).of_all(benchmark.queries.values())
+    NameMatcher(benchmark.corpus).match(benchmark.queries.values())
     vectors = VectorCache(encoder, token_budget=2048)
     with tempfile.TemporaryDirectory() as folder:
         result = evaluate(encoder, benchmark, metrics, vectors=vectors)
@@ -113,7 +113,7 @@ def _labels_and_papers(num_queries: int, num_documents: int) -> Benchmark:
         text = f"{words(int(np.clip(rng.normal(190, 50), 60, 400)))} {labels[gold[0]].title}"
         queries[f"q{i}"] = Document(f"q{i}", words(12), text)
         qrels[f"q{i}"] = dict.fromkeys(gold, 1)
-    first = NameMatcher(labels).of_all(queries.values())
+    first = NameMatcher(labels).match(queries.values())
     return Benchmark("labels", "task0", "test", labels, queries, qrels, first=first)
 
 

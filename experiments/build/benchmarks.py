@@ -249,7 +249,7 @@ def _labels_ranked_first(
     if config.names_first == "no":
         return None
     if config.names_first == "words":
-        return NameMatcher(corpus).of_all(queries.values())
+        return NameMatcher(corpus).match(queries.values())
     named = collections.reader(config).named_labels()
     if without := next((query for query in queries if query not in named), None):
         raise UserError(f"names_first: the published file has no names for query {without!r}")

@@ -1,8 +1,8 @@
 """Download one file, and unpack one archive. Both resume after an interruption.
 
-An unfinished download is FILE.part, and FILE.part.sign has the server's version of the file. pooch verifies and unpacks
-too, but it starts an interrupted download from the beginning, and our files have several GB. huggingface_hub resumes,
-but serves only one host.
+An unfinished download is FILE.part; FILE.part.sign stores the server's version of the file. pooch downloads and unpacks
+too, but it restarts an interrupted download from the beginning, and our files have several GB. huggingface_hub resumes,
+but works with only one host.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[int, int | None], None]  # receives the bytes so far, and the total if the server sends it
+Report = Callable[[int, int | None], None]  # receives the number of bytes so far, and the total if known
 
-PAUSES = (1, 2, 4, 8, 16)  # seconds before each further attempt; after the last one without progress, give up
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt; then give up if there is no progress
 MAX_PAUSE = 120  # seconds; servers may ask for a longer pause
 TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
@@ -51,7 +51,7 @@ DAMAGED_ARCHIVE = (
 
 
 class Interrupted(Exception):
-    """The download stopped before its end. Another attempt, after some seconds, may bring the rest."""
+    """The download stopped early; a new attempt may get the rest. seconds: pause that the server asks for."""
 
     def __init__(self, reason: str, seconds: float = 0):
         super().__init__(reason)
@@ -65,11 +65,11 @@ class NotOnServer(UserError):
 def download(
     url: str, path: Path, size: int | None, has_checksum: bool, report: Report = lambda done, total: None
 ) -> Path:
-    """Download a file as path.part, and return that. The caller verifies it, then calls `keep` or `discard`.
+    """Download a file as path.part, and return this path. The caller verifies the file, then calls `keep` or `discard`.
 
     size: number of bytes, if known.
-    has_checksum: whether the caller can verify the file. If not, a partial download is resumed only if the server
-        confirms that it still has the same version.
+    has_checksum: whether the caller can verify the file. If not, a partial download is resumed only if the server still
+        has the same version.
 
     Raises UserError after several attempts without progress. The partial download stays.
     """
@@ -103,7 +103,7 @@ def discard(part: Path) -> None:
 
 
 def manual_help(path: Path) -> str:
-    """Return what a user can do about a failed download."""
+    """Return advice for a failed download."""
     return f"Run the same command again to resume, or place the file yourself as {path}, and then run it."
 
 
@@ -149,7 +149,7 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
 
 
 def _first_byte(response: http.client.HTTPResponse, requested: int) -> int:
-    """Return the position of the first byte of a response. Servers may send the whole file."""
+    """Return the position of a response's first byte: the requested one, or 0 if the server sends the whole file."""
     if response.status != 206:
         return 0
     content_range = response.headers.get("Content-Range", "")
@@ -184,8 +184,8 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, total: i
 
 
 def _handle_refusal(url: str, part: Path, error: urllib.error.HTTPError, start: int, size: int | None) -> None:
-    """Raise Interrupted or UserError, unless the partial download is complete already."""
-    if error.code == 416 and start:  # the requested range begins at or behind the end of the file
+    """Raise Interrupted or UserError, unless the partial download is already complete."""
+    if error.code == 416 and start:  # the requested range starts at or after the end of the file
         if size == start or error.headers.get("Content-Range") == f"bytes */{start}":
             return
         part.unlink()
@@ -208,7 +208,7 @@ class _Member:
 
 
 def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, report: Callable[[str], None]) -> None:
-    """Unpack the members of an archive that match a pattern. Complete files from an earlier attempt are kept.
+    """Unpack the members of an archive that match a pattern, and keep complete files from an earlier attempt.
 
     Only regular files inside the folder are written.
 
@@ -248,7 +248,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
         for info in opened:
             if info.isfile():  # neither links nor devices
                 yield _Member(info.name.removeprefix("./"), info.size, lambda info=info: opened.extractfile(info))
-        while opened.fileobj.read(CHUNK):  # the checksum of gzip comes after the last member
+        while opened.fileobj.read(CHUNK):  # to the checksum of gzip, which comes after the last member
             pass
 
 

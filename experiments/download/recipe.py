@@ -1,4 +1,4 @@
-"""Recipes: which public files make which training data. A recipe is a YAML file in experiments/recipes."""
+"""Recipes: YAML files that say which public files to download, and which training data to build from them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ COUNTS = ("documents", "queries", "pairs", "negatives")
 class FileSpec:
     """A published file."""
 
-    sha256: str | None = option(MISSING, "checksum; null if unknown, then the first download sets it")
-    md5: str | None = option(None, "checksum, if only this one is published")
+    sha256: str | None = option(MISSING, "checksum; null trusts the first download")
+    md5: str | None = option(None, "checksum, if only the MD5 is published")
     bytes: int | None = option(None, "size of the file", minimum=0)
 
 
@@ -50,7 +50,7 @@ class OutputSpec:
 
     reader: dict[str, Any] = option(MISSING, "node of the reader; SOURCE:PATH is a path in the folder of a source")
     splits: dict[str, list[str]] = option({}, "splits of the reader that make up each split; by default unchanged")
-    without: dict[str, dict[str, Any]] = option({}, "optional source -> arguments of the reader if it is missing")
+    without: dict[str, dict[str, Any]] = option({}, "optional source -> reader arguments if it is missing")
     expected: dict[str, int] = option({}, "published counts of documents, queries, pairs or negatives")
     note: str = option("", "reason for differences from the published counts")
 
@@ -133,7 +133,7 @@ def _check_name(key: str, name: str) -> None:
 
 
 def reader_node(output: OutputSpec, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the node of an output's reader. missing: optional sources that are not available."""
+    """Return an output's reader node. missing: optional sources that are not available."""
     node = dict(output.reader)
     for source in missing:
         node |= output.without[source]
@@ -141,14 +141,14 @@ def reader_node(output: OutputSpec, missing: Sequence[str] = ()) -> dict[str, An
 
 
 def needed_sources(output: OutputSpec, missing: Sequence[str] = ()) -> list[str]:
-    """Return the names of the sources that an output's reader uses, given the missing optional ones."""
+    """Return the names of the sources that an output's reader uses. missing: optional sources not available."""
     sources: dict[str, None] = {}
     resolve_paths(reader_node(output, missing), lambda source: Path(sources.setdefault(source) or ""))
     return list(sources)
 
 
 def resolve_paths(value: Any, folder_of: Callable[[str], Path]) -> Any:
-    """Replace each SOURCE:PATH in a node by a path in the source's folder."""
+    """Replace each SOURCE:PATH in a node by the path in the source's folder."""
     if isinstance(value, dict):
         return {key: resolve_paths(item, folder_of) for key, item in value.items()}
     if isinstance(value, list):

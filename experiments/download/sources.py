@@ -4,8 +4,8 @@
     ROOT/unpacked/SOURCE/        contents of archives
     ROOT/checksums.json          SHA-256, MD5, size, time and origin of every verified file
 
-A file without a checksum in the recipe is trusted at its first download; checksums.json then pins it, and another
-version is an error. The checksums also show what an output was built from after the downloads are deleted.
+A file without a checksum in the recipe is trusted at its first download. checksums.json then pins it, and another
+version is an error. The checksums also tell what an output was built from after the downloads are deleted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Sources:
         return self.root / "downloads" / name / file
 
     def checksums(self, name: str) -> dict[str, str | None]:
-        """Return the SHA-256 of each file of a source, or None if unknown. Existing files are verified."""
+        """Verify the existing files of a source, and return the SHA-256 of each file, or None if unknown."""
         checksums = {}
         for file, spec in self.specs[name].files.items():
             if self.path(name, file).is_file():
@@ -62,7 +62,8 @@ class Sources:
 
     def is_missing(self, name: str) -> bool:
         """Return whether an optional source is missing: it must be placed by hand, or is not on the mirror."""
-        was_here = all(self.path(name, file).is_file() or f"{name}/{file}" in self.known for file in self._files(name))
+        files = self.specs[name].files
+        was_here = all(self.path(name, file).is_file() or f"{name}/{file}" in self.known for file in files)
         if was_here or (self.url(name, "") and not self.mirror):
             return False
         try:
@@ -73,10 +74,7 @@ class Sources:
         return not self.mirror
 
     def missing_files(self, name: str) -> list[str]:
-        return [file for file in self._files(name) if not self.path(name, file).is_file()]
-
-    def _files(self, name: str) -> Mapping[str, FileSpec]:
-        return self.specs[name].files
+        return [file for file in self.specs[name].files if not self.path(name, file).is_file()]
 
     def url(self, name: str, file: str) -> str | None:
         """Return the URL of a file, or None if it must be downloaded by hand."""
@@ -89,14 +87,13 @@ class Sources:
         return self.url(name, "") is None and bool(self.missing_files(name)) and not self._is_unpacked(name)
 
     def instructions(self, name: str) -> str:
-        """Return how to get a source that cannot be downloaded automatically."""
+        """Return instructions for a source that cannot be downloaded automatically."""
         paths = ", ".join(str(self.path(name, file)) for file in self.missing_files(name))
-        return (
-            f"{name} cannot be downloaded automatically: get it from {self.specs[name].page}, and place it as {paths}"
-        )
+        page = self.specs[name].page
+        return f"{name} cannot be downloaded automatically: get it from {page}, and place it as {paths}"
 
     def fetch(self, name: str) -> Path:
-        """Download, verify and unpack a source as far as needed, and return its folder. Raises UserError."""
+        """Download, verify and unpack what is missing of a source, and return its folder. Raises UserError."""
         spec = self.specs[name]
         if self._is_unpacked(name):
             return self.folder(name)
@@ -132,7 +129,7 @@ class Sources:
         keep(part)
 
     def _verify(self, name: str, file: str) -> None:
-        """Verify a file. A file with the same size and time as before is not read again."""
+        """Verify a file, unless its size and time are the same as before."""
         path, entry = self.path(name, file), self.known.get(f"{name}/{file}")
         stat = path.stat()
         is_unchanged = entry and (entry["bytes"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
@@ -168,13 +165,13 @@ class Sources:
         write_json(self.checksum_file, self.known)
 
     def _forget_checksum(self, name: str, file: str) -> None:
-        """Forget a file that was trusted at its first download, but is unusable."""
+        """Forget the checksum of a file that was trusted at its first download, but is unusable."""
         if self.specs[name].files[file].sha256 is None:
             self.known.pop(f"{name}/{file}", None)
             write_json(self.checksum_file, self.known)
 
     def _unpacking(self, name: str) -> dict[str, Any]:
-        """Return what the contents of an unpacked source depend on."""
+        """Return everything that the contents of an unpacked source depend on."""
         return {"archives": self.checksums(name), "members": self.specs[name].members}
 
     def _unpack(self, name: str) -> None:
@@ -197,7 +194,7 @@ class Sources:
 
 
 def _measure(path: Path) -> dict[str, Any]:
-    """Return checksums, size and time of a file."""
+    """Return the checksums, size and time of a file."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_damaged_or_missing_store_raises_user_error(make_task, tmp_path, damage)
 
 @pytest.mark.parametrize("name", ["starts", "documents", "ranks", "scores"])
 def test_store_whose_arrays_do_not_match_the_stored_hash_raises_user_error(make_task, tmp_path, name):
-    """Replace an array by another of the same shape, which no other check notices."""
+    """The array keeps its shape, so no other check notices."""
     data = with_rounds(make_task, tmp_path)
     written(tmp_path / "store", data, [[1, 2]] * 12)
     data.rounds.begin(3, "store")
@@ -142,7 +143,7 @@ def test_source_selects_mined_negatives_or_those_of_the_data(make_task, tmp_path
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_switch_to_a_new_round_at_its_first_batch(make_task, tmp_path, num_workers):
-    """In each round all examples have the same document as their only hard negative."""
+    """In each round, all examples have the same single hard negative."""
     data = with_rounds(make_task, tmp_path, num_workers=num_workers, batch_size=1)
     seen = {}
     for batch in data.train_dataloader():
@@ -160,21 +161,16 @@ def test_workers_switch_to_a_new_round_at_its_first_batch(make_task, tmp_path, n
             assert rows == {9 - step // 3}
 
 
-class Rank:
-    def __init__(self, rank, world_size):
-        self.global_rank, self.world_size = rank, world_size
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3, 7])
 def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make_task, tmp_path, stop):
-    """Rounds start at 3, 6 and 9, each with other negatives. A resumed run reuses those that were mined before."""
+    """Rounds start at 3, 6 and 9, each with different negatives. A resumed run reuses earlier rounds."""
 
     def run(world_size, num_workers, state=None, until=12):
         rows_by_step, loaders = {}, []
         for rank in range(world_size):
             data = with_rounds(make_task, tmp_path, batch_size=8 // world_size, num_workers=num_workers)
-            data.trainer = Rank(rank, world_size)
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
             loaders.append((data.train_dataloader(), data))
             if state:
                 loaders[-1][0].load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Overlaps between training and evaluation, against planted ones."""
+"""Planted overlaps between training and evaluation are found, and no others."""
 
 import random
 

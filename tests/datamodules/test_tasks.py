@@ -19,11 +19,7 @@ def test_only_link_prediction_treats_queries_as_documents(make_task):
 
 def test_only_the_train_split_is_trained_on(make_task):
     collection = toy_collection()
-    split = Collection(
-        collection.corpus,
-        collection.queries,
-        {"train": {"q1": {"d1": 1}}, "test": {"q2": {"d2": 1}}},
-    )
+    split = Collection(collection.corpus, collection.queries, {"train": {"q1": {"d1": 1}}, "test": {"q2": {"d2": 1}}})
     data = make_task(SearchDataModule, collection=split)
     assert len(data.examples) == 1
     assert data.documents[data.examples[0].query].id == "q1"

@@ -68,9 +68,8 @@ def test_texts_are_tokenised_once_per_encoding(collection, tokenizer, monkeypatc
     ):
         token_tables(collection, encoding)
     assert len(made) == 3 * 2  # corpus and queries
-    tokenizer(
-        "a text", truncation=True, max_length=5, padding="max_length"
-    )  # changes the state of the tokenizer, not its ids
+    # This changes the state of the tokenizer, but not its ids.
+    tokenizer("a text", truncation=True, max_length=5, padding="max_length")
     tokenizer.add_tokens(["bara-beli"])
     token_tables(collection, Encoding(tokenizer))
     assert len(made) == 4 * 2

@@ -27,14 +27,7 @@ from tests.experiments.test_train import check_complete, two_steps
 
 ROOT = Path(__file__).parents[2]
 FIELDS = 18
-OUTPUTS = (
-    "maple_cs",
-    "maple_mesh",
-    "maple_coarse",
-    "cite_prediction",
-    "scirepeval_search",
-    "scirepeval_search_test",
-)
+OUTPUTS = ("maple_cs", "maple_mesh", "maple_coarse", "cite_prediction", "scirepeval_search", "scirepeval_search_test")
 BEIR_FILES = {
     "corpus": "".join(json.dumps({"_id": f"d{i}", "title": "t", "text": "x"}) + "\n" for i in range(4)),
     "queries": "".join(json.dumps({"_id": id, "text": "x"}) + "\n" for id in ("train", "dev", "test")),
@@ -361,12 +354,7 @@ def test_killed_download_resumes(files, server, tmp_path, recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "call"),
-    [
-        (fetch, "_write_member", 3),
-        (data, "write_beir", 1),
-        (data, "write_json", 1),
-        (data, "count", 2),
-    ],
+    [(fetch, "_write_member", 3), (data, "write_beir", 1), (data, "write_json", 1), (data, "count", 2)],
 )
 def test_interrupted_command_resumes_anywhere(built, server, tmp_path, monkeypatch, recipe, module, function, call):
     """The result is the same, and finished steps are not repeated."""

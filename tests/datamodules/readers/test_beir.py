@@ -1,17 +1,12 @@
 """The BEIR reader on good and damaged folders."""
 
-import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
-
-SHARED = Path(os.environ.get("SCIMULT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
 @pytest.fixture
@@ -40,15 +35,6 @@ def test_reads_documents_and_judgements(folder):
     assert [(d.id, d.title, d.text) for d in collection.corpus.values()] == [("d1", "A", "one"), ("d2", "B", "two")]
     assert collection.queries["q2"].text == "second"
     assert collection.qrels == {"train": {"q1": {"d1": 1, "d2": 0}, "q2": {"d2": 2}}}
-
-
-def test_gzipped_folder_gives_the_same_collection(folder):
-    plain = BeirReader(str(folder)).read()
-    for path in [*folder.glob("*.jsonl"), *folder.glob("qrels/*.tsv")]:
-        with gzip.open(f"{path}.gz", "wt", encoding="utf-8") as zipped:
-            zipped.write(path.read_text())
-        path.unlink()
-    assert BeirReader(str(folder)).read() == plain
 
 
 def test_windows_folder_gives_the_same_collection(folder):
@@ -129,31 +115,3 @@ def test_empty_split_raises_user_error(folder):
 def test_empty_corpus_raises_user_error(folder):
     write(folder / "corpus.jsonl", [""])
     assert "corpus.jsonl: contains no documents" in error_of(folder)
-
-
-def test_damaged_files_raise_user_error(folder):
-    (folder / "corpus.jsonl").write_bytes(b'{"_id": "d1", "text": "caf\xe9"}\n')
-    assert "not UTF-8" in error_of(folder)
-    (folder / "corpus.jsonl").unlink()
-    whole = gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 50)
-    (folder / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    assert "the gzip file is damaged" in error_of(folder)
-    (folder / "corpus.jsonl.gz").write_bytes(whole[:20] + b"\xff\xff\xff" + whole[23:])
-    assert "the gzip file is damaged" in error_of(folder)
-    (folder / "corpus.jsonl.gz").write_bytes(b"not gzip")
-    assert "the gzip file is damaged" in error_of(folder)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real collections at {SHARED} (SCIMULT_DATA names another folder)")
-@pytest.mark.parametrize(
-    ("name", "queries", "documents"),
-    [
-        ("arxiv_cats", (14000, 1200, 1500), 90),
-        ("mlcite", (4407, 537, 550), 6545),
-        ("scitldr", (1912, 1432, 1941), 3218),
-    ],
-)
-def test_real_collections_have_the_expected_sizes(name, queries, documents):
-    collection = BeirReader(str(SHARED / name)).read()
-    assert len(collection.corpus) == documents
-    assert tuple(len(collection.qrels[split]) for split in ("train", "dev", "test")) == queries

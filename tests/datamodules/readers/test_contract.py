@@ -12,10 +12,7 @@ import yaml
 from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
 from experiments.config.targets import READERS, check_target, instantiate
-from tests.datamodules.readers.worlds import (
-    WORLDS,
-    World,
-)
+from tests.datamodules.readers.worlds import WORLDS, World
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SEPARATORS = {"dpr": ",", "doris-mae": ","}  # between the records of these worlds

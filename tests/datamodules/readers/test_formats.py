@@ -1,4 +1,4 @@
-"""Details of single formats, which the contract of all readers does not cover."""
+"""Details of single formats, beyond the contract of all readers."""
 
 import gzip
 import json
@@ -129,7 +129,7 @@ def test_maple_raw_texts_are_preferred(tmp_path):
 
 
 def test_maple_folders_form_one_collection(tmp_path):
-    """The cap is for both folders together. A paper of both folders is one paper with the labels of both."""
+    """The cap holds for both folders together. A paper in both folders is one paper with the labels of both."""
     documents = list(papers("p", 60).values())
     put(tmp_path / "Biology" / "labels.txt", "D1\tone", "D2\ttwo")
     put(tmp_path / "Biology" / "papers.json", *(written(p, label=["D1"]) for p in documents[:40]))
@@ -452,14 +452,14 @@ def test_scirepeval_examples_of_each_view(tmp_path):
 
 
 def test_scirepeval_classes_have_a_fixed_order(tmp_path):
-    """Sorted only as numbers, spellings of one number would follow the order of a set, which differs by process."""
+    """Sorted only by value, "9" and "09" would be in the order of a set, which differs between processes."""
     nines, tens = (["0" * zeros + number for zeros in range(10)] for number in ("9", "10"))
     assert labelled(tmp_path, "class")._corpus_ids([*tens, *nines, "-7"]) == ["-7", *sorted(nines), *sorted(tens)]
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_training_on_numbers_raises_user_error(tmp_path, make_backbone, cache):
-    """They once raised a TypeError with a cache, and without a cache 0.5 became a hard negative."""
+    """Rounded down, 0.5 would be a hard negative."""
     reader = labelled(tmp_path, "number", 2, 0.5, -3, split="train")
     options = BatchOptions(batch_size=1, num_batches=1, cache=str(tmp_path / "cache") if cache else None)
     data = SearchDataModule(Task("search", "search"), {"numbers": reader}, options, make_backbone()[1])

@@ -1,4 +1,4 @@
-"""Real papers in BEIR layout: all collections load, and agree with their README and with a plain reading of the files.
+"""Real papers in BEIR layout: all collections agree with their README and with a plain reading of the files.
 
 The papers are not part of the repository. The tests are skipped if their folder (SCIMULT_DATA, or shared/data next to
 the checkout) is missing.

@@ -1,4 +1,4 @@
-"""A tiny folder for each data format, in its authors' layout, with the collection that it contains."""
+"""A tiny folder in each data format, with the collection that it contains."""
 
 from __future__ import annotations
 
@@ -89,12 +89,7 @@ def jsonl(folder: Path) -> Collection:
         "d6": corpus["d6"],
         "dev.1": Document("dev.1", "", "other words"),
     }
-    train = {
-        "d0": {"d1": 1, "d2": 1, "d3": 0},
-        "train.2": {"d4": 2},
-        "train.3": {"d5": 1},
-        "d6": {"d7": 1, "d0": 0},
-    }
+    train = {"d0": {"d1": 1, "d2": 1, "d3": 0}, "train.2": {"d4": 2}, "train.3": {"d5": 1}, "d6": {"d7": 1, "d0": 0}}
     return Collection(corpus, queries, {"train": train, "dev": {"dev.1": {"d1": 1}, "d0": {"d1": 1}}})
 
 
@@ -484,10 +479,7 @@ WORLDS = (
     World(
         "scirepeval-examples",
         examples,
-        (
-            SciRepEvalExamplesReader,
-            {"folder": "FOLDER/texts", "judgements": "FOLDER/judged", "view": "class"},
-        ),
+        (SciRepEvalExamplesReader, {"folder": "FOLDER/texts", "judgements": "FOLDER/judged", "view": "class"}),
         "judged/test.jsonl",
         (
             INVALID_JSON,
