@@ -1,6 +1,6 @@
 """Charts as lists of shapes, which a template draws as SVG in the page's own colours.
 
-A chart is as wide as a phone; several stand in a row where there is room. Coordinates are in pixels, y grows downwards.
+A chart is as wide as a phone; several share a row if there is room. Coordinates are in pixels, y grows downwards.
 """
 
 from __future__ import annotations

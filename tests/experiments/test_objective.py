@@ -71,7 +71,7 @@ def test_all_options_together(plain, tmp_path):
     assert load_encoder(tmp_path).encode(["some words"], "search").shape == (1, 32)
     export([f"model={tmp_path}", "task=search"])
     card = (tmp_path / "export" / "search" / "README.md").read_text()
-    assert "The first 8, 16 dimensions of a vector are trained to be used alone" in card
+    assert "The first 8, 16 dimensions of a vector can be used alone" in card
 
 
 def test_each_task_samples_its_number_of_positives(tmp_path):
