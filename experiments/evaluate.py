@@ -40,7 +40,7 @@ FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "e
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(ModelOptions, BenchmarkOptions):
+class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the options of the last base first
     """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
     model: str = option(
@@ -54,7 +54,7 @@ class EvaluateOptions(ModelOptions, BenchmarkOptions):
         "of the run's folder or in evaluations/",
     )
     add: bool = option(False, "keep other systems and benchmarks that are in the results.json of output=")
-    metrics: tuple[str, ...] = option(METRICS, "metrics of data that have none of their own, the main one first")
+    metrics: tuple[str, ...] = option(METRICS, "metrics of data without their own, the main one first")
     max_length: int | None = option(
         None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
     )

@@ -40,19 +40,16 @@ class Hyperband:
     eta: float = option(3.0, "one trial in eta continues after each bracket", above=1, maximum=LARGEST)
     strict: bool = option(False, "compare a trial by its value at the bracket, not by its best value so far")
 
-    @property
     def brackets(self) -> list[int]:
-        """The numbers of values at which trials are compared, ascending. Raises UserError if there are none."""
-        if (self.min_iter is None) == (self.max_iter is None) or (self.max_iter is None) != (self.s is None):
-            raise UserError("early_terminate: expected either min_iter, or max_iter and s")
-        if self.min_iter is not None:
+        """Return the numbers of values at which trials are compared, ascending; [] if the keys define none."""
+        if self.min_iter is not None and self.max_iter is self.s is None:
             numbers = accumulate(repeat(self.eta, MAX_BRACKETS - 1), operator.mul, initial=self.min_iter)
-        else:
+        elif self.min_iter is None and self.max_iter is not None and self.s is not None:
             numbers = accumulate(repeat(self.eta, self.s), operator.truediv, initial=self.max_iter)
             next(numbers)  # max_iter itself is not a bracket
-        if brackets := sorted({int(number) for number in takewhile(lambda number: 1 <= number <= LARGEST, numbers)}):
-            return brackets
-        raise UserError(f"early_terminate: max_iter / eta is {self.max_iter / self.eta:.3g}, so no trial is stopped")
+        else:
+            return []
+        return sorted({int(number) for number in takewhile(lambda number: 1 <= number <= LARGEST, numbers)})
 
     def reason(self, values: Sequence[float], others: Sequence[Sequence[float]], maximize: bool) -> str:
         """Return why a trial should be stopped, or "".
@@ -63,7 +60,7 @@ class Hyperband:
         continues if it is among the best 1/eta of them, rounded up, or ties with one of these; so the first trial to
         reach a bracket always continues.
         """
-        reached = [bracket for bracket in self.brackets if bracket <= len(values)]
+        reached = [bracket for bracket in self.brackets() if bracket <= len(values)]
         if not reached:
             return ""
         bracket = reached[-1]
@@ -84,7 +81,7 @@ class Hyperband:
             "train": config.trainer.log_every_n_steps,
             "diag": config.diagnostics.every_n_steps,
         }.get(metric.partition("/")[0])
-        first = self.brackets[0]
+        first = self.brackets()[0]
         if every_n_steps and (count := math.ceil(config.trainer.max_steps / every_n_steps)) <= first:
             raise UserError(
                 f"early_terminate: no trial would be stopped. Trials are compared from value {first} of {metric} on, "

@@ -128,17 +128,23 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
         raise UserError(f"{path}: {error}") from error
     # The values of these two keys may contain ${...}, which is not for OmegaConf to resolve.
     settings = structured(SweepSettings, [OmegaConf.create(content | {"parameters": {}, "command": []})], str(path))
-    rule = content.get("early_terminate")
     return Sweep(
         path.stem,
         content,
         settings,
         parameters,
-        structured(Hyperband, [OmegaConf.create(rule)], str(path), "early_terminate.") if rule else None,
+        _read_rule(content["early_terminate"], str(path)) if "early_terminate" in content else None,
         experiment,
         tuple(overrides),
         run_cap or settings.run_cap,
     )
+
+
+def _read_rule(node: Mapping[str, Any], source: str) -> Hyperband:
+    rule = structured(Hyperband, [OmegaConf.create(dict(node))], source, "early_terminate.")
+    if not rule.brackets():
+        raise UserError(f"{source}: early_terminate: expected min_iter, or s and a max_iter above eta, not both")
+    return rule
 
 
 def _check_types(content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from datamodules.records import Ragged
 
 
 def query_of_values(lists: Ragged) -> np.ndarray:
-    """Return the query whose list each value belongs to."""
+    """Return the number of the query that each value belongs to."""
     return np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
 
 

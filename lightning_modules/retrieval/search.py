@@ -1,10 +1,10 @@
 """Exact top-k by dot product, in bounded memory.
 
-FAISS or torch find slightly more than k candidates in float32, block by block. Their scores are recomputed in float64,
-and a query whose k-th score is within float32's rounding error of what was left out is searched again in float64. So
-the result is that of a loop in float64, for any backend, number of threads, sharding and memory. Among equal scores the
-document that comes first wins, in the corpus or in a given order. Above DEEP documents per query that would gather more
-than it saves, so deep_top_k searches in float64 at once.
+FAISS or torch find slightly more than k candidates in float32, block by block. Their scores are recomputed in float64.
+A query is searched again in float64 if rounding in float32 may have dropped one of its k best documents. So the result
+equals that of a loop in float64, for any backend, number of threads, sharding and memory. Of documents of equal score
+the first one wins, in the corpus or in a given order. Above DEEP documents per query, recomputing would cost more than
+it saves, so deep_top_k searches in float64 at once.
 
 Shapes: Q queries, M documents, D dimensions, k documents per query.
 """

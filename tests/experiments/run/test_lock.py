@@ -1,4 +1,4 @@
-"""The exit status of a preempted run, and the lock that lets one job train in a folder."""
+"""The lock that lets one job train in a folder, and the primitive behind all locks."""
 
 import errno
 import os
@@ -12,74 +12,7 @@ from datamodules import locks
 from datamodules.records import UserError
 from datamodules.store import locked
 from experiments.run import lock as run_lock
-from experiments.run.endings import exit_status
 from experiments.run.lock import only_job
-from lightning_modules.distributed.signals import Preempted
-
-
-@pytest.fixture
-def scontrol(tmp_path, monkeypatch):
-    """Return a function that installs a scontrol with an exit status, and returns the file with its calls."""
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-    calls = tmp_path / "scontrol.txt"
-
-    def put(status=0):
-        program = tmp_path / "scontrol"
-        program.write_text(
-            f'#!/bin/sh\necho "$@" >> {calls}\n[ {status} = 0 ] || echo "not allowed" >&2\nexit {status}\n'
-        )
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        return calls
-
-    return put
-
-
-def job(monkeypatch, **more):
-    for key, value in ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"} | more).items():
-        monkeypatch.setenv(key, value)
-
-
-def test_sigusr1_requeues_the_job(tmp_path, monkeypatch, scontrol):
-    calls = scontrol()
-    job(monkeypatch)
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    assert calls.read_text() == "requeue 12\nrequeue 10_3\n"
-
-
-def test_only_the_first_rank_requeues(tmp_path, monkeypatch, scontrol):
-    calls = scontrol()
-    job(monkeypatch, SLURM_PROCID="1")
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    assert not calls.exists()
-
-
-def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch, scontrol, caplog):
-    scontrol(status=1)
-    job(monkeypatch)
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert "job 12: scontrol cannot requeue it from here (not allowed), so this exits with status 75" in caplog.text
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
-
-
-def test_a_cancelled_job_is_not_requeued(tmp_path, monkeypatch, scontrol):
-    calls = scontrol()
-    job(monkeypatch)
-    assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 143
-    assert not calls.exists()
-
-
-def test_without_slurm_the_status_says_that_the_run_can_be_resumed(tmp_path, scontrol, capsys):
-    calls = scontrol()
-    assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 75
-    assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert exit_status(Preempted(signal.SIGINT), tmp_path) == 130
-    assert capsys.readouterr().err == "interrupted: the same command starts from the beginning\n"
-    assert not calls.exists()
 
 
 def holder_of(folder):

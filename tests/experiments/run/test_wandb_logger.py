@@ -19,10 +19,10 @@ from experiments.config.experiment import as_dict, load_config
 from experiments.run.lock import only_job
 from experiments.run.wandb_logger import WandbLogger, build_loggers
 from experiments.sync import main as sync
-from tests.experiments.wandb_file import history, records
+from tests.experiments.run.wandb_file import history, records
+from tests.experiments.test_train import ROOT
 from tests.experiments.wandb_server import wandb_server
 
-ROOT = Path(__file__).parents[2]
 STEP = "trainer/global_step"
 
 
