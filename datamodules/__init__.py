@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from datamodules.tasks import LinkPredictionDataModule as LinkPredictionDataModule
     from datamodules.tasks import SearchDataModule as SearchDataModule
 
-# Imported when they are first used, because Lightning takes seconds to import.
+# Imported on first use, because Lightning takes seconds to import.
 _MODULES = {
     "BatchOptions": "batches",
     "BeirReader": "readers.beir",

@@ -46,7 +46,7 @@ class StreamingReader(FileReader, Protocol):
 
 
 def describe(reader: FileReader) -> str:
-    """Return a reader's class and settings, which identify its conversion. The quarantine file does not count."""
+    """Return a reader's class and settings, which identify its conversion, without the quarantine file."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
     shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
@@ -154,7 +154,7 @@ def _equal_texts(one: Document, other: Document) -> bool:
 
 
 def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
-    """Return what examples.first_of_same_text returns, with only the hashes of the texts in memory."""
+    """Do the same as examples.first_of_same_text, but keep only hashes of the texts in memory."""
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():

@@ -1,6 +1,6 @@
 """The training examples of a task as integer arrays; an Example object exists only while it is in a batch.
 
-Their integers are rows of the task's document table: the corpus and queries of its first collection, then those of the
+The integers are rows of the task's document table: the corpus and queries of its first collection, then those of the
 next, and so on.
 """
 

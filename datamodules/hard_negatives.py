@@ -11,6 +11,7 @@ workers and ranks switch at the same batch, and a batch is a pure function of se
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -237,7 +238,15 @@ class Rounds:
         return self._stores[current.batch]
 
     def negatives_for(self, task: str) -> NegativesOf:
-        return TaskNegatives(self, task)
+        """Return the function that gives the rows from which a task's examples draw their hard negatives."""
+        return functools.partial(self._negatives, task)
+
+    def _negatives(self, task: str, index: int, example: Example, step: int) -> Sequence[int]:
+        store = self.at(step) if self.source != "data" else None
+        mined = store.negatives_of(task, index) if store else []
+        if self.source == "both":
+            return list(dict.fromkeys([*mined, *example.hard_negatives]))
+        return mined or example.hard_negatives
 
     def state(self) -> list[dict[str, Any]]:
         return [asdict(r) for r in self._rounds]
@@ -259,21 +268,6 @@ class Rounds:
             rounds[0] = initial
         self._rounds = rounds
         self.at(position)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskNegatives:
-    """Return the rows from which an example of a task draws its hard negatives (NegativesOf)."""
-
-    rounds: Rounds
-    task: str
-
-    def __call__(self, index: int, example: Example, step: int) -> Sequence[int]:
-        store = self.rounds.at(step) if self.rounds.source != "data" else None
-        mined = store.negatives_of(self.task, index) if store else []
-        if self.rounds.source == "both":
-            return list(dict.fromkeys([*mined, *example.hard_negatives]))
-        return mined or example.hard_negatives
 
 
 def negatives_of_data(index: int, example: Example, step: int) -> Sequence[int]:

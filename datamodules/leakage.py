@@ -58,7 +58,7 @@ def _short_query(document: Document) -> str:
 
 
 def shingles(document: Document) -> np.ndarray:
-    """Return the sorted hashes of the distinct runs of RUN words in title and text, (n,) uint64; n is 0 if short."""
+    """Return the sorted hashes of the distinct runs of RUN words in title and text, (n,) uint64; none if too short."""
     words = normal(f"{document.title} {document.text}").split()
     if len(words) < MIN_WORDS:
         return np.zeros(0, dtype=np.uint64)

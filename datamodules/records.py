@@ -127,7 +127,7 @@ class Sink(Protocol):
 
 
 def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
-    """Return the protocol id of ranking the whole corpus for each query of a split."""
+    """Return the protocol id for ranking the whole corpus for each query of a split."""
     return f"{name}/{split}" + ("/without-own" if exclude_query else "")
 
 

@@ -170,7 +170,7 @@ class Schedule:
         return counts
 
     def _block(self, phase: int, block: int) -> tuple[str, ...]:
-        """Return the tasks of a block's steps."""
+        """Return the task of each step of a block."""
         in_turns = self.phases[phase].weights is None
         return _block_order(tuple(self._counts[phase].items()), in_turns, self.seed, phase, block)
 

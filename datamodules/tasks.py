@@ -30,7 +30,7 @@ class Reader(Protocol):
 
 
 class CollectionError(UserError):
-    """An error in a collection of a task. problem: the message without the names of the two."""
+    """An error in a collection of a task. problem: message without the names of task and collection."""
 
     def __init__(self, task: str, collection: str, problem: str):
         super().__init__(task, collection, problem)

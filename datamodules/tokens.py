@@ -55,7 +55,7 @@ class Encoding:
         if not getattr(self.tokenizer, "is_fast", False):
             return None
         description = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        description |= {"truncation": None, "padding": None}  # set by its last call
+        description |= {"truncation": None, "padding": None}  # set by the last call
         settings = (self.tokenizer.sep_token, self.prompt, self.max_length, self.tokenizer.truncation_side)
         return hashlib.blake2b(repr((json.dumps(description), settings)).encode(), digest_size=8).hexdigest()
 

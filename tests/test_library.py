@@ -90,7 +90,7 @@ def test_task_is_its_own_expert_by_default(papers):
     assert ClassificationDataModule("topics", papers).task == Task("topics", "topics")
 
 
-def test_number_of_batches_is_that_of_the_trainer(papers, trainer, make_encoder):
+def test_number_of_batches_follows_the_trainer(papers, trainer, make_encoder):
     tokenizer = make_encoder("shared").tokenizer
     assert len(_ready(SearchDataModule("search", papers, tokenizer=tokenizer)).train_dataloader()) == 1000
     assert len(_ready(SearchDataModule("search", papers, tokenizer=tokenizer, num_batches=7)).train_dataloader()) == 7

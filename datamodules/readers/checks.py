@@ -268,7 +268,7 @@ def content_id(title: str, body: str) -> str:
 
 
 def stable_hash(text: str) -> int:
-    """Return a number from 0 to 2**64 - 1 that is the same on every machine."""
+    """Return a hash from 0 to 2**64 - 1, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 

@@ -86,7 +86,7 @@ class JsonlReader:
                 raise UserError(f"{self.folder}: contains no queries")
 
     def _stream_corpus(self, sink: Sink, bad: BadLines) -> dict[str, int]:
-        """Write the corpus to a sink, and return the years of its documents (only with train_until)."""
+        """Write the corpus to a sink, and return the years of its documents if train_until is set."""
         years: dict[str, int] = {}
         for row in read_records(self._corpus_file(), bad):
             with row:
@@ -138,7 +138,7 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     query = _read_query(record, f"{split}.{row.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
         raise UserError(
-            f"the query is named {query.id!r} after its line, but a document has that id; rename the document"
+            f"the query gets the id {query.id!r} from its line number, but a document has that id; rename the document"
         )
     if query.id in positives | negatives:
         raise UserError(f"the query {query.id!r} is one of its own positives or negatives")

@@ -40,7 +40,7 @@ class LitSearchReader:
         check_folder(folder, "full-00000-of-00001.parquet")
         files = sorted(path for path in folder.glob("full*") if path.name.endswith(SUFFIXES))
         if not files:
-            raise UserError(f"{folder}: contains no file of the split full (such as full-00000-of-00001.parquet)")
+            raise UserError(f"{folder}: contains no file of the split 'full' (such as full-00000-of-00001.parquet)")
         return files
 
     def read(self) -> Collection:

@@ -63,8 +63,8 @@ class MapleReader:
         folders.
     labels: another label file, in the folder or with its full path (see read_labels).
     label_key: key of a paper's labels.
-    further: more folders of the same collection, with the labels of the first. A paper of several folders is one paper,
-        with the text from the first folder and the labels from all.
+    further: more folders of the same collection, with the labels of the first. A paper in several folders counts once,
+        with the text of the first folder and the labels of all.
     max_per_label: maximum number of training papers for each label or field, drawn by the seed; 0 for all. In "fields"
         papers of every split are drawn, by a hash of their ids, and only these are kept in memory.
     negatives: sources of hard negatives: papers that the paper "cited", or that share an "author" or the "venue". In

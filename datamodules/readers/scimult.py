@@ -87,10 +87,8 @@ class SciMultReader:
         """Return the files to read."""
         folder = self.folder / self.task
         check_folder(folder, f"files such as {self.dataset}_papers_test.json")
-        return sorted(path for path in folder.rglob("*") if path.is_file() and self._is_source(path.name))
-
-    def _is_source(self, name: str) -> bool:
-        return name.startswith((f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels"))
+        prefixes = (f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels")
+        return sorted(path for path in folder.rglob("*") if path.is_file() and path.name.startswith(prefixes))
 
     def read(self) -> Collection:
         """Read and check the data set. Raises UserError with file, line and reason."""

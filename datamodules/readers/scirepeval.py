@@ -127,6 +127,16 @@ class SciRepEvalReader:
             corpus.update({label: Document(label, label) for label in labels})
 
 
+def evaluation_files(folder: Path) -> list[Path]:
+    """Return the files of the split "evaluation", which is our test split. Raises UserError if there are none."""
+    splits = files_by_split(folder)
+    if "test" not in splits:
+        raise UserError(
+            f"{folder}: contains no file of the split 'evaluation' (such as evaluation.jsonl or test.parquet)"
+        )
+    return splits["test"]
+
+
 def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
     """Return the queries and papers of the split "evaluation", which SciRepEval's own program embeds.
 
@@ -134,10 +144,7 @@ def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
     """
     queries: Documents = {}
     papers: Documents = {}
-    splits = files_by_split(folder)
-    if "test" not in splits:
-        raise UserError(f"{folder}: no file of the split evaluation (evaluation.jsonl or test.jsonl, or .parquet)")
-    for row in read_tables(splits["test"], bad):
+    for row in read_tables(evaluation_files(folder), bad):
         with row:
             record = as_object(row)
             if "query" not in record:

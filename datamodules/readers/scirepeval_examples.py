@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id
 from datamodules.readers.io import as_object
-from datamodules.readers.scirepeval import ID_KEYS
+from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
 from datamodules.records import Collection, Document, UserError
 
@@ -50,19 +50,16 @@ class SciRepEvalExamplesReader:
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        return [*self._text_files(), *(path for paths in files_by_split(self.judgements).values() for path in paths)]
-
-    def _text_files(self) -> list[Path]:
-        splits = files_by_split(self.folder)
-        if "test" not in splits:
-            raise UserError(f"{self.folder}: no file of the split evaluation (evaluation.jsonl, or .parquet)")
-        return splits["test"]
+        return [
+            *evaluation_files(self.folder),
+            *(path for paths in files_by_split(self.judgements).values() for path in paths),
+        ]
 
     def read(self) -> Collection:
         """Read and check both folders. Raises UserError with file, line and reason."""
         texts: dict[str, Document] = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            for row in read_tables(self._text_files(), bad):
+            for row in read_tables(evaluation_files(self.folder), bad):
                 with row:
                     paper = as_object(row).document(*ID_KEYS)
                     texts.setdefault(paper.id, paper)

@@ -134,7 +134,8 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
                 advice = manual_help(_final_path(part))
                 raise UserError(f"{url}: the server sends a web page instead of the file. {advice}")
             start = _first_byte(response, start)
-            total = _total_size(response, start)
+            rest = response.headers.get("Content-Length", "")
+            total = start + int(rest) if rest.isdecimal() else None
             if size is not None and total is not None and total != size:
                 raise UserError(f"{url}: expected a file of {size:,} bytes, but the server has {total:,}")
             write_text(version_file, _version(response))
@@ -156,11 +157,6 @@ def _first_byte(response: http.client.HTTPResponse, requested: int) -> int:
     if not content_range.startswith(f"bytes {requested}-"):
         raise Interrupted(f"requested the bytes from {requested} on, but got {content_range!r}")
     return requested
-
-
-def _total_size(response: http.client.HTTPResponse, start: int) -> int | None:
-    rest = response.headers.get("Content-Length", "")
-    return start + int(rest) if rest.isdecimal() else None
 
 
 def _version(response: http.client.HTTPResponse) -> str:
@@ -248,7 +244,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
         for info in opened:
             if info.isfile():  # neither links nor devices
                 yield _Member(info.name.removeprefix("./"), info.size, lambda info=info: opened.extractfile(info))
-        while opened.fileobj.read(CHUNK):  # to the checksum of gzip, which comes after the last member
+        while opened.fileobj.read(CHUNK):  # reads gzip's checksum, after the last member
             pass
 
 

@@ -141,7 +141,7 @@ def reader_node(output: OutputSpec, missing: Sequence[str] = ()) -> dict[str, An
 
 
 def needed_sources(output: OutputSpec, missing: Sequence[str] = ()) -> list[str]:
-    """Return the names of the sources that an output's reader uses. missing: optional sources not available."""
+    """Return the names of the sources that an output's reader uses. missing: unavailable optional sources."""
     sources: dict[str, None] = {}
     resolve_paths(reader_node(output, missing), lambda source: Path(sources.setdefault(source) or ""))
     return list(sources)

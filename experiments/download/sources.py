@@ -164,12 +164,6 @@ class Sources:
         self.known[key] = entry | ({"from": before["from"]} if is_known else {})
         write_json(self.checksum_file, self.known)
 
-    def _forget_checksum(self, name: str, file: str) -> None:
-        """Forget the checksum of a file that was trusted at its first download, but is unusable."""
-        if self.specs[name].files[file].sha256 is None:
-            self.known.pop(f"{name}/{file}", None)
-            write_json(self.checksum_file, self.known)
-
     def _unpacking(self, name: str) -> dict[str, Any]:
         """Return everything that the contents of an unpacked source depend on."""
         return {"archives": self.checksums(name), "members": self.specs[name].members}
@@ -186,7 +180,9 @@ class Sources:
                 try:
                     unpack(self.path(name, file), spec.unpack, spec.members, partial, progress.say)
                 except UserError:
-                    self._forget_checksum(name, file)
+                    if spec.files[file].sha256 is None:  # the first download was trusted, but is unusable
+                        self.known.pop(f"{name}/{file}", None)
+                        write_json(self.checksum_file, self.known)
                     raise
         write_json(partial / ".unpacked.json", stamp)
         shutil.rmtree(folder, ignore_errors=True)

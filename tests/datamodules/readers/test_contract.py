@@ -170,7 +170,7 @@ def test_unknown_argument_value_raises_user_error(world: World, tmp_path):
             world.make(tmp_path, **{name: "x"})
 
 
-def test_nodes_of_the_documentation_are_readers():
+def test_documented_nodes_are_readers():
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     nodes = [
         node for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) for node in yaml.safe_load(block).values()

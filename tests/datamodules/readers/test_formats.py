@@ -356,7 +356,7 @@ def test_hub_readers_work_with_the_datasets_package(tmp_path):
 def test_jsonl_query_text_cannot_take_the_id_of_a_document(tmp_path):
     put(tmp_path / "corpus.jsonl", {"id": "train.1", "title": "a paper"}, {"id": "b", "title": "another"})
     put(tmp_path / "train.jsonl", {"query": "free words", "positives": ["b"]}, {"query": "train.1", "positives": ["b"]})
-    message = "line 1: the query is named 'train.1' after its line, but a document has that id"
+    message = "line 1: the query gets the id 'train.1' from its line number, but a document has that id"
     assert message in error_of(JsonlReader(str(tmp_path)))
 
 

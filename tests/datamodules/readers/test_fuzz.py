@@ -87,7 +87,7 @@ def confused(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage(path: Path, rng: random.Random) -> tuple[Path, bytes]:
-    """Return the path and the content that replace a file."""
+    """Damage a file: return the path and the content that replace it."""
     content = path.read_bytes()
     bad = rng.choice((mutated, retyped, confused))(content, rng)
     if rng.random() < 0.1:
