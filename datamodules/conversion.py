@@ -154,7 +154,7 @@ def _equal_texts(one: Document, other: Document) -> bool:
 
 
 def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
-    """Return what examples.first_of_same_text returns, with only the hashes of the texts in memory."""
+    """Do the same as examples.first_of_same_text, but keep only hashes of the texts in memory."""
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():

@@ -132,8 +132,8 @@ def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
 def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
     """Yield the entries of a file that is one JSON list, or the values of one JSON object (kind "object").
 
-    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between
-    entries, because the start of the next entry is then unknown.
+    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
+    start of the next entry is then unknown.
     """
     with open_text(path) as stream:
         window = _JsonWindow(stream, path)

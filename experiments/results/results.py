@@ -19,7 +19,7 @@ from experiments.build.models import System
 from experiments.results.cost import Cost, CostMeter
 from experiments.shared.progress import Progress
 from lightning_modules.distributed.signals import leave_if_asked
-from lightning_modules.retrieval.compute import computing_in, current
+from lightning_modules.retrieval.compute import active_precision, computing_in
 from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, evaluate_bm25
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def evaluate_system(
         origin = _describe_encoder(system, benchmark)
         meter = CostMeter(system.encoder)
         with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
-            origin["precision"] = current(system.encoder.device)
+            origin["precision"] = active_precision(system.encoder.device)
             result = evaluate(
                 system.encoder,
                 benchmark,

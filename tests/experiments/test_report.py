@@ -279,7 +279,15 @@ def test_list_of_runs_shows_differing_settings_and_full_names_on_narrow_terminal
     ]
     assert list(differences(as_dict(load_config("vanilla")))) == []
     names = [f"runs/moe-sample-seed0-{i:06d}" for i in range(3)]
-    others = {"metric": "ndcg@10", "BM25": "0.31", "seed": "0", "device hours": "0.02", "last logged": "now"}
+    others = {
+        "metric": "ndcg@10",
+        "BM25": "0.31",
+        "experiment": "moe",
+        "scale": "sample",
+        "seed": "0",
+        "device hours": "0.02",
+        "last logged": "now",
+    }
     row = {"differs in": "optim.lr=0.5 " * 4, "steps": "1,200", "mean": "0.2279", **others}
     rows = [{"run": name, **row} for name in names]
     for width, columns in ((80, ("steps", "mean")), (200, rows[0])):

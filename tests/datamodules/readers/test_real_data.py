@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real paper
 
 
 def documented_counts() -> dict[str, tuple[int, ...]]:
-    """Return for each collection the queries of train, dev and test, documents, and judgements in the README."""
+    """Return the numbers of train, dev and test queries, documents and judgements of each collection in the README."""
     rows = ROW.findall((DATA / "README.md").read_text(encoding="utf-8"))
     return {name: tuple(map(int, counts)) for name, *counts in rows}
 

@@ -112,10 +112,10 @@ class Payload:
 
 def test_pickle_with_code_raises_user_error_without_running_it(tmp_path, capsys):
     torch.save({"encoder": Payload(), "state_dict": {}}, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         load_encoder(tmp_path / "evil.ckpt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         load_encoder(tmp_path / "evil.pkl")
     assert "code was run" not in capsys.readouterr().out
 
