@@ -6,6 +6,7 @@ import torch
 
 from datamodules.records import UserError
 from experiments.config.schema import Config
+from experiments.config.structured import prefixed
 from lightning_modules.objective_options import check_objective
 from lightning_modules.retrieval.metrics import check_metric
 
@@ -24,8 +25,9 @@ def check_constraints(config: Config) -> None:
 def _check_metrics(config: Config) -> None:
     if not config.evaluation.metrics:
         raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
-    for name in config.evaluation.metrics:
-        check_metric(name)
+    with prefixed("evaluation.metrics: "):
+        for name in config.evaluation.metrics:
+            check_metric(name)
 
 
 def _check_balance(config: Config) -> None:
