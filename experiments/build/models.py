@@ -59,7 +59,7 @@ class ModelOptions:
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
         encoder = load_encoder(
-            located(self.model),
+            _resolve(self.model),
             {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,
             backbone=self.backbone,
             pooling=self.pooling or (config.encoder.get("pooling") if config else None),
@@ -90,7 +90,7 @@ class ModelOptions:
         return folders
 
 
-def located(model: str) -> str:
+def _resolve(model: str) -> str:
     """Return the folder of a package:NAME, and any other model unchanged.
 
     Raises UserError for a package that is not installed, or a run that does not exist.
@@ -155,7 +155,7 @@ def load_systems(
 ) -> list[System]:
     """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
 
-    models: name in tables -> model; "bm25" needs no loading. config: configuration of the model's run, if any.
+    models: name in tables -> model; "bm25" is not loaded. config: configuration of the model's run, if any.
     similarities: similarities to compare, by default each model's own.
     task: the only task of a plain model, which by default has the paper's three.
     max_length: maximum number of tokens of a text, by default the model's.
@@ -179,7 +179,7 @@ def load_systems(
 
 
 def short_name(model: str) -> str:
-    """Return a short name of a model: the end of its path, with digits that distinguish it from others of that end."""
+    """Return a short name for a model: the stem of its path, with digits that tell equal stems apart."""
     path = Path(model)
     if not path.exists():
         return model.removeprefix(PACKAGE).replace("/", "-")

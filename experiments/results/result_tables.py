@@ -80,7 +80,7 @@ def _add_means(grid: Table, benchmarks: Benchmarks, systems: Sequence[str], metr
 
 
 def show_cost(benchmarks: Benchmarks) -> None:
-    """Print the cost of each system over all benchmarks, and over how many if not all have one."""
+    """Print the total cost of each system, and the number of benchmarks it covers if not all have a cost."""
     results: dict[str, list[SystemResult]] = {}
     for table in benchmarks.values():
         for system, result in table.systems.items():
