@@ -12,8 +12,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config, runs_there
+from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder

@@ -18,7 +18,7 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.data import build_data
 from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
-from experiments.config.paths import runs_there
+from experiments.config.experiment import runs_there
 from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
 
 log = logging.getLogger(__name__)
