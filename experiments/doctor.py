@@ -104,7 +104,7 @@ def bf16() -> Line:
     """Check that trainer.precision=auto chooses the faster precision on this CPU."""
     from lightning_modules.retrieval.compute import bf16_speed, resolved
 
-    speed, chosen = bf16_speed(), resolved("auto", "cpu")
+    speed, chosen = bf16_speed(), resolve_precision("auto", "cpu")
     finding = f"a matrix product in bf16 is {speed:.1f} times as fast as in fp32; trainer.precision=auto is {chosen}"
     faster = "bf16" if speed > WORTHWHILE else "fp32" if speed < 1 / WORTHWHILE else chosen
     if faster == chosen:
@@ -151,10 +151,12 @@ def devices() -> Iterator[Line]:
     torch = imported("torch")
     if torch is None:
         return
-    from lightning_modules.retrieval.compute import resolved
+    from lightning_modules.retrieval.compute import resolve_precision
 
     has_gpu, count = torch.cuda.is_available(), torch.cuda.device_count()
-    device, precision = ("GPU", resolved("auto", "cuda")) if has_gpu else ("CPU", resolved("auto", "cpu"))
+    device, precision = (
+        ("GPU", resolve_precision("auto", "cuda")) if has_gpu else ("CPU", resolve_precision("auto", "cpu"))
+    )
     several = f"; trainer.devices=-1 uses {count} GPUs" if count > 1 else ""
     yield Line(OK, "what runs where", f"training and top-k on {device}, training in {precision}{several}")
 

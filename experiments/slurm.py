@@ -19,8 +19,7 @@ from datamodules.files import write_text
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import as_argument, option_keys
-from experiments.config.experiment import FOLDER, ExperimentOptions, load_config, parse_overrides
-from experiments.config.paths import folder_of
+from experiments.config.experiment import FOLDER, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.structured import read_yaml, structured
 from experiments.config.sweep_file import read_sweep
 from experiments.run.trials import trials_of

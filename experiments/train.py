@@ -20,8 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
-from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
-from experiments.config.paths import LAST, folder_of
+from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results

@@ -21,8 +21,7 @@ from datamodules.records import UserError
 from experiments.config.experiment import FOLDER, load_config, names
 from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
-from experiments.config.structured import read_yaml, structured
-from experiments.config.suggest import did_you_mean, expected_one_of, unknown
+from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
 from lightning_modules.callbacks.diagnostics import OF_TASK
 from lightning_modules.mining.report import FIGURES

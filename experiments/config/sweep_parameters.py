@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import UserError
-from experiments.config.suggest import expected_one_of
+from experiments.config.structured import expected_one_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -24,7 +24,7 @@ from pathlib import Path
 import lightning as L
 
 from datamodules.records import UserError
-from experiments.config.paths import LAST
+from experiments.config.experiment import LAST
 from experiments.config.schema import Config
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption

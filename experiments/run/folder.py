@@ -30,8 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.batches import MultiTaskDataModule
 from datamodules.files import read_json, write_json, write_text
 from datamodules.records import UserError
-from experiments.config.experiment import as_dict
-from experiments.config.paths import LAST, folder_of, read_config
+from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
 from lightning_modules.checkpoint_files import candidates, newest_intact

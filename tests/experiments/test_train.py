@@ -22,8 +22,7 @@ from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments.build import module as build_module
 from experiments.build.data import build_data
-from experiments.config.experiment import experiments, load_config
-from experiments.config.paths import folder_of
+from experiments.config.experiment import experiments, folder_of, load_config
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder

@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from experiments.build.trainer import warn_about_cores
-from experiments.config.experiment import load_config
-from experiments.config.paths import folder_of
+from experiments.config.experiment import folder_of, load_config
 from experiments.run.endings import exit_status, next_steps
 from lightning_modules.distributed.signals import Preempted
 
