@@ -102,7 +102,7 @@ def processor() -> Iterator[Line]:
 
 def bf16() -> Line:
     """Check that trainer.precision=auto chooses the faster precision on this CPU."""
-    from lightning_modules.retrieval.compute import bf16_speed, resolved
+    from lightning_modules.retrieval.compute import bf16_speed, resolve_precision
 
     speed, chosen = bf16_speed(), resolve_precision("auto", "cpu")
     finding = f"a matrix product in bf16 is {speed:.1f} times as fast as in fp32; trainer.precision=auto is {chosen}"
