@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import read_json
-from experiments.config.paths import read_config
+from experiments.config.experiment import read_config
 from experiments.results.results import Results, read_results
 from lightning_modules.encoders.base import Encoder
 
@@ -132,10 +132,7 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 def _results(results: Results, task: str) -> str:
     """Return the results on the benchmarks of a task, or on all of them."""
     if task == "average":
-        return (
-            "## Results\n\nThe average of the experts was not measured in the run. `make eval model=THIS FOLDER` "
-            "measures it."
-        )
+        return "## Results\n\nThe run did not measure the average of the experts. `make eval model=THIS FOLDER` does."
     info = results.info
     rows = [
         (name, system, *(f"{result.metrics[metric]:.4f}" for metric in info.metrics))

@@ -52,7 +52,7 @@ def test_whole_encoder_average_and_authors_layout_are_exported(run, tmp_path):
     main([f"model={tmp_path / 'whole'}", "task=average", f"output={tmp_path / 'general'}"])
     assert "mean of all its experts" in (tmp_path / "general" / "README.md").read_text()
     main([f"model={run}", "task=average"])
-    assert "was not measured in the run" in (run / "export" / "average" / "README.md").read_text()
+    assert "The run did not measure the average" in (run / "export" / "average" / "README.md").read_text()
     trained.normalize = True  # the authors' format supports only normalized means
     trained.save_pretrained(tmp_path / "normal")
     main([f"model={tmp_path / 'normal'}", "format=reference", f"output={tmp_path / 'there.ckpt'}"])
