@@ -55,7 +55,7 @@ class CompareOptions:
     seed: int = option(0, "seed of the draws", minimum=0)
     examples: int | None = option(
         None,
-        f"queries to show for each side, those with the largest differences; by default {EXAMPLES}, if it is marked",
+        f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
         minimum=0,
     )
 
@@ -93,14 +93,14 @@ def _compare(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], options: 
             compared[name] = _compare_on(name, a, b, options)
         except UserError as error:
             left_out[name] = str(error)
-    corrected = holm([comparison["p"] for comparison in compared.values()])
-    for comparison, p in zip(compared.values(), corrected, strict=True):
+    for comparison, p in zip(compared.values(), holm([c["p"] for c in compared.values()]), strict=True):
         comparison["p_holm"] = p
     return {
         "A": [f"{system.folder}:{system.system}" for system in a],
         "B": [f"{system.folder}:{system.system}" for system in b],
         **{key: getattr(options, key) for key in ("level", "draws", "seed")},
-        **{"benchmarks": compared, "left_out": left_out},
+        "benchmarks": compared,
+        "left_out": left_out,
     }
 
 
@@ -124,11 +124,11 @@ def _compare_on(
 
 
 def _show(content: Mapping[str, Any], always_examples: bool) -> None:
-    """Print a compare.json. always_examples: show single queries also if the difference is not marked."""
+    """Print a compare.json. always_examples: show queries even if the difference is not marked."""
     console = table_console()
     level = content["level"]
     console.print(f"A = {', '.join(content['A'])}\nB = {', '.join(content['B'])}", highlight=False, soft_wrap=True)
-    grid = Table(title=f"A against B (* p after Holm below {1 - level:.2g})", title_justify="left")
+    grid = Table(title=f"A against B (*: p (Holm) below {1 - level:.2g})", title_justify="left")
     grid.add_column("benchmark", overflow="fold")
     for heading in ("metric", "queries", "A", "B", "A - B", f"{level:.0%} interval", "p", "p (Holm)", "won/tied/lost"):
         grid.add_column(heading, justify="right", overflow="fold")
@@ -176,7 +176,7 @@ def _show_example(console: Console, name: str, side: str, metric: str, example: 
 
 
 def _default_output(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem]) -> Path:
-    """Return a folder named after both systems. Long names are cut, and distinguished by digits."""
+    """Return a folder named after both systems. Long names are cut and end in a hash."""
     names = [re.sub(r"[^\w.-]+", "-", f"{side[0].folder.resolve().name}-{side[0].system}") for side in (a, b)]
     names = [name + (f"-and{len(side) - 1}" if len(side) > 1 else "") for name, side in zip(names, (a, b), strict=True)]
     return Path("comparisons") / "-vs-".join(shortened(name) for name in names)

@@ -13,14 +13,14 @@ from typing import Any, Literal
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
-from datamodules.records import Document, UserError
+from datamodules.records import UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
 from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.compute import computing_in, default_token_budget, resolved
+from lightning_modules.retrieval.compute import computing_in, default_token_budget, resolve_precision
 from lightning_modules.retrieval.embedding import ShardFolder, embed_shard
 from lightning_modules.retrieval.vector_cache import fingerprint
 
@@ -29,36 +29,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class EmbedOptions(ModelOptions):
-    """Embed a corpus: one vector for each text, in shards that survive a kill. The same command continues."""
+    """Embed a corpus: one vector per text. After a kill, the same command continues at the missing shards."""
 
-    task: tuple[str, ...] = option(help="tasks whose experts encode the texts, with commas between them, or all")
+    task: tuple[str, ...] = option(help="comma-separated tasks to embed for, or all")
     side: Literal["documents", "queries"] = option(
-        "documents", "what the texts are, for models that encode queries differently"
+        "documents", "whether the texts are documents or queries, for models that encode these differently"
     )
     input: Path = option(
         help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract), or a BEIR folder"
     )
     output: Path = option(help="folder for TASK.npy, TASK.npy.ids.txt and TASK.npy.json; or a .npy file, for one task")
-    part: str = option("", "I/N: do part I of N, on any machine that sees the output; by default the SLURM array's")
+    part: str = option("", "I/N for part I of N, on any machine that sees the output; by default the SLURM array's")
     devices: int = option(1, "number of processes on this machine, one per GPU", minimum=1)
-    shard_size: int = option(16384, "number of texts per shard, which are encoded by themselves", minimum=1)
+    shard_size: int = option(16384, "number of texts per shard", minimum=1)
     similarity: Literal["dot", "cosine"] | None = option(
         None, "cosine normalises the vectors; by default that of the model's run, dot with backbone=, else cosine"
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "fp32", "precision of the encoder; auto is bf16 on hardware that is made for it"
+        "fp32", "precision of the encoder; auto means bf16 on hardware that is fast in it"
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
     token_budget: int | None = option(
         None, "maximum number of padded tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     on_error: Literal["fail", "skip"] = option(
-        "fail", "at a bad line: fail, or skip it and write it to a quarantine file"
+        "fail", "what to do with a bad line: fail, or skip it and write it to a quarantine file"
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # safe, because this command never forks
     end_with_launcher()
     options = parse(EmbedOptions, arguments)
     share = share_of(options.part)
@@ -75,13 +75,13 @@ class EmbeddingJob:
     def __init__(self, options: EmbedOptions, share: Share):
         self.options, self.share = options, share
         self.source = text_file(options.input)
-        self.precision = resolved(options.precision, share.device)
+        self.precision = resolve_precision(options.precision, share.device)
         self.token_budget = options.token_budget or default_token_budget(share.device)
         self.one_file = options.output.suffix == ".npy"
         self.folder = Path(f"{options.output}.shards") if self.one_file else options.output / "shards"
 
     def run(self) -> None:
-        """Embed this process's shards, and merge if no shard is missing then."""
+        """Embed this process's shards. The process that completes the last one merges them all."""
         options = self.options
         num_lines = count_lines(self.source, options.on_error)
         if not num_lines:
@@ -94,12 +94,8 @@ class EmbeddingJob:
         num_texts = sum(min(options.shard_size, num_lines - number * options.shard_size) for number in numbers)
         self._embed_shards(encoder, shards, numbers, num_texts)
         if missing := shards.missing(num_shards):
-            log.info(
-                "%d of %d shards are missing, first shard %d; other parts make them",
-                len(missing),
-                num_shards,
-                missing[0],
-            )
+            remaining = len(missing), num_shards, missing[0]
+            log.info("%d of %d shards are still missing, from shard %d; other parts embed them", *remaining)
             return
         source = {"input": str(self.source.absolute()), "name": options.model}
         for task in tasks:
@@ -108,7 +104,7 @@ class EmbeddingJob:
         log.info("Next: make find embeddings=%s task=%s query='...'", options.output, next(iter(tasks)))
 
     def _load(self) -> tuple[Encoder, dict[str, str], str]:
-        """Return the encoder, the encoder's task for each task of the output, and the similarity."""
+        """Return the encoder, a dict from output task to encoder task, and the similarity."""
         options = self.options
         config = options.run_config()
         encoder = options.load(config, task=options.task[0] if len(options.task) == 1 else "all")
@@ -122,7 +118,7 @@ class EmbeddingJob:
         return encoder, tasks, options.similarity or options.similarity_of(config)
 
     def _metadata(self, encoder: Encoder, tasks: dict[str, str], similarity: str) -> dict[str, Any]:
-        """Return what decides the vectors."""
+        """Return the settings that determine the vectors."""
         return {
             "model": fingerprint(encoder),
             "tasks": tasks,
@@ -135,39 +131,31 @@ class EmbeddingJob:
         }
 
     def _embed_shards(self, encoder: Encoder, shards: ShardFolder, numbers: range, num_texts: int) -> None:
-        """Embed the shards that are not complete yet. num_texts: number of texts in all of them."""
-        num_done = num_complete = 0
+        """Embed those of the given shards that are not complete yet. num_texts: number of texts in all of them."""
+        num_complete = 0
         quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
         with (
             BadLines(self.options.on_error, str(quarantine)) as bad_lines,
-            Progress("embedding", unit="texts") as progress,
+            Progress("embedding", "texts", num_texts) as progress,
+            computing_in(self.precision, encoder.device),
         ):
-
-            def advance(count: int) -> None:
-                nonlocal num_done
-                num_done += count
-                progress.report(num_done, num_texts)
-
             for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
                 if shards.has(number, documents):
-                    num_texts, num_complete = num_texts - len(documents), num_complete + 1
-                else:
-                    shards.write(number, documents, self._embed(encoder, shards, documents, advance))
-        seconds = time.monotonic() - progress.started
-        complete = f"; {num_complete} shards were complete already" if num_complete else ""
-        log.info("%s texts embedded, %.1f per second%s", f"{num_done:,}", num_done / seconds, complete)
-
-    def _embed(self, encoder: Encoder, shards: ShardFolder, documents: list[Document], advance) -> dict[str, Any]:
-        with computing_in(self.precision, encoder.device):
-            return embed_shard(
-                encoder,
-                documents,
-                shards.metadata["tasks"],
-                similarity=shards.metadata["similarity"],
-                dtype=self.options.dtype,
-                token_budget=self.token_budget,
-                advance=advance,
-            )
+                    progress.total, num_complete = progress.total - len(documents), num_complete + 1
+                    continue
+                vectors = embed_shard(
+                    encoder,
+                    documents,
+                    shards.metadata["tasks"],
+                    similarity=shards.metadata["similarity"],
+                    dtype=self.options.dtype,
+                    token_budget=self.token_budget,
+                    advance=progress.advance,
+                )
+                shards.write(number, documents, vectors)
+        speed = progress.done / (time.monotonic() - progress.started)
+        complete = f"; {num_complete} shards were already complete" if num_complete else ""
+        log.info("%s texts embedded, %.1f per second%s", f"{progress.done:,}", speed, complete)
 
 
 if __name__ == "__main__":

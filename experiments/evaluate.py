@@ -30,8 +30,8 @@ from lightning_modules.retrieval.metrics import check_metric
 
 log = logging.getLogger(__name__)
 
-# Options that change a result and do not appear in the name of its default folder.
-DECIDING = (
+# Options that change the results. The name of the default folder ends in a hash of those that are set.
+HASHED_OPTIONS = (
     *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
     *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
 )
@@ -53,7 +53,7 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
         "folder for results.json and the run files; by default one for this model, data and protocol, in evaluation/ "
         "of the run's folder or in evaluations/",
     )
-    add: bool = option(False, "keep other systems and benchmarks that are in the results.json of output=")
+    add: bool = option(False, "keep the other systems and benchmarks in the results.json of output=")
     metrics: tuple[str, ...] = option(METRICS, "metrics of data without their own, the main one first")
     max_length: int | None = option(
         None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
@@ -68,7 +68,7 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
     )
     devices: int = option(
-        1, "processes on this machine, one for each GPU; torchrun and srun start their own", minimum=1
+        1, "number of processes on this machine, one per GPU; torchrun and srun start their own", minimum=1
     )
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
-    """Evaluate with all ranks. The first one writes the results and shows them."""
+    """Evaluate on all ranks. The first one writes and prints the results."""
     models = options.models
     run = options.run or (run_of(options.model) if len(models) == 1 else None)
     config = config_of_run(run)
@@ -140,7 +140,7 @@ def _evaluate_all(
     info: EvaluationInfo,
     folder: Path,
 ) -> Benchmarks:
-    """Evaluate all systems on all benchmarks. Each result is written at once, so that an interruption keeps it."""
+    """Evaluate all systems on all benchmarks. Each result is written immediately, so an interruption loses none."""
     path = folder / "results.json"
     tables = read_results(path).benchmarks if options.add and path.is_file() else {}
     for benchmark in benchmarks:
@@ -170,8 +170,8 @@ def _evaluate_all(
 
 
 def _check(options: EvaluateOptions) -> None:
-    """Check what needs neither models nor data."""
-    _ = options.models
+    """Check the options, before any model or data is loaded."""
+    _ = options.models  # raises UserError for an invalid model=
     for name in options.metrics:
         check_metric(name)
     if options.suite and not options.suite.is_file():
@@ -190,22 +190,22 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _table_name(model: str, models: Sequence[str]) -> str:
-    """Return the end of a model's path if no other model has it, or else a longer name."""
+    """Return the stem of a model's path if no other model has it, else a longer name."""
     path = Path(model)
     alone = [other for other in models if Path(other).stem == path.stem] == [model]
     return path.stem if path.exists() and alone else short_name(model)
 
 
 def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
-    """Return all options as they are written on the command line."""
+    """Return all options as written on the command line."""
     fields = dataclasses.fields(options)
     return {f.metadata["key"] or f.name: as_argument(getattr(options, f.name)) for f in fields}
 
 
 def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequence[Benchmark]) -> Path:
-    """Return a folder for each model, data and protocol, so that the same evaluation finds it again.
+    """Return the folder for this model, data and protocol. The same evaluation always gets the same folder.
 
-    benchmarks: those of a folder in BEIR layout, which are distinguished by their content.
+    benchmarks: the benchmarks of beir=; their content is part of the name.
     """
     is_run = run is not None and Path(options.model).resolve() == run.resolve()
     names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
@@ -214,16 +214,16 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     else:
         parts = [names, options.beir.name if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
-    deciding = {key: _normal(key, values[key]) for key in DECIDING if values[key] != defaults[key]}
+    hashed = {key: _normal(key, values[key]) for key in HASHED_OPTIONS if values[key] != defaults[key]}
     if options.beir:
-        deciding["data"] = [benchmark.fingerprint() for benchmark in benchmarks]
-    if deciding:
-        parts.append(hashlib.blake2b(repr(sorted(deciding.items())).encode(), digest_size=3).hexdigest())
+        hashed["data"] = [benchmark.fingerprint() for benchmark in benchmarks]
+    if hashed:
+        parts.append(hashlib.blake2b(repr(sorted(hashed.items())).encode(), digest_size=3).hexdigest())
     return (run / "evaluation" if run else Path("evaluations")) / "-".join(shortened(part) for part in parts if part)
 
 
 def _normal(key: str, value: str) -> str:
-    """Return a value that is the same for the same path. A BEIR folder is only named, since its data are compared."""
+    """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
     if key == "beir":
         return Path(value).name
     parts = value.split(",") if key in PATHS else []
@@ -231,7 +231,7 @@ def _normal(key: str, value: str) -> str:
 
 
 def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
-    """Raise UserError if the folder has results of another command, which would be lost."""
+    """Raise UserError if the folder has results of another evaluation, which would be lost."""
     path = folder / "results.json"
     if options.add or not path.is_file():
         return
@@ -240,7 +240,7 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
     now = _as_arguments(options)
     differences = [
         f"{key}: {then.get(key) or 'none'} there, {now[key] or 'none'} now"
-        for key in ("model", "benchmarks", "beir", "task", "split", *DECIDING)
+        for key in ("model", "benchmarks", "beir", "task", "split", *HASHED_OPTIONS)
         if _normal(key, then.get(key, "")) != _normal(key, now[key])
     ]
     if differences:
@@ -251,14 +251,14 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
 
 
 def _refuse_other_data(folder: Path, benchmark: Benchmark) -> None:
-    """Raise UserError if the folder has results of a benchmark under another protocol, or on data that have changed."""
+    """Raise UserError if the folder has results of the benchmark with another protocol or other data."""
     path = folder / "results.json"
     table = read_results(path).benchmarks.get(benchmark.name) if path.is_file() else None
     for key, now in (("protocol", benchmark.protocol), ("data", benchmark.fingerprint())):
         then = getattr(table, key, None)
         if then not in (None, now):
             raise UserError(
-                f"output: {folder} has results of {benchmark.name} on other {key} ({then} there, {now} now); "
+                f"output: {folder} has results of {benchmark.name} that differ in {key} ({then} there, {now} now); "
                 "name another output, or move it away"
             )
 

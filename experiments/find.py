@@ -1,4 +1,4 @@
-"""Find papers in an embedded corpus."""
+"""Search an embedded corpus for papers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datamodules.records import Document, UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
-from lightning_modules.encoders.base import Encoder
+from lightning_modules.losses import comparable
 from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_ids, read_metadata
 from lightning_modules.retrieval.faiss_index import read_index, search_index
 from lightning_modules.retrieval.metrics import Run
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 class FindOptions(ModelOptions):
     """Find the papers of an embedded corpus that are nearest to a query.
 
-    The model is by default the one that embedded the papers.
+    The default model is the one that embedded the papers.
     """
 
-    embeddings: Path | None = option(None, "output of make embed, its folder or a .npy file, which is searched exactly")
+    embeddings: Path | None = option(None, "output of make embed (its folder or a .npy file), for an exact search")
     index: Path | None = option(None, "output of make index, instead of embeddings")
     task: str = option("", "task whose vectors to search, if the folder has several")
-    nprobe: int = option(0, "number of lists of the index to visit; 0: the one that make index chose", minimum=0)
+    nprobe: int = option(0, "number of lists of the index to visit; 0 for the number that make index chose", minimum=0)
     query: str = option("", "text to search for")
-    queries: Path | None = option(None, "file of queries instead, with id and text in each line")
+    queries: Path | None = option(None, "file of queries, instead of query; each line has an id and a text")
     output: Path | None = option(None, "file for the rankings of queries=, in TREC format")
     k: int = option(10, "number of papers per query", minimum=1)
 
@@ -51,9 +51,9 @@ class FindOptions(ModelOptions):
 def main(arguments: Sequence[str]) -> None:
     options = parse(FindOptions, arguments)
     if bool(options.query) == bool(options.queries):
-        raise UserError("query: expected a text, or queries=FILE and output=FILE instead")
+        raise UserError("query: expected either a text, or queries=FILE with output=FILE")
     if bool(options.embeddings) == bool(options.index):
-        raise UserError("embeddings and index: expected one of them, the output of make embed or make index")
+        raise UserError("embeddings, index: expected exactly one, the output of make embed or of make index")
     if options.queries and not options.output:
         raise UserError("output: expected a file for the rankings of queries=")
     queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Rows and scores of the best papers, (Q, k), with the ids and the metadata of all rows."""
+    """Rows and scores of the best papers, (Q, k), with the ids of all rows and the metadata of the vectors."""
 
     rows: np.ndarray
     scores: np.ndarray
@@ -78,9 +78,8 @@ class SearchResult:
 
 def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchResult:
     matrix = open_matrix(options.embeddings, options.task)
-    encoder = _load_encoder(options, matrix.metadata)
-    vectors = _encode(encoder, queries, matrix.metadata)
-    rows, scores = top_k(vectors, matrix.vectors, options.k, device=encoder.device)
+    vectors, device = _encode(options, queries, matrix.metadata)
+    rows, scores = top_k(vectors, matrix.vectors, options.k, device=device)
     return SearchResult(rows, scores, matrix.ids, matrix.metadata)
 
 
@@ -88,14 +87,17 @@ def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult
     metadata, index = read_metadata(options.index), read_index(options.index)
     ids = read_ids(options.index, index.ntotal)
     matrix = _matrix_of(metadata) if metadata["m"] else None
-    vectors = _encode(_load_encoder(options, metadata), queries, metadata)
+    vectors, _ = _encode(options, queries, metadata)
     nprobe = options.nprobe or metadata["nprobe"]
     rows, scores = search_index(index, vectors, options.k, nprobe, matrix and matrix.vectors)
     return SearchResult(rows, scores, ids, metadata)
 
 
-def _load_encoder(options: FindOptions, metadata: dict[str, Any]) -> Encoder:
-    """Return the encoder that the papers were embedded with. Raises UserError for another one."""
+def _encode(options: FindOptions, queries: list[Document], metadata: dict[str, Any]) -> tuple[np.ndarray, torch.device]:
+    """Return the vectors (Q, D) of the queries, and the encoder's device.
+
+    Raises UserError if the model is not the one that embedded the papers.
+    """
     model = options.model or metadata["name"]
     encoder = dataclasses.replace(options, model=model).load_on_device(task=metadata["task"])
     if fingerprint(encoder) != metadata["model"]:
@@ -103,16 +105,12 @@ def _load_encoder(options: FindOptions, metadata: dict[str, Any]) -> Encoder:
             f"model: {model} is not the one that embedded the papers ({metadata['name']}, fingerprint "
             f"{metadata['model']})"
         )
-    return encoder
-
-
-def _encode(encoder: Encoder, queries: list[Document], metadata: dict[str, Any]) -> np.ndarray:
-    vectors = encoder.encode(queries, metadata["task"])
-    return (torch.nn.functional.normalize(vectors, dim=-1) if metadata["similarity"] == "cosine" else vectors).numpy()
+    vectors = comparable(encoder.encode(queries, metadata["task"]), metadata["similarity"])
+    return vectors.numpy(), encoder.device
 
 
 def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
-    """Return the vectors of a quantized index, for exact scores, or None if they are gone."""
+    """Return the vectors of a quantized index for exact scores, or None if they cannot be read."""
     try:
         return open_matrix(Path(metadata["embeddings"]))
     except UserError as error:
@@ -130,10 +128,10 @@ def _read_queries(source: Path) -> list[Document]:
 
 
 def _show(query: str, result: SearchResult) -> None:
-    """Print the best papers of the first query, with their titles if the texts are still on disk."""
+    """Print the best papers for the first query, with their titles if the input file is still there."""
     rows, scores, metadata = result.rows[0], result.scores[0], result.metadata
     rows, titles, source = rows[rows >= 0], {}, Path(metadata["input"])
-    if source.is_file() and metadata["on_error"] == "fail":  # then row i is line i
+    if source.is_file() and metadata["on_error"] == "fail":  # without skipped lines, row i is line i
         titles = documents_at(source, rows.tolist())
     table = Table("", "score", "id", "title", title=query, title_justify="left")
     for number, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):

@@ -1,4 +1,4 @@
-"""Write files for the programs of other evaluations: vectors for SciDocs and SciRepEval, rankings for PMC-Patients.
+"""Write files for other evaluation programs: vectors for SciDocs and SciRepEval, rankings for PMC-Patients.
 
     SciDocs        cls.jsonl, user-citation.jsonl, recomm.jsonl   {"paper_id", "title", "embedding"} per line
     SciRepEval     CONFIG.jsonl                                   {"doc_id", "embedding"} per line
@@ -53,7 +53,7 @@ SCIREPEVAL = {  # type of a task -> the task whose expert encodes
 
 @dataclass(kw_only=True)
 class HarnessOptions(ModelOptions):
-    """Write files for the programs of other evaluations. Each file is made with the expert that it is for."""
+    """Write files for other evaluation programs. The expert of its task makes each file."""
 
     format: Literal["scidocs", "scirepeval", "pmc_patients"] = option(
         help="vectors for the program of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
@@ -62,13 +62,12 @@ class HarnessOptions(ModelOptions):
         help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with a folder for each config, such as "
         "fos, that has the split evaluation; pmc_patients: folder of the ReCDS benchmark"
     )
-    output: Path = option(help="a new folder")
+    output: Path = option(help="new folder for the files")
     tasks: Path | None = option(
         None, "scirepeval only: its scirepeval_tasks.jsonl (github.com/allenai/scirepeval), required"
     )
     only: tuple[str, ...] = option(
-        (),
-        "names of files (cls), of SciRepEval's tasks (Fields of study), PAR or PPR; by default all that have data",
+        (), "names of files (cls), of SciRepEval's tasks (Fields of study), PAR or PPR; by default all that have data"
     )
     split: str = option("test", "pmc_patients only: split of the queries")
     depth: int = option(1000, "pmc_patients only: number of documents per query", minimum=1)
@@ -76,7 +75,7 @@ class HarnessOptions(ModelOptions):
         None, "pmc_patients only: similarity of vectors, by default that of the run, dot with backbone=, else cosine"
     )
     vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
-    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or skip it into quarantine.jsonl")
+    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or move it to quarantine.jsonl")
     token_budget: int | None = option(
         None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
@@ -84,7 +83,7 @@ class HarnessOptions(ModelOptions):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The encoder and the options of a command. output: folder to write into while it is incomplete."""
+    """The encoder and the options of a command. output: temporary folder that becomes options.output at the end."""
 
     encoder: Encoder
     vectors: VectorCache
@@ -93,7 +92,7 @@ class Job:
     similarity: str
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """Return the names that only= allows. Raises UserError for others."""
+        """Return the names that only= selects, by default all. Raises UserError if it has other names."""
         for name in self.options.only:
             _check_choice("only", name, names)
         return [name for name in names if not self.options.only or name in self.options.only]
@@ -101,10 +100,10 @@ class Job:
     def bad_lines(self) -> BadLines:
         return BadLines(self.options.on_error, str(self.output / "quarantine.jsonl"))
 
-    def encode(self, texts: Sequence[Document], task: str, what: str) -> Iterator[list[float]]:
-        """Yield a vector for each text, in order. All texts are encoded before the first vector comes."""
-        with Progress(f"encoding {what}", "texts", len(texts)) as progress:
-            shards = self.vectors.vectors(texts, task, what, progress.advance)
+    def encode(self, texts: Sequence[Document], task: str, name: str) -> Iterator[list[float]]:
+        """Yield a vector for each text, in order. All texts are encoded before the first vector is yielded."""
+        with Progress(f"encoding {name}", "texts", len(texts)) as progress:
+            shards = self.vectors.vectors(texts, task, name, progress.advance)
         for _, block in shards.blocks(1024):
             yield from block.astype(np.float64).tolist()
 
@@ -112,7 +111,7 @@ class Job:
 def main(arguments: Sequence[str]) -> None:
     options = parse(HarnessOptions, arguments)
     if options.format == "scirepeval" and options.tasks is None:
-        raise UserError("tasks: required by format=scirepeval, its scirepeval_tasks.jsonl")
+        raise UserError("tasks: required by format=scirepeval; give its scirepeval_tasks.jsonl")
     config = options.run_config()
     similarity = options.similarity or options.similarity_of(config)
     encoder = options.load_on_device(config)
@@ -124,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _write_scidocs(job: Job) -> list[Path]:
-    """Write the files whose papers are in the data. Raises UserError if there are none."""
+    """Write the files whose papers are in the data. Raises UserError if the data have no papers."""
     written = []
     for name in job.chosen(list(SCIDOCS)):
         file, task = SCIDOCS[name]
@@ -145,7 +144,7 @@ def _write_scidocs(job: Job) -> list[Path]:
 
 
 def _write_scirepeval(job: Job) -> list[Path]:
-    """Write the vectors of the configs that are in the data, and the tasks that use them."""
+    """Write the vectors of the configs in the data, and the tasks that use them."""
     tasks = _read_tasks(job.options.tasks)
     written: dict[tuple[str, str], Path] = {}
     complete = []
@@ -165,7 +164,7 @@ def _write_scirepeval(job: Job) -> list[Path]:
         embeddings = job.options.output.absolute() / written[key].name
         complete.append(task.record | {"embeddings": {"load": str(embeddings)}})
     if not complete:
-        raise UserError(f"data: {job.options.data} has no folder of any task (named like its config: fos)")
+        raise UserError(f"data: {job.options.data} has no folder of any task (each is named after its config: fos)")
     return [*written.values(), _write_lines(job.output / "tasks.jsonl", complete)]
 
 
@@ -205,7 +204,7 @@ def _scirepeval_lines(job: Job, config: str, task: str) -> Iterator[dict[str, An
 
 
 def _write_pmc_patients(job: Job) -> list[Path]:
-    """Write the rankings of PAR and PPR, if their folders are in the data. Raises UserError if neither is."""
+    """Write the rankings of PAR and PPR, if the data have them. Raises UserError if they have neither."""
     written, options = [], job.options
     for name in job.chosen(PmcPatientsReader.TASKS):
         if not options.only and not (options.data / name).is_dir():
@@ -226,16 +225,15 @@ def _write_pmc_patients(job: Job) -> list[Path]:
             )
         run = gather_run(run)
         path = job.output / f"{name}.json"
-        rows = zip(run.queries, run.indices.tolist(), run.scores.tolist(), strict=True)
-        _write_object(path, ((query, _ranking(run.documents, *row)) for query, *row in rows))
+        entries = (
+            (query, {run.documents[i]: score for i, score in zip(indices, scores, strict=True) if i >= 0})
+            for query, indices, scores in zip(run.queries, run.indices.tolist(), run.scores.tolist(), strict=True)
+        )
+        _write_object(path, entries)
         written.append(path)
     if not written:
         raise UserError(f"data: {options.data} has neither PAR nor PPR (the ReCDS benchmark of PMC-Patients)")
     return written
-
-
-def _ranking(documents: Sequence[str], indices: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
-    return {documents[index]: score for index, score in zip(indices, scores, strict=True) if index >= 0}
 
 
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

@@ -19,18 +19,19 @@ from lightning_modules.retrieval.faiss_index import IndexOptions, build_index, m
 
 log = logging.getLogger(__name__)
 
-INHERITED = ("model", "name", "task", "tasks", "similarity", "count", "input", "on_error")  # metadata of the vectors
+# Metadata that an index takes over from its vectors.
+INHERITED = ("model", "name", "task", "tasks", "similarity", "count", "input", "on_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(IndexOptions):
-    """Build a FAISS index of an embedded corpus, and measure its recall of the exact ten nearest papers."""
+    """Build a FAISS index of an embedded corpus, and measure its recall of the ten nearest papers."""
 
     embeddings: Path = option(help="output of make embed: its folder, or a .npy file")
     task: str = option("", "task whose vectors to index, if the folder has several")
-    output: Path = option(help="file of the index; FILE.ids.txt and FILE.json say what its rows are")
+    output: Path = option(help="file for the index; FILE.ids.txt and FILE.json describe its rows")
     recall: float = option(
-        0.95, "recall to reach: the index searches with the smallest nprobe that does, or the best", above=0, maximum=1
+        0.95, "target recall; sets the default nprobe to the smallest that reaches it, or the best", above=0, maximum=1
     )
 
 
@@ -58,11 +59,11 @@ def main(arguments: Sequence[str]) -> None:
     _show(recalls, nprobe, shape, output)
 
 
-def _choose_nprobe(recalls: list[dict[str, float]], options: IndexOptions, wanted: float) -> int:
-    """Return the smallest nprobe with the wanted recall, or the one with the highest."""
+def _choose_nprobe(recalls: list[dict[str, float]], options: IndexOptions, target: float) -> int:
+    """Return the smallest nprobe that reaches the target recall, or else the one with the highest recall."""
     name = "reranked" if options.quantizes else "recall"
-    reaching = [line for line in recalls if line[name] >= wanted]
-    return (reaching or [max(recalls, key=lambda line: line[name])])[0]["nprobe"]
+    sufficient = [line for line in recalls if line[name] >= target]
+    return (sufficient or [max(recalls, key=lambda line: line[name])])[0]["nprobe"]
 
 
 def _show(recalls: list[dict[str, float]], nprobe: int, options: IndexOptions, output: Path) -> None:
@@ -73,7 +74,7 @@ def _show(recalls: list[dict[str, float]], nprobe: int, options: IndexOptions, o
         chosen = " *" if len(recalls) > 1 and line["nprobe"] == nprobe else ""
         table.add_row(f"{line['nprobe'] or '-'}{chosen}", *(f"{line[name]:.4f}" for name in columns[1:]))
     table_console().print(table)
-    log.info("recall: share of the ten nearest papers found; reranked: with exact scores of more candidates")
+    log.info("recall: share of the ten nearest papers found; reranked: recall after exact scoring of more candidates")
     log.info("%s: %.1f MB. Next: make find index=%s query='...'", output, output.stat().st_size / 1e6, output)
 
 

@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class MineOptions(ModelOptions):
-    """Mine hard negatives for all tasks of an experiment. Mining that was killed continues with the same command.
+    """Mine hard negatives for all tasks of an experiment. After a kill, the same command continues.
 
-    The model scores the candidates; miners that need no vectors work without one. How to mine is in the keys of the
-    experiment: mining.k, mining.miner, ...
+    The model scores the candidates; miners that need no vectors work without one. The experiment's keys mining.k,
+    mining.miner, ... set how to mine.
     """
 
     experiment: str = option(help="name of the experiment, such as moe", positional=True)
-    output: Path = option(help="folder of the hard negatives, to train with mining.store=FOLDER, and of report.svg")
+    output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
     vectors: Path | None = option(None, "folder of cached vectors, by default OUTPUT.vectors; delete it afterwards")
     devices: int = option(1, "number of processes on this machine, one per GPU; leave it out with torchrun", minimum=1)
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
-    """Mine with all ranks. The first one writes the store and its report."""
+    """Mine on all ranks. The first one writes the store and its report."""
     mining = build_mining(config, vectors_folder)
     vectors = None
     if options.model:
@@ -64,7 +64,7 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
         vectors = mining.cache(encoder)
     elif mining.needs_encoder:
         raise UserError(
-            "model: required by this miner or margin; without a model, choose a miner that needs none, and set "
+            "model: required by this miner or margin; to mine without a model, choose a miner that needs none, and set "
             "mining.relative_margin=null mining.absolute_margin=null"
         )
     data = build_data(config, training=True)
@@ -76,7 +76,7 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     }
     if from_first_rank(options.output.exists()):
         _check_same(options.output, meta)
-        log.info("%s: these hard negatives were mined before", options.output)
+        log.info("%s: these hard negatives were already mined", options.output)
         return
     mined = mining.run(vectors, data.pools())
     reports = reports_of(mined, step=0)
@@ -91,9 +91,9 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
 
 
 def _check_same(output: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a store was mined in another way."""
-    store = HardNegativeStore(output)
-    then, now = dict(flat({key: store.meta.get(key) for key in meta})), dict(flat(meta))
+    """Raise UserError if a store was mined with other settings."""
+    stored = HardNegativeStore(output).meta
+    then, now = dict(flat({key: stored.get(key) for key in meta})), dict(flat(meta))
     then = {key: current_path(value) if isinstance(value, str) else value for key, value in then.items()}
     changes = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"

@@ -23,22 +23,12 @@ from lightning_modules.retrieval.vector_cache import fingerprint
 log = logging.getLogger(__name__)
 
 TASKS = (
-    "SciFact",
-    "NFCorpus",
-    "TRECCOVID",
-    "SCIDOCS",
-    "LitSearchRetrieval",
-    "SciDocsRR",
-    "SciRepEvalDRSMClassification",
-    "SciRepEvalBiomimicryClassification",
-    "SciRepEvalMeSHDescriptorsClassification",
-    "SciRepEvalFoSClassification",
-    "BiorxivClusteringP2P.v2",
-    "MedrxivClusteringP2P.v2",
-    "ArXivHierarchicalClusteringP2P",
-    "BIOSSES",
+    *("SciFact", "NFCorpus", "TRECCOVID", "SCIDOCS", "LitSearchRetrieval", "SciDocsRR"),
+    *("SciRepEvalDRSMClassification", "SciRepEvalBiomimicryClassification", "SciRepEvalMeSHDescriptorsClassification"),
+    *("SciRepEvalFoSClassification", "BiorxivClusteringP2P.v2", "MedrxivClusteringP2P.v2"),
+    *("ArXivHierarchicalClusteringP2P", "BIOSSES"),
 )
-EXPERTS = {  # type of an mteb task -> the task whose expert encodes
+EXPERTS = {  # type of an mteb task -> task whose expert encodes
     "Retrieval": "search",
     "Reranking": "search",
     "InstructionRetrieval": "search",
@@ -52,23 +42,23 @@ EXPERTS = {  # type of an mteb task -> the task whose expert encodes
     "BitextMining": "link_prediction",
     "Summarization": "link_prediction",
 }
-PAPERS_AS_QUERIES = ("scidocs", "cite")  # in the names of retrieval tasks, which the link_prediction expert encodes
-BATCH_SIZE = 1024  # texts that mteb hands over at a time; the encoder makes its own batches of them
+PAPERS_AS_QUERIES = ("scidocs", "cite")  # in names of retrieval tasks; the link_prediction expert encodes these
+BATCH_SIZE = 1024  # texts per call by mteb; the encoder makes its own batches of them
 
 
 @dataclass(kw_only=True)
 class MtebOptions(ModelOptions):
     """Evaluate a model with mteb.
 
-    mteb loads its data from the hub into HF_HOME. It needs make install EXTRAS=cpu,mteb.
+    mteb downloads its data from the hub into HF_HOME. Install it with make install EXTRAS=cpu,mteb.
     """
 
     tasks: tuple[str, ...] = option(
-        TASKS, "tasks of mteb; NAME:TASK lets the expert of TASK encode, instead of the one for the task's type"
+        TASKS, "mteb tasks; NAME:TASK encodes with the expert of TASK, instead of the one for the task's type"
     )
     output: Path | None = option(
         None,
-        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; results in it are reused",
+        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; existing ones are reused",
     )
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
@@ -136,16 +126,15 @@ def _show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], ti
         grid.add_column(heading, no_wrap=True)
     grid.add_column("score", justify="right")
     for task in tasks:
-        about = task.metadata
-        grid.add_row(about.name, about.type, model.task_of(about), about.main_score, f"{scores[about.name]:.4f}")
+        data = task.metadata
+        grid.add_row(data.name, data.type, model.task_of(data), data.main_score, f"{scores[data.name]:.4f}")
     table_console().print(grid)
 
 
 class MtebEncoder:
     """An encoder as a model of mteb (its EncoderProtocol).
 
-    mteb has types of tasks, but no experts: EXPERTS maps one to the other. Titles and texts of mteb's documents are
-    joined as in training.
+    EXPERTS maps mteb's types of tasks to experts. Titles and texts of its documents are joined as in training.
 
     name: name of the model in mteb's results. similarity: "dot" or "cosine".
     experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
@@ -170,7 +159,7 @@ class MtebEncoder:
         if by_type == "search" and any(word in metadata.name.lower() for word in PAPERS_AS_QUERIES):
             by_type = "link_prediction"
         task = self.experts.get(metadata.name, by_type)
-        self.encoder.expert_of(task)
+        self.encoder.expert_of(task)  # raises UserError
         return task
 
     def encode(
@@ -197,11 +186,11 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What mteb files results under. Other weights, similarity or experts are another revision."""
+        """The key of mteb's stored results. Other weights, similarity or experts are another revision."""
         from mteb.models.model_meta import ModelMeta
 
         experts = [f"{task}={expert}" for task, expert in sorted(self.experts.items())]
-        about = {
+        metadata = {
             "name": f"scimult/{self.name}",
             "revision": "-".join([self.fingerprint, self.metric, *experts]),
             "embed_dim": self.encoder.dimension,
@@ -209,11 +198,11 @@ class MtebEncoder:
             "n_parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
             "framework": ["PyTorch"],
         }
-        return ModelMeta.create_empty(about)
+        return ModelMeta.create_empty(metadata)
 
 
 def _documents(batch: Mapping[str, Any]) -> list[Document]:
-    """Return the texts of one of mteb's batches, with titles if they have some."""
+    """Return the documents of one of mteb's batches, with their titles, if any."""
     if "body" in batch:
         titles = batch.get("title") or [""] * len(batch["body"])
         return [Document("", title, body) for title, body in zip(titles, batch["body"], strict=True)]

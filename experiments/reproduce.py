@@ -1,4 +1,4 @@
-"""Compare results with the tables of the paper, cell by cell."""
+"""Compare results with the paper's tables, cell by cell."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ReproduceOptions:
-    """Compare results with the tables of the paper, cell by cell."""
+    """Compare results with the paper's tables, cell by cell."""
 
     results: Path = option(help="folder with results.json, made by make eval model=... benchmarks=all data.root=FOLDER")
     system: str = option(
         "SciMult-MHAExpert",
-        "row of the paper's tables to compare with; the models of table 6 were trained on its own data: "
+        "row of the paper's tables to compare with; for a model trained on PMC-Patients (table 6) "
         '"DPR (SciMult-MHAExpert)"',
     )
     ours: str | None = option(None, "system in results.json, by default the only one")

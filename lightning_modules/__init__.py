@@ -10,66 +10,52 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lightning_modules.contrastive import ContrastiveModule
-    from lightning_modules.encoders.adapters import AdapterEncoder
-    from lightning_modules.encoders.base import Encoder
-    from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
-    from lightning_modules.encoders.loading import load_encoder
-    from lightning_modules.encoders.moe import MoEEncoder
-    from lightning_modules.encoders.routed import RoutedEncoder
-    from lightning_modules.encoders.shared import SharedEncoder
-    from lightning_modules.mining.mine import MiningOptions, mine
-    from lightning_modules.objective import FrozenEncoder
-    from lightning_modules.objective_options import ObjectiveOptions
-    from lightning_modules.optim import OptimOptions
-    from lightning_modules.retrieval.evaluation import BenchmarkResult, evaluate
+if TYPE_CHECKING:  # the redundant aliases mark re-exports
+    from lightning_modules.contrastive import ContrastiveModule as ContrastiveModule
+    from lightning_modules.encoders.adapters import AdapterEncoder as AdapterEncoder
+    from lightning_modules.encoders.backbone import load_backbone as load_backbone
+    from lightning_modules.encoders.base import Encoder as Encoder
+    from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
+    from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
+    from lightning_modules.encoders.loading import load_encoder as load_encoder
+    from lightning_modules.encoders.moe import MoEEncoder as MoEEncoder
+    from lightning_modules.encoders.routed import RoutedEncoder as RoutedEncoder
+    from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
+    from lightning_modules.mining.mine import MiningOptions as MiningOptions
+    from lightning_modules.mining.mine import mine as mine
+    from lightning_modules.objective import FrozenEncoder as FrozenEncoder
+    from lightning_modules.objective_options import ObjectiveOptions as ObjectiveOptions
+    from lightning_modules.optim import OptimOptions as OptimOptions
+    from lightning_modules.retrieval.evaluation import BenchmarkResult as BenchmarkResult
+    from lightning_modules.retrieval.evaluation import evaluate as evaluate
 
-_MODULE_OF = {
-    "ContrastiveModule": "lightning_modules.contrastive",
-    "FrozenEncoder": "lightning_modules.objective",
-    "ObjectiveOptions": "lightning_modules.objective_options",
-    "OptimOptions": "lightning_modules.optim",
-    "Encoder": "lightning_modules.encoders.base",
-    "SharedEncoder": "lightning_modules.encoders.shared",
-    "MoEEncoder": "lightning_modules.encoders.moe",
-    "RoutedEncoder": "lightning_modules.encoders.routed",
-    "InstructEncoder": "lightning_modules.encoders.instruct",
-    "PromptEncoder": "lightning_modules.encoders.instruct",
-    "AdapterEncoder": "lightning_modules.encoders.adapters",
-    "load_backbone": "lightning_modules.encoders.backbone",
-    "load_encoder": "lightning_modules.encoders.loading",
-    "evaluate": "lightning_modules.retrieval.evaluation",
-    "mine": "lightning_modules.mining.mine",
-    "MiningOptions": "lightning_modules.mining.mine",
-    "BenchmarkResult": "lightning_modules.retrieval.evaluation",
+_MODULES = {
+    "AdapterEncoder": "encoders.adapters",
+    "BenchmarkResult": "retrieval.evaluation",
+    "ContrastiveModule": "contrastive",
+    "Encoder": "encoders.base",
+    "FrozenEncoder": "objective",
+    "InstructEncoder": "encoders.instruct",
+    "MiningOptions": "mining.mine",
+    "MoEEncoder": "encoders.moe",
+    "ObjectiveOptions": "objective_options",
+    "OptimOptions": "optim",
+    "PromptEncoder": "encoders.instruct",
+    "RoutedEncoder": "encoders.routed",
+    "SharedEncoder": "encoders.shared",
+    "evaluate": "retrieval.evaluation",
+    "load_backbone": "encoders.backbone",
+    "load_encoder": "encoders.loading",
+    "mine": "mining.mine",
 }
-
-__all__ = [
-    "AdapterEncoder",
-    "BenchmarkResult",
-    "ContrastiveModule",
-    "Encoder",
-    "FrozenEncoder",
-    "InstructEncoder",
-    "MiningOptions",
-    "MoEEncoder",
-    "ObjectiveOptions",
-    "OptimOptions",
-    "PromptEncoder",
-    "RoutedEncoder",
-    "SharedEncoder",
-    "evaluate",
-    "load_encoder",
-    "mine",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_MODULES})

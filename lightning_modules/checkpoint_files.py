@@ -1,8 +1,8 @@
-"""The checkpoints of a run on disk. They are written atomically, the last few are kept, and damage is detected.
+"""Checkpoint files of a run: write them atomically, keep the last few, and detect damaged ones.
 
 last.ckpt             newest checkpoint
-last.1.ckpt, ...      the ones before it, newest first
-last.ckpt.damaged     a damaged checkpoint, renamed when the run was resumed from an older one
+last.1.ckpt, ...      previous checkpoints, newest first
+last.ckpt.damaged     damaged checkpoint, renamed when the run was resumed from an older one
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ READ_ERRORS = (
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint: memory-mapped tensors and plain containers.
+    """Load a checkpoint with memory-mapped tensors.
 
-    Raises UserError if the file is not a checkpoint, or if the checksum of any record in it is wrong.
+    Raises UserError if the file is not a checkpoint, or if a checksum in it is wrong.
     """
     try:
         with open(path, "rb") as file:
-            is_zip = file.read(4) == ZIP_START  # files of torch before 1.6, such as DPR's, are not
+            is_zip = file.read(4) == ZIP_START  # files written by torch before 1.6, such as DPR's, are not
         if is_zip:
             _verify(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -46,11 +46,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -> None:
-    """Write a checkpoint atomically, and keep the keep - 1 checkpoints before it.
+    """Write a checkpoint atomically, and keep `keep` checkpoints in total.
 
-    Raises OSError if it cannot be written. The earlier checkpoints are unchanged then.
+    Raises OSError if it cannot be written; the earlier checkpoints are then unchanged.
     """
-    partial = path.with_name(f"{path.name}.partial")  # a fixed name, so that a killed process leaves one file at most
+    partial = path.with_name(f"{path.name}.partial")  # a fixed name, so that killed runs leave at most one
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
@@ -62,14 +62,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
         if cause is None or cause is error:
             raise
-        raise cause from error  # torch wraps the error of the disk
+        raise cause from error  # torch wraps OSError in other errors
     _rotate(path, keep)
     os.replace(partial, path)
     _sync_folder(path.parent)
 
 
 def older(path: Path, age: int) -> Path:
-    """Return the path of the checkpoint that was written `age` times before the newest."""
+    """Return the path of a checkpoint by age: 0 for the newest, 1 for the one before it."""
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
@@ -84,7 +84,7 @@ def _age(path: Path) -> int:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Rename the existing checkpoints to make room for a new one. The newest also keeps its name until replaced."""
+    """Rename the existing checkpoints to make room for a new one. The newest keeps its name, too, until replaced."""
     for surplus in [p for p in candidates(path)[1:] if _age(p) >= max(keep - 1, 1)]:
         surplus.unlink()
     for age in range(keep - 2, 0, -1):
@@ -93,23 +93,23 @@ def _rotate(path: Path, keep: int) -> None:
     if keep > 1 and path.is_file():
         try:
             os.link(path, older(path, 1))
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             os.replace(path, older(path, 1))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a renamed file safely to disk: without this, a power failure may lose its new name."""
+    """Flush a folder to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # a file system that cannot sync folders
+        pass  # the file system cannot sync folders
     finally:
         os.close(descriptor)
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint of a run, or None if it is intact."""
+    """Return a description of the damage to a checkpoint of a run, or None if it is intact."""
     try:
         _verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -120,7 +120,7 @@ def damage(path: Path) -> str | None:
 
 
 def _verify(path: Path) -> None:
-    """Compare the checksum (CRC-32) of every record. Raises one of READ_ERRORS."""
+    """Verify the CRC-32 checksum of every record. Raises one of READ_ERRORS."""
     with zipfile.ZipFile(path) as archive:
         record = archive.testzip()
     if record:
@@ -128,7 +128,7 @@ def _verify(path: Path) -> None:
 
 
 def newest_intact(path: Path) -> Path | None:
-    """Return the newest intact checkpoint, or None if there is no checkpoint. Rename newer, damaged ones.
+    """Return the newest intact checkpoint, or None if there are no checkpoints. Rename damaged ones that are newer.
 
     Raises UserError if all checkpoints are damaged.
     """
@@ -144,4 +144,4 @@ def newest_intact(path: Path) -> Path | None:
     if not damaged:
         return None
     problems = "; ".join(f"{file} ({why})" for file, why in damaged.items())
-    raise UserError(f"all checkpoints of the run are damaged: {problems}. Restore a good one as {path}.")
+    raise UserError(f"all checkpoints of the run are damaged: {problems}. Restore an intact one as {path}.")

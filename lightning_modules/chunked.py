@@ -1,12 +1,12 @@
-"""Large batches in little memory: texts chunk by chunk, score matrices block by block.
+"""Train on large batches in little memory: embed texts chunk by chunk, and compare them block by block.
 
-GradCache (Gao et al., 2021, section 3). An in-batch loss needs the vectors of all texts at once, but not all graphs.
-The chunks are embedded without a graph; the loss gives the gradient of each vector; then each chunk is embedded again,
-with a graph, and its gradients are propagated to the parameters. Memory is that of one chunk, however large the batch.
-Here this is one differentiable function of the encoder's parameters, so the objective, learned temperatures, gradient
-accumulation, clipping and DDP (which sees each parameter's gradient once, after the last chunk) work unchanged.
+GradCache (Gao et al., arXiv 2101.06983, section 3). An in-batch loss needs the vectors of all texts at once, but not
+their graphs. First, all chunks are embedded without a graph, and the loss gives the gradient of each vector. Then each
+chunk is embedded again, with a graph, and its gradients are propagated to the parameters. So only the graph of one
+chunk is in memory, however large the batch. All of this is one differentiable function of the encoder's parameters, so
+learned temperatures, gradient accumulation, clipping and DDP (which sees each gradient once) work unchanged.
 
-Blocks of scores. The matrix of scores is computed a few rows at a time. The gradients of a block are taken while its
+Blocks of scores. The score matrix is computed a few rows at a time. The gradients of a block are computed while its
 scores are in memory, so nothing is computed twice (as in Liger's fused losses, arXiv 2410.10989).
 
 Shapes
@@ -29,24 +29,24 @@ from datamodules.records import ContrastiveBatch
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
-# Score-sized matrices in memory at the same time, measured: scores, softmax, masks and gradients.
+# Number of matrices of the size of the scores in memory at once (scores, softmax, masks, gradients), as measured.
 MATRICES_PER_BLOCK = 4
 
 
 class Embedded(NamedTuple):
-    """Vectors (u, D) of texts, and their share of the encoder's mean penalty, a scalar."""
+    """Vectors of texts, (u, D), and their share of the encoder's mean penalty, a scalar."""
 
     vectors: Tensor
     penalty: Tensor
 
 
 def embed(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
-    """Embed the texts of a batch, in the order of its chunks, with the graphs of all chunks in memory."""
+    """Embed the texts of a batch, with the graphs of all chunks in memory."""
     return _embed_chunks(encoder, batch, num_forwards(encoder, batch))
 
 
 def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
-    """Embed the texts of a batch with the graph of one chunk in memory at a time, at the cost of a second forward."""
+    """Embed the texts of a batch with GradCache: one graph in memory at a time, for a second forward pass."""
     forwards = num_forwards(encoder, batch)
     if not torch.is_grad_enabled() or forwards == 1:
         return _embed_chunks(encoder, batch, forwards)
@@ -59,7 +59,7 @@ def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
 def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
     """Return the number of forward passes of a batch: one per chunk.
 
-    All ranks of a sharded encoder run as many as the rank with the most chunks, because they compute layers together.
+    With a sharded encoder, ranks compute layers together, so all of them run as many as the rank with the most chunks.
     """
     chunks = len(batch.chunks)
     return largest(chunks, encoder.device) if encoder.sharded else chunks
@@ -68,8 +68,8 @@ def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
 def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedded:
     """Embed one chunk of a batch.
 
-    Dropout depends only on the batch's seed and the chunk. So a resumed run draws the same dropout as an uninterrupted
-    one, and a chunk draws the same dropout when it is embedded again.
+    Dropout depends only on the batch's seed and the index of the chunk. So it is the same when the chunk is embedded
+    again, and in a resumed run.
     """
     torch.manual_seed(batch.seed + index)
     if index >= len(batch.chunks):
@@ -80,7 +80,7 @@ def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedd
 
 
 def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
-    """Run the layers because other ranks do, and return no vectors (0, D) and no penalty."""
+    """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
     text = batch.chunks[0]
     vectors, penalty = encoder.forward_with_penalty(text.input_ids[:1], text.attention_mask[:1], batch.task)
     return Embedded(vectors[:0], 0.0 * penalty)
@@ -110,7 +110,7 @@ class _GradCache(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of all parameters; None for those without one, such as the experts of other tasks."""
+        """Return the gradient of each parameter, or None if it has none, like the experts of other tasks."""
         trained = _trained_parameters(ctx.encoder)
         totals: list[Tensor | None] = [None] * len(trained)
         for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
@@ -120,7 +120,7 @@ class _GradCache(torch.autograd.Function):
                     continue
                 if totals[i] is None:
                     totals[i] = torch.zeros_like(gradient)
-                totals[i] += gradient  # in place: a new tensor per sum would fragment the memory that chunks free
+                totals[i] += gradient  # in place, because new tensors would fragment the memory that chunks free
         return None, None, None, *totals
 
 
@@ -128,9 +128,9 @@ class _ShardedGradCache(_GradCache):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> tuple[None, ...]:
-        """Accumulate into the parameters' gradients, which ranks exchange at the end of each chunk's backward pass.
+        """Accumulate gradients in the parameters. Ranks exchange them in each chunk's backward pass.
 
-        So the whole gradients of all layers are never in memory together.
+        So no rank ever has the full gradients of all layers in memory.
         """
         for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
             torch.autograd.backward(chunk.outputs, chunk.gradients)
@@ -138,7 +138,7 @@ class _ShardedGradCache(_GradCache):
 
 
 class _ChunkWithGraph(NamedTuple):
-    """Outputs of a chunk that have a graph, and their gradients."""
+    """Outputs of a chunk that require a gradient, and these gradients."""
 
     outputs: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
@@ -147,8 +147,7 @@ class _ChunkWithGraph(NamedTuple):
 def _chunks_with_graph(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> Iterator[_ChunkWithGraph]:
     """Embed each chunk again, with a graph.
 
-    The last chunk comes first, the order in which autograd would walk one graph of all chunks. So the sums of gradients
-    agree to the last bit.
+    The last chunk comes first, as it would in the backward pass of one graph. So sums of gradients agree bit for bit.
     """
     sizes = [len(chunk) for chunk in ctx.batch.chunks] + [0] * (ctx.forwards - len(ctx.batch.chunks))
     for index, gradients in reversed(list(enumerate(vector_gradients.split(sizes)))):
@@ -160,7 +159,7 @@ def _chunks_with_graph(ctx: Any, vector_gradients: Tensor, penalty_gradient: Ten
 
 
 class LossTerms(NamedTuple):
-    """Sums over queries, scalars. Only the loss has a gradient; the other terms are logged."""
+    """Sums over queries, scalars. The loss has a gradient; the other terms are only logged."""
 
     loss: Tensor
     accuracy: Tensor
@@ -168,12 +167,12 @@ class LossTerms(NamedTuple):
     distillation: Tensor
 
 
-# queries (r, D), candidates (C, D), temperature, rows of the block -> the block's part of the sums
+# queries (r, D), candidates (C, D), temperature, rows of the block -> sums over the block
 BlockLoss = Callable[[Tensor, Tensor, "float | Tensor", slice], LossTerms]
 
 
 def rows_per_block(memory: float, candidates: Tensor, num_positives: int = 1) -> int:
-    """Return the number of queries whose score-sized matrices take at most `memory` MiB together, at least 1."""
+    """Return the number of rows of the score matrix that fit into `memory` MiB, at least 1."""
     bytes_per_row = len(candidates) * candidates.element_size() * (MATRICES_PER_BLOCK + num_positives - 1)
     return max(1, int(memory * 2**20 / bytes_per_row))
 
@@ -181,7 +180,7 @@ def rows_per_block(memory: float, candidates: Tensor, num_positives: int = 1) ->
 def sum_over_blocks(
     block_loss: BlockLoss, block_size: int, queries: Tensor, candidates: Tensor, temperature: float | Tensor
 ) -> LossTerms:
-    """Return the sums of a loss that is computed for block_size queries at a time.
+    """Compute a loss for block_size queries at a time, and return its sums over all queries.
 
     The gradients with respect to queries (R, D), candidates (C, D) and temperature are those of the whole matrix.
     """

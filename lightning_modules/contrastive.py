@@ -26,9 +26,9 @@ class ContrastiveModule(L.LightningModule):
 
     L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
 
-    tasks: tasks of the batches, by default all tasks of the encoder.
-    guide_model, teacher_model: frozen models for the objective, needed if its options name them.
-    grad_cache: embed the texts chunk by chunk, in the memory of one chunk (chunked.py).
+    tasks: names of the tasks in training, by default all tasks of the encoder.
+    guide_model, teacher_model: frozen models, required if the options of the objective name them.
+    grad_cache: whether to keep the graph of only one chunk of texts in memory at a time (see chunked.py).
     optim: options of the optimizer.
     total_steps: optimizer steps of the learning-rate schedule, by default those of the trainer.
     objective: fields of ObjectiveOptions.
@@ -48,33 +48,29 @@ class ContrastiveModule(L.LightningModule):
     ):
         super().__init__()
         if any(encoder.document_task(task) != task for task in encoder.tasks):
-            raise UserError("an encoder with a separate adapter for documents cannot be trained, only used")
+            raise UserError("an encoder with a separate adapter for documents can be used, but not trained")
         options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
         self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
         check_options(self.optim)
-        for name, settings, model in (
-            ("guide", options.guide, guide_model),
-            ("teacher", options.teacher, teacher_model),
-        ):
-            if settings.model and model is None:
-                raise UserError(
-                    f"{name}.model: {settings.model!r} is not loaded here; pass {name}_model, a FrozenEncoder"
-                )
+        frozen_models = (("guide", options.guide.model, guide_model), ("teacher", options.teacher.model, teacher_model))
+        for role, name, model in frozen_models:
+            if name and model is None:
+                raise UserError(f"{role}.model: {name!r} is not loaded here; pass a FrozenEncoder as {role}_model")
         self.encoder = encoder
         self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
 
     def setup(self, stage: str) -> None:
-        """Let a data module without a tokenizer tokenize for this encoder."""
+        """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already."""
         data = self.trainer.datamodule
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
 
     def on_fit_start(self) -> None:
-        self.train()  # pretrained backbones come in eval mode, and Lightning does not change the mode of modules
+        self.train()  # pretrained backbones are in eval mode, and Lightning leaves them there
 
     def embed(self, batch: ContrastiveBatch) -> Embedded:
-        """Embed the distinct texts of a batch, in the order of its chunks: vectors (U, D) and the mean penalty."""
+        """Return the vectors of the distinct texts of a batch, (U, D), and the encoder's mean penalty."""
         return (embed_cached if self.grad_cache else embed)(self.encoder, batch)
 
     def training_step(self, batch: ContrastiveBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -89,7 +85,7 @@ class ContrastiveModule(L.LightningModule):
         options = self.optim
         groups = parameter_groups(self.encoder, options, self.encoder.num_layers)
         temperatures = list(self.objective.parameters())
-        # In front, because the learning rate of the last group is the one that is logged.
+        # Other parameters come first, because the learning rate of the last group is logged.
         if temperatures:
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
@@ -109,14 +105,16 @@ class ContrastiveModule(L.LightningModule):
             return self.total_steps
         steps = math.inf if self._trainer is None else self.trainer.estimated_stepping_batches
         if steps == math.inf:
-            raise UserError("total_steps is needed without a trainer that has max_steps or max_epochs")
+            raise UserError(
+                "the length of the schedule is unknown; set total_steps, or max_steps or max_epochs of the trainer"
+            )
         return int(steps)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Lightning does not clip for a fused optimizer under autocast, because of loss scaling; bf16 has none.
+        # Lightning refuses to clip under autocast with a fused optimizer, because of loss scaling. bf16 needs none.
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to build the encoder: kind, arguments, backbone configuration and tokenizer."""
+        """Add the description from which load_encoder rebuilds the encoder."""
         checkpoint["encoder"] = describe(self.encoder)

@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.jsonl, and the interface of loggers that take more than metrics."""
+"""The logger of metrics.jsonl, and the interface of loggers that accept more than metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class RunLogger(Logger):
-    """A logger that may also accept tables, pictures, histograms and the model. By default it ignores them."""
+    """A logger of metrics that may also accept tables, pictures, histograms and models. By default they are ignored."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
@@ -32,10 +32,10 @@ class RunLogger(Logger):
     def log_model(self, files: Sequence[Path]) -> None: ...
 
     def preempted(self) -> None:
-        """Note that the run ends now and will be resumed later."""
+        """Record that the run ends now and will be resumed later."""
 
     def close(self) -> None:
-        """Note that the run is complete."""
+        """Record that the run is complete."""
 
 
 def log_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
@@ -55,16 +55,16 @@ def log_histograms(
 
 
 class JsonlLogger(RunLogger):
-    """Appends lines {"step": ..., "time": ..., name: value, ...} to a file.
+    """Appends rows {"step": ..., "time": ..., name: value, ...} to a JSON lines file, without buffering.
 
-    Each line is written immediately. A resumed run repeats the steps since its last checkpoint and logs them again: of
-    two lines with the same step and names, the later one counts.
+    A resumed run repeats the steps since its last checkpoint and logs them again. If two rows have the same step and
+    names, the later one counts.
     """
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        self._unwritten: list[str] = []  # lines for which the disk had no room
+        self._unwritten: list[str] = []  # rows that could not be written yet
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class JsonlLogger(RunLogger):
         except OSError as error:
             if len(self._unwritten) == 1:
                 log.warning(
-                    "%s: cannot be written (%s); its rows are kept in memory for now", self.path, error.strerror
+                    "%s: cannot be written (%s); keeping rows in memory until it can", self.path, error.strerror
                 )
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class JsonlLogger(RunLogger):
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append whole lines to a file, all or nothing, after any line that a kill has cut off. Raises OSError."""
+    """Append whole lines to a file, after ending a line that a kill has cut off. On OSError, append nothing."""
     with open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if end:

@@ -3,11 +3,11 @@
 Shapes
     B   queries
     M   documents that each query is compared with
-    P   positives of a query: columns of the scores, padded with -1; the first one is always present
+    P   positives of a query: columns of the scores, padded with -1; every query has at least one
     K   keys of a query, such as the ids of its known positives, padded with -1
     D   dimensions of a vector
 
-A loss is one number per query, (B,). A score of -inf marks a document that is not a negative of the query.
+Losses are per query, (B,). A score of -inf marks a document that is masked as a negative of the query.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")
-MARGINS = ("absolute", "relative")
 
 
 def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
-    """Return vectors (n, D) whose dot product is the similarity, in float32 or better.
+    """Return vectors (n, D) whose dot products are the similarities, in at least float32.
 
-    Half precision is too coarse here, because raw dot products are large.
+    Raw dot products are large, so half precision is too coarse for them.
     """
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
@@ -41,15 +40,15 @@ def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
 def info_nce(
     scores: Tensor, positives: Tensor, form: str = "mean_log", positives_in_denominator: bool = False
 ) -> Tensor:
-    """Return the InfoNCE loss (paper, equation 2) of queries with one or several positives, (B,).
+    """Return the InfoNCE loss (paper, equation 2) of queries with one or more positives, (B,).
 
-    A positive p with score s_p and the negatives n of its query have
+    For a positive p with score s_p, and negatives n with scores s_n,
 
         q_p = exp(s_p) / (exp(s_p) + sum_n exp(s_n))        mean_log: -mean_p log q_p        log_mean: -log mean_p q_p
 
-    With positives_in_denominator, the other positives are added to the denominator. The two forms are then those of
-    SupCon (arXiv 2004.11362): mean_log is "out" (equation 2) and log_mean is "in" (equation 3). With a single positive,
-    all variants are equal.
+    With positives_in_denominator, the denominator also has the other positives. The two forms are then those of SupCon
+    (arXiv 2004.11362): mean_log is "out" (equation 2), and log_mean is "in" (equation 3). With a single positive, all
+    variants are equal.
 
     scores: similarities divided by the temperature, (B, M).
     positives: columns of the positives, (B, P).
@@ -58,7 +57,7 @@ def info_nce(
     if positives_in_denominator or positives.shape[1] == 1:
         log_q = scores.log_softmax(1).gather(1, columns)  # (B, P)
     else:
-        # The lowest finite number instead of -inf, so that a query without negatives has a gradient of 0, not NaN.
+        # Not -inf, which would give a query without negatives a gradient of NaN instead of 0.
         negatives = scores.scatter(1, columns, torch.finfo(scores.dtype).min).logsumexp(1, keepdim=True)
         log_q = F.logsigmoid(scores.gather(1, columns) - negatives)  # (B, P)
     count = present.sum(1, dtype=scores.dtype)
@@ -68,12 +67,12 @@ def info_nce(
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, candidates: Tensor) -> Tensor:
-    """Return the KL divergence of the student's softmax over candidates from the teacher's, (B,).
+    """Return KL(teacher || student) of the softmaxes over the candidates, (B,).
 
-    This is the loss of Hinton et al. (arXiv 1503.02531) without the factor of the squared temperature.
+    This is the loss of Hinton et al. (arXiv 1503.02531), not multiplied by the squared temperature.
 
     student, teacher: scores, each divided by its own temperature, (B, M).
-    candidates: documents in the softmax, (B, M) bool, at least one per query.
+    candidates: whether a document is in the softmax, (B, M) bool; at least one per query.
     """
     student = student.masked_fill(~candidates, -math.inf).log_softmax(1)
     teacher = teacher.masked_fill(~candidates, -math.inf).log_softmax(1)
@@ -83,12 +82,12 @@ def kl_divergence(student: Tensor, teacher: Tensor, candidates: Tensor) -> Tenso
 def margin_mse(student: Tensor, teacher: Tensor, positives: Tensor, candidates: Tensor) -> Tensor:
     """Return the mean squared difference between the student's and the teacher's margins, (B,).
 
-    A margin is the score of a positive minus that of a negative (Hofstätter et al., arXiv 2010.02666). A query without
-    negatives has a loss of 0.
+    A margin is the score of a positive minus the score of a negative (Hofstätter et al., arXiv 2010.02666). The loss of
+    a query without negatives is 0.
 
     student, teacher: scores, (B, M).
     positives: columns of the positives, (B, P).
-    candidates: positives and negatives, (B, M) bool.
+    candidates: whether a document is a positive or a negative, (B, M) bool.
     """
     present, columns = positives >= 0, fill_padding(positives)
     error = (student - teacher).masked_fill(~candidates, 0.0)
@@ -102,10 +101,10 @@ def margin_mse(student: Tensor, teacher: Tensor, positives: Tensor, candidates: 
 
 
 def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
-    """Return whether the key of a document is among the keys of a query, (B, M) bool.
+    """Return whether the key of each document is among the keys of each query, (B, M) bool.
 
     keys: keys of each query, (B, K).
-    document_keys: key of each document, (M,). A key may occur several times.
+    document_keys: key of each document, (M,); may contain duplicates.
     """
     distinct, column = torch.unique(document_keys, return_inverse=True)  # sorted (M',), (M,)
     position = torch.searchsorted(distinct, keys).clamp(max=len(distinct) - 1)  # (B, K)
@@ -116,7 +115,7 @@ def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
 
 
 def duplicate_mask(ids: Tensor) -> Tensor:
-    """Return whether the same id already occurs further left, (M,) bool. ids: (M,)."""
+    """Return whether an id repeats an earlier one, (M,) bool. ids: (M,)."""
     distinct, column = torch.unique(ids, return_inverse=True)
     positions = torch.arange(len(ids), device=ids.device)
     first = positions.new_full((len(distinct),), len(ids)).scatter_reduce_(0, column, positions, reduce="amin")
@@ -124,13 +123,13 @@ def duplicate_mask(ids: Tensor) -> Tensor:
 
 
 def guide_mask(scores: Tensor, positives: Tensor, margin: float = 0.0, kind: str = "absolute") -> Tensor:
-    """Return whether a guide model scores a document above the query's positives minus a margin, (B, M) bool.
+    """Return whether the guide scores a document above the query's positives minus the margin, (B, M) bool.
 
-    The idea is GISTEmbed's (arXiv 2402.16829), the margins are those of NV-Retriever (arXiv 2407.15831).
+    The idea is from GISTEmbed (arXiv 2402.16829), the margins from NV-Retriever (arXiv 2407.15831).
 
     scores: scores of the guide, (B, M).
-    positives: columns of the positives, (B, P). If there are several, their mean score counts.
-    margin: difference of scores, or for kind "relative" a share of the positive's score.
+    positives: columns of the positives, (B, P); their mean score counts.
+    margin: difference of scores, or a share of the positives' score if kind is "relative".
     """
     present = positives >= 0
     positive_scores = scores.gather(1, positives.clamp(min=0))
@@ -139,10 +138,10 @@ def guide_mask(scores: Tensor, positives: Tensor, margin: float = 0.0, kind: str
 
 
 def unmask_positives(mask: Tensor, positives: Tensor) -> Tensor:
-    """Return the mask (B, M) with the columns of each query's positives (B, P) set to False."""
+    """Return the mask (B, M), set to False for each query's positives (B, P)."""
     return mask.scatter(1, fill_padding(positives), False)
 
 
 def fill_padding(positives: Tensor) -> Tensor:
-    """Return the positives (B, P) with the query's first positive in place of -1."""
+    """Return the positives (B, P), with the padding replaced by the query's first positive."""
     return torch.where(positives < 0, positives[:, :1], positives)

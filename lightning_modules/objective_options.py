@@ -1,4 +1,4 @@
-"""The options of the objective, with their bounds."""
+"""Options of the objective, and their validation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TeacherOptions:
 
 @dataclass
 class ObjectiveOptions:
-    """What the encoder is trained for."""
+    """The loss that the encoder is trained with."""
 
     similarity: Literal["dot", "cosine"] = option("dot", "similarity of two vectors")
     temperature: Any = option(1.0, "a number, or one per task; the initial value if it is learned")
@@ -54,33 +54,33 @@ class ObjectiveOptions:
     temperature_lr: float | None = option(None, "peak learning rate of the temperature; by default optim.lr", above=0)
     mask_known_positives: bool = option(True, "never use a known positive of a query as its negative")
     mask_same_text: bool = option(
-        True, "never use a document that reads like the query or one of its positives as a negative"
+        True, "never use a document with the text of the query or one of its positives as a negative"
     )
     positives: Literal["mean_log", "log_mean"] = option(
         "mean_log", "with several positives: the mean of their losses, or the loss of their mean probability"
     )
     positives_in_denominator: bool = option(False, "let the positives of a query compete with each other, as in SupCon")
-    symmetric: bool = option(False, "also let documents find their queries; each direction has half the weight")
+    symmetric: bool = option(False, "also train from documents to queries; each direction has half the weight")
     matryoshka: list[int] = option([], "shorter dimensions to train along with the full vector", above=0)
     matryoshka_weights: list[float] = option([], "weight of the loss of each shorter dimension; by default 1", above=0)
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     balance: Literal["none", "uncertainty", "gradnorm", "pcgrad"] = option(
-        "none", "balance tasks by learned weights, by the norms of their gradients, or by projecting conflicts away"
+        "none", "balance tasks by learned weights, by gradient norms, or by projecting conflicting gradients"
     )
     gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)
     task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0)
-    score_memory: int = option(512, "MiB for the scores of a batch; a larger matrix is computed in blocks", above=0)
+    score_memory: int = option(512, "MiB for the scores of a batch; larger matrices are computed in blocks", above=0)
 
 
 def check_objective(
     options: ObjectiveOptions, tasks: Sequence[str], prefix: str = "", dimension: int | None = None
 ) -> None:
-    """Raise UserError for a value outside its bounds, and for a task that is not one of `tasks`.
+    """Raise UserError for invalid values, and for tasks that are not in `tasks`.
 
-    prefix: path of the options in a configuration, such as "objective.", for the message.
-    dimension: size of the encoder's vectors, if it is known.
+    prefix: prefix of the keys in error messages, such as "objective.".
+    dimension: size of the encoder's vectors, if known.
     """
     check_options(options, prefix)
     _check_temperature(options, tasks, prefix)
@@ -92,9 +92,9 @@ def check_objective(
         raise UserError(f"{prefix}matryoshka: expected different numbers, got {prefixes}")
     for shorter in prefixes if dimension else ():
         if shorter >= dimension:
-            raise UserError(f"{prefix}matryoshka: expected numbers below {dimension}, the whole vector, got {shorter}")
+            raise UserError(f"{prefix}matryoshka: expected numbers below {dimension}, the vector size, got {shorter}")
     if len(weights) not in (0, len(prefixes)):
-        raise UserError(f"{prefix}matryoshka_weights: expected {len(prefixes)} as in matryoshka, got {len(weights)}")
+        raise UserError(f"{prefix}matryoshka_weights: expected one per entry of matryoshka, got {len(weights)}")
     for task in options.task_weights:
         if task not in tasks:
             raise UserError(f"{prefix}task_weights: expected one of {', '.join(tasks)}, got {task!r}")

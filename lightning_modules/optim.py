@@ -1,4 +1,4 @@
-"""Parameter groups of AdamW, and the learning-rate schedule."""
+"""Parameter groups and learning-rate schedule for AdamW."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class OptimOptions:
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:
-    """Return groups for AdamW: one for each combination of learning rate and weight decay.
+    """Group the trained parameters by learning rate and weight decay.
 
     With layer_decay, layer i of n has the learning rate lr * layer_decay ** (n - 1 - i), and the embeddings have
-    lr * layer_decay ** n. A layer is recognised by "layer.<i>." or "layers.<i>." in the names of its parameters.
+    lr * layer_decay ** n. The parameters of layer i have "layer.<i>." or "layers.<i>." in their names.
     """
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
@@ -45,9 +45,9 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
 
 
 def linear_schedule(warmup: float, total_steps: int) -> Callable[[int], float]:
-    """Return step -> factor of the peak learning rate: rising during the warm-up, then falling to 0.
+    """Return a function from the step to the factor of the peak learning rate: a linear warm-up, then a decay to 0.
 
-    warmup: share of the steps.
+    warmup: share of all steps.
     """
     return partial(_linear_factor, max(1, round(warmup * total_steps)), total_steps)
 

@@ -1,4 +1,4 @@
-"""Pictures as SVG: the elements of a file, and the matrices of tasks and experts that diagnostics measured."""
+"""SVG pictures: elements of a file, and matrices of the values that Diagnostics measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RED, BLUE, GREY = "#c0392b", "#2e6da4", "#999"
 
 
 def document(width: float, height: float, elements: Iterable[str]) -> str:
-    """Return the content of an SVG file on a white background."""
+    """Return the content of an SVG file with a white background."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n'
@@ -25,7 +25,7 @@ def document(width: float, height: float, elements: Iterable[str]) -> str:
 
 
 def text(x: float, y: float, content: str, weight: str = "normal", anchor: str = "start") -> str:
-    """Return a text element. Characters that XML does not allow become U+FFFD."""
+    """Return a text element. Characters that XML does not allow are replaced by U+FFFD."""
     content = escape(NOT_IN_XML.sub("\ufffd", content))
     return f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" text-anchor="{anchor}">{content}</text>'
 
@@ -37,11 +37,11 @@ def box(x: float, y: float, width: float, height: float, fill: str, attributes: 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of numbers on coloured cells.
+    """A matrix of numbers in coloured cells.
 
-    names: names of rows and columns.
-    values: (row, column) -> number. Pairs may be missing.
-    shades: (row, column) -> colour, from -1 (red) to 1 (blue); grey if not finite.
+    names: names of the rows, which are also those of the columns.
+    values: (row, column) -> number; other cells are empty.
+    shades: (row, column) -> shade from -1 (red) to 1 (blue); grey if not finite.
     """
 
     caption: str
@@ -53,9 +53,9 @@ class Matrix:
 def write_expert_picture(
     path: Path, values: Mapping[str, float], tasks: Sequence[str], experts: Sequence[str], title: str
 ) -> bool:
-    """Draw the matrices that diagnostics measured. Return whether there was anything to draw.
+    """Draw the matrices of tasks and experts. Return whether there was anything to draw.
 
-    values: values of Diagnostics, without the prefix diag/.
+    values: values logged by Diagnostics, without the prefix diag/.
     """
     matrices = [transplants(values, tasks), cosines(values, tasks), distances(values, experts)]
     matrices = [matrix for matrix in matrices if matrix.values]
@@ -65,7 +65,7 @@ def write_expert_picture(
 
 
 def transplants(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
-    """Return the loss of each task with the expert of each task, for tasks that more than one expert was tried on."""
+    """Return the loss of each task with the expert of every task. Tasks with only one expert have no row."""
     losses = {(a, b): values[key] for a in tasks for b in tasks if (key := f"{a}/transplant/{b}") in values}
     tried = {a for a, b in losses if a != b}
     losses = {pair: loss for pair, loss in losses.items() if pair[0] in tried}
@@ -94,13 +94,13 @@ def distances(values: Mapping[str, float], experts: Sequence[str]) -> Matrix:
 
 
 def _symmetric(values: Mapping[str, float], names: Sequence[str], key: str) -> dict[tuple[str, str], float]:
-    """Return the values of pairs in both orders; they are logged in one."""
+    """Return the values of all pairs in both orders. They are logged in only one."""
     pairs = {(a, b): values[key.format(a, b)] for a in names for b in names if key.format(a, b) in values}
     return pairs | {(b, a): value for (a, b), value in pairs.items()}
 
 
 def draw(matrices: Sequence[Matrix], title: str) -> str:
-    """Return an SVG file with the matrices one below the other."""
+    """Return the content of an SVG file with the matrices stacked vertically."""
     elements, top = [text(10, 20, title, "bold")], 40.0
     for matrix in matrices:
         elements += _draw_matrix(matrix, top)

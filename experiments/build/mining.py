@@ -1,4 +1,4 @@
-"""Build what mines hard negatives, and what trains with them, from the configuration."""
+"""Build the mining of hard negatives from the configuration, and give mined ones to the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
-from experiments.config.paths import NEGATIVES, folder_of
+from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
-    """Let the data draw from mined hard negatives, if the run has or will have any."""
+    """Make the data use mined hard negatives, if the run has or will have any."""
     settings = config.mining
     if not (settings.store or settings.every_n_steps or settings.every_n_epochs):
         return
@@ -41,7 +41,7 @@ def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: i
         return config.mining.every_n_steps
     devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
     num_ranks, schedule = devices * config.trainer.num_nodes, data.schedule()
-    # In the unit of the batch sizes: tokens for tasks with batch_tokens, else queries.
+    # Lengths have the unit of the batch sizes: tokens for tasks with batch_tokens, queries for others.
     lengths = schedule.sizes | {task: int(costs.sum()) for task, costs in schedule.costs.items()}
     batches = sum(math.ceil(length / (schedule.batch_sizes[task] * num_ranks)) for task, length in lengths.items())
     return max(1, round(config.mining.every_n_epochs * batches / batches_per_step))
@@ -52,7 +52,7 @@ def build_mining(config: Config, vectors: Path) -> Mining:
     settings = config.mining
     nodes = {task: settings.miners.get(task, settings.miner) for task in config.task}
     if not any(nodes.values()):
-        raise UserError("mining.miners: every task is null, so there is nothing to mine; give a miner to one")
+        raise UserError("mining.miners: null for every task, so there is nothing to mine; set a miner for one of them")
     guide = None
     if settings.guide:
         guide = load_encoder(settings.guide, {task: task for task in config.task}, key="mining.guide")
@@ -75,16 +75,13 @@ def build_mining_callback(
     config: Config, data: MultiTaskDataModule, folder: Path, batches_per_step: int
 ) -> list[L.Callback]:
     """Build the callback that mines during training, if the experiment asks for it. folder: the run's folder."""
-    every = steps_between(config, data, batches_per_step)
+    every, max_steps = steps_between(config, data, batches_per_step), config.trainer.max_steps
     if not every:
         return []
     first = every if config.mining.first_step is None else config.mining.first_step
-    if first >= config.trainer.max_steps:
-        log.warning(
-            "mining.first_step: the first mining would be at step %d, after trainer.max_steps, %d, so nothing is mined",
-            first,
-            config.trainer.max_steps,
-        )
+    if first >= max_steps:
+        message = "mining.first_step: nothing is mined, because the first mining is at step %d of trainer.max_steps %d"
+        log.warning(message, first, max_steps)
     mining = build_mining(config, folder / NEGATIVES / "vectors")
     for task in data.tasks:
         if not task.options.num_hard_negatives and task.task.name in mining.miners:

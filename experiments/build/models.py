@@ -12,8 +12,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config, runs_there
+from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
@@ -31,7 +30,7 @@ class ModelOptions:
         "installed package)",
     )
     backbone: str | None = option(
-        None, "folder or hub name of configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
+        None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
     pooling: Literal["cls", "mean"] | None = option(
         None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"
@@ -60,7 +59,7 @@ class ModelOptions:
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
         encoder = load_encoder(
-            located(self.model),
+            _resolve(self.model),
             {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,
             backbone=self.backbone,
             pooling=self.pooling or (config.encoder.get("pooling") if config else None),
@@ -91,7 +90,7 @@ class ModelOptions:
         return folders
 
 
-def located(model: str) -> str:
+def _resolve(model: str) -> str:
     """Return the folder of a package:NAME, and any other model unchanged.
 
     Raises UserError for a package that is not installed, or a run that does not exist.
@@ -156,7 +155,7 @@ def load_systems(
 ) -> list[System]:
     """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
 
-    models: name in tables -> model; "bm25" needs no loading. config: configuration of the model's run, if any.
+    models: name in tables -> model; "bm25" is not loaded. config: configuration of the model's run, if any.
     similarities: similarities to compare, by default each model's own.
     task: the only task of a plain model, which by default has the paper's three.
     max_length: maximum number of tokens of a text, by default the model's.
@@ -180,7 +179,7 @@ def load_systems(
 
 
 def short_name(model: str) -> str:
-    """Return a short name of a model: the end of its path, with digits that distinguish it from others of that end."""
+    """Return a short name for a model: the stem of its path, with digits that tell equal stems apart."""
     path = Path(model)
     if not path.exists():
         return model.removeprefix(PACKAGE).replace("/", "-")

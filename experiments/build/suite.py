@@ -1,6 +1,6 @@
 """Benchmarks as data: the files in experiments/benchmarks, or one of your own.
 
-A file is a family of benchmarks: where their data come from, what they have in common, and each of them by name.
+A file is a family of benchmarks (see Family):
 
     source: where to get the data, and how to lay them out below data.root
     defaults: {keys of BenchmarkConfig}
@@ -21,8 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from datamodules.options import option
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
-from experiments.config.structured import read_yaml, refuse_unknown_keys, structured
-from experiments.config.suggest import did_you_mean
+from experiments.config.structured import did_you_mean, read_yaml, refuse_unknown_keys, structured
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.ranking import SIMILARITIES
@@ -49,16 +48,14 @@ class BenchmarkConfig:
     splits: list[str] = option(["test"], "splits of the queries; several are merged")
     metrics: list[str] = option(MISSING, "metrics, the main one first")
     candidates: str = option(
-        "corpus",
-        "documents ranked for a query: all of the corpus, or its own judged ones",
-        choices=("corpus", "own"),
+        "corpus", "documents ranked for a query: the whole corpus, or only its judged ones", choices=("corpus", "own")
     )
     exclude_query: bool = option(False, "leave the document with the query's id out of its ranking")
     train_on: list[str] = option([], "splits that a linear model learns from; without them documents are ranked")
     probe: Probe = field(default_factory=Probe, metadata={"help": "what the linear model learns, and how"})
     names_first: str = option(
         "no",
-        "rank labels first that are named in the paper: those in the published files, or those found by their words",
+        "rank labels first whose names are in the paper: published (from the authors' files) or words (by our search)",
         choices=("no", "published", "words"),
     )
     documents: str = option(
@@ -69,7 +66,7 @@ class BenchmarkConfig:
         "skip", "queries without relevant documents: leave them out, count 0, or fail", choices=WITHOUT_RELEVANT
     )
     source: str = option("", "where to get the data, if not from the source of the family")
-    note: str = option("", "how it differs from others of its name")
+    note: str = option("", "how it differs from similar benchmarks")
 
 
 def load_suite(paths: Iterable[Path] = ()) -> dict[str, BenchmarkConfig]:
@@ -98,7 +95,7 @@ def choose(suite: Mapping[str, BenchmarkConfig], names: Sequence[str]) -> dict[s
 def _read_family(path: Path) -> dict[str, BenchmarkConfig]:
     family = read_yaml(path)
     if not isinstance(family.get("benchmarks"), DictConfig):
-        raise UserError(f"{path}: expected the keys benchmarks, and perhaps source and defaults")
+        raise UserError(f"{path}: expected the key benchmarks, and optionally source and defaults")
     refuse_unknown_keys(Family, family, str(path))
     return {name: _read_benchmark(path, family, name) for name in family.benchmarks}
 
@@ -120,7 +117,7 @@ def _check(config: BenchmarkConfig) -> None:
     if not config.metrics or not config.splits:
         raise UserError("metrics, splits: each needs at least one")
     if both := set(config.splits) & set(config.train_on):
-        raise UserError(f"train_on: {min(both)} is also in splits; training papers must not be evaluated on")
+        raise UserError(f"train_on: {min(both)} is also in splits; a probe must not learn from its test papers")
     for metric in config.metrics:
         check_metric(metric, config.probe.learns if config.train_on else "ranking")
     _check_probe(config.probe, bool(config.train_on))

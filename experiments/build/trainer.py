@@ -18,7 +18,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
-from experiments.config.paths import BEST, EXPERTS, LAST
+from experiments.config.experiment import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
@@ -30,7 +30,7 @@ from lightning_modules.callbacks.training_log import RankReport, TrainingBar, Tr
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.sharding import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.compute import resolved
+from lightning_modules.retrieval.compute import resolve_precision
 from lightning_modules.task_balance import GradNorm, PCGrad
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
 def precision_of(config: Config) -> str:
     """Return the precision of a run that starts on this machine: "fp32" or "bf16"."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    return resolved(config.trainer.precision, "cuda" if on_gpu else "cpu")
+    return resolve_precision(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
 def warn_about_cores(config: Config) -> None:

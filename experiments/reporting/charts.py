@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.reporting.run_files import Source, shown
+from experiments.reporting.run_files import Source, format_number
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
 MAX_POINTS, MAX_MARKS, FEW_POINTS = 400, 60, 5
-NUM_COLOURS = 8  # of the style sheet
+NUM_COLOURS = 8  # in the style sheet
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Return round values along the axis, about as many as asked for."""
+        """Return round values along the axis, at most about `most` of them."""
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -81,7 +81,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point. title: what a reader sees when pointing at it. source: where its value is stored."""
+    """A point. title: its tooltip. source: where its value is stored."""
 
     x: float
     y: float
@@ -104,7 +104,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure. description: the drawing in words, for screen readers. curves: points of a polyline and its colour."""
+    """A figure. description: text for screen readers. curves: points and colour of each polyline."""
 
     title: str
     width: float
@@ -115,11 +115,11 @@ class Chart:
     bars: Sequence[Bar] = ()
     curves: Sequence[tuple[str, int]] = ()
     dots: Sequence[Dot] = ()
-    legend: Sequence[LegendEntry] = field(default_factory=list)
+    legend: Sequence[LegendEntry] = ()
 
 
 def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = False) -> Chart | None:
-    """Return a chart of values over steps, with the last value of each line in the legend; None without values.
+    """Return a chart of values over steps, with each line's last value in the legend, or None if there are no values.
 
     zero: whether the axis of values starts at 0.
     """
@@ -137,15 +137,15 @@ def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bo
         curves.append((" ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points), line.colour))
         style = "dot" if len(points) <= FEW_POINTS else "mark"
         for step, value in points if len(points) <= MAX_MARKS else ():
-            text = f"{line.label}, step {step}: {shown(value.value, form)}"
-            dots.append(Dot(x(step), y(value.value), line.colour, text, value.place, style))
+            text = f"{line.label}, step {step}: {format_number(value.value, form)}"
+            dots.append(Dot(x(step), y(value.value), line.colour, text, value.location, style))
     legend = [LegendEntry(line.label, line.colour, line.values[-1], form) for line in series]
     description = f"{title}, over steps: {', '.join(line.label for line in series)}"
     return Chart(title, WIDTH, HEIGHT, description, rules, labels, (), curves, dots, legend)
 
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Chart:
-    """Return a chart of bars. Those below 0 have another colour, and a line marks 0."""
+    """Return a chart of bars. Bars below 0 have another colour, and a line marks 0."""
     height = 130
     low, high = min(0.0, edges[0]), max(0.0, edges[-1])
     x = Axis(low, high if low < high else low + 1, RIGHT, WIDTH - RIGHT)
@@ -164,7 +164,7 @@ def scatter(title: str, points: np.ndarray, colours: Sequence[int], titles: Sequ
     size = 320
     axis = Axis(-1.04, 1.04, 6, size - 6)
     dots = [
-        Dot(axis(px), axis(-py), colour, str(title.value), title.place)
+        Dot(axis(px), axis(-py), colour, str(title.value), title.location)
         for (px, py), colour, title in zip(points.tolist(), colours, titles, strict=True)
     ]
     return Chart(title, size, size, f"Map of papers: {title}", dots=dots)
@@ -186,13 +186,13 @@ def dot_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, Sour
         labels.append(Label(name, left, y - 12, "start", "name"))
         rules.append(Rule(left, WIDTH - left, y, y))
         for system, colour, value in values:
-            dots.append(Dot(x(value.value), y, colour, f"{system}: {value.value:.4f}", value.place, radius=6))
+            dots.append(Dot(x(value.value), y, colour, f"{system}: {value.value:.4f}", value.location, radius=6))
             systems[system] = LegendEntry(system, colour)
     return Chart(title, WIDTH, height, title, rules, labels, dots=dots, legend=list(systems.values()))
 
 
 def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
-    """Return the lowest and the highest finite value, with a little room around them."""
+    """Return the lowest and the highest finite value, with a small margin around them."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     if zero:
@@ -204,10 +204,10 @@ def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, flo
 
 
 def tick_text(value: float) -> str:
-    """Return a number on an axis, thousands as k."""
+    """Format a number on an axis, with k for thousands."""
     if abs(value) >= 1000:
-        return shown(value / 1000, ".4g") + "k"
-    return shown(0.0 if abs(value) < 1e-12 else value, ".4g")
+        return format_number(value / 1000, ".4g") + "k"
+    return format_number(0.0 if abs(value) < 1e-12 else value, ".4g")
 
 
 def _grid(x: Axis, y: Axis, form: str) -> tuple[list[Rule], list[Label]]:
@@ -221,7 +221,7 @@ def _grid(x: Axis, y: Axis, form: str) -> tuple[list[Rule], list[Label]]:
 
 
 def _thin(line: Series) -> Series:
-    """Return at most MAX_POINTS of a line's points, among them the last."""
+    """Keep at most MAX_POINTS of a line's points, including the last."""
     every = math.ceil(len(line.steps) / MAX_POINTS)
     kept = slice((len(line.steps) - 1) % every, None, every)
     return Series(line.label, line.steps[kept], line.values[kept], line.colour)

@@ -28,13 +28,13 @@ from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
 
-LEVEL, DRAWS = 0.95, 10_000  # of confidence intervals, and bootstrap samples
-TYPICAL = (0.9, 0.5)  # quantiles of a benchmark's queries that are shown
+LEVEL, DRAWS = 0.95, 10_000  # level of confidence intervals, number of bootstrap samples
+TYPICAL = (0.9, 0.5)  # quantiles of the queries that are shown as typical
 NUM_HARDEST, NUM_RANKED = 3, 5
 
 
 def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
-    """Return all figures of the report that no other file of the run has.
+    """Return all figures of the report that are in no other file of the run.
 
     num_papers: number of papers on the map, 0 for no map.
     """
@@ -59,7 +59,7 @@ def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
 
 
 def in_readable_unit(seconds: float) -> dict[str, Any]:
-    """Return a duration in the largest unit of which there are at least two."""
+    """Return a duration in the largest unit that gives at least 2."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return {"value": seconds / size, "unit": unit}
@@ -69,7 +69,7 @@ def in_readable_unit(seconds: float) -> dict[str, Any]:
 def paper_figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the paper's figures, as shares, for each benchmark that follows one of its protocols.
 
-    Where the paper measured on another number of queries or documents, return those sizes instead.
+    If the paper's number of queries or documents differs, the entry has its sizes instead.
     """
     figures = {}
     for name, result in results["benchmarks"].items():
@@ -89,7 +89,7 @@ def paper_figures(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(trained: MeasuredSystem) -> dict[str, dict[str, Any]]:
-    """Return the trained encoder's lead in the main metric, by benchmark and other system."""
+    """Return the trained encoder's lead over each other system on each benchmark, in the main metric."""
     differences: dict[str, dict[str, Any]] = {}
     for name, result in trained.benchmarks.items():
         for system in result.systems:
@@ -104,13 +104,13 @@ def _differences(trained: MeasuredSystem) -> dict[str, dict[str, Any]]:
             comparison = dataclasses.asdict(compare(a, b, level=LEVEL, draws=DRAWS))
             differences.setdefault(name, {})[system] = comparison
     comparisons = [comparison for systems in differences.values() for comparison in systems.values()]
-    for comparison, p in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
+    for comparison, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
         comparison["p_holm"] = p
     return differences
 
 
 def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
-    """Return typical queries and the worst ones; nothing where single queries were not measured."""
+    """Return typical queries and the worst ones, or {} if there are no values per query."""
     metric = trained.main_metric(name)
     try:
         values = trained.values(name, metric)
@@ -152,9 +152,9 @@ def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
 
 
 def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
-    """Return the same test papers in two dimensions, as the expert of each task sees them.
+    """Return the same test papers in two dimensions, as the expert of each task encodes them.
 
-    The result is None if the run has no checkpoint, no data, or no task whose queries are papers.
+    Returns None if the run has no checkpoint, no data, or no task whose queries are papers.
     """
     try:
         config = from_dict(run.config, str(run.path / "config.yaml"))
@@ -205,7 +205,7 @@ def evenly_spaced(ids: Sequence[str], count: int) -> list[str]:
 def label_groups(benchmark: Benchmark, ids: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the names of the most frequent labels, and the group of each paper. The last group is "other".
 
-    A paper with several labels belongs to the one that most papers have: the highest one in a hierarchy.
+    A paper with several labels belongs to the most frequent one, which is the highest in a hierarchy.
     """
     labels = [[label for label, grade in benchmark.qrels[id].items() if grade > 0] for id in ids]
     counts = Counter(label for paper_labels in labels for label in paper_labels)

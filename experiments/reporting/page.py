@@ -1,4 +1,4 @@
-"""The report as one HTML page: what each section shows. The markup is in report.html.jinja and charts.html.jinja."""
+"""The content of the report's sections. The markup is in report.html.jinja and charts.html.jinja."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from experiments.reporting.charts import (
     line_chart,
     scatter,
 )
-from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source, shown
+from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source, format_number
 
-PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # the rows of the paper's tables that are shown
+PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # start of the paper's rows that are shown
 SYSTEM_COLOURS = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 SECTIONS = {
     "results": "Results",
@@ -81,15 +81,15 @@ def render(run: RunFiles) -> str:
 
 
 def figure(source: Source, form: str = ".3f") -> Markup:
-    """Return a number as HTML that says where the number is stored. form: a format specification."""
+    """Return a number as HTML with its location in the run's files. form: a format specification."""
     markup = '<data value="{}" data-source="{}">{}</data>'
-    return Markup(markup).format(repr(source.value), source.place, shown(source.value, form))
+    return Markup(markup).format(repr(source.value), source.location, format_number(source.value, form))
 
 
 def quote(source: Source, text: Any = None) -> Markup:
-    """Return text as HTML that says where it is stored. text: by default the source's value."""
+    """Return text as HTML with its location in the run's files. text: by default the source's value."""
     text = source.value if text is None else text
-    return Markup('<span data-source="{}">{}</span>').format(source.place, text)
+    return Markup('<span data-source="{}">{}</span>').format(source.location, text)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ResultRow:
 
 @dataclass
 class ResultBlock:
-    """The rows of one benchmark. paper_sizes: sizes of the paper's data where they differ from ours."""
+    """The rows of one benchmark. paper_sizes: sizes of the paper's data, if they differ from ours."""
 
     name: str
     protocol: str
@@ -139,9 +139,9 @@ def metrics_of(benchmark: Source, results: Source) -> Sequence[str]:
 
 
 def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[str, ...], list[ResultBlock]]:
-    """Return the blocks of benchmarks by their metrics: those with the same metrics share a table.
+    """Return the benchmarks by their metrics: those with the same metrics share a table.
 
-    paper: figures of the paper for benchmarks that follow its protocols.
+    paper: the paper's figures for benchmarks with one of its protocols.
     """
     tables: dict[tuple[str, ...], list[ResultBlock]] = {}
     for name, result in results["benchmarks"]:
@@ -178,7 +178,7 @@ def _series(run: RunFiles, key: str, label: str, colour: int) -> Series:
 
 
 def _by_task(run: RunFiles, prefix: str, suffix: str) -> list[Series]:
-    """Return one line per task, of the keys prefix/TASK/suffix."""
+    """Return the values of prefix/TASK/suffix, one line per task."""
     return [_series(run, f"{prefix}/{task}/{suffix}", task, colour) for colour, task in enumerate(run.tasks)]
 
 
@@ -219,7 +219,7 @@ def _expert_charts(run: RunFiles) -> list[Chart | None]:
 
 @dataclass(frozen=True)
 class TransplantCell:
-    """A task's loss with some expert. excess: 0 for the task's own expert, 1 for the worst. loss: None if shared."""
+    """A task's loss with one expert. excess: 0 for its own, 1 for the worst. loss: None if the two tasks share one."""
 
     loss: Source | None
     excess: float

@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.paths import read_config, runs_there
+from experiments.config.experiment import read_config, runs_there
 from experiments.results.results import Results, read_results
 
 CONFIG = "config.yaml"
@@ -23,14 +23,14 @@ COMPUTED = "report.json"  # the report's own calculations, stored next to the pa
 class Source:
     """A value of a run, and where it is stored.
 
-    place: FILE#/KEY/KEY with keys as in RFC 6901 (JSON pointers), or FILE#step=STEP/KEY in JSON lines.
+    location: FILE#/KEY/KEY with keys as in RFC 6901 (JSON pointers), or FILE#step=STEP/KEY in JSON lines.
     """
 
     value: Any
-    place: str
+    location: str
 
     def __getitem__(self, key: Any) -> Source:
-        return Source(self.value[key], f"{self.place}/{str(key).replace('~', '~0').replace('/', '~1')}")
+        return Source(self.value[key], f"{self.location}/{str(key).replace('~', '~0').replace('/', '~1')}")
 
     def __contains__(self, key: Any) -> bool:
         return key in self.value
@@ -62,7 +62,7 @@ class RunFiles:
         return read_json(path) if path.is_file() else None
 
     def source(self, name: str) -> Source | None:
-        """Return the content of a file with its place, or None if there is no such file."""
+        """Return the content of a file with its location, or None if there is no such file."""
         if name == COMPUTED:
             return Source(self.computed, f"{COMPUTED}#")
         content = self.config if name == CONFIG else self.json(name)
@@ -83,7 +83,7 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:
-        """Logged values by step. After a resume, the later value of a step counts. Truncated lines are left out."""
+        """Logged values by step. After a resume, the later value of a step counts. Truncated lines are skipped."""
         metrics: dict[int, dict[str, Any]] = {}
         path = self.path / "metrics.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -132,8 +132,8 @@ class RunFiles:
         return self.matching("evaluation/*/results.json")
 
 
-def shown(value: Any, form: str = ".3f") -> str:
-    """Return a number as people read it, with a true minus sign. NaN and None become a dash, other values stay.
+def format_number(value: Any, form: str = ".3f") -> str:
+    """Format a number, with a true minus sign. NaN and None become a dash; other values are unchanged.
 
     form: a format specification.
     """

@@ -1,1 +1,1 @@
-"""Evaluation results: made, written, read, shown and compared."""
+"""Evaluation results: compute, store, show and compare them."""

@@ -18,7 +18,7 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.data import build_data
 from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
-from experiments.config.paths import runs_there
+from experiments.config.experiment import runs_there
 from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class MeasuredSystem:
     runs/BENCHMARK.SYSTEM.queries.tsv   the value of each metric for each query
     runs/BENCHMARK.SYSTEM.trec          its rankings
     runs/BENCHMARK.qrels                the judgements
-    runs/BENCHMARK.SYSTEM.draws.tsv     in few-shot learning, the metrics of each draw instead of single queries
+    runs/BENCHMARK.SYSTEM.draws.tsv     in few-shot learning, the metrics of each draw (instead of queries.tsv and trec)
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class MeasuredSystem:
         return (self.benchmarks[benchmark].metrics or self.results.info.metrics)[0]
 
     def values(self, benchmark: str, metric: str) -> dict[str, float]:
-        """Return the value of each query. Raises UserError if the metric has none for single queries."""
+        """Return the value of each query. Raises UserError if the metric is not computed per query."""
         path = self.file(benchmark, "queries.tsv")
         if self.file(benchmark, "draws.tsv").is_file():
             raise UserError(f"{metric} is a mean over draws of training papers, not over queries")
@@ -64,7 +64,7 @@ class MeasuredSystem:
             return {row["query"]: float(row[metric]) for row in rows}
         except KeyError as error:
             names = ", ".join(name for name in rows[0] if name != "query") or "no metric"
-            raise UserError(f"{path}: has no {metric} for single queries, only {names}") from error
+            raise UserError(f"{path}: has no {metric} per query, only {names}") from error
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
 
@@ -85,7 +85,7 @@ class MeasuredSystem:
         return dict(judgements)
 
     def first_ranks(self, benchmark: str, queries: Sequence[str]) -> dict[str, int | None]:
-        """Return the rank of each query's first relevant document; None if none was retrieved."""
+        """Return the rank of each query's first relevant document, or None if none was retrieved."""
         relevant, ranks = self.judgements(benchmark, queries), Counter()
         first: dict[str, int | None] = dict.fromkeys(queries)
         for query, _, document, *_ in _read_fields(self.file(benchmark, "trec"), 6):
@@ -110,8 +110,8 @@ def _read_fields(path: Path, count: int) -> Iterator[list[str]]:
 def open_systems(key: str, names: Sequence[str]) -> list[MeasuredSystem]:
     """Open FOLDER or FOLDER:SYSTEM for each of several seeds of one system.
 
-    Without SYSTEM it is a run's trained encoder, or the only system of an evaluation.
-    key: option that the names come from, for errors.
+    The default of SYSTEM is a run's trained encoder, or the only system of an evaluation.
+    key: option that the names come from, for error messages.
     """
     systems = [_open_system(key, name) for name in names]
     if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
@@ -120,16 +120,16 @@ def open_systems(key: str, names: Sequence[str]) -> list[MeasuredSystem]:
 
 
 def _open_system(key: str, name: str) -> MeasuredSystem:
-    folder, system = Path(name), ""
-    if not folder.is_dir() and ":" in name:
+    folder, system = name, ""
+    if not Path(name).is_dir() and ":" in name:
         folder, _, system = name.rpartition(":")
-        folder = Path(folder)
+    folder = Path(folder)
     path = folder / "results.json"
     if not folder.exists():
         raise UserError(f"{key}: {folder} does not exist. {runs_there()}")
     if not path.is_file():
         others = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
-        hint = f"; use {others}" if others else " (complete runs and the folders of make eval have one)"
+        hint = f"; use {others}" if others else " (complete runs and the output folders of make eval have one)"
         raise UserError(f"{key}: {folder} has no results.json{hint}")
     results = read_results(path)
     systems = results.systems
@@ -151,10 +151,10 @@ def aligned_values(
     tables = [system.values(benchmark, metric) for system in (*a, *b)]
     queries = list(tables[0])
     if not queries:
-        raise UserError(f"{benchmark}: no query counts in the mean")
+        raise UserError(f"{benchmark}: no query was measured")
     for system, table in zip((*a, *b), tables, strict=True):
         if table.keys() != tables[0].keys():
-            raise UserError(f"{benchmark}: {system.folder} and {a[0].folder} have measured other queries")
+            raise UserError(f"{benchmark}: {system.folder} and {a[0].folder} measured different queries")
     values = np.array([[table[query] for query in queries] for table in tables])
     return values[: len(a)], values[len(a) :], queries
 
@@ -166,7 +166,7 @@ def incomparable(systems: Sequence[MeasuredSystem], benchmark: str) -> str:
         if table is None:
             return f"{system.folder} has no results of {system.system} on it"
         if not all(getattr(table, key) for key in MUST_AGREE):
-            return f"{system.folder} does not name its {', '.join(MUST_AGREE)}: evaluate it again"
+            return f"{system.folder} does not have all of {', '.join(MUST_AGREE)}; evaluate it again"
     for key, plural in MUST_AGREE.items():
         values = list(dict.fromkeys(getattr(system.benchmarks[benchmark], key) for system in systems))
         if len(values) > 1:
@@ -183,7 +183,7 @@ def largest_differences(
     values_b: np.ndarray,
     count: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Describe the queries on which A, and those on which B, is furthest ahead.
+    """Describe the queries on which A leads most, and those on which B does.
 
     name: name of the benchmark. values_a, values_b: values of the queries, (Q,). count: queries for each side.
     """
@@ -201,8 +201,7 @@ def largest_differences(
     rankings = {"A": a.ranking(name, ids), "B": b.ranking(name, ids)}
 
     def describe(i: int) -> dict[str, Any]:
-        query = queries[i]
-        grades = relevant.get(query, {})
+        query, grades = queries[i], relevant.get(queries[i], {})
         best = sorted(grades, key=grades.get, reverse=True)[:MOST_RELEVANT]
         firsts = {side: ranking[query][0][0] if ranking.get(query) else None for side, ranking in rankings.items()}
         return {
@@ -218,23 +217,19 @@ def largest_differences(
 
 
 def describe_document(benchmark: Benchmark | None, id: str, grades: Mapping[str, int]) -> dict[str, Any]:
-    """Return a document's id, its text in short and its grade."""
-    return {
-        "id": id,
-        "text": short_text(benchmark and benchmark.corpus.get(id), id),
-        "grade": grades.get(id, 0),
-    }
+    """Return a document's id, short text and grade."""
+    return {"id": id, "text": short_text(benchmark and benchmark.corpus.get(id), id), "grade": grades.get(id, 0)}
 
 
 def short_text(document: Document | None, id: str, longest: int = 120) -> str:
-    """Return the title of a paper or label, or the words of a query, cut after a word; the id if there is no text."""
+    """Return a document's title, else its text, cut after a word; its id if it has neither."""
     text = (document.title or document.text) if document else ""
     text = " ".join(text.split()) or id
     return text if len(text) <= longest else text[: longest - 1].rsplit(" ", 1)[0] + "…"
 
 
 def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
-    """Read the data of a benchmark again; None, with a warning, if they are gone or have changed."""
+    """Read the data of a benchmark again. Returns None, with a warning, if they are gone or have changed."""
     table = measured.benchmarks[name]
     try:
         benchmark = _read_benchmark(measured.folder.resolve(), name, table.split)
@@ -242,7 +237,7 @@ def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
         log.warning("%s: ids are shown without their texts (%s)", name, error)
         return None
     if benchmark and benchmark.fingerprint() != table.data:
-        log.warning("%s: the data have changed since, so ids are shown without their texts", name)
+        log.warning("%s: the data have changed, so ids are shown without their texts", name)
         return None
     return benchmark
 

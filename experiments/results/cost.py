@@ -15,11 +15,11 @@ from lightning_modules.encoders.base import Encoder
 
 @dataclass(kw_only=True)
 class Cost:
-    """What a system cost, over all ranks.
+    """The cost of evaluating a system, over all ranks.
 
-    texts, tokens: encoded now; texts whose vectors were stored cost nothing. Padding does not count.
+    texts, tokens: numbers encoded, without padding. Texts whose vectors were stored do not count.
     texts_per_second: speed of one device while encoding; None if nothing was encoded.
-    device_seconds: seconds of the first rank, times the number of devices.
+    device_seconds: seconds of this rank, times the number of devices.
     memory_mb: peak memory of a GPU, or of a process without one.
     money: price of the device seconds; None if no price was given.
     """
@@ -33,12 +33,12 @@ class Cost:
     money: float | None = None
 
     def price(self, per_hour: float) -> None:
-        """Set the money, by the price of an hour of one device."""
+        """Set the money. per_hour: price of one device per hour."""
         self.money = round(self.device_seconds / 3600 * per_hour, 6)
 
 
 class CostMeter:
-    """Measures the cost of one system on one benchmark, from its construction on. encoder: None for BM25."""
+    """Measures the cost of one system on one benchmark, from construction to read(). encoder: None for BM25."""
 
     def __init__(self, encoder: Encoder | None):
         self.encoder, self.before = encoder, dict(encoder.encoded) if encoder else {}
@@ -49,9 +49,8 @@ class CostMeter:
         """Return the cost up to now. All ranks must call this. seconds: stage -> seconds of this rank."""
         encoded = {key: count - self.before[key] for key, count in self.encoder.encoded.items()} if self.encoder else {}
         usage = {"texts": 0, "tokens": 0, **encoded, "memory_mb": round(self.memory.peak() / 2**20)}
-        ranks = [usage]
-        if world_size() > 1:
-            ranks = [usage] * world_size()
+        ranks = [usage] * world_size()
+        if len(ranks) > 1:
             dist.all_gather_object(ranks, usage)
         encode_seconds = seconds.get("encode", 0.0)
         return Cost(

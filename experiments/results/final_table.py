@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class FinalTable:
-    """Evaluates the systems of a run on the final split, and writes results.json. All ranks share the work.
+    """Evaluates a run's systems on the final split, and writes results.json. All ranks share the work.
 
     Encoders compute in fp32 here, as in `make eval`, whatever the precision of the training.
     """
@@ -121,6 +121,6 @@ class FinalTable:
         now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
         then = {name: (table.protocol, table.data) for name, table in tables.items()}
         if {key: content.get(key) for key in self._protocol()} != self._protocol() or then != now:
-            log.warning("the baselines are of other data, metrics or protocols: the final table does not have them")
+            log.warning("the baselines have other data, metrics or protocols, so the final table does not have them")
             return {}
         return tables

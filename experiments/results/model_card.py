@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import read_json
-from experiments.config.paths import read_config
+from experiments.config.experiment import read_config
 from experiments.results.results import Results, read_results
 from lightning_modules.encoders.base import Encoder
 

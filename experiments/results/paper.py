@@ -39,7 +39,7 @@ class ColumnGroup:
     """Columns of a table's file that share a protocol."""
 
     protocol: str = option(MISSING, "id of the protocol")
-    metrics: list[str] = option(MISSING, "one per column")
+    metrics: list[str] = option(MISSING, "metrics, one per column")
     queries: int | None = option(None, "number of queries, if known", minimum=1)
     documents: int | None = option(None, "number of documents, if known", minimum=1)
     similarity: str | None = option(None, "similarity of the protocol, if it has its own")
@@ -70,10 +70,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What a column measures.
-
-    queries, documents: their numbers, if known. similarity: the similarity of the protocol, if it has its own.
-    """
+    """The protocol and metric of a column, and the properties of the protocol that are known (see ColumnGroup)."""
 
     protocol: str
     metric: str
@@ -84,7 +81,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """rows: system -> a cell for each column. averages: system -> mean of its row, as printed."""
+    """A table. rows: system -> a cell for each column. averages: system -> mean of its row, as printed."""
 
     name: str
     title: str
@@ -121,7 +118,7 @@ def tables() -> tuple[PaperTable, ...]:
 
 
 def figures(protocol: str, metric: str) -> dict[str, Cell]:
-    """Return the value of each system under a protocol; the first table that has it counts."""
+    """Return the value of each system for a protocol and metric, from the first table that has it."""
     cells: dict[str, Cell] = {}
     for table in tables():
         for position, column in enumerate(table.columns):
@@ -157,7 +154,7 @@ def _compare_cell(
 
 
 def _same_data(column: Column, benchmarks: Benchmarks, ours: str) -> list[BenchmarkTable]:
-    """Return results on the column's data in its metric; those under its own protocol come last and set the remark."""
+    """Return our results on a column's data in its metric. Those of its own protocol are last and set the remark."""
     results = [
         result
         for result in benchmarks.values()
@@ -174,18 +171,18 @@ def _data_of(protocol: str) -> str:
 
 
 def _deviations(column: Column, result: BenchmarkTable, measured: SystemResult, system: str) -> Iterator[str]:
-    """Yield what was done differently from the paper."""
+    """Yield the differences from the paper's procedure."""
     if result.protocol != column.protocol:
         yield f"protocol {result.protocol}"
-    for what in ("queries", "documents"):
-        number, expected = getattr(result, what), getattr(column, what)
-        if expected is not None and number != expected:
-            yield f"{number:,} {what}, the paper has {expected:,}"
+    for field in ("queries", "documents"):
+        count, expected = getattr(result, field), getattr(column, field)
+        if expected is not None and count != expected:
+            yield f"{count:,} {field}, the paper has {expected:,}"
     similarity = column.similarity or _similarity_of(system)
     if measured.similarity != similarity:
         yield f"similarity {measured.similarity}, the paper's is {similarity}"
     if measured.max_length not in (None, MAX_LENGTH):
-        yield f"texts of {measured.max_length} tokens, the paper's of {MAX_LENGTH}"
+        yield f"texts of up to {measured.max_length} tokens, the paper's up to {MAX_LENGTH}"
 
 
 def _similarity_of(system: str) -> str:

@@ -16,7 +16,7 @@ def show(benchmarks: Benchmarks, metrics: Sequence[str], title: str) -> None:
     """Print a table for each set of metrics: blocks of benchmarks, rows of systems, and their means at the end.
 
     A narrow terminal shows only the first metrics that fit, a wide one also the protocols; results.json has them all.
-    metrics: metrics of benchmarks that name none.
+    metrics: metrics of benchmarks without their own.
     """
     console = table_console()
     groups: dict[tuple[str, ...], Benchmarks] = {}
@@ -80,7 +80,7 @@ def _add_means(grid: Table, benchmarks: Benchmarks, systems: Sequence[str], metr
 
 
 def show_cost(benchmarks: Benchmarks) -> None:
-    """Print the cost of each system over all benchmarks, and over how many if not all have one."""
+    """Print the total cost of each system, and the number of benchmarks it covers if not all have a cost."""
     results: dict[str, list[SystemResult]] = {}
     for table in benchmarks.values():
         for system, result in table.systems.items():

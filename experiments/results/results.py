@@ -1,4 +1,4 @@
-"""The contents of results.json as dataclasses, and how systems are evaluated into them."""
+"""The contents of results.json as dataclasses, and the evaluation of a system that fills them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from experiments.build.models import System
 from experiments.results.cost import Cost, CostMeter
 from experiments.shared.progress import Progress
 from lightning_modules.distributed.signals import leave_if_asked
-from lightning_modules.retrieval.compute import computing_in, current
+from lightning_modules.retrieval.compute import active_precision, computing_in
 from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, evaluate_bm25
 
 log = logging.getLogger(__name__)
 
 STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
-OMITTED_IF_NONE = ("texts", "draws", "spread", "cost", "money")  # keys that some entries do not have
+OMITTED_IF_NONE = ("texts", "draws", "spread", "cost", "money")  # keys of an entry that are left out, not null
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class SystemResult:
     metrics: name -> value, 1 is best.
     model: path or name of the model. fingerprint: hash of its weights, arguments and vocabulary.
     max_length: maximum number of tokens of a text.
-    texts: number of documents and queries that have vectors. seconds: stage -> seconds.
+    texts: number of encoded documents and queries. seconds: stage -> seconds.
     draws, spread: number of draws in few-shot learning, and standard deviation of each metric over them.
     """
 
@@ -59,8 +59,8 @@ class SystemResult:
 class BenchmarkTable:
     """The results of several systems on one benchmark.
 
-    queries, documents: their numbers. data: fingerprint of texts and judgements. options: settings of the protocol.
-    Old files lack some of these; they are None then.
+    queries, documents: numbers of them. data: fingerprint of texts and judgements. options: settings of the protocol.
+    Fields that an old file lacks are None.
     """
 
     task: str | None = None
@@ -76,7 +76,7 @@ class BenchmarkTable:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """Where the results of a training come from."""
+    """The origin of the results of a training."""
 
     experiment: str
     scale: str
@@ -90,7 +90,7 @@ class RunInfo:
 
 @dataclass(kw_only=True)
 class EvaluationInfo:
-    """Where the results of `make eval` come from. command: its arguments."""
+    """The origin of the results of `make eval`. command: its arguments."""
 
     model: str = ""
     similarity: str = ""
@@ -127,14 +127,14 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json. Raises UserError if it is damaged or holds something else."""
+    """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
     content = read_json(path)
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo
         return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: holds no results of benchmarks") from error
+        raise UserError(f"{path}: expected the results of benchmarks") from error
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def evaluate_system(
 ) -> Benchmarks:
     """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
 
-    metrics: names of the metrics, unless the benchmark has its own. folder: folder for the run files.
+    metrics: names of the metrics, unless the benchmark has its own. folder: where the run files go.
     token_budget: maximum number of padded tokens per forward pass. precision: "fp32", "bf16" or "auto".
     """
     if system.encoder is None and importlib.util.find_spec("bm25s") is None:
@@ -205,7 +205,7 @@ def evaluate_system(
         origin = _describe_encoder(system, benchmark)
         meter = CostMeter(system.encoder)
         with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
-            origin["precision"] = current(system.encoder.device)
+            origin["precision"] = active_precision(system.encoder.device)
             result = evaluate(
                 system.encoder,
                 benchmark,
@@ -238,7 +238,7 @@ def _describe_encoder(system: System, benchmark: Benchmark) -> dict[str, Any]:
         "max_length": encoder.max_length,
         "expert": encoder.expert_of(benchmark.task),
         "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
-        "device": device_name(encoder.device),
+        "device": torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device.type,
     }
 
 
@@ -261,19 +261,15 @@ def _describe_benchmark(benchmark: Benchmark, metrics: list[str]) -> BenchmarkTa
     )
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @contextmanager
 def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
-    """Show the progress of each stage. Between its steps a signal may end the run."""
+    """Show the progress of each stage. A signal may end the run between steps, except while ranking."""
     bars: dict[Stage, Progress] = {}
     with ExitStack() as stack:
 
         def advance(stage: Stage, count: int, total: int) -> None:
             if stage not in bars:
-                stack.close()  # the bar of the stage before
+                stack.close()  # close the bar of the previous stage
                 verb, unit = STAGES[stage]
                 bars[stage] = stack.enter_context(Progress(f"{system} {verb} {benchmark}", unit, total, brief=True))
             bars[stage].advance(count)
@@ -283,15 +279,15 @@ def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
         yield advance
 
 
-def combine(*parts: Benchmarks) -> Benchmarks:
-    """Put several systems into the same tables. Raises UserError for different protocols or data under one name."""
+def combine(*results: Benchmarks) -> Benchmarks:
+    """Put several systems into the same tables. Raises UserError if protocols or data of one name differ."""
     combined: Benchmarks = {}
-    for part in parts:
-        for name, table in part.items():
+    for tables in results:
+        for name, table in tables.items():
             target = combined.setdefault(name, dataclasses.replace(table, systems={}))
             for key in ("protocol", "data"):
-                ours, theirs = getattr(target, key), getattr(table, key)
-                if ours != theirs:
-                    raise UserError(f"{name}: results of different {key} cannot share a table ({ours} and {theirs})")
+                first, second = getattr(target, key), getattr(table, key)
+                if first != second:
+                    raise UserError(f"{name}: results that differ in {key} cannot share a table ({first} and {second})")
             target.systems |= table.systems
     return combined

@@ -1,7 +1,7 @@
-"""Run evaluate, mine or embed in several processes, started here, or by the user with torchrun or srun.
+"""Run evaluate, mine or embed in several processes, started by this module, or by the user with torchrun or srun.
 
-Here torchrun's launcher starts them. Lightning's launcher, which training uses, would end the command with SIGKILL if a
-process fails, without a useful status.
+This module uses torchrun's launcher. Lightning's launcher, which training uses, kills the command with SIGKILL if a
+process fails, so there would be no useful exit status.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import torch.distributed as dist
 from datamodules.records import UserError
 from lightning_modules.distributed import launch
 
-LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the process id of the command that launched this process
+LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the id of the process that launched this one
 GRACE = 10.0  # seconds that a rank waits before it raises an error that another rank may have caused
-PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: signal for this process when its parent ends
 TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str], devices: int) -> None:
-    """Share the work of a command among `devices` processes of this machine, the ranks of torch.distributed.
+    """Run a command's work on all ranks: `devices` processes of this machine, or those of torchrun or srun.
 
     work: function that each rank calls.
-    command, arguments: module and arguments that each process runs. They lead to this function again, which then calls
-        `work`, as it does in the processes of a user's torchrun or srun.
+    command, arguments: module and arguments to run in each process. They must lead to this function again, which then
+        calls `work`.
     If one rank fails, all end. Raises UserError if there are fewer GPUs than devices, or if a launcher has started
     another number of processes.
     """
@@ -53,16 +53,16 @@ def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str
 
 
 def launch_processes(command: str, arguments: Sequence[str], devices: int) -> None:
-    """Run `python -m command arguments` in `devices` processes, which have the environment variables of torchrun.
+    """Run `python -m command arguments` in `devices` processes, with the environment variables of torchrun.
 
-    If one fails, the others are ended, and this process exits with status 2 if the failed one has printed a UserError.
-    Raises UserError if it was killed, or failed in another way.
+    If one fails, the others are ended. If it failed with a UserError, which it has printed, exit with status 2.
+    Raises UserError if it was killed or failed in another way.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in TORCHRUN_LOGGERS:  # they report each failure again
+    for name in TORCHRUN_LOGGERS:  # they would report each failure a second time
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
@@ -76,7 +76,7 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        # Ctrl-C stays Python's KeyboardInterrupt, which ends the processes silently; SIGHUP stays ignored under nohup.
+        # Leave out SIGINT, so that Ctrl-C raises KeyboardInterrupt, and SIGHUP, which nohup ignores.
         signals_to_handle="SIGTERM",
         shutdown_timeout=5,
     )
@@ -87,7 +87,7 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a UserError, which the process has printed
+        if failure.exitcode == 2:  # a UserError
             sys.exit(2)
         status = f"status {failure.exitcode}" if failure.exitcode > 0 else signal.Signals(-failure.exitcode).name
         raise UserError(
@@ -96,9 +96,9 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
 
 
 def end_with_launcher() -> None:
-    """Make sure that this process ends when the command that launched it ends.
+    """Make sure that this process ends with the command that launched it, even if that is killed.
 
-    torchrun's launcher stops its processes when it shuts down, but they would outlive it if it is killed.
+    When torchrun's launcher shuts down, it stops its processes. When it is killed, they would outlive it.
     """
     if LAUNCHER not in os.environ:
         return
@@ -107,7 +107,7 @@ def end_with_launcher() -> None:
         watched = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
     except (AttributeError, OSError, TypeError):  # not Linux
         watched = False
-    if os.getppid() != launcher:  # it ended before the call of prctl
+    if os.getppid() != launcher:  # the launcher ended before the call of prctl
         os.kill(os.getpid(), signal.SIGKILL)
     if not watched:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
@@ -120,19 +120,19 @@ def _watch(launcher: int) -> None:
 
 
 def _work_as_rank(work: Callable[[], None]) -> None:
-    """Call work as one rank of the process group, on a GPU of its own if there are GPUs."""
+    """Call work as one rank of the process group. Each rank has its own GPU, if there are GPUs."""
     if "RANK" not in os.environ:
         _translate_slurm()
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        # Python objects are exchanged through gloo even if tensors are on GPUs.
+        # gloo exchanges Python objects, even if tensors are on GPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         work()
         dist.barrier()
     except (UserError, RuntimeError) as error:
-        # If another rank has raised the same error, or caused this one, the launcher ends this process while it waits.
-        # So the error is printed once.
+        # Another rank may have raised the same error, or caused this one. Then the launcher ends this process while it
+        # waits, and the error is printed only once.
         if launch.rank() > 0 or isinstance(error, RuntimeError):
             time.sleep(GRACE)
         raise
@@ -142,7 +142,7 @@ def _work_as_rank(work: Callable[[], None]) -> None:
 
 
 def _translate_slurm() -> None:
-    """Set the environment variables that torch.distributed reads, from those of srun."""
+    """Set torch.distributed's environment variables from those of srun."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     first_node = SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
@@ -154,9 +154,9 @@ def _translate_slurm() -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's share of work that is done in shards.
+    """One process's share of work that is divided into shards.
 
-    index, count: this is process `index` of `count`. local_rank: number of the process on its machine.
+    index, count: number of this process, from 0, and number of processes. local_rank: its number on this machine.
     """
 
     index: int = 0
@@ -167,12 +167,12 @@ class Share:
         return f"{self.index + 1}/{self.count}"
 
     def shards(self, count: int) -> range:
-        """Return the numbers of this process's shards, of `count` shards."""
+        """Return which of `count` shards belong to this process."""
         return range(self.index, count, self.count)
 
     @property
     def device(self) -> str:
-        """This process's GPU, or the CPU."""
+        """The process's GPU, or the CPU if there is none."""
         if not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
@@ -181,11 +181,12 @@ class Share:
 def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
     """Return this process's share of a job whose processes never communicate.
 
-    part: "I/N" for the I-th of N processes, divided further among the ranks of torchrun or the tasks of an srun. By
-    default the tasks of a SLURM array are the parts. Raises UserError for an invalid part.
+    part: "I/N" for the I-th of N parts; by default this task of a SLURM array. The ranks of torchrun or the tasks of
+        srun divide it further.
+    Raises UserError for an invalid part.
     """
     index, count = _part(part, environment)
-    # A batch script without srun has SLURM_NTASKS too, but is a single process.
+    # SLURM_NTASKS would be wrong here: a batch script without srun has it too, but is a single process.
     srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     for rank_key, size_key, local_key in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
         size = launch.number(size_key, 1, environment)
@@ -196,7 +197,7 @@ def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
 
 
 def _part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index, from 0, and the number of parts."""
+    """Return the index of the part, from 0, and the number of parts."""
     if part:
         match = re.fullmatch(r"(\d+)/(\d+)", part)
         if not match or not 1 <= int(match[1]) <= int(match[2]):

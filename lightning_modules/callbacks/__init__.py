@@ -1,1 +1,1 @@
-"""Lightning callbacks: what happens during a training besides the training steps."""
+"""Lightning callbacks: everything that happens during training besides the training steps."""

@@ -1,4 +1,4 @@
-"""Save the last checkpoints of a run at fixed steps, each of them atomically."""
+"""Save checkpoints at regular intervals, and keep the last few."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and reads on all ranks the one that the first rank chose.
+    """Writes checkpoints atomically. All ranks read the checkpoint that the first rank chose.
 
-    A checkpoint that cannot be written does not end the training; `error` then says why, otherwise it is None.
+    Training continues if a checkpoint cannot be written. `error` is the reason, or None if the last one was written.
 
-    last: file of which several checkpoints are kept; of any other file, one is kept.
+    last: path of the newest checkpoint. Earlier ones are kept for this path only.
     keep: number of checkpoints to keep.
     """
 
@@ -36,25 +36,24 @@ class SafeCheckpointIO(TorchCheckpointIO):
             self.error = None
         except OSError as error:
             self.error = error.strerror or str(error)
-            log.warning(
-                "%s: the checkpoint of step %d could not be written: %s", *(path, checkpoint["global_step"], self.error)
-            )
+            step = checkpoint["global_step"]
+            log.warning("%s: the checkpoint of step %d could not be written: %s", path, step, self.error)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         return super().load_checkpoint(from_first_rank(str(path)), *arguments, **options)
 
 
 def save_checkpoint(trainer: L.Trainer, path: Path) -> str | None:
-    """Save the state of a training. Return on all ranks why it could not be written, or None if it was."""
+    """Save a checkpoint. Return on all ranks None, or the reason why it could not be written."""
     trainer.save_checkpoint(path)
     return from_first_rank(getattr(trainer.strategy.checkpoint_io, "error", None))
 
 
 class LastCheckpoint(L.Callback):
-    """Saves the state of a run every n optimizer steps, and after the last step.
+    """Saves a checkpoint every n optimizer steps, and after the last step.
 
-    If a checkpoint cannot be written, training continues, because the one before it still exists. After the last step
-    this is an error.
+    If it cannot be written, training continues, because the previous one still exists. After the last step, this is an
+    error.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -71,7 +70,7 @@ class LastCheckpoint(L.Callback):
             self.save(trainer, must=is_last)
 
     def save(self, trainer: L.Trainer, must: bool) -> None:
-        """Save this step, unless it is saved already. must: raise UserError on all ranks if it cannot be written."""
+        """Save the current step, unless it is already saved. must: raise UserError on all ranks if that fails."""
         step = trainer.global_step
         if step == self.saved_at:
             return
@@ -79,10 +78,12 @@ class LastCheckpoint(L.Callback):
         if error is None:
             self.saved_at = step
             return
-        last_good = f"the last good checkpoint is of step {self.saved_at}" if self.saved_at else "there is none yet"
+        last_good = (
+            f"the last good checkpoint is step {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
+        )
         if must:
             raise UserError(
                 f"{self.path}: the checkpoint of step {step} could not be written ({error}); {last_good}. Free some "
-                "disk space and run the same command again: it resumes from there."
+                "disk space, and run the same command again to resume."
             )
         log.warning("Training continues; %s. Free some disk space before the next one is due.", last_good)

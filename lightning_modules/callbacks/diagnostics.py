@@ -1,4 +1,4 @@
-"""Measure how the tasks and experts of a training get along, on the last batch of each task.
+"""Measure how tasks and experts interact during training, on the last batch of each task.
 
 Shapes
     B   queries
@@ -38,29 +38,29 @@ from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 
-# Values logged for each task alone; the others relate it to a second task.
+# Values of a single task. The others compare two tasks.
 OF_TASK = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
 
 
 class Diagnostics(L.Callback):
     """Logs every n optimizer steps, as means over ranks:
 
-        diag/<task>/gradient_norm               norm of the gradient of the parameters that all tasks share
-        diag/<task>/gradient_cosine/<other>     cosine of two tasks' gradients of them; below 0 they conflict
+        diag/<task>/gradient_norm               norm of the gradient with respect to parameters that all tasks share
+        diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0 they conflict
         diag/<task>/transplant/<other>          loss of the task with the expert, prompt or adapter of the other
-        diag/<task>/masked_share                share of documents that are masked, as known positives or for their text
+        diag/<task>/masked_share                share of documents masked as known positives or for their text
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
         diag/experts/<one>-<other>/cosine       cosine of the parameters of two experts
         diag/seconds                            time that the diagnostics took
 
-    The training itself is not affected. The cost is T steps without an optimizer, T * T forward passes, and the memory
-    of T gradients.
+    Training itself is not affected. Each measurement costs T steps without an optimizer, T * T forward passes, and the
+    memory of T gradients.
 
-    draw_every_n_steps: number of steps between two pictures of the last transplants, cosines and distances. One more is
-        drawn after the last step. 0 draws only that one.
-    picture: SVG file to draw into. Loggers receive it as diag/experts.
+    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. Another one
+        is drawn after the last step. 0 draws only that one.
+    picture: SVG file to write. Loggers receive it as diag/experts.
     """
 
     def __init__(self, every_n_steps: int, draw_every_n_steps: int = 0, picture: Path | None = None):
@@ -82,7 +82,7 @@ class Diagnostics(L.Callback):
 
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
-        with _random_state_preserved(module):
+        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             encoder = replica(module.encoder)
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         if world_size() > 1:
@@ -103,14 +103,14 @@ class Diagnostics(L.Callback):
         tasks, experts = sorted(self.batches), expert_names(module.encoder)
         try:
             drawn = write_expert_picture(self.picture, self.values, tasks, experts, title)
-        except OSError as error:  # a full disk does not end a training
+        except OSError as error:  # a full disk must not end the run
             log.warning("%s: cannot be written (%s)", self.picture, error.strerror)
             return
         if drawn:
             log_picture(trainer.loggers, "diag/experts", self.picture, step)
 
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
-        """Return norms and cosines of the tasks' gradients, or nothing if the tasks share no parameter."""
+        """Return norms and cosines of the tasks' gradients; empty if the tasks share no parameters."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
         for task in gradients.tasks:
@@ -126,7 +126,7 @@ class Diagnostics(L.Callback):
             gradients.average_over_ranks()
         products = gradients.products().double()  # (T, T)
         if sharded:
-            dist.all_reduce(products)  # each rank has the products of its slices
+            dist.all_reduce(products)  # each rank has computed those of its slices
         products = products.cpu()
         norms = products.diagonal().sqrt()
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
@@ -138,7 +138,7 @@ class Diagnostics(L.Callback):
 
     @torch.no_grad()
     def _vectors(self, trainer: L.Trainer, module: ContrastiveModule, encoder: Encoder) -> dict[str, float]:
-        """Return what can be seen in the vectors of the tasks' batches, without dropout."""
+        """Return transplants and figures on negatives and vectors for each task, computed without dropout."""
         values: dict[str, float] = {}
         with _evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
@@ -155,7 +155,7 @@ class Diagnostics(L.Callback):
 
 
 def _negatives(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, float]:
-    """Return figures on a batch's negatives, among the distinct documents of all ranks. vectors: (U, D)."""
+    """Return figures on the vectors (U, D) of a batch, and on its negatives among the documents of all ranks."""
     options, temperature = module.objective.options, module.objective.temperature(batch.task)
     documents, ids = gather_rows(vectors[batch.documents]), gather_rows(batch.document_ids)
     first = ~duplicate_mask(ids)
@@ -180,14 +180,15 @@ def _negatives(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBat
 
 
 def masked_share(positives: Tensor, masked: Tensor) -> float:
-    """Return the share of masked documents among those that are not a positive of the query. Arguments: (B, M) bool."""
+    """Return the share of documents that are masked, positives aside. positives, masked: (B, M) bool."""
     return ((masked & ~positives).sum() / (~positives).sum().clamp(min=1)).item()
 
 
 def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
-    """Return the mean perplexity of the softmax over a query's negatives.
+    """Return the mean over queries of the perplexity of the softmax over the query's negatives.
 
-    It is their number if all weigh the same, 1 if a single one has all the weight, and 0 without negatives.
+    The perplexity is their number if all have the same weight, 1 if a single one has all the weight, and 0 if there are
+    none.
 
     logits: scores divided by the temperature, (B, M).
     excluded: documents that are not negatives, (B, M) bool.
@@ -198,12 +199,12 @@ def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
 
 
 def anisotropy(vectors: Tensor) -> tuple[float, float]:
-    """Return the mean cosine of pairs of texts, and the share of the largest squared singular value in their sum.
+    """Return the mean cosine of two texts, and the largest squared singular value as a share of the sum.
 
     Both are near 1 if all vectors point in the same direction. The first is from Ethayarajh (arXiv 1909.00512,
     section 4.1).
 
-    vectors: vectors of any length, (U, D).
+    vectors: vectors of any norm, (U, D).
     """
     vectors = nn.functional.normalize(vectors.double(), dim=1)
     count = len(vectors)
@@ -218,9 +219,9 @@ def expert_names(encoder: Encoder) -> tuple[str, ...]:
 
 
 def expert_distances(encoder: Encoder) -> dict[str, float]:
-    """Return the distance of each pair of experts, relative to the norm of their mean, and their cosine.
+    """Return the distance between the experts of each pair, relative to the norm of their mean, and their cosine.
 
-    The result is empty for an encoder without experts. Copies have a distance of 0 and a cosine of 1.
+    The result is empty for an encoder without experts.
     """
     names = expert_names(encoder)
     groups = [m for m in encoder.modules() if isinstance(m, nn.ModuleDict) and set(names) <= set(m.keys())]
@@ -236,15 +237,8 @@ def expert_distances(encoder: Encoder) -> dict[str, float]:
 
 
 @contextmanager
-def _random_state_preserved(module: ContrastiveModule) -> Iterator[None]:
-    devices = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-@contextmanager
 def _evaluating(module: ContrastiveModule) -> Iterator[None]:
-    """Turn dropout off, and restore the mode of each submodule at the end."""
+    """Turn dropout off, and restore the mode of each submodule on exit."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

@@ -27,7 +27,7 @@ class Evaluation(L.Callback):
 
     The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one.
 
-    benchmarks: what to evaluate on. metrics: names of metrics, the one that chooses the best checkpoint first.
+    metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
     token_budget: maximum number of padded tokens per forward pass.
     path: file of the best checkpoint.
@@ -39,7 +39,7 @@ class Evaluation(L.Callback):
         self.benchmarks, self.metrics = list(benchmarks), list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
         self.best, self.best_step = float("-inf"), 0
-        self.evaluated_at: int | None = None  # last step up to which no evaluation is missing
+        self.evaluated_at: int | None = None  # no evaluation is missing up to this step
 
     def state_dict(self) -> dict[str, Any]:
         state = {"best": self.best, "best_step": self.best_step, "measure": self._criterion()}
@@ -50,10 +50,10 @@ class Evaluation(L.Callback):
         if state["measure"] == self._criterion():
             self.best, self.best_step = state["best"], state["best_step"]
         else:
-            log.warning("another metric or benchmark chose the best checkpoint: the next evaluation replaces it")
+            log.warning("another metric or benchmark chose the best checkpoint; the next evaluation replaces it")
 
     def _criterion(self) -> list[str]:
-        """Return what the best checkpoint is chosen by. Values of different criteria cannot be compared."""
+        """Return the metric and benchmarks that choose the best checkpoint. Values of other ones cannot be compared."""
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
@@ -115,7 +115,7 @@ class Evaluation(L.Callback):
 
 
 class BeforeFirstStep(L.Callback):
-    """Calls a function with the encoder on every rank when a training starts, but not when it is resumed."""
+    """Calls a function with the encoder on every rank when a training starts, but not when it resumes."""
 
     def __init__(self, function: Callable[[Encoder], None]):
         self.function = function

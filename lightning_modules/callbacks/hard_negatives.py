@@ -1,4 +1,4 @@
-"""Mine hard negatives again and again with the current model, so that they stay hard (ANCE, Xiong et al., 2021)."""
+"""Mine hard negatives with the current model at regular intervals, so that they stay hard (ANCE, arXiv 2007.00808)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class HardNegativeMining(L.Callback):
-    """Mines at optimizer steps first_step, first_step + every_n_steps, ...; the next batch already uses the result.
+    """Mines at optimizer steps first_step, first_step + every_n_steps, and so on. The next batch uses the result.
 
-    Each mining has a folder in the data module's folder of rounds, with report.json and report.svg. Earlier folders
-    stay, because checkpoints may need them.
+    Each round of mining has a folder with report.json and report.svg. Earlier folders are kept, because checkpoints may
+    need them.
 
-    stop_at: share of likely false negatives above which the training stops (mining.report.check_false_negatives).
+    stop_at: share of likely false negatives above which training stops (see check_false_negatives).
     """
 
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
@@ -56,7 +56,7 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            # A preempted run leaves the mining to the resumed one, which finds the vectors embedded so far.
+            # After a preemption, the resumed run mines. It reuses the vectors that are already embedded.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
@@ -66,10 +66,10 @@ class HardNegativeMining(L.Callback):
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         report_file = data.rounds.folder / name / "report.json"
-        # A previous attempt may have finished this mining and ended before its checkpoint. One rank decides for all.
+        # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
         finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
         if trainer.strategy.broadcast(finished):
-            log.info("step %d: these hard negatives were mined already", step)
+            log.info("step %d: these hard negatives have already been mined", step)
             check_false_negatives(read_values(report_file), self.stop_at)
             data.rounds.begin(batch, name)
             return
@@ -82,7 +82,7 @@ class HardNegativeMining(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
-        trainer.strategy.barrier()  # another rank may still read the vectors that are removed below
+        trainer.strategy.barrier()  # another rank may still read the vectors, which are removed below
         if trainer.is_global_zero:
             path = data.rounds.write(name, {task: result.negatives for task, result in mined.items()}, meta)
             write_report(path, reports, f"hard negatives mined at step {step}")

@@ -1,4 +1,4 @@
-"""Find out which rank was lost: the other ranks only see broken connections, or nothing at all."""
+"""Find out which rank was lost. The other ranks only see broken connections, or nothing at all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_modules.distributed.collectives import from_first_rank, rank, wor
 log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between two beats
-SILENCE = 3.0  # seconds without a beat after which a rank counts as lost, once something has failed
+SILENCE = 3.0  # seconds without a beat after which a rank counts as lost, once a collective operation has failed
 WARNING = 60.0  # seconds without a beat after which a warning is logged, even if nothing has failed
 
 
 class Heartbeat(L.Callback):
-    """Lets every rank count beats in a thread, in a store of the first rank. A killed or stopped rank stops counting.
+    """Counts beats of every rank in a store of the first rank, from a thread. A killed or stopped rank stops counting.
 
-    timeout: seconds that ranks wait for one that does not answer, once all of them have started.
+    timeout: seconds that collective operations wait for a rank, once all ranks have started.
     """
 
     def __init__(self, timeout: float):
@@ -62,7 +62,7 @@ class Heartbeat(L.Callback):
                 if beats[other] != before[other]:
                     silent_since[other] = time.monotonic()
                 elif time.monotonic() - silent_since[other] > WARNING:
-                    log.warning("%s has given no sign of life for %.0f seconds", self._name(other), WARNING)
+                    log.warning("%s has not responded for %.0f seconds", self._name(other), WARNING)
                     silent_since[other] = float("inf")  # warn once
 
     def _beats(self) -> list[int]:
@@ -72,14 +72,14 @@ class Heartbeat(L.Callback):
         return self._store.get(f"name/{other}").decode()
 
     def lost(self) -> list[str]:
-        """Return the names of the lost ranks, after a collective operation has failed. Takes a few seconds."""
+        """Return the names of the lost ranks, after a collective operation has failed. This takes a few seconds."""
         if self._store is None:
             return []
         names: list[str] = []
         query = threading.Thread(target=lambda: names.extend(self._silent_ranks()), daemon=True)
         query.start()
         query.join(3 * SILENCE)
-        return ["rank 0"] if query.is_alive() else names  # rank 0 holds the store, which does not answer
+        return ["rank 0"] if query.is_alive() else names  # which holds the store
 
     def _silent_ranks(self) -> list[str]:
         try:
@@ -87,7 +87,7 @@ class Heartbeat(L.Callback):
             time.sleep(SILENCE)
             now = self._beats()
             silent = [self._name(other) for other in range(self._world) if before[other] == now[other]]
-            # The first rank to find out is right: it ends then, and later ranks would count it as lost, too.
+            # The first answer counts. The rank that gives it then ends, and others would report it as lost, too.
             return self._store.compare_set("lost", "", "\n".join(silent)).decode().split("\n") if silent else []
         except RuntimeError:
             return ["rank 0"]

@@ -1,4 +1,4 @@
-"""End a run that was asked to end: save first, at an optimizer step that all ranks agree on."""
+"""Save and end a run after a signal, at an optimizer step that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_modules.distributed.collectives import world_size
 
 
 class Preemption(L.Callback):
-    """Saves and stops the training if any rank received a signal (lightning_modules.distributed.signals).
+    """Saves a checkpoint and stops training if any rank has received a signal (distributed/signals.py).
 
-    It must come after all callbacks that have a state, so that their state is that after the step. `asked` is the
-    signal that ended the training, or None.
+    It must come after all callbacks with a state, so that the checkpoint has their state after the step. `asked` is the
+    signal that ended training, or None.
     """
 
     def __init__(self, last: LastCheckpoint):
@@ -28,10 +28,10 @@ class Preemption(L.Callback):
         self._step = 0
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        # Lightning's own handlers of SIGTERM broadcast inside the handler, and leave in the middle of a step.
+        # Lightning's handler of SIGTERM runs a collective operation inside the handler, and exits in mid-step.
         trainer._signal_connector.register_signal_handlers = lambda: None
         if world_size() > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # does not wait for pending work of the GPU
+            self._group = dist.new_group(backend="gloo")  # does not wait for pending work on the GPU
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signals.catch_interrupt()
@@ -39,7 +39,7 @@ class Preemption(L.Callback):
         self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step > self._step:  # not between the batches of one optimizer step
+        if trainer.global_step > self._step:  # not between the batches of an optimizer step
             self._step = trainer.global_step
             self._stop_if_asked(trainer)
 

@@ -1,4 +1,4 @@
-"""What a training logs: curves and lines of each task's loss, a progress bar, and the load of each rank."""
+"""Training logs: metrics of each task, a progress bar, and the load of each rank."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ GIB = 1 << 30
 
 
 class TrainingLog(L.Callback):
-    """Logs every n optimizer steps, for each task: the means of what training_step returned, and the number of batches.
+    """Logs every n optimizer steps, for each task: means of the outputs of training_step, and the number of batches.
 
-    Tasks take turns, so the values of a single step would show one task only.
+    Each batch has one task, so the values of a single step would not show all tasks.
 
-    plain: also print a line, for output in which a progress bar is of no use.
+    plain: whether to also log a line of text, for output without a progress bar.
     """
 
     def __init__(self, every_n_steps: int, plain: bool):
         self.every_n_steps, self.plain = every_n_steps, plain
-        self.losses: dict[str, float] = {}  # loss of each task in the last log
+        self.losses: dict[str, float] = {}  # last logged loss of each task
         self._clear()
 
     def _clear(self) -> None:
         self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
-        self.tokens, self.seconds = SumMetric(), 0.0  # of training steps alone
+        self.tokens, self.seconds = SumMetric(), 0.0  # of training steps only
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clear()
@@ -55,13 +55,13 @@ class TrainingLog(L.Callback):
         means = self.means[batch.task]
         for name, value in outputs.items():
             if name not in means:
-                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # a loss of NaN must be seen
+                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # show a loss that is NaN
             means[name].update(value.detach())
         self.tokens.to(outputs["loss"].device).update(batch.num_tokens)
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
         if due:
-            float(outputs["loss"])  # waits for the GPU, so that its time is counted
+            float(outputs["loss"])  # wait for the GPU, so that its time is counted
         self.seconds += time.perf_counter() - self.started
         if due:
             self.logged_at = step
@@ -86,9 +86,9 @@ class TrainingLog(L.Callback):
             log.info("step %d/%d  loss: %s  lr %.1e  %.0f tokens/s", *numbers)
 
     def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
-        """Return name -> value to log, in the same order on every rank."""
+        """Return the values to log, computed in the same order on every rank."""
         tasks = sorted(self.means)
-        # Lightning divides the loss by the number of accumulated batches; this undoes it.
+        # Undo Lightning's division of the loss by the number of accumulated batches.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
             f"train/{task}/{name}": scale.get(name, 1) * float(self.means[task][name].compute())
@@ -103,10 +103,10 @@ class TrainingLog(L.Callback):
 
 
 class TrainingBar(RichProgressBar):
-    """A progress bar for terminals, with the last loss of every task."""
+    """A progress bar with the last logged loss of each task."""
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "training"  # one epoch is the whole training
+        return "training"  # instead of the epoch: there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
@@ -115,7 +115,7 @@ class TrainingBar(RichProgressBar):
 
 @dataclass
 class RankLoad:
-    """The first batch of a rank, and the memory it took."""
+    """Size of the first batch of a rank, and its memory after that batch."""
 
     name: str
     num_queries: int
@@ -124,9 +124,9 @@ class RankLoad:
 
 
 class RankReport(L.Callback):
-    """Prints the load of each rank after the first step, and the number of negatives of a query.
+    """Logs the load of each rank after the first batch, and the number of negatives per query.
 
-    Raises UserError before the first step if the ranks have different precisions, as on machines of different kinds.
+    Raises UserError at the start of training if ranks have different precisions, as they may on different hardware.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class RankReport(L.Callback):
             dist.all_gather_object(precisions, str(trainer.precision))
         if len(set(precisions)) > 1:
             by_rank = ", ".join(f"rank {i} {precision}" for i, precision in enumerate(precisions))
-            raise UserError(f"precision: the ranks chose different ones ({by_rank}); set fp32 or bf16")
+            raise UserError(f"precision: must be the same on all ranks, got {by_rank}; set fp32 or bf16")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
@@ -159,7 +159,7 @@ class RankReport(L.Callback):
 
 
 def memory(device: torch.device) -> str:
-    """Return the peak memory of this process so far, and the memory of the device."""
+    """Describe the peak memory of this process so far, and the memory of the device."""
     if device.type == "cuda":
         used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         return f"{used / GIB:.1f} of {total / GIB:.1f} GiB of the GPU"

@@ -1,1 +1,1 @@
-"""Everything that involves more than one process."""
+"""Training on several processes: launchers, collectives, sharding and signals."""

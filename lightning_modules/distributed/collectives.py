@@ -1,4 +1,4 @@
-"""Exchange of values between ranks. With a single process, every function returns its input."""
+"""Exchange values between ranks. With a single process, functions return their input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def largest(number: int, device: torch.device | str = "cpu") -> int:
-    """Return the largest of the ranks' numbers."""
+    """Return the largest number of any rank."""
     if world_size() == 1:
         return number
     maximum = torch.tensor(number, device=device)
@@ -47,9 +47,9 @@ def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Call a function on all ranks, wait until all are done, and return this rank's result.
+    """Call a function on all ranks, wait for all of them, and return this rank's result.
 
-    A UserError of one rank is raised on all ranks, so that the others do not wait for it forever.
+    If one rank raises UserError, all ranks raise it, so that none waits forever.
     """
     if world_size() == 1:
         return work()
@@ -66,7 +66,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def _num_rows(rows: Tensor) -> list[int]:
-    """Return the number of rows on every rank."""
+    """Return the number of rows of each rank."""
     counts = torch.empty(world_size(), dtype=torch.int64, device=rows.device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
     return counts.tolist()
@@ -77,7 +77,7 @@ def _pad(rows: Tensor, count: int) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows (n, ...) of all ranks in the order of ranks, without gradients. n may differ between ranks."""
+    """Return the rows (n, ...) of all ranks, in the order of ranks, without gradients. n may differ by rank."""
     if world_size() == 1:
         return rows
     counts = _num_rows(rows)
@@ -88,7 +88,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
-    """Return the lists (n, k) of all ranks, padded to the longest. n and k may differ between ranks."""
+    """Return the lists (n, k) of all ranks, padded to the longest. n and k may differ by rank."""
     if world_size() == 1:
         return lists
     longest = torch.tensor(lists.shape[1], device=lists.device)
@@ -98,7 +98,7 @@ def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
 
 
 class GatheredDocuments(NamedTuple):
-    """Documents of all ranks. offset: row of this rank's first document."""
+    """Documents of all ranks. offset: row of the first document of this rank."""
 
     vectors: Tensor  # (M, D)
     ids: Tensor  # (M,)
@@ -108,8 +108,8 @@ class GatheredDocuments(NamedTuple):
 def gather_documents(documents: Tensor, document_ids: Tensor) -> GatheredDocuments:
     """Return the documents of all ranks, with gradients.
 
-    The loss of a rank is the mean over its own queries. DDP's mean over ranks then gives the gradient of one process
-    with the whole batch.
+    The loss of a rank is the mean over its own queries. DDP averages gradients over ranks, which gives the gradient of
+    a single process with the whole batch.
 
     documents: vectors of this rank's documents, (m, D).
     document_ids: their ids, (m,).

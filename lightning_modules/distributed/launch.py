@@ -1,4 +1,4 @@
-"""Find out from the environment how this process was started and which rank it is, before Lightning knows."""
+"""Read this process's launcher and rank from the environment, before Lightning does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def number(name: str, default: int = 0, environment: Mapping[str, str] = os.environ) -> int:
-    """Return the value of a launcher's environment variable. Raises UserError if it is not a whole number."""
+    """Return an environment variable as a whole number. Raises UserError if it is not one."""
     value = str(environment.get(name, default))
     if not value.isdecimal():
         from datamodules.records import UserError
@@ -19,7 +19,7 @@ def number(name: str, default: int = 0, environment: Mapping[str, str] = os.envi
 def rank(devices: int = 1) -> int:
     """Return the global rank.
 
-    devices: number of ranks per node. If it is only known later, the result is certain for rank 0 alone.
+    devices: number of ranks per node. Without it, the result may be wrong for ranks other than 0.
     """
     if "RANK" in os.environ:  # torchrun
         return number("RANK")
@@ -30,7 +30,7 @@ def rank(devices: int = 1) -> int:
 
 
 def under_srun() -> bool:
-    """Return whether srun started this process itself, not only a shell around it."""
+    """Return whether srun started this process itself, and not just a shell that contains it."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and not by_torchrun()
 
 
@@ -39,23 +39,23 @@ def by_torchrun() -> bool:
 
 
 def num_tasks() -> int:
-    """Return the number of processes that srun started together."""
+    """Return the number of tasks of the SLURM job step."""
     return number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS", 1)
 
 
 def num_ranks() -> int:
-    """Return the number of processes started together by torchrun, by srun, or by the first of them."""
+    """Return the number of ranks, whether torchrun, srun or Lightning started them."""
     return number("WORLD_SIZE", num_tasks() if under_srun() else 1)
 
 
 def alone() -> bool:
-    """Return whether there is no other rank that may be waiting for this one."""
+    """Return whether this is the only rank, so that none can wait for it."""
     if under_srun() and num_tasks() > 1:
         return False
     return number("WORLD_SIZE", 1) == 1 and "NODE_RANK" not in os.environ
 
 
 def slurm_job() -> str | None:
-    """Return the id of the job as scontrol expects it: 12, or 12_3 for a task of an array. None outside SLURM."""
+    """Return the SLURM job id in the form of scontrol (12, or 12_3 in a job array), or None outside SLURM."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

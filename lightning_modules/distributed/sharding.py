@@ -1,12 +1,12 @@
-"""Share the parameters, gradients and optimizer state of an encoder out over the ranks, with torch's FSDP2.
+"""Shard the parameters, gradients and optimizer state of an encoder over ranks, with torch's FSDP2.
 
-Every rank keeps a slice of each parameter. The parameters of a layer, those of all its experts, are gathered while the
-layer is computed. After its backward pass their gradients are averaged over ranks, and each rank keeps its slice
+Every rank keeps a slice of each parameter. The parameters of a layer, including all its experts, are gathered while the
+layer is computed. After its backward pass, gradients are averaged over ranks, and each rank keeps its slice
 (Rajbhandari et al., arXiv 1910.02054, stage 3).
 
 The encoder's modules and their names do not change. Modules that are gathered together form a Unit outside the encoder,
-and the encoder's methods are called through it. So all ranks must compute the same layers in the same order. They do so
-in a training step (chunked.py). To encode, where each rank has its own texts, they create a replica.
+through which the encoder's methods are called. So all ranks must compute the same layers in the same order, as they do
+in a training step (chunked.py). To encode different texts on each rank, they create a replica.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lightning_modules.encoders.loading import build, describe_architecture
 
 
 class ShardedStrategy(DDPStrategy):
-    """Lightning's DDP strategy with the encoder sharded instead of copied.
+    """Lightning's DDP strategy, with the encoder sharded instead of copied.
 
-    Checkpoints contain whole tensors and are written by the first rank. So a training can be resumed with another
-    strategy or another number of ranks. Weights are loaded before the encoder is sharded.
+    The first rank writes checkpoints, with whole tensors. So a run can be resumed with another strategy or number of
+    ranks. Weights are loaded before the encoder is sharded.
     """
 
     def configure_ddp(self) -> None:
@@ -59,7 +59,7 @@ class ShardedStrategy(DDPStrategy):
 
 
 class Unit(nn.Module):
-    """Modules whose parameters are gathered together. It calls a function while they are."""
+    """Modules whose parameters are gathered together, while `forward` calls a function."""
 
     def __init__(self, *members: nn.Module):
         super().__init__()
@@ -70,9 +70,9 @@ class Unit(nn.Module):
 
 
 def shard(encoder: Encoder, device: torch.device) -> None:
-    """Reduce the parameters of an encoder to the slices of this rank.
+    """Replace the parameters of an encoder by DTensors with this rank's slices.
 
-    The parameters must be equal on all ranks before. They are DTensors afterwards.
+    The parameters must be equal on all ranks.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     layers = [fully_shard(Unit(*encoder.layer_modules(i)), mesh=mesh) for i in range(encoder.num_layers)]
@@ -82,7 +82,7 @@ def shard(encoder: Encoder, device: torch.device) -> None:
         setattr(encoder, name, partial(_call_in_unit, layers, getattr(encoder, name)))
     encoder.forward_with_penalty = partial(whole_encoder, encoder.forward_with_penalty)
     encoder.sharded = True
-    # Vectors and prefixes are views. The warning is about changing them in place, which nothing does.
+    # Vectors and prefixes are views. The warning is about in-place changes, which nothing makes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -92,9 +92,9 @@ def _call_in_unit(layers: Sequence[Unit], method: Callable, index: int, *argumen
 
 
 def replica(encoder: Encoder) -> Encoder:
-    """Return a copy with whole parameters on every rank, to encode with; the encoder itself if it is not sharded.
+    """Return a copy with whole parameters, for encoding, or the encoder itself if it is not sharded.
 
-    All ranks must call this together. The copy keeps the current weights.
+    All ranks must call this together. The copy does not follow later changes of the weights.
     """
     if not encoder.sharded:
         return encoder
@@ -104,19 +104,19 @@ def replica(encoder: Encoder) -> Encoder:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of slices. All ranks must call this together."""
+    """Return the whole tensor of a sharded one. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def slice_of(tensor: Tensor) -> Tensor:
-    """Return this rank's slice of a tensor; the tensor itself if it is not sharded."""
+    """Return this rank's slice of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """Return this rank's slices of the gradients of a loss, averaged over ranks.
 
-    The entry of a parameter that the loss does not depend on is None. Existing gradients of the parameters are lost.
+    The result is None for parameters that the loss does not depend on. Existing gradients are deleted.
     """
     for parameter in parameters:
         parameter.grad = None
@@ -128,11 +128,11 @@ def sharded_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """Return a copy of plain containers with whole tensors on the CPU in place of slices.
+    """Return nested containers with sharded tensors replaced by whole ones on the CPU.
 
     All ranks must call this together.
 
-    keep: whether this rank needs the tensors; otherwise it gets None in their place, which saves memory.
+    keep: whether this rank needs the tensors. If not, they are replaced by None, to save memory.
     """
     if isinstance(state, DTensor):
         tensor = whole(state)
@@ -143,7 +143,7 @@ def gathered(state: Any, keep: bool) -> Any:
 
 
 def sliced(tensor: Any, like: Tensor) -> Any:
-    """Return this rank's slice of a whole tensor, if the parameter `like` is sharded and has the same shape."""
+    """Shard a tensor like a parameter of the same shape. Return it unchanged if that is not sharded."""
     if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,9 +1,9 @@
-"""Signals that ask a run to end. They are noted at once, and acted on where the run can stop without loss.
+"""Signals that ask a run to end. They are recorded at once, and handled where the run can stop without loss.
 
-This module imports nothing heavy, so that an entry point can catch signals before its other imports, which take ten
+This module has no heavy imports, so that an entry point can catch signals before its other imports, which take ten
 seconds.
 
-    SIGUSR1    the time limit is near: save, end, and run again (SLURM's --signal)
+    SIGUSR1    the time limit is near: save, end, and requeue (SLURM's --signal)
     SIGTERM    save and end (Kubernetes, spot instances, scancel)
     SIGINT     Ctrl-C: save and end during training, KeyboardInterrupt elsewhere; a second one ends at once
 """
@@ -15,13 +15,13 @@ import signal
 
 from lightning_modules.distributed import launch
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # if several arrive, the last in this order counts
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # from weakest to strongest; the strongest signal counts
 _noted: signal.Signals | None = None
-_owner = 0  # process that catches signals
+_owner = 0  # id of the process that catches signals, 0 if none
 
 
 class Preempted(Exception):
-    """The run ends here and is resumed later. signal: the one that was received, or None if another rank knows."""
+    """The run ends here and can be resumed. signal: the signal, or None if another rank received it."""
 
     def __init__(self, asked: signal.Signals | None):
         super().__init__(asked.name if asked else "another rank received a signal")
@@ -29,7 +29,7 @@ class Preempted(Exception):
 
 
 def catch() -> None:
-    """Note SIGUSR1 and SIGTERM from now on instead of terminating."""
+    """Record SIGUSR1 and SIGTERM from now on, instead of terminating."""
     global _noted, _owner
     _noted, _owner = None, os.getpid()
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -37,20 +37,20 @@ def catch() -> None:
 
 
 def catch_interrupt() -> None:
-    """Also note Ctrl-C, if this process catches signals."""
+    """Also record Ctrl-C, if this process catches signals."""
     if _owner == os.getpid():
         signal.signal(signal.SIGINT, _note)
 
 
 def ignore() -> None:
-    """Ignore signals once the run has ended, so that they do not change its exit status. No effect without catch."""
+    """Ignore further signals, so that they do not change the exit status. Has no effect without catch()."""
     for number in ASKING if _owner == os.getpid() else ():
         signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, _frame: object) -> None:
     global _noted
-    if os.getpid() != _owner:  # a forked process leaves the decision to its parent
+    if os.getpid() != _owner:  # a forked process leaves signals to its parent
         return
     is_second_interrupt = _noted == number == signal.SIGINT
     _noted = max(_noted, signal.Signals(number), key=ASKING.index) if _noted else signal.Signals(number)
@@ -68,8 +68,8 @@ def noted() -> signal.Signals | None:
 def leave_if_asked(*_: object) -> None:
     """Raise Preempted if a signal was received and this process may end on its own.
 
-    It may if there are no other ranks, or if it is the first rank of a SLURM job, which ends with it. Other ranks end
-    after a common step.
+    It may if it is the only rank, or the first rank of a SLURM job, which ends with it. Otherwise, ranks end together
+    after a step.
     """
     if _noted and (launch.alone() or (launch.under_srun() and launch.rank() == 0)):
         raise Preempted(_noted)

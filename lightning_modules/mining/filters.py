@@ -1,7 +1,7 @@
-"""Filters that decide which candidates may become hard negatives, as pure functions.
+"""Filter candidates for hard negatives, with pure functions.
 
-Shapes: Q queries with k candidates each, best first. rows: the candidates' documents, (Q, k), -1 for none. A filter
-returns which candidates it keeps, (Q, k) bool.
+Shapes: Q queries with k candidates each, best first; M documents. rows: document rows of the candidates, (Q, k), or -1
+for no candidate. A filter returns a mask of the candidates to keep, (Q, k) bool.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from datamodules.records import Ragged
 
 
 def query_of_values(lists: Ragged) -> np.ndarray:
-    """Return the number of the query that each value belongs to."""
+    """Return the query number of each value."""
     return np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
 
 
 def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
-    """Return which candidates (Q, k) are in the list of their query."""
+    """Mask the candidates (Q, k) that are in their query's list."""
     values = lists.values.astype(np.int64)
     span = int(max(rows.max(initial=0), values.max(initial=0))) + 1
     keys = query_of_values(lists) * span + values
@@ -29,7 +29,7 @@ def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
 def not_known_positive(rows: np.ndarray, positives: Ragged, query_rows: np.ndarray) -> np.ndarray:
     """Keep candidates that are neither a known positive nor the query itself.
 
-    query_rows: row of each query if it is a document itself, else -1, (Q,).
+    query_rows: row of each query in the corpus, -1 if it is not a document, (Q,).
     """
     return ~contained(rows, positives) & ((rows != query_rows[:, None]) | (query_rows[:, None] < 0))
 
@@ -39,7 +39,7 @@ def different_text(
 ) -> np.ndarray:
     """Keep candidates whose text differs from that of the query and of its positives.
 
-    document_texts, query_texts: a number for each text, (M,) and (Q,); equal numbers mean equal texts.
+    document_texts, query_texts: text numbers, (M,) and (Q,); equal numbers mean equal texts.
     """
     texts = np.where(rows < 0, -1, document_texts[rows])
     same = contained(texts, Ragged(positives.starts, document_texts[positives.values]))
@@ -47,34 +47,34 @@ def different_text(
 
 
 def first_of_text(document_texts: np.ndarray) -> np.ndarray:
-    """Return which documents (M,) are the first with their text."""
+    """Mask the documents (M,) that are the first with their text."""
     first = np.zeros(len(document_texts), dtype=bool)
     first[np.unique(document_texts, return_index=True)[1]] = True
     return first
 
 
 def from_rank(rows: np.ndarray, first: int) -> np.ndarray:
-    """Keep candidates from this rank on. The nearest ones are the likeliest to be positives that nobody judged."""
+    """Keep candidates from rank `first` on. The nearest ones are the most likely to be unjudged positives."""
     return np.broadcast_to(np.arange(rows.shape[1]) >= first, rows.shape)
 
 
 def relative_margin(scores: np.ndarray, positive: np.ndarray, margin: float) -> np.ndarray:
-    """Keep candidates below (1 - margin) of the positive's score: TopK-PercPos of NV-Retriever (Moreira et al., 2024).
+    """Keep candidates that score below s - margin * |s|, where s is the score of the query's positive, (Q,).
 
-    There the margin is 0.05. It is subtracted from negative scores too. positive: score of the positive, (Q,).
+    This is TopK-PercPos of NV-Retriever (Moreira et al., 2024), where the margin is 0.05.
     """
     return scores < (positive - margin * np.abs(positive))[:, None]
 
 
 def absolute_margin(scores: np.ndarray, positive: np.ndarray, margin: float) -> np.ndarray:
-    """Keep candidates below the positive's score by at least the margin: TopK-MarginPos of NV-Retriever."""
+    """Keep candidates that score below the positive by more than the margin: TopK-MarginPos of NV-Retriever."""
     return scores < (positive - margin)[:, None]
 
 
 def positive_score(scores: np.ndarray, positives: Ragged, which: str) -> np.ndarray:
-    """Return the "mean", "lowest" or "highest" score of each query's positives, (Q,). scores: of all positives, (P,).
+    """Return the "mean", "lowest" or "highest" score of each query's positives, (Q,).
 
-    Every query must have a positive.
+    scores: scores of all positives, (P,). Every query needs a positive.
     """
     starts = positives.starts[:-1]
     if which == "mean":
@@ -83,7 +83,7 @@ def positive_score(scores: np.ndarray, positives: Ragged, which: str) -> np.ndar
 
 
 class Sieve:
-    """Applies filters one after the other, and counts what each removes of the candidates that are left."""
+    """Apply filters one after the other, and count how many of the remaining candidates each removes."""
 
     def __init__(self, rows: np.ndarray):
         self.kept = rows >= 0
@@ -95,19 +95,20 @@ class Sieve:
 
 
 def sample(
-    scores: np.ndarray, kept: np.ndarray, count: int, how: str, seeds: Iterable[int] = (0,), temperature: float = 1.0
+    scores: np.ndarray, kept: np.ndarray, count: int, method: str, seeds: Iterable[int] = (0,), temperature: float = 1.0
 ) -> np.ndarray:
-    """Choose at most `count` of each query's kept candidates without replacement, (Q, k) bool.
+    """Sample at most `count` of each query's kept candidates without replacement, (Q, k) bool.
 
-    how: "top" takes the first ones, "random" all with equal probability, "softmax" by scores / temperature.
-    seeds: the draw depends on them alone.
+    method: "top" for the first ones, "random" for equal probabilities, "softmax" for those of scores / temperature.
+    seeds: seeds of the random generator.
     """
     if count >= scores.shape[1]:
         return kept
-    keys = -np.arange(scores.shape[1], dtype=np.float64) * np.ones((len(scores), 1))  # "top"
-    if how != "top":  # the largest scores with Gumbel noise are a softmax sample without replacement
+    if method == "top":
+        keys = np.broadcast_to(-np.arange(scores.shape[1], dtype=np.float64), scores.shape)
+    else:  # the largest scores after adding Gumbel noise are a softmax sample without replacement
         noise = np.random.default_rng(list(seeds)).gumbel(size=scores.shape)
-        keys = noise + (scores / temperature if how == "softmax" else 0.0)
+        keys = noise + (scores / temperature if method == "softmax" else 0.0)
     keys = np.where(kept, keys, -np.inf)
     chosen = np.zeros_like(kept)
     np.put_along_axis(chosen, np.argpartition(-keys, count - 1, axis=1)[:, :count], True, axis=1)

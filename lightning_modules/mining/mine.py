@@ -1,8 +1,8 @@
 """Mine hard negatives: rank a pool's documents for its training queries, filter the candidates, and sample from them.
 
-`mine` is for one pool and any script; `Mining` is for all tasks of a training.
+`mine` handles one pool, and `Mining` all tasks of a training run.
 
-Shapes: Q queries, M documents, k candidates per query, j negatives of all queries.
+Shapes: Q queries, M documents, k candidates per query, j negatives of all queries together.
 """
 
 from __future__ import annotations
@@ -42,45 +42,47 @@ class MiningOptions:
     """Which candidates become hard negatives. The filters apply in the order of the fields."""
 
     k: int = option(100, "number of candidates per query", above=0)
-    num_negatives: int = option(8, "hard negatives per query to keep; each step draws from them", above=0)
-    same_text: bool = option(True, "drop candidates whose text is that of the query or one of its positives")
-    first_rank: int = option(0, "drop that many of the nearest candidates, the likeliest unjudged positives", minimum=0)
+    num_negatives: int = option(8, "number of hard negatives per query; each step draws from them", above=0)
+    same_text: bool = option(True, "drop candidates with the text of the query or of one of its positives")
+    first_rank: int = option(
+        0, "number of nearest candidates to drop, because they are the most likely unjudged positives", minimum=0
+    )
     relative_margin: float | None = option(
-        0.05, "keep candidates that score below (1 - margin) of the positive; null for all", minimum=0, below=1
+        0.05, "keep candidates that score below (1 - margin) times the positive; null for all", minimum=0, below=1
     )
     absolute_margin: float | None = option(
         None, "keep candidates that score below the positive by this margin; null for all", minimum=0
     )
     positive: Literal["mean", "lowest", "highest"] = option(
-        "mean", "score of a query with several positives, for the margins"
+        "mean", "which score of several positives the margins compare with"
     )
     guide: str | None = option(None, "folder, checkpoint or hub name of a guide model; null for none")
     guide_margin: float = option(
         0.0, "keep candidates that the guide model scores below the positive by this margin, in cosine", minimum=0
     )
     sampling: Literal["top", "random", "softmax"] = option(
-        "top", "which of the remaining candidates to keep: the best, random ones, or a softmax sample of the scores"
+        "top", "which remaining candidates to keep: the best, random ones, or a sample by the softmax of the scores"
     )
     sampling_temperature: float = option(0.05, "temperature of sampling=softmax", above=0)
-    memory_mb: int = option(512, "memory for scores besides the vectors, in MB", above=0)
-    backend: Literal["auto", "faiss", "torch"] = option("auto", "library of the exact search; all give the same result")
+    memory_mb: int = option(512, "memory for scores, in MB, not counting the vectors", above=0)
+    backend: Literal["auto", "faiss", "torch"] = option("auto", "library for exact search; the result is the same")
 
     @property
-    def compares(self) -> bool:
-        """Whether a margin compares candidates with positives, which takes an encoder."""
+    def has_margin(self) -> bool:
+        """Whether a margin is set, which needs scores from an encoder."""
         return self.relative_margin is not None or self.absolute_margin is not None
 
 
 @dataclass(frozen=True)
 class Mined:
-    """Hard negatives, with what a report needs: of some queries of a pool, or of all pools of a task.
+    """Hard negatives of some queries of a pool, or of all pools of a task, with statistics for the report.
 
     negatives: hard negatives of each query.
     margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
-    held_out: whether only a dev or test split judges the negative relevant, (j,) bool.
-    texts: number of the negative's text, (j,); equal numbers mean equal texts.
+    held_out: whether a split other than train judges the negative relevant, (j,) bool.
+    texts: text number of each negative, (j,); equal numbers mean equal texts.
     num_candidates: number of candidates before first_rank and the margins.
-    num_above: number of those that score above the positive.
+    num_above: number of these that score above the positive.
     """
 
     negatives: MinedNegatives
@@ -104,23 +106,29 @@ def mine(
     seeds: Sequence[int] = (0,),
     prepared: dict[str, Any] | None = None,
 ) -> Mined:
-    """Return the hard negatives of all queries of a pool. Ranks share the queries, and all have the result.
+    """Return the hard negatives of all queries of a pool. Ranks share the work, and each gets the whole result.
 
-    encoder: encoder that scores the candidates; None for miners that need no vectors, without margins.
+    encoder: encoder that scores the candidates; optional without margins if the miner needs no vectors.
     miner: miner that proposes the candidates, by default DenseMiner.
     similarity: "dot" or "cosine", the similarity that the encoder was trained with.
-    vectors: cache of the encoder's vectors, by default one in memory, with the given similarity.
+    vectors: cache of the encoder's vectors, by default in memory.
     guide: cache of a guide model's vectors, for options.guide_margin.
-    pools: pools of all tasks, for miners that take something from other tasks.
+    pools: pools of all tasks, for miners that use other tasks.
     seeds: seeds of the sampling.
-    prepared: results that are computed once for the pool, such as an index. Give the same dict to the next call.
+    prepared: data to compute only once for the pool, such as an index. Pass the same dict to the next call.
     Raises UserError if the options do not fit the pool, or the encoder is missing.
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
     prepared = {} if prepared is None else prepared
-    _check_size(pool, options)
+    if options.first_rank >= len(pool.corpus):
+        raise UserError(
+            f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
+            f"{options.first_rank}"
+        )
+    if options.k > len(pool.corpus):
+        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
     context = MiningContext(pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared)
-    if miner.needs_vectors or options.compares:
+    if miner.needs_vectors or options.has_margin:
         if encoder is None:
             reason = type(miner).__name__ if miner.needs_vectors else "a margin"
             raise UserError(
@@ -141,26 +149,15 @@ def mine(
     return _joined([each for _, each in mined])
 
 
-def _check_size(pool: MiningPool, options: MiningOptions) -> None:
-    """Raise UserError, or log a warning, if the options ask for more documents than the pool has."""
-    num_documents = len(pool.corpus)
-    if options.first_rank >= num_documents:
-        raise UserError(
-            f"first_rank: expected a rank below the number of documents of {pool.name}, {num_documents}, got "
-            f"{options.first_rank}"
-        )
-    if options.k > num_documents:
-        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, num_documents)
-
-
 class Mining:
-    """Mines hard negatives for all tasks of a training.
+    """Mine hard negatives for all tasks of a training run.
 
-    miners: miner of each task; other tasks are not mined.
+    miners: task -> miner. Other tasks are not mined.
     folder: folder of cached vectors.
-    similarity, token_budget: similarity and maximum number of padded tokens per forward pass, as in training.
+    similarity: similarity of the training.
+    token_budget: maximum number of padded tokens per forward pass.
     seed: seed of the sampling.
-    guide: guide model that options.guide names.
+    guide: guide model.
     """
 
     def __init__(
@@ -180,7 +177,7 @@ class Mining:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The settings that decide, besides encoder and data, which negatives are mined, in plain containers."""
+        """All settings that affect which negatives are mined, in plain containers."""
         names = (f.name for f in dataclasses.fields(MiningOptions) if f.name not in ("memory_mb", "backend"))
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.description for task, miner in self.miners.items()}
@@ -189,11 +186,13 @@ class Mining:
     @property
     def needs_encoder(self) -> bool:
         """Whether a miner or a margin needs an encoder."""
-        return self.options.compares or any(miner.needs_vectors for miner in self.miners.values())
+        return self.options.has_margin or any(miner.needs_vectors for miner in self.miners.values())
 
     def cache(self, encoder: Encoder) -> VectorCache:
-        """Return the cache of an encoder's vectors in the folder."""
-        return self._cache(encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget)
+        """Return the cache of an encoder's vectors."""
+        return VectorCache(
+            encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget, shard_size=SHARD
+        )
 
     def run(self, vectors: VectorCache | None, pools: Sequence[MiningPool], step: int = 0) -> dict[str, Mined]:
         """Mine for each task that has a miner. All ranks call this together.
@@ -206,7 +205,7 @@ class Mining:
         guide = None
         if self.guide is not None:
             self.guide.to(vectors.encoder.device if vectors else "cpu")
-            guide = self._cache(self.guide, self.folder / "guide", similarity="cosine")
+            guide = VectorCache(self.guide, self.folder / "guide", similarity="cosine", shard_size=SHARD)
         mined: dict[str, list[Mined]] = {}
         for pool in pools:
             if pool.task in self.miners:
@@ -225,28 +224,28 @@ class Mining:
         tasks = {task: _joined_pools(results) for task, results in mined.items()}
         for task, result in tasks.items():
             if not len(result.negatives.documents):
-                raise UserError(_none_left(task, result.negatives.taken))
+                counts = ", ".join(f"{name} {count}" for name, count in result.negatives.taken.items() if count)
+                raise UserError(
+                    f"{task}: no hard negatives are left. Candidates removed by each filter: "
+                    f"{counts or 'none, there were none'}. Raise k for more candidates, or lower relative_margin or "
+                    "first_rank"
+                )
         return tasks
 
-    def _cache(self, encoder: Encoder, folder: Path, **options: Any) -> VectorCache:
-        return VectorCache(encoder, folder, shard_size=SHARD, **options)
 
-
+@dataclass
 class _BlockMiner:
-    """Mines a block of a pool's queries. guide: vectors of queries and documents by the guide model."""
+    """Mines blocks of a pool's queries. guide: the guide model's vectors of queries and documents."""
 
-    def __init__(
-        self,
-        pool: MiningPool,
-        miner: Miner,
-        options: MiningOptions,
-        context: MiningContext,
-        guide: tuple[Shards, Shards] | None,
-        seeds: Sequence[int],
-    ):
-        self.pool, self.miner, self.options, self.context = pool, miner, options, context
-        self.guide, self.seeds = guide, seeds
-        self.document_texts, self.query_texts = context.prepared["texts"]
+    pool: MiningPool
+    miner: Miner
+    options: MiningOptions
+    context: MiningContext
+    guide: tuple[Shards, Shards] | None
+    seeds: Sequence[int]
+
+    def __post_init__(self) -> None:
+        self.document_texts, self.query_texts = self.context.prepared["texts"]
         self.first_of_text = filters.first_of_text(self.document_texts)
 
     def mine(self, block: range) -> Mined:
@@ -290,7 +289,7 @@ class _BlockMiner:
     def _apply_margins(
         self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
-        """Apply the filters that compare candidates with positives by the encoder, and return the margins (Q, k)."""
+        """Apply the margins of the encoder's scores, and return the score differences to the positives (Q, k)."""
         if self.context.queries is None:
             return np.full(rows.shape, np.nan)
         vectors = (self.context.queries, self.context.documents)
@@ -313,11 +312,11 @@ class _BlockMiner:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores of each query's positive (Q,) and candidates (Q, k).
 
-        vectors: vectors of queries and documents. scores: scores of the candidates if they are known already.
+        vectors: vectors of queries and documents. scores: scores of the candidates, if already known.
         """
         queries, documents = vectors
-        of_positives = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)
-        positive_scores = np.einsum("pd,pd->p", of_positives, documents.gather(positives.values).astype(np.float64))
+        repeated = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)  # (P, D)
+        positive_scores = np.einsum("pd,pd->p", repeated, documents.gather(positives.values).astype(np.float64))
         positive = filters.positive_score(positive_scores, positives, self.options.positive)
         if scores is None:
             block_queries = queries.gather(np.arange(block.start, block.stop))
@@ -333,13 +332,13 @@ def _vectors_of(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
 
 
 def _lists_of(lists: Ragged, queries: range) -> Ragged:
-    """Return the lists of some queries."""
+    """Return the lists of a block of queries."""
     starts = lists.starts[queries.start : queries.stop + 1]
     return Ragged(starts - starts[0], lists.values[starts[0] : starts[-1]])
 
 
 def _joined_pools(pools: Sequence[Mined]) -> Mined:
-    """Join the results of a task's pools, in the order of their examples."""
+    """Join the results of a task's pools."""
     offsets = np.cumsum([0, *(pool.texts.max(initial=-1) + 1 for pool in pools)])
     return _joined(
         [dataclasses.replace(pool, texts=pool.texts + offset) for pool, offset in zip(pools, offsets, strict=False)]
@@ -347,7 +346,7 @@ def _joined_pools(pools: Sequence[Mined]) -> Mined:
 
 
 def _joined(parts: Sequence[Mined]) -> Mined:
-    """Join the results of consecutive queries. Numbers of texts are unchanged."""
+    """Join the results of consecutive blocks of queries, without changing text numbers."""
     starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
     for part in parts:
         starts.append(part.negatives.starts[1:] + total)
@@ -367,19 +366,8 @@ def _joined(parts: Sequence[Mined]) -> Mined:
     )
 
 
-def _none_left(task: str, removed: Mapping[str, int]) -> str:
-    counts = ", ".join(f"{name} {count}" for name, count in removed.items() if count)
-    return (
-        f"{task}: no hard negatives are left. Candidates removed by each filter: {counts or 'none, there were none'}. "
-        "Raise k for more candidates, or lower relative_margin or first_rank"
-    )
-
-
 def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a number for the text of each document, (M,), and of each query, (Q,).
-
-    Two texts have the same number if they differ only in case and white space.
-    """
+    """Number the texts of documents, (M,), and queries, (Q,). Texts that differ only in case or spaces are equal."""
     document_hashes, query_hashes = _text_hashes(corpus), _text_hashes(queries)
     numbers = np.unique(np.concatenate([document_hashes, query_hashes]), return_inverse=True)[1]
     return numbers[: len(document_hashes)], numbers[len(document_hashes) :]

@@ -1,4 +1,4 @@
-"""Miners propose candidates: each ranks the documents of a pool for its training queries.
+"""Propose candidates for hard negatives: each miner ranks a pool's documents for its training queries.
 
 Shapes: Q queries, k candidates per query.
 """
@@ -23,13 +23,14 @@ from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
 @dataclass(frozen=True)
 class MiningContext:
-    """What miners can use besides the pool.
+    """Further inputs of miners.
 
     queries, documents: vectors of the pool, for miners with needs_vectors.
-    pools: those of all tasks.
-    memory: number of bytes for scores at a time.
-    backend: of the exact search (search.BACKENDS).
-    prepared: what a miner computes once for a pool, such as an index. It lives as long as the pool.
+    pools: pools of all tasks.
+    memory: memory limit of the search, in bytes.
+    backend: library for exact search, one of search.BACKENDS.
+    device: device of the search.
+    prepared: cache for data that a miner computes once per pool, such as an index.
     """
 
     queries: Shards | None = None
@@ -42,7 +43,7 @@ class MiningContext:
 
 
 class Miner(ABC):
-    """Ranks documents for queries. Scores are those of the model if it needs_vectors, else on any scale."""
+    """Rank documents for queries. If needs_vectors, the scores are the model's; else they may be on any scale."""
 
     needs_vectors: ClassVar[bool] = False
 
@@ -51,19 +52,19 @@ class Miner(ABC):
 
     @abstractmethod
     def rank(self, pool: MiningPool, queries: range, k: int, context: MiningContext) -> tuple[np.ndarray, np.ndarray]:
-        """Return the k best documents of some queries, best first: rows (Q, k) int64, -1 for none, and scores (Q, k).
+        """Return the best documents of each query, best first: rows (Q, k) int64, -1 for none, and scores (Q, k).
 
-        queries: their numbers in the pool. Raises UserError if the miner cannot rank this pool.
+        queries: query numbers in the pool. Raises UserError if the miner cannot rank this pool.
         """
 
     @property
     def description(self) -> dict[str, Any]:
-        """The class of the miner, and its arguments."""
+        """Class and arguments of the miner."""
         return {"miner": f"{type(self).__module__}.{type(self).__name__}"} | vars(self)
 
 
 class DenseMiner(Miner):
-    """Rank by the model's vectors (ANCE, Xiong et al., 2021)."""
+    """Rank by the dot product of the model's vectors (ANCE, Xiong et al., 2021)."""
 
     needs_vectors = True
 
@@ -79,7 +80,7 @@ class DenseMiner(Miner):
 
 
 class RankBandMiner(DenseMiner):
-    """Take only ranks [first, last) of DenseMiner: hard, but not the hardest (SciNCL, Ostendorff et al., 2022)."""
+    """Take ranks first to last - 1 of DenseMiner: hard, but not the hardest (SciNCL, Ostendorff et al., 2022)."""
 
     def __init__(self, first: int, last: int):
         if not 0 <= first < last:
@@ -93,12 +94,12 @@ class RankBandMiner(DenseMiner):
                 f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got "
                 f"{self.first}"
             )
-        rows[:, : self.first] = -1  # so that ranks remain those of the complete ranking
+        rows[:, : self.first] = -1  # not removed, so that columns are still ranks
         return rows, scores
 
 
 class RandomMiner(Miner):
-    """Draw random documents: a baseline for other miners. All scores are 0."""
+    """Draw random documents, as a baseline for other miners. All scores are 0."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -119,9 +120,9 @@ class BM25Miner(Miner):
 
 
 class ShownMiner(Miner):
-    """Take the hard negatives of the data: documents that were shown and not clicked (grade 0 in the train split).
+    """Take the data's own hard negatives: documents that were shown but not clicked (grade 0 in the train split).
 
-    As mined negatives they go through the filters.
+    As mined negatives, they pass through the filters.
     """
 
     def rank(self, pool, queries, k, context):
@@ -134,14 +135,14 @@ class ShownMiner(Miner):
 
 
 class TwoHopMiner(Miner):
-    """Rank documents that are two links away from the query by the number of paths, which is their score.
+    """Rank documents that are two links away from the query. Their score is the number of paths.
 
-    A subclass defines the links.
+    Subclasses define the links.
     """
 
     @abstractmethod
     def links(self, pool: MiningPool, context: MiningContext) -> tuple[Sequence[np.ndarray], Mapping[int, np.ndarray]]:
-        """Return the links of each query to intermediate nodes, and of each node to documents of the pool."""
+        """Return the intermediate nodes of each query, and the document rows of each node."""
 
     def rank(self, pool, queries, k, context):
         if "links" not in context.prepared:
@@ -164,9 +165,9 @@ def positives_of(pool: MiningPool) -> list[np.ndarray]:
 
 
 class CitedByCitedMiner(TwoHopMiner):
-    """Take papers that the papers cited by the query cite (SPECTER, Cohan et al., 2020; SciMult, section 3.4).
+    """Take papers cited by the papers that the query cites (SPECTER, Cohan et al., 2020; SciMult, section 3.4).
 
-    The queries of the pool must be documents of its corpus.
+    The pool's queries must be documents of its corpus.
     """
 
     def links(self, pool, context):
@@ -184,7 +185,7 @@ class CitedByCitedMiner(TwoHopMiner):
 class LabelsOfCitedMiner(TwoHopMiner):
     """Take labels of papers that the query cites (SciMult, section 3.4).
 
-    Citations come from the pools of link prediction, where papers must have the same ids.
+    Citations come from the link prediction pools, whose papers must have the same ids.
     """
 
     def links(self, pool, context):
@@ -200,22 +201,23 @@ class LabelsOfCitedMiner(TwoHopMiner):
         ]
         if not any(len(hops) for hops in first_hops):
             raise UserError(
-                f"{pool.name}: LabelsOfCitedMiner takes citations from link_prediction tasks, but none of theirs is "
-                "between papers of this collection"
+                f"{pool.name}: LabelsOfCitedMiner takes citations from link_prediction tasks, but none of these "
+                "citations is between two papers of this collection"
             )
         return first_hops, dict(enumerate(positives_of(pool)))
 
 
 class SharingMiner(Miner):
-    """Take papers that share an author, a venue or another value with the query's paper (SciMult, section 3.4).
+    """Take papers that share an author, venue or other value with the query's paper (SciMult, section 3.4).
 
-    If queries are not documents of the corpus (as with labels), take the positives of those papers. Papers that share
-    most values come first; ties are broken randomly by the seed.
+    If those papers are not documents of the corpus, as in classification, take their positives (labels). Papers that
+    share the most values come first. Ties are broken at random.
 
-    papers: JSON-lines file of the papers with their ids and values.
-    field: field to compare, one value or a list of values.
+    papers: JSON-lines file with the ids and values of the papers.
+    field: field to compare, with one value or a list of values.
     id: field of the paper's id.
-    most: maximum number of papers to draw for each value.
+    most: maximum number of papers to draw per value.
+    seed: seed of the random draws.
     """
 
     def __init__(self, papers: str, field: str, id: str = "id", most: int = 1000, seed: int = 0):
@@ -237,32 +239,31 @@ class SharingMiner(Miner):
             ]
             others = [other for group in sharing for other in group.tolist() if other != query]
             if others:
-                offered = np.concatenate([groups.documents[other] for other in others])
-                documents, num_shared = np.unique(offered, return_counts=True)
+                candidates = np.concatenate([groups.documents[other] for other in others])
+                documents, num_shared = np.unique(candidates, return_counts=True)
                 best = np.lexsort((rng.random(len(documents)), -num_shared))[:k]
                 rows[i, : len(best)], scores[i, : len(best)] = documents[best], num_shared[best]
         return rows, scores
 
     def _groups(self, pool: MiningPool) -> _SharedValues:
-        known = _read_values(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})
-        values = [known.get(query.id, []) for query in pool.queries]
+        values_of_paper = _read_values(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})
+        values = [values_of_paper.get(query.id, []) for query in pool.queries]
         queries_of_value = defaultdict(list)
         for query, values_of_query in enumerate(values):
             for value in values_of_query:
                 queries_of_value[value].append(query)
         if not any(len(queries) > 1 for queries in queries_of_value.values()):
             raise UserError(f"{pool.name}: no two of its papers share a value of {self.field!r} in {self.papers}")
-        positives = positives_of(pool)
         documents = [
-            np.array([row]) if row >= 0 else positives_of_query
-            for row, positives_of_query in zip(pool.document_of_query, positives, strict=True)
+            np.array([row]) if row >= 0 else positives
+            for row, positives in zip(pool.document_of_query, positives_of(pool), strict=True)
         ]
         return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
 
 
 @dataclass(frozen=True)
 class _SharedValues:
-    """Which queries share values, and the documents that each query's paper offers to the others."""
+    """Values of each query, the queries of each value, and the document rows that each query adds as candidates."""
 
     values: list[list[str]]
     queries_of_value: Mapping[str, np.ndarray]
@@ -270,16 +271,16 @@ class _SharedValues:
 
 
 def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str, list[str]]:
-    """Return the distinct values of a field for each of the papers.
-
-    Raises UserError with file and line if the file cannot be read, or a line is not a JSON object with an id.
-    """
+    """Return each paper's distinct values of a field. Raises UserError for an unreadable file or an invalid line."""
     values: dict[str, list[str]] = {}
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                record = _json_object(line)
-                if id not in record:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict) or id not in record:
                     raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")
                 if str(record[id]) in papers:
                     value = record.get(field) or []
@@ -288,11 +289,3 @@ def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str,
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"papers: {path} cannot be read ({error})") from error
     return values
-
-
-def _json_object(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -1,4 +1,4 @@
-"""Report on mined hard negatives: whether they are negatives, how hard they are, and how much they changed."""
+"""Report on mined hard negatives: how hard they are, how many look like positives, and how many are new."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lightning_modules.pictures import box, document, text
 
 NUM_BINS = 24
 WIDTH, HEIGHT, GAP = 420, 160, 46  # of a histogram, in pixels
-# What each figure means. It is logged as mine/<task>/<name>; shares are between 0 and 1.
+# Meaning of each figure, which is logged as mine/<task>/<name>. Shares are between 0 and 1.
 FIGURES = {
     "negatives": "mean number of negatives per query",
     "without": "share of queries without negatives (they use those of the data)",
-    "false_negative_rate": "share that score above the positive, or are judged relevant in other splits; an estimate",
-    "revealed": "  of these: judged relevant in other splits",
-    "above_positive": "  of these: above the positive",
+    "false_negative_rate": "share above the positive or judged relevant in other splits; an estimate",
+    "revealed": "  judged relevant in other splits",
+    "above_positive": "  above the positive",
     "candidates_above": "share of candidates above the positive, before the margins",
-    "margin_p10": "score of the positive minus the negative's: a tenth are below",
-    "margin_p50": "  half are below; hard if near 0",
-    "margin_p90": "  nine tenths are below",
+    "margin_p10": "score of the positive minus the negative's: 10th percentile",
+    "margin_p50": "  median; hard if near 0",
+    "margin_p90": "  90th percentile",
     "duplicates": "share with the same text as another negative of the query",
-    "distinct": "distinct documents per negative; low if few documents serve many queries",
+    "distinct": "distinct documents per negative; low if many queries share few documents",
     "age": "steps since the previous mining",
-    "kept": "share that were mined the previous time too",
+    "kept": "share that were also mined the previous time",
 }
 
 
@@ -40,7 +40,7 @@ FIGURES = {
 class TaskReport:
     """Report on one task.
 
-    values: name -> figure, with the names of FIGURES.
+    values: name in FIGURES -> figure.
     histogram: counts (NUM_BINS,) and edges (NUM_BINS + 1,) of the margins; both empty without an encoder.
     removed: filter -> number of candidates that it removed.
     """
@@ -51,7 +51,7 @@ class TaskReport:
 
 
 def report(mined: Mined, step: int, previous: MinedNegatives | None = None, previous_step: int = 0) -> TaskReport:
-    """Return the report on a task. previous: the negatives in use so far, mined at previous_step."""
+    """Return the report on a task. previous: negatives in use so far, mined at previous_step."""
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
     above = np.nan_to_num(mined.margins, nan=np.inf) < 0
@@ -78,7 +78,7 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
 
 
 def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> dict[str, TaskReport]:
-    """Return a report on each task. previous: the HardNegativeStore in use so far, if any."""
+    """Return the report on each task. previous: HardNegativeStore in use so far, if any."""
     tasks, since = (previous.tasks, previous.meta["step"]) if previous else ({}, 0)
     return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
 
@@ -89,20 +89,20 @@ def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:
-    """Raise UserError if a task's estimated rate of false negatives is above stop_at. reports: task -> its values."""
+    """Raise UserError if a task's false_negative_rate is above stop_at. reports: task -> values of its report."""
     for task, values in reports.items():
         rate = values["false_negative_rate"]
         if stop_at is not None and rate > stop_at:
             raise UserError(
                 f"{task}: {rate:.1%} of the mined hard negatives look like positives, more than stop_at, "
-                f"{stop_at:.1%} (above their positive: {values.get('above_positive', 0):.1%}, judged relevant in other "
+                f"{stop_at:.1%} (above the positive: {values.get('above_positive', 0):.1%}, judged relevant in other "
                 f"splits: {values['revealed']:.1%}). Raise relative_margin or first_rank, compare with "
                 "positive=lowest, or mine later (first_step)"
             )
 
 
 def table(reports: Mapping[str, TaskReport]) -> list[str]:
-    """Return the lines of a text table: one column per task, and what each figure means."""
+    """Return the lines of a text table, with a column per task and the meaning of each figure."""
     names = [name for name in FIGURES if any(name in task.values for task in reports.values())]
     width = max(8, *(len(task) for task in reports)) + 2
     lines = [f"{'':24}" + "".join(f"{task:>{width}}" for task in reports)]
@@ -123,17 +123,17 @@ def _format(value: float) -> str:
 
 
 def metrics(reports: Mapping[str, TaskReport]) -> dict[str, float]:
-    """Return all figures under the names that loggers use."""
+    """Return all figures under their log keys."""
     return {f"mine/{task}/{name}": value for task, each in reports.items() for name, value in each.values.items()}
 
 
 def histograms(reports: Mapping[str, TaskReport]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return counts and edges of the margins, by name, for tasks that an encoder scored."""
+    """Return the histograms of the margins under their log keys, for tasks with margins."""
     return {f"mine/{task}/margins": each.histogram for task, each in reports.items() if len(each.histogram[0])}
 
 
 def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) -> None:
-    """Write report.svg and then report.json, whose presence means that the mining was finished."""
+    """Write report.svg and then report.json, which marks the mining as finished."""
     (folder / "report.svg").write_text(svg(reports, title), encoding="utf-8")
     content = {
         task: {
@@ -152,7 +152,7 @@ def read_values(path: Path) -> dict[str, dict[str, float]]:
 
 
 def svg(reports: Mapping[str, TaskReport], title: str) -> str:
-    """Return the histograms of the margins, one per task: blue above 0, and red below, where negatives score higher."""
+    """Draw a histogram of the margins per task. Bars below 0, where the negative scores higher, are red."""
     parts = [text(10, 20, title, "bold")]
     for number, (task, each) in enumerate(reports.items()):
         parts += _histogram(each, task, top=40 + number * (HEIGHT + GAP))

@@ -1,4 +1,4 @@
-"""BM25, computed by bm25s (Lucene's form, English stop words)."""
+"""BM25 by bm25s, with Lucene's formula and English stop words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from datamodules.text import input_text
 
 
 class Bm25Index:
-    """An index of M documents by their words."""
+    """BM25 index of M documents."""
 
     def __init__(self, documents: Iterable[Document]):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import sets it to DEBUG
         words = _tokenize(documents)
         self.index = bm25s.BM25() if words.vocab else None  # None if no document has a word
         if self.index is not None:
@@ -28,9 +28,9 @@ class Bm25Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k).
 
-        Documents that share no word with the query are not retrieved; their row is -1.
+        Documents that share no word with the query are not retrieved; row -1 takes their place.
         k: number of documents per query, at most M.
-        first: rows (Q, b) to put in front of the others, with their scores.
+        first: rows (Q, b) to put before the others, with their scores.
         """
         queries = list(queries)
         if self.index is None or not queries:

@@ -1,4 +1,4 @@
-"""How much texts a forward pass takes, and the precision it computes in, by the names of `trainer.precision`."""
+"""Precision and token budget of forward passes without gradients."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import time
 
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16")
 # Maximum number of padded tokens per forward pass. A CPU is fastest when they fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
 
 
 def default_token_budget(device: torch.device | str) -> int:
-    """Return the maximum number of padded tokens per forward pass without gradients on a device."""
+    """Return the default maximum number of padded tokens per forward pass on a device."""
     return TOKEN_BUDGETS.get(torch.device(device).type, TOKEN_BUDGETS["cuda"])
 
 
-def resolved(precision: str, device: torch.device | str) -> str:
-    """Return "fp32" or "bf16": "auto" is bf16 on GPUs that compute in it, and on CPUs with AMX.
+def resolve_precision(precision: str, device: torch.device | str) -> str:
+    """Return "fp32" or "bf16". "auto" means bf16 on GPUs with native support and on CPUs with AMX.
 
-    Support for bf16 instructions alone (avx512_bf16) does not make a CPU fast: of two such CPUs, matrix products were
-    2.5 times as fast as in fp32 on one, and 0.55 times as fast on the other. bf16_speed measures this.
+    bf16 instructions alone (avx512_bf16) do not make a CPU fast. On one such CPU, matrix products were 2.5 times as
+    fast as in fp32, on another 0.55 times as fast. bf16_speed measures this.
     """
     if precision != "auto":
         return precision
@@ -31,19 +30,19 @@ def resolved(precision: str, device: torch.device | str) -> str:
 
 
 def computing_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which a forward pass on this device computes in a precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=resolved(precision, device) == "bf16")
+    """Return an autocast context for forward passes in this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
 
 
-def current(device: torch.device) -> str:
-    """Return the precision of the active autocast: "fp32" if there is none."""
+def active_precision(device: torch.device) -> str:
+    """Return the precision of the active autocast, "fp32" if there is none."""
     active = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if active else torch.float32
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def bf16_speed() -> float:
-    """Return how many times as fast as fp32 this CPU computes a matrix product of typical size in bf16."""
+    """Return the speed of bf16 relative to fp32 on this CPU, for a matrix product of typical size."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         texts, weight = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)

@@ -2,7 +2,7 @@
 
 With several ranks, each one encodes its share of the corpus, and ranks and measures its share of the queries.
 
-Shapes: Q queries of the benchmark, q of them, M documents, D dimensions, k documents per query, n metrics.
+Shapes: q queries (of one rank or of all), M documents, D dimensions, k documents per query, n metrics.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -51,8 +51,8 @@ class QueryValues:
     metrics: names of the ranking metrics.
     queries: positions of the queries in the benchmark, ascending, (q,).
     values: value of each ranking metric, (q, n).
-    documents, scores: the first document of each query, (q, 1), from which other metrics are computed; for a probe all
-    of its predictions, (q, p). -1 for none.
+    documents, scores: the top document of each query and its score, (q, 1), or for a probe all predictions, (q, p).
+    Documents are padded with -1. Metrics of classes and numbers are computed from these arrays.
     """
 
     metrics: tuple[str, ...]
@@ -66,10 +66,10 @@ class QueryValues:
 class BenchmarkResult:
     """The result of one system on one benchmark.
 
-    metrics: mean of each metric over all queries of all ranks; in few-shot learning its mean over the draws.
+    metrics: mean of each metric over all queries of all ranks; in few-shot learning, averaged over the draws.
     similarity: "dot", "cosine", "l2" or "bm25"; for a probe its linear model, "svm" or "svr".
-    num_texts: number of documents and queries that have vectors.
-    seconds: time of this rank in each stage: "encode", "rank" (which includes learning) and "metrics".
+    num_texts: number of encoded documents and queries.
+    seconds: seconds that this rank spent in each stage: "encode", "rank" (which includes learning) and "metrics".
     run: rankings of this rank's share of the queries. query_values: measurements of the queries of all ranks.
     draws: metrics of each draw of training papers in few-shot learning, which has neither run nor query_values.
     """
@@ -130,13 +130,13 @@ def evaluate(
     token_budget: maximum number of padded tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
-    advance: called with the stage, the number of its steps done since the last call, and their total. The steps are
-    texts to encode, query-document pairs to rank, and draws of training papers to learn from.
+    advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
+    a query-document pair to rank, or a draw of training papers to learn from.
 
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    advance = advance or _ignore_progress
+    advance = advance or (lambda *_: None)
     metrics = tuple(benchmark.metrics or metrics)
     k = k or ranking_depth(metrics, benchmark)
     similarity = benchmark.similarity or similarity
@@ -155,7 +155,7 @@ def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: 
     """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
     metrics = tuple(benchmark.metrics or metrics)
     k = k or ranking_depth(metrics, benchmark)
-    runs = (rank_bm25(benchmark, k) for _ in range(1))  # ranked inside the loop that takes the time
+    runs = (rank_bm25(benchmark, k) for _ in range(1))  # a generator, so that ranking is timed
     return _measure_runs(runs, benchmark, metrics, "bm25", 0, 0.0)
 
 
@@ -169,41 +169,38 @@ def rank_benchmark(
     advance: Callable[[int], None] | None = None,
     vectors: VectorCache | None = None,
 ) -> Run:
-    """Rank this rank's share of a benchmark's queries, without measuring: queries rank, rank + world size, ...
+    """Rank the documents for this rank's share of a benchmark's queries (every world_size-th one), without measuring.
 
-    advance: called with the number of texts encoded since the last call. Other arguments are those of evaluate().
+    advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
 
 
-class _Encoded(NamedTuple):
-    """The vectors of a benchmark.
-
-    query_ids: ids of this rank's queries. queries: their vectors, (q, D).
-    documents: vectors of the corpus, or of the training papers for a probe, (M, D).
-    """
-
-    query_ids: list[str]
-    queries: np.ndarray
-    documents: Shards
-
-
 def _encode(
     encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None
-) -> _Encoded:
+) -> tuple[list[str], np.ndarray, Shards]:
+    """Return the ids of this rank's queries, their vectors, (q, D), and the vectors of the documents, (M, D).
+
+    The documents are the corpus, or the training papers of a probe.
+    """
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     documents = vectors.vectors(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
-    return _Encoded(query_ids, queries, documents)
+    return query_ids, queries, documents
 
 
 def _rank(
-    encoder: Encoder, benchmark: Benchmark, encoded: _Encoded, k: int, similarity: str, advance: StageAdvance
+    encoder: Encoder,
+    benchmark: Benchmark,
+    encoded: tuple[list[str], np.ndarray, Shards],
+    k: int,
+    similarity: str,
+    advance: StageAdvance,
 ) -> Iterator[Run]:
-    """Yield the run of this rank's queries, or of each draw in few-shot learning."""
+    """Yield the run of this rank's queries, or the run of each draw in few-shot learning."""
     query_ids, queries, documents = encoded
     if benchmark.training is None:
         step = _counter(advance, "rank", len(queries) * documents.count if benchmark.candidates is None else 0)
@@ -216,7 +213,7 @@ def _rank(
 
 
 def _counter(advance: StageAdvance, stage: Stage, total: int) -> Callable[[int], None]:
-    """Begin a stage, and return a function that reports a number of its steps."""
+    """Start a stage, and return a function that reports a number of completed steps."""
     advance(stage, 0, total)
     return lambda count: advance(stage, count, total)
 
@@ -246,40 +243,40 @@ def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Q
     queries = np.array([positions[query] for query in run.queries], dtype=np.int64)
     if benchmark.training is None:
         _check_relevant(benchmark)
-        values, counts = _ranking_values(run, benchmark, names)
+        values, is_counted = _ranking_values(run, benchmark, names)
         width = 1
     else:  # a probe may predict no label, so queries without labels still count
-        values, counts = np.zeros((len(queries), 0)), np.ones(len(queries), dtype=bool)
+        values, is_counted = np.zeros((len(queries), 0)), np.ones(len(queries), dtype=bool)
         width = run.indices.shape[1]
     documents, scores = run.indices[:, :width], run.scores[:, :width]
     if not documents.shape[1]:
         documents, scores = np.full((len(queries), 1), -1), np.zeros((len(queries), 1))
-    return merge_query_values([QueryValues(names, queries[counts], values[counts], documents[counts], scores[counts])])
+    counted = (array[is_counted] for array in (queries, values, documents, scores))
+    return merge_query_values([QueryValues(names, *counted)])
 
 
 def _check_relevant(benchmark: Benchmark) -> None:
-    without = [query for query, grades in benchmark.qrels.items() if not any(grade > 0 for grade in grades.values())]
-    if len(without) == len(benchmark.qrels):
+    unanswered = [query for query, grades in benchmark.qrels.items() if not any(g > 0 for g in grades.values())]
+    if len(unanswered) == len(benchmark.qrels):
         raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
-    if without and benchmark.without_relevant == "error":
-        raise UserError(
-            f"{benchmark.name}: {len(without)} queries have no relevant document, the first is {without[0]!r}"
-        )
+    if unanswered and benchmark.without_relevant == "error":
+        count, first = len(unanswered), unanswered[0]
+        raise UserError(f"{benchmark.name}: {count} queries have no relevant document, the first is {first!r}")
 
 
 def _ranking_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the value of each metric for each query, (q, n), and whether the query counts in the mean, (q,)."""
     metrics = [(RANKING_METRICS[name], cut_off) for name, cut_off in map(parse_metric, names)]
     positions = positions_of(run.documents)
-    values, counts = np.zeros((len(run.queries), len(metrics))), np.ones(len(run.queries), dtype=bool)
+    values, is_counted = np.zeros((len(run.queries), len(metrics))), np.ones(len(run.queries), dtype=bool)
     step = max(1, JUDGE_BLOCK // max(1, run.indices.shape[1]))
     for start in range(0, len(run.queries), step):
-        judged = judge(run.part(start, start + step), benchmark.qrels, positions)
+        judged = judge(run.slice(start, start + step), benchmark.qrels, positions)
         for column, (metric, cut_off) in enumerate(metrics):
             values[start : start + step, column] = metric(judged, cut_off)
         if benchmark.without_relevant == "skip":
-            counts[start : start + step] = judged.num_relevant > 0
-    return values, counts
+            is_counted[start : start + step] = judged.num_relevant > 0
+    return values, is_counted
 
 
 def gather_query_values(values: QueryValues) -> QueryValues:
@@ -301,7 +298,7 @@ def merge_query_values(shares: Sequence[QueryValues]) -> QueryValues:
 
 
 def mean_metrics(values: QueryValues, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:
-    """Return each metric over all queries of the measurements."""
+    """Return the value of each metric over all measured queries."""
     means = dict(zip(values.metrics, values.values.mean(0).tolist(), strict=True)) if len(values.queries) else {}
     if any(name in CLASS_METRICS for name in metrics):
         counts = _count_classes(values, benchmark)
@@ -316,9 +313,8 @@ def mean_metrics(values: QueryValues, benchmark: Benchmark, metrics: Sequence[st
 
 
 def _count_classes(values: QueryValues, benchmark: Benchmark) -> np.ndarray:
-    """Count the classes, which are the corpus's documents: (3, M), see class_counts."""
-    positions = positions_of(list(benchmark.corpus))
-    ids = list(benchmark.queries)
+    """Return the class_counts of the measurements, (3, M). The classes are the documents of the corpus."""
+    positions, ids = positions_of(list(benchmark.corpus)), list(benchmark.queries)
     true = [
         (row, positions[document])
         for row, query in enumerate(values.queries)
@@ -337,9 +333,9 @@ def gather_run(run: Run) -> Run:
     dist.all_gather_object(shares, run)
     queries = [query for share in shares for query in share.queries]
     turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # ranks take turns at the queries
-    back = np.argsort(np.concatenate(turns))
+    order = np.argsort(np.concatenate(turns))
     indices, scores = (np.concatenate([getattr(share, name) for share in shares]) for name in ("indices", "scores"))
-    return Run([queries[i] for i in back], run.documents, indices[back], scores[back])
+    return Run([queries[i] for i in order], run.documents, indices[order], scores[order])
 
 
 def _measure_runs(
@@ -350,7 +346,7 @@ def _measure_runs(
     num_texts: int,
     encode_seconds: float,
 ) -> BenchmarkResult:
-    """Measure one run, or the run of each draw in few-shot learning. runs: computed here, one after the other."""
+    """Measure one run, or the run of each draw in few-shot learning. runs: a generator; its time counts as ranking."""
     seconds = {"encode": encode_seconds, "rank": 0.0, "metrics": 0.0}
     draws, started = [], time.monotonic()
     for run in runs:
@@ -365,7 +361,3 @@ def _measure_runs(
     if benchmark.training is not None and benchmark.probe.samples:
         return BenchmarkResult(benchmark, means, similarity, num_texts, seconds, draws=tuple(draws))
     return BenchmarkResult(benchmark, means, similarity, num_texts, seconds, run, values)
-
-
-def _ignore_progress(stage: Stage, count: int, total: int) -> None:
-    pass

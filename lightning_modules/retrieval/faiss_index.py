@@ -1,7 +1,7 @@
-"""FAISS indexes of a corpus: trained on a sample, filled block by block, with their recall measured.
+"""Build FAISS indexes of a corpus, search them, and measure their recall.
 
     flat     the vectors themselves: exact
-    ivf      the vectors in nlist lists around centroids, of which a search visits nprobe
+    ivf      the vectors in nlist lists around centroids; a search visits nprobe of them
     pq       m bytes per vector (product quantization)
     ivfpq    both
 
@@ -23,16 +23,16 @@ from datamodules.records import UserError
 from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
 
 BLOCK = 65536  # number of vectors that are added at a time
-MAX_SAMPLE_BYTES = 1 << 30  # of the vectors that an index is trained on
+MAX_SAMPLE_BYTES = 1 << 30  # maximum size of the vectors that an index is trained on
 SAMPLE_PER_CENTROID = 64  # FAISS warns below 39
-NUM_CODES = 256  # centroids of each byte of product quantization
-PROBES = (1, 4, 16, 64, 256)
-RERANKED = 4  # candidates of a quantized index per document of the result
+NUM_CODES = 256  # number of centroids that a byte of product quantization can name
+PROBES = (1, 4, 16, 64, 256)  # values of nprobe to measure the recall of
+RERANKED = 4  # number of candidates that get exact scores per document of the result
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The kind of an index, and its size."""
+    """Kind and size of an index."""
 
     kind: Literal["flat", "ivf", "pq", "ivfpq"] = option(
         "flat", "flat: exact; ivf: searches only the nearest lists; pq: few bytes per vector; ivfpq: both"
@@ -49,7 +49,7 @@ class IndexOptions:
         return self.kind.endswith("pq")
 
     def resolved(self, count: int, dimension: int) -> IndexOptions:
-        """Return the options with nlist and m for M vectors of D dimensions. Raises UserError if they do not fit."""
+        """Fill in nlist and m for M vectors of D dimensions. Raises UserError if the given values do not fit."""
         nlist = self.nlist or max(1, min(int(4 * count**0.5), count // SAMPLE_PER_CENTROID))
         m = self.m or max(d for d in range(1, max(1, dimension // 8) + 1) if dimension % d == 0)
         if self.has_lists and nlist > count:
@@ -64,14 +64,14 @@ class IndexOptions:
 
 
 def build_index(vectors: Shards, options: IndexOptions, advance: Advance | None = None) -> Any:
-    """Return an index of all vectors, by inner product.
+    """Build an inner-product index of all vectors.
 
-    options: resolved ones. advance: called with the number of vectors of each block that was added.
+    options: resolved options. advance: callback for the number of vectors in each added block.
     """
     faiss = _faiss()
     dimension = vectors[0].shape[1]
     lists = f"IVF{options.nlist}," if options.has_lists else ""
-    # "np" leaves out an annealing that takes minutes and only serves Hamming distances.
+    # "np" skips polysemous training, which takes minutes and only helps with Hamming distances.
     codes = f"PQ{options.m}np" if options.m else "Flat"
     index = faiss.index_factory(dimension, lists + codes, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
@@ -89,11 +89,11 @@ def build_index(vectors: Shards, options: IndexOptions, advance: Advance | None 
 def search_index(
     index: Any, queries: np.ndarray, k: int, nprobe: int = 0, vectors: Shards | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows (Q, k) of the best documents, -1 if the index finds fewer, and their scores (Q, k) in float32.
+    """Return the k best documents of each query: rows (Q, k), -1 if the index finds fewer, and float32 scores (Q, k).
 
     queries: vectors, (Q, D).
-    nprobe: number of lists to visit; 0 for the index's own.
-    vectors: the documents' vectors, to score RERANKED times k candidates exactly.
+    nprobe: number of lists to visit; 0 for the index's default.
+    vectors: document vectors for reranking RERANKED times k candidates by their exact scores.
     """
     faiss = _faiss()
     if nprobe:
@@ -110,16 +110,16 @@ def search_index(
 def measure_recall(
     index: Any, vectors: Shards, options: IndexOptions, k: int = 10, num_queries: int = 200
 ) -> list[dict[str, float]]:
-    """Return the recall of the k nearest documents of a sample of the documents, for each of several nprobe.
+    """Measure the recall of the k nearest documents for several values of nprobe, with sampled documents as queries.
 
-    Each result has nprobe and recall, and with quantization "reranked": the recall after scoring RERANKED times k
-    candidates exactly. A document that is as near as the k-th nearest counts as found.
+    Returns nprobe and recall for each, and with quantization "reranked", the recall with exact scores of RERANKED times
+    k candidates. Any document as near as the k-th nearest counts as a hit.
     """
     sample = _sample(vectors, num_queries)
     k = min(k, vectors.count - 1)
     queries = vectors.gather(sample)
     rows, scores = top_k(queries, vectors, k + 1)
-    kth_score = np.sort(np.where(rows == sample[:, None], -np.inf, scores), axis=1)[:, -k]  # without itself
+    kth_score = np.sort(np.where(rows == sample[:, None], -np.inf, scores), axis=1)[:, -k]  # without the query itself
     threshold = (kth_score - 1e-6 * np.abs(kth_score))[:, None]
     results = []
     for nprobe in [n for n in PROBES if n < options.nlist] + [options.nlist]:
@@ -134,7 +134,7 @@ def measure_recall(
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Write an index completely or not at all. Raises UserError if that fails."""
+    """Write an index atomically. Raises UserError if the file cannot be written."""
     faiss, partial = _faiss(), path.with_name(f".{path.name}.{os.getpid()}")
     try:
         faiss.write_index(index, str(partial))
@@ -146,7 +146,7 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path) -> Any:
-    """Return the index in a file. Raises UserError if it is missing or damaged."""
+    """Read an index. Raises UserError if the file is missing or damaged."""
     faiss = _faiss()
     if not path.is_file():
         raise UserError(f"index: {path} does not exist")
@@ -157,13 +157,13 @@ def read_index(path: Path) -> Any:
 
 
 def _sample(vectors: Shards, count: int) -> np.ndarray:
-    """Return at most `count` random rows in ascending order, the same ones each time."""
+    """Return at most `count` random rows in ascending order, always the same ones."""
     count = min(vectors.count, count, MAX_SAMPLE_BYTES // (4 * vectors[0].shape[1]))
     return np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
 
 
 def _faiss() -> Any:
-    """Import FAISS with torch's number of threads. Raises UserError if it is not installed."""
+    """Import FAISS, and give it as many threads as torch. Raises UserError if it is not installed."""
     try:
         import faiss
     except ImportError as error:

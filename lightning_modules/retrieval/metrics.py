@@ -36,7 +36,7 @@ class Run:
     indices: np.ndarray
     scores: np.ndarray
 
-    def part(self, start: int, stop: int) -> Run:
+    def slice(self, start: int, stop: int) -> Run:
         """Return the rankings of the queries from start up to stop."""
         return Run(self.queries[start:stop], self.documents, self.indices[start:stop], self.scores[start:stop])
 
@@ -105,7 +105,7 @@ def judge(run: Run, qrels: Qrels, positions: Mapping[str, int] | None = None) ->
     ideal = np.zeros((len(judgements), max(1, counts.max(initial=0))))
     ideal[rows, np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)] = grades[best]
 
-    # A judgement becomes one number, row * width + column. Judged documents outside the corpus have none.
+    # Encode each judgement as one number, row * width + column. Judged documents outside the corpus are left out.
     width = len(run.documents) + 1
     in_corpus = columns >= 0
     keys = (rows * width + columns)[in_corpus]
@@ -207,9 +207,7 @@ def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
     try:
         from scipy.stats import kendalltau
     except ImportError as error:
-        raise UserError(
-            "metric kendall_tau needs SciPy, which comes with scikit-learn (make install EXTRAS=cpu,svm)"
-        ) from error
+        raise UserError("metric kendall_tau needs SciPy (make install EXTRAS=cpu,svm)") from error
     tau = float(kendalltau(predicted, true).statistic)
     return 0.0 if np.isnan(tau) else tau
 
@@ -223,11 +221,7 @@ RANKING_METRICS: dict[str, Callable[[Judged, int], np.ndarray]] = {
     "map": average_precision,
     "r_precision": r_precision,
 }
-CLASS_METRICS: dict[str, Callable[[np.ndarray], float]] = {
-    "macro_f1": macro_f1,
-    "micro_f1": micro_f1,
-    "f1": binary_f1,
-}
+CLASS_METRICS: dict[str, Callable[[np.ndarray], float]] = {"macro_f1": macro_f1, "micro_f1": micro_f1, "f1": binary_f1}
 LABEL_METRICS = CLASS_METRICS | {"macro_f1": macro_f1_of_labels}
 NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"kendall_tau": kendall_tau}
 CUT_OFF_IS_OPTIONAL = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")
@@ -236,7 +230,7 @@ CUT_OFF_IS_OPTIONAL = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")
 def parse_metric(name: str) -> tuple[str, int]:
     """Split a metric into its name and its cut-off: "ndcg@10" -> ("ndcg", 10).
 
-    The cut-off of "ndcg" is WHOLE_RANKING, that of "macro_f1" is 1. Raises UserError for an unknown metric.
+    The cut-off of "ndcg" is WHOLE_RANKING, and that of "macro_f1" is 1. Raises UserError for an unknown metric.
     """
     match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
     metric, cut_off = match.groups() if match else ("", None)

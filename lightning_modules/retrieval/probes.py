@@ -11,7 +11,6 @@ Shapes: n training papers, q queries, D dimensions, L documents of the corpus (c
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import warnings
@@ -32,16 +31,17 @@ PARALLEL_FROM = 2**19  # with fewer values, one process finishes before others h
 
 
 def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:
-    """Predict the queries, once, or in few-shot learning once for each draw of training papers.
+    """Predict the class, labels or number of each query: once, or in few-shot learning once for each draw.
 
     queries: vectors of query_ids, (q, D). train: vectors of the papers of benchmark.training, in their order, (n, D).
-    Yields runs that have each query's class; or its labels, most certain first; or its number, as the score of the
-    corpus's one document.
+    Yields runs that rank each query's class, or its labels, most certain first. A number is the score of the only
+    document of the corpus.
 
-    Raises UserError for a paper without or with several classes, too few papers of a class or label, or without
+    Raises UserError if a paper does not have exactly one class, if a class or label has too few papers, or without
     scikit-learn.
     """
-    _check_installed()
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("probes need scikit-learn (make install EXTRAS=cpu,svm)")
     probe, names = benchmark.probe, list(benchmark.corpus)
     targets = {"class": _class_targets, "labels": _label_targets, "number": _number_targets}[probe.learns](
         benchmark, names
@@ -54,7 +54,7 @@ def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarr
         if probe.learns == "class":
             _check_classes(benchmark, names, targets[rows], f"draw {number}: ")
         elif number == 1:
-            _warn_of_fixed_costs(benchmark, names, targets[rows])
+            _warn_about_fixed_costs(benchmark, names, targets[rows])
         yield _predict(benchmark, query_ids, names, queries, train[rows], targets[rows])
 
 
@@ -88,8 +88,8 @@ def _predict(
 def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
     """Yield the rows of the training papers of each draw.
 
-    Papers with classes are dealt, in their order, into parts of the wanted size that have the proportions of the
-    classes; each part is a draw. With labels, each draw takes papers of each label at random.
+    Papers with classes are split, in their order, into stratified parts of the wanted size, and each part is a draw.
+    With labels, each draw takes random papers of each label.
     """
     if benchmark.probe.learns == "labels":
         yield from _label_draws(benchmark, targets, names)
@@ -103,16 +103,16 @@ def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Itera
             f"{benchmark.name}: {len(targets)} training papers cannot be divided into parts of {probe.samples}"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # a part may lack it, as in SciRepEval
+        warnings.filterwarnings("ignore", "The least populated class")  # a part may lack a class, as in SciRepEval
         splits = list(StratifiedKFold(num_parts).split(targets, targets))
     size = len(targets) // num_parts
-    if size < 0.9 * probe.samples:  # a paper less in some of many parts is part of the procedure
+    if size < 0.9 * probe.samples:  # slightly smaller parts are part of the procedure
         log.warning(
-            "%s: %d training papers make parts of %d, not of %d; samples=%d describes what is measured",
+            "%s: %d training papers make parts of %d, not of %d, so samples=%d would be accurate",
             *(benchmark.name, len(targets), size, probe.samples, size),
         )
     if num_parts < probe.draws:
-        log.info("%s: only %d draws, since there are no more training papers", benchmark.name, num_parts)
+        log.info("%s: only %d draws, because there are no more training papers", benchmark.name, num_parts)
     yield from (rows for _, rows in splits[: probe.draws])
 
 
@@ -128,7 +128,7 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
         random, rows = np.random.RandomState(SEED + draw), set()
         for label in range(len(names)):
             rows.update(random.choice(np.flatnonzero(labels[:, label]), probe.samples, replace=False).tolist())
-        yield np.array(list(rows))  # the order of the set, as in SciRepEval, decides the folds of cross-validation
+        yield np.array(list(rows))  # in the set's order, as in SciRepEval, since it decides the folds
 
 
 def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
@@ -146,7 +146,7 @@ def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
 
 
 def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], where: str = "") -> None:
-    """Raise UserError if training papers of these classes are all of one, or too few of one for the folds."""
+    """Raise UserError if the training papers have only one class, or if a class has too few of them for the folds."""
     present, counts = np.unique(classes, return_counts=True)
     least = FOLDS if len(benchmark.probe.costs) > 1 else 1
     if len(present) < 2 or counts.min() < least:
@@ -157,7 +157,7 @@ def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence
 
 
 def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
-    """Return 1 where a training paper has a label, (n, L)."""
+    """Return a matrix of papers and labels, (n, L): 1 where the paper has the label, else 0."""
     if len(names) < 2:
         raise UserError(f"{benchmark.name}: expected at least two labels, got {len(names)}")
     rows = [[grades.get(name, 0) > 0 for name in names] for grades in benchmark.training[1].values()]
@@ -168,18 +168,18 @@ def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
             *(benchmark.name, len(constant), constant[0]),
         )
     if not benchmark.probe.samples:
-        _warn_of_fixed_costs(benchmark, names, labels)
+        _warn_about_fixed_costs(benchmark, names, labels)
     return labels
 
 
-def _warn_of_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
-    """Warn of labels for which C cannot be chosen. labels: (n, L)."""
+def _warn_about_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
+    """Warn about labels for which C cannot be chosen. labels: (n, L)."""
     varies, costs = labels.min(0) < labels.max(0), benchmark.probe.costs
     fixed = np.flatnonzero(varies & ~can_choose_cost(labels)) if len(costs) > 1 else ()
     if len(fixed):
         log.warning(
-            "%s: too few training papers have or lack %d of the labels to choose C, so it is %g; the first is %s",
-            *(benchmark.name, len(fixed), costs[0], names[fixed[0]]),
+            "%s: C is %g for %d labels, because too few training papers have or lack them; the first is %s",
+            *(benchmark.name, costs[0], len(fixed), names[fixed[0]]),
         )
 
 
@@ -193,13 +193,11 @@ def _number_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
 def predict_classes(
     train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the class of each query, (q,), and C, chosen by accuracy. Each class is separated from all others.
+    """Return the class of each query, (q,), and C, chosen by accuracy. One model per class separates it from the rest.
 
     train: (n, D). classes: (n,). queries: (q, D).
     """
-    model = _with_best_cost(_estimator(probe), probe, parallel=train.size > PARALLEL_FROM)
-    with _quiet():
-        model.fit(train.astype(np.float64), classes)
+    model = _fit(train, classes, probe, parallel=train.size > PARALLEL_FROM)
     margins = _products(queries, _weights(model))
     predictions = margins.argmax(1) if margins.shape[1] > 1 else (margins[:, 0] > 0).astype(int)
     return model.classes_[predictions], _chosen_cost(model)
@@ -208,8 +206,8 @@ def predict_classes(
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
 
-    labels: (n, L), 1 or 0. Each label has its own model and C, which is the first one if can_choose_cost says no. A
-    label that all training papers have, or none, is predicted for all queries, or none.
+    labels: (n, L), 1 or 0. Each label has its own model and C: the first one if can_choose_cost says no. A label that
+    all or no training papers have is predicted for all or no queries.
     """
     from joblib import Parallel, delayed
 
@@ -226,21 +224,14 @@ def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, p
 
 def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the weights (D,) of the model of one label (n,)."""
-    model = _estimator(probe)
-    if can_choose_cost(label):
-        model = _with_best_cost(model, probe, parallel=False)
-    with _quiet():
-        model.fit(train, label)
-    return _weights(model)[0]
+    return _weights(_fit(train, label, probe, choose_cost=can_choose_cost(label)))[0]
 
 
 def predict_numbers(
     train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
     """Return the number of each query, (q,), and C, chosen by R^2. numbers: those of the training papers, (n,)."""
-    model = _with_best_cost(_estimator(probe), probe, parallel=train.size > PARALLEL_FROM)
-    with _quiet():
-        model.fit(train.astype(np.float64), numbers)
+    model = _fit(train, numbers, probe, parallel=train.size > PARALLEL_FROM)
     return _products(queries, _weights(model))[:, 0], _chosen_cost(model)
 
 
@@ -248,11 +239,6 @@ def can_choose_cost(labels: np.ndarray) -> np.ndarray:
     """Return whether every fold can learn each label. labels: (n, ...), 1 or 0."""
     num_with, num_without = labels.sum(0), (1 - labels).sum(0)
     return (np.minimum(num_with, num_without) > 1) & (np.maximum(num_with, num_without) >= FOLDS)
-
-
-def _check_installed() -> None:
-    if importlib.util.find_spec("sklearn") is None:
-        raise UserError("probes need scikit-learn (make install EXTRAS=cpu,svm)")
 
 
 def _weights(model: Any) -> np.ndarray:
@@ -270,35 +256,25 @@ def _products(queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.stack([(queries * row).sum(1) for row in weights], axis=1)
 
 
-def _estimator(probe: Probe) -> Any:
+def _fit(train: np.ndarray, targets: np.ndarray, probe: Probe, choose_cost: bool = True, parallel: bool = False) -> Any:
+    """Return a model fitted to the targets, with C chosen by cross-validation if probe.costs has several.
+
+    parallel: use a process per core.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import GridSearchCV
     from sklearn.svm import LinearSVC, LinearSVR
 
     common = {"fit_intercept": False, "random_state": SEED, "max_iter": MAX_ITER[probe.learns], "C": probe.costs[0]}
-    return LinearSVR(epsilon=0.0, **common) if probe.learns == "number" else LinearSVC(loss=probe.loss, **common)
-
-
-def _with_best_cost(estimator: Any, probe: Probe, parallel: bool) -> Any:
-    """Choose C by cross-validation if there are several. parallel: use a process per core."""
-    from sklearn.model_selection import GridSearchCV
-
-    if len(probe.costs) == 1:
-        return estimator
-    return GridSearchCV(estimator, {"C": probe.costs}, cv=FOLDS, n_jobs=-1 if parallel else 1)
+    model = LinearSVR(epsilon=0.0, **common) if probe.learns == "number" else LinearSVC(loss=probe.loss, **common)
+    if choose_cost and len(probe.costs) > 1:
+        model = GridSearchCV(model, {"C": probe.costs}, cv=FOLDS, n_jobs=-1 if parallel else 1)
+    with warnings.catch_warnings():
+        # With a large C, models reach the iteration limit, as in the authors' programs.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The least populated class")  # _warn_about_fixed_costs reports it
+        return model.fit(np.asarray(train, dtype=np.float64), targets)
 
 
 def _chosen_cost(model: Any) -> float:
     return float(model.best_params_["C"] if hasattr(model, "best_params_") else model.C)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence expected warnings: models with a large C reach the iteration limit, as in the authors' programs.
-
-    _warn_of_fixed_costs reports labels with too few papers.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.filterwarnings("ignore", "The least populated class")
-        yield

@@ -63,7 +63,7 @@ def rank_vectors(
 def rank_bm25(benchmark: Benchmark, k: int) -> Run:
     """Rank this rank's share of the queries by BM25. Documents that share no word with the query are not retrieved.
 
-    Word statistics are those of the whole corpus, also where each query has its own candidates.
+    Word statistics are those of the whole corpus, even if queries have their own candidates.
     """
     positions = positions_of(list(benchmark.corpus))
     query_ids = list(benchmark.queries)[rank() :: world_size()]
@@ -76,11 +76,6 @@ def rank_bm25(benchmark: Benchmark, k: int) -> Run:
         first = _first_positions(benchmark, query_ids, positions)
         indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), first=first)
     return _to_run(benchmark, query_ids, positions, indices, scores, k, first)
-
-
-def hide_own(indices: np.ndarray, own: Sequence[int]) -> np.ndarray:
-    """Replace document own[q] by -1 in row q of the rankings (Q, k)."""
-    return np.where(indices == np.asarray(own)[:, None], -1, indices)
 
 
 def _prepare_queries(vectors: np.ndarray, similarity: str) -> np.ndarray:
@@ -98,7 +93,7 @@ def _prepare_documents(documents: Shards, similarity: str) -> Shards:
 
 
 def _scores(products: np.ndarray, queries: np.ndarray, similarity: str) -> np.ndarray:
-    """Return the scores of products of prepared vectors, (Q, k). For l2 they are negative distances."""
+    """Turn products of prepared vectors into scores, (Q, k): negative distances for l2, else the products."""
     if similarity != "l2":
         return products
     squares = np.einsum("qd,qd->q", queries.astype(np.float64), queries.astype(np.float64))
@@ -145,10 +140,12 @@ def _to_run(
 ) -> Run:
     """Turn retrieved documents into a run of k documents per query, without the query's own document if it is excluded.
 
-    No similarity orders a ranking whose first documents are given. Its scores count down to 1 at the last rank.
+    first: documents to move to the front, (Q, f). Such a ranking does not follow a similarity, so its scores count down
+    to 1 at the last rank.
     """
     if benchmark.exclude_query:
-        indices = hide_own(indices, [positions.get(query, -2) for query in query_ids])
+        own = np.array([positions.get(query, -2) for query in query_ids])[:, None]
+        indices = np.where(indices == own, -1, indices)
     run = sorted_run(query_ids, list(positions), indices, scores.astype(np.float32), order)
     if first is not None:
         run = _move_to_front(run, first)

@@ -1,10 +1,10 @@
 """Exact top-k by dot product, in bounded memory.
 
-FAISS or torch find slightly more than k candidates in float32, block by block. Their scores are recomputed in float64.
-A query is searched again in float64 if rounding in float32 may have dropped one of its k best documents. So the result
-equals that of a loop in float64, for any backend, number of threads, sharding and memory. Of documents of equal score
-the first one wins, in the corpus or in a given order. Above DEEP documents per query, recomputing would cost more than
-it saves, so deep_top_k searches in float64 at once.
+FAISS or torch finds slightly more than k candidates in float32, block by block, and their scores are recomputed in
+float64. If rounding may have dropped one of a query's k best documents, the query is searched again in float64. So the
+result equals that of a loop in float64, for any backend, number of threads, sharding and memory limit. Ties go to the
+first document, in the corpus or in a given order. For k above DEEP, recomputing would cost more than it saves, so the
+whole search is in float64.
 
 Shapes: Q queries, M documents, D dimensions, k documents per query.
 """
@@ -26,15 +26,15 @@ Advance = Callable[[int], None]
 
 BACKENDS = ("auto", "faiss", "torch")
 PADDING = 16  # number of candidates beyond k
-GPU_K = 2048  # largest k of FAISS on a GPU
-DEEP = 2048  # largest k that candidates are gathered for
-MEMORY = 1 << 29  # default number of bytes for scores and vectors at a time
+GPU_K = 2048  # largest k that FAISS supports on a GPU
+DEEP = 2048  # largest k for a search in float32
+MEMORY = 1 << 29  # default limit in bytes for blocks of scores and vectors
 
 
 class Shards(Sequence[np.ndarray]):
-    """Vectors (M, D) in several arrays, which may be memory-mapped. As a sequence it has the arrays.
+    """Vectors (M, D) as a sequence of arrays, which may be memory-mapped.
 
-    prepare: function that float32 vectors (n, D) go through when they are read.
+    prepare: function to apply to float32 vectors (n, D) when they are read.
     """
 
     def __init__(self, parts: Sequence[Array], prepare: Callable[[np.ndarray], np.ndarray] | None = None):
@@ -60,31 +60,25 @@ class Shards(Sequence[np.ndarray]):
         vectors = np.empty((len(rows), self.parts[0].shape[1]), dtype=np.float32)
         part_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         for part in np.unique(part_of_row):
-            inside = part_of_row == part
-            vectors[inside] = self.parts[part][rows[inside] - self.starts[part]]
+            mask = part_of_row == part
+            vectors[mask] = self.parts[part][rows[mask] - self.starts[part]]
         return self.prepare(vectors)
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield blocks of at most `size` vectors as contiguous float32, each with its first row."""
+        """Yield blocks of at most `size` vectors as contiguous float32, each preceded by its first row."""
         for start, part in zip(self.starts, self.parts, strict=False):
             for first in range(0, len(part), size):
                 block = np.ascontiguousarray(part[first : first + size], dtype=np.float32)
                 yield int(start) + first, self.prepare(block)
 
 
-def as_shards(vectors: Array | Shards) -> Shards:
-    """Return vectors as Shards, with one array if they are an array."""
-    return vectors if isinstance(vectors, Shards) else Shards([vectors])
-
-
 def check_finite(vectors: np.ndarray, name: str, first: int = 0) -> None:
-    """Raise UserError if a vector (n, D) has a value that is not finite. first: row of the first vector."""
-    wrong = ~np.isfinite(vectors).all(axis=1)
-    if wrong.any():
-        row = first + int(wrong.argmax())
+    """Raise UserError if any of the vectors (n, D) is not finite. first: row of the first vector."""
+    invalid = ~np.isfinite(vectors).all(axis=1)
+    if invalid.any():
         raise UserError(
-            f"{name}: {int(wrong.sum())} of {len(vectors)} vectors are not finite, the first is number {row}; the "
-            "training of this model may have diverged"
+            f"{name}: {int(invalid.sum())} of {len(vectors)} vectors are not finite, the first is number "
+            f"{first + int(invalid.argmax())}; the training of this model may have diverged"
         )
 
 
@@ -101,28 +95,29 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k) float32.
 
-    queries: vectors, (Q, D). documents: vectors, (M, D).
-    k: number of documents per query, at most M are returned.
+    queries, documents: vectors, (Q, D) and (M, D).
+    k: number of documents per query; M if it is larger.
     order: rank of each document among documents of equal score, (M,); by default its row.
     backend: one of BACKENDS; "auto" is torch.
-    memory: number of bytes to use besides the vectors and the result.
-    advance: called with the number of pairs of each block that was searched.
+    memory: limit in bytes, not counting the vectors and the result.
+    advance: callback for the number of (query, document) pairs that each block adds.
     Raises UserError for vectors that are not finite.
     """
-    queries = np.ascontiguousarray(as_shards(queries)[0], dtype=np.float32)
-    shards, device = as_shards(documents), torch.device(device)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    shards = documents if isinstance(documents, Shards) else Shards([documents])
+    device = torch.device(device)
     k = min(k, shards.count)
     num_candidates = min(k + PADDING, shards.count)
     check_finite(queries, "queries")
-    backend = _backend(backend)
+    _check_backend(backend)
     if k > DEEP:
-        return deep_top_k(queries, shards, k, order, memory, device, advance)
-    rows, scores, longest = _candidates(queries, shards, num_candidates, backend, memory, device, advance)
+        return _deep_top_k(queries, shards, k, order, memory, device, advance)
+    rows, scores, max_norm = _candidates(queries, shards, num_candidates, backend, memory, device, advance)
     exact = pair_scores(queries, shards, rows, memory)
-    worst = scores.min(axis=1, initial=np.inf)  # in float32, no other document has a higher score
+    worst = scores.min(axis=1, initial=np.inf)  # upper bound for all other documents, in float32
     rows, exact = _best(rows, exact, k, order)
     if num_candidates < shards.count:
-        rounding = queries.shape[1] * 2.0**-23 * np.linalg.norm(queries, axis=1) * longest
+        rounding = queries.shape[1] * 2.0**-23 * np.linalg.norm(queries, axis=1) * max_norm
         unsure = np.flatnonzero(exact[:, -1] <= worst + rounding)
         rows[unsure], exact[unsure] = _search_in_float64(queries[unsure], shards, k, order, memory)
     return rows, exact.astype(np.float32)
@@ -145,18 +140,17 @@ def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory
 def _best(
     rows: np.ndarray, scores: np.ndarray, k: int, order: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best of the candidates (Q, w), by score, then by row, or by the row's rank in order (M,)."""
+    """Return the k best of the candidates (Q, w). Ties are broken by row, or by order[row]."""
     tie_break = rows if order is None else np.where(rows < 0, -1, order[rows])
     best = np.lexsort((tie_break, -scores), axis=1)[:, :k]
     return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
 
-def _backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "faiss" and importlib.util.find_spec("faiss") is None:
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "faiss" and importlib.util.find_spec("faiss") is None:
         raise UserError("backend: faiss is not installed (make install EXTRAS=cpu, or gpu); torch needs no package")
-    return "torch" if name == "auto" else name  # on two cores, two to five times as fast as faiss
 
 
 def _candidates(
@@ -168,14 +162,15 @@ def _candidates(
     device: torch.device,
     advance: Advance | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the `count` best in float32, in any order, as rows and scores (Q, count), and the largest norm."""
+    """Return the `count` best by float32 score, unordered: rows and scores (Q, count). Also return the largest norm."""
     rows = np.zeros((len(queries), 0), dtype=np.int64)
     scores = np.zeros((len(queries), 0), dtype=np.float32)
-    search = _search_by_faiss if backend == "faiss" else _search_by_torch
-    longest, size = 0.0, max(count, memory // (16 * queries.shape[1]), 1)
+    # torch is the default, because it is two to five times as fast as FAISS on two cores.
+    search = _search_with_faiss if backend == "faiss" else _search_with_torch
+    max_norm, size = 0.0, max(count, memory // (16 * queries.shape[1]), 1)
     for first, block in shards.blocks(size):
         check_finite(block, "documents", first)
-        longest = max(longest, float(np.sqrt(np.einsum("md,md->m", block, block).max(initial=0.0))))
+        max_norm = max(max_norm, float(np.sqrt(np.einsum("md,md->m", block, block).max(initial=0.0))))
         new_rows, new_scores = search(queries, block, min(count, len(block)), memory // 2, device)
         rows = np.concatenate([rows, new_rows + first], axis=1)
         scores = np.concatenate([scores, new_scores], axis=1)
@@ -184,10 +179,10 @@ def _candidates(
             rows, scores = np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
         if advance is not None:
             advance(len(queries) * len(block))
-    return rows, scores, longest
+    return rows, scores, max_norm
 
 
-def _search_by_faiss(
+def _search_with_faiss(
     queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     import faiss
@@ -203,7 +198,7 @@ def _search_by_faiss(
     return rows, scores
 
 
-def _search_by_torch(
+def _search_with_torch(
     queries: np.ndarray, block: np.ndarray, k: int, memory: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     documents = torch.from_numpy(block).to(device)
@@ -220,7 +215,7 @@ def _search_by_torch(
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in true float32, without the lower precisions of training (autocast, TF32)."""
+    """Compute in full float32, even inside autocast or with TF32 enabled."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -233,7 +228,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 def _search_in_float64(
     queries: np.ndarray, shards: Shards, k: int, order: np.ndarray | None, memory: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the exact top-k, rows and scores (Q, k), from all products in float64."""
+    """Return the exact top-k, rows and scores (Q, k), computing all dot products in float64."""
     rows = np.zeros((len(queries), k), dtype=np.int64)
     scores = np.zeros((len(queries), k))
     step = max(1, memory // (32 * shards.count))
@@ -242,7 +237,7 @@ def _search_in_float64(
         chunk = queries[first : first + step].astype(np.float64)
         products = np.concatenate([chunk @ block.astype(np.float64).T for _, block in shards.blocks(size)], axis=1)
         kth = np.partition(products, -k, axis=1)[:, -k]
-        slack = 1e-9 * np.maximum(np.abs(products).max(axis=1), 1e-300)  # for the rounding of float64
+        slack = 1e-9 * np.maximum(np.abs(products).max(axis=1), 1e-300)  # float64 rounds too
         for i, query in enumerate(chunk):
             near = np.flatnonzero(products[i] >= kth[i] - slack[i])
             exact = pair_scores(query[None], shards, near[None], memory)
@@ -251,7 +246,7 @@ def _search_in_float64(
     return rows, scores
 
 
-def deep_top_k(
+def _deep_top_k(
     queries: np.ndarray,
     shards: Shards,
     k: int,
@@ -260,9 +255,9 @@ def deep_top_k(
     device: torch.device,
     advance: Advance | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return top_k's result for large k, from products in float64. queries: (Q, D).
+    """Return the top k for large k, computing all dot products in float64.
 
-    A document is kept once it beats the k-th best so far. Among documents that tie for the last rank, any may be kept.
+    Any of the documents that tie for the last rank may be returned.
     """
     rows = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
@@ -284,13 +279,16 @@ def deep_top_k(
 
 
 class _RunningBest:
-    """The k best documents of n queries so far, and better ones than the k-th that wait to be merged."""
+    """The k best documents of n queries so far.
+
+    Documents that beat the k-th best wait in `pending`, because merging many at once is faster.
+    """
 
     def __init__(self, num_queries: int, k: int, device: torch.device):
         self.k = k
         self.rows = torch.zeros(num_queries, 0, dtype=torch.int64, device=device)
         self.scores = torch.zeros(num_queries, 0, dtype=torch.float64, device=device)
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # query, row and score of each document
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []  # query, row and score of each document
 
     def add(self, scores: Tensor, start: int) -> None:
         """Add a block's scores (n, b). start: row of the block's first document."""
@@ -299,16 +297,16 @@ class _RunningBest:
             self._keep(torch.cat([self.rows, rows], dim=1), torch.cat([self.scores, scores], dim=1))
             return
         queries, columns = (scores > self.scores.amin(1, keepdim=True)).nonzero(as_tuple=True)
-        self.waiting.append((queries, columns + start, scores[queries, columns]))
-        if sum(len(queries) for queries, _, _ in self.waiting) > self.rows.numel() // 2:
+        self.pending.append((queries, columns + start, scores[queries, columns]))
+        if sum(len(queries) for queries, _, _ in self.pending) > self.rows.numel() // 2:
             self.merge()
 
     def merge(self) -> None:
-        """Merge the waiting documents into the k best."""
-        if not self.waiting:
+        """Merge the pending documents into the k best."""
+        if not self.pending:
             return
-        queries, rows, scores = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-        self.waiting = []
+        queries, rows, scores = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
+        self.pending = []
         queries, order = queries.sort(stable=True)
         counts = torch.bincount(queries, minlength=len(self.rows))
         column = torch.arange(len(queries), device=queries.device) - (counts.cumsum(0) - counts)[queries]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 1 << 22  # random numbers drawn at a time
-ROUNDING = 1e-12  # differences between sums of the same numbers in another order
+ROUNDING = 1e-12  # sums of the same numbers in another order differ by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
     """Return the two-sided p-value of the mean difference if A and B could be swapped on any query.
 
     Fisher's paired randomisation test (Smucker et al., CIKM 2007). It uses all 2^n assignments if there are at most
-    `draws`, and else that many random ones and the observed one, so that p is at least 1 / (draws + 1).
+    `draws`, and otherwise that many random ones plus the observed one, so that p is at least 1 / (draws + 1).
     differences: (Q,).
     """
     nonzero = differences[differences != 0]  # swapping changes only these
@@ -112,7 +112,7 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct the p-values of several tests (Holm, 1979): any falls below a level by chance at most that often."""
+    """Correct the p-values of several tests, so that a level bounds the chance of any false alarm (Holm, 1979)."""
     order = np.argsort(p_values, kind="stable")
     raised = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -121,7 +121,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _blocks(draws: int, width: int) -> Iterator[int]:
-    """Yield numbers of draws that add up to draws, each for about BLOCK random numbers. width: numbers per draw."""
+    """Yield the number of draws in each block of about BLOCK random numbers. width: numbers per draw."""
     size = max(1, BLOCK // max(1, width))
     for start in range(0, draws, size):
         yield min(size, draws - start)

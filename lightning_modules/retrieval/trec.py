@@ -37,7 +37,7 @@ def write_draws(draws: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def write_query_values(metrics: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
-    """Write a table of the metrics of each query that counts. rows: query id and the value of each metric."""
+    """Write a table of the metrics of each counted query. rows: query id and the value of each metric."""
     _write_table(("query", *metrics), rows, path)
 
 

@@ -1,9 +1,9 @@
-"""The vectors of an encoder, kept in memory or on disk, so that no text is encoded twice.
+"""Cache an encoder's vectors in memory or on disk, so that no text is encoded twice.
 
-    FOLDER/<fingerprint of the encoder>/<hash of task, similarity, precision and texts of the shard>.npy    (n, D)
+    FOLDER/<fingerprint of the encoder>/<hash of task, similarity, precision and the shard's texts>.npy    (n, D)
 
-On disk a shard is written completely or not at all, so encoding that was killed continues at the first missing shard.
-The ranks share the work; they must all see the folder.
+Shards are written atomically, so after a kill, encoding continues at the first missing shard. Ranks share the work, and
+must all see the folder.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from datamodules.records import Document
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.compute import current
+from lightning_modules.losses import comparable
+from lightning_modules.retrieval.compute import active_precision
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
 
-SHARD = 2048  # maximum number of texts per file: the work that an interruption loses
-MIN_SHARD, NUM_SHARDS = 512, 64  # a small corpus has at most NUM_SHARDS shards, of at least MIN_SHARD texts
+SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
+MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
 UNIT = 1024  # number of texts that a rank encodes at a time in memory
-NUM_KEPT = 2  # results that are kept in memory: the last corpus and its queries
+NUM_KEPT = 2  # number of results kept in memory: the last corpus and its queries
 
 
 class VectorCache:
-    """Encodes texts, unless their vectors are known already.
+    """Encode texts, and reuse the vectors of texts that were encoded before.
 
-    folder: where vectors are kept, also for later commands; by default they are in memory. There the last two results
-    are kept, such as those of a corpus and its queries.
-    similarity: "cosine" keeps normalised vectors.
+    folder: folder for the vectors, which later commands reuse; by default the last two results are kept in memory.
+    similarity: "cosine" normalises the vectors.
     shard_size: maximum number of texts per file.
     token_budget: maximum number of padded tokens per forward pass.
     """
@@ -59,14 +59,16 @@ class VectorCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The encoder's fingerprint, at the time of the first use."""
+        """The encoder's fingerprint when it is first used."""
         return fingerprint(self.encoder)
 
     def vectors(self, texts: Sequence[Document], task: str, name: str, advance: Advance | None = None) -> Shards:
         """Return the vectors (n, D) of all texts. All ranks call this together.
 
-        task: task that the texts are encoded for. name: what the texts are, for error messages. advance: called with
-        the number of texts of each batch that was encoded. Raises UserError for vectors that are not finite.
+        task: task to encode the texts for.
+        name: description of the texts, for error messages.
+        advance: callback for the number of texts in each encoded batch.
+        Raises UserError for vectors that are not finite.
         """
         if self.folder:
             return self._from_disk(self.folder, texts, task, name, advance)
@@ -81,7 +83,7 @@ class VectorCache:
     def vectors_of_rank(
         self, texts: Sequence[Document], task: str, name: str, advance: Advance | None = None
     ) -> np.ndarray:
-        """Return the vectors (q, D) of this rank's texts: numbers rank, rank + world size, ... of the texts."""
+        """Return the vectors (n, D) of this rank's texts: texts[rank::world_size]."""
         return self.vectors(texts, task, name, advance).gather(np.arange(rank(), len(texts), world_size()))
 
     def remove(self) -> None:
@@ -94,14 +96,15 @@ class VectorCache:
         self, folder: Path, texts: Sequence[Document], task: str, name: str, advance: Advance | None
     ) -> Shards:
         folder.mkdir(parents=True, exist_ok=True)
-        # Small shards for few texts give every rank a share. Sizes, and so bits, do not depend on the number of ranks.
+        # With few texts, smaller shards give every rank a share. The size must not depend on the number of ranks,
+        # because the exact bits of the vectors depend on it.
         size = min(self.shard_size, max(MIN_SHARD, -(-len(texts) // NUM_SHARDS)))
         paths = []
 
         def encode_missing() -> None:
             for number, first in enumerate(range(0, len(texts), size)):
                 shard = texts[first : first + size]
-                path = folder / f"{text_hash(shard, task, self.similarity, current(self.encoder.device))}.npy"
+                path = folder / f"{text_hash(shard, task, self.similarity, active_precision(self.encoder.device))}.npy"
                 paths.append(path)
                 if number % world_size() == rank() and not path.is_file():
                     vectors = self._encode(shard, task, name, first, advance)
@@ -109,11 +112,11 @@ class VectorCache:
                         np.save(file, vectors)
 
         together(encode_missing)
-        # Copy-on-write, because torch warns of arrays that are not writable.
+        # Copy-on-write, because torch warns about arrays that are not writable.
         return Shards([np.load(path, mmap_mode="c") for path in paths])
 
     def _in_memory(self, texts: Sequence[Document], task: str, name: str, advance: Advance | None) -> np.ndarray:
-        """Encode in units of texts, in which ranks take turns, so that bits do not depend on the number of ranks."""
+        """Encode in units of UNIT texts, so that the bits do not depend on the number of ranks."""
         size = world_size()
         units = range(0, len(texts), UNIT)
 
@@ -136,23 +139,22 @@ class VectorCache:
     def _encode(
         self, texts: Sequence[Document], task: str, name: str, first: int, advance: Advance | None
     ) -> np.ndarray:
-        def encoded(count: int) -> None:
+        def after_batch(count: int) -> None:
             if advance:
                 advance(count)
-            if self.folder and world_size() == 1:  # on disk nothing is lost by leaving here
+            if self.folder and world_size() == 1:  # complete shards are safe on disk
                 leave_if_asked()
 
-        vectors = self.encoder.encode(list(texts), task, token_budget=self.token_budget, advance=encoded)
-        if self.similarity == "cosine":
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        check_finite(vectors.numpy(), name, first)
-        return vectors.numpy()
+        encoded = self.encoder.encode(list(texts), task, token_budget=self.token_budget, advance=after_batch)
+        vectors = comparable(encoded, self.similarity).numpy()
+        check_finite(vectors, name, first)
+        return vectors
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """Return a hash of an encoder's weights, arguments and vocabulary: on any machine, equal hashes mean equal vectors.
+    """Return a hash of an encoder's weights, arguments and vocabulary, the same on any machine.
 
-    Of the backbone's configuration it includes what the weights do not determine.
+    It includes the settings of the backbone that the weights do not determine.
     """
     digest = hashlib.blake2b(digest_size=8)
     arguments = {name: str(value) for name, value in encoder.config.items()}
@@ -169,7 +171,7 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def text_hash(documents: Iterable[Document], *keys: str) -> str:
-    """Return a hash of texts and of anything else that decides their vectors."""
+    """Return a hash of the texts, and of other keys that determine their vectors."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=12)
     for document in documents:
         digest.update(repr((document.title, document.text)).encode())

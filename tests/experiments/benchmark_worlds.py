@@ -24,64 +24,64 @@ def numbered(key: str, prefix: str, text: str = "abstract", **more) -> list[dict
 
 
 def fine_classification(root: Path) -> None:
-    """The number of l5 is 30 with its definition and 5 without; the paper names l3."""
+    """The number of label l5 is 30 with its definition and 5 without; the paper names label l3."""
     for name in ("CSConference", "ChemistryMeSH", "Geography", "Psychology"):
         labels = [{"label": f"l{i}", "name": [f"name {i}", "synonym 99"], "definition": "of it"} for i in range(30)]
         labels[5]["definition"] = "with 25 more"
-        home = root / "scimult" / "classification_fine"
-        put(home / f"{name}_label.json", *labels)
-        put(home / f"{name}_papers_test.json", {"title": "1", "abstract": "a", "label": ["l5", "l3"]})
-        put(home / f"{name}_matched.json", {"candidate": ["l3"]})
+        folder = root / "scimult" / "classification_fine"
+        put(folder / f"{name}_label.json", *labels)
+        put(folder / f"{name}_papers_test.json", {"title": "1", "abstract": "a", "label": ["l5", "l3"]})
+        put(folder / f"{name}_matched.json", {"candidate": ["l3"]})
 
 
 def coarse_classification(root: Path) -> None:
     """The predicted classes are 2, 2, 2 and 0."""
     for name in ("MAG", "MeSH"):
-        home = root / "scimult" / "classification_coarse"
-        put(home / f"{name}_label.json", *({"label": i, "name": [f"{i + 1}"], "definition": ""} for i in range(3)))
+        folder = root / "scimult" / "classification_coarse"
+        put(folder / f"{name}_label.json", *({"label": i, "name": [f"{i + 1}"], "definition": ""} for i in range(3)))
         papers = zip((1, 1, 1, -1), (2, 0, 1, 0), strict=True)
-        put(home / f"{name}_papers_test.json", *({"title": f"{n}", "abstract": "", "label": c} for n, c in papers))
+        put(folder / f"{name}_papers_test.json", *({"title": f"{n}", "abstract": "", "label": c} for n, c in papers))
 
 
 def linear_classification(root: Path) -> None:
     """Numbers below 0 are class 0, others class 1; one test paper has the other class."""
-    home = root / "scidocs"
+    folder = root / "scidocs"
     numbers = {"train": (-3, -2, -1, 1, 2, 3), "test": (5, 7, -5, 4)}
     classes = {"train": (0, 0, 0, 1, 1, 1), "test": (1, 1, 0, 0)}
     papers = {}
-    for split, its in numbers.items():
-        papers |= {f"{split}{n}": {"paper_id": f"{split}{n}", "title": f"{n}", "abstract": ""} for n in its}
+    for split, values in numbers.items():
+        papers |= {f"{split}{n}": {"paper_id": f"{split}{n}", "title": f"{n}", "abstract": ""} for n in values}
         for task in ("mag", "mesh"):
-            rows = (f"{split}{n},{c}" for n, c in zip(its, classes[split], strict=True))
-            put(home / task / f"{split}.csv", "pid,class_label", *rows)
-    put(home / "paper_metadata_mag_mesh.json", *one_object(papers))
+            rows = (f"{split}{n},{c}" for n, c in zip(values, classes[split], strict=True))
+            put(folder / task / f"{split}.csv", "pid,class_label", *rows)
+    put(folder / "paper_metadata_mag_mesh.json", *one_object(papers))
 
 
 def link_retrieval(root: Path) -> None:
     """Paper p29 cites p9, which comes 20th after itself."""
-    home = root / "scimult" / "link_prediction_retrieval"
+    folder = root / "scimult" / "link_prediction_retrieval"
     papers = numbered("paper", "p", cite=[])
     papers[29]["cite"] = ["p9"]
-    put(home / "SciDocs_papers_test.json", *({**paper, "co-cite": paper["cite"]} for paper in papers))
-    put(home / "PMCPatientsPPR_patients_test.json", *numbered("patient", "p"))
-    put(home / "PMCPatientsPPR_queries_test.json", {"title": "1", "abstract": "", "patient": ["p29", "p5"]})
+    put(folder / "SciDocs_papers_test.json", *({**paper, "co-cite": paper["cite"]} for paper in papers))
+    put(folder / "PMCPatientsPPR_patients_test.json", *numbered("patient", "p"))
+    put(folder / "PMCPatientsPPR_queries_test.json", {"title": "1", "abstract": "", "patient": ["p29", "p5"]})
 
 
 def pmc_patients(root: Path) -> None:
     """The relevant documents have ranks 2 and 25."""
     qrels = ("query-id\tcorpus-id\tscore", "q\tp28\t1", "q\tp5\t1")
     for task, kind in (("PAR", "article"), ("PPR", "patient")):
-        home = root / "scimult" / "pmc_patients"
-        put(home / f"PMCPatients{task}_{kind}s_test.json", *numbered(kind, "p"))
-        put(home / f"PMCPatients{task}_queries_test.json", {"query": "q", "title": "1", "abstract": ""})
-        put(home / "PMCPatients" / task / f"{task}_test_qrels.tsv", *qrels)
+        folder = root / "scimult" / "pmc_patients"
+        put(folder / f"PMCPatients{task}_{kind}s_test.json", *numbered(kind, "p"))
+        put(folder / f"PMCPatients{task}_queries_test.json", {"query": "q", "title": "1", "abstract": ""})
+        put(folder / "PMCPatients" / task / f"{task}_test_qrels.tsv", *qrels)
         put(root / "pmc_patients" / task / "corpus.jsonl", *numbered("_id", "p", "text"))
         put(root / "pmc_patients" / task / "qrels_test.tsv", *qrels)
     put(root / "pmc_patients" / "queries" / "test_queries.jsonl", {"_id": "q", "text": "1"})
 
 
 def scidocs_reranking(root: Path) -> None:
-    """The query is 10: 9 is nearer than the relevant 8, and by dot product 20 would come first."""
+    """The query is 10. 9 is nearer than the relevant 8, and by dot product 20 would come first."""
     papers = {f"p{i}": {"paper_id": f"p{i}", "title": f"{i}", "abstract": ""} for i in range(30)}
     put(root / "scidocs" / "paper_metadata_view_cite_read.json", *one_object(papers))
     for task in ("coview", "coread", "cite", "cocite"):
@@ -89,38 +89,38 @@ def scidocs_reranking(root: Path) -> None:
 
 
 def recommendation(root: Path) -> None:
-    """Only 7, 5 and 3 are ranked."""
+    """Only papers 7, 5 and 3 are ranked."""
     papers = numbered("paper", "p", score={})
     papers[1]["score"] = {"p5": 5, "p7": 0, "p3": 3}
     put(root / "scimult" / "link_prediction_reranking" / "Recommendation_papers_test.json", *papers)
 
 
 def search(root: Path) -> None:
-    home = root / "scimult" / "search"
-    own, whole = {"p5": 2, "p7": 0, "p3": 1}, {"p28": 2, "p29": 0, "p5": 1}
+    folder = root / "scimult" / "search"
+    judged, whole = {"p5": 2, "p7": 0, "p3": 1}, {"p28": 2, "p29": 0, "p5": 1}
     names = ("Search", "TRECCOVID_SciRepEval", "TRECCOVID_BEIR", "SciFact", "NFCorpus")
-    for name, score in zip(names, (own, own, whole, whole, whole), strict=True):
-        put(home / f"{name}_papers_test.json", *numbered("paper", "p"))
-        put(home / f"{name}_queries_test.json", {"query_id": "q", "query": "1 [SEP] words", "score": score})
+    for name, score in zip(names, (judged, judged, whole, whole, whole), strict=True):
+        put(folder / f"{name}_papers_test.json", *numbered("paper", "p"))
+        put(folder / f"{name}_queries_test.json", {"query_id": "q", "query": "1 [SEP] words", "score": score})
 
 
 def beir(root: Path) -> None:
     """The relevant document comes second in the test split, and first in the others."""
     for name, splits in (("scifact", ("train",)), ("nfcorpus", ("train", "dev")), ("trec-covid", ())):
-        home = root / "beir" / name
-        put(home / "corpus.jsonl", *numbered("_id", "d", "text"))
-        put(home / "queries.jsonl", *({"_id": split, "text": "1"} for split in (*splits, "test")))
+        folder = root / "beir" / name
+        put(folder / "corpus.jsonl", *numbered("_id", "d", "text"))
+        put(folder / "queries.jsonl", *({"_id": split, "text": "1"} for split in (*splits, "test")))
         for split in (*splits, "test"):
             document = "d28" if split == "test" else "d29"
-            put(home / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore", f"{split}\t{document}\t1")
-    home = root / "beir" / "scidocs"
-    put(home / "corpus.jsonl", *numbered("_id", "d", "text"))
-    put(home / "queries.jsonl", {"_id": "d29", "text": "29"})
-    put(home / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", "d29\td27\t1")
+            put(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore", f"{split}\t{document}\t1")
+    folder = root / "beir" / "scidocs"
+    put(folder / "corpus.jsonl", *numbered("_id", "d", "text"))
+    put(folder / "queries.jsonl", {"_id": "d29", "text": "29"})
+    put(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", "d29\td27\t1")
 
 
 def scirepeval(root: Path) -> None:
-    """The same world as SciDocs."""
+    """The same queries and candidates as in scidocs_reranking."""
     candidates = [
         {"doc_id": f"p{n}", "title": f"{n}", "abstract": "", "score": s} for n, s in ((8, 1), (9, 0), (20, 0))
     ]
@@ -147,18 +147,18 @@ def scirepeval_probes(root: Path) -> None:
     for name in (*configs, "peer_review_score_hIndex"):
         put(root / "scirepeval" / name / "evaluation.jsonl", *papers)
     for name in ("biomimicry", "drsm", "mesh_descriptors"):
-        home = root / "scirepeval_test" / name
+        folder = root / "scirepeval_test" / name
         words = ("C01.1", "C04.5") if name == "mesh_descriptors" else (0, 1)
-        put(home / "train.jsonl", *({"paper_id": id, "label": words[n > 0]} for id, n in train.items()))
-        put(home / "test.jsonl", *({"paper_id": id, "label": words[c]} for id, (_, c) in sides.items()))
-    home = root / "scirepeval_test" / "fos"
-    put(home / "train.jsonl", *({"paper_id": id, "label": [int(n > 0), int(n < 0)]} for id, n in train.items()))
+        put(folder / "train.jsonl", *({"paper_id": id, "label": words[n > 0]} for id, n in train.items()))
+        put(folder / "test.jsonl", *({"paper_id": id, "label": words[c]} for id, (_, c) in sides.items()))
+    folder = root / "scirepeval_test" / "fos"
+    put(folder / "train.jsonl", *({"paper_id": id, "label": [int(n > 0), int(n < 0)]} for id, n in train.items()))
     rows = [{"paper_id": id, "label": [c, 1 - c]} for id, (_, c) in sides.items()]
-    put(home / "test.jsonl", *rows, {"paper_id": "none", "label": [0, 0]})
+    put(folder / "test.jsonl", *rows, {"paper_id": "none", "label": [0, 0]})
     for name in ("cite_count", "pub_year", "tweet_mentions", "peer_review_score", "hIndex"):
-        home = root / "scirepeval_test" / name
-        put(home / "train.jsonl", *({"paper_id": id, "label": 2 * n} for id, n in train.items()))
-        put(home / "test.jsonl", *({"paper_id": id, "label": label} for id, (_, label) in orders.items()))
+        folder = root / "scirepeval_test" / name
+        put(folder / "train.jsonl", *({"paper_id": id, "label": 2 * n} for id, n in train.items()))
+        put(folder / "test.jsonl", *({"paper_id": id, "label": label} for id, (_, label) in orders.items()))
 
 
 def doris_mae(root: Path) -> None:
@@ -202,7 +202,7 @@ _graded = (5 * SECOND + 3 * THIRD) / (5 + 3 * SECOND)
 _labels = {"macro_f1": (4 / 5 + 1 / 2) / 2}
 _doris = {"recall@5": 1, "recall@20": 1, "r_precision": 0, "map": (1 / 3 + 2 / 4) / 2}
 _sums = (2 + 3 * THIRD + 4 / math.log2(5)) / (4 + 3 * SECOND + 2 * THIRD)
-_own = {"ndcg@10": (2 * SECOND + THIRD) / (2 + SECOND)}
+_judged = {"ndcg@10": (2 * SECOND + THIRD) / (2 + SECOND)}
 _whole = {"ndcg@10": 2 * SECOND / (2 + SECOND)}
 _beir = {"ndcg@10": SECOND, "recall@100": 1, "map@100": 1 / 2}
 
@@ -223,7 +223,7 @@ FIGURES: dict[str, dict[str, float]] = {
     **dict.fromkeys(("par", "ppr", "par_recds", "ppr_recds"), _pmc),
     **{f"{task}_rerank": _rerank for task in ("coview", "coread", "cite", "cocite")},
     "recommendation": {"ndcg@5": _graded, "ndcg@10": _graded, "ndcg": _graded},
-    **dict.fromkeys(("search_rerank", "trec_covid_rerank"), _own),
+    **dict.fromkeys(("search_rerank", "trec_covid_rerank"), _judged),
     **dict.fromkeys(("trec_covid", "scifact_all", "nfcorpus_all"), _whole),
     **dict.fromkeys(("scifact_beir", "nfcorpus_beir", "trec_covid_beir", "scidocs_beir"), _beir),
     "scifact_beir_all": {"ndcg@10": (1 + SECOND) / 2, "recall@100": 1, "map@100": 3 / 4},

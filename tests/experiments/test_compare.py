@@ -1,4 +1,4 @@
-"""The command compare, with systems whose difference is known: a model, and the same with noise in its vectors."""
+"""The command compare, with systems of known difference: a model, and the same model with noise in its vectors."""
 
 import json
 
@@ -25,7 +25,7 @@ def world(num_queries: int = 150, num_documents: int = 300) -> Benchmark:
 
 
 def ranked(benchmark: Benchmark, noise: float, seed: int):
-    """Return the run of a model whose vectors have that much noise."""
+    """Return the run of a model with noise in its vectors."""
     truth, error = np.random.default_rng(0), np.random.default_rng([1, seed])
     documents = truth.normal(size=(len(benchmark.corpus), DIMENSIONS))
     queries = documents[: len(benchmark.queries)] + 0.7 * truth.normal(size=(len(benchmark.queries), DIMENSIONS))
@@ -36,15 +36,15 @@ def ranked(benchmark: Benchmark, noise: float, seed: int):
 
 
 def measured(folder, noise: float, seed: int, benchmark: Benchmark | None = None, system: str = "encoder"):
-    """Make a folder with the files of make eval."""
+    """Make a folder with the files of make eval, for a model with noise in its vectors."""
     benchmark = benchmark or world()
     run = ranked(benchmark, noise, seed)
     values = measure_queries(run, benchmark, METRICS)
     means = mean_metrics(values, benchmark, METRICS)
     BenchmarkResult(benchmark, means, "dot", 0, {}, run, values).write(folder / "runs", system)
-    about = {key: getattr(benchmark, key) for key in ("task", "split", "protocol")} | {"metrics": list(METRICS)}
-    about |= {"data": benchmark.fingerprint(), "systems": {system: means}}
-    (folder / "results.json").write_text(json.dumps({"benchmarks": {benchmark.name: about}}))
+    table = {key: getattr(benchmark, key) for key in ("task", "split", "protocol")} | {"metrics": list(METRICS)}
+    table |= {"data": benchmark.fingerprint(), "systems": {system: means}}
+    (folder / "results.json").write_text(json.dumps({"benchmarks": {benchmark.name: table}}))
     return folder
 
 
@@ -116,7 +116,7 @@ def test_queries_with_the_largest_differences_are_described(tmp_path):
         ({"systems": {}}, "which system"),
     ],
 )
-def test_benchmark_measured_differently_is_left_out(tmp_path, change, reason):
+def test_benchmark_that_differs_is_left_out(tmp_path, change, reason):
     a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
     content = json.loads((b / "results.json").read_text())
     content["benchmarks"]["generated"] |= change
@@ -129,9 +129,9 @@ def test_benchmark_measured_differently_is_left_out(tmp_path, change, reason):
 
 def test_results_of_other_queries_are_not_compared(tmp_path):
     a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
-    table = b / "runs" / "generated.encoder.queries.tsv"
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* have measured other queries"):
+    path = b / "runs" / "generated.encoder.queries.tsv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* measured different queries"):
         compared(tmp_path, a, b)
 
 

@@ -163,17 +163,17 @@ def test_default_output_differs_for_other_data_and_metrics_only(twins):
 
 def test_results_of_another_evaluation_are_never_overwritten(twins):
     one, two, out = (twins / name for name in ("one/search", "two/search", "out"))
-    given = ["model=bm25", "task=search", f"output={out}"]
-    main([*given, f"beir={one}"])
+    common = ["model=bm25", "task=search", f"output={out}"]
+    main([*common, f"beir={one}"])
     before = (out / "results.json").read_text()
     for arguments, message in (
-        ([f"beir={two}"], "has results of search on other data"),
+        ([f"beir={two}"], "has results of search that differ in data"),
         ([f"beir={one}", "metrics=recall@5"], "another evaluation .metrics: .* there, recall@5 now"),
     ):
         with pytest.raises(UserError, match=message):
-            main([*given, *arguments])
+            main([*common, *arguments])
     assert (out / "results.json").read_text() == before
-    main([*given, f"beir={one}"])
+    main([*common, f"beir={one}"])
 
 
 @pytest.mark.slow
@@ -188,8 +188,7 @@ def test_failed_evaluation_leaves_no_folder(run, twins):
 
 
 def test_bench_of_encoder_cost_runs(capsys):
-    main_arguments = ["layers=2", "hidden=64", "texts=2", "tokens=8", "rounds=1"]
-    encoder_cost.main(main_arguments)
+    encoder_cost.main(["layers=2", "hidden=64", "texts=2", "tokens=8", "rounds=1"])
     assert "32 experts" in capsys.readouterr().out
 
 

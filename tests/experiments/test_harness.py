@@ -1,4 +1,4 @@
-"""The command harness, whose files are read as the programs of other evaluations read them."""
+"""The command harness. Its files are read as other evaluation programs read them."""
 
 import json
 from collections import defaultdict
@@ -41,35 +41,35 @@ def load(path, key):
     return {record[key]: np.array(record["embedding"]) for record in records}
 
 
-def encoded_by(loaded, encoder, texts, task):
-    """Return whether these are the vectors of the task's expert, and of no other's."""
+def is_encoded_by(loaded, encoder, texts, task):
+    """Return whether these are the vectors of the task's expert, and of no other expert."""
     assert list(loaded) == [text.id for text in texts]
     vectors = np.stack(list(loaded.values()))
     return [t for t in encoder.tasks if np.allclose(vectors, encoder.encode(texts, t).numpy(), atol=1e-6)] == [task]
 
 
 def test_scidocs_files_have_the_vectors_of_their_expert(model, tmp_path):
-    encoder, of_model = model
+    encoder, model_option = model
     data = tmp_path / "data"
     data.mkdir()
     classes, links = [paper(i) for i in range(5)], [paper(i) for i in range(3, 9)]
     for name, papers in (("mag_mesh", classes), ("view_cite_read", links), ("recomm", links[:2])):
         (data / f"paper_metadata_{name}.json").write_text(json.dumps({p["paper_id"]: p for p in papers}))
-    main(["format=scidocs", of_model, f"data={data}", f"output={tmp_path / 'out'}"])
+    main(["format=scidocs", model_option, f"data={data}", f"output={tmp_path / 'out'}"])
     out = tmp_path / "out"
     for name, papers, task in (
         ("cls", classes, "classification"),
         ("user-citation", links, "link_prediction"),
         ("recomm", links[:2], "link_prediction"),
     ):
-        assert encoded_by(load(out / f"{name}.jsonl", "paper_id"), encoder, documents(papers, "paper_id"), task)
+        assert is_encoded_by(load(out / f"{name}.jsonl", "paper_id"), encoder, documents(papers, "paper_id"), task)
     assert json.loads((out / "cls.jsonl").read_text().splitlines()[0])["title"] == classes[0]["title"]
 
     (data / "paper_metadata_recomm.json").unlink()
-    main(["format=scidocs", of_model, f"data={data}", f"output={tmp_path / 'two'}"])
+    main(["format=scidocs", model_option, f"data={data}", f"output={tmp_path / 'two'}"])
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"cls.jsonl", "user-citation.jsonl"}
     with pytest.raises(UserError, match="recomm.json: no such file"):
-        main(["format=scidocs", of_model, f"data={data}", f"output={tmp_path / 'three'}", "only=recomm"])
+        main(["format=scidocs", model_option, f"data={data}", f"output={tmp_path / 'three'}", "only=recomm"])
     assert not (tmp_path / "three").exists()
 
 
@@ -104,8 +104,8 @@ def scirepeval(tmp_path):
 
 
 def test_scirepeval_files_have_the_vectors_of_their_expert(model, scirepeval, tmp_path):
-    (encoder, of_model), (data, tasks) = model, scirepeval
-    arguments = ["format=scirepeval", of_model, f"data={data}", f"tasks={tmp_path / 'scirepeval_tasks.jsonl'}"]
+    (encoder, model_option), (data, tasks) = model, scirepeval
+    arguments = ["format=scirepeval", model_option, f"data={data}", f"tasks={tmp_path / 'scirepeval_tasks.jsonl'}"]
     main([*arguments, f"output={tmp_path / 'out'}"])
     written = [json.loads(line) for line in (tmp_path / "out" / "tasks.jsonl").read_text().splitlines()]
     assert [task["name"] for task in written] == [task["name"] for task in tasks[:4]], "mesh_descriptors is missing"
@@ -113,12 +113,12 @@ def test_scirepeval_files_have_the_vectors_of_their_expert(model, scirepeval, tm
         assert {**task, "embeddings": 0} == {**original, "embeddings": 0}, "the rest is unchanged"
     vectors = {task["name"]: load((tmp_path / task["embeddings"]["load"]), "doc_id") for task in written}
     papers = documents([paper(i, "doc_id") for i in range(8)], "doc_id")
-    assert encoded_by(vectors["Fields of study"], encoder, papers[:4], "classification")
-    assert encoded_by(vectors["Years"], encoder, papers[:4], "classification")
+    assert is_encoded_by(vectors["Fields of study"], encoder, papers[:4], "classification")
+    assert is_encoded_by(vectors["Years"], encoder, papers[:4], "classification")
     queries = [Document("q1", "", text_of(1, 4)), Document("q2", "", text_of(2, 5))]
-    assert encoded_by(vectors["Search"], encoder, [*queries, *papers[:5]], "search")
+    assert is_encoded_by(vectors["Search"], encoder, [*queries, *papers[:5]], "search")
     pair = [papers[0], papers[1], papers[7]]
-    assert encoded_by(vectors["Same Author Detection"], encoder, pair, "link_prediction"), (
+    assert is_encoded_by(vectors["Same Author Detection"], encoder, pair, "link_prediction"), (
         "the query's paper occurs once"
     )
 
@@ -134,26 +134,18 @@ def test_config_with_two_types_of_tasks_has_two_files(model, scirepeval, tmp_pat
         {"classification": "classification", "regression": "search"}
         | {"adhoc_search": "search", "proximity": "link_prediction"},
     )
-    (encoder, of_model), (data, _) = model, scirepeval
+    (encoder, model_option), (data, _) = model, scirepeval
     tasks = f"tasks={tmp_path / 'scirepeval_tasks.jsonl'}"
-    main(
-        [
-            "format=scirepeval",
-            of_model,
-            f"data={data}",
-            tasks,
-            f"output={tmp_path / 'out'}",
-            "only=Fields of study,Years",
-        ]
-    )
+    only = "only=Fields of study,Years"
+    main(["format=scirepeval", model_option, f"data={data}", tasks, f"output={tmp_path / 'out'}", only])
     papers = documents([paper(i, "doc_id") for i in range(4)], "doc_id")
-    assert encoded_by(load(tmp_path / "out" / "fos.jsonl", "doc_id"), encoder, papers, "classification")
-    assert encoded_by(load(tmp_path / "out" / "fos-regression.jsonl", "doc_id"), encoder, papers, "search")
+    assert is_encoded_by(load(tmp_path / "out" / "fos.jsonl", "doc_id"), encoder, papers, "classification")
+    assert is_encoded_by(load(tmp_path / "out" / "fos-regression.jsonl", "doc_id"), encoder, papers, "search")
 
 
 def test_pmc_patients_rankings_measured_by_pytrec_eval_equal_our_metrics(model, tmp_path):
     """The program of the leaderboard measures the file with BEIR, which uses pytrec_eval."""
-    encoder, of_model = model
+    encoder, model_option = model
     data, collection = tmp_path / "recds", toy_collection()
     (data / "queries").mkdir(parents=True)
     for task in ("PAR", "PPR"):
@@ -164,7 +156,7 @@ def test_pmc_patients_rankings_measured_by_pytrec_eval_equal_our_metrics(model, 
         (data / task / "qrels_test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *qrels]))
     queries = [{"_id": q.id, "text": q.text} for q in collection.queries.values()]
     (data / "queries" / "test_queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
-    arguments = ["format=pmc_patients", of_model, f"data={data}", f"output={tmp_path / 'out'}"]
+    arguments = ["format=pmc_patients", model_option, f"data={data}", f"output={tmp_path / 'out'}"]
     main([*arguments, "depth=6", "similarity=dot"])
 
     results = json.loads((tmp_path / "out" / "PAR.json").read_text())
@@ -183,20 +175,17 @@ def test_pmc_patients_rankings_measured_by_pytrec_eval_equal_our_metrics(model, 
 
 
 def test_invalid_options_raise_user_error(model, scirepeval, tmp_path):
-    (_, of_model), (data, _) = model, scirepeval
+    (_, model_option), (data, _) = model, scirepeval
     out = f"output={tmp_path / 'out'}"
     for arguments, message in (
-        (
-            ["format=beir", of_model, f"data={data}", out],
-            "format: expected one of scidocs, .*, got 'beir'",
-        ),
-        (["format=scirepeval", of_model, f"data={data}", out], "tasks: required by format=scirepeval"),
-        (["format=scidocs", of_model, f"data={data}", out], "has none of paper_metadata_mag_mesh.json"),
-        (["format=scidocs", of_model, f"data={data}", out, "only=mag"], "only: expected one of cls, .*, got 'mag'"),
-        (["format=pmc_patients", of_model, f"data={data}", out], "has neither PAR nor PPR"),
+        (["format=beir", model_option, f"data={data}", out], "format: expected one of scidocs, .*, got 'beir'"),
+        (["format=scirepeval", model_option, f"data={data}", out], "tasks: required by format=scirepeval"),
+        (["format=scidocs", model_option, f"data={data}", out], "has none of paper_metadata_mag_mesh.json"),
+        (["format=scidocs", model_option, f"data={data}", out, "only=mag"], "only: expected one of cls, .*, got 'mag'"),
+        (["format=pmc_patients", model_option, f"data={data}", out], "has neither PAR nor PPR"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)
     (tmp_path / "bad.jsonl").write_text('{"name": "x", "type": "poetry"}\n')
     with pytest.raises(UserError, match="bad.jsonl.*1: type: expected one of classification, .*, got 'poetry'"):
-        main(["format=scirepeval", of_model, f"data={data}", out, f"tasks={tmp_path / 'bad.jsonl'}"])
+        main(["format=scirepeval", model_option, f"data={data}", out, f"tasks={tmp_path / 'bad.jsonl'}"])

@@ -1,4 +1,4 @@
-"""Benchmarks of probes on files of SciDocs and SciRepEval, against the procedures of their programs in a few lines."""
+"""Probe benchmarks on files of SciDocs and SciRepEval, compared with their programs' procedures in a few lines."""
 
 import csv
 import json
@@ -81,13 +81,13 @@ DRAWS = 4  # instead of 50
 
 
 def few_shot_classes(train, classes, test):
-    """Learn from each part of 64 papers."""
+    """Train on each part of 64 papers."""
     parts = [part for _, part in StratifiedKFold(-(-len(train) // 64)).split(train, classes)][:50]
     return [LinearSVC(fit_intercept=False, random_state=42).fit(train[p], classes[p]).predict(test) for p in parts]
 
 
 def few_shot_labels(train, labels, test):
-    """Learn from ten papers of each label, drawn with seeds from 42 on, in the order of a Python set."""
+    """Train on ten papers of each label, drawn with seeds from 42 on, in the order of a Python set."""
     predictions = []
     for draw in range(DRAWS):
         np.random.seed(42 + draw)
@@ -106,16 +106,16 @@ def regression(train, numbers, test):
     return [GridSearchCV(svr, {"C": np.logspace(-4, 2, 7)}, cv=3).fit(train, numbers).predict(test)]
 
 
-def as_files(folder, config, test_config, papers, labels):
-    """Write the files of the hub: texts as a table, and judgements as in its converted branch."""
+def write_files(folder, config, test_config, papers, labels):
+    """Write files like those on the hub: texts as a table, and judgements as in its converted branch."""
     (folder / "scirepeval" / config).mkdir(parents=True)
     texts = pyarrow.Table.from_pylist([{"doc_id": p.id, "title": p.title, "abstract": p.text} for p in papers])
     pyarrow.parquet.write_table(texts, folder / "scirepeval" / config / "evaluation-00000-of-00001.parquet")
     for split, rows in (("train", range(130)), ("test", range(130, 180))):
         judged = [{"paper_id": papers[row].id, "label": labels[row].tolist()} for row in rows]
-        home = folder / "scirepeval_test" / test_config / split
-        home.mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), home / "0000.parquet")
+        directory = folder / "scirepeval_test" / test_config / split
+        directory.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(judged), directory / "0000.parquet")
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_results_equal_those_of_scirepeval(
     papers = [Document(f"p{i}", text_of(*row[:3]), text_of(*row[3:])) for i, row in enumerate(words)]
     several = np.stack([kinds == 0, kinds > 0, rng.random(180) < 0.4], axis=1).astype(int)
     labels = {"f1": (kinds > 1).astype(int), "macro_f1": several, "kendall_tau": kinds + rng.normal(size=180).round(1)}
-    as_files(tmp_path, config, test_config, papers, labels[metric])
+    write_files(tmp_path, config, test_config, papers, labels[metric])
     make_encoder().save_pretrained(tmp_path / "model")
     monkeypatch.setattr("experiments.evaluate.suite_benchmarks", fewer_draws)
     chosen = [f"benchmarks=scirepeval_{name}", f"data.root={tmp_path}", f"output={tmp_path / 'out'}"]
@@ -144,19 +144,19 @@ def test_results_equal_those_of_scirepeval(
 
     vectors = load_encoder(tmp_path / "model").encode(papers, "classification").numpy().astype(float)
     predictions = procedure(vectors[:130], labels[metric][:130], vectors[130:])
-    scores = [score(labels[metric][130:], one) for one in predictions]
-    scores = [getattr(one, "statistic", one) for one in scores]
+    scores = [score(labels[metric][130:], prediction) for prediction in predictions]
+    scores = [getattr(value, "statistic", value) for value in scores]
     result = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"][f"scirepeval_{name}"]
     assert 0.2 < np.mean(scores) < 0.99, "neither chance nor trivial"
     assert result["systems"]["model"] == {metric: pytest.approx(np.mean(scores), abs=1e-12)}
-    about = result["measured"]["model"]
+    measured = result["measured"]["model"]
     if len(predictions) > 1:
         lines = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.draws.tsv").read_text().splitlines()
         assert [float(line.split("\t")[1]) for line in lines[1:]] == pytest.approx(scores, abs=1e-12)
         with pytest.raises(UserError, match="is a mean over draws of training papers, not over queries"):
             open_systems("A", [str(tmp_path / "out")])[0].values(f"scirepeval_{name}", metric)
-        assert about["draws"] == len(predictions)
-        assert about["spread"][metric] == pytest.approx(np.std(scores))
+        assert measured["draws"] == len(predictions)
+        assert measured["spread"][metric] == pytest.approx(np.std(scores))
     else:
         run = (tmp_path / "out" / "runs" / f"scirepeval_{name}.model.trec").read_text().splitlines()
         assert [float(line.split()[4]) for line in run] == pytest.approx(predictions[0], rel=1e-8)

@@ -94,7 +94,7 @@ def test_type_of_the_task_chooses_the_expert(make_encoder):
     for kind, name, task in (
         ("Retrieval", "SciFact", "search"),
         ("Reranking", "SciDocsRR", "link_prediction"),
-        ("Retrieval", "SCIDOCS", "search"),  # on request
+        ("Retrieval", "SCIDOCS", "search"),  # chosen by the user
         ("Clustering", "BiorxivClusteringP2P.v2", "classification"),
         ("STS", "BIOSSES", "link_prediction"),
     ):
@@ -102,8 +102,8 @@ def test_type_of_the_task_chooses_the_expert(make_encoder):
         alone = {other: encoder.encode(texts, other).numpy() for other in encoder.tasks}
         assert [other for other in alone if np.allclose(vectors, alone[other], atol=1e-6)] == [task], name
     titled = [{"title": ["Ba ra", ""], "body": ["be li", "bo mu"], "text": ["Ba ra be li", "bo mu"]}]
-    about = SimpleNamespace(type="Retrieval", name="SciFact")
-    vectors = model.encode(titled, task_metadata=about, prompt_type="document")
+    metadata = SimpleNamespace(type="Retrieval", name="SciFact")
+    vectors = model.encode(titled, task_metadata=metadata, prompt_type="document")
     documents = [Document("", "Ba ra", "be li"), Document("", "", "bo mu")]
     assert np.allclose(vectors, encoder.encode(documents, "search").numpy(), atol=1e-6)
 

@@ -93,7 +93,7 @@ def test_frozen_models_must_know_the_tasks(plain, tmp_path, make_encoder):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model={other}"])
         with pytest.raises(UserError, match=rf"objective\.{name}\.model: '/no/where'"):
             train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, f"objective.{name}.model=/no/where"])
-    with pytest.raises(UserError, match="objective.matryoshka: expected numbers below 32, the whole vector, got 32"):
+    with pytest.raises(UserError, match="objective.matryoshka: expected numbers below 32, the vector size, got 32"):
         train("moe", [f"run.dir={tmp_path / 'run'}", *QUICK, "objective.matryoshka=[32]"])
 
 

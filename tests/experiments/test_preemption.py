@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_falls_back_with_its_mined_negatives(tmp_path, whol
     caplog.set_level("INFO")
     train("moe", [f"run.dir={tmp_path}", *SETTINGS, *saving])
     assert "is damaged (File is not a zip file); resuming from the checkpoint before it, last.2.ckpt" in caplog.text
-    assert "step 6: these hard negatives were mined already" in caplog.text
+    assert "step 6: these hard negatives have already been mined" in caplog.text
     batches = {row["step"]: row["train/batch"] for row in rows(whole) if "train/batch" in row}
     assert all(row["train/batch"] == batches[row["step"]] for row in rows(tmp_path) if "train/batch" in row)
     assert figures(tmp_path) == figures(whole)

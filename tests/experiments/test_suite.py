@@ -1,4 +1,4 @@
-"""Every benchmark on data in its published format, against metrics computed by hand."""
+"""Every benchmark on data in its published format, compared with metrics computed by hand."""
 
 import json
 from dataclasses import replace
@@ -47,10 +47,10 @@ def evaluated(encoder, benchmark, folder):
 
 
 @pytest.mark.parametrize("name", SUITE)
-def test_metrics_equal_those_by_hand(name, root, encoder, tmp_path):
+def test_metrics_equal_those_computed_by_hand(name, root, encoder, tmp_path):
     encoder.tasks = {SUITE[name].task: SUITE[name].task}
     benchmark = build_benchmark(name, SUITE[name], CollectionReader(root))
-    draws = min(3, benchmark.probe.draws)  # all are equal in this world
+    draws = min(3, benchmark.probe.draws)  # all draws are equal in this world
     benchmark = replace(benchmark, probe=replace(benchmark.probe, draws=draws))
     result = evaluated(encoder, benchmark, tmp_path)
     assert result["systems"]["numbers"] == pytest.approx(FIGURES[name])
@@ -85,8 +85,8 @@ def test_metrics_follow_from_the_run_files(name, root, encoder, tmp_path):
 @pytest.mark.slow
 def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, caplog):
     for name in ("one", "two"):
-        for part in make_backbone():
-            part.save_pretrained(tmp_path / name)
+        for component in make_backbone():
+            component.save_pretrained(tmp_path / name)
     models = f"bm25,{tmp_path / 'one'},{tmp_path / 'two'}"
     chosen = ["benchmarks=scifact_all,recommendation,mag_nearest", f"data.root={root}", f"output={tmp_path / 'out'}"]
     with caplog.at_level("INFO"):
@@ -96,10 +96,9 @@ def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, cap
     systems = ["bm25", "one-dot", "one-cosine", "two-dot", "two-cosine"]
     for result in content["benchmarks"].values():
         assert list(result["systems"]) == list(result["measured"]) == systems
-    about = content["benchmarks"]["scifact_all"]["measured"]
-    assert about["one-dot"]["similarity"] == "dot"
-    assert about["one-dot"]["precision"] == "bf16"
-    assert about["one-dot"]["fingerprint"] == about["one-cosine"]["fingerprint"]
+    measured = content["benchmarks"]["scifact_all"]["measured"]
+    assert (measured["one-dot"]["similarity"], measured["one-dot"]["precision"]) == ("dot", "bf16")
+    assert measured["one-dot"]["fingerprint"] == measured["one-cosine"]["fingerprint"]
     shown = capsys.readouterr().out
     assert "scimult/scifact/all-splits" in shown
     assert "device seconds" in shown
@@ -108,7 +107,7 @@ def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, cap
     main(["model=bm25", *chosen, "add=yes"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(again["benchmarks"]["scifact_all"]["systems"]) == systems
-    with pytest.raises(UserError, match="different protocol cannot share a table .*/1-of-4-quer"):
+    with pytest.raises(UserError, match="differ in protocol cannot share a table .*/1-of-4-quer"):
         main(["model=bm25", *chosen, "add=yes", "max_queries=1"])
 
 
@@ -116,8 +115,8 @@ def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, cap
 def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
     """Tokens are those of the tokenizer, stored vectors cost nothing, and money follows from device seconds."""
     backbone, tokenizer = make_backbone()
-    for part in (backbone, tokenizer):
-        part.save_pretrained(tmp_path / "model")
+    for component in (backbone, tokenizer):
+        component.save_pretrained(tmp_path / "model")
     arguments = [f"model={tmp_path / 'model'}", f"data.root={root}", "benchmarks=scidocs_cite,scidocs_cocite"]
     main([*arguments, f"output={tmp_path}", "cost_per_hour=7.2", f"vectors={tmp_path / 'vectors'}"])
     benchmarks = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
@@ -142,14 +141,11 @@ def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
 
 
 def test_total_cost_names_the_number_of_benchmarks(capsys):
-    """The money of some benchmarks is not added up, since seconds are those of all."""
+    """The money is not added up if only some benchmarks have a price, because the seconds are those of all."""
     cost = {"texts": 1, "tokens": 9, "devices": 1, "device_seconds": 3.5, "memory_mb": 100}
-    parts = [{"cost": cost | {"money": 0.25}}, {"cost": cost | {"money": 0.5}}, {"cost": cost}, {}]
-    systems = {"model": {}}
-    results = [
-        {"systems": systems, "measured": {"model": part | {"device": "cpu", "seconds": {"encode": 1.0}}}}
-        for part in parts
-    ]
+    costs = [{"cost": cost | {"money": 0.25}}, {"cost": cost | {"money": 0.5}}, {"cost": cost}, {}]
+    measured = {"device": "cpu", "seconds": {"encode": 1.0}}
+    results = [{"systems": {"model": {}}, "measured": {"model": measured | entry}} for entry in costs]
     for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
         show_cost(tables_from_json(dict(enumerate(results[:count]))))
         row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
@@ -159,8 +155,8 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
 
 @pytest.mark.slow
 def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_backbone, monkeypatch):
-    for part in make_backbone():
-        part.save_pretrained(tmp_path / "model")
+    for component in make_backbone():
+        component.save_pretrained(tmp_path / "model")
     arguments = [f"model={tmp_path / 'model'}", "benchmarks=scidocs_c*", f"data.root={root}"]
     main([*arguments, f"output={tmp_path / 'a'}"])
     for folder in "bc":
@@ -173,21 +169,21 @@ def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_
 
 @pytest.mark.slow
 def test_missing_data_are_listed_with_their_source(root, tmp_path, caplog):
-    partly = tmp_path / "partly"
-    partly.mkdir()
-    (partly / "beir").symlink_to(root / "beir")
-    fine = partly / "scimult" / "classification_fine"
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "beir").symlink_to(root / "beir")
+    fine = partial / "scimult" / "classification_fine"
     fine.mkdir(parents=True)
-    for kind in ("label", "papers_test"):  # without the names
+    for kind in ("label", "papers_test"):  # without the file of matched names
         name = f"Geography_{kind}.json"
         (fine / name).symlink_to(root / "scimult" / "classification_fine" / name)
     with caplog.at_level("INFO"):
-        main(["model=bm25", "benchmarks=all", f"data.root={partly}", f"output={tmp_path / 'out'}"])
+        main(["model=bm25", "benchmarks=all", f"data.root={partial}", f"output={tmp_path / 'out'}"])
     assert "to get: search of the evaluation data of SciMult's authors" in caplog.text
     measured = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
     assert set(measured) == {"geography", *(n for n in SUITE if SUITE[n].protocol.startswith("beir/"))}
     with pytest.raises(UserError, match="scifact_all needs search of the evaluation data"):
-        main(["model=bm25", "benchmarks=scifact_all", f"data.root={partly}", f"output={tmp_path / 'none'}"])
+        main(["model=bm25", "benchmarks=scifact_all", f"data.root={partial}", f"output={tmp_path / 'none'}"])
     caplog.clear()
     with caplog.at_level("INFO"), pytest.raises(UserError, match="has the data of none"):
         main(["model=bm25", "benchmarks=sci*", f"data.root={tmp_path}", f"output={tmp_path / 'none'}"])
@@ -224,12 +220,9 @@ GOOD = """
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("benchmarks: [1]", "expected the keys benchmarks"),
-        (f"benchmark:\n  mine:{GOOD}", "expected the keys benchmarks"),
-        (
-            f"sources: x\nbenchmarks:\n  mine:{GOOD}",
-            "unknown key sources; did you mean source",
-        ),
+        ("benchmarks: [1]", "expected the key benchmarks"),
+        (f"benchmark:\n  mine:{GOOD}", "expected the key benchmarks"),
+        (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources; did you mean source"),
         (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': expected a name of a to z"),
         (f"benchmarks:\n  mine:{GOOD}    metric: x", "unknown key mine.metric; did you mean mine.metrics"),
         ("benchmarks:\n  mine: {task: search}", "no value for mine.metrics, mine.protocol, mine.reader"),
@@ -238,10 +231,7 @@ GOOD = """
         (f"benchmarks:\n  mine:{GOOD}    names_first: published", "names_first: published needs reader=SciMultReader"),
         (f"benchmarks:\n  mine:{GOOD}    exclude_query: 7.5", "mine.exclude_query"),
         (f"benchmarks:\n  mine:{GOOD}    train_on: [test]", "train_on: test is also in splits"),
-        (
-            f"benchmarks:\n  mine:{GOOD}    train_on: [dev]",
-            "metric 'ndcg@10': does not apply to a class",
-        ),
+        (f"benchmarks:\n  mine:{GOOD}    train_on: [dev]", "metric 'ndcg@10': does not apply to a class"),
         (f"benchmarks:\n  mine:{GOOD}    metrics: [kendall_tau]", "metric 'kendall_tau': does not apply to a ranking"),
         (f"benchmarks:\n  mine:{GOOD}    probe: {{draws: 2}}", "probe: needs train_on"),
         (
@@ -251,10 +241,7 @@ GOOD = """
         (PROBE.format("learns: numbers"), "probe.learns: expected one of class, labels, number, got 'numbers'"),
         (PROBE.format("loss: log"), "probe.loss: expected one of squared_hinge, hinge, got 'log'"),
         (PROBE.format("costs: [0]"), r"probe.costs: expected positive numbers, at least one, got \[0.0\]"),
-        (
-            PROBE.format("samples: 5, draws: 0"),
-            "probe: expected samples .* and draws of at least 1, got 5 and 0",
-        ),
+        (PROBE.format("samples: 5, draws: 0"), "probe: expected samples .* and draws of at least 1, got 5 and 0"),
         (f"benchmarks:\n  mine:{GOOD}    reader: {{folder: x}}", "reader: expected a node with _target_"),
     ],
 )
@@ -269,7 +256,7 @@ def test_invalid_suite_raises_user_error(text, message, tmp_path):
         load_suite([tmp_path / "suite.yaml"])
 
 
-def test_suite_of_your_own(root, tmp_path):
+def test_benchmarks_of_your_own_with_limits(root, tmp_path):
     (tmp_path / "suite.yaml").write_text(f"benchmarks:\n  mine:{GOOD}    splits: [train, test]\n")
     arguments = ["model=bm25", f"suite={tmp_path / 'suite.yaml'}", f"data.root={root}"]
     main([*arguments, "benchmarks=all", "max_queries=1", f"output={tmp_path / 'one'}"])
@@ -287,5 +274,5 @@ def test_results_of_other_data_are_not_combined():
     one = tables_from_json({"set": {"protocol": "a", "data": "1", "systems": {"x": {}}, "measured": {}}})
     other = tables_from_json({"set": {"protocol": "a", "data": "2", "systems": {"y": {}}, "measured": {}}})
     assert list(combine(one, one | {"more": other["set"]})) == ["set", "more"]
-    with pytest.raises(UserError, match="set: results of different data cannot share a table"):
+    with pytest.raises(UserError, match="set: results that differ in data cannot share a table"):
         combine(one, other)

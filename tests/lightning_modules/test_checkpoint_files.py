@@ -1,4 +1,4 @@
-"""The last few checkpoints are kept, every damage is detected, and a full disk costs none of them."""
+"""The last few checkpoints are kept, any damage is detected, and a full disk does not destroy them."""
 
 import random
 import resource
@@ -69,7 +69,7 @@ def test_all_damaged_checkpoints_are_named(tmp_path):
     path.write_bytes(b"")
     write_checkpoint({"global_step": 1}, tmp_path / "last.1.ckpt")
     with pytest.raises(
-        UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*Restore a good one as"
+        UserError, match=r"last\.ckpt \(File is not.*last\.1\.ckpt \(it has no loops.*Restore an intact one as"
     ):
         newest_intact(path)
     assert path.exists()
@@ -95,7 +95,7 @@ def test_full_disk_keeps_earlier_checkpoints_and_raises_nothing(tmp_path, caplog
 
 @pytest.mark.parametrize("name", ["best.ckpt", "other.ckpt"])
 def test_damaged_checkpoint_is_never_loaded(make_encoder, tmp_path, name):
-    """One bit of a weight: torch reads the file without complaint, and only the checksum shows it."""
+    """torch reads a file with a flipped bit in a weight without complaint; only the checksum reveals it."""
     encoder = make_encoder("shared")
     weights = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     path = tmp_path / "checkpoints" / name

@@ -238,10 +238,10 @@ def test_temperature_per_task():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matryoshka": [4, 8]}, "matryoshka: expected numbers below 8, the whole vector, got 8"),
+        ({"matryoshka": [4, 8]}, "matryoshka: expected numbers below 8, the vector size, got 8"),
         ({"matryoshka": [0]}, "matryoshka: expected a number above 0, got 0"),
         ({"matryoshka": [4, 4]}, r"matryoshka: expected different numbers, got \[4, 4\]"),
-        ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "matryoshka_weights: expected 1 as in matryoshka, got 2"),
+        ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "expected one per entry of matryoshka, got 2"),
         ({"temperature": "warm"}, "temperature: expected a number above 0, got 'warm'"),
         ({"temperature": {"serach": 1}}, "temperature: expected a number, or one for each of search; got .* serach"),
         (

@@ -43,7 +43,7 @@ def test_resumed_run_keeps_its_precision(tmp_path, amx, monkeypatch, caplog):
     original, computed = ContrastiveModule.training_step, []
 
     def record(module, *arguments):
-        computed.append(precision.current(torch.device("cpu")))
+        computed.append(precision.active_precision(torch.device("cpu")))
         return original(module, *arguments)
 
     monkeypatch.setattr(ContrastiveModule, "training_step", record)

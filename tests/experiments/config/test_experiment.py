@@ -184,7 +184,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0, got -1"]),
         (["moe", "data.max_length=2"], ["data.max_length: expected a number of at least 3, got 2"]),
         (["moe", "evaluation.metrics=[]"], ["evaluation.metrics: name at least one"]),
-        (["moe", "evaluation.metrics=[ndgc@10]"], ["metric 'ndgc@10'"]),
+        (["moe", "evaluation.metrics=[ndgc@10]"], ["evaluation.metrics: metric 'ndgc@10'"]),
         (["moe", "optim.beta1=2"], ["optim.beta1: expected a number of at least 0 and below 1, got 2"]),
         (["moe", "optim.lr=.inf"], ["optim.lr: expected a number above 0, got inf"]),
         (["moe", "backbone.dropout=2"], ["backbone.dropout: expected a number of at least 0 and below 1, got 2"]),

@@ -17,7 +17,7 @@ from lightning_modules.retrieval.evaluation import (
     rank_benchmark,
     ranking_depth,
 )
-from lightning_modules.retrieval.ranking import hide_own, rank_bm25
+from lightning_modules.retrieval.ranking import rank_bm25
 from lightning_modules.retrieval.trec import write_trec
 from tests.conftest import toy_collection
 
@@ -28,12 +28,8 @@ def benchmark_of(collection, exclude_query=False, task="search"):
     )
 
 
-def test_own_document_of_a_query_is_hidden():
-    assert hide_own(np.array([[4, 2, 9], [4, 2, 9]]), [2, 7]).tolist() == [[4, -1, 9], [4, 2, 9]]
-
-
 @pytest.mark.parametrize("k", [3, 50])
-def test_query_outside_the_corpus_loses_no_document(make_encoder, k):
+def test_excluding_a_query_outside_the_corpus_changes_nothing(make_encoder, k):
     collection = toy_collection(4, 10)
     for exclude in (False, True):
         run = rank_benchmark(make_encoder("shared"), benchmark_of(collection, exclude), k)

@@ -127,7 +127,7 @@ def test_f1_of_two_classes_and_of_labels_equals_scikit_learn():
             assert metrics[f"{average}_f1"] == pytest.approx(
                 f1_score(true, predicted, average=average, zero_division=0), abs=1e-12
             )
-        shares = [measure_queries(run.part(*part), benchmark, ["macro_f1"]) for part in ((20, 40), (0, 25))]
+        shares = [measure_queries(run.slice(*rows), benchmark, ["macro_f1"]) for rows in ((20, 40), (0, 25))]
         merged = merge_query_values(shares)
         assert mean_metrics(merged, benchmark, ["macro_f1"])["macro_f1"] == metrics["macro_f1"], "of two ranks"
 
@@ -201,7 +201,7 @@ def test_queries_of_several_ranks_count_once_and_in_any_order():
     run, qrels = random_case(1)
     benchmark = benchmark_of(run, qrels)
     whole = measure_queries(run, benchmark, NAMES)
-    shares = [measure_queries(run.part(start, stop), benchmark, NAMES) for start, stop in ((12, 20), (0, 15))]
+    shares = [measure_queries(run.slice(start, stop), benchmark, NAMES) for start, stop in ((12, 20), (0, 15))]
     merged = merge_query_values(shares)
     assert (merged.queries == whole.queries).all()
     assert (merged.values == whole.values).all()

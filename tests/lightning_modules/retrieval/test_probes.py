@@ -13,10 +13,10 @@ from lightning_modules.retrieval.metrics import Run
 from lightning_modules.retrieval.probes import predict_classes, predict_labels, predict_numbers, probe_runs
 from lightning_modules.retrieval.trec import write_trec
 
-CS = Probe().costs
+COSTS = Probe().costs
 
 
-def drawn(seed=0, per_class=12, spread=1.2):
+def three_classes(seed=0, per_class=12, spread=1.2):
     """Return training vectors from three overlapping clouds, their classes, and queries."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(3, 5))
@@ -35,28 +35,29 @@ def by_hand(train, classes, queries, c):
 
         return minimize(loss, np.zeros(train.shape[1]), jac=True, tol=1e-12).x
 
-    every = np.stack([weights(np.where(classes == one, 1.0, -1.0)) for one in np.unique(classes)])
-    return (queries @ every.T).argmax(1)
+    all_weights = np.stack([weights(np.where(classes == one, 1.0, -1.0)) for one in np.unique(classes)])
+    return (queries @ all_weights.T).argmax(1)
 
 
 def test_predictions_and_chosen_cost_follow_from_the_objective():
-    train, classes, queries = (part.astype(np.float64) if part.dtype == np.float32 else part for part in drawn())
+    train, classes, queries = three_classes()
+    train, queries = train.astype(np.float64), queries.astype(np.float64)
     folds = list(StratifiedKFold(3).split(train, classes))
     accuracy = [
-        np.mean([np.mean(by_hand(train[a], classes[a], train[b], c) == classes[b]) for a, b in folds]) for c in CS
+        np.mean([np.mean(by_hand(train[a], classes[a], train[b], c) == classes[b]) for a, b in folds]) for c in COSTS
     ]
     assert len(set(accuracy)) > 2, "the values of C differ in accuracy"
-    best = CS[int(np.argmax(accuracy))]
-    predictions, chosen = predict_classes(*drawn(), Probe())
+    best = COSTS[int(np.argmax(accuracy))]
+    predictions, chosen = predict_classes(*three_classes(), Probe())
     assert chosen == best
     assert (predictions == by_hand(train, classes, queries, best)).all()
-    assert (predictions != by_hand(train, classes, queries, CS[0])).any(), "C matters here"
+    assert (predictions != by_hand(train, classes, queries, COSTS[0])).any(), "C matters here"
 
 
 def benchmark(classes, **probe):
     labels = {name: Document(name, name) for name in "abc"}
     papers = {f"t{i}": Document(f"t{i}", "x") for i in range(len(classes))}
-    qrels = {f"t{i}": dict.fromkeys(own, 1) for i, own in enumerate(classes)}
+    qrels = {f"t{i}": dict.fromkeys(labels_of_paper, 1) for i, labels_of_paper in enumerate(classes)}
     queries = {f"q{i}": Document(f"q{i}", "x") for i in range(40)}
     return Benchmark(
         "toy", "classification", "test", labels, queries, {}, training=(papers, qrels), probe=Probe(**probe)
@@ -64,7 +65,7 @@ def benchmark(classes, **probe):
 
 
 def test_run_has_the_class_of_each_query():
-    train, classes, queries = drawn()
+    train, classes, queries = three_classes()
     (run,) = probe_runs(benchmark(["abc"[c] for c in classes]), list(range(40)), queries, train)
     assert run.indices[:, 0].tolist() == predict_classes(train, classes, queries, Probe())[0].tolist()
     assert run.documents == ["a", "b", "c"]
@@ -85,8 +86,8 @@ def test_classes_that_cannot_be_learned_raise_user_error(classes, message):
         list(probe_runs(benchmark(classes), ["q0"], np.zeros((1, 4)), np.ones((len(classes), 4))))
 
 
-def test_label_of_no_training_paper_is_reported(caplog):
-    train, classes, queries = drawn()
+def test_label_that_no_training_paper_has_is_reported(caplog):
+    train, classes, queries = three_classes()
     (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
     assert set(run.indices.ravel()) == {-1, 0, 2}
     assert "toy: all training papers have, or all lack, 1 of the labels, first b" in caplog.text
@@ -99,7 +100,7 @@ def test_missing_scikit_learn_raises_user_error(monkeypatch):
 
 
 def test_rank_without_queries_has_an_empty_run():
-    train, classes, _ = drawn()
+    train, classes, _ = three_classes()
     for probe in ({}, {"learns": "labels"}, {"samples": 12, "costs": [1], "draws": 2}):
         for run in probe_runs(benchmark(["abc"[c] for c in classes], **probe), [], np.zeros((0, 5)), train):
             assert run.indices.shape == (0, 3 if probe.get("learns") == "labels" else 1)
@@ -164,7 +165,7 @@ def test_predictions_do_not_depend_on_the_share_of_queries(learns):
 
 
 def test_tau_follows_from_the_numbers_in_the_run_file(tmp_path):
-    """The numbers differ in their last digits only."""
+    """The predicted numbers differ only in their last digits, which the file must keep."""
     rng = np.random.default_rng(4)
     predicted, true = 1 + rng.integers(0, 9, 60) * 2.0**-52, rng.normal(size=60)
     run = Run([f"q{i}" for i in range(60)], ["number"], np.zeros((60, 1), int), predicted[:, None])
@@ -179,16 +180,14 @@ def test_tau_follows_from_the_numbers_in_the_run_file(tmp_path):
 
 @pytest.mark.parametrize("probe", [{}, {"samples": 1, "draws": 2}])
 @pytest.mark.filterwarnings("error")
-def test_label_of_too_few_papers_gets_the_first_cost_with_a_warning(probe, caplog):
+def test_label_with_too_few_papers_gets_the_first_cost_and_a_warning(probe, caplog):
     """A fold without the only paper of a label cannot learn it."""
-    train, _, queries = drawn()
+    train, _, queries = three_classes()
     classes = ["a"] * 17 + ["c"] * 18 + ["bc"]
     labels = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
     runs = list(probe_runs(labels, list(range(40)), queries, train))
     count = 3 if probe else 1
-    warning = (
-        f"toy: too few training papers have or lack {count} of the labels to choose C, so it is 0.02; the first is"
-    )
+    warning = f"toy: C is 0.02 for {count} labels, because too few training papers have or lack them; the first is"
     assert caplog.text.count(warning) == 1
     if not probe:
         model = LinearSVC(C=0.02, fit_intercept=False, random_state=42).fit(train.astype(float), np.arange(36) == 35)

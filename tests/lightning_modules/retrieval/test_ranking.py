@@ -1,4 +1,4 @@
-"""Rankings by every similarity, of own candidates, and with named labels first, against loops over whole lists."""
+"""Rankings by every similarity, with own candidates and with named labels first, compared with plain loops."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ def world():
     ids, names = [f"q{i}" for i in range(QUERIES)], [f"d{i}" for i in rng.permutation(NUM)]
 
     def benchmark(**more):
-        corpus, of_queries = ({id: Document(id) for id in part} for part in (names, ids))
+        corpus, texts = ({id: Document(id) for id in group} for group in (names, ids))
         qrels = {query: {names[i % NUM]: 1} for i, query in enumerate(ids)}
-        return Benchmark("toy", "search", "test", corpus, of_queries, qrels, **more)
+        return Benchmark("toy", "search", "test", corpus, texts, qrels, **more)
 
     return queries, documents, ids, names, benchmark
 
@@ -60,8 +60,8 @@ def test_similarity_of_the_benchmark_takes_precedence(world):
         rank_vectors(benchmark(), ids, queries, Shards([documents]), 10, "l1")
 
 
-def test_distances_of_near_vectors_far_from_the_origin():
-    """In float32, |q|^2 - 2 q.d + |d|^2 would lose them."""
+def test_l2_orders_close_vectors_far_from_the_origin():
+    """In float32, |q|^2 - 2 q.d + |d|^2 would lose all digits of such distances."""
     queries = np.full((1, DIMENSION), 1000.0, dtype=np.float32)
     documents = queries + np.linspace(0.01, 0.2, 20, dtype=np.float32)[::-1, None]
     ids = {f"d{i:02}": Document(f"d{i:02}") for i in range(20)}
