@@ -31,7 +31,7 @@ Written by `python -m experiments.reference` from the dataclasses in the code. D
 Settings come from files in a fixed order, and the last one wins: `experiments/base.yaml`, `scale/<SCALE>.yaml`,
 `tasks/*.yaml`, `<EXPERIMENT>.yaml`, and `key=value` on the command line.
 """
-TARGETS = {"dry_run": "dry-run", "evaluate": "eval"}  # make targets with another name than their command
+TARGETS = {"dry_run": "dry-run", "evaluate": "eval"}  # make targets that are not named after their module
 TABLE = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
 
 
@@ -55,7 +55,7 @@ def reference() -> str:
 
 
 def _sections(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the table of a dataclass, and then those of the dataclasses inside it, with their headings."""
+    """Yield the heading and table of a dataclass, then those of the dataclasses inside it."""
     hints = get_type_hints(schema)
     rows, inner = [], []
     for field in dataclasses.fields(schema):
@@ -71,7 +71,7 @@ def _sections(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def _nested(hint: Any) -> tuple[type | None, str]:
-    """Return the dataclass of a field and how its keys continue: "", ".NAME" in a dict, "[i]" in a list."""
+    """Return the dataclass in a field, if any, and the suffix of its keys: "", ".NAME" in a dict, "[i]" in a list."""
     if dataclasses.is_dataclass(hint):
         return hint, ""
     item = get_args(hint)[-1] if get_args(hint) else None
@@ -97,7 +97,8 @@ def _type_words(hint: Any) -> str:
     if hint is Any:
         return "any value"
     words = type_name(hint).partition(",")[0]
-    words = words if "|" in words else words.lower()
+    if "|" not in words:
+        words = words.lower().replace("text", "string") + ("s" if origin in (list, tuple) else "")
     return f"list of {words}" if origin in (list, tuple) else words
 
 
@@ -121,7 +122,7 @@ def _commands() -> Iterator[str]:
 
 
 def options_of(module: ModuleType) -> type | None:
-    """Return the options of a command: the dataclass called ...Options that its module defines."""
+    """Return the options of a command, the dataclass NAMEOptions in its module."""
     for name, value in vars(module).items():
         if name.endswith("Options") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
             return value

@@ -17,7 +17,7 @@ from datamodules.schedule import Phase, check_phases, checked_weights, task_weig
 from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
-from experiments.config.paths import folder_of
+from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate

@@ -12,7 +12,7 @@ import torch
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
-from experiments.config.paths import NEGATIVES, folder_of
+from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining

@@ -12,8 +12,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
-from experiments.config.experiment import from_dict
-from experiments.config.paths import read_config, runs_there
+from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
@@ -31,7 +30,7 @@ class ModelOptions:
         "installed package)",
     )
     backbone: str | None = option(
-        None, "folder or hub name of configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
+        None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
     pooling: Literal["cls", "mean"] | None = option(
         None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"

@@ -21,8 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from datamodules.options import option
 from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
 from datamodules.tasks import Reader
-from experiments.config.structured import read_yaml, refuse_unknown_keys, structured
-from experiments.config.suggest import did_you_mean
+from experiments.config.structured import did_you_mean, read_yaml, refuse_unknown_keys, structured
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric
 from lightning_modules.retrieval.ranking import SIMILARITIES

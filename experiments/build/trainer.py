@@ -18,7 +18,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
-from experiments.config.paths import BEST, EXPERTS, LAST
+from experiments.config.experiment import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO

@@ -1,4 +1,4 @@
-"""Options of commands: key=value arguments as a typed dataclass, and the text of --help."""
+"""Parse the key=value arguments of a command into a typed dataclass, and print --help."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
-from experiments.config.suggest import did_you_mean, expected_one_of
+from experiments.config.structured import did_you_mean, expected_one_of
 
 T = TypeVar("T")
 SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
 
 def parse(options: type[T], arguments: Sequence[str]) -> T:
-    """Return the options that the arguments ask for.
+    """Parse the arguments of a command. With --help, print all options and exit.
 
-    Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds. With --help
-    it prints all options and exits.
+    Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds.
     """
     _print_help(options, arguments)
     parsed, rest = parse_known(options, arguments)
@@ -39,7 +38,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
 
 
 def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Return the options, and the arguments that are none of them: the keys of an experiment, for instance."""
+    """Return the options, and the arguments that are not options, such as keys of an experiment."""
     _print_help(options, arguments, "Further key=value arguments are keys of the experiment: see docs/reference.md.")
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {option_key(field): field for field in dataclasses.fields(options)}
@@ -81,7 +80,7 @@ def usage(options: type) -> str:
     usage_line = f"usage: {command_of(options)}{positional} [key=value ...]"
     lines = [inspect.getdoc(options) or "", "", usage_line, ""]
     width = min(shutil.get_terminal_size().columns, 120)
-    for field in dataclasses.fields(options):
+    for field in fields:
         key = option_key(field)
         head = key.upper() if field.metadata.get("positional") else f"{key}={type_name(hints[field.name])}"
         notes = [field.metadata.get("help", ""), describe_bounds(field), _default(field)]
@@ -92,13 +91,13 @@ def usage(options: type) -> str:
 
 
 def command_of(options: type) -> str:
-    """Return how the running command is started."""
+    """Return how to start the running command, such as python -m experiments.train."""
     name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None)
     return f"python -m {name or options.__module__}"
 
 
 def as_argument(value: Any) -> str:
-    """Return a value of an option as it is written on the command line."""
+    """Format the value of an option as on the command line."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -119,7 +118,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def type_name(hint: Any) -> str:
-    """Return how a value of this type is written: its choices, or INTEGER, NUMBER, PATH, TEXT, ..."""
+    """Return the name of a type in --help: its choices, or INTEGER, NUMBER, PATH, TEXT, ..."""
     if choices := literal_choices(hint):
         return "|".join(map(str, choices))
     if get_origin(hint) in (Union, types.UnionType):
@@ -131,7 +130,7 @@ def type_name(hint: Any) -> str:
 
 
 def _convert(key: str, hint: Any, text: str) -> Any:
-    """Return the text of an option as its type. Choices and bounds are checked later, for all options alike."""
+    """Convert the text of an option to its type. Choices and bounds are checked later, by check_options."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         if text in ("", "null"):

@@ -1,9 +1,9 @@
-"""Load an experiment: a closed schema, filled from files in a fixed order.
+"""Load an experiment: its keys are set by files in a fixed order, then by the command line, and checked.
 
     schema <- base.yaml <- scale/<SCALE>.yaml <- tasks/*.yaml <- <EXPERIMENT>.yaml <- key=value
 
-Closed settings are fields in schema.py. What users extend is a node with `_target_` (targets.py): the encoder,
-callbacks, miners and readers. Everything is checked here, at load; the result is plain dataclasses.
+Fixed keys are fields in schema.py. Encoder, callbacks, miners and readers are nodes with `_target_` (targets.py), so
+users can add their own. The result is plain dataclasses. A run saves it as config.yaml in its folder.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning import Callback
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
 from datamodules.records import UserError
-from datamodules.tasks import Reader
 from experiments.config.arguments import command_of, option_keys, parse_known
-from experiments.config.constraints import check_constraints
-from experiments.config.merging import check_override, merge, merge_overrides
-from experiments.config.moved import with_first_paths
-from experiments.config.schema import Config, TaskConfig
-from experiments.config.structured import describe, read_yaml, refuse_unknown_keys
-from experiments.config.suggest import MAKE_VARIABLES, unknown
-from experiments.config.targets import READERS, check_target, with_reader
-from lightning_modules.encoders.base import Encoder
-from lightning_modules.mining.miners import Miner
+from experiments.config.moved import current_path, with_first_paths
+from experiments.config.schema import Config, TaskConfig, check_constraints
+from experiments.config.structured import describe, read_yaml, refuse_unknown_keys, unknown
+from experiments.config.targets import check_targets
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[1]
-RESERVED = ("base",)  # YAML files in the folder of the experiments that are not experiments
-ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
+RESERVED = ("base",)  # YAML files next to the experiments that are not experiments
+MAKE_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target that takes an experiment
+
+# Files of a run, relative to its folder.
+LAST = Path("checkpoints", "last.ckpt")
+BEST = Path("checkpoints", "best.ckpt")
+EXPERTS = "experts.svg"  # latest picture of tasks and experts
+NEGATIVES = "negatives"  # mined hard negatives
 
 
 @dataclass(kw_only=True)
@@ -53,13 +55,13 @@ T = TypeVar("T", bound=ExperimentOptions)
 
 
 def parse_experiment(options: type[T], arguments: Sequence[str]) -> tuple[T, Config]:
-    """Return a command's options, and the configuration that the experiment and the other arguments ask for."""
+    """Return a command's options and the configuration. All other arguments are keys of the experiment."""
     parsed, overrides = parse_overrides(options, arguments)
     return parsed, load_config(parsed.experiment, overrides, option_keys(options))
 
 
 def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Return a command's options, and the other arguments: keys of the experiment, not checked yet."""
+    """Return a command's options, and the other arguments. These are keys of the experiment, not checked yet."""
     if not {"--help", "-h"}.intersection(arguments) and (not arguments or "=" in arguments[0]):
         example = f"{command_of(options)} moe"
         raise UserError(f"experiment: expected one of {', '.join(experiments())} as first argument ({example})")
@@ -69,25 +71,26 @@ def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list
 def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:
     """Load the configuration of an experiment.
 
-    overrides: key=value, for instance the scale. others: keys that the command itself takes, for suggestions.
+    overrides: key=value arguments. others: options of the command, to suggest for a misspelt key.
     Raises UserError that names file and key, what is wrong, and what is expected.
     """
-    overrides = [check_override(text) for text in overrides]
+    for text in overrides:
+        _check_override(text)
     scale = ([Config.scale] + [text.partition("=")[2] for text in overrides if text.startswith("scale=")])[-1]
     _check_name("experiment", experiment, experiments())
     _check_name("scale", scale, scales())
 
     config = OmegaConf.structured(Config)
-    config = merge(config, OmegaConf.create({"experiment": experiment, "scale": scale}), "schema")
+    config = _merge(config, OmegaConf.create({"experiment": experiment, "scale": scale}), "schema")
     for path in (FOLDER / "base.yaml", FOLDER / "scale" / f"{scale}.yaml"):
-        config = merge(config, read_yaml(path, _shown(path)), _shown(path))
+        config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
     tasks, broken = _read_tasks(scale)
     for source, layer in tasks:
-        config = merge(config, layer, source)
+        config = _merge(config, layer, source)
     path = FOLDER / f"{experiment}.yaml"
-    config = merge(config, read_yaml(path, _shown(path)), _shown(path))
+    config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
     known_tasks = sorted(config.task)
-    config = merge_overrides(config, overrides, (*others, *MAKE_VARIABLES))
+    config = _merge_overrides(config, overrides, (*others, *MAKE_VARIABLES))
 
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:
@@ -101,8 +104,8 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> Config:
-    """Return the configuration that as_dict wrote, for instance a run's config.yaml. source: its name, for errors."""
-    return _finish(merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source))
+    """Rebuild a configuration from the output of as_dict. source: name of its file, for errors."""
+    return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -111,15 +114,50 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return six characters that differ between experiments. The run's folder and W&B settings do not count."""
+    """Return a hash of the configuration, six characters long. The run's folder and W&B settings do not count."""
     settings = as_dict(config)
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb")
     text = with_first_paths(json.dumps(settings, sort_keys=True))
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
+def folder_of(config: Config) -> Path:
+    """Return the folder of a run: run.dir, or that of a W&B trial, or one named by a hash of the configuration."""
+    if config.run.dir:
+        return Path(config.run.dir)
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        return Path("runs") / f"sweep-{os.environ['WANDB_SWEEP_ID']}" / os.environ["WANDB_RUN_ID"]
+    return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
+    return _with_current_paths(settings)
+
+
+def runs_there() -> str:
+    """Return a list of the runs in runs/, for error messages."""
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    return f"In runs/ there are: {', '.join(runs) or 'none'}"
+
+
+def _with_current_paths(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: current_path(value) if key == "_target_" and isinstance(value, str) else _with_current_paths(value)
+            for key, value in node.items()
+        }
+    return [_with_current_paths(item) for item in node] if isinstance(node, list) else node
+
+
 def names(folder: Path, reserved: Sequence[str] = ()) -> list[str]:
-    """Return the names of a folder's YAML files, without ending."""
+    """Return the names of a folder's YAML files, without .yaml."""
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in reserved)
 
 
@@ -143,7 +181,7 @@ def _check_name(what: str, name: str, expected: Sequence[str]) -> None:
 def _read_tasks(scale: str) -> tuple[list[tuple[str, DictConfig]], dict[str, UserError]]:
     """Read all task files. Return (file, layer) of each, and the errors of broken files by task.
 
-    A broken file is an error only for experiments that name its task.
+    A broken file only stops experiments that name its task.
     """
     layers, broken = [], {}
     for name in names(FOLDER / "tasks"):
@@ -156,7 +194,7 @@ def _read_tasks(scale: str) -> tuple[list[tuple[str, DictConfig]], dict[str, Use
 
 
 def _read_task(path: Path, scale: str) -> DictConfig:
-    """Read a task's file, with the data of one scale. A scale that the file does not have may bring its own data."""
+    """Read a task's file, with the data of one scale. If it has none, the scale's own file must set them."""
     source, prefix = _shown(path), f"task.{path.stem}."
     task = read_yaml(path, source)
     blocks = task.pop("data", None) or {}
@@ -173,7 +211,7 @@ def _read_task(path: Path, scale: str) -> DictConfig:
 
 
 def _finish(config: DictConfig) -> Config:
-    """Resolve and check the configuration. Tasks that it does not name are dropped unchecked."""
+    """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked."""
     known_tasks = sorted(config.task)
     try:
         for name in [] if OmegaConf.is_missing(config, "tasks") else set(known_tasks) - set(config.tasks):
@@ -188,12 +226,12 @@ def _finish(config: DictConfig) -> Config:
     finished.task = {name: finished.task[name] for name in finished.tasks}
     check_options(finished)
     check_constraints(finished)
-    _check_targets(finished)
+    check_targets(finished)
     return finished
 
 
 def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
-    """Check that the named tasks exist and have data. Collections set to null are removed."""
+    """Check that the named tasks exist and have data. Remove collections that are null."""
     if not config.tasks:
         raise UserError("tasks: name at least one")
     if len(set(config.tasks)) < len(config.tasks):
@@ -209,16 +247,129 @@ def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
             )
 
 
-def _check_targets(config: Config) -> None:
-    """Check all `_target_` nodes against the signatures of their classes, and convert their arguments."""
-    config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS)
-    for name, node in config.callbacks.items():
-        config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback)
-    config.mining.miner = check_target("mining.miner", config.mining.miner, Miner)
-    for name, node in config.mining.miners.items():
-        _check_name("task in mining.miners", name, config.tasks)
-        config.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
-    for task, settings in config.task.items():
-        for name, node in settings.data.items():
-            key = f"task.{task}.data.{name}"
-            settings.data[name] = check_target(key, with_reader(key, node), Reader, package=READERS)
+def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[str] = ()) -> DictConfig:
+    """Merge a layer over the configuration. A node with another `_target_` replaces the old one with its arguments.
+
+    source: name of the layer, for errors. others: further words to suggest for an unknown key. Raises UserError.
+    """
+    refuse_unknown_keys(Config, layer, source, others=others)
+    _clear_replaced_targets(config, layer)
+    try:
+        return OmegaConf.merge(config, layer)
+    except OmegaConfBaseException as error:
+        value = OmegaConf.select(layer, error.full_key) if error.full_key else None
+        if "is not a ListConfig" in str(error) and value is not None:
+            raise UserError(f"{source}: {error.full_key}: expected a list, write {error.full_key}=[{value}]") from error
+        raise UserError(f"{source}: {describe(error)}") from error
+
+
+def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Sequence[str]) -> DictConfig:
+    """Merge overrides such as "optim.lr=1e-4". others: as for _merge.
+
+    make passes them in any order, so sort them: first those that replace all data of a task, then single collections,
+    then the rest.
+    """
+    parsed = [(text, layer := _parse(text), _replacement(text, layer)) for text in overrides]
+    parsed.sort(key=lambda each: 2 if each[2] is None else int(each[2].collection is not None))
+    tasks = set(config.task)
+    for text, layer, replacement in parsed:
+        if replacement and replacement.task in tasks:
+            data = config.task[replacement.task].data
+            if replacement.collection is None:
+                data.clear()
+            else:
+                data.pop(replacement.collection, None)
+        config = _merge(config, layer, f"command line ({text})", others)
+    return config
+
+
+def _check_override(text: str) -> None:
+    """Raise UserError unless the text is key=value."""
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"command line: expected key=value, got {text!r}")
+    if key == "experiment":
+        raise UserError("command line: the experiment is the first argument, not a key (make train EXP=...)")
+
+
+def _parse(text: str) -> DictConfig:
+    try:
+        return OmegaConf.create(_none_as_null(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"command line: {text!r} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _none_as_null(node: Any) -> Any:
+    """Replace the word None by null: W&B's agent writes values as Python prints them."""
+    if isinstance(node, dict):
+        return {key: _none_as_null(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_none_as_null(value) for value in node]
+    return None if node == "None" else node
+
+
+def _clear_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
+    for key in layer:
+        has_no_value = OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key)
+        if has_no_value or key not in config or OmegaConf.is_missing(config, key):
+            continue
+        old, new = config[key], layer[key]
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            classes = [current_path(str(node["_target_"])) for node in (old, new) if "_target_" in node]
+            if len(set(classes)) == 2:
+                config[key] = {}
+            else:
+                _clear_replaced_targets(old, new)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What an override replaces: one collection of a task, or all of its data (None)."""
+
+    task: str
+    collection: str | None
+
+
+def _replacement(text: str, layer: DictConfig) -> Replacement | None:
+    """Return which data an override replaces, or None if it only sets keys. Folders in its layer become nodes.
+
+        task.search.data=/data/mine                  only this collection, called mine
+        task.search.data=[/data/mine, /data/other]   only these
+        task.search.data={mine: {...}}               only these, each with the node of its reader
+        task.search.data.mine=/data/mine             this one in addition to the scale's
+
+    layer: what text was parsed to. Raises UserError for a value that is neither a folder nor a node.
+    """
+    key = text.partition("=")[0]
+    match = re.fullmatch(r"task\.([^.]+)\.data(?:\.([^.]+))?", key)
+    if match is None:
+        return None
+    task, name = match.groups()
+    data = OmegaConf.to_container(layer)["task"][task]["data"]
+    if name:
+        if not _is_folder(data[name]):
+            return None
+        layer.task[task].data[name] = {"folder": data[name]}
+        return Replacement(task, name)
+    folders = [data] if isinstance(data, str) else data
+    if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
+        layer.task[task].data = _nodes_by_name(key, folders)
+    elif not isinstance(data, dict) or not data:
+        raise UserError(f"{key}: expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got {data!r}")
+    return Replacement(task, None)
+
+
+def _is_folder(value: Any) -> bool:
+    """Return whether a value is a folder, and not a node or a reference such as ${task.search.data.mine}."""
+    return isinstance(value, str) and not value.startswith("${task.")
+
+
+def _nodes_by_name(key: str, folders: list[str]) -> dict[str, dict[str, str]]:
+    nodes: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"
+        if name in nodes:
+            example = f"{key}={{a: {nodes[name]['folder']}, b: {folder}}}"
+            raise UserError(f"{key}: two folders are called {name}; give them names: {example}")
+        nodes[name] = {"folder": folder}
+    return nodes

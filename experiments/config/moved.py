@@ -1,11 +1,11 @@
-"""Classes that have moved, so that configurations saved under their old paths still load.
+"""Paths of classes that have moved, so that old configurations still load.
 
-A class keeps its first path in the hash that names a run's folder: an old run is found again after a move.
+The hash in the name of a run's folder uses the first path of a class, so a move does not change it.
 """
 
 from __future__ import annotations
 
-# Old path -> present path, for every class that a `_target_` may name.
+# old path -> present path, for classes that `_target_` may name
 MOVED: dict[str, str] = {
     "lightning_modules.mining.sharing.SharingMiner": "lightning_modules.mining.miners.SharingMiner",
 }
@@ -17,7 +17,7 @@ def current_path(path: str) -> str:
 
 
 def with_first_paths(text: str) -> str:
-    """Return JSON text in which every moved class has the path it had first."""
+    """Return JSON text with the first path of every moved class."""
     for old, new in reversed(MOVED.items()):
         text = text.replace(f'"{new}"', f'"{old}"')
     return text

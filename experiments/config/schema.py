@@ -1,17 +1,21 @@
-"""Every key of an experiment, with its type, default, bounds and meaning."""
+"""Every key of an experiment: type, default, bounds and meaning. check_constraints checks keys against each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
+from datamodules.records import UserError
+from experiments.config.structured import prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.mining.mine import MiningOptions
-from lightning_modules.objective_options import ObjectiveOptions
+from lightning_modules.objective_options import ObjectiveOptions, check_objective
 from lightning_modules.optim import OptimOptions
+from lightning_modules.retrieval.metrics import check_metric
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]
 DENSE_MINER = {"_target_": "lightning_modules.mining.miners.DenseMiner"}
@@ -21,19 +25,19 @@ DENSE_MINER = {"_target_": "lightning_modules.mining.miners.DenseMiner"}
 class RunConfig:
     """The folder of a run, and how the run starts."""
 
-    dir: str = option("", "folder of the run; by default runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
+    dir: str = option("", "folder of the run; by default, runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
     seed: int = option(0, "seed of all random numbers", minimum=0)
     resume: Literal["auto", "never"] = option(
-        "auto", "auto continues from the last checkpoint, if there is one; never starts over and keeps the old run"
+        "auto", "auto: continue from the last checkpoint, if there is one; never: start over, and keep the old run"
     )
 
 
 @dataclass
 class PhaseConfig:
-    """A phase of the curriculum: from a step on, tasks are drawn with these weights."""
+    """A phase of the curriculum, which changes the shares of the tasks."""
 
     from_step: int = option(MISSING, "first optimizer step of the phase", minimum=0)
-    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit", above=0)
+    weights: dict[str, float] = option({}, "relative share of the steps of each task", above=0)
 
 
 @dataclass
@@ -42,14 +46,16 @@ class DataConfig:
 
     root: str = option("data", "folder that task files refer to as ${data.root}")
     cache: str | None = option(
-        "~/.cache/scimult", "folder of the memory-mapped copies of the data, made once; null reads them into memory"
+        "~/.cache/scimult", "folder for memory-mapped copies of the data; null: read all data into memory"
     )
     on_error: Literal["fail", "skip"] = option(
-        "fail", "at a bad line: fail, or skip it and write it to quarantine.jsonl in the run's folder"
+        "fail", "at a bad line, fail, or skip it and write it to quarantine.jsonl in the run's folder"
     )
     batch_size: int = option(32, "queries per batch and rank", minimum=1)
     batch_tokens: int = option(
-        0, "tokens per batch and rank (queries, positives, hard negatives), instead of batch_size; 0: off", minimum=0
+        0,
+        "tokens per batch and rank (queries, positives, hard negatives), instead of batch_size; 0: use batch_size",
+        minimum=0,
     )
     max_length: int = option(256, "maximum number of tokens of a text: [CLS], at least one word, [SEP]", minimum=3)
     token_budget: int = option(16384, "maximum number of padded tokens per forward pass", minimum=1)
@@ -57,39 +63,45 @@ class DataConfig:
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
     num_workers: int = option(0, "processes that prepare batches; 0: the training process itself", minimum=0)
     on_leak: Literal["ignore", "warn", "strip", "error"] = option(
-        "warn", "if evaluation texts are in the training data: ignore, warn, train without them (strip), or fail"
+        "warn",
+        "if evaluation texts are in the training data, ignore, warn, train without them (strip), or fail (error)",
     )
     leaks_in: list[str] = option(
-        [], "folders (BEIR layout or JSON lines) whose queries and corpus must not be in the training data either"
+        [], "further evaluations to check for leaks: folders in BEIR layout or with JSON lines"
     )
     schedule: Literal["round_robin", "together", "proportional", "temperature", "weights"] = option(
         "round_robin",
-        "task of each step: in turns (round_robin), all in every step (together), by number of examples "
-        "(proportional), by that number to the power 1 / schedule_temperature (temperature), or by data.weights",
+        "which task each step trains: round_robin (in turns), together (all), or in shares: proportional (by number of "
+        "examples), temperature (by that number to the power 1 / schedule_temperature), weights (by data.weights)",
     )
-    schedule_temperature: float = option(2.0, "temperature of the schedule of that name", above=0)
-    weights: dict[str, float] = option({}, "task -> its share of the steps, in any unit, for schedule=weights", above=0)
-    curriculum: list[PhaseConfig] = option([], "later phases, with other weights")
+    schedule_temperature: float = option(
+        2.0, "temperature of schedule=temperature; 1 is proportional, higher is more even", above=0
+    )
+    weights: dict[str, float] = option({}, "relative share of the steps of each task, for schedule=weights", above=0)
+    curriculum: list[PhaseConfig] = option([], "phases that change the weights during training")
 
 
 @dataclass
 class MiningConfig(MiningOptions):
     """Hard negatives, mined before training (store) or during it (every_n_steps or every_n_epochs)."""
 
-    every_n_steps: int = option(0, "optimizer steps between two minings with the current model; 0: off", minimum=0)
-    every_n_epochs: float = option(0.0, "passes over all examples between two minings; 0: off", minimum=0)
+    every_n_steps: int = option(0, "optimizer steps between two minings with the current model; 0: never", minimum=0)
+    every_n_epochs: float = option(0.0, "passes over all examples between two minings; 0: never", minimum=0)
     first_step: int | None = option(
         None, "step of the first mining, by default after one interval; 0 mines before training", minimum=0
     )
     stop_at: float | None = option(
-        None, "stop if a larger share of the mined negatives look like positives; null: never", minimum=0, below=1
+        None,
+        "stop training if a larger share of the mined negatives look like positives; null: never",
+        minimum=0,
+        below=1,
     )
-    store: str | None = option(None, "output folder of `make mine`, whose negatives are used from the first step")
+    store: str | None = option(None, "output folder of `make mine`; its negatives are used from the first step")
     use: Literal["mined", "data", "both"] = option(
-        "mined", "hard negatives: mined (those of the data where a query has none), data, or both together"
+        "mined", "which hard negatives to use: mined (the data's for queries without any), data, or both"
     )
-    miner: dict[str, Any] = option(DENSE_MINER, "_target_ node: a class of lightning_modules.mining.miners")
-    miners: dict[str, Any] = option({}, "task -> its own miner; null does not mine for the task")
+    miner: dict[str, Any] = option(DENSE_MINER, "_target_ node: a class in lightning_modules.mining.miners")
+    miners: dict[str, Any] = option({}, "miners of single tasks: task -> _target_ node; null: do not mine for the task")
 
 
 @dataclass
@@ -97,11 +109,11 @@ class TrainerConfig:
     """Length of the training, hardware, and precision."""
 
     max_steps: int = option(1000, "number of optimizer steps", minimum=1)
-    accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto takes GPUs if there are any")
+    accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
     devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
     num_nodes: int = option(1, "number of machines", minimum=1)
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "auto: bf16 where the hardware computes in it (GPUs, CPUs with AMX); a resumed run keeps its precision"
+        "auto", "auto: bf16 on hardware made for it (GPUs, CPUs with AMX); a resumed run keeps its precision"
     )
     gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     accumulate_grad_batches: int = option(
@@ -109,12 +121,12 @@ class TrainerConfig:
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     grad_cache: bool = option(
-        False, "limit the memory of a batch to that of data.token_budget, for a second forward pass"
+        False, "GradCache: a batch of any size in the memory of data.token_budget, at the cost of a second forward pass"
     )
     strategy: Literal["ddp", "fsdp"] = option(
-        "ddp", "several ranks: each has all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
+        "ddp", "for several ranks: each holds all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
     )
-    timeout: int = option(1800, "seconds after which ranks give up waiting for one that does not answer", minimum=1)
+    timeout: int = option(1800, "seconds that ranks wait for one that does not answer", minimum=1)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
 
 
@@ -123,7 +135,7 @@ class CheckpointConfig:
     """Checkpoints of the training."""
 
     every_n_steps: int = option(200, "optimizer steps between two checkpoints", minimum=1)
-    keep: int = option(2, "number of checkpoints on disk, the last one included", minimum=1)
+    keep: int = option(2, "number of checkpoints to keep, the last one included", minimum=1)
 
 
 @dataclass
@@ -133,7 +145,7 @@ class EvaluationConfig:
     every_n_steps: int = option(200, "optimizer steps between two evaluations on the dev splits; 0: never", minimum=0)
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
-    baselines: bool = option(True, "evaluate BM25 and the untrained encoder too")
+    baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
 
 
 @dataclass
@@ -148,15 +160,15 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: Literal["offline", "online", "disabled"] = option(
-        "offline", "offline writes into the run's folder, for `make sync`; online sends at once and needs an account"
+        "offline", "offline: write to the run's folder, for `make sync`; online: send at once, with an account"
     )
-    project: str = option("scimult", "project")
-    entity: str | None = option(None, "user or team; by default that of the account")
-    name: str | None = option(None, "name of the run; by default that of its folder")
-    group: str | None = option(None, "group; by default experiment and scale")
+    project: str = option("scimult", "name of the project")
+    entity: str | None = option(None, "user or team; by default, that of the account")
+    name: str | None = option(None, "name of the run; by default, that of its folder")
+    group: str | None = option(None, "group; by default, experiment and scale")
     tags: list[str] = option([], "tags, in addition to experiment, scale and seed")
     checkpoints: bool = option(False, "upload the best checkpoint as an artifact")
-    finish_timeout: int = option(30, "seconds to wait at the end until everything is sent", minimum=0)
+    finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0)
 
 
 @dataclass
@@ -166,13 +178,15 @@ class TaskConfig:
     kind: Literal["classification", "link_prediction", "search"] = option(MISSING, "kind of the task")
     expert: str = option(MISSING, "name of the expert that serves the task")
     instruction: str = option("", "sentence that describes the task, for encoders that read instructions")
-    batch_size: int | None = option(None, "queries per batch and rank, by default data.batch_size", minimum=1)
-    max_length: int | None = option(None, "maximum number of tokens, by default data.max_length", minimum=3)
-    num_positives: int | None = option(None, "positives per query, by default data.num_positives", minimum=1)
+    batch_size: int | None = option(None, "queries per batch and rank; by default, data.batch_size", minimum=1)
+    max_length: int | None = option(None, "maximum number of tokens; by default, data.max_length", minimum=3)
+    num_positives: int | None = option(None, "positives per query; by default, data.num_positives", minimum=1)
     num_hard_negatives: int | None = option(
-        None, "hard negatives per query, by default data.num_hard_negatives", minimum=0
+        None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0
     )
-    data: dict[str, Any] = option({}, "collection -> _target_ node of its reader; in tasks/*.yaml, a block per scale")
+    data: dict[str, Any] = option(
+        {}, "collection -> _target_ node of its reader; task files have such a block for each scale"
+    )
 
 
 @dataclass
@@ -180,22 +194,24 @@ class ExtendConfig:
     """New tasks for a trained encoder: only their experts are trained."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
-    like: str = option("nearest", "task whose expert the new ones start as; nearest: that with the lowest loss")
+    like: str = option(
+        "nearest", "task whose expert the new ones are copied from; nearest: the one with the lowest loss"
+    )
 
 
 @dataclass
 class Config:
-    """What an experiment is made of."""
+    """All keys of an experiment."""
 
-    experiment: str = option(MISSING, "name of the experiment (the first argument of a command)")
+    experiment: str = option(MISSING, "name of a file in experiments (the first argument of a command)")
     scale: str = option("sample", "name of a file in experiments/scale")
-    tasks: list[str] = option(MISSING, "tasks to train, by the names of their files in experiments/tasks")
-    init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights are the initial ones")
+    tasks: list[str] = option(MISSING, "names of the tasks to train (files in experiments/tasks)")
+    init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights the training starts from")
     extend: ExtendConfig = field(default_factory=ExtendConfig)
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    encoder: dict[str, Any] = option(MISSING, "_target_ node: a class of lightning_modules.encoders, and its arguments")
+    encoder: dict[str, Any] = option(MISSING, "_target_ node: a class in lightning_modules.encoders, and its arguments")
     mining: MiningConfig = field(default_factory=MiningConfig)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -204,5 +220,86 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    callbacks: dict[str, Any] = option({}, "name -> _target_ node of a further Lightning callback")
-    task: dict[str, TaskConfig] = option({}, "task -> its settings, from experiments/tasks/<task>.yaml")
+    callbacks: dict[str, Any] = option({}, "further Lightning callbacks: name -> _target_ node")
+    task: dict[str, TaskConfig] = option({}, "settings of each task, from experiments/tasks/<task>.yaml")
+
+
+def check_constraints(config: Config) -> None:
+    """Raise UserError for settings that contradict each other, or that this machine cannot run."""
+    _check_metrics(config)
+    _check_balance(config)
+    _check_devices(config)
+    _check_sharding(config)
+    _check_mining_times(config)
+    _check_mined_negatives_are_used(config)
+    check_objective(config.objective, list(config.task), "objective.")
+
+
+def _check_metrics(config: Config) -> None:
+    if not config.evaluation.metrics:
+        raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
+    with prefixed("evaluation.metrics: "):
+        for name in config.evaluation.metrics:
+            check_metric(name)
+
+
+def _check_balance(config: Config) -> None:
+    """Balancing needs several tasks. Comparing their gradients needs all of them in every step."""
+    balance, schedule = config.objective.balance, config.data.schedule
+    if balance != "none" and len(config.tasks) < 2:
+        raise UserError(f"objective.balance: {balance} needs several tasks, but there is only {config.tasks[0]}")
+    if balance in ("gradnorm", "pcgrad") and schedule != "together":
+        raise UserError(
+            f"objective.balance: {balance} compares the gradients of all tasks in each optimizer step; "
+            f"set data.schedule=together (got {schedule})"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    """Check that this machine has the hardware."""
+    trainer = config.trainer
+    if trainer.devices == 0:
+        raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")
+    if trainer.devices == -1 and not torch.cuda.is_available():
+        raise UserError("trainer.devices: -1 means all GPUs, but there is no GPU; set a number above 0")
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator: got gpu, but there is no GPU; set auto or cpu")
+
+
+def _check_sharding(config: Config) -> None:
+    """Sharding needs several ranks, and does not support parameters outside the encoder."""
+    if config.trainer.strategy == "ddp":
+        return
+    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
+        raise UserError("trainer.strategy: fsdp shards weights over ranks, but there is one; set trainer.devices=2")
+    for key, value, required in (
+        ("objective.learn_temperature", config.objective.learn_temperature, "no"),
+        ("objective.balance", config.objective.balance, "none"),
+    ):
+        if value != required:
+            raise UserError(f"trainer.strategy: fsdp does not support {key}={value}; set ddp, or {key}={required}")
+
+
+def _check_mining_times(config: Config) -> None:
+    """Allow one interval and one source of the first hard negatives, and a first_rank that leaves candidates."""
+    mining = config.mining
+    if mining.every_n_steps and mining.every_n_epochs:
+        raise UserError("mining.every_n_steps and mining.every_n_epochs: set only one of them")
+    if mining.first_step is not None and not (mining.every_n_steps or mining.every_n_epochs):
+        raise UserError("mining.first_step: only used with mining during training; set mining.every_n_steps")
+    if mining.first_step == 0 and mining.store:
+        raise UserError("mining.store and mining.first_step=0: set only one source of the first hard negatives")
+    if mining.first_rank >= mining.k:
+        raise UserError(f"mining.first_rank: expected a rank below mining.k ({mining.k}), got {mining.first_rank}")
+
+
+def _check_mined_negatives_are_used(config: Config) -> None:
+    mining = config.mining
+    if not (mining.every_n_steps or mining.every_n_epochs or mining.store):
+        return
+    if mining.use == "data":
+        raise UserError("mining.use: with data, the mined hard negatives are never used; set mined or both")
+    default = config.data.num_hard_negatives
+    counts = [default if task.num_hard_negatives is None else task.num_hard_negatives for task in config.task.values()]
+    if not any(counts):
+        raise UserError("data.num_hard_negatives: is 0, so mined hard negatives are never used; set at least 1")

@@ -1,10 +1,11 @@
-"""YAML files as dataclasses. Unknown keys, wrong types, missing values and bounds are reported with file and key."""
+"""Read YAML files into dataclasses. Errors name file and key, and suggest what a misspelt key was meant to be."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,13 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options
 from datamodules.records import UserError
-from experiments.config.suggest import did_you_mean, expected_one_of
 
 T = TypeVar("T")
 
 
 def read_yaml(path: Path, name: str = "") -> DictConfig:
-    """Read a YAML file of keys and values. name: how to call the file in errors. Raises UserError."""
+    """Read a YAML file of keys and values. name: name of the file in errors. Raises UserError."""
     name = name or str(path)
     try:
         node = OmegaConf.load(path)
@@ -53,7 +53,7 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
 
 @contextmanager
 def prefixed(prefix: str) -> Iterator[None]:
-    """Put a key or a file before the messages of errors, which know only the names of their own arguments."""
+    """Put a key or a file before the messages of errors raised inside."""
     try:
         yield
     except UserError as error:
@@ -77,7 +77,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 def refuse_unknown_keys(schema: type, node: Any, source: str, prefix: str = "", others: Sequence[str] = ()) -> None:
     """Raise UserError for a key that the schema, a dataclass, does not have, at any depth.
 
-    others: words that are not keys of the schema, but that the user may have meant.
+    others: words to suggest that are not keys of the schema.
     """
     for parent, key, siblings, is_section in _unknown_keys(schema, node, prefix):
         hint = did_you_mean(key, siblings, parent) if is_section or parent else ""
@@ -106,3 +106,42 @@ def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str,
             yield prefix, str(key), list(hints), isinstance(node._get_node(key), DictConfig)  # such as optm in optm.lr
         elif not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
             yield from _unknown_keys(child, node[key], f"{prefix}{key}.")
+
+
+def did_you_mean(word: str, expected: Iterable[str], prefix: str = "") -> str:
+    """Return a suggestion for an error message, such as "did you mean run.seed? ", or "" if no word is similar.
+
+    Prefer the same word in another case, then dotted keys that end in it, then the most similar word.
+    prefix: path to put before each suggestion.
+    """
+    expected, lower = list(dict.fromkeys(expected)), word.lower()
+    suggestions = (
+        [name for name in expected if name.lower() == lower]
+        or [name for name in expected if _last_part(name.lower()) == lower]
+        or _most_similar(word, expected)
+    )
+    return f"did you mean {' or '.join(f'{prefix}{name}' for name in suggestions[:3])}? " if suggestions else ""
+
+
+def unknown(what: str, word: str, expected: Sequence[str]) -> UserError:
+    """Return the error for a word that is not among the expected ones, with a suggestion."""
+    hint = did_you_mean(word, expected)
+    return UserError(f"unknown {what} {word!r}; {hint}{expected_one_of(expected, hint)}")
+
+
+def expected_one_of(expected: Iterable[str], hint: str = "") -> str:
+    """Return the end of an error message: the expected words. After a suggestion (hint), it starts a sentence."""
+    return f"{'Expected' if hint else 'expected'} one of {', '.join(expected)}"
+
+
+def _most_similar(word: str, expected: Iterable[str]) -> list[str]:
+    forms: dict[str, list[str]] = {}  # lower-case name, or last part of a dotted one -> names
+    for name in expected:
+        for form in {name.lower()} if "." in word else {name.lower(), _last_part(name.lower())}:
+            forms.setdefault(form, []).append(name)
+    close = difflib.get_close_matches(word.lower(), forms, n=1)
+    return [max(forms[close[0]], key=lambda name: difflib.SequenceMatcher(None, word, name).ratio())] if close else []
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

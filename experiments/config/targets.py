@@ -1,4 +1,4 @@
-"""The open part of a configuration: nodes with `_target_`, a class of this project, and its arguments."""
+"""Check and build the nodes of a configuration: `_target_`, a class of this project, and its arguments."""
 
 from __future__ import annotations
 
@@ -11,26 +11,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
+from lightning import Callback
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.readers import reader_class_of
 from datamodules.records import UserError
+from datamodules.tasks import Reader
 from experiments.config.moved import current_path
-from experiments.config.structured import describe
-from experiments.config.suggest import did_you_mean, expected_one_of
+from experiments.config.schema import Config
+from experiments.config.structured import describe, did_you_mean, expected_one_of, unknown
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.mining.miners import Miner
 
 PACKAGES = ("datamodules.", "lightning_modules.")
 READERS = "datamodules.readers."
 EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
+ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
+
+
+def check_targets(config: Config) -> None:
+    """Check all nodes of a configuration, and convert their arguments."""
+    config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS)
+    for name, node in config.callbacks.items():
+        config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback)
+    config.mining.miner = check_target("mining.miner", config.mining.miner, Miner)
+    for name, node in config.mining.miners.items():
+        if name not in config.tasks:
+            raise unknown("task in mining.miners", name, config.tasks)
+        config.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
+    for task, settings in config.task.items():
+        for name, node in settings.data.items():
+            key = f"task.{task}.data.{name}"
+            settings.data[name] = check_target(key, with_reader(key, node), Reader, package=READERS)
 
 
 def check_target(
     key: str, node: Any, base: type = object, provided: Sequence[str] = (), package: str = ""
 ) -> dict[str, Any]:
-    """Return a `_target_` node whose arguments are checked against the class's signature and converted to its types.
+    """Check a node against the signature of its class. Return it with its arguments converted to their types.
 
-    key: path of the node, for errors. base: required base class. provided: arguments that the project provides.
+    key: path of the node, for errors. base: required base class. provided: arguments that the project passes itself.
     package: package that may be left out of `_target_` (jsonl.JsonlReader). Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
@@ -74,7 +95,7 @@ def _modules(package: str) -> list[str]:
 
 
 def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments, converted by a dataclass that is made from the class's signature."""
+    """Return the arguments, converted to the types in the class's signature."""
     hints = typing.get_type_hints(cls.__init__)
     signature = list(inspect.signature(cls.__init__).parameters.values())[1:]  # without self
     parameters = {parameter.name: parameter for parameter in signature if parameter.name not in provided}
@@ -97,7 +118,7 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
 
 
 def with_reader(key: str, node: Any) -> Any:
-    """Add the class of the reader to the node of a collection that names only a folder, by the folder's files.
+    """Add the reader's class to a node that names only a folder. The files in the folder decide which class.
 
     key: path of the node, for errors. Raises UserError if the folder is missing, or its layout is not recognised.
     """
@@ -119,9 +140,8 @@ def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[st
 
 
 def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
-    """Create the object that a checked `_target_` node describes. arguments: those that the project provides."""
-    own = {key: value for key, value in node.items() if key != "_target_"}
-    return _checked_class(node)(**own, **arguments)
+    """Create the object that a checked node describes. arguments: those that are not in the node."""
+    return _checked_class(node)(**{key: value for key, value in node.items() if key != "_target_"}, **arguments)
 
 
 def _checked_class(node: Mapping[str, Any]) -> type:

@@ -15,8 +15,7 @@ from datamodules.readers.checks import SPLITS
 from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.experiment import names
-from experiments.config.structured import read_yaml, structured
-from experiments.config.suggest import did_you_mean, expected_one_of
+from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured
 from experiments.config.targets import check_target
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.paths import read_config, runs_there
+from experiments.config.experiment import read_config, runs_there
 from experiments.results.results import Results, read_results
 
 CONFIG = "config.yaml"

@@ -14,8 +14,7 @@ import yaml
 
 from datamodules.records import UserError
 from experiments import agent
-from experiments.config.experiment import load_config
-from experiments.config.paths import folder_of
+from experiments.config.experiment import folder_of, load_config
 from experiments.run.agent_trials import publish_trial
 from experiments.sweep import main as sweep
 from tests.experiments.test_train import TINY

@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from experiments.build.trainer import warn_about_cores
-from experiments.config.experiment import load_config
-from experiments.config.paths import folder_of
+from experiments.config.experiment import folder_of, load_config
 from experiments.run.endings import exit_status, next_steps
 from lightning_modules.distributed.signals import Preempted
 
@@ -57,7 +56,7 @@ def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch
     scontrol(status=1)
     job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert "job 12: scontrol cannot requeue it from here (not allowed), so this exits with status 75" in caplog.text
+    assert "job 12: scontrol cannot requeue it from here (not allowed), exiting with status 75" in caplog.text
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.records import UserError
 from experiments import sync as sync_module
 from experiments.config.experiment import as_dict, load_config
-from experiments.run.lock import only_job
+from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import WandbLogger, build_loggers
 from experiments.sync import main as sync
 from tests.experiments.run.wandb_file import history, records
@@ -98,16 +98,16 @@ def test_the_attempts_of_a_run_are_sent_once_and_to_one_run(server, tmp_path, ca
         logger.close()
         time.sleep(1.1)  # W&B's folders are named by the second
     identity = (tmp_path / "run" / "wandb_id").read_text()
-    with only_job(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         sync([f"folder={tmp_path}"])
-    assert "still being trained" in caplog.text
+    assert "still training" in caplog.text
     assert server.rows(identity) == []
     sync([f"folder={tmp_path}"])
     assert "run: sent, 2 attempts" in caplog.text
     assert [row[STEP] for row in server.rows(identity)] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert list(server.runs) == [identity]
     sync([f"folder={tmp_path}"])
-    assert "everything has been sent already" in caplog.text
+    assert "nothing left to send" in caplog.text
     assert len(server.rows(identity)) == 8
 
 
