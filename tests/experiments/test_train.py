@@ -279,7 +279,7 @@ def test_the_second_stage_starts_from_a_trained_encoder(tmp_path):
 
 @pytest.mark.slow
 def test_starting_from_another_architecture_is_refused(finished, tmp_path):
-    with pytest.raises(UserError, match="of another architecture than SharedEncoder"):
+    with pytest.raises(UserError, match="do not fit this SharedEncoder"):
         train("vanilla", two_steps(tmp_path, *TINY, f"init_from={finished}"))
 
 
@@ -288,7 +288,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
     [
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
         (["init_from=/no/where"], "init_from: '/no/where' is not an existing file or folder"),
-        (["encoder.layers=mod9"], "leaves no expert layer"),
+        (["encoder.layers=mod9"], "selects no layer"),
         (["task.search.data.searches.num_papers=5"], "num_papers: expected at least 500, got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
         (["task.search.data.topics=${task.classification.data.topics}"], "two tasks have a collection named topics"),
@@ -442,12 +442,12 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tasks=[classification]"], "task classification: the encoder has it already"),
+        (["tasks=[classification]"], "task classification: the encoder already has it"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "checkpoint has .'ffn': False., but experiment moe asks for .'ffn': True."),
         (["extend.like=sarch"], "extend.like: expected one of nearest, classification"),
         (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
-        (["task.search.expert=classification"], "task search: the expert classification exists already"),
+        (["task.search.expert=classification"], "task search: the expert classification already exists"),
     ],
 )
 def test_impossible_extensions_are_refused(tmp_path, make_encoder, overrides, message):
