@@ -19,13 +19,12 @@ MAY_IMPORT = {
     },
     "experiments": {"datamodules", "lightning_modules", "experiments"},
 }
-# Folders of experiments/, lowest first. "commands" are the files in experiments/ itself, bench, download and interop.
+# Folders of experiments/, lowest first. "commands" are the files in experiments/ itself, bench and download.
 LAYERS = ("shared", "config", "build", "run", "results", "reporting", "commands")
 # Callbacks have the name of what they call during training.
 CALLBACKS = {"evaluation.py", "hard_negatives.py"}
 PURE = (
     "lightning_modules/losses.py",
-    "lightning_modules/retrieval/metrics.py",
     "lightning_modules/retrieval/metrics.py",
     "datamodules/text.py",
     "datamodules/schedule.py",
