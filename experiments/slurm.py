@@ -33,44 +33,44 @@ MIN_TRAINING = 60  # seconds of TIME that must remain before the signal
 
 @dataclass(kw_only=True)
 class ClusterOptions:
-    """What jobs ask of SLURM. Defaults come from experiments/slurm/cluster.yaml, where keys are in lower case."""
+    """Resources of a job. Defaults come from experiments/slurm/cluster.yaml, where keys are in lower case."""
 
-    partition: str | None = option(None, "partition, by default the cluster's", key="PARTITION")
-    account: str | None = option(None, "account that pays", key="ACCOUNT")
+    partition: str | None = option(None, "partition; by default the cluster chooses", key="PARTITION")
+    account: str | None = option(None, "account to charge", key="ACCOUNT")
     qos: str | None = option(None, "quality of service", key="QOS")
     constraint: str | None = option(None, "kind of node, such as a100", key="CONSTRAINT")
     cpus: int = option(8, "cores of each rank", minimum=1, key="CPUS")
     mem: str | None = option(None, "memory of a node, such as 200G; 0 is all of it", key="MEM")
     grace: int = option(120, "seconds before the end of TIME at which the run saves", minimum=1, key="GRACE")
-    setup: str = option("", "lines of the job before the run, such as module load cuda", key="SETUP")
-    launch: str | None = option(None, "words before python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
-    python: str | None = option(None, "interpreter, by default this one", key="PYTHON")
+    setup: str = option("", "shell commands before the run, such as module load cuda", key="SETUP")
+    launch: str | None = option(None, "prefix of python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
+    python: str | None = option(None, "interpreter; by default the current one", key="PYTHON")
 
 
 @dataclass(kw_only=True)
 class SlurmOptions(ExperimentOptions, ClusterOptions):
-    """Write a SLURM job that trains an experiment, or an array of jobs, and submit it.
+    """Write a SLURM job, or an array of jobs, that trains an experiment, and submit it.
 
-    The job is experiments/slurm/train.sbatch, filled in. It is in slurm/, with its log next to it.
+    The job is a filled-in copy of experiments/slurm/train.sbatch in slurm/. Its log goes next to it.
     """
 
     time: str = option(
-        help="longest time of one attempt, such as 90 (minutes), 04:00:00 or 2-12 (days-hours); the next one resumes",
+        help="time limit of one attempt, such as 90 (minutes), 04:00:00 or 2-12 (days-hours); the next one resumes",
         key="TIME",
     )
     nodes: int = option(1, "number of nodes", minimum=1, key="NODES")
-    gpus: int = option(1, "GPUs of each node, with one rank each; 0 for a job on CPUs", minimum=0, key="GPUS")
+    gpus: int = option(1, "GPUs per node, with one rank each; 0 for a job on CPUs", minimum=0, key="GPUS")
     tasks: int = option(1, "ranks on each node of a job on CPUs", minimum=1, key="TASKS")
     seeds: tuple[str, ...] = option((), "values of run.seed, for an array with one job each", key="SEEDS")
     exps: tuple[str, ...] = option((), "experiments, for an array with one job each; with SEEDS, each pair", key="EXPS")
     sweep: str = option("", "grid or random sweep, for an array with one job per trial", key="SWEEP")
     at_once: int | None = option(None, "number of jobs of an array that run at a time", minimum=1, key="AT_ONCE")
-    submit: str = option("0", "1 submits the job; otherwise the command for that is printed", key="SUBMIT")
+    submit: str = option("0", "1 submits the job; otherwise the sbatch command is printed", key="SUBMIT")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training of the job. overrides: its key=value arguments. folder: the run's folder."""
+    """One training of the job. overrides: key=value arguments. folder: folder of the run."""
 
     experiment: str
     overrides: tuple[str, ...]
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def slurm(arguments: Sequence[str]) -> Path:
-    """Write the job, and submit it if SUBMIT says so. Returns the job's script."""
+    """Write the job, and submit it with SUBMIT=1. Returns the path of the script."""
     options, overrides = read_options(arguments)
     runs = plan_runs(options, overrides)
     name = runs[0].folder.name + (f"-and-{len(runs) - 1}-more" if len(runs) > 1 else "")
@@ -109,13 +109,13 @@ def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
     content["setup"] = "\n".join(content.get("setup") or [])
     cluster = structured(ClusterOptions, [OmegaConf.create(content)], str(CLUSTER))
     defaults = [f"{key.metadata['key']}={as_argument(getattr(cluster, key.name))}" for key in fields(cluster)]
-    if arguments and "=" not in arguments[0]:  # the experiment remains the first argument
+    if arguments and "=" not in arguments[0]:  # the experiment must remain the first argument
         arguments = [arguments[0], *defaults, *arguments[1:]]
     options, overrides = parse_overrides(SlurmOptions, arguments)
     if seconds(options.time) < options.grace + MIN_TRAINING:
         raise UserError(
-            f"TIME: {options.time} leaves no time to train before GRACE, {options.grace} seconds; a run that has to "
-            "save as soon as it starts never ends"
+            f"TIME: {options.time} leaves no time to train, because the run saves {options.grace} seconds (GRACE) "
+            "before the end; set a longer TIME"
         )
     return options, overrides
 
@@ -138,7 +138,7 @@ def seconds(time: str) -> int:
 
 
 def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
-    """Return all trainings of the job. Their configurations are checked now, before they wait in a queue."""
+    """Return all trainings of the job, after checking their configurations."""
     ranks = {
         "trainer.num_nodes": str(options.nodes),
         "trainer.devices": str(options.gpus or options.tasks),
@@ -153,28 +153,26 @@ def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
     runs = []
     for experiment, seed, trial in itertools.product(experiments, seeds, _trials(options, overrides)):
         arguments = [*overrides, *seed, *trial, *(f"{key}={value}" for key, value in ranks.items())]
-        # This machine may have no GPU.
+        # This machine may have no GPU, so check the rest of the configuration as on a CPU.
         config = load_config(experiment, [*arguments, "trainer.accelerator=cpu"], option_keys(SlurmOptions))
         config.trainer.accelerator = ranks["trainer.accelerator"]
         runs.append(Run(experiment, tuple(arguments), folder_of(config)))
     if len({run.folder for run in runs}) < len(runs):
-        raise UserError("run.dir: each job of an array needs its own folder; leave the key out, and each finds its own")
+        raise UserError("run.dir: each job of an array needs its own folder; leave run.dir out, and each gets one")
     return runs
 
 
 def _trials(options: SlurmOptions, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the arguments of each trial of SWEEP, or those of a single run without SWEEP: none."""
+    """Return the arguments of each trial of SWEEP. Without SWEEP, there is a single run without arguments."""
     if not options.sweep:
         return [[]]
     if options.exps or options.seeds:
-        raise UserError("SWEEP: its trials are the array, so EXPS and SEEDS cannot be given, too")
+        raise UserError("SWEEP: its trials are the array, so it cannot be combined with EXPS or SEEDS")
     sweep = read_sweep(options.sweep, options.experiment, overrides)
     if sweep.method == "bayes":
-        raise UserError("SWEEP: method bayes chooses values by the results of earlier trials; expected grid or random")
+        raise UserError("SWEEP: method bayes needs the results of earlier trials; expected grid or random")
     if sweep.early_terminate:
-        log.warning(
-            "early_terminate of %s: nothing compares the tasks of an array, so they all run to their end", sweep.name
-        )
+        log.warning("%s: early_terminate has no effect, because the tasks of an array are not compared", sweep.name)
     return [trial.arguments(sweep) for trial in trials_of(sweep, sweep.folder)]
 
 
@@ -192,7 +190,7 @@ def _template_fields(options: SlurmOptions, runs: Sequence[Run], script: Path) -
         "array": array,
         "output": script.with_name(f"{script.stem}-{'%A_%a' if array else '%j'}.out"),
         "root": shlex.quote(str(Path.cwd())),
-        "setup": options.setup or "# (SETUP: lines before the run, such as module load)",
+        "setup": options.setup or "# (SETUP: shell commands before the run, such as module load)",
         "python": options.python or shlex.quote(sys.executable),
         "runs": "\n".join(lines),
     }
@@ -200,13 +198,13 @@ def _template_fields(options: SlurmOptions, runs: Sequence[Run], script: Path) -
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Fill in a template. Options of sbatch without a value are left out."""
+    """Fill in a template, leaving out options of sbatch without a value."""
     lines = [re.sub(r"{{(\w+)}}", lambda field: values[field[1]], line) for line in template.splitlines()]
     return "\n".join(line for line in lines if not (line.startswith("#SBATCH") and line.endswith("="))) + "\n"
 
 
 def submit(script: Path) -> str:
-    """Submit a job, and return its number. Raises UserError if SLURM is not installed, or refuses the job."""
+    """Submit a job, and return its number. Raises UserError if SLURM is not installed or refuses the job."""
     try:
         result = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:

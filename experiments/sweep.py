@@ -34,18 +34,20 @@ class SweepOptions(ExperimentOptions):
     """Run the trials of a sweep on this machine, or register it with W&B (wandb.mode=online) for `make agent`."""
 
     sweep: str = option("", "name of a file in experiments/sweeps, or a path")
-    parallel: int = option(1, "number of trials to run at a time; on a machine with GPUs, each has one", minimum=1)
+    parallel: int = option(1, "number of trials to run at a time, with one GPU each if there are GPUs", minimum=1)
     run_cap: int | None = option(None, "maximum number of trials, instead of the file's run_cap", minimum=1)
     trial: int | None = option(None, "run only this trial, in this process, as a job array does", minimum=0)
     retry_failed: bool = option(False, "run failed trials again")
-    output: Path | None = option(None, "folder of the trials' runs; by default the same sweep finds it again")
-    check: bool = option(False, "check all files in experiments/sweeps, and run nothing")
+    output: Path | None = option(None, "folder of the trials' runs; by default the same command finds it again")
+    check: bool = option(False, "only check all files in experiments/sweeps")
 
 
 def main(arguments: Sequence[str]) -> None:
     options, overrides = parse_overrides(SweepOptions, arguments)
     if options.check:
-        check_files(options.experiment)
+        for name in sweeps():
+            check_trials(read_sweep(name, options.experiment))
+        print(f"{len(sweeps())} sweeps are valid")
         return
     if not options.sweep:
         raise UserError(f"sweep: expected one of {', '.join(sweeps())}, for instance make sweep EXP=moe SWEEP=lr")
@@ -65,14 +67,8 @@ def main(arguments: Sequence[str]) -> None:
         run_one(controller, options.trial)
 
 
-def check_files(experiment: str) -> None:
-    for name in sweeps():
-        check_trials(read_sweep(name, experiment))
-    print(f"{len(sweeps())} sweeps are valid")
-
-
 def register(sweep: Sweep, config: Config) -> None:
-    """Register a sweep with W&B's server, which then leads it."""
+    """Register a sweep with W&B's server, which then gives its trials to agents."""
     import wandb
 
     content = dict(sweep.content) | {"command": sweep.command(["${args_no_hyphens}"])}
@@ -82,7 +78,7 @@ def register(sweep: Sweep, config: Config) -> None:
         sweep_id = wandb.sweep(content, entity=config.wandb.entity, project=config.wandb.project)
     except wandb.errors.Error as error:
         raise UserError(f"W&B refused the sweep ({error}); without wandb.mode=online it runs here") from error
-    # wandb.sweep sets the names that it has used.
+    # wandb.sweep sets these variables to the entity and project that it used.
     path = [os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ]
     log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s", "/".join([*path, sweep_id]))
 
@@ -98,7 +94,9 @@ def run_all(controller: Controller) -> None:
         sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
     finally:
         rows = ranking(controller)
-        _write_results(folder, sweep, rows)
+        content = {"sweep": sweep.name, "experiment": sweep.experiment, "overrides": list(sweep.overrides)}
+        content |= {"metric": sweep.metric, "goal": sweep.settings.metric.goal, "trials": rows}
+        write_json(folder / "results.json", content)
     _show(sweep, rows)
     if failed := [str(row["trial"]) for row in rows if row["state"] == "failed"]:
         log.warning(
@@ -108,31 +106,31 @@ def run_all(controller: Controller) -> None:
     if best["value"] is None:
         raise UserError(f"no trial logged {sweep.metric}")
     settings = " ".join(starmap(as_override, best["parameters"].items()))
-    log.info("The best is trial %d: %s; %s %.4f", best["trial"], settings, sweep.metric, best["value"])
+    log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
     log.info("Its run is in %s. Next: make eval model=%s split=dev", near(best["run"]), near(best["run"]))
 
 
 def run_one(controller: Controller, number: int) -> None:
-    """Replace this process by the training of one trial. Every rank computes the same values on its own."""
+    """Replace this process with the training of one trial. Each rank computes the same parameters."""
     sweep = controller.sweep
     if number >= len(controller.trials):
         raise UserError(f"trial: expected a number from 0 to {len(controller.trials) - 1}, got {number}")
     trial = controller.trials[number]
     if not trial.values:
-        raise UserError("trial: method bayes chooses values by the results of earlier trials, so no trial runs alone")
+        raise UserError("trial: method bayes needs the results of earlier trials, so a trial cannot run alone")
     arguments = [*sweep.overrides, *trial.arguments(sweep)]
     os.execv(sys.executable, [sys.executable, "-m", "experiments.train", sweep.experiment, *arguments])
 
 
 def ranking(controller: Controller) -> list[dict[str, Any]]:
-    """Return a row for each trial, the best first: number, values, state, value, run, and why it was stopped."""
+    """Return a row for each trial, the best first."""
     states = controller.states()
     rows = [_row(controller.sweep, trial, states.get(trial.number, {})) for trial in controller.trials]
     return sorted(rows, key=lambda row: _rank(row, controller.sweep.maximize))
 
 
 def _row(sweep: Sweep, trial: Trial, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """recorded: the trial's last row of trials.jsonl."""
+    """Return the row of a trial in results.json. recorded: the trial's last row of trials.jsonl."""
     state = recorded.get("state", "waiting")
     return {
         "trial": trial.number,
@@ -145,22 +143,10 @@ def _row(sweep: Sweep, trial: Trial, recorded: Mapping[str, Any]) -> dict[str, A
 
 
 def _rank(row: Mapping[str, Any], maximize: bool) -> tuple[bool, float]:
-    """Sort finished trials first, then by value."""
+    """Return the key that sorts finished trials first, then by value."""
     if row["value"] is None:
         return True, math.inf
     return row["state"] != "finished", -row["value"] if maximize else row["value"]
-
-
-def _write_results(folder: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> None:
-    content = {
-        "sweep": sweep.name,
-        "experiment": sweep.experiment,
-        "overrides": list(sweep.overrides),
-        "metric": sweep.metric,
-        "goal": sweep.settings.metric.goal,
-        "trials": rows,
-    }
-    write_json(folder / "results.json", content)
 
 
 def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:

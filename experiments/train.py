@@ -25,9 +25,9 @@ from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
 from experiments.run.agent_trials import publish_trial
-from experiments.run.endings import describe_resuming, exit_status, lost_ranks_named, next_steps, raise_if_preempted
+from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
 from experiments.run.folder import open_run, record_end, record_start, write_config
-from experiments.run.lock import only_job
+from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
@@ -51,16 +51,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train(experiment: str, overrides: Sequence[str] = ()) -> None:
-    """Train an experiment and evaluate it. An interrupted run is resumed, and a complete one is only shown.
+    """Train an experiment and evaluate it. Resumes an interrupted run, and only shows a complete one.
 
-    After a signal, the run is saved and the process exits with a status from endings.py.
+    After a signal, this saves the run and exits with a status from endings.py.
     """
     config = load_config(experiment, overrides)
     folder = folder_of(config)
     rank_zero_only.rank = launch.rank(max(config.trainer.devices, 1))
     publish_trial(experiment, overrides, folder)
     try:
-        with only_job(folder):
+        with lock_run(folder):
             train_in_folder(config, overrides)
     except Preempted as preempted:
         sys.exit(exit_status(preempted, folder))
@@ -69,14 +69,14 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
 
 
 def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
-    """Train in the run's folder, which this job has locked.
+    """Train in the run's folder, which the caller has locked. Raises Preempted after a signal.
 
-    overrides: the arguments that config was loaded with. Raises Preempted after a signal.
+    overrides: key=value arguments that config was loaded with.
     """
     folder = open_run(config)
     if folder.complete:
         FinalTable.show(read_results(folder.results))
-        log.info("This run is complete: it is in %s (run.resume=never trains it again).", folder.path)
+        log.info("The run in %s is complete (run.resume=never trains it again).", folder.path)
         return
 
     warn_about_cores(config)
@@ -103,7 +103,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         precision=precision,
     )
     start = time.perf_counter()
-    with lost_ranks_named(trainer):
+    with name_lost_ranks(trainer):
         fit(trainer, module, data, folder.checkpoint)
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
@@ -129,7 +129,7 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
 
 
 def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: Sequence[Path]) -> None:
-    """Log the final table, and the model's files if wandb.checkpoints asks for them, and close the loggers."""
+    """Log the final table and, with wandb.checkpoints, the model's files. Then close the loggers."""
     for logger in loggers:
         logger.log_metrics(table.flat(), step=step)
         logger.log_table("results", *table.rows(), step=step)
@@ -142,7 +142,7 @@ def _log_start(config: Config, folder: Path, checkpoint: Path | None, precision:
     log.info("%s at scale %s: %s", config.experiment, config.scale, folder)
     origin = f", from {checkpoint}" if checkpoint else ""
     default = precision_of(config)
-    kept = "" if precision == default else f", as the run began (a run that starts here would use {default})"
+    kept = "" if precision == default else f", as the run began (a new run would use {default} here)"
     log.info("%s steps%s, in %s%s", config.trainer.max_steps, origin, precision, kept)
 
 

@@ -1,4 +1,4 @@
-"""Time of each variant of the encoder against the dense one: python -m experiments.bench.encoder_cost --help"""
+"""Measure the time of each encoder relative to the dense one: python -m experiments.bench.encoder_cost --help"""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
 
 @dataclass(kw_only=True)
 class CostOptions:
-    """Measure the time of each variant against the dense encoder, and of several tasks against one.
+    """Compare the time of each encoder with that of the dense one, and the time for several tasks with that for one.
 
-    The defaults are those of BERT-base. A variant and the dense encoder run in turns in the same process, and the
-    figures are medians of the ratios of their times.
+    The default sizes are those of BERT-base. The two encoders of a comparison take turns in the same process, and the
+    result is the median ratio of their times.
     """
 
     layers: int = option(12, "number of layers", minimum=1)
@@ -35,38 +35,37 @@ class CostOptions:
     texts: int = option(8, "number of texts in a batch", minimum=1)
     tokens: int = option(256, "number of tokens of a text", minimum=1)
     instruction: int = option(16, "number of tokens of an instruction, including [CLS] and [SEP]", minimum=3)
-    rounds: int = option(9, "number of ratios of which the median is taken", minimum=1)
-    backward: bool = option(False, "measure forward and backward pass together")
+    rounds: int = option(9, "number of measurements per comparison", minimum=1)
+    backward: bool = option(False, "measure the forward and backward pass together")
 
 
 def main(arguments: Sequence[str]) -> None:
     options, console = parse(CostOptions, arguments), Console()
-    console.print(compare_variants(options))
+    console.print(compare_encoders(options))
     if not options.backward:
         console.print(compare_numbers_of_tasks(options))
 
 
-def compare_variants(options: CostOptions) -> Table:
-    """Compare each variant with the dense encoder: on texts of one task, and on texts of different tasks."""
-    make = backward_run if options.backward else forward_run
+def compare_encoders(options: CostOptions) -> Table:
+    """Compare each encoder with the dense one: on texts of one task, and on texts of different tasks."""
     ids = torch.randint(5, 1000, (options.texts, options.tokens))
     prompt = torch.randint(5, 1000, (options.texts, options.instruction - 1))
-    measured = "forward + backward" if options.backward else "forward"
+    passes = "forward + backward" if options.backward else "forward"
     sizes = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key != "backward")
-    table = Table("encoder", "one task", "mixed batch", title=f"{measured}, time relative to dense ({sizes})")
-    dense = make(SharedEncoder(*backbone_of(vars(options)), tasks_of(1)), ids, "task0")
-    for name, encoder in variants(options):
+    table = Table("encoder", "one task", "mixed batch", title=f"{passes}, time relative to dense ({sizes})")
+    dense = make_run(SharedEncoder(*backbone_of(vars(options)), tasks_of(1)), ids, "task0", options.backward)
+    for name, encoder in encoders(options):
         inputs = torch.cat([ids[:, :1], prompt, ids[:, 1:]], 1) if name == "Prompt" else ids
-        ratios = [time_ratio(make(encoder, inputs, "task0"), dense, options.rounds)]
+        batches = ["task0"]
         if isinstance(encoder, MoEEncoder):
-            tasks = [list(encoder.tasks)[i % len(encoder.tasks)] for i in range(options.texts)]
-            ratios.append(time_ratio(make(encoder, inputs, tasks), dense, options.rounds))
-        table.add_row(name, *(f"{ratio:.3f}" for ratio in ratios))
+            batches.append([list(encoder.tasks)[i % len(encoder.tasks)] for i in range(options.texts)])
+        runs = [make_run(encoder, inputs, tasks, options.backward) for tasks in batches]
+        table.add_row(name, *(f"{time_ratio(run, dense, options.rounds):.3f}" for run in runs))
     return table
 
 
-def variants(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
-    """Yield the name and encoder of each variant. The first is dense: its distance from 1 is the noise."""
+def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
+    """Yield each encoder and its name. The first is the dense one, whose ratio shows the noise."""
     size = vars(options)
     yield "dense", SharedEncoder(*backbone_of(size), tasks_of(1))
     for name, ffn in (("MHA", False), ("FFN", True)):
@@ -75,25 +74,24 @@ def variants(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
             yield f"{name}, {count} experts", encoder
     instructions = {"task0": " ".join(["t1"] * (options.instruction - 2))}  # without [CLS] and [SEP]
     yield "Instruction", InstructEncoder(*backbone_of(size), {"task0": "task0"}, instructions)
-    longest = options.tokens + options.instruction
-    yield "Prompt", PromptEncoder(*backbone_of(size), {"task0": "task0"}, instructions, max_length=longest)
+    max_length = options.tokens + options.instruction
+    yield "Prompt", PromptEncoder(*backbone_of(size), {"task0": "task0"}, instructions, max_length=max_length)
 
 
 def compare_numbers_of_tasks(options: CostOptions) -> Table:
-    """Compare encoding for three tasks with encoding for one, by layer rule, and with the ratio of layers computed."""
-    ids = torch.randint(5, 1000, (options.texts, options.tokens))
-    mask, tasks = torch.ones_like(ids), list(tasks_of(3))
+    """Compare encoding for three tasks with encoding for one, for each layer rule. Expected: the ratio of layers."""
+    ids, tasks = torch.randint(5, 1000, (options.texts, options.tokens)), list(tasks_of(3))
     table = Table("layers", "measured", "expected", title="time for the vectors of three tasks relative to one task")
     for rule in RULES:
         try:
             first = expert_layers(rule, options.layers)[0]
-        except ValueError:  # no layer of such a small backbone
+        except ValueError:  # the rule selects no layer of a backbone this small
             continue
         encoder = MoEEncoder(*backbone_of(vars(options)), tasks_of(3), layers=rule, pooling="mean").eval()
 
+        @torch.inference_mode()
         def run(tasks: list[str], encoder: Encoder = encoder) -> None:
-            with torch.inference_mode():
-                encoder.forward_tasks(ids, mask, tasks)
+            encoder.forward_tasks(ids, torch.ones_like(ids), tasks)
 
         ratio = time_ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), options.rounds)
         expected = (first + 3 * (options.layers - first)) / options.layers
@@ -101,20 +99,16 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
     return table
 
 
-def forward_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
-    encoder.eval()
+def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backward: bool) -> Run:
+    """Return a function that computes the forward pass of a batch and, with backward, the backward pass."""
+    encoder.train(backward)
 
     def run() -> None:
-        with torch.inference_mode():
-            encoder(ids, torch.ones_like(ids), task)
-
-    return run
-
-
-def backward_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str]) -> Run:
-    def run() -> None:
-        encoder.zero_grad(set_to_none=True)
-        encoder(ids, torch.ones_like(ids), task).square().mean().backward()
+        with torch.inference_mode(not backward):
+            vectors = encoder(ids, torch.ones_like(ids), task)
+        if backward:
+            encoder.zero_grad(set_to_none=True)
+            vectors.square().mean().backward()
 
     return run
 

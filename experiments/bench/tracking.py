@@ -1,7 +1,7 @@
-"""Measure what W&B costs a training: python -m experiments.bench.tracking [rounds=N] [steps=N] [every=N]
+"""Measure how much W&B slows down training: python -m experiments.bench.tracking [rounds=N] [steps=N] [every=N]
 
-One process trains throughout. Its rows go in turns to metrics.jsonl only, to W&B offline, and to W&B online with a
-server that refuses connections or never answers; so all ways are affected alike by other load on the machine.
+One process trains throughout. It takes turns between logging to metrics.jsonl only, to W&B offline, and to W&B online
+with a server that refuses connections or never answers, so other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_modules.loggers import RunLogger
 log = logging.getLogger(__name__)
 
 BASELINE = "metrics.jsonl"
-WAYS = {
+SETUPS = {
     BASELINE: ["wandb.mode=disabled"],
     "offline": ["wandb.mode=offline"],
     "refusing server": ["wandb.mode=online"],
@@ -40,39 +40,39 @@ WAYS = {
 
 @dataclass(kw_only=True)
 class TrackingOptions:
-    """Measure what W&B costs a training, in wall-clock time and in the training's own thread."""
+    """Measure how much W&B slows down training, in wall-clock time and in CPU time of the training thread."""
 
     rounds: int = option(10, "number of rounds; a ratio is their median", minimum=1)
-    steps: int = option(100, "steps of each way in a round", minimum=1)
+    steps: int = option(100, "steps of each setup in a round", minimum=1)
     every: int = option(20, "steps between two logged rows", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(TrackingOptions, arguments)
-    listener = socket.create_server(("127.0.0.1", 0))  # accepts connections, but nothing ever reads them
+    listener = socket.create_server(("127.0.0.1", 0))  # accepts connections, but never answers
     urls = {"silent server": f"http://127.0.0.1:{listener.getsockname()[1]}"}
     os.environ["WANDB_API_KEY"] = "0" * 40
     training, loggers = Training(), {}
     with tempfile.TemporaryDirectory() as root:
-        for way, overrides in WAYS.items():
-            folder = Path(root, way.replace(" ", "-"))
+        for setup, overrides in SETUPS.items():
+            folder = Path(root, setup.replace(" ", "-"))
             folder.mkdir()
-            os.environ["WANDB_BASE_URL"] = urls.get(way, "http://127.0.0.1:9")
-            loggers[way] = build_loggers(load_config("moe", [*overrides, "wandb.finish_timeout=1"]), folder)
-            measure(training, loggers[way], 0, options)  # W&B starts, and the machine warms up
-        times: dict[str, list[Times]] = {way: [] for way in WAYS}
+            os.environ["WANDB_BASE_URL"] = urls.get(setup, "http://127.0.0.1:9")
+            loggers[setup] = build_loggers(load_config("moe", [*overrides, "wandb.finish_timeout=1"]), folder)
+            measure(training, loggers[setup], 0, options)  # W&B starts, and the machine warms up
+        times: dict[str, list[Times]] = {setup: [] for setup in SETUPS}
         for number in range(1, options.rounds + 1):
-            first = number % len(WAYS)
-            for way in [*WAYS][first:] + [*WAYS][:first]:
-                times[way].append(measure(training, loggers[way], number * options.steps, options))
+            first = number % len(SETUPS)
+            for setup in [*SETUPS][first:] + [*SETUPS][:first]:
+                times[setup].append(measure(training, loggers[setup], number * options.steps, options))
         report(times, options)
-        for way in WAYS:
-            for logger in loggers[way]:
+        for setup in SETUPS:
+            for logger in loggers[setup]:
                 logger.close()
 
 
 class Training:
-    """The training of the sample, step by step."""
+    """Training on the sample data, step by step."""
 
     def __init__(self) -> None:
         config = load_config("moe", ["trainer.accelerator=cpu", "trainer.max_steps=1000000"])
@@ -95,14 +95,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of wall-clock time, and of computing in the training's thread."""
+    """Seconds of wall-clock time, and of CPU time of the training thread."""
 
     wall: float
     thread: float
 
 
 def measure(training: Training, loggers: Sequence[RunLogger], first: int, options: TrackingOptions) -> Times:
-    """Time some steps from step `first` on, with their logged rows."""
+    """Time `options.steps` steps, numbered from `first`, and the logging of their rows."""
     wall, thread = time.perf_counter(), time.thread_time()
     for step in range(first, first + options.steps):
         values = training.step()
@@ -116,13 +116,11 @@ def report(times: dict[str, list[Times]], options: TrackingOptions) -> None:
     base = times[BASELINE]
     median = statistics.median(each.wall for each in base)
     log.info("%d steps, a row every %d: %.2f s with metrics.jsonl", options.steps, options.every, median)
-    for way in [*WAYS][1:]:
-        pairs = list(zip(times[way], base, strict=True))
+    for setup in [*SETUPS][1:]:
+        pairs = list(zip(times[setup], base, strict=True))
         wall = statistics.median(each.wall / plain.wall for each, plain in pairs)
         thread = statistics.median(each.thread / plain.thread for each, plain in pairs)
-        log.info(
-            "W&B, %s: %+.1f %% of time, %+.1f %% of the thread's computing", way, 100 * wall - 100, 100 * thread - 100
-        )
+        log.info("W&B, %s: %+.1f %% time, %+.1f %% CPU time of the thread", setup, 100 * wall - 100, 100 * thread - 100)
 
 
 if __name__ == "__main__":

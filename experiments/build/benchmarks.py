@@ -21,12 +21,12 @@ from experiments.config.targets import instantiate
 
 log = logging.getLogger(__name__)
 
-PATH_ARGUMENTS = ("folder", "labels", "judgements")  # arguments of readers that are below data.root
+PATH_ARGUMENTS = ("folder", "labels", "judgements")  # arguments of readers that are paths below data.root
 
 
 @dataclass(kw_only=True)
 class BenchmarkOptions:
-    """What to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
+    """The data to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
 
     benchmarks: tuple[str, ...] = option(
         (), "benchmarks of experiments/benchmarks: all, names, or prefixes such as scidocs*; list shows them"
@@ -82,11 +82,11 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:
-    """Return the benchmark of a folder, or those of a run's collections. config: configuration of the run."""
+    """Return the benchmark of a folder, or the benchmarks of a run's collections. config: the run's, if any."""
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:
-        raise UserError("which data? Give run=FOLDER of a run, or beir=FOLDER and task=NAME")
+        raise UserError("which data? Give run=FOLDER, or beir=FOLDER and task=NAME")
     benchmarks = build_data(config).benchmarks(options.split)
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]

@@ -30,7 +30,7 @@ class ModelOptions:
         "installed package)",
     )
     backbone: str | None = option(
-        None, "folder or hub name of configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
+        None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
     pooling: Literal["cls", "mean"] | None = option(
         None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"

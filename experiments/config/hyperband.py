@@ -1,11 +1,11 @@
-"""Early termination of a sweep's trials, by W&B's schema and rule (`early_terminate`).
+"""Early termination of trials, with W&B's keys and W&B's rule (`early_terminate`).
 
-An iteration is a logged value of the metric, as on W&B's server, and not an optimizer step. A trial is compared
-whenever it has logged a value: successive halving without waiting (Li et al., arXiv 1810.05934, section 3.2).
+As on W&B's server, an iteration is a logged value of the metric, not an optimizer step. A trial is compared whenever
+it has logged a value: asynchronous successive halving (Li et al., arXiv 1810.05934, section 3.2).
 
-Optuna's HyperbandPruner is not used. It treats trials differently by a hash of their number, has to know how many
-values a run logs, allows integers for eta only, rounds down the number of trials that continue, and gives no reason;
-so the same file would stop other trials here than on W&B's server.
+Optuna's HyperbandPruner is not used. It assigns trials to brackets by a hash, must know how many values a run logs,
+only accepts integers for eta, rounds down the number of trials that continue, and gives no reason. The same file would
+stop other trials here than on W&B's server.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.schema import Config
 
-LARGEST = 10**9  # number of values: no run logs more
+LARGEST = 10**9  # maximum number of values; no run logs more
 MAX_BRACKETS = 100  # after min_iter, as on W&B's server
 
 
 @dataclass
 class Hyperband:
-    """Stop trials that are behind. They are compared at the brackets: numbers of logged values of the metric."""
+    """Stop trials that are behind. They are compared at brackets, which are numbers of logged values of the metric."""
 
-    type: Literal["hyperband"] = option(help="W&B knows no other rule")
+    type: Literal["hyperband"] = option(help="rule; W&B has no other")
     min_iter: int | None = option(
         None, "first bracket; the others are min_iter * eta, min_iter * eta^2, ...", minimum=1, maximum=LARGEST
     )
     max_iter: int | None = option(
-        None, "instead of min_iter: brackets max_iter / eta, max_iter / eta^2, ...", minimum=1, maximum=LARGEST
+        None, "with s, instead of min_iter: brackets max_iter / eta, max_iter / eta^2, ...", minimum=1, maximum=LARGEST
     )
     s: int | None = option(None, "number of brackets, with max_iter", minimum=1, maximum=LARGEST)
     eta: float = option(3.0, "one trial in eta continues after each bracket", above=1, maximum=LARGEST)
@@ -71,10 +71,10 @@ class Hyperband:
         if cost <= limit:
             return ""
         shown, needed = (-x if maximize else x for x in (cost, limit))
-        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} have {needed:.4g}"
+        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} have reached {needed:.4g}"
 
     def check_reached(self, metric: str, config: Config) -> None:
-        """Raise UserError if runs of a configuration end before the first bracket, where a trial could be stopped."""
+        """Raise UserError if runs with this configuration end before the rule could stop them."""
         every_n_steps = {
             config.evaluation.split: config.trainer.max_steps,
             "val": config.evaluation.every_n_steps,

@@ -1,4 +1,4 @@
-"""Sweeps: files in W&B's format, which W&B's server and `make sweep` both run."""
+"""Sweep files, in W&B's format: both W&B's server and `make sweep` can run them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SweepSettings:
 class Sweep:
     """A sweep of an experiment.
 
-    name: of the file. content: the file as W&B reads it. overrides: key=value that all trials share.
+    name: name of the file. content: the file as W&B reads it. overrides: key=value arguments of all trials.
     """
 
     name: str
@@ -89,11 +89,9 @@ class Sweep:
         return Path("runs", f"sweep-{self.name}-{hashlib.blake2b(key.encode(), digest_size=3).hexdigest()}").absolute()
 
     def trials(self) -> list[dict[str, Any]]:
-        """Return the values of each trial, {} where they depend on earlier trials. Raises UserError without run_cap."""
+        """Return the parameters of each trial; {} with `method: bayes`. Raises UserError if run_cap is missing."""
         if self.method != "grid" and not self.run_cap:
-            raise UserError(
-                f"{self.name}: how many trials? Set run_cap, in the file or as run_cap=N on the command line"
-            )
+            raise UserError(f"{self.name}: run_cap, the number of trials, is missing; set it here or with run_cap=N")
         if self.method == "bayes":
             for parameter in self.parameters:
                 parameter.optuna_range()
@@ -101,7 +99,7 @@ class Sweep:
         return list(fixed_trials(self.method, self.parameters, self.run_cap))
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command of a trial: the experiment and the shared overrides go before the trial's arguments."""
+        """Return the command of a trial. The experiment and the shared overrides precede the trial's arguments."""
         shared = [re.sub("^scale=", "SCALE=", text) for text in self.overrides]
         inserted = [f"EXP={self.experiment}", *shared, *arguments]
         words = map(str, self.content["command"])
@@ -114,7 +112,9 @@ def sweeps() -> list[str]:
 
 
 def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_cap: int | None = None) -> Sweep:
-    """Read a sweep's file. name: of a file in experiments/sweeps, or a path. Raises UserError naming file and key."""
+    """Read a sweep file. Raises UserError naming file and key.
+
+    name: name of a file in experiments/sweeps, or a path."""
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else FOLDER / "sweeps" / f"{name}.yaml"
     if not is_path and not path.is_file():
@@ -125,21 +125,21 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
         parameters = read_parameters(content["parameters"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    # The values of these two keys may contain ${...}, which is not for OmegaConf to resolve.
+    # These two keys are replaced because OmegaConf must not resolve a ${...} in them.
     settings = structured(SweepSettings, [OmegaConf.create(content | {"parameters": {}, "command": []})], str(path))
     return Sweep(
         path.stem,
         content,
         settings,
         parameters,
-        _read_rule(content["early_terminate"], str(path)) if "early_terminate" in content else None,
+        _read_hyperband(content["early_terminate"], str(path)) if "early_terminate" in content else None,
         experiment,
         tuple(overrides),
         run_cap or settings.run_cap,
     )
 
 
-def _read_rule(node: Mapping[str, Any], source: str) -> Hyperband:
+def _read_hyperband(node: Mapping[str, Any], source: str) -> Hyperband:
     rule = structured(Hyperband, [OmegaConf.create(dict(node))], source, "early_terminate.")
     if not rule.brackets():
         raise UserError(f"{source}: early_terminate: expected min_iter, or s and a max_iter above eta, not both")
@@ -147,7 +147,7 @@ def _read_rule(node: Mapping[str, Any], source: str) -> Hyperband:
 
 
 def _check_types(content: Mapping[str, Any]) -> None:
-    """Raise UserError for what the dataclasses cannot report: OmegaConf names no key for it, or overflows."""
+    """Raise UserError for wrong types that OmegaConf reports without a key, and for numbers that overflow."""
     for key in ("parameters", "command"):
         if not content.get(key):
             raise UserError(f"{key}: missing")
@@ -162,7 +162,7 @@ def _check_types(content: Mapping[str, Any]) -> None:
 
 
 def as_override(key: str, value: Any) -> str:
-    """Return key=value as the configuration reads it, type included: None is null, and a string remains one."""
+    """Return key=value such that the configuration reads the same value: None as null, and a string as a string."""
     if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=1 << 30).removesuffix("...\n").strip()
     elif _reads_as_itself(value):
@@ -180,7 +180,7 @@ def _reads_as_itself(text: str) -> bool:
 
 
 def check_trials(sweep: Sweep) -> Config:
-    """Load the configurations of the trials, so that a wrong key or type ends the sweep before it starts.
+    """Load the configurations of the first trials, so that a wrong key or type is found before the sweep starts.
 
     Returns the configuration of the first trial. Raises UserError naming trial and key.
     """
@@ -201,7 +201,7 @@ def check_trials(sweep: Sweep) -> Config:
 
 
 def _with_new_values(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the numbers and values of the trials that have a value which no earlier trial has."""
+    """Yield number and parameters of each trial that has a value which no earlier trial has."""
     seen: set[str] = set()
     for number, values in enumerate(trials):
         overrides = {as_override(key, value) for key, value in values.items()}
@@ -211,7 +211,7 @@ def _with_new_values(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int,
 
 
 def check_metric(name: str, config: Config) -> None:
-    """Raise UserError if the runs of a configuration do not log a metric."""
+    """Raise UserError if runs with this configuration do not log a metric."""
     evaluation, benchmarks = config.evaluation, [key for task in config.task.values() for key in task.data]
     splits = dict.fromkeys([evaluation.split, *(["val"] if evaluation.every_n_steps else [])])
     known = [f"train/{task}/loss" for task in config.tasks]
@@ -224,7 +224,7 @@ def check_metric(name: str, config: Config) -> None:
 
 
 def _callback_metrics(config: Config) -> Iterator[str]:
-    """Yield what diagnostics and mining log if they are on, but for distances: only the encoder knows its experts."""
+    """Yield the metrics of diagnostics and mining, except distances of experts, which only the encoder knows."""
     if config.diagnostics.every_n_steps:
         yield "diag/seconds"
         for task in config.tasks:

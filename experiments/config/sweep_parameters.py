@@ -1,8 +1,8 @@
 """Parameters of a sweep: the distributions of W&B's format, and the values of each trial.
 
-Trials of a grid or random sweep are a function of the file and their number alone, so each task of a SLURM array and
-each rank can compute its own. This is why they are drawn here and not by Optuna, whose samplers depend on the trials
-before; Optuna also has no normal distributions and no probabilities. It chooses the values of `method: bayes`.
+A trial of a grid or random sweep is a function of the file and the trial's number alone, so each task of a SLURM array
+and each rank can compute its own. Optuna cannot draw them: its samplers depend on earlier trials, and it has no normal
+distributions and no probabilities. It only chooses the values of `method: bayes`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distribution:
-    """draw: function of a generator and the parameter's settings. required, optional: keys of the settings."""
+    """A distribution. draw: function of a generator and the settings. required, optional: keys of the settings."""
 
     draw: Callable[[random.Random, Mapping[str, Any]], Any]
     required: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ def _uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
 
 def _log_uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
     value = math.exp(generator.uniform(math.log(settings["min"]), math.log(settings["max"])))
-    return min(max(value, settings["min"]), settings["max"])  # exp(log(x)) may round to beyond x
+    return min(max(value, settings["min"]), settings["max"])  # rounding may take exp(log(x)) beyond x
 
 
 def _normal(generator: random.Random, settings: Mapping[str, Any]) -> float:
@@ -78,7 +78,7 @@ REPLACEMENTS = {  # for W&B's other distributions
 class Parameter:
     """A parameter of a sweep.
 
-    name: dotted key of the configuration. distribution: a name in DISTRIBUTIONS. settings: its block in the file.
+    name: dotted key of the configuration. distribution: key of DISTRIBUTIONS. settings: block of the file.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Parameter:
         raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
 
     def optuna_range(self) -> BaseDistribution:
-        """Return the range in which Optuna chooses; of a list, it chooses positions. Raises UserError if it cannot."""
+        """Return the range for Optuna; for a list, that of its indices. Raises UserError if Optuna has none."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if "normal" in self.distribution or "probabilities" in self.settings:
@@ -134,14 +134,15 @@ class Parameter:
 
 
 def _multiple(number: int, q: float) -> float:
-    """Return a multiple of q: an integer if q is one, otherwise without the noise of floating point."""
+    """Return number * q: an integer if q is one, otherwise without floating-point noise."""
     return number * q if isinstance(q, int) else float(f"{number * q:.12g}")
 
 
 def fixed_trials(method: str, parameters: Sequence[Parameter], run_cap: int | None) -> Iterator[dict[str, Any]]:
     """Yield the values of each trial of a grid or random sweep. In a grid, the last parameter changes first.
 
-    A value of a random trial depends on the numbers of the trial alone. The leading 0 is the seed of former versions.
+    A random value depends only on the trial's number and the parameter's name. The leading 0 is the seed of former
+    versions.
     """
     if method == "grid":
         names = [parameter.name for parameter in parameters]
@@ -161,16 +162,16 @@ def suggest_trial(
 ) -> dict[str, Any]:
     """Return the values of a trial of a `method: bayes` sweep, chosen by Optuna's TPE sampler.
 
-    past: values and score of the earlier trials; None for a trial without a score yet. number: of the trial.
+    past: values and score of each earlier trial, None without a score yet. number: number of the trial, and the seed.
 
-    The study is rebuilt from the past trials each time. Optuna's own journal is not used: JournalFileBackend (5.0)
-    cannot be read any more after a kill has cut a line short, and a failed trial could not run again.
+    The study is rebuilt from the past trials each time. Optuna's journal (JournalFileBackend 5.0) is not used, because
+    it cannot be read after a kill has cut a line short, and a failed trial could not run again.
     """
     import optuna
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # constant_liar: trials that are still running count as bad ones, so that parallel trials differ.
+    # constant_liar: running trials count as bad, so that parallel trials differ.
     sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
     study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
     ranges = {parameter.name: parameter.optuna_range() for parameter in parameters}
@@ -183,7 +184,7 @@ def suggest_trial(
 
 
 def read_parameters(node: Mapping[str, Any], prefix: str = "") -> list[Parameter]:
-    """Return the parameters of a sweep's file, nested ones too. Raises UserError that names key and value."""
+    """Return the parameters of a sweep file, including nested ones. Raises UserError naming key and value."""
     parameters: list[Parameter] = []
     for key, settings in node.items():
         name = f"{prefix}{key}"

@@ -89,7 +89,7 @@ def paper_figures(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(trained: MeasuredSystem) -> dict[str, dict[str, Any]]:
-    """Return the trained encoder's lead in the main metric, by benchmark and other system."""
+    """Return the trained encoder's lead over each other system on each benchmark, in the main metric."""
     differences: dict[str, dict[str, Any]] = {}
     for name, result in trained.benchmarks.items():
         for system in result.systems:

@@ -85,7 +85,7 @@ class MeasuredSystem:
         return dict(judgements)
 
     def first_ranks(self, benchmark: str, queries: Sequence[str]) -> dict[str, int | None]:
-        """Return the rank of each query's first relevant document; None if none was retrieved."""
+        """Return the rank of each query's first relevant document, or None if none was retrieved."""
         relevant, ranks = self.judgements(benchmark, queries), Counter()
         first: dict[str, int | None] = dict.fromkeys(queries)
         for query, _, document, *_ in _read_fields(self.file(benchmark, "trec"), 6):
@@ -110,8 +110,8 @@ def _read_fields(path: Path, count: int) -> Iterator[list[str]]:
 def open_systems(key: str, names: Sequence[str]) -> list[MeasuredSystem]:
     """Open FOLDER or FOLDER:SYSTEM for each of several seeds of one system.
 
-    Without SYSTEM it is a run's trained encoder, or the only system of an evaluation.
-    key: option that the names come from, for errors.
+    The default of SYSTEM is a run's trained encoder, or the only system of an evaluation.
+    key: option that the names come from, for error messages.
     """
     systems = [_open_system(key, name) for name in names]
     if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
@@ -129,7 +129,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
         raise UserError(f"{key}: {folder} does not exist. {runs_there()}")
     if not path.is_file():
         others = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
-        hint = f"; use {others}" if others else " (complete runs and the folders of make eval have one)"
+        hint = f"; use {others}" if others else " (complete runs and the output folders of make eval have one)"
         raise UserError(f"{key}: {folder} has no results.json{hint}")
     results = read_results(path)
     systems = results.systems
@@ -166,7 +166,7 @@ def incomparable(systems: Sequence[MeasuredSystem], benchmark: str) -> str:
         if table is None:
             return f"{system.folder} has no results of {system.system} on it"
         if not all(getattr(table, key) for key in MUST_AGREE):
-            return f"{system.folder} does not name its {', '.join(MUST_AGREE)}: evaluate it again"
+            return f"{system.folder} does not have all of {', '.join(MUST_AGREE)}; evaluate it again"
     for key, plural in MUST_AGREE.items():
         values = list(dict.fromkeys(getattr(system.benchmarks[benchmark], key) for system in systems))
         if len(values) > 1:
@@ -229,7 +229,7 @@ def short_text(document: Document | None, id: str, longest: int = 120) -> str:
 
 
 def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
-    """Read the data of a benchmark again; None, with a warning, if they are gone or have changed."""
+    """Read the data of a benchmark again. Returns None, with a warning, if they are gone or have changed."""
     table = measured.benchmarks[name]
     try:
         benchmark = _read_benchmark(measured.folder.resolve(), name, table.split)

@@ -17,11 +17,9 @@ INTRODUCTION = "contrastive multi-task training as in SciMult ([arXiv 2305.14232
 
 
 def write_card(folder: Path, encoder: Encoder, source: str, run: Path | None, similarity: str, task: str = "") -> Path:
-    """Write README.md into an exported folder.
+    """Write the README.md of an exported folder.
 
-    source: name of the model that was exported.
-    run: folder of the run it belongs to, if any.
-    similarity: "dot" or "cosine".
+    source: folder, file or hub name of the model that was exported. run: folder of its run, if any.
     task: task of a plain folder, or "average"; empty for the whole encoder.
     """
     sections = [_introduction(encoder, task), _usage(encoder, similarity, task), _encoder(encoder, source, similarity)]
@@ -47,28 +45,24 @@ def _introduction(encoder: Encoder, task: str) -> str:
 def _usage(encoder: Encoder, similarity: str, task: str) -> str:
     separator = encoder.tokenizer.sep_token
     if task:
-        code = [
-            "from sentence_transformers import SentenceTransformer  # pip install sentence-transformers",
-            "",
-            'model = SentenceTransformer("THIS FOLDER")',
-            f'vectors = model.encode(["A title {separator} and its abstract"])',
-        ]
+        code = (
+            "from sentence_transformers import SentenceTransformer  # pip install sentence-transformers\n\n"
+            'model = SentenceTransformer("THIS FOLDER")\n'
+            f'vectors = model.encode(["A title {separator} and its abstract"])'
+        )
         note = "Transformers may warn that `pooler.*` is missing. It is not used."
         if prompt := encoder.prompts.get(task, ""):
             note += f"\n\nEvery text starts with `{prompt}`, which sentence-transformers adds automatically."
     else:
-        code = [
-            "from lightning_modules import load_encoder",
-            "",
-            'encoder = load_encoder("THIS FOLDER")',
-            f'vectors = encoder.encode(["some text"], task="{next(iter(encoder.tasks))}")',
-        ]
-        note = f"Tasks: {', '.join(encoder.tasks)}. The code is that of the project scimult."
-    block = "\n".join(["```python", *code, "```"])
+        code = (
+            'from lightning_modules import load_encoder\n\nencoder = load_encoder("THIS FOLDER")\n'
+            f'vectors = encoder.encode(["some text"], task="{next(iter(encoder.tasks))}")'
+        )
+        note = f"Tasks: {', '.join(encoder.tasks)}. `lightning_modules` is a package of the project scimult."
     return (
-        f"## Use\n\n{block}\n\nThe text of a paper is its title and abstract, joined by ` {separator} `. That of a "
-        "label is its name and definition, joined in the same way. A query is only its text. Compare vectors by "
-        f"{'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
+        f"## Use\n\n```python\n{code}\n```\n\nThe text of a paper is its title and abstract, joined by ` {separator} `."
+        " The text of a label is its name and definition, joined in the same way. A query is only its text. Compare "
+        f"vectors by {'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
     )
 
 
@@ -93,7 +87,7 @@ def _training(run: Path, task: str) -> list[str]:
     data = manifest.get("data", {})
     if task not in ("", "average") and data and task not in {entry["task"] for entry in data.values()}:
         extended = config.get("extend", {}).get("model")
-        return [f"## Training\n\nThis task was not trained in the exported run. It is unchanged from {extended}."]
+        return [f"## Training\n\nThe exported run did not train this task. Its vectors are those of {extended}."]
     if data:
         rows = [
             (name, d["task"], f"{d['documents']:,}", f"{d['queries'].get('train', 0):,}", d["fingerprint"])
@@ -101,7 +95,7 @@ def _training(run: Path, task: str) -> list[str]:
         ]
         text = _table(["data", "task", "documents", "training queries", "fingerprint"], rows)
         if config.get("scale") == "sample":
-            text += "\n\nThese are synthetic papers for trying things out. The model knows nothing about real ones."
+            text += "\n\nThese papers are synthetic, for trying things out. The model knows nothing about real ones."
         sections.append(f"## Training data\n\n{text}")
     if manifest:
         sections.append(_run(config, manifest))
@@ -132,7 +126,7 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 def _results(results: Results, task: str) -> str:
     """Return the results on the benchmarks of a task, or on all of them."""
     if task == "average":
-        return "## Results\n\nThe run did not measure the average of the experts. `make eval model=THIS FOLDER` does."
+        return "## Results\n\nThe run did not evaluate the average of its experts. Use `make eval model=THIS FOLDER`."
     info = results.info
     rows = [
         (name, system, *(f"{result.metrics[metric]:.4f}" for metric in info.metrics))

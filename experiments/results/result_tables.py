@@ -16,7 +16,7 @@ def show(benchmarks: Benchmarks, metrics: Sequence[str], title: str) -> None:
     """Print a table for each set of metrics: blocks of benchmarks, rows of systems, and their means at the end.
 
     A narrow terminal shows only the first metrics that fit, a wide one also the protocols; results.json has them all.
-    metrics: metrics of benchmarks that name none.
+    metrics: metrics of benchmarks without their own.
     """
     console = table_console()
     groups: dict[tuple[str, ...], Benchmarks] = {}

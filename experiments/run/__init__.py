@@ -1,1 +1,1 @@
-"""A run: its folder, its log, who else works in it, and how it ends."""
+"""A run: its folder, lock, loggers and exit status; and the trials of a sweep."""

@@ -1,4 +1,4 @@
-"""Trials of W&B's sweeps on several ranks: the agent of the first rank gets them, and the other ranks follow."""
+"""Share the trials of W&B's agent with all ranks: the first rank writes them to a folder that the others read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from datamodules.files import read_json, write_json
 from lightning_modules.distributed import launch
 
 VARIABLE = "SCIMULT_TRIALS"  # environment variable with the folder in which the first rank publishes its trials
-END = "over"  # file that ends the folder's trials
+END = "over"  # file that the first rank creates after its last trial
 
 
 def publish_trial(experiment: str, overrides: Sequence[str], run: Path) -> None:
-    """Publish the training of this process, if it is a trial that other ranks wait for. run: its folder."""
+    """Publish the trial that this process trains, if other ranks wait for it. run: folder of the trial's run."""
     if VARIABLE in os.environ and launch.rank() == 0:
         folder = Path(os.environ[VARIABLE])
         number = sum(1 for _ in folder.glob("*.json"))
@@ -24,11 +24,11 @@ def publish_trial(experiment: str, overrides: Sequence[str], run: Path) -> None:
 
 
 def published_trials(folder: Path) -> Iterator[list[str]]:
-    """Yield the arguments of each trial that the first rank publishes, until its agent has ended."""
+    """Yield the arguments of each trial that the first rank publishes, until its agent ends."""
     for number in itertools.count():
         trial = folder / f"{number}.json"
         while not trial.exists():
-            # In this order: the last trial may be published between the two looks.
+            # Check END first, because the last trial may be published between the two checks.
             if (folder / END).exists() and not trial.exists():
                 return
             time.sleep(0.5)

@@ -1,8 +1,8 @@
-"""How a training ends: the exit status, the last message, and SLURM's queue.
+"""The end of a run: its exit status, the last message, and the return to SLURM's queue.
 
     75     preempted: the same command resumes the run (EX_TEMPFAIL of sysexits.h)
-    0      complete; or preempted, and SLURM has put the job back into its queue
-    143    SLURM ends the job by SIGTERM, and decides whether it runs again
+    0      complete; or preempted, and the job is in SLURM's queue again
+    143    SLURM ended the job with SIGTERM, and decides whether to run it again
     130    Ctrl-C
     2      an error that the user can fix, or a lost rank
 
@@ -36,11 +36,11 @@ from lightning_modules.loggers import RunLogger
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75
-THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that another run does not share
+THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that do not carry over to another run
 
 
 def describe_resuming(folder: Path) -> str:
-    """Describe what the same command will do, from the run's last checkpoint."""
+    """Describe where the same command would start, judging by the run's checkpoints."""
     newest = next(iter(candidates(folder / LAST)), None)
     if newest is None:
         return "the same command starts from the beginning"
@@ -71,7 +71,7 @@ def raise_if_preempted(trainer: L.Trainer) -> None:
 
 
 def exit_status(preempted: Preempted, folder: Path) -> int:
-    """Return the exit status of a preempted run, put its SLURM job back into the queue, and report what was done."""
+    """Log how to resume a preempted run, requeue its SLURM job after SIGUSR1, and return the exit status."""
     if launch.rank() > 0:
         return 0
     if preempted.signal == signal.SIGINT:
@@ -87,22 +87,22 @@ def exit_status(preempted: Preempted, folder: Path) -> int:
 
 
 def _requeue(job: str) -> bool:
-    """Put a SLURM job back into the queue, which ends it here. Returns whether SLURM accepted that."""
+    """Put a SLURM job back into the queue, which ends it here. Returns whether SLURM accepted the request."""
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         problem = (result.stderr.strip() or f"status {result.returncode}") if result.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        log.warning("job %s: scontrol cannot requeue it from here (%s), so this exits with status 75", job, problem)
+        log.warning("job %s: scontrol cannot requeue it from here (%s), exiting with status 75", job, problem)
         return False
     log.info("job %s is in the queue again", job)
     return True
 
 
 @contextmanager
-def lost_ranks_named(trainer: L.Trainer) -> Iterator[None]:
-    """Turn an error that a lost rank has caused into a UserError that names the rank."""
+def name_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
+    """Turn an error caused by a lost rank into a UserError that names the rank."""
     heartbeat = next(callback for callback in trainer.callbacks if isinstance(callback, Heartbeat))
     try:
         yield
@@ -111,7 +111,7 @@ def lost_ranks_named(trainer: L.Trainer) -> Iterator[None]:
         if not lost:
             raise
         if trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # a stopped rank would remain
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # a suspended rank would otherwise survive
         resuming = describe_resuming(Path(trainer.default_root_dir))
         raise UserError(f"{' and '.join(lost)} ended or no longer answers; {resuming}") from error
     finally:
@@ -119,12 +119,12 @@ def lost_ranks_named(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _failed_children(trainer: L.Trainer) -> list[str]:
-    """Return the names of the ranks that Lightning started here and that have failed.
+    """Return the names of the failed ranks among those that Lightning started here.
 
-    This must be quick, because Lightning kills this process after them.
+    This must be quick, because Lightning kills this process next.
     """
     children = getattr(trainer.strategy.launcher, "procs", [])
-    deadline = time.monotonic() + 0.5  # a connection closes before its process has ended
+    deadline = time.monotonic() + 0.5  # a dying process closes its connections before it ends
     while children and time.monotonic() < deadline and not any(child.poll() for child in children):
         time.sleep(0.02)
     names = (f"rank {trainer.global_rank + i} (process {child.pid})" for i, child in enumerate(children, start=1))

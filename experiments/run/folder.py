@@ -1,4 +1,4 @@
-"""The folder of a run: whether it holds a run, which is complete or can be resumed, and what is written about it.
+"""The folder of a run: open it, and write the configuration and the manifest.
 
 config.yaml       resolved configuration
 manifest.json     command, versions, git state, data, cost
@@ -6,7 +6,7 @@ metrics.jsonl     every logged row
 experts.svg       last picture of tasks and experts, if diagnostics are on
 checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt
 results.json      final table; a run that has it is complete
-negatives/        mined hard negatives: one folder for each mining, with its report
+negatives/        mined hard negatives: one folder per mining, with its report
 runs/             TREC run files of the final table
 wandb/            W&B's own files
 """
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
     *("data.cache", "mining.memory_mb", "mining.store"),
-    # They change with the number of ranks; the loader makes sure that the global batch remains the same.
+    # These change with the number of ranks; the loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
     *("trainer.strategy", "trainer.timeout"),
@@ -52,9 +52,9 @@ PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-c
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run's folder as it was found.
+    """A run's folder, and its state when this attempt began.
 
-    checkpoint: checkpoint to resume from, None for a new run; other ranks use that of the first.
+    checkpoint: checkpoint to resume from (the first rank's choice applies to all ranks); None for a new run.
     complete: whether the run has its results.
     """
 
@@ -71,16 +71,16 @@ class RunFolder:
         return self.path / "manifest.json"
 
     def recorded_precision(self) -> str | None:
-        """Return the precision of a run that is resumed, which remains the same on another machine; None for others."""
+        """Return the precision that a resumed run must keep, also on another machine; None for a new run."""
         return read_json(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
 
 
 def open_run(config: Config) -> RunFolder:
-    """Find out what the run's folder holds.
+    """Inspect the run's folder: is the run new, to be resumed, or complete?
 
-    Only the first rank changes anything: with run.resume=never it renames the old run, and it renames damaged
-    checkpoints that are newer than the one to resume from. Raises UserError if the folder holds another run or
-    something else, or if all checkpoints are damaged.
+    Only the first rank changes anything: it renames damaged checkpoints that are newer than the one to resume from,
+    and the whole old run with run.resume=never. Raises UserError if the folder holds another run or something else,
+    or if all checkpoints are damaged.
     """
     path, is_first = folder_of(config), rank_zero_only.rank == 0
     starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
@@ -89,7 +89,7 @@ def open_run(config: Config) -> RunFolder:
             _prepare(config, path, starts_over)
         except OSError as error:
             raise UserError(f"run.dir: {path} cannot be used ({error})") from error
-    if starts_over:  # other ranks must not look: the first rank may be renaming the old run right now
+    if starts_over:  # the first rank may be renaming the old run right now, so the others must not read it
         return RunFolder(path, None, False)
     try:
         checkpoint = newest_intact(path / LAST) if is_first else next(iter(candidates(path / LAST)), None)
@@ -121,7 +121,7 @@ def _prepare(config: Config, path: Path, starts_over: bool) -> None:
         names = (path.with_name(f"{path.name}.{number}") for number in range(1, 10_000))
         kept = next(name for name in names if not name.exists())
         replace_folder(path, kept)
-        log.info("the previous run in %s is now in %s", path, kept)
+        log.info("moved the previous run from %s to %s", path, kept)
     else:
         _refuse_other_run(config, path)
 
@@ -164,7 +164,7 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def write_config(folder: RunFolder, config: Config) -> None:
-    """Create the folder with its config.yaml, once everything in the configuration has proved right.
+    """Create the folder with its config.yaml, after everything in the configuration has been checked.
 
     Raises UserError if the folder cannot be created.
     """
@@ -186,9 +186,9 @@ def record_start(
     devices: int,
     precision: str,
 ) -> None:
-    """Record in the manifest that an attempt starts, and what is needed to understand and repeat the run.
+    """Record the start of an attempt in the manifest, with what is needed to understand and repeat the run.
 
-    schedule: batches of each task, and passes through its examples. devices: number of ranks. precision: fp32 or bf16.
+    schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
     """
     manifest = read_json(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
@@ -219,7 +219,7 @@ def record_start(
 
 @rank_zero_only
 def record_end(folder: RunFolder, seconds: float) -> None:
-    """Record in the manifest how long this attempt has trained."""
+    """Record in the manifest how long this attempt trained."""
     manifest = read_json(folder.manifest)
     manifest["attempts"][-1]["seconds"] = round(seconds, 1)
     write_json(folder.manifest, manifest)

@@ -26,8 +26,8 @@ LOCK = ".lock"  # in the run's folder, so that it is the same file under every n
 
 
 @contextmanager
-def only_job(folder: Path) -> Iterator[None]:
-    """Hold the lock on a run's folder, on the first rank. The folder is created for it, and removed if it stays empty.
+def lock_run(folder: Path) -> Iterator[None]:
+    """On the first rank, hold the lock on a run's folder. Creates the folder, and removes it again if it stays empty.
 
     Raises UserError if another process still holds the lock after PATIENCE seconds.
     """
@@ -35,16 +35,17 @@ def only_job(folder: Path) -> Iterator[None]:
         yield
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    if (folder / LOCK).exists():  # left by a killed job, which may have created the folder for it
+    if (folder / LOCK).exists():  # a killed job left it, and may have created the folder for it
         created = created or [folder]
     lock = _wait_for_lock(folder)
     try:
         lock.truncate(0)
-        lock.write(_this_process())
+        job = f" (job {number})" if (number := launch.slurm_job()) else ""
+        lock.write(f"process {os.getpid()} on {platform.node()}{job} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # still locked: a job that waits for this file sees that it is gone
+        (folder / LOCK).unlink(missing_ok=True)  # before the lock is released, so that a waiting job notices
         lock.close()
         with suppress(OSError):  # not empty, or in use by another job
             for path in created:
@@ -57,12 +58,12 @@ def is_in_use(folder: Path) -> bool:
 
 
 def replace_folder(folder: Path, kept: Path) -> None:
-    """Rename a run's folder to `kept` and put an empty one in its place, which keeps the lock. Raises OSError."""
+    """Rename a run's folder to `kept`, and put an empty folder with the same lock in its place. Raises OSError."""
     empty = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     empty.chmod(folder.stat().st_mode)
     try:
         if (folder / LOCK).exists():
-            # Two names of one file, so that no other job finds an unlocked one meanwhile.
+            # A hard link, so that no other job finds the folder unlocked in between.
             os.link(folder / LOCK, empty / LOCK)
         folder.rename(kept)
         empty.rename(folder)  # fails if another job has just created the folder
@@ -80,7 +81,7 @@ def _wait_for_lock(folder: Path) -> IO[str]:
             folder.mkdir(parents=True, exist_ok=True)
             if lock := lock_file(folder / LOCK, wait=False):
                 return lock
-            holder = _holder(folder / LOCK)
+            holder = (folder / LOCK).read_text(encoding="utf-8") or "another process"
         except OSError as error:
             if folder.is_file():
                 raise UserError(f"run.dir: {folder} is a file") from None
@@ -94,13 +95,3 @@ def _wait_for_lock(folder: Path) -> IO[str]:
             announced = True
         leave_if_asked()
         time.sleep(0.2)
-
-
-def _holder(path: Path) -> str:
-    return path.read_text(encoding="utf-8") or "another process"
-
-
-def _this_process() -> str:
-    job = launch.slurm_job()
-    suffix = f" (job {job})" if job else ""
-    return f"process {os.getpid()} on {platform.node()}{suffix} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -1,4 +1,4 @@
-"""Trials of a sweep on this machine: what their runs logged, what became of them, and the processes that train them."""
+"""Run the trials of a sweep on this machine, in parallel processes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -34,18 +35,18 @@ from lightning_modules.distributed.signals import ASKING, Preempted
 log = logging.getLogger(__name__)
 
 MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeeded
-POLL_EVERY = 3.0  # seconds between two looks at what a trial has logged
+POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 LOG_TAIL = 15  # lines of a failed trial's log in the error message
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-MAKE_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # that the make of a trial inherits
+MAKE_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # variables of an outer make that a trial inherits
 
 
 @dataclass(frozen=True)
 class Trial:
     """A trial of a sweep.
 
-    values: key -> value of the sweep's parameters; {} if they are not chosen yet. folder: of the trial's run.
+    values: value of each parameter by its key; {} if not chosen yet. folder: folder of the trial's run.
     """
 
     number: int
@@ -61,17 +62,16 @@ class Trial:
         return (self.folder / "results.json").is_file()
 
     def __str__(self) -> str:
-        return " ".join(as_override(key, value) for key, value in self.values.items())
+        return " ".join(starmap(as_override, self.values.items()))
 
     def arguments(self, sweep: Sweep) -> list[str]:
-        """Return the key=value arguments of this trial alone."""
-        overrides = [as_override(key, value) for key, value in self.values.items()]
+        """Return the key=value arguments that only this trial has."""
         has_group = any(text.startswith("wandb.group=") for text in sweep.overrides)
         group = [] if has_group else [f"wandb.group={self.folder.parent.name}"]
-        return [*overrides, f"run.dir={self.folder}", *group]
+        return [*starmap(as_override, self.values.items()), f"run.dir={self.folder}", *group]
 
     def metric_values(self, metric: str) -> dict[int, float]:
-        """Return what the run has logged of a metric, by step. If a step was logged twice, the last row counts."""
+        """Return the logged values of a metric by step. If a step was logged twice, the last row counts."""
         values = {row["step"]: row[metric] for row in self._rows() if _is_number(row.get(metric))}
         return dict(sorted(values.items()))
 
@@ -81,7 +81,7 @@ class Trial:
         return (max if maximize else min)(values, default=None)
 
     def progress(self, metric: str) -> str:
-        """Describe how far the run is."""
+        """Describe the progress of the run."""
         steps, values = [row["step"] for row in self._rows()], self.metric_values(metric)
         if not steps:
             return "starting"
@@ -97,7 +97,7 @@ class Trial:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
 
     def exit_status(self, command: str, status: int) -> int:
-        """Return the exit status of the training. make always ends with 2, but its last line has the status."""
+        """Return the exit status of the training. make itself always exits with 2, but prints that status last."""
         if command != "make" or status != 2:
             return status
         statuses = re.findall(r"^make: \*\*\* .* Error (\d+)$", self.log_tail(), re.MULTILINE)
@@ -105,10 +105,9 @@ class Trial:
 
     @contextmanager
     def lock(self, wait: Callable[[], bool]) -> Iterator[IO[str] | None]:
-        """Hold the lock on the trial, which its process inherits.
+        """Hold the lock on the trial. Yields None if another controller, or a process left by a killed one, runs it.
 
-        None if another controller runs the trial, or a process that a killed controller left.
-        wait: wait a moment, and return whether to try again.
+        wait: function that pauses, and returns whether to try again.
         """
         while (file := lock_file(self.folder.with_suffix(".lock"), wait=False)) is None and wait():
             pass
@@ -117,7 +116,7 @@ class Trial:
 
 
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
-    """Return all trials of a sweep whose runs are in a folder."""
+    """Return all trials of a sweep. folder: folder of their runs."""
     return [Trial(number, values, folder / f"t{number:03}") for number, values in enumerate(sweep.trials())]
 
 
@@ -137,16 +136,16 @@ def _is_number(value: Any) -> bool:
 
 
 class Controller:
-    """Run the trials of a sweep: several processes in parallel, and again after a kill.
+    """Runs the trials of a sweep in parallel processes. After a kill, another controller continues the sweep.
 
-    The sweep's folder holds the trials' runs, and trials.jsonl with what became of each. Several controllers, on one or
-    several machines, may share a folder: each trial is run by one of them at a time.
+    The sweep's folder holds the trials' runs, and trials.jsonl with the states of each trial. Several controllers, on
+    one or several machines, may share a folder: each trial is run by one of them at a time.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
         self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
         self.trials = trials_of(sweep, folder)
-        self.signal: signal.Signals | None = None  # that asked this controller to end
+        self.signal: signal.Signals | None = None  # signal that asked this controller to end
         self._stop_reasons: dict[int, dict[str, Any]] = {}  # number of a trial that is being stopped -> step and reason
         self._failed: list[Trial] = []
         self._any_succeeded = False
@@ -172,7 +171,7 @@ class Controller:
             free = list(pool.map(lambda trial: self._run(trial, lambda: False), self.trials))
             busy = [trial for trial, was_free in zip(self.trials, free, strict=True) if not was_free]
             if busy and self.signal is None:
-                log.info("waiting for %d trials that another controller or its last process is running", len(busy))
+                log.info("waiting for %d trials that other processes are running", len(busy))
             list(pool.map(lambda trial: self._run(trial, self._wait), busy))
         if self.signal is not None:
             raise Preempted(self.signal)
@@ -201,7 +200,7 @@ class Controller:
                 recorded = self.states().get(trial.number, {})
                 trial = dataclasses.replace(trial, values=recorded.get("parameters", trial.values))
                 state = recorded.get("state")
-                if trial.has_results and state != "finished":  # run by a job array, or for a killed controller
+                if trial.has_results and state != "finished":  # it ran in a job array, or its controller was killed
                     self._record(trial, "finished", value=self._best(trial))
                 elif state not in ENDED and (state != "failed" or self.retry_failed):
                     self._run_to_its_end(self._start(trial), slot, lock)
@@ -234,7 +233,7 @@ class Controller:
             self._record(trial, state, status=status, seconds=round(time.monotonic() - start, 1), value=value, **reason)
             if state != "preempted" or self.signal is not None:
                 break
-            log.info("trial %d was preempted and is resumed", trial.number)
+            log.info("trial %d was preempted: resuming it", trial.number)
             self._record(trial, "started")
         if state in ENDED:
             self._any_succeeded = True
@@ -258,10 +257,10 @@ class Controller:
                 stderr=subprocess.STDOUT,
                 env=environment(slot, self.parallel),
                 process_group=0,  # so that only this process passes signals on to it
-                pass_fds=[lock.fileno()],  # if this process is killed, the trial remains locked until its own end
+                pass_fds=[lock.fileno()],  # the trial stays locked until its process ends, even if this one is killed
             )
             self._processes[trial.number] = process
-            if self.signal is not None:  # it came before the process was known
+            if self.signal is not None:  # the signal came before the process was registered
                 _send(process, self.signal)
             status = self._watch(trial, process)
             del self._processes[trial.number]
@@ -284,16 +283,12 @@ class Controller:
                 self._stop_if_behind(trial, values, process)
 
     def _stop_if_behind(self, trial: Trial, values: Mapping[int, float], process: subprocess.Popen) -> None:
-        """values: the metric by step."""
-        others = [
-            list(other.metric_values(self.sweep.metric).values())
-            for other in self.trials
-            if other.number != trial.number
-        ]
-        rule = self.sweep.early_terminate
+        """Stop a trial that is behind the others. values: its values of the metric by step."""
+        metric, rule = self.sweep.metric, self.sweep.early_terminate
+        others = [list(t.metric_values(metric).values()) for t in self.trials if t.number != trial.number]
         if reason := rule.reason(list(values.values()), others, self.sweep.maximize):
             self._stop_reasons[trial.number] = {"step": max(values), "reason": reason}
-            # Before the signal: if this process is killed now, another controller does not resume the trial.
+            # Before the signal: even if this process is killed in between, no other controller resumes the trial.
             self._record(trial, "stopped", **self._stop_reasons[trial.number])
             log.info("trial %d is stopped early at step %d: %s", trial.number, max(values), reason)
             _send(process, signal.SIGTERM)
@@ -303,7 +298,7 @@ class Controller:
             return "finished"
         if trial.number in self._stop_reasons:
             return "stopped"
-        is_requeued = status == 0 and "SLURM_JOB_ID" in os.environ  # with the job, which includes this process
+        is_requeued = status == 0 and "SLURM_JOB_ID" in os.environ  # SLURM requeues the job with all its processes
         return "preempted" if status == PREEMPTED or is_requeued or self.signal is not None else "failed"
 
     def _best(self, trial: Trial) -> float | None:
@@ -313,7 +308,10 @@ class Controller:
         row = {"trial": trial.number, "state": state, "parameters": trial.values, "time": round(time.time(), 1)}
         with self._writing, open(self.folder / "trials.jsonl", "ab+", buffering=0) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            is_cut_short = file.read(1) not in (b"", b"\n")  # the new row must not continue such a line
+            is_cut_short = file.read(1) not in (
+                b"",
+                b"\n",
+            )  # the new row must not continue a torn line
             file.write(("\n" * is_cut_short + json.dumps(row | details) + "\n").encode())
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -328,22 +326,20 @@ def _send(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def environment(slot: int, parallel: int) -> dict[str, str]:
-    """Return the environment of a trial: without the variables of an outer make, and with one GPU if trials share.
+    """Return the environment of a trial: no variables of an outer make, and a GPU of its own if trials run in parallel.
 
-    slot: number of the trial among the `parallel` ones that run at a time.
+    slot: index of the trial among the `parallel` ones that run at the same time.
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     variables |= {"LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
-    if parallel > 1 and (gpus := _gpus()):
-        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if parallel > 1:
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return variables
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _make_variables() -> list[str]:

@@ -52,7 +52,7 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
 
 
 def _harmless(method: Callable) -> Callable:
-    """Run a method on the first rank only. An error in W&B ends its log, and not the run."""
+    """Run a method on the first rank only. After an error, disable the W&B logger and let the run continue."""
 
     @functools.wraps(method)
     def call(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ def _harmless(method: Callable) -> Callable:
             return
         try:
             method(self, *args, **kwargs)
-        except (Exception, SystemExit) as error:  # W&B is a process of its own, which may fail in any way
+        except (Exception, SystemExit) as error:  # W&B runs in its own process, which may fail in any way
             self.has_failed = True
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("W&B failed (%s): from now on, metrics only go to metrics.jsonl", reason)
@@ -69,13 +69,13 @@ def _harmless(method: Callable) -> Callable:
 
 
 class WandbLogger(RunLogger):
-    """Logs a run into W&B's own file, in wandb/ of the run's folder. The first logged value starts it.
+    """Log a run to W&B's own file, in wandb/ of the run's folder, from the first logged value on.
 
-    The file is written offline, so that no server can slow the training down. Each attempt of a run has its own file,
-    and all attempts have the same id.
+    The file is written offline, so that no server can slow down training. Each attempt of a run has its own file,
+    but all attempts have the same id.
 
-    arguments: for wandb.init. online: whether another process sends the file meanwhile (wandb_sender.py). patience:
-    maximum number of seconds to wait for that process at the end of the run.
+    arguments: arguments of wandb.init. online: whether to start a process that sends the file (wandb_sender.py).
+    patience: maximum number of seconds to wait for that process at the end of the run.
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any], online: bool, patience: float):
@@ -119,7 +119,7 @@ class WandbLogger(RunLogger):
         return run
 
     def _run_id(self) -> str:
-        """Return the run's id, which is kept in its folder. W&B's agent chooses the id of a trial."""
+        """Return the run's id, which is stored in its folder. The id of a trial comes from W&B's agent."""
         path = self.folder / "wandb_id"
         if trial_id := os.environ.get("WANDB_RUN_ID"):
             path.write_text(trial_id)
@@ -164,11 +164,11 @@ class WandbLogger(RunLogger):
         self.run.log_artifact(artifact)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: wandb.init has the configuration."""
+        """Do nothing: wandb.init already got the configuration."""
 
     @_harmless
     def preempted(self) -> None:
-        """Let W&B's sweep give the trial to its next agent, with the same id and parameters."""
+        """Mark the run as preempted, so that W&B gives the trial to the next agent with the same id and parameters."""
         self.run.mark_preempting()
         self._finish(PREEMPTED)
 
@@ -184,7 +184,7 @@ class WandbLogger(RunLogger):
         self._wait_for_sender()
 
     def _wait_for_sender(self) -> None:
-        """Wait until everything is sent, or patience ends."""
+        """Wait up to `patience` seconds until everything is sent."""
         if self._sender is None:
             return
         sender, self._sender = self._sender, None

@@ -1,7 +1,7 @@
 """Send a run to W&B while it trains: python -m experiments.run.wandb_sender FILE.wandb
 
-Training only writes W&B's file, so no server can slow it down. This process reads the file, and sends it. It imports
-nothing but the standard library, and ends when everything is sent or the process that started it has ended.
+Training only writes W&B's file, so no server can slow it down. This process reads the file and sends it. It imports
+only the standard library, and ends when everything is sent or the process that started it has ended.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import threading
 import time
 from pathlib import Path
 
-PATIENCE = 20  # seconds until the user hears that a server does not answer
+PATIENCE = 20  # seconds without an answer after which the log says that W&B cannot be reached
 PAUSE = 30  # seconds until the next attempt
 # The training's own variables: the first one would make W&B's command join the training's service process.
 TRAINING_VARIABLES = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_MODE")
 
 
 def environment() -> dict[str, str]:
-    """Return the environment in which W&B's command sends files."""
+    """Return the environment of the W&B command that sends files."""
     variables = {key: value for key, value in os.environ.items() if key not in TRAINING_VARIABLES}
     return variables | {"PYTHONUNBUFFERED": "1"}
 
@@ -32,7 +32,7 @@ def is_sent(file: Path) -> bool:
 
 
 class Sender:
-    """Sends a growing file until its run has ended, whatever the server does."""
+    """Sends a growing file until its run has ended, and tries again if the server fails."""
 
     def __init__(self, file: Path):
         self.file, self.parent = file, os.getppid()
@@ -82,11 +82,11 @@ class Sender:
 
     def _exit(self) -> None:
         if self._process:
-            self._process.kill()  # wandb-core, its own child, ends with it
+            self._process.kill()  # its child, wandb-core, ends with it
         os._exit(1)
 
 
 if __name__ == "__main__":
-    for ignored in (signal.SIGINT, signal.SIGUSR1):  # they are for the training, which ends this process
+    for ignored in (signal.SIGINT, signal.SIGUSR1):  # these are for the training process, which ends this one
         signal.signal(ignored, signal.SIG_IGN)
     Sender(Path(sys.argv[1])).run()

@@ -1,1 +1,1 @@
-"""Encoders that turn documents into vectors. All have forward(input_ids, attention_mask, task) -> (B, D)."""
+"""Encoders: modules with forward(input_ids, attention_mask, task) -> vectors (B, D)."""

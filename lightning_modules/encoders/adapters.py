@@ -1,6 +1,6 @@
-"""Adapters: a small bottleneck after the feed-forward sub-layer of each layer, one per expert (Houlsby et al., 2019).
+"""Adapters: one small bottleneck per expert after each feed-forward sub-layer (Houlsby et al., 2019).
 
-The form is that of SPECTER2 (Singh et al., 2023). Its adapters are read without the library `adapters`:
+They have the form of SPECTER2's (Singh et al., 2023), whose files are read without the library `adapters`:
 
     dense = W_out gelu(W_in h)        x = LayerNorm(dense + h)        y = LayerNorm(W_up relu(W_down x) + dense + h)
 
@@ -27,13 +27,12 @@ from datamodules.records import UserError
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import reading
 from lightning_modules.encoders.base import Condition, Encoder
-from lightning_modules.encoders.families import AttentionContext
 from lightning_modules.encoders.moe import check_expert_names
 from lightning_modules.encoders.shared import SharedEncoder
 
 
 class Bottleneck(nn.Module):
-    """A projection to a few dimensions, an activation, and a projection back. Returns zeros until it is trained."""
+    """Project down, activate, project up. A new bottleneck returns zeros."""
 
     def __init__(self, size: int, bottleneck: int, activation: str):
         super().__init__()
@@ -48,15 +47,13 @@ class Bottleneck(nn.Module):
 
 
 class AdapterEncoder(Encoder):
-    """An encoder whose layers end with the adapter of their task.
+    """An encoder whose layers end with the adapter of the task.
 
     reduction_factor: hidden size divided by the size of the bottleneck.
     activation: activation function of the bottleneck.
     freeze_backbone: whether only the adapters are trained.
-    document_tasks: task -> the task whose adapter encodes its documents, if it is another one (SPECTER2's search). Such
-        an encoder can only be used for inference.
-
-    The other arguments are those of Encoder.
+    document_tasks: task -> the task whose adapter encodes its documents, if not its own (as in SPECTER2's search). An
+        encoder with document_tasks cannot be trained.
     """
 
     has_idle_parameters = True
@@ -88,19 +85,12 @@ class AdapterEncoder(Encoder):
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)
         size = self.dimension // reduction_factor
-        self.adapters = nn.ModuleDict(
-            {
-                expert: nn.ModuleList(Bottleneck(self.dimension, size, activation) for _ in range(self.num_layers))
-                for expert in self.experts
-            }
-        )
+        self.adapters = nn.ModuleDict()
+        for expert in self.experts:
+            layers = [Bottleneck(self.dimension, size, activation) for _ in range(self.num_layers)]
+            self.adapters[expert] = nn.ModuleList(layers)
         if freeze_backbone:
             backbone.requires_grad_(False)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        names = ("reduction_factor", "activation", "freeze_backbone", "document_tasks")
-        return super().config | {name: getattr(self, name) for name in names}
 
     @property
     def num_shared_layers(self) -> int:
@@ -114,15 +104,10 @@ class AdapterEncoder(Encoder):
     def document_task(self, task: str) -> str:
         return self.document_tasks.get(task, task)
 
-    def served_by(self, task: str) -> str:
-        return self.expert_of(task)
-
     def condition(self, task: str) -> Condition:
         return Condition(expert=self.expert_of(task))
 
-    def layer(
-        self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
-    ) -> Tensor:
+    def layer(self, index, hidden, states, context, condition):
         layer, adapter = self.family.layers[index], self.adapters[condition.expert][index]
         hidden = self.family.attention(layer, hidden, states, context)
         output = layer.output
@@ -131,34 +116,17 @@ class AdapterEncoder(Encoder):
 
 
 KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.adapter_(down\.0|up)\.(weight|bias)")
-# The configuration of a SPECTER2 adapter. Adapters of other forms compute something else.
-FORM = {
-    "mh_adapter": False,
-    "output_adapter": True,
-    "ln_before": False,
-    "ln_after": False,
-    "original_ln_before": True,
-    "original_ln_after": True,
-    "residual_before_ln": True,
-    "adapter_residual_before_ln": False,
-}
-OPTIONAL_FORM = {  # may be missing in the file
-    "scaling": 1.0,
-    "is_parallel": False,
-    "use_gating": False,
-    "phm_layer": False,
-    "inv_adapter": None,
-    "leave_out": [],
-    "cross_adapter": False,
-}
+# The configuration of SPECTER2's adapters. With other values, an adapter computes something else.
+FORM = dict.fromkeys(["output_adapter", "original_ln_before", "original_ln_after", "residual_before_ln"], True)
+FORM |= dict.fromkeys(["mh_adapter", "ln_before", "ln_after", "adapter_residual_before_ln"], False)
+# Fields that the file may leave out.
+OPTIONAL_FORM = dict.fromkeys(["is_parallel", "use_gating", "phm_layer", "cross_adapter"], False)
+OPTIONAL_FORM |= {"scaling": 1.0, "inv_adapter": None, "leave_out": []}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read from files.
-
-    weights: state of a list with one Bottleneck per layer.
-    """
+    """An adapter read from files. weights: state_dict of the list of its Bottlenecks, one per layer."""
 
     reduction_factor: int
     activation: str
@@ -166,12 +134,10 @@ class Adapter:
 
 
 def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncoder:
-    """Return an encoder with the backbone of a plain one and with adapters that the library `adapters` has saved.
+    """Add adapters, saved by the library `adapters`, to a plain encoder. Raises UserError if one does not fit.
 
-    adapters: task -> folder or hub name. "search.documents" is the adapter for the documents of task search, if they
-        have another one than its queries.
-
-    Raises UserError if an adapter has another form or shape.
+    adapters: task -> folder or hub name. The key "search.documents" is for an adapter that only encodes the documents
+        of task search.
     """
     if type(encoder) is not SharedEncoder:
         raise UserError(f"adapters: expected a plain model to add them to, got a {type(encoder).__name__}")
@@ -181,34 +147,22 @@ def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncod
     if len(forms) > 1:
         raise UserError(f"adapters: expected one reduction factor and activation for all, got {forms}")
     reduction_factor, activation = forms.pop()
-    result = AdapterEncoder(
-        encoder.backbone,
-        encoder.tokenizer,
-        {task: task for task in loaded},
-        reduction_factor=reduction_factor,
-        activation=activation,
-        document_tasks={key.partition(".")[0]: task for key, task in tasks.items() if key.endswith(".documents")},
-        pooling=encoder.pooling,
-        normalize=encoder.normalize,
-        max_length=encoder.max_length,
-    )
+    document_tasks = {key.partition(".")[0]: task for key, task in tasks.items() if key.endswith(".documents")}
+    arguments = {"reduction_factor": reduction_factor, "activation": activation, "document_tasks": document_tasks}
+    arguments |= encoder.config | {"tasks": {task: task for task in loaded}}
+    result = AdapterEncoder(encoder.backbone, encoder.tokenizer, **arguments)
     for key, task in tasks.items():
         weights, expected = loaded[task].weights, result.adapters[task].state_dict()
         if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
             size = result.dimension // reduction_factor
-            raise UserError(
-                f"adapters.{key}: {adapters[key]} does not fit a backbone of {result.num_layers} layers of "
-                f"{result.dimension}, bottleneck {size}"
-            )
+            shape = f"{result.num_layers} layers of {result.dimension}, bottleneck {size}"
+            raise UserError(f"adapters.{key}: {adapters[key]} does not fit a backbone of {shape}")
         result.adapters[task].load_state_dict(weights)
     return result
 
 
 def read_adapter(name: str, key: str) -> Adapter:
-    """Read an adapter from a folder or the hub.
-
-    key: argument that the name comes from, for error messages. Raises UserError.
-    """
+    """Read an adapter from a folder or the hub. key: argument that the name comes from, for error messages."""
     with reading(name, key):
         patterns = ["adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"]
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
@@ -219,24 +173,24 @@ def read_adapter(name: str, key: str) -> Adapter:
         if missing:
             raise ValueError(f"adapter_config.json has no {', '.join(missing)}")
         if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("the file of weights contains something else")
+            raise ValueError("the weights file must contain only tensors")
     _check_form(config, f"{key}: {name}")
     weights = {}
-    for full, tensor in state.items():
-        if not (match := KEY.fullmatch(str(full))):
-            raise UserError(f"{key}: {name} has an unexpected key {full}")
+    for weight, tensor in state.items():
+        if not (match := KEY.fullmatch(str(weight))):
+            raise UserError(f"{key}: {name} has an unexpected weight {weight}")
         weights[f"{match[1]}.{match[2].removesuffix('.0')}.{match[3]}"] = tensor
     return Adapter(int(config["reduction_factor"]), config["non_linearity"], weights)
 
 
-def _check_form(config: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if the configuration of an adapter is not that of SPECTER2."""
+def _check_form(config: Mapping[str, Any], source: str) -> None:
+    """Raise UserError if the configuration of an adapter is not that of SPECTER2's."""
     for field, value in (FORM | OPTIONAL_FORM).items():
         if config.get(field, value) != value:
-            raise UserError(f"{where}: {field} must be {value!r}, got {config[field]!r}")
+            raise UserError(f"{source}: {field} must be {value!r}, got {config[field]!r}")
     factor, activation = config["reduction_factor"], config["non_linearity"]
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if not is_number or not 1 <= factor < 1e6 or factor != int(factor):
-        raise UserError(f"{where}: reduction_factor must be a whole number of at least 1, got {factor!r}")
+        raise UserError(f"{source}: reduction_factor must be a whole number of at least 1, got {factor!r}")
     if not isinstance(activation, str):
-        raise UserError(f"{where}: non_linearity must be a name, got {activation!r}")
+        raise UserError(f"{source}: non_linearity must be a name, got {activation!r}")

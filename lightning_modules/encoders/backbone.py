@@ -1,4 +1,4 @@
-"""Backbones and their tokenizers: from a folder, the hub or an installed package, or initialized at random."""
+"""Backbones and their tokenizers, from a folder, the hub or an installed package, or randomly initialized."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -35,11 +26,12 @@ from lightning_modules.encoders.families import FAMILIES
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
+Tokenizer = transformers.PreTrainedTokenizerBase
 
 
 @dataclass
 class BackboneOptions:
-    """The Transformer inside the encoder. Without a name, or if its package is missing, a random BERT is used."""
+    """The Transformer inside the encoder. Without a name, or if its package is missing, it is a random BERT."""
 
     name: str | None = option(
         None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"
@@ -63,13 +55,13 @@ def package_folder(name: str) -> str | None:
 
 
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:
-    """Return token -> id for the most frequent words of the texts, the special tokens and all single characters.
+    """Return token -> id for special tokens, all characters, and the most frequent words of texts.
 
-    Characters, alone and inside words, spell all other words. Ties are broken alphabetically, so that equal texts give
-    equal vocabularies; trained word pieces differ from one process to the next.
+    Other words are spelled in characters. Ties are broken alphabetically, so that equal texts give equal vocabularies
+    (trained word pieces differ from one process to the next).
 
-    size: number of tokens.
-    required: texts whose words come first, however rare they are.
+    size: maximum number of tokens.
+    required: texts whose words come first, even if they are rare.
     """
     splitter = BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
 
@@ -90,15 +82,10 @@ def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = (
 
 
 def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple[nn.Module, BertTokenizer]:
-    """Return a BERT initialized by torch's random generator, and its tokenizer.
-
-    config: fields of transformers.BertConfig.
-    vocabulary: token -> id.
-    """
+    """Return a randomly initialized BERT and its tokenizer. config: fields of transformers.BertConfig."""
     if config.get("num_hidden_layers") == 0:
         raise UserError("backbone config: num_hidden_layers must be at least 1, got 0")
-    unknown = sorted(set(config) - set(BertConfig().to_dict()))
-    if unknown:
+    if unknown := sorted(set(config) - set(BertConfig().to_dict())):
         raise UserError(f"backbone config: transformers.BertConfig has no field {', '.join(unknown)}")
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
@@ -108,40 +95,32 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "name") -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer.
+def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[nn.Module, Tokenizer]:
+    """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer. Raises UserError.
 
-    name: folder or hub name.
-    key: argument that the name comes from, for error messages.
-
-    Raises UserError if there is no such model, it cannot be downloaded, or it belongs to another family.
+    name: folder or hub name. key: argument that the name comes from, for error messages.
+    with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
     """
     with reading(name, key):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if config.model_type == "dpr":
+        if config.model_type == "dpr" and with_weights:
             return bert_of_dpr(name, config), tokenizer
-        check_family(config, name, key)
+        if config.model_type not in FAMILIES:
+            types = ", ".join(FAMILIES)
+            raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types} or dpr")
+        if not with_weights:
+            return meta_backbone(config), tokenizer
         options = options_of(config) | {"trust_remote_code": False}
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
         check_complete(name, info)
         return model, tokenizer
 
 
-def empty_backbone(name: str, key: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Return a backbone without weights, and its tokenizer. The arguments are those of load_backbone."""
-    with reading(name, key):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        check_family(config, name, key)
-        return backbone_without_memory(config), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
 def check_complete(name: str, info: dict[str, Any]) -> None:
-    """Raise UserError unless the file of a model has exactly the weights of its layers.
+    """Raise UserError unless the file of a model has exactly the weights of its layers, ignoring poolers and heads.
 
-    Transformers would initialize missing weights at random. Poolers and heads may be missing or unused.
-
-    info: what from_pretrained returns with output_loading_info.
+    Transformers would initialize missing weights at random. info: loading info of from_pretrained.
     """
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     unexpected = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.|embeddings\.", key)]
@@ -155,9 +134,9 @@ def check_complete(name: str, info: dict[str, Any]) -> None:
 
 @contextmanager
 def reading(name: str, key: str) -> Iterator[None]:
-    """Turn all errors that occur while a model is read into UserError.
+    """Convert all errors raised while a model is read to UserError.
 
-    name: folder, file or hub name. key: argument that the name comes from.
+    name: folder, file or hub name. key: argument that the name comes from, for error messages.
     """
     hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not ("/" in name and Path(name).parent.is_dir())
     if not Path(name).exists() and not hub_name:
@@ -167,14 +146,14 @@ def reading(name: str, key: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries raise all kinds of errors for damaged files, and for files of other kinds
+    except Exception as error:  # libraries raise all kinds of errors for damaged or unrelated files
         raise UserError(f"{key}: {name!r} cannot be loaded from a folder or the hub: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error message, or the kind of the error if it has none."""
+    """Return the first line of an error message, or the error's class if the message is empty."""
     text = str(error).strip()
-    if "weights_only" in text:  # torch's message advises to run the code in the file
+    if "weights_only" in text:  # torch's message advises running the code in the file
         return "it contains more than tensors and plain containers, or is damaged; no code in it was run"
     if isinstance(error, KeyError):
         return f"{text} is missing"
@@ -182,7 +161,7 @@ def reason(error: Exception) -> str:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give the files in a folder default permissions. Some libraries make them readable only by their owner."""
+    """Give the files in a folder default permissions. Some libraries make them readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.iterdir():
@@ -191,25 +170,26 @@ def apply_umask(folder: Path) -> None:
 
 
 def quiet_transformers() -> None:
-    """Silence the progress bars of transformers, and its warning about the pooler, which we do not use."""
+    """Silence the progress bars of transformers, and its warnings about the pooler, which we do not use."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def check_family(config: PreTrainedConfig, name: str, key: str) -> None:
     if config.model_type not in FAMILIES:
-        types = ", ".join(FAMILIES)
-        raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types} or dpr")
+        raise UserError(
+            f"{key}: {name!r} is a model of type {config.model_type}; expected {', '.join(FAMILIES)} or dpr"
+        )
 
 
 def options_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the options for AutoModel: parameters in float32, however they are stored, and no pooler."""
+    """Return options for AutoModel: no pooler, and parameters in float32 whatever the file's precision."""
     options: dict[str, Any] = {"dtype": torch.float32}
     return options if config.model_type == "modernbert" else options | {"add_pooling_layer": False}
 
 
-def backbone_without_memory(config: PreTrainedConfig) -> nn.Module:
-    """Return a backbone whose parameters are on the meta device. Its buffers (positions) have their values."""
+def meta_backbone(config: PreTrainedConfig) -> nn.Module:
+    """Return a backbone whose parameters are on the meta device. Its buffers, such as positions, are real."""
     with no_init_weights():
         backbone = AutoModel.from_config(config, **options_of(config))
     for module in backbone.modules():
@@ -219,7 +199,7 @@ def backbone_without_memory(config: PreTrainedConfig) -> nn.Module:
 
 
 def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
-    """Load the BERT inside one of DPR's two encoders (Karpukhin et al., 2020) in the layout of Hugging Face."""
+    """Load the BERT inside one of DPR's two encoders (Karpukhin et al., 2020), saved by transformers."""
     kind = (config.architectures or ["DPRQuestionEncoder"])[0]
     towers = {"DPRQuestionEncoder": "question_encoder", "DPRContextEncoder": "ctx_encoder"}
     if kind not in towers:
@@ -236,20 +216,17 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
 
 
 def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
-    """Set the dropout of hidden states and of attention weights. None leaves it unchanged."""
+    """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
     attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout
             if p is not None:
                 module.p = p
-        if attention_dropout is not None and hasattr(module, "attention_dropout"):  # ModernBERT has a number there
+        if attention_dropout is not None and hasattr(module, "attention_dropout"):  # a number in ModernBERT
             module.attention_dropout = attention_dropout
-    values = {
-        ("hidden_dropout_prob", "embedding_dropout", "mlp_dropout"): dropout,
-        ("attention_probs_dropout_prob", "attention_dropout"): attention_dropout,
-    }
-    for names, value in values.items():
-        for name in names:
-            if value is not None and hasattr(backbone.config, name):
-                setattr(backbone.config, name, value)
+    fields = dict.fromkeys(["hidden_dropout_prob", "embedding_dropout", "mlp_dropout"], dropout)
+    fields |= dict.fromkeys(["attention_probs_dropout_prob", "attention_dropout"], attention_dropout)
+    for name, value in fields.items():
+        if value is not None and hasattr(backbone.config, name):
+            setattr(backbone.config, name, value)

@@ -9,6 +9,7 @@ Shapes: B texts, S tokens, L positions computed (S, or 1 if only the first one i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,16 +26,17 @@ from lightning_modules.encoders.families import AttentionContext, Prefix, family
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
-BLOCK = 8192  # texts tokenized and sorted by length at a time, because the token ids of a corpus may not fit in memory
+Advance = Callable[[int], None]
+BLOCK = 8192  # number of texts tokenized and sorted by length at a time; a whole corpus may not fit in memory
 
 
 class Condition(NamedTuple):
-    """What the layers receive about a batch besides its texts.
+    """Inputs of the layers that depend on the task.
 
     expert: name of the expert that serves all texts.
-    groups: expert -> rows pairs, for texts of several tasks that are sorted by expert.
+    groups: pairs of an expert and its rows, for a batch of several tasks that is sorted by expert.
     prefixes: keys and values of the task's instruction, one Prefix per layer.
-    routing: (B, E) or (B, L, E), the expert chosen for each text or each token, one-hot.
+    routing: one-hot choice of an expert for each text, (B, E), or for each token, (B, L, E).
     """
 
     expert: str | None = None
@@ -46,17 +48,17 @@ class Condition(NamedTuple):
 class Encoder(nn.Module):
     """An encoder of queries and documents for one or several tasks (paper, equations 1 and 3).
 
-    backbone: a model of one of the FAMILIES. Variants change it in place.
-    tokenizer: the tokenizer of the backbone.
+    backbone: model of one of the FAMILIES. Variants change it in place.
     tasks: task -> name of the expert that serves it.
     pooling: "cls" (the last layer's first token, as in the paper) or "mean".
     normalize: whether vectors are scaled to length 1.
     max_length: maximum number of tokens of a text, including special tokens.
 
-    A variant overrides layer, and, if it depends on the task, condition and served_by.
+    A variant overrides layer, and condition if its layers depend on the task. It stores each argument of its
+    constructor in an attribute of the same name.
     """
 
-    # Whether a step on one task leaves some parameters without gradient. DDP must then look for them.
+    # Whether a step on one task leaves some parameters without gradient, so that DDP must look for unused parameters.
     has_idle_parameters: ClassVar[bool] = False
     # Names of the methods that compute one layer. Their first argument is its index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
@@ -79,13 +81,12 @@ class Encoder(nn.Module):
             raise UserError(f"normalize: expected true or false, got {normalize!r}")
         if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 3:
             raise UserError(
-                f"max_length: expected a whole number of at least 3 ([CLS], a word and [SEP]), got {max_length!r}"
+                f"max_length: expected a whole number of at least 3 ([CLS], word, [SEP]), got {max_length!r}"
             )
         self.family = family_of(backbone)
         check_tokenizer(tokenizer, backbone)
-        longest = self.family.max_positions
-        if max_length > longest:
-            raise UserError(f"max_length: got {max_length} tokens, but the backbone has positions for {longest}")
+        if max_length > (limit := self.family.max_positions):
+            raise UserError(f"max_length: got {max_length} tokens, but the backbone has positions for {limit}")
         self.backbone, self.tokenizer = backbone, tokenizer
         self.tasks = dict(tasks)
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
@@ -96,16 +97,12 @@ class Encoder(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments of the constructor, except backbone and tokenizer, as plain containers."""
-        return {
-            "tasks": self.tasks,
-            "pooling": self.pooling,
-            "normalize": self.normalize,
-            "max_length": self.max_length,
-        }
+        names = [*inspect.signature(Encoder).parameters, *inspect.signature(type(self)).parameters]
+        return {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("backbone", "tokenizer")}
 
     @property
     def dimension(self) -> int:
-        """Size of a vector."""
+        """Number of dimensions of a vector."""
         return self.backbone.config.hidden_size
 
     @property
@@ -118,12 +115,12 @@ class Encoder(nn.Module):
 
     @property
     def num_shared_layers(self) -> int:
-        """Number of first layers that do not depend on the task. They are computed once for several tasks."""
+        """Number of layers before the first one that depends on the task. Several tasks share their computation."""
         return self.num_layers
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Task -> the prompt that precedes each of its texts. Empty if the encoder uses no prompts."""
+        """Task -> prompt at the start of each text. Empty if the encoder uses no prompts."""
         return {}
 
     def expert_of(self, task: str) -> str:
@@ -133,34 +130,30 @@ class Encoder(nn.Module):
         return self.tasks[task]
 
     def add_expert(self, name: str, like: str) -> None:
-        """Add a trainable expert, a copy of the expert `like`. Raises UserError if the encoder has no experts."""
+        """Add a trainable copy of the expert `like`. Raises UserError if the encoder has no experts."""
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
     def document_task(self, task: str) -> str:
-        """Return the task for which the documents of a task are encoded. Queries are encoded for the task itself."""
+        """Return the task to encode a task's documents for. Its queries are encoded for the task itself."""
         return task
 
     def served_by(self, task: str) -> Hashable:
-        """Return what a task's vectors depend on. Tasks with equal values have equal vectors."""
-        self.expert_of(task)
-        return None
+        """Return the expert or instruction that a task uses, if any. Tasks that share it have equal vectors."""
+        return self.condition(task).expert
 
     def condition(self, task: str) -> Condition:
-        """Return what the layers receive about a task."""
+        """Return the inputs of the layers for a task. Raises UserError for an unknown task."""
+        self.expert_of(task)
         return Condition()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task: str | Sequence[str]) -> Tensor:
-        """Return the vectors (B, D) of texts.
-
-        input_ids, attention_mask: (B, S).
-        task: the task of all texts, or a sequence with one task per text.
-        """
+        """Return the vectors (B, D) of texts (B, S). task: the task of all texts, or a sequence with one per text."""
         if not isinstance(task, str):
             return self._forward_mixed(input_ids, attention_mask, task)
         return self.forward_tasks(input_ids, attention_mask, (task,))[task]
 
     def forward_tasks(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Return task -> vectors (B, D) of the same texts. Layers that do not depend on the task are computed once."""
+        """Return task -> vectors (B, D) of the same texts. Shared layers are computed once."""
         distinct = {self.served_by(task): task for task in tasks}
         hidden, context = self.family.begin(input_ids, attention_mask)
         fork = self.num_shared_layers if len(distinct) > 1 else 0
@@ -173,12 +166,12 @@ class Encoder(nn.Module):
         return {task: vectors[self.served_by(task)] for task in tasks}
 
     def forward_with_penalty(self, input_ids: Tensor, attention_mask: Tensor, task: str) -> tuple[Tensor, Tensor]:
-        """Return the vectors (B, D) of texts, and a scalar that the encoder adds to the loss."""
+        """Return the vectors (B, D) of texts, and a scalar to add to the loss."""
         vectors = self(input_ids, attention_mask, task)
         return vectors, vectors.new_zeros(())
 
     def _forward_mixed(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
-        """Return the vectors (B, D) of texts with one task each. Texts of the same task are computed together."""
+        """Return the vectors (B, D) of texts with one task each, computed task by task."""
         check_one_task_per_text(tasks, input_ids)
         groups = [
             (task, torch.tensor([i for i, other in enumerate(tasks) if other == task], device=input_ids.device))
@@ -188,23 +181,23 @@ class Encoder(nn.Module):
         return vectors[torch.cat([rows for _, rows in groups]).argsort()]
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
-        """Compute the given layers, one after the other, from states (B, S, D)."""
+        """Compute layers one after the other, from states (B, S, D)."""
         for index in indices:
             hidden = self._computed_positions(index, states)
             states = self._compute_layer(index, hidden, states, context, condition)
         return states
 
     def _computed_positions(self, index: int, states: Tensor) -> Tensor:
-        """Return the positions that a layer computes, (B, L, D): in the last layer only [CLS], if it is pooled."""
+        """Return the positions that a layer computes, (B, L, D). With pooling "cls", the last one needs only [CLS]."""
         if index < self.num_layers - 1 or self.pooling != "cls":
             return states
-        # Contiguous, because otherwise torch uses another kernel for frozen weights, which changes the last bits.
+        # If not contiguous, torch uses another kernel for frozen weights, and vectors differ in their last bits.
         return states[:, :1].contiguous()
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one layer, with gradient checkpointing if enabled, and after the last one the end of the backbone."""
+        """Compute one layer, with gradient checkpointing if enabled. The last one includes the end of the backbone."""
         arguments = (index, hidden, states, context, condition)
         if self.gradient_checkpointing and self.training:
             hidden = checkpoint(self.layer, *arguments, use_reentrant=False)
@@ -213,21 +206,18 @@ class Encoder(nn.Module):
         return self.family.end(hidden) if index == self.num_layers - 1 else hidden
 
     def layer_modules(self, index: int) -> list[nn.Module]:
-        """Return the modules that the layer_methods use for a layer."""
+        """Return the modules of a layer that the layer_methods use."""
         return [self.family.layers[index]]
 
     def layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one Transformer layer, (B, L, D).
-
-        hidden: (B, L, D) the positions to compute. states: (B, S, D) the positions they attend to.
-        """
+        """Compute one Transformer layer for the positions hidden (B, L, D), which attend to states (B, S, D)."""
         layer = self.family.layers[index]
         return self.family.feed_forward(layer, self.family.attention(layer, hidden, states, context))
 
     def pool(self, hidden: Tensor, attention_mask: Tensor, task: str) -> Tensor:
-        """(B, L, D) -> (B, D)."""
+        """Pool the states of the last layer, (B, L, D), to vectors (B, D)."""
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -236,7 +226,7 @@ class Encoder(nn.Module):
         return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
 
     def pooled_positions(self, attention_mask: Tensor, task: str) -> Tensor:
-        """Return (B, S), 1 for each position that mean pooling includes."""
+        """Return 1 for each position that mean pooling includes and 0 for others, (B, S)."""
         return attention_mask
 
     @torch.inference_mode()
@@ -247,19 +237,18 @@ class Encoder(nn.Module):
         *,
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
-        advance: Callable[[int], None] | None = None,
+        advance: Advance | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return the vectors (n, D) of documents, in float32 on the CPU.
 
-        Unless the encoder was built with normalize, they do not have length 1: normalize them before you compare them
-        by cosine.
+        They have length 1 only if the encoder was built with normalize=True. If not, normalize them before you compare
+        them by cosine.
 
-        documents: Document objects, dicts with "title" and "text" (or "abstract"), or strings, which are texts without
-            a title.
-        task: the task that the vectors are for.
-        tasks: several tasks instead. The result is then task -> vectors, and common layers are computed once.
+        documents: Document objects, dicts with "title" and "text" (or "abstract"), or strings (texts without title).
+        task: task to encode for.
+        tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
         token_budget: maximum number of padded tokens per forward pass; by default one that is fast on the device.
-        advance: called after each forward pass with its number of texts.
+        advance: function called after each forward pass with its number of texts.
         """
         if self.sharded:
             raise RuntimeError("a sharded encoder cannot encode; use sharding.replica(encoder)")
@@ -285,12 +274,7 @@ class Encoder(nn.Module):
         return vectors[task] if tasks is None else {name: vectors[name] for name in names}
 
     def _encode(
-        self,
-        documents: list[Document],
-        prompt: str,
-        tasks: list[str],
-        token_budget: int,
-        advance: Callable[[int], None] | None,
+        self, documents: list[Document], prompt: str, tasks: list[str], token_budget: int, advance: Advance | None
     ) -> dict[str, Tensor]:
         """Return task -> vectors (n, D), for tasks whose texts start with the same prompt."""
         vectors = {task: torch.empty(len(documents), self.dimension) for task in tasks}
@@ -309,7 +293,7 @@ class Encoder(nn.Module):
         return vectors
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the encoder to a folder that from_pretrained, load_encoder and transformers.AutoModel can read."""
+        """Write the encoder to a folder for from_pretrained, load_encoder and transformers.AutoModel."""
         from lightning_modules.encoders.pretrained import save_encoder
 
         return save_encoder(self, folder)
@@ -330,9 +314,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: nn.Module) -> 
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
-    size, known = getattr(tokenizer, "vocab_size", 0), getattr(backbone.config, "vocab_size", None)
-    if known is not None and size > known:
-        raise UserError(f"the tokenizer has {size} tokens, but the backbone has embeddings for only {known}")
+    size, limit = getattr(tokenizer, "vocab_size", 0), getattr(backbone.config, "vocab_size", None)
+    if limit is not None and size > limit:
+        raise UserError(f"the tokenizer has {size} tokens, but the backbone has embeddings for only {limit}")
 
 
 def check_one_task_per_text(tasks: Sequence[str], input_ids: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Exporting encoders to formats that other tools load without this project.
+"""Export encoders to formats that other tools load without this project.
 
 save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
-save_onnx        ONNX of such a folder
+save_onnx        an ONNX model in such a folder
 average          a general model, whose weights are the mean of all experts
 save_reference   a checkpoint in the layout of SciMult's authors
 """
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.files import atomic_file
 from datamodules.records import UserError
-from lightning_modules.encoders.backbone import apply_umask, backbone_without_memory, options_of, quiet_transformers
+from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.loading import dense_key, load_weights
@@ -34,21 +34,17 @@ AVERAGE = "average"
 
 
 def dense(encoder: Encoder, task: str) -> Encoder:
-    """Return an encoder without experts, a SharedEncoder or PromptEncoder, that gives the vectors of one task.
+    """Return a SharedEncoder or PromptEncoder with the vectors of one task. Raises UserError if there is none.
 
     task: a task of the encoder, or "average" for the mean of all experts.
-
-    Raises UserError if no plain model can compute these vectors.
     """
     if type(encoder) not in (SharedEncoder, MoEEncoder, PromptEncoder):
-        raise UserError(
-            f"{type(encoder).__name__} has no plain form, because a plain model cannot compute its vectors; save the "
-            "whole encoder instead"
-        )
+        problem = "has no plain form, because a plain model cannot compute its vectors"
+        raise UserError(f"{type(encoder).__name__} {problem}; save the whole encoder instead")
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")
     expert = None if task == AVERAGE else encoder.expert_of(task)
-    tensors: dict[str, list[Tensor]] = {}  # the selected experts' tensors by their common name
+    tensors: dict[str, list[Tensor]] = {}  # name without expert -> tensors of the selected experts
     for key, tensor in encoder.state_dict().items():
         match = re.search(r"\.experts\.(\w+)", key)
         if match is None or expert in (None, match[1]):
@@ -58,27 +54,24 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     if isinstance(encoder, PromptEncoder):
         kind = PromptEncoder
         arguments |= {"instructions": {task: encoder.instructions[task]}, "pool_prompt": encoder.pool_prompt}
-    config = copy.deepcopy(encoder.backbone.config)
-    plain = kind(backbone_without_memory(config), encoder.tokenizer, {task: expert or task}, **arguments)
+    backbone = meta_backbone(copy.deepcopy(encoder.backbone.config))
+    plain = kind(backbone, encoder.tokenizer, {task: expert or task}, **arguments)
     load_weights(plain, {key: torch.stack(t).mean(0) if t[1:] else t[0] for key, t in tensors.items()}, task)
     return plain.eval()
 
 
 def average(encoder: Encoder) -> Encoder:
-    """Return a general model: a SharedEncoder with the mean of all experts, for the same tasks."""
+    """Return a general model for the same tasks: a SharedEncoder with the mean of all experts."""
     plain = dense(encoder, AVERAGE)
     plain.tasks = dict(encoder.tasks)
     return plain
 
 
 def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str = "dot") -> Path:
-    """Write one task as a plain folder, which is created if needed.
-
-    It contains config.json, model.safetensors and the tokenizer for transformers, and pooling, normalization, prompt
-    and similarity for sentence-transformers, text-embeddings-inference and others.
+    """Write one task as a plain folder for transformers, sentence-transformers and text-embeddings-inference.
 
     task: a task of the encoder, or "average" for the mean of all experts.
-    similarity: "dot" or "cosine", how the vectors are compared.
+    similarity: "dot" or "cosine", how vectors are compared.
     """
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
@@ -96,7 +89,7 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
 
 
 def _sentence_transformers_files(plain: Encoder, task: str, similarity: str) -> dict[str, Any]:
-    """Return name -> content of the files that sentence-transformers reads."""
+    """Return the files of sentence-transformers: name -> content."""
     modules = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if plain.normalize else {})
     prompts = plain.prompts
     return {
@@ -117,14 +110,14 @@ def _sentence_transformers_files(plain: Encoder, task: str, similarity: str) -> 
             "pooling_mode_mean_tokens": plain.pooling == "mean",
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
-            # Only a mean can exclude the prompt: [CLS] precedes it.
+            # Only mean pooling can exclude the prompt.
             "include_prompt": plain.pooling == "cls" or not isinstance(plain, PromptEncoder) or plain.pool_prompt,
         },
     }
 
 
 class _Pooled(nn.Module):
-    """A plain model with its pooling, for ONNX."""
+    """A plain model and its pooling, for ONNX."""
 
     def __init__(self, model: nn.Module, pooling: str, normalize: bool):
         super().__init__()
@@ -138,12 +131,9 @@ class _Pooled(nn.Module):
 
 
 def save_onnx(folder: str | Path) -> Path:
-    """Write onnx/model.onnx into a folder of save_dense.
+    """Write onnx/model.onnx into a folder of save_dense. Raises UserError if a package is missing.
 
-    Its inputs are input_ids and attention_mask, (B, L) int64; its outputs are last_hidden_state, (B, L, D), and
-    sentence_embedding, (B, D).
-
-    Raises UserError if the required packages are missing, or if mean pooling excludes the prompt.
+    Inputs: input_ids, attention_mask, int64 (B, L). Outputs: last_hidden_state (B, L, D), sentence_embedding (B, D).
     """
     try:
         import onnx  # noqa: F401
@@ -151,17 +141,15 @@ def save_onnx(folder: str | Path) -> Path:
     except ImportError as error:
         raise UserError("onnx: the packages onnx and onnxscript are not installed") from error
     quiet_transformers()
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they log optimizations, and that torchvision is missing
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # loggers of optimizations and of the missing torchvision
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     if not pooling["include_prompt"]:
-        raise UserError(
-            "onnx: pool_prompt=false is not supported, because an ONNX model does not know where the prompt ends"
-        )
-    # Eager attention, because its masks are plain arithmetic.
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options_of(config))
+        raise UserError("onnx: pool_prompt=false is not supported; an ONNX model does not know where the prompt ends")
+    options = options_of(AutoConfig.from_pretrained(folder))
+    # The masks of eager attention are plain arithmetic, which ONNX supports.
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options)
     kind = "cls" if pooling["pooling_mode_cls_token"] else "mean"
     module = _Pooled(model, kind, (folder / "2_Normalize").is_dir()).eval()
     ids = torch.ones((2, 8), dtype=torch.int64)

@@ -1,7 +1,4 @@
-"""New tasks for a trained encoder: copies of its nearest experts are trained, and everything else is frozen.
-
-The vectors of the existing tasks do not change, bit for bit.
-"""
+"""New tasks for a trained encoder. Only their experts are trained, so the vectors of its old tasks do not change."""
 
 from __future__ import annotations
 
@@ -16,26 +13,21 @@ from lightning_modules.encoders.base import Encoder
 
 
 def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
-    """Raise UserError if a task or its expert exists already, or if the encoder has no experts by task.
-
-    tasks: task -> expert.
-    """
+    """Raise UserError if a task (task -> expert) or its expert already exists, or the encoder cannot add experts."""
     if type(encoder).add_expert is Encoder.add_expert:
-        encoder.add_expert("", "")
+        encoder.add_expert("", "")  # raises
     for task, expert in tasks.items():
         if task in encoder.tasks:
-            raise UserError(f"task {task}: the encoder has it already (its tasks are {', '.join(encoder.tasks)})")
+            raise UserError(f"task {task}: the encoder already has it (its tasks are {', '.join(encoder.tasks)})")
         if expert in encoder.tasks.values():
-            raise UserError(f"task {task}: the expert {expert} exists already; a new task needs a new expert")
+            raise UserError(f"task {task}: the expert {expert} already exists; a new task needs a new expert")
 
 
 def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str]) -> None:
-    """Add tasks to an encoder, and freeze everything except their experts.
+    """Add tasks to an encoder, and freeze everything except their experts. Raises UserError as check_new_tasks does.
 
     tasks: task -> expert. New tasks can share an expert.
-    like: task -> the existing task from whose expert the new one is initialized.
-
-    Raises UserError as check_new_tasks does.
+    like: task -> the existing task whose expert is copied.
     """
     check_new_tasks(encoder, tasks)
     encoder.requires_grad_(False)
@@ -46,10 +38,7 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 
 
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
-    """Return the mean loss of a new task's batches when they are encoded for each existing task.
-
-    The task with the lowest loss is the nearest one.
-    """
+    """Return existing task -> mean loss of a new task's batches when they are encoded for it. The lowest is nearest."""
     tasks, batches = list(module.encoder.tasks), list(batches)
     training = module.training
     module.eval()
@@ -60,6 +49,6 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
 
 
 def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
-    """Return the loss of a batch, by the objective of its own task, when its texts are encoded for another task."""
+    """Return the loss of a batch when its texts are encoded for another task. The objective is that of its own."""
     vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
     return float(module.objective(vectors, batch)["loss"] + penalty)

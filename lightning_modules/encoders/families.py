@@ -1,10 +1,10 @@
-"""Families of backbones: how one Transformer layer of each is computed, sub-layer by sub-layer.
+"""Families of backbones. Each computes one Transformer layer of a Hugging Face model, sub-layer by sub-layer.
 
     Bert         BERT, RoBERTa, XLM-RoBERTa, CamemBERT: LayerNorm after each sub-layer, positions in the embeddings
-    ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, attention in a window in most layers
+    ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
-The modules and parameters remain those of Hugging Face; only the order of the calls is ours. That is why a sub-module
-can be replaced by Experts, and why a Prefix can precede the keys and values of attention.
+Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore replace sub-modules
+by Experts, and prepend a Prefix to the keys and values of attention.
 
 Shapes: B texts, S positions attended to, L positions computed (S, or 1 if only the first one is needed), P positions of
 a prefix, D hidden size, H heads.
@@ -33,22 +33,22 @@ class Experts(nn.Module):
 
 
 def pick(module: nn.Module, expert: str | None) -> nn.Module:
-    """Return the expert's copy of a module that has experts, and any other module unchanged."""
+    """Return an expert's copy of a module, or the module itself if it has no experts."""
     return module.experts[expert] if isinstance(module, Experts) else module
 
 
 class Prefix(NamedTuple):
-    """Keys and values of one layer, each (1, H, P, D / H), that every text attends to in addition to its own."""
+    """Additional keys and values of one layer, each (1, H, P, D / H), that all texts attend to."""
 
     keys: Tensor
     values: Tensor
 
 
 class AttentionContext(NamedTuple):
-    """What attention needs to know about a batch. It is computed once and used by all layers.
+    """Masks and positions of a batch. They are computed once and used by all layers.
 
-    tokens: (B, S) bool, true for tokens and false for padding.
-    masks: attention type of a layer -> (B, 1, 1, S) or (B, 1, S, S) bool, true where attention is allowed.
+    tokens: true for tokens and false for padding, (B, S).
+    masks: attention type of a layer -> true where attention is allowed, (B, 1, 1, S) or (B, 1, S, S).
     rotations: attention type of a layer -> cosines and sines of the rotary positions, each (1, S, D / H).
     """
 
@@ -62,10 +62,9 @@ class AttentionContext(NamedTuple):
 
 
 class Family(Protocol):
-    """What an encoder needs from a backbone.
+    """Interface of all families.
 
     attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
-    layers: the Transformer layers, first to last.
     max_positions: maximum number of tokens of a text.
     """
 
@@ -75,8 +74,7 @@ class Family(Protocol):
     max_positions: int
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, AttentionContext]:
-        """Return the embeddings (B, S, D) of a batch, and its AttentionContext."""
-        ...
+        """Return the embeddings (B, S, D) and the AttentionContext of a batch."""
 
     def attention(
         self,
@@ -87,35 +85,30 @@ class Family(Protocol):
         expert: str | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Compute the attention sub-layer with its residual, (B, L, D).
+        """Compute attention and its residual connection, (B, L, D).
 
-        states: (B, S, D) all positions, which are attended to.
-        hidden: (B, L, D) the first L of them, which are computed.
+        states: all positions, (B, S, D). hidden: the first L of them, which are computed, (B, L, D).
         """
-        ...
 
     def prefix(self, layer: nn.Module, states: Tensor) -> Prefix:
-        """Return a layer's keys and values of states (1, P, D), whose positions start at 0."""
-        ...
+        """Return the keys and values of states (1, P, D) in a layer. Positions start at 0."""
 
     def feed_forward(self, layer: nn.Module, hidden: Tensor, expert: str | None = None) -> Tensor:
-        """Compute the feed-forward sub-layer with its residual, (B, L, D)."""
-        ...
+        """Compute the feed-forward sub-layer and its residual connection, (B, L, D)."""
 
     def end(self, hidden: Tensor) -> Tensor:
-        """Return the output of the backbone, given that of its last layer."""
-        ...
+        """Apply what follows the last layer, such as a final LayerNorm."""
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, n, D) -> (B, H, n, D / H)."""
+    """Split states (B, L, D) into heads (B, H, L, D / H)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, prefix: Prefix | None) -> Tensor:
-    """Compute scaled dot-product attention, with the heads joined again, (B, L, D).
+    """Compute scaled dot-product attention and join the heads, (B, L, D). The prefix is prepended to key and value.
 
-    query: (B, H, L, D / H). key, value: (B, H, S, D / H), to which the prefix is prepended.
+    query: (B, H, L, D / H). key, value: (B, H, S, D / H).
     """
     if prefix is not None:
         num_texts, num_prefix = len(query), prefix.keys.shape[2]
@@ -123,7 +116,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: flo
         value = torch.cat([prefix.values.to(value.dtype).expand(num_texts, -1, -1, -1), value], dim=2)
         mask = F.pad(mask, (num_prefix, 0), value=True)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
-        # Forward and backward of torch's CPU attention take 2.6 times as long in bfloat16 as in float32.
+        # On a CPU, torch's attention (forward and backward) takes 2.6 times as long in bfloat16 as in float32.
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask, dropout_p=dropout
@@ -154,15 +147,10 @@ class Bert:
 
     def attention(self, layer, hidden, states, context, expert=None, prefix=None):
         projections, output = pick(layer.attention.self, expert), layer.attention.output
-        heads = projections.num_attention_heads
-        attended = attend(
-            split_heads(projections.query(hidden), heads),
-            split_heads(projections.key(states), heads),
-            split_heads(projections.value(states), heads),
-            context.masks["full"],
-            projections.dropout.p if projections.training else 0.0,
-            prefix,
-        )
+        query, key, value = projections.query(hidden), projections.key(states), projections.value(states)
+        heads = [split_heads(x, projections.num_attention_heads) for x in (query, key, value)]
+        dropout = projections.dropout.p if projections.training else 0.0
+        attended = attend(*heads, context.masks["full"], dropout, prefix)
         return output.LayerNorm(output.dropout(pick(output.dense, expert)(attended)) + hidden)
 
     def prefix(self, layer, states):
@@ -208,7 +196,7 @@ class ModernBert:
         attn, length, size = pick(layer.attn, expert), hidden.shape[1], states.shape[-1]
         heads = layer.config.num_attention_heads
         normalized = layer.attn_norm(states)
-        # One matrix holds the projections of queries, keys and values. Queries are needed for L positions only.
+        # One matrix projects to queries, keys and values. Queries are needed for L positions only.
         query_weight, key_value_weight = attn.Wqkv.weight.split([size, 2 * size])
         query_bias, key_value_bias = (None, None) if attn.Wqkv.bias is None else attn.Wqkv.bias.split([size, 2 * size])
         query = split_heads(F.linear(normalized[:, :length].contiguous(), query_weight, query_bias), heads)

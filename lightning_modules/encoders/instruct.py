@@ -1,12 +1,12 @@
 """Encoders that read their task from a sentence (paper, section 3.3, equations 4 and 5, table 1).
 
-    Instruction   the instruction is encoded on its own. In each layer the text attends to itself and to the state of
-                  the instruction before that layer. Both use the same parameters.
-    Prefix        the same with a separate instruction encoder. Only that one is trained; the text encoder is frozen.
-    Prompt        the instruction is the beginning of the text
+    Instruction   The instruction is encoded separately, by the same parameters. In each layer, the text attends to
+                  itself and to the states of the instruction before that layer.
+    Prefix        The same, with a separate instruction encoder. Only that one is trained; the text encoder is frozen.
+    Prompt        The text starts with the instruction.
 
-The paper leaves open where positions start. Here those of a text start at 0 whatever its instruction, as in the
-authors' later code. The keys and values of the instruction are projections by the text encoder, also in Prefix.
+The paper does not say where positions start. As in the authors' later code, those of a text start at 0, and the text
+encoder projects the instruction's states to keys and values, in Prefix too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import AttentionContext, Prefix, family_of
 
-_num_optimizer_steps = 0  # of all optimizers, because fused ones do not update the versions of weights
+_num_optimizer_steps = 0  # of all optimizers; fused ones change weights without changing their version
 
 
 def _count_step(*_: Any) -> None:
@@ -39,15 +39,14 @@ def required_instructions(instructions: Mapping[str, str], tasks: Mapping[str, s
     """Return the instruction of each task. Raises UserError if a task has none."""
     for task in tasks:
         if not instructions.get(task, "").strip():
-            raise UserError(f"task {task} has no instruction, which this encoder reads; set its instruction")
+            raise UserError(f"task {task} has no instruction, which this encoder needs; set its instruction")
     return {task: instructions[task].strip() for task in tasks}
 
 
 class CachedPrefixes(NamedTuple):
-    """The prefixes of instructions for one version of the weights.
+    """Instruction -> one Prefix per layer, for one version of the weights.
 
-    parameters: the weights. As long as they are referenced, no other tensor can have their id.
-    prefixes: instruction -> one Prefix per layer.
+    parameters: the weights. While they are referenced, no other tensor can have their id.
     """
 
     version: tuple
@@ -56,14 +55,10 @@ class CachedPrefixes(NamedTuple):
 
 
 class InstructEncoder(Encoder):
-    """An encoder whose texts attend to the instruction of their task.
+    """An encoder whose texts attend to the instruction of their task. At inference, its keys and values are cached.
 
     instructions: task -> sentence.
-    separate: whether a separate instruction encoder, a copy of the backbone, is trained and the backbone is frozen (the
-        paper's Prefix).
-
-    The other arguments are those of Encoder. Outside of training, the keys and values of an instruction are computed
-    once and cached.
+    separate: whether to freeze the backbone, and train a copy of it that encodes instructions (the paper's Prefix).
     """
 
     layer_methods = ("layer", "instruction_layer")
@@ -87,21 +82,16 @@ class InstructEncoder(Encoder):
             self.instruction_backbone = copy.deepcopy(backbone)
             self.instruction_family = family_of(self.instruction_backbone)
             backbone.requires_grad_(False)
-            # The states after the last layer are never used, so that layer would get no gradient.
+            # The last layer stays frozen. It would get no gradient, because the states after it are not used.
             self.instruction_backbone.requires_grad_(False)
             self.instruction_backbone.embeddings.requires_grad_(True)
             self.instruction_family.layers[:-1].requires_grad_(True)
-        longest = self.family.max_positions
+        limit = self.family.max_positions
         for task, instruction in self.instructions.items():
-            if (length := len(self._token_ids(instruction))) > longest:
-                raise UserError(
-                    f"the instruction of task {task} has {length} tokens, but the backbone has positions for {longest}"
-                )
+            if (length := len(self._token_ids(instruction))) > limit:
+                problem = f"the instruction of task {task} has {length} tokens"
+                raise UserError(f"{problem}, but the backbone has positions for {limit}")
         self._cache = CachedPrefixes((), [], {})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return super().config | {"instructions": self.instructions, "separate": self.separate}
 
     @property
     def num_shared_layers(self) -> int:
@@ -124,9 +114,9 @@ class InstructEncoder(Encoder):
         return Condition(prefixes=self._cache.prefixes[instruction])
 
     def _weights_version(self) -> tuple:  # not _version, which state_dict stores with the weights
-        """Return everything that prefixes depend on, except the instruction.
+        """Return a key of everything that prefixes depend on, except the instruction.
 
-        One value of each parameter is included, because a change through .data does not change its version.
+        It includes one value of each parameter, because a change through .data does not change its version.
         """
         device = self.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -152,16 +142,14 @@ class InstructEncoder(Encoder):
         return [*super().layer_modules(index), *instruction_layers]
 
     def instruction_layer(self, index: int, states: Tensor, context: AttentionContext) -> tuple[Prefix, Tensor]:
-        """Return a layer's prefix for the states (1, P, D) of an instruction, and the states after the layer."""
+        """Return a layer's prefix for the states (1, P, D) of an instruction, and the states after that layer."""
         family, prefix = self.instruction_family, self.family.prefix(self.family.layers[index], states)
         if index < self.num_layers - 1:  # the states after the last layer are not used
             layer = family.layers[index]
             states = family.feed_forward(layer, family.attention(layer, states, states, context))
         return prefix, states
 
-    def layer(
-        self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
-    ) -> Tensor:
+    def layer(self, index, hidden, states, context, condition):
         layer = self.family.layers[index]
         hidden = self.family.attention(layer, hidden, states, context, prefix=condition.prefixes[index])
         return self.family.feed_forward(layer, hidden)
@@ -170,13 +158,11 @@ class InstructEncoder(Encoder):
 class PromptEncoder(Encoder):
     """An encoder whose texts start with the instruction of their task: [CLS] instruction text [SEP].
 
-    instructions: task -> sentence.
-    pool_prompt: whether mean pooling includes [CLS] and the instruction.
+    instructions: task -> sentence, a "prompt" of sentence-transformers.
+    pool_prompt: whether mean pooling includes [CLS] and the instruction ("include_prompt" of sentence-transformers).
+    max_length: maximum number of tokens, including the instruction.
 
-    Sentence-transformers calls these two a prompt and include_prompt. The other arguments are those of Encoder;
-    max_length includes the instruction.
-
-    forward expects texts that already start with the prompt. encode and the training data add it.
+    forward expects texts that already start with the prompt. encode and the data modules add it.
     """
 
     def __init__(
@@ -193,17 +179,14 @@ class PromptEncoder(Encoder):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         self.instructions = required_instructions(instructions, tasks)
         self.pool_prompt = pool_prompt
-        self._prompt_lengths = {task: self._num_prompt_tokens(prompt) for task, prompt in self.prompts.items()}
-        for task, length in self._prompt_lengths.items():
+        self._prompt_lengths = {}
+        for task, prompt in self.prompts.items():
+            ids = tokenizer(prompt)["input_ids"]
+            length = len(ids) - (ids[-1] in tokenizer.all_special_ids)  # without [SEP]
+            self._prompt_lengths[task] = length
             if length + 2 > max_length:
-                raise UserError(
-                    f"the instruction of task {task} has {length} tokens with [CLS], which leaves no room for texts in "
-                    f"max_length {max_length}"
-                )
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return super().config | {"instructions": self.instructions, "pool_prompt": self.pool_prompt}
+                problem = f"the instruction of task {task} has {length} tokens with [CLS]"
+                raise UserError(f"{problem}, which leaves no room for texts in max_length {max_length}")
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -212,11 +195,6 @@ class PromptEncoder(Encoder):
     def served_by(self, task: str) -> str:
         self.expert_of(task)
         return self.instructions[task]
-
-    def _num_prompt_tokens(self, prompt: str) -> int:
-        """Return the number of tokens up to the end of a prompt, including the special ones before it."""
-        ids = self.tokenizer(prompt)["input_ids"]
-        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
     def pooled_positions(self, attention_mask: Tensor, task: str) -> Tensor:
         if self.pool_prompt:

@@ -1,8 +1,8 @@
-"""Loading encoders from files of all kinds, and starting one encoder from another.
+"""Load encoders from all supported files, and initialize one encoder from another.
 
-Plain containers describe an encoder: its class, the arguments of its constructor, the configuration of its backbone and
-the files of its tokenizer. The description is part of each checkpoint, and of config.json in an exported folder. Only
-tensors and plain containers are unpickled.
+A description of an encoder consists of plain containers: its class, the arguments of its constructor, the configuration
+of its backbone, and the files of its tokenizer. Checkpoints contain it, and so does config.json of an exported folder
+(without the tokenizer). Only tensors and plain containers are unpickled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,7 @@ from transformers.utils import cached_file
 
 from datamodules.records import UserError
 from lightning_modules.checkpoint_files import read_checkpoint
-from lightning_modules.encoders.backbone import (
-    backbone_without_memory,
-    empty_backbone,
-    load_backbone,
-    quiet_transformers,
-    reading,
-    reason,
-)
+from lightning_modules.encoders.backbone import load_backbone, meta_backbone, quiet_transformers, reading, reason
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
@@ -43,7 +36,7 @@ DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_pr
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """Describe an encoder in plain containers, so that build can make another one like it."""
+    """Return the description from which build makes the same encoder."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
@@ -51,7 +44,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def describe_architecture(encoder: Encoder) -> dict[str, Any]:
-    """Describe an encoder without its tokenizer."""
+    """Return the description of an encoder without its tokenizer."""
     kind = type(encoder)
     return {
         "kind": f"{kind.__module__}.{kind.__name__}",
@@ -63,12 +56,10 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
 def build(
     description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, source: str = "the encoder"
 ) -> Encoder:
-    """Build an encoder from its description. It has no weights until load_weights is called.
+    """Build an encoder from its description, without weights. Raises UserError if the description is damaged.
 
     tokenizer: by default that of the description.
-    source: name of what is loaded, for error messages.
-
-    Raises UserError if the description is damaged.
+    source: name of the file that is loaded, for error messages.
     """
     kind = _encoder_class(description.get("kind"))
     quiet_transformers()
@@ -80,14 +71,15 @@ def build(
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         settings = dict(description["backbone"])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        return kind(backbone_without_memory(config), tokenizer, **description["arguments"])
+        return kind(meta_backbone(config), tokenizer, **description["arguments"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except Exception as error:  # a damaged description can raise anything
-        raise UserError(f"{source}: no {kind.__name__} can be built from its description ({reason(error)})") from error
+        raise UserError(f"{source}: cannot build a {kind.__name__} from its description ({reason(error)})") from error
 
 
 def _encoder_class(path: object) -> type[Encoder]:
+    """Import an encoder's class. Classes of other packages are refused, because importing them would run their code."""
     module, _, name = str(path).rpartition(".")
     if not module.startswith("lightning_modules.encoders."):
         raise UserError(f"encoder {path!r}: only classes of lightning_modules.encoders can be loaded")
@@ -96,7 +88,7 @@ def _encoder_class(path: object) -> type[Encoder]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"encoder {path}: this version of the project has no such class") from error
     if not (isinstance(kind, type) and issubclass(kind, Encoder)):
-        raise UserError(f"encoder {path}: this is not an encoder class")
+        raise UserError(f"encoder {path}: not a subclass of Encoder")
     return kind
 
 
@@ -109,23 +101,16 @@ def load_encoder(
     adapters: Mapping[str, str] | None = None,
     key: str = "model",
 ) -> Encoder:
-    """Load an encoder, in eval mode.
+    """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
-    model: one of
-
-        - the folder of a run (its best checkpoint, or else its last), or a checkpoint
-        - a folder of save_pretrained, or its hub name
-        - a checkpoint of SciMult's authors or of DPR
-        - a plain BERT, RoBERTa or ModernBERT, or one of DPR's two encoders (folder or hub name)
-
+    model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
+        DPR, or the folder or hub name of save_pretrained, of a plain BERT, RoBERTa or ModernBERT, or of a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
-    backbone: folder or hub name of configuration and tokenizer, which checkpoints of the authors and of DPR lack.
-    pooling: "cls" or "mean", for a plain model; by default what its sentence-transformers files say, or else "cls".
+    backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
+    pooling: "cls" or "mean", for a plain model; by default that of its sentence-transformers files, or else "cls".
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
-    key: argument that model comes from, for error messages.
-
-    Raises UserError if it is none of these, is damaged, or its weights do not fit its description.
+    key: argument that the model comes from, for error messages.
     """
     from lightning_modules.encoders.adapters import with_adapters
     from lightning_modules.encoders.pretrained import is_pretrained, load_pretrained
@@ -149,11 +134,11 @@ def checkpoint_of(run: Path) -> Path:
     for name in ("best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
-    raise UserError(f"{run}: the run has no checkpoint yet (neither checkpoints/best.ckpt nor last.ckpt exists)")
+    raise UserError(f"{run}: the run has no checkpoints/best.ckpt or last.ckpt yet")
 
 
 def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: str) -> Encoder:
-    """Load a plain model, with the settings of its sentence-transformers files if it has any."""
+    """Load a plain model with the settings of its sentence-transformers files, if any."""
     backbone, tokenizer = load_backbone(name, key)
 
     def read(file: str) -> Any:
@@ -179,7 +164,7 @@ def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: s
         arguments["pool_prompt"] = pooling_config.get("include_prompt", True)
         return PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **arguments)
     if any(prompts.values()):
-        log.warning("%s has prompts (%s), but no default one: texts are encoded without", name, ", ".join(prompts))
+        log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(prompts))
     return SharedEncoder(backbone, tokenizer, tasks, **arguments)
 
 
@@ -189,48 +174,43 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"backbone: required, folder or hub name of a configuration and tokenizer, because {path} has none"
+                f"backbone: required, folder or hub name of the configuration and tokenizer that {path} lacks"
             )
-        empty, tokenizer = empty_backbone(str(backbone), "backbone")
+        empty, tokenizer = load_backbone(str(backbone), "backbone", with_weights=False)
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)
     elif isinstance(checkpoint, dict) and {"encoder", "state_dict"} <= set(checkpoint):
         if not isinstance(checkpoint["encoder"], Mapping) or not isinstance(checkpoint["state_dict"], Mapping):
-            raise UserError(f"{path}: encoder and state_dict are not as in a checkpoint of this project")
+            raise UserError(f"{path}: the entries encoder and state_dict must be mappings; the file is damaged")
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         encoder = build(checkpoint["encoder"], source=str(path))
     else:
-        raise UserError(f"{path}: is not a checkpoint of this project; it has no description of its encoder")
+        raise UserError(f"{path}: not a checkpoint of this project (it has no description of an encoder)")
     load_weights(encoder, weights, str(path))
     return encoder
 
 
 def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into an encoder, one tensor at a time.
+    """Copy weights into an encoder. Raises UserError if any are missing, unexpected or of another shape.
 
-    source: name of what is loaded, for error messages.
-
-    Raises UserError naming the first keys that are missing, unexpected or of another shape.
+    source: name of the file that is loaded, for error messages.
     """
     parameters = encoder.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{source}: {name} contains {kind}, expected floating-point numbers")
+            raise UserError(f"{source}: {name} must contain floating-point numbers, got {kind}")
     problems = {
         "missing": [name for name in parameters if name not in weights],
         "unexpected": [name for name in weights if name not in parameters],
         "of another shape": [
-            f"{name} {tuple(weights[name].shape)} there, {tuple(tensor.shape)} here"
+            f"{name}: expected {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
             for name, tensor in parameters.items()
             if name in weights and weights[name].shape != tensor.shape
         ],
     }
-    shown = [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
-    if shown:
-        raise UserError(
-            f"{source}: the weights are of another architecture than {type(encoder).__name__}: {', '.join(shown)}"
-        )
+    if shown := [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if v[3:] else ''})" for k, v in problems.items() if v]:
+        raise UserError(f"{source}: the weights do not fit this {type(encoder).__name__}: {', '.join(shown)}")
     for name, tensor in parameters.items():
         if tensor.is_meta:
             copied = weights[name].to(tensor.dtype, copy=True)
@@ -242,10 +222,10 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
 
 
 def continue_from(source: Encoder, target: Encoder, name: str) -> None:
-    """Copy the weights of a trained encoder into a new one (the paper's second stage, appendix C).
+    """Initialize an encoder from a trained one (the paper's second stage, appendix C).
 
     From a SharedEncoder, each expert and instruction encoder starts as a copy of the shared weights; gates and adapters
-    keep their initial values. Otherwise both encoders must have the same architecture.
+    keep their initial values. Any other source must have the architecture of the target.
 
     name: name of the source, for error messages.
     """
@@ -259,6 +239,5 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 
 
 def dense_key(key: str) -> str:
-    """Return the name that an expert's or instruction encoder's parameter has in a backbone without experts."""
-    key = re.sub(r"^instruction_backbone\.", "backbone.", key)
-    return re.sub(r"\.experts\.\w+", "", key)
+    """Return the name in a SharedEncoder of a parameter of an expert or instruction encoder."""
+    return re.sub(r"\.experts\.\w+", "", re.sub(r"^instruction_backbone\.", "backbone.", key))

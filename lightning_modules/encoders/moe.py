@@ -1,10 +1,10 @@
 """Mixture of experts: sub-layers that are specialized by task (paper, section 3.2).
 
-    MHAExpert   an expert is the query, key, value and output projections of attention; LayerNorm is shared
-    FFNExpert   an expert is both projections of the feed-forward sub-layer and its LayerNorm (ModernBERT's is shared)
+    MHAExpert   the query, key, value and output projections of attention; LayerNorm is shared
+    FFNExpert   both projections of the feed-forward sub-layer, and its LayerNorm (ModernBERT's is shared)
 
-The task names its expert, and only that expert is computed. Experts start as copies of the backbone's sub-layer, so a
-new encoder equals its backbone.
+Only the expert of the task is computed. Experts start as copies of the backbone's sub-layers, so a new encoder equals
+its backbone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder, check_one_task_per_text
-from lightning_modules.encoders.families import AttentionContext, Experts, Family
+from lightning_modules.encoders.families import Experts, Family
 
 RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
 
 
 def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
-    """Return the layers, counted from 0, that have experts.
+    """Return the layers that have experts, counted from 0. Raises UserError for a rule that selects none.
 
-    rule: "modK" is the last layer of each K. "ge6mod3" and "le7mod3" are those of the authors' code, in twelve layers
-        5, 8, 11 and 0, 3, 6. "lastK" is the last K layers, "all" all of them. A list names the layers.
-
-    Raises UserError for an unknown rule, and for one that selects no layer.
+    rule: "modK" (every K-th layer), "lastK" (the last K layers), "all", a list of layers, or one of the authors' rules:
+        of twelve layers, "ge6mod3" selects 5, 8 and 11, and "le7mod3" selects 0, 3 and 6.
     """
     if isinstance(rule, str):
         every, last = re.fullmatch(r"mod([1-9]\d*)", rule), re.fullmatch(r"last([1-9]\d*)", rule)
@@ -49,11 +46,10 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
             raise UserError(f"layers: expected {RULES}, got {rule!r}")
     else:
         layers = sorted(set(rule))
-        wrong = [i for i in layers if not 0 <= i < num_layers]
-        if wrong:
+        if wrong := [i for i in layers if not 0 <= i < num_layers]:
             raise UserError(f"layers: got {wrong}, but the backbone has layers 0 to {num_layers - 1}")
     if not layers:
-        raise UserError(f"layers: {rule!r} leaves no expert layer in a backbone of {num_layers} layers")
+        raise UserError(f"layers: {rule!r} selects no layer of a backbone with {num_layers} layers")
     return layers
 
 
@@ -62,9 +58,7 @@ class MoEEncoder(Encoder):
 
     attention: whether attention has experts (the paper's MHAExpert).
     ffn: whether the feed-forward sub-layer has experts (the paper's FFNExpert). Both together are possible.
-    layers: rule or list of the expert layers, see expert_layers. The paper uses "mod2".
-
-    The other arguments are those of Encoder.
+    layers: the layers that have experts, as a rule or a list (see expert_layers). The paper uses "mod2".
     """
 
     has_idle_parameters = True
@@ -84,23 +78,15 @@ class MoEEncoder(Encoder):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         if not (attention or ffn):
             raise UserError("an MoE encoder needs experts in attention, ffn or both (SharedEncoder has none)")
-        self.attention, self.ffn, self.layers = attention, ffn, layers
+        self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)
         self.expert_layers = expert_layers(layers, self.num_layers)
         add_experts(self.family, self.expert_layers, self.experts, attention, ffn)
 
     @property
-    def config(self) -> dict[str, Any]:
-        layers = self.layers if isinstance(self.layers, str) else list(self.layers)
-        return super().config | {"attention": self.attention, "ffn": self.ffn, "layers": layers}
-
-    @property
     def num_shared_layers(self) -> int:
         return self.expert_layers[0]
-
-    def served_by(self, task: str) -> str:
-        return self.expert_of(task)
 
     def condition(self, task: str) -> Condition:
         return Condition(expert=self.expert_of(task))
@@ -113,7 +99,7 @@ class MoEEncoder(Encoder):
                 module.experts[name] = copy.deepcopy(module.experts[like]).requires_grad_(True)
 
     def _forward_mixed(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
-        """Sort the texts by expert, so that everything except the experts is computed for the whole batch at once."""
+        """Sort texts by expert, so that everything except the experts is computed for the whole batch at once."""
         check_one_task_per_text(tasks, input_ids)
         experts = [self.expert_of(task) for task in tasks]
         names = list(dict.fromkeys(experts))
@@ -126,17 +112,12 @@ class MoEEncoder(Encoder):
         hidden = self._layers(range(self.num_layers), hidden, context, Condition(groups=tuple(groups)))
         return self.pool(hidden, attention_mask[rows], tasks[0])[rows.argsort()]
 
-    def layer(
-        self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
-    ) -> Tensor:
+    def layer(self, index, hidden, states, context, condition):
         layer, family = self.family.layers[index], self.family
         groups = condition.groups if index in self.expert_layers else ()
         if groups and self.attention:
-            outputs = [
-                family.attention(layer, hidden[rows], states[rows], context.select(rows), expert)
-                for expert, rows in groups
-            ]
-            hidden = torch.cat(outputs)
+            inputs = [(expert, hidden[rows], states[rows], context.select(rows)) for expert, rows in groups]
+            hidden = torch.cat([family.attention(layer, *tensors, expert) for expert, *tensors in inputs])
         else:
             hidden = family.attention(layer, hidden, states, context, condition.expert)
         if groups and self.ffn:
@@ -145,7 +126,7 @@ class MoEEncoder(Encoder):
 
 
 def check_expert_names(experts: Sequence[str]) -> None:
-    """Raise UserError for a name that torch does not accept for a module."""
+    """Raise UserError for a name that torch does not accept for a submodule."""
     for name in experts:
         if not re.fullmatch(r"[A-Za-z]\w*", name) or hasattr(nn.ModuleDict, name):
             raise UserError(
@@ -155,7 +136,7 @@ def check_expert_names(experts: Sequence[str]) -> None:
 
 
 def add_experts(family: Family, layers: Sequence[int], experts: Sequence[str], attention: bool, ffn: bool) -> None:
-    """Replace sub-layers of the given layers by experts that are copies of them."""
+    """Replace the attention or feed-forward sub-layers of some layers by experts, which start as copies of them."""
     modules = (family.attention_modules if attention else ()) + (family.ffn_modules if ffn else ())
     for index in layers:
         for name in modules:

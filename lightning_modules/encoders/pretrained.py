@@ -1,14 +1,13 @@
-"""Our encoders as transformers models: folders with config.json, model.safetensors and the files of the tokenizer.
+"""Encoders as transformers models: folders with config.json, model.safetensors and the files of the tokenizer.
 
     encoder.save_pretrained(folder)     MoEEncoder.from_pretrained(folder)     AutoModel.from_pretrained(folder).encoder
 
-Import this module before you use AutoModel, so that transformers knows the model type.
+AutoModel knows this model type once this module has been imported.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,12 +27,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class SciMultConfig(PreTrainedConfig):
-    """Description of an encoder, as in loading.describe_architecture.
-
-    kind: dotted path of the encoder's class.
-    arguments: arguments of its constructor.
-    backbone: configuration of the model inside.
-    """
+    """Description of an encoder, as in loading.describe_architecture. kind: dotted path of its class."""
 
     model_type = "scimult"
 
@@ -42,28 +36,27 @@ class SciMultConfig(PreTrainedConfig):
     backbone: dict[str, Any] | None = None
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Return JSON without sorting keys, because the order of tasks gives experts their numbers in other formats."""
+        """Return JSON with unsorted keys, because the order of tasks is the order of experts in the authors' format."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
 
 
 class SciMultModel(PreTrainedModel):
-    """A transformers model that contains an encoder, in its attribute `encoder`."""
+    """A transformers model that wraps an encoder."""
 
     config_class = SciMultConfig
 
     def __init__(self, config: SciMultConfig, encoder: Encoder | None = None):
         super().__init__(config)
         if encoder is None:
-            raise UserError("a configuration alone makes no encoder: use from_pretrained, or build it in Python")
+            raise UserError("SciMultModel needs an encoder: use from_pretrained, or pass encoder=")
         self.encoder = encoder
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, task: str, token_type_ids: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """Return the vectors (B, D) of texts for a task as pooler_output.
+        """Return the vectors (B, D) of texts (B, S) for a task, as pooler_output.
 
-        input_ids, attention_mask: (B, S).
-        token_type_ids: ignored, because tokenizers provide it. Token types are 0, as in training.
+        token_type_ids: accepted because tokenizers return them, and ignored. All types are 0, as in training.
         """
         return BaseModelOutputWithPooling(pooler_output=self.encoder(input_ids, attention_mask, task))
 
@@ -74,7 +67,7 @@ class SciMultModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *arguments, config: SciMultConfig | None = None, **options) -> Self:
-        """Load the model of a folder or hub name. Of the options of transformers, only revision has an effect."""
+        """Load the model from a folder or the hub. Of the options of transformers, only revision has an effect."""
         encoder = load_pretrained(name, revision=options.get("revision"))
         return cls(config or SciMultConfig(**describe_architecture(encoder)), encoder).eval()
 
@@ -93,26 +86,19 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
 
 
 def is_pretrained(name: str | Path, key: str) -> bool:
-    """Return whether a folder or hub name contains one of our encoders.
+    """Return whether a folder or hub name contains one of our encoders. Raises UserError if it contains no model.
 
     key: argument that the name comes from, for error messages.
-
-    Raises UserError if it contains no model, or cannot be downloaded.
     """
     with reading(str(name), key):
-        return _read_config(name).get("model_type") == "scimult"
-
-
-def _read_config(name: str | Path) -> Mapping[str, Any]:
-    """Return the content of a model's config.json."""
-    return PreTrainedConfig.get_config_dict(name)[0]
+        return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == "scimult"
 
 
 def load_pretrained(name: str | Path, revision: str | None = None) -> Encoder:
-    """Load the encoder that save_encoder wrote to a folder, or that a hub name contains, in eval mode."""
+    """Load an encoder from a folder of save_encoder, or from the hub, in eval mode."""
     with reading(str(name), "model"):
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), revision=revision))
-        description = _read_config(folder)
+        description, _ = PreTrainedConfig.get_config_dict(folder)
         if description.get("model_type") != "scimult" or not {"kind", "arguments", "backbone"} <= set(description):
             raise UserError(f"{folder / CONFIG}: does not describe an encoder of this project")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

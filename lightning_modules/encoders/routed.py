@@ -1,17 +1,15 @@
 """Learned routing: a gate chooses the expert of each text, or of each token, whatever its task.
 
-    training    hard Gumbel softmax: each text is sent to one sampled expert. All experts are computed, so that the
+    training    Each text is sent to one expert, sampled by a hard Gumbel softmax. All experts are computed, so that the
                 straight-through estimate gives the gate a gradient (Jang et al., 2017).
-    otherwise   only the expert that the gate prefers is computed
+    inference   Only the expert that the gate prefers is computed.
 
-The gate is a linear map of the [CLS] state before the layer, or of each token's state, as in TASER (Cheng et al., ACL
-2023).
+As in TASER (Cheng et al., ACL 2023), a gate is a linear map of the [CLS] state or of each token's, before the layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +28,11 @@ class RoutedEncoder(Encoder):
     """An encoder whose experts are chosen by a gate.
 
     num_experts: number of experts of each expert layer, E.
-    attention, ffn, layers: which sub-layers have experts, as in MoEEncoder. Tokens are routed only in the feed-forward
-        sub-layer.
-    level: what is routed, "sequence" or "token".
-    gate_per_layer: whether each expert layer has a gate of its own, or all share one.
-    gumbel_temperature: temperature of the Gumbel softmax.
-    entropy_weight: factor of the gates' mean negative entropy (in nats) in the loss. A positive value keeps the gates
-        undecided, so that all experts are tried (TASER's sign; its own runs use 0); a negative value makes them decide.
-
-    The other arguments are those of Encoder.
+    attention, ffn, layers: sub-layers that have experts, as in MoEEncoder.
+    level: "sequence" to route texts, or "token" to route tokens (only in the feed-forward sub-layer).
+    gate_per_layer: whether each expert layer has its own gate, or all share one.
+    entropy_weight: weight of the gates' mean negative entropy (in nats) in the loss. A positive weight keeps gates
+        undecided, so that all experts are tried (TASER's sign; its own runs use 0). A negative one makes them decide.
     """
 
     def __init__(
@@ -69,8 +63,8 @@ class RoutedEncoder(Encoder):
             raise UserError("level: tokens are routed only in the feed-forward sub-layer; set attention=false")
         if gumbel_temperature <= 0:
             raise UserError(f"gumbel_temperature: expected a number above 0, got {gumbel_temperature}")
-        self.num_experts, self.attention, self.ffn, self.layers = num_experts, attention, ffn, layers
-        self.level, self.gate_per_layer = level, gate_per_layer
+        self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
+        self.num_experts, self.level, self.gate_per_layer = num_experts, level, gate_per_layer
         self.gumbel_temperature, self.entropy_weight = gumbel_temperature, entropy_weight
         self.experts = tuple(f"expert{i}" for i in range(num_experts))
         self.expert_layers = expert_layers(layers, self.num_layers)
@@ -80,12 +74,6 @@ class RoutedEncoder(Encoder):
         for gate in self.gates.values():
             nn.init.normal_(gate.weight, std=0.02)
             nn.init.zeros_(gate.bias)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        names = ("num_experts", "attention", "ffn", "level", "gate_per_layer", "gumbel_temperature", "entropy_weight")
-        layers = self.layers if isinstance(self.layers, str) else list(self.layers)
-        return super().config | {"layers": layers} | {name: getattr(self, name) for name in names}
 
     def forward_with_penalty(self, input_ids: Tensor, attention_mask: Tensor, task: str) -> tuple[Tensor, Tensor]:
         self.expert_of(task)
@@ -97,7 +85,7 @@ class RoutedEncoder(Encoder):
         return self._routed_layers(indices, states, context)[0]
 
     def _routed_layers(self, indices: range, states: Tensor, context: AttentionContext) -> tuple[Tensor, list[Tensor]]:
-        """Compute the given layers. Return their states and the mean entropy of each gate."""
+        """Compute layers one after the other. Return the states after them, and the mean entropy of each gate."""
         entropies = []
         for index in indices:
             hidden, condition = self._computed_positions(index, states), Condition()
@@ -110,22 +98,20 @@ class RoutedEncoder(Encoder):
         return states, entropies
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """Return a one-hot choice of experts, of the shape of the logits."""
+        """Return the choice of experts, one-hot in the shape of the logits."""
         if self.training:
             return F.gumbel_softmax(logits, tau=self.gumbel_temperature, hard=True)
         return F.one_hot(logits.argmax(-1), self.num_experts)
 
     def _entropy(self, logits: Tensor, context: AttentionContext) -> Tensor:
-        """Return the mean entropy of a gate's choices, in nats, without padding."""
+        """Return the mean entropy of a gate's distribution over experts, in nats. Padding does not count."""
         entropies = torch.distributions.Categorical(logits=logits).entropy()
         if self.level == "sequence":
             return entropies.mean()
         tokens = context.tokens[:, : entropies.shape[1]]
         return (entropies * tokens).sum() / tokens.sum()
 
-    def layer(
-        self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
-    ) -> Tensor:
+    def layer(self, index, hidden, states, context, condition):
         layer, family, routing = self.family.layers[index], self.family, condition.routing
         if routing is None:
             return super().layer(index, hidden, states, context, condition)
@@ -145,10 +131,10 @@ class RoutedEncoder(Encoder):
         return outputs.view_as(hidden)
 
     def _by_expert(self, compute: Callable[[slice | Tensor, str], Tensor], routing: Tensor) -> Tensor:
-        """Compute each row with its expert.
+        """Compute each row by its expert.
 
-        compute: function of rows and the name of an expert that returns the outputs of these rows.
-        routing: (rows, E), one-hot.
+        compute: function of rows and the name of an expert, which returns their outputs.
+        routing: one-hot choice of an expert, (number of rows, E).
         """
         if self.training:
             outputs = [compute(slice(None), expert) for expert in self.experts]

@@ -1,21 +1,22 @@
-"""Checkpoints of SciMult's authors (github.com/yuzhimanhua/SciMult) and others with the same layout, read and written.
+"""Read and write checkpoints in the layout of SciMult's authors (github.com/yuzhimanhua/SciMult).
 
     model_dict       each tensor twice, under question_model. and ctx_model. (one shared tower)
     encoder_params   settings, flat or under "encoder"
 
-There an expert is a number. The keys show which layers have experts:
+Experts have numbers. The keys show which layers have experts:
 
     ...layer.<l>.attention.self.moe_{query,key,value}.<e>.*    ...layer.<l>.attention.output.moe_dense.<e>.*
     ...layer.<l>.moe_layer.{interm,output}_layers.<e>.*        ...expert_gate[.<l>].fwd_func.*
 
 Checkpoints of DPR (Karpukhin et al., 2020) have the same layout without the level "encoder.". Their two towers usually
-differ, and one of them is loaded.
+differ, so one of them must be chosen.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +30,19 @@ from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 
-EXPERTS = ("search", "link_prediction", "classification")  # in the order of the authors' numbers
-RULES = ("mod2", "mod3", "mod4", "mod6", "mod12", "ge6mod3", "le7mod3")  # rules of the authors' code
+EXPERTS = ("search", "link_prediction", "classification")  # number -> name
+RULES = ("mod2", "mod3", "mod4", "mod6", "mod12", "ge6mod3", "le7mod3")  # layer rules of the authors' code
 TOWERS = {"query": "question_model.", "document": "ctx_model."}
 UNUSED = ("embeddings.position_ids", "pooler.")
 
-# Their keys. The expert is a number.
+# The authors' keys, where an expert is a number.
 ATTENTION = re.compile(
     r"(encoder\.layer\.(\d+)\.attention)\.(?:self\.moe_(query|key|value)|output\.moe_dense)\.(\d+)\.(\w+)"
 )
 FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d+))\.moe_layer\.(interm|output)_layers\.(\d+)\.(.+)")
 GATE = re.compile(r"encoder\.expert_gate\.(?:(\d+)\.)?fwd_func\.(\w+)")
 
-# Our keys. The expert is a name.
+# Our keys, where an expert is a name.
 OUR_ATTENTION = re.compile(r"(encoder\.layer\.\d+\.attention)\.(self|output\.dense)\.experts\.(\w+)\.(.+)")
 OUR_FEED_FORWARD = re.compile(r"(encoder\.layer\.\d+)\.(intermediate|output)\.experts\.(\w+)\.(.+)")
 
@@ -58,20 +59,19 @@ def from_reference(
     source: str,
     tower: str | None = None,
 ) -> tuple[Encoder, dict[str, Tensor]]:
-    """Return an encoder without its weights, and the weights under the encoder's names.
+    """Return an encoder without weights, and the weights under its names. Raises UserError for unsupported settings.
 
     backbone: a BERT of the checkpoint's shape.
     source: name of the checkpoint, for error messages.
-    tower: "query" or "document", if the two towers differ.
-
-    Raises UserError for settings that no encoder of this project has.
+    tower: "query" or "document", needed if the two towers differ.
     """
     settings = checkpoint["encoder_params"]
     if not isinstance(settings, Mapping) or not isinstance(checkpoint["model_dict"], Mapping):
-        raise UserError(f"{source}: model_dict and encoder_params are not as in a checkpoint of SciMult or DPR")
+        raise UserError(
+            f"{source}: model_dict and encoder_params must be mappings, as in checkpoints of SciMult or DPR"
+        )
     settings = settings.get("encoder", settings)
-    if settings.get("projection_dim"):
-        size = settings["projection_dim"]
+    if size := settings.get("projection_dim"):
         raise UserError(f"{source}: has a projection of {size} dimensions, which is not supported")
     if settings.get("factor_rep"):
         raise UserError(f"{source}: was trained with factor_rep, which is not supported")
@@ -88,7 +88,7 @@ def from_reference(
     arguments = {
         "pooling": "mean" if mean else "cls",
         "normalize": mean,
-        # Their sequence_length is for training; they evaluate with all positions. Only to_reference writes max_length.
+        # The authors' sequence_length is for training; they evaluate with all positions. max_length is ours.
         "max_length": settings.get("max_length", backbone.config.max_position_embeddings),
     }
     tasks = {name: name for name in EXPERTS}
@@ -107,11 +107,10 @@ def from_reference(
 
 @dataclass(frozen=True)
 class _Experts:
-    """The experts that the keys of a checkpoint show.
+    """The experts of a checkpoint.
 
-    number: number of experts.
-    attention, ffn: layers that have experts there.
-    gates: layers that have a gate, or None for one that all layers share.
+    attention, ffn: layers with experts in this sub-layer.
+    gates: layers with a gate. None stands for a gate that all layers share.
     """
 
     number: int
@@ -136,39 +135,29 @@ def _find_experts(keys: Iterable[str]) -> _Experts:
 
 
 def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> dict[str, Tensor]:
-    """Return the tensors of one tower under their names in a BERT. If no tower is given, both must be equal."""
+    """Return the tensors of one tower by their names in a BERT. If no tower is given, both must be equal."""
     if tower not in (None, *TOWERS):
         raise UserError(f"tower: expected {' or '.join(TOWERS)}, got {tower!r}")
     level = "" if any(key.startswith(f"{p}embeddings.") for p in TOWERS.values() for key in model) else "encoder."
     prefixes = {name: f"{prefix}{level}" for name, prefix in TOWERS.items()}
-    unexpected = [key for key in model if not key.startswith(tuple(prefixes.values()))]
-    if unexpected:
+    if unexpected := [key for key in model if not key.startswith(tuple(prefixes.values()))]:
         raise UserError(f"{source}: {len(unexpected)} unexpected keys ({', '.join(map(str, unexpected[:3]))})")
-    towers = {
-        name: {
-            key.removeprefix(prefix): tensor
-            for key, tensor in model.items()
-            if key.startswith(prefix) and not key.removeprefix(prefix).startswith(UNUSED)
-        }
-        for name, prefix in prefixes.items()
-    }
+    towers = {name: {} for name in TOWERS}
+    for name, prefix in prefixes.items():
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in model.items() if key.startswith(prefix)}
+        towers[name] = {key: tensor for key, tensor in tensors.items() if not key.startswith(UNUSED)}
     chosen = tower or "query"
     if not towers[chosen]:
         raise UserError(f"{source}: has no {prefixes[chosen]}* weights")
     queries, documents = towers["query"], towers["document"]
-    if tower is None and documents and not _equal_towers(queries, documents):
-        raise UserError(
-            f"tower: required, query or document, because {source} has different towers for queries and documents"
-        )
+    equal = queries.keys() == documents.keys() and all(_equal(queries[key], documents[key]) for key in queries)
+    if tower is None and documents and not equal:
+        raise UserError(f"tower: required, query or document, because the two towers of {source} differ")
     return towers[chosen]
 
 
-def _equal_towers(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal, without reading them if they share their memory."""
+    """Return whether two tensors are equal. They are not read if they share memory."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     shared = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
@@ -176,7 +165,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _our_key(key: str, experts: Sequence[str]) -> str:
-    """Translate the authors' name of a tensor into ours."""
+    """Translate a tensor's name in the authors' code to ours."""
     if match := ATTENTION.fullmatch(key):
         head, _, projection, expert, rest = match.groups()
         name = experts[int(expert)]
@@ -193,28 +182,20 @@ def _our_key(key: str, experts: Sequence[str]) -> str:
 
 def _check_settings(settings: Mapping[str, Any], experts: _Experts, num_layers: int, source: str) -> None:
     """Raise UserError if the settings contradict the tensors."""
-    use_gates = bool(settings.get("use_infer_expert"))
+    use_gates, gates = bool(settings.get("use_infer_expert")), "a gate" if experts.gates else "no gate"
     if use_gates != bool(experts.gates):
-        raise UserError(
-            f"{source}: encoder_params have use_infer_expert {use_gates}, but the weights contain "
-            f"{'a' if experts.gates else 'no'} gate"
-        )
+        raise UserError(f"{source}: encoder_params have use_infer_expert {use_gates}, but the weights contain {gates}")
     if not experts.number:
         return
     if (number := settings.get("num_expert")) != experts.number:
         raise UserError(f"{source}: encoder_params have num_expert {number}, but the weights contain {experts.number}")
     rule = str(settings.get("moe_type", "")).partition(":")[0]
-    if rule and (expected := expert_layers(rule, num_layers)) != experts.layers:
-        raise UserError(
-            f"{source}: moe_type {rule} means experts in layers {expected}, but the weights have {experts.layers}"
-        )
+    if rule and (expected := expert_layers(rule, num_layers)) != (layers := experts.layers):
+        raise UserError(f"{source}: moe_type {rule} means experts in layers {expected}, but the weights have {layers}")
 
 
 def to_reference(encoder: Encoder) -> dict[str, Any]:
-    """Return a checkpoint that the authors' code can load: both towers, settings, and the other entries it reads.
-
-    Raises UserError for an encoder that their code does not have.
-    """
+    """Return a checkpoint that the authors' code can load. Raises UserError for an encoder that their code lacks."""
     if type(encoder) not in (SharedEncoder, MoEEncoder) or encoder.backbone.config.model_type != "bert":
         kind = f"{type(encoder).__name__} over {encoder.backbone.config.model_type}"
         raise UserError(f"the authors' format supports only SharedEncoder and MoEEncoder over bert, not {kind}")
@@ -232,7 +213,7 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
     }
     config = encoder.backbone.config
     tower["embeddings.position_ids"] = torch.arange(config.max_position_embeddings)[None]
-    # Their strict loading expects a pooler, which is not used.
+    # The authors' code requires a pooler, but does not use it.
     tower["pooler.dense.weight"] = torch.zeros(config.hidden_size, config.hidden_size)
     tower["pooler.dense.bias"] = torch.zeros(config.hidden_size)
     return {
@@ -264,12 +245,12 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
 
 
 def is_exported_reference(checkpoint: object) -> bool:
-    """Return whether the content of a file comes from to_reference. The authors' files have no max_length."""
+    """Return whether to_reference wrote the content of a file. The authors' files have no max_length."""
     return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
 
 
 def _their_key(key: str, experts: Sequence[str]) -> str:
-    """Translate our name of a tensor of the backbone into the authors'."""
+    """Translate our name of a backbone's tensor to the authors'."""
     if match := OUR_ATTENTION.fullmatch(key):
         head, module, expert, rest = match.groups()
         number = experts.index(expert)
@@ -286,15 +267,9 @@ def _their_key(key: str, experts: Sequence[str]) -> str:
 
 def _their_rule(encoder: MoEEncoder) -> str:
     """Return the authors' moe_type for an encoder's expert layers."""
-
-    def fits(rule: str) -> bool:
-        try:
-            return expert_layers(rule, encoder.num_layers) == encoder.expert_layers
-        except UserError:
-            return False
-
-    rule = next((rule for rule in RULES if fits(rule)), None)
-    if rule is None:
-        raise UserError(f"layers {encoder.expert_layers}: the authors' format supports only {', '.join(RULES)}")
     sub_layers = {"attn": encoder.attention, "fwd": encoder.ffn}
-    return f"{rule}:" + "_".join(name for name, has_experts in sub_layers.items() if has_experts)
+    for rule in RULES:
+        with suppress(UserError):  # the rule selects no layer
+            if expert_layers(rule, encoder.num_layers) == encoder.expert_layers:
+                return f"{rule}:" + "_".join(name for name, has_experts in sub_layers.items() if has_experts)
+    raise UserError(f"layers {encoder.expert_layers}: the authors' format supports only {', '.join(RULES)}")

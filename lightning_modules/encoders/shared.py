@@ -4,4 +4,4 @@ from lightning_modules.encoders.base import Encoder
 
 
 class SharedEncoder(Encoder):
-    """An encoder that treats all tasks alike. An unknown task is still an error."""
+    """An encoder that gives a text the same vector for each task. An unknown task is still an error."""

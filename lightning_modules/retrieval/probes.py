@@ -178,7 +178,7 @@ def _warn_about_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: 
     fixed = np.flatnonzero(varies & ~can_choose_cost(labels)) if len(costs) > 1 else ()
     if len(fixed):
         log.warning(
-            "%s: C is %g for %d labels that too few training papers have or lack to choose it, first %s",
+            "%s: C is %g for %d labels, because too few training papers have or lack them; the first is %s",
             *(benchmark.name, costs[0], len(fixed), names[fixed[0]]),
         )
 

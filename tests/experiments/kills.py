@@ -1,15 +1,15 @@
-"""Kills a training again and again, at random moments: python -m tests.experiments.kills NUMBER [FOLDER]
+"""Kill a training again and again, at random moments: python -m tests.experiments.kills NUMBER [FOLDER]
 
-Every attempt is a process, forked from this one, which has imported everything. It is killed
+Each attempt is forked from this process, which has imported everything. There are four kinds of kills:
 
-    anywhere    by SIGKILL, at a random moment
-    writing     by SIGKILL, at a random point of writing a checkpoint
-    full        by SIGKILL, when the disk has been full (or files limited in size) for some steps; or it ends, since
-                there is no room for what it mines, or for the last checkpoint
-    asked       by SIGUSR1, SIGTERM or SIGINT
+    anywhere    SIGKILL at a random moment
+    writing     SIGKILL at a random point while a checkpoint is written
+    full        SIGKILL after the disk has been full (or the size of files limited) for some steps, unless the attempt
+                has ended with an error because there is no room for mined negatives or for the last checkpoint
+    signal      SIGUSR1, SIGTERM or SIGINT
 
-and at the end one attempt is left alone. No attempt may lose steps that were saved, or repeat a step with another
-batch, and the weights are in the end, bit for bit, those of a run that nobody killed.
+The last attempt is not killed. No attempt may lose saved steps, or repeat a step with another batch. The final weights
+must equal those of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ from datamodules.records import UserError
 from experiments.train import train
 from lightning_modules import checkpoint_files
 from lightning_modules.distributed import signals
-from tests.experiments.test_train import TINY
+from tests.experiments.test_train import TINY, check_same_state
 
 EVERY = 6  # steps between two checkpoints
-STEPS = 8  # that an attempt makes at most before it is killed
+STEPS = 8  # maximum number of steps of an attempt before it is killed
 SETTINGS = [
     *TINY,
     f"checkpoint.every_n_steps={EVERY}",
@@ -49,12 +50,12 @@ SETTINGS = [
     "mining.relative_margin=null",
     "mining.k=20",
 ]
-KINDS = ("anywhere", "writing", "full", "asked")
-LOGS = Path(tempfile.mkdtemp(prefix="kills-log-"))  # outside the file system that is filled
+KINDS = ("anywhere", "writing", "full", "signal")
+LOGS = Path(tempfile.mkdtemp(prefix="kills-log-"))  # not on the file system that is filled
 STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
-def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
+def start_attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
     """Fork a training, and return its process id."""
     pid = os.fork()
     if pid:
@@ -70,10 +71,10 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
-    except UserError:  # as in entry_point: there was no room for the last checkpoint
+    except UserError:  # as in entry_point: no room for the last checkpoint
         status = 2
-        logging.exception("the attempt ended")
-    except OSError as error:  # mining needs room
+        logging.exception("the attempt failed")
+    except OSError as error:  # no room for mined negatives
         status = 2 if error.errno in (errno.ENOSPC, errno.EFBIG) else 1
         logging.exception("the attempt failed")
     except BaseException:
@@ -84,14 +85,14 @@ def attempt(folder: Path, steps: int, prepare=lambda: None) -> int:
 
 
 def rows(folder: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl with a batch, without a line that is being written."""
+    """Return the rows of metrics.jsonl with a batch, except for a line that is being written."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [row for row in map(json.loads, lines) if "train/batch" in row]
 
 
-def saved(folder: Path) -> int:
-    """Return the step at which the run would be resumed."""
+def saved_step(folder: Path) -> int:
+    """Return the step from which the run would resume."""
     for path in checkpoint_files.candidates(folder / "checkpoints" / "last.ckpt"):
         if checkpoint_files.damage(path) is None:
             return torch.load(path, weights_only=True)["global_step"]
@@ -99,33 +100,32 @@ def saved(folder: Path) -> int:
 
 
 def die_while_writing(countdown: int) -> None:
-    """Let this process kill itself at a random point of the n-th checkpoint that it writes, n = countdown."""
+    """Make this process kill itself at a random point of writing its n-th checkpoint, n = countdown."""
     point = random.choice(["half", "fsync", "link", "replace", "after"])
-    left = [countdown]
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save(checkpoint, file, original=torch.save):
-        left[0] -= 1
-        if left[0] == 0 and point == "half":
-            original(checkpoint, file)
+        nonlocal countdown
+        countdown -= 1
+        original(checkpoint, file)
+        if countdown == 0 and point == "half":
             file.flush()
             file.truncate(file.tell() // 2)
             kill()
-        original(checkpoint, file)
 
     class Os:
-        """The module os, but a call of the chosen function kills the process."""
+        """The module os, except that a call of the chosen function kills the process."""
 
         def __getattr__(self, name):
             function = getattr(os, name)
 
             def called(*arguments):
-                if left[0] == 0 and name == point:
+                if countdown == 0 and name == point:
                     kill()
                 result = function(*arguments)
-                if left[0] == 0 and name == "replace" and point == "after":
+                if countdown == 0 and name == "replace" and point == "after":
                     kill()
                 return result
 
@@ -139,97 +139,86 @@ def die_while_writing(countdown: int) -> None:
 
 
 def num_full_disk_warnings() -> int:
-    """Return how often the killed run has logged that a checkpoint could not be written."""
+    """Return how often the killed run logged that it could not write a checkpoint."""
     return (LOGS / "killed.log").read_text().count("could not be written")
 
 
 def fill_disk(folder: Path) -> bool:
-    """Fill the folder's file system, if the folder is a mount point. Returns whether it is."""
+    """Fill the folder's file system if the folder is a mount point. Returns whether it is one."""
     if not os.path.ismount(folder):
         return False
-    with open(folder / "filler", "wb", buffering=0) as file:
-        try:
-            while file.write(bytes(1 << 16)):
-                pass
-        except OSError:
+    with open(folder / "filler", "wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
             pass
     return True
 
 
 def kill_once(kind: str, folder: Path, steps: int) -> str:
     """Start one attempt and kill it. Returns a short description of what happened."""
-    before, seen = saved(folder), len(rows(folder))
-    wanted, written = random.randint(0, STEPS), random.randint(1, 2)
-    pid = attempt(folder, steps, (lambda: die_while_writing(written)) if kind == "writing" else lambda: None)
-    limit = time.monotonic() + 300
-    full, told = False, 0
-    asked = random.choice(list(STATUS))
+    before, num_rows = saved_step(folder), len(rows(folder))
+    last_step, countdown = random.randint(0, STEPS), random.randint(1, 2)
+    pid = start_attempt(folder, steps, (lambda: die_while_writing(countdown)) if kind == "writing" else lambda: None)
+    deadline = time.monotonic() + 300
+    is_full, num_warnings = False, 0
+    number = random.choice(list(STATUS))
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             break
-        made = len(rows(folder)) - seen
+        num_steps = len(rows(folder)) - num_rows
         if kind == "full":
-            if made and not full:
-                full, told = True, num_full_disk_warnings()
+            if num_steps and not is_full:
+                is_full, num_warnings = True, num_full_disk_warnings()
                 if not fill_disk(folder.parent):
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
-            ready = full and num_full_disk_warnings() > told
+            is_due = is_full and num_full_disk_warnings() > num_warnings
         else:
-            ready = kind != "writing" and made >= wanted
-        if ready:
-            time.sleep(random.uniform(0, 0.1) if made else random.uniform(0, 3))
-            os.kill(pid, asked if kind == "asked" and made else signal.SIGKILL)
+            is_due = kind != "writing" and num_steps >= last_step
+        if is_due:
+            time.sleep(random.uniform(0, 0.1) if num_steps else random.uniform(0, 3))
+            os.kill(pid, number if kind == "signal" and num_steps else signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             break
-        assert time.monotonic() < limit, f"{kind}: the attempt neither trains nor ends"
+        assert time.monotonic() < deadline, f"{kind}: the attempt neither trains nor ends"
         time.sleep(0.002)
     (folder.parent / "filler").unlink(missing_ok=True)
-    now, logged = saved(folder), rows(folder)[-1]["step"] if rows(folder) else 0
-    assert now >= before, f"{kind}: step {before} was saved, and now {now} is"
+    saved, logged = saved_step(folder), rows(folder)[-1]["step"] if rows(folder) else 0
+    assert saved >= before, f"{kind}: the last checkpoint went back from step {before} to {saved}"
+    problem = f"{kind}: the last logged step is {logged}, but the last checkpoint is of step {saved}"
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL, f"{kind}: {status}"
-        if not full:
-            due = max(before, (logged - 1) // EVERY * EVERY)
-            assert now >= due or (kind == "writing" and now >= due - EVERY), f"{kind}: at {logged}, {now} is saved"
+        if not is_full:
+            expected = max(before, (logged - 1) // EVERY * EVERY)
+            assert saved >= expected - (EVERY if kind == "writing" else 0), problem
     else:
-        expected = {"asked": STATUS[asked], "full": 2}.get(kind, 0)
-        assert os.WEXITSTATUS(status) in (expected, 0), f"{kind}, {asked!r}: status {os.WEXITSTATUS(status)}"
-        assert now == logged or full, f"{kind}: at step {logged}, {now} is saved"
-    return f"{kind}: from step {before} to {logged}, saved {now}"
+        expected = {"signal": STATUS[number], "full": 2}.get(kind, 0)
+        assert os.WEXITSTATUS(status) in (expected, 0), f"{kind}, {number!r}: status {os.WEXITSTATUS(status)}"
+        assert saved == logged or is_full, problem
+    return f"{kind}: from step {before} to {logged}, saved {saved}"
 
 
-def campaign(folder: Path, number: int) -> Counter:
+def kill_repeatedly(folder: Path, number: int) -> Counter:
     """Kill a run many times, and compare it with an undisturbed one. Returns the number of kills of each kind."""
     steps = max(30, number * EVERY)
     whole, killed = folder / "whole", folder / "killed"
-    assert os.waitpid(attempt(whole, steps), 0)[1] == 0, (LOGS / "whole.log").read_text()[-3000:]
+    assert os.waitpid(start_attempt(whole, steps), 0)[1] == 0, (LOGS / "whole.log").read_text()[-3000:]
     kinds, lost = Counter(), 0
     for i in range(number):
         kind = KINDS[i % len(KINDS)]
-        told = kill_once(kind, killed, steps)
+        description = kill_once(kind, killed, steps)
         kinds[kind] += 1
         last = rows(killed)[-1]["step"] if rows(killed) else 0
-        lost = max(lost, last - saved(killed))
-        print(f"{i + 1}/{number} {told}", flush=True)
-    assert os.waitpid(attempt(killed, steps), 0)[1] == 0, (LOGS / "killed.log").read_text()[-3000:]
-    check_equal(whole, killed, steps)
-    print(f"{number} kills, {dict(kinds)}: at most {lost} steps lost at once, all equal after {steps}")
-    return kinds
-
-
-def check_equal(whole: Path, killed: Path, steps: int) -> None:
-    """Assert that both runs had the same batch in each step, and have the same weights, optimizer and results."""
+        lost = max(lost, last - saved_step(killed))
+        print(f"{i + 1}/{number} {description}", flush=True)
+    assert os.waitpid(start_attempt(killed, steps), 0)[1] == 0, (LOGS / "killed.log").read_text()[-3000:]
     batches = {row["step"]: row["train/batch"] for row in rows(whole)}
     assert len(batches) == steps
     for row in rows(killed):
         assert row["train/batch"] == batches[row["step"]], f"step {row['step']}"
-    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, killed))
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, two["state_dict"][name]), name
-    for key, state in one["optimizer_states"][0]["state"].items():
-        assert all(torch.equal(state[n], two["optimizer_states"][0]["state"][key][n]) for n in state), key
+    check_same_state(whole, killed)
     assert figures(whole) == figures(killed)
+    print(f"{number} kills, {dict(kinds)}: no more than {lost} steps lost at once, equal after {steps} steps")
+    return kinds
 
 
 def figures(folder: Path) -> dict:
@@ -242,8 +231,8 @@ def figures(folder: Path) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= {"WANDB_MODE": "disabled"}
-    place = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(prefix="kills-"))
-    campaign(place, int(sys.argv[1]))
+    root = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(prefix="kills-"))
+    kill_repeatedly(root, int(sys.argv[1]))
     for name in ("whole", "killed"):
-        shutil.rmtree(place / name, ignore_errors=True)
+        shutil.rmtree(root / name, ignore_errors=True)
     shutil.rmtree(LOGS)

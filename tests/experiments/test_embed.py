@@ -1,4 +1,4 @@
-"""Embedding a corpus: the same bits for any division of the work, also after kills and damage."""
+"""Embedding a corpus gives the same bits for any division of the work, also after kills and damage."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def expected(model, task="search"):
         return torch.cat([encoder.eval()(t.input_ids, t.attention_mask, task) for t in tokens]).numpy()
 
 
-def test_the_matrix_has_the_vector_of_each_text_in_the_order_of_the_file(embed, model):
+def test_matrix_rows_are_the_vectors_of_the_texts_in_file_order(embed, model):
     matrix = open_matrix(embed("out", "similarity=dot"), "search")
     assert matrix.ids == [paper["id"] for paper in PAPERS]
     np.testing.assert_allclose(matrix.vectors[0], expected(model), atol=1e-5)
@@ -174,7 +174,7 @@ def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path
 
 @pytest.mark.slow
 def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
-    """SIGKILL while they write their shards. The other process finishes, and the next command makes the rest."""
+    """SIGKILL two of three processes as they write. The third finishes, and the next command does the rest."""
     many = [{"id": f"m{i}", "text": text_of(*range(i % 50, i % 50 + 2 + i % 13))} for i in range(4000)]
     papers.write_text("".join(json.dumps(paper) + "\n" for paper in many))
     arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
@@ -183,8 +183,8 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     shards, killed = tmp_path / "parts" / "shards", 0
     deadline = time.monotonic() + 120
     while killed < 2 and time.monotonic() < deadline:
-        mine = {int(path.stem) % 3 for path in shards.glob("0*.json")}
-        if killed in mine and workers[killed].poll() is None:
+        writers = {int(path.stem) % 3 for path in shards.glob("0*.json")}
+        if killed in writers and workers[killed].poll() is None:
             os.kill(workers[killed].pid, signal.SIGKILL)
             killed += 1
         time.sleep(0.002)

@@ -52,11 +52,11 @@ def test_whole_encoder_average_and_authors_layout_are_exported(run, tmp_path):
     main([f"model={tmp_path / 'whole'}", "task=average", f"output={tmp_path / 'general'}"])
     assert "mean of all its experts" in (tmp_path / "general" / "README.md").read_text()
     main([f"model={run}", "task=average"])
-    assert "was not measured in the run" in (run / "export" / "average" / "README.md").read_text()
+    assert "did not evaluate the average of its experts" in (run / "export" / "average" / "README.md").read_text()
     trained.normalize = True  # the authors' format supports only normalized means
     trained.save_pretrained(tmp_path / "normal")
-    main([f"model={tmp_path / 'normal'}", "format=reference", f"output={tmp_path / 'there.ckpt'}"])
-    again = load_encoder(tmp_path / "there.ckpt", backbone=tmp_path / "general")
+    main([f"model={tmp_path / 'normal'}", "format=reference", f"output={tmp_path / 'authors.ckpt'}"])
+    again = load_encoder(tmp_path / "authors.ckpt", backbone=tmp_path / "general")
     assert torch.equal(again.encode(["some words"], "search"), trained.encode(["some words"], "search"))
 
 
@@ -84,9 +84,9 @@ def test_invalid_options_raise_user_error_and_write_nothing(run, tmp_path, argum
 def test_existing_files_are_not_replaced_without_overwrite(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
     for format in ("plain", "pretrained"):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             main([f"model={run}", f"output={tmp_path}", f"format={format}"])
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         main([f"model={run}", f"output={tmp_path / 'mine'}", "format=reference"])
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(UserError, match="model: required"):
@@ -98,7 +98,7 @@ def test_overwrite_replaces_an_earlier_export(run, tmp_path):
     main(arguments)
     stale = tmp_path / "out" / "search" / "stale.txt"
     stale.write_text("from the first export")
-    with pytest.raises(UserError, match="exists already; overwrite=yes replaces an earlier export"):
+    with pytest.raises(UserError, match="already exists; overwrite=yes replaces an earlier export"):
         main(arguments)
     assert stale.is_file()
     main([*arguments, "overwrite=yes"])
@@ -142,13 +142,13 @@ def test_overwrite_never_replaces_a_link(run, tmp_path):
 
 
 def test_overwrite_never_replaces_the_model_or_the_working_directory(run, tmp_path, monkeypatch):
-    own = shutil.copytree(run, tmp_path / "runs" / "own", ignore=shutil.ignore_patterns("export"))
-    for folder in (own, own.parent):
+    copied = shutil.copytree(run, tmp_path / "runs" / "copied", ignore=shutil.ignore_patterns("export"))
+    for folder in (copied, copied.parent):
         (folder / "README.md").write_text("notes")
         (folder / ".scimult-export").touch()
-    assert_refused(own, own, "is or contains .*own")
-    assert_refused(own, own.parent, "is or contains .*own")
-    assert_refused(own / "checkpoints" / "last.ckpt", own.parent, "is or contains .*last.ckpt")
+    assert_refused(copied, copied, "is or contains .*copied")
+    assert_refused(copied, copied.parent, "is or contains .*copied")
+    assert_refused(copied / "checkpoints" / "last.ckpt", copied.parent, "is or contains .*last.ckpt")
     (tmp_path / "work" / "here").mkdir(parents=True)
     (tmp_path / "work" / ".scimult-export").touch()
     monkeypatch.chdir(tmp_path / "work" / "here")
@@ -159,7 +159,7 @@ def test_overwrite_replaces_only_its_own_checkpoints(run, tmp_path):
     whole = load_encoder(run)
     whole.normalize = True
     whole.save_pretrained(tmp_path / "model")
-    output = tmp_path / "there.ckpt"
+    output = tmp_path / "authors.ckpt"
     arguments = [f"model={tmp_path / 'model'}", "format=reference", f"output={output}", "overwrite=yes"]
     main(arguments)
     main(arguments)

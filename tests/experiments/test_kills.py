@@ -9,8 +9,8 @@ from tests.experiments.test_train import ROOT
 
 
 @pytest.mark.slow
-def test_kills_lose_and_change_nothing(tmp_path):
+def test_kills_neither_lose_saved_steps_nor_change_results(tmp_path):
     command = [sys.executable, "-m", "tests.experiments.kills", "4", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "4 kills, {'anywhere': 1, 'writing': 1, 'full': 1, 'asked': 1}" in done.stdout
+    assert "4 kills, {'anywhere': 1, 'writing': 1, 'full': 1, 'signal': 1}" in done.stdout

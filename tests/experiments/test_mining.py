@@ -1,4 +1,4 @@
-"""Hard negatives in a run: mined during training or before it, and unchanged by a kill."""
+"""Hard negatives mined during training or before it, also after a kill."""
 
 import json
 import os
@@ -30,7 +30,7 @@ MINED = ["mining.every_n_steps=2", "mining.relative_margin=null", "mining.use=mi
 
 
 def negatives_of_batches(config, tokenizer, store=None):
-    """Return, for each of the first batches, its hash and whether all its negatives are mined ones."""
+    """Return the hash of each batch, and whether all its negatives are from the store."""
     data = build_data(config, training=True)
     data.tokenizer = tokenizer
     batches = []
@@ -50,10 +50,10 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_mining_leaves_a_store_with_its_report(run):
+def test_each_mining_writes_a_store_and_a_report(run):
     folders = sorted(path.name for path in (run / "negatives").iterdir())
     assert folders == ["step-00000000", "step-00000002", "step-00000004", "vectors"]
-    assert not list((run / "negatives" / "vectors").rglob("*.npy"))  # of models that are gone
+    assert not list((run / "negatives" / "vectors").rglob("*.npy"))  # vectors of earlier weights are deleted
     models = set()
     for name in folders[:3]:
         store = HardNegativeStore(run / "negatives" / name)
@@ -67,7 +67,7 @@ def test_every_mining_leaves_a_store_with_its_report(run):
 
 
 @pytest.mark.slow
-def test_every_mining_is_logged_for_every_task(run):
+def test_each_mining_is_logged_for_every_task(run):
     logged = [row for row in rows(run) if "mine/seconds" in row]
     assert [row["step"] for row in logged] == [0, 2, 4]
     for row in logged:
@@ -77,7 +77,7 @@ def test_every_mining_is_logged_for_every_task(run):
 
 
 @pytest.mark.slow
-def test_mined_negatives_agree_with_the_data(run):
+def test_mined_negatives_are_documents_and_never_known_positives(run):
     data = build_data(load_config("moe_mined", [*SMALL, *MINED]))
     store = HardNegativeStore(run / "negatives" / "step-00000004")
     store.check(data.fingerprints())
@@ -92,7 +92,7 @@ def test_mined_negatives_agree_with_the_data(run):
 
 @pytest.mark.slow
 def test_batches_draw_from_the_store_in_use(run, tmp_path):
-    """Each logged batch is the one that the data give with the store in use, and not the one without it."""
+    """Logged batches equal those of the data with the store in use, and differ from those without it."""
     logged = {row["step"] - 1: row["train/batch"] for row in rows(run) if "train/batch" in row}
     tokenizer = load_encoder(run).tokenizer
     overrides = [*SMALL, "trainer.max_steps=6", "mining.use=mined"]
@@ -107,8 +107,8 @@ def test_batches_draw_from_the_store_in_use(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
-    """The store has the negatives that an independent ranking finds."""
+def test_make_mine_finds_the_negatives_of_an_independent_ranking(run, tmp_path, caplog):
+    """A run then trains with the store."""
     caplog.set_level("INFO")
     output = tmp_path / "store"
     arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
@@ -136,7 +136,7 @@ def test_training_draws_from_a_store_of_make_mine(run, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_killed_mining_continues_without_embedding_again(run, tmp_path):
-    """SIGKILL while it embeds. Complete shards stay, and the store is that of an uninterrupted mining."""
+    """SIGKILL while it embeds: complete shards are reused, and the store equals that of an uninterrupted mining."""
     output, vectors = tmp_path / "store", tmp_path / "store.vectors"
     arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
     process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *arguments], cwd=ROOT)
@@ -188,7 +188,7 @@ def test_training_stops_if_negatives_look_like_positives(tmp_path):
     assert (tmp_path / "negatives" / "step-00000002" / "report.svg").is_file()
 
 
-def test_tasks_can_have_miners_that_need_no_model(tmp_path):
+def test_tasks_can_have_their_own_miners_and_mine_without_a_model(tmp_path):
     node = "{{_target_: lightning_modules.mining.miners.{}}}"
     kinds = {"classification": "LabelsOfCitedMiner", "link_prediction": "CitedByCitedMiner"}
     miners = ", ".join(f"{task}: {node.format(kind)}" for task, kind in kinds.items())
@@ -209,7 +209,7 @@ def test_tasks_can_have_miners_that_need_no_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_cached_data_give_the_negatives_of_data_in_memory(tmp_path, beir_root):
+def test_cached_data_and_data_in_memory_give_the_same_negatives(tmp_path, beir_root):
     stores = []
     for cache in ("null", tmp_path / "cache"):
         node = f"{{_target_: datamodules.readers.beir.BeirReader, folder: {beir_root / 'mlcite'}}}"
@@ -225,7 +225,7 @@ def test_cached_data_give_the_negatives_of_data_in_memory(tmp_path, beir_root):
 
 
 @pytest.mark.slow
-def test_a_moved_store_can_be_given_again(run, tmp_path):
+def test_a_moved_store_can_be_used_again(run, tmp_path):
     store, moved, folder = tmp_path / "store", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(run / "negatives" / "step-00000002", store)
     arguments = [f"run.dir={folder}", *SMALL, "trainer.max_steps=2"]
@@ -284,23 +284,20 @@ def test_invalid_settings_raise_user_errors(tmp_path, overrides, message):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def killed_and_resumed(tmp_path, strategy, stop_at=None):
-    """Check that a killed and resumed run on two ranks with two workers equals an uninterrupted one."""
+@pytest.mark.slow
+def test_a_killed_run_continues_with_its_hard_negatives(tmp_path):
+    """Two ranks, two workers, mining at steps 4 and 8: batches, stores and weights equal those of a complete run."""
+    rng = random.Random()  # training seeds the global generator
+    strategy, stop_at = rng.choice((*STRATEGIES, "curriculum")), rng.randint(4, 11)
     schedule = {
         "weights": ["data.schedule=weights", "data.weights={classification: 2, link_prediction: 1, search: 2}"],
         "curriculum": ["data.curriculum=[{from_step: 5, weights: {classification: 1, link_prediction: 1, search: 5}}]"],
     }.get(strategy, [f"data.schedule={strategy}"])
-    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", *schedule]
-    overrides += [
-        "trainer.max_steps=12",
-        "checkpoint.every_n_steps=3",
-        "backbone.dropout=0.3",
-        "mining.every_n_steps=4",
-    ]
+    overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", *schedule, "trainer.max_steps=12"]
+    overrides += ["checkpoint.every_n_steps=3", "backbone.dropout=0.3", "mining.every_n_steps=4"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(command(whole, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    stop_at = stop_at or random.Random().randint(4, 11)
     process = subprocess.Popen(command(killed, *overrides), stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True)
     while process.poll() is None:
         seen = rows(killed) if (killed / "metrics.jsonl").is_file() else []
@@ -323,9 +320,3 @@ def killed_and_resumed(tmp_path, strategy, stop_at=None):
     one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, killed))
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name]), (strategy, stop_at, name)
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_with_its_hard_negatives(tmp_path):
-    """Two ranks, two workers, mining at steps 4 and 8: batches, stores and weights equal those of a complete run."""
-    killed_and_resumed(tmp_path, random.Random().choice((*STRATEGIES, "curriculum")))

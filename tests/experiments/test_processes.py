@@ -1,4 +1,4 @@
-"""Processes of one command: they give the result of one process, fail together, and never outlive the command."""
+"""The processes of a command give the result of one process, fail together, and never outlive the command."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from lightning_modules.distributed import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
 
-ZOMBIE = "Z"  # state in /proc of a process that has ended, but that nobody has waited for
+ZOMBIE = "Z"  # state in /proc of a process that has ended, but whose parent has not waited for it
 COMMAND = """
 import os, sys, time
 import torch.distributed as dist
@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 def start(folder, what):
-    """Start a command with two processes, and return it with their process ids once they are running."""
+    """Start a command with two processes, wait until they run, and return the command and their ids."""
     (folder / "command.py").write_text(COMMAND)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
     process = subprocess.Popen(
@@ -91,7 +91,7 @@ def wait_until(condition, seconds):
 
 
 def results_of(folder):
-    """Return the figures of an evaluation without its cost, and its run files."""
+    """Return the results of an evaluation without its cost, and the content of its run files."""
     benchmarks = json.loads((folder / "results.json").read_text())["benchmarks"]
     for key in ("seconds", "cost"):
         del benchmarks["toy"]["measured"]["encoder"][key]
@@ -100,9 +100,9 @@ def results_of(folder):
 
 @pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
-    """Many documents are equal, and there are several units of them, so that both ranks encode some.
+    """Many documents are equal, and there are enough of them for both ranks to encode some.
 
-    The command runs in a SLURM step of one task, whose variables must not be taken for those of its ranks.
+    The command runs in a SLURM step with one task, whose variables must not be mistaken for those of its ranks.
     """
     make_encoder("attention").save_pretrained(tmp_path / "model")
     corpus = {f"d{i}": Document(f"d{i}", "", text_of(i % 700, i % 37)) for i in range(1500)}
@@ -169,7 +169,7 @@ def test_no_process_outlives_a_command_that_is_ended(tmp_path, what, number, sta
 
 
 @pytest.mark.slow
-def test_a_process_whose_launcher_ended_already_ends_too():
+def test_a_process_ends_if_its_launcher_has_already_ended():
     code = "from experiments.run.processes import end_with_launcher; end_with_launcher(); print('still here')"
     environment = os.environ | {"SCIMULT_LAUNCHER": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
@@ -202,7 +202,7 @@ def test_devices_must_match_the_processes_of_a_launcher(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert launch.num_ranks() == 4
-    monkeypatch.setenv("WORLD_SIZE", "2")  # launched by a command of ours, inside a job
+    monkeypatch.setenv("WORLD_SIZE", "2")  # launched by one of our commands inside a job
     assert launch.num_ranks() == 2
     with pytest.raises(UserError, match="devices: got 3, but the launcher started 2 processes"):
         run_on_ranks(print, "x", [], 3)

@@ -32,7 +32,7 @@ from tests.experiments.browser import CHROMIUM, chromium
 from tests.experiments.test_train import TINY
 
 VOID = ("meta", "link", "line", "circle", "rect", "path", "polyline", "br")
-UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # names, and texts that are their own source
+UNSOURCED = ("style", "script", "pre", "code", "cite", "title-of-page")  # elements and classes without a data-source
 NUMBER = re.compile(r"(?<![\w.])[−+]?\d[\d,]*(?:\.\d+)?(?:e[−+]?\d+)?%?")
 METRIC = re.compile(r"\b[a-z_]+@\d+")
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 
 
 class Texts(HTMLParser):
-    """Collect the texts of a page, each with its data-source and the names and classes of the elements around it."""
+    """Collect the texts of a page, each with its data-source and the names and classes of its enclosing elements."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -109,9 +109,9 @@ def is_rounded(shown: str, value) -> bool:
 def check_figures(run: Path) -> int:
     """Check every figure of the report against the run's files, and return their number."""
     checked = 0
-    for text, source, within in Texts((run / "report.html").read_text(encoding="utf-8")).texts:
+    for text, source, enclosing in Texts((run / "report.html").read_text(encoding="utf-8")).texts:
         numbers = NUMBER.findall(METRIC.sub("", text))
-        if not numbers or within & {*UNSOURCED, "tick"}:
+        if not numbers or enclosing & {*UNSOURCED, "tick"}:
             continue
         assert source, text
         value, step = resolve(run, source)
@@ -363,7 +363,7 @@ WIDER = "[document.documentElement.scrollWidth, document.documentElement.clientW
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
-def test_page_fits_and_has_contrast_on_phones_and_desks_in_both_colour_schemes(run, tmp_path):
+def test_page_is_readable_on_phones_and_desktops_in_both_colour_schemes(run, tmp_path):
     url = (run / "report.html").resolve().as_uri()
     backgrounds = {}
 

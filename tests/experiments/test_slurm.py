@@ -1,7 +1,7 @@
-"""SLURM jobs: the script, refused options, and a real SLURM on loopback that preempts a run of two ranks.
+"""SLURM jobs: the script, refused options, and a real SLURM on loopback that preempts a run with two ranks.
 
-For more ways of preemption, set LONG_TESTS to a number of steps, such as 1000. That many steps, with an evaluation
-after each, must take longer than two attempts of a job with a limit of three minutes.
+For more kinds of preemption, set LONG_TESTS to a number of steps, such as 1000. That many steps, with an evaluation
+after each, must take longer than two attempts of three minutes.
 """
 
 import os
@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from datamodules.records import UserError
 from experiments.slurm import seconds, slurm
 from tests import slurm_loopback
-from tests.experiments.test_train import LONG, ROOT, TINY, command, rows
+from tests.experiments.test_train import LONG, ROOT, TINY, batches, check_same_state, command, rows
 
 
 @pytest.fixture(autouse=True)
@@ -40,27 +39,27 @@ def test_the_script_has_the_options_and_runs_the_training(tmp_path, caplog):
     assert not any(f"--{absent}" in text for absent in ("account", "array", "mem", "qos"))
     assert "{{" not in text
     assert f"in runs/{script.stem}" in caplog.text
-    assert ran(tmp_path, script) == [
+    assert run_script(tmp_path, script) == [
         *("-m", "experiments.train", "moe", "optim.lr=3e-5", "wandb.name=it's 1", "trainer.num_nodes=2"),
         *("trainer.devices=8", "trainer.accelerator=gpu"),
     ]
 
 
-def ran(tmp_path, script, status=0, **environment):
-    """Run the script with a stub of srun, and return the arguments of python."""
+def run_script(tmp_path, script, status=0, **environment):
+    """Run the script with a stub of srun, and return the arguments that python gets."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir(exist_ok=True)
-    srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/told\nexit {status}\n')
+    srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\nexit {status}\n')
     scontrol = srun.with_name("scontrol")
     scontrol.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/requeued\n')
     for program in (srun, scontrol):
         program.chmod(0o755)
-    given = {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "12"}
-    done = subprocess.run(["bash", str(script)], env=os.environ | given | environment, check=False)
-    told = (tmp_path / "told").read_text().split("\n")[:-1]
+    environment |= {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["bash", str(script)], env=os.environ | environment, check=False)
+    arguments = (tmp_path / "arguments").read_text().split("\n")[:-1]
     assert done.returncode == (0 if status == 75 else status)
-    assert told[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
-    return told[told.index(sys.executable) + 1 :]
+    assert arguments[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
+    return arguments[arguments.index(sys.executable) + 1 :]
 
 
 @pytest.mark.slow
@@ -70,8 +69,8 @@ def test_an_array_has_a_job_for_every_experiment_and_seed(tmp_path):
     assert "#SBATCH --array=0-3%2\n" in text
     assert "%A_%a.out" in text
     assert "gpus" not in text
-    told = [ran(tmp_path, script, SLURM_ARRAY_TASK_ID=str(i)) for i in range(4)]
-    assert [(line[2], line[3]) for line in told] == [
+    commands = [run_script(tmp_path, script, SLURM_ARRAY_TASK_ID=str(i)) for i in range(4)]
+    assert [(words[2], words[3]) for words in commands] == [
         *(("vanilla", "run.seed=0"), ("vanilla", "run.seed=7"), ("moe", "run.seed=0"), ("moe", "run.seed=7"))
     ]
 
@@ -81,9 +80,9 @@ def test_the_script_requeues_a_run_that_cannot_do_so_itself(tmp_path):
     script = slurm(["moe", "TIME=60", "LAUNCH=apptainer exec --nv image.sif", "SETUP=export COLOUR=red"])
     assert "  apptainer exec --nv image.sif " in script.read_text()
     assert "\nexport COLOUR=red\n" in script.read_text()
-    ran(tmp_path, script, status=2)
+    run_script(tmp_path, script, status=2)
     assert not (tmp_path / "requeued").exists()
-    ran(tmp_path, script, status=75)
+    run_script(tmp_path, script, status=75)
     assert (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
@@ -98,10 +97,10 @@ def test_times_are_read_as_slurm_reads_them(time, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "TIME: required, longest time of one attempt"),
+        ([], "TIME: required, time limit of one attempt"),
         (["TIME=4h"], "TIME: expected minutes, .*, got '4h'"),
         (["TIME=01:99:00"], "TIME: expected minutes, .*, got '01:99:00'"),
-        (["TIME=2"], "TIME: 2 leaves no time to train before GRACE, 120 seconds"),
+        (["TIME=2"], "TIME: 2 leaves no time to train, because the run saves 120 seconds"),
         (["TIME=60", "GPUS=two"], "GPUS: expected a whole number, got 'two'"),
         (["TIME=60", "AT_ONCE=0", "SEEDS=0,1"], "AT_ONCE: expected a number of at least 1, got 0"),
         (["TIME=60", "optim.lrr=1"], "did you mean optim.lr"),
@@ -112,13 +111,13 @@ def test_times_are_read_as_slurm_reads_them(time, expected):
         (["TIME=60", "trainer.devices=4"], "trainer.devices=4: NODES, GPUS and TASKS set it to 1"),
     ],
 )
-def test_wrong_options_are_refused_before_the_job_waits_in_a_queue(arguments, message):
+def test_wrong_options_are_refused_before_a_job_is_written(arguments, message):
     with pytest.raises(UserError, match=message):
         slurm(["moe", *arguments])
     assert not Path("slurm").exists()
 
 
-def test_without_slurm_the_script_is_written_and_named(monkeypatch):
+def test_without_slurm_the_error_names_the_script(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"SUBMIT: sbatch cannot be run here .* the job is in .*moe.*\.sbatch"):
         slurm(["moe", "TIME=60", "SUBMIT=1"])
@@ -136,17 +135,13 @@ def cluster(tmp_path_factory):
 
 
 STEPS = 40
-WAYS = {
-    "steps": ["step"],
-    "imports": ["imports", "step", "step"],
-    "time": [],
-}
+WAYS = {"steps": ["step"], "imports": ["imports", "step", "step"], "time": []}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if way == "steps" or "LONG_TESTS" in os.environ])
 def test_a_preempted_job_equals_an_undisturbed_one(tmp_path, monkeypatch, caplog, cluster, way):
-    """SIGUSR1 comes during imports, at random steps, by the time limit, and after the end. No attempt fails."""
+    """SIGUSR1 comes during imports, at random steps, at the time limit, and after the end. No attempt fails."""
     settings = [*LONG, "data.num_workers=1", f"trainer.max_steps={STEPS}"]
     if way == "time":
         settings += [f"trainer.max_steps={os.environ['LONG_TESTS']}", "evaluation.every_n_steps=1"]
@@ -163,55 +158,45 @@ def test_a_preempted_job_equals_an_undisturbed_one(tmp_path, monkeypatch, caplog
     output = script.with_name(f"{script.stem}-{number}.out")
     for kind in WAYS[way]:
         preempt(cluster, number, kind, folder)
-    state = wait(cluster, number, lambda: (folder / "results.json").is_file() or None, until=("COMPLETED",))
-    scancel(cluster, number)  # the run is just ending, and is not disturbed
+    state = wait(cluster, number, (folder / "results.json").is_file, until=("COMPLETED",))
+    scancel(cluster, number)  # the run is just ending, so this has no effect
     state = wait(cluster, number, until=("COMPLETED",))
-    told = output.read_text()
-    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), told[-3000:]
-    assert int(state["Restarts"]) >= max(len(WAYS[way]), 2 if way == "time" else 1), told[-3000:]
-    assert told.count("preempted by SIGUSR1: the same command") == int(state["Restarts"])
+    text = output.read_text()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), text[-3000:]
+    assert int(state["Restarts"]) >= max(len(WAYS[way]), 2 if way == "time" else 1), text[-3000:]
+    assert text.count("preempted by SIGUSR1: the same command") == int(state["Restarts"])
     assert not list(folder.rglob("hpc_ckpt*"))
-    check_equal(whole, folder)
-
-
-def check_equal(whole, folder):
-    batches = {row["step"]: row["train/batch"] for row in rows(whole) if "train/batch" in row}
-    made = [(row["step"], row["train/batch"]) for row in rows(folder) if "train/batch" in row]
-    assert made == sorted(batches.items())  # no step is made twice
-    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, folder))
-    assert one["state_dict"].keys() == two["state_dict"].keys()
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, two["state_dict"][name]), name
+    assert batches(folder) == sorted(batches(whole))  # and no step twice
+    check_same_state(whole, folder)
 
 
 def preempt(cluster, number, kind, folder):
     """Send SIGUSR1 to all tasks of a job, during imports or after a random number of further steps."""
     restarts = int(wait(cluster, number, until=("RUNNING",))["Restarts"])
-    seen = len(rows(folder)) if (folder / "metrics.jsonl").is_file() else 0
-    more = random.randint(1, 8)
 
-    def made():
-        return (folder / "metrics.jsonl").is_file() and len(rows(folder)) >= seen + more
+    def num_rows():
+        return len(rows(folder)) if (folder / "metrics.jsonl").is_file() else 0
 
     if kind == "imports":
         time.sleep(random.uniform(1, 4))
     else:
-        wait(cluster, number, made, until=())
+        target = num_rows() + random.randint(1, 8)
+        wait(cluster, number, lambda: num_rows() >= target)
     scancel(cluster, number)
-    wait(cluster, number, lambda: int(slurm_loopback.job(cluster, number)["Restarts"]) > restarts, until=())
+    wait(cluster, number, lambda: int(slurm_loopback.job(cluster, number)["Restarts"]) > restarts)
 
 
 def scancel(cluster, number):
     subprocess.run(["scancel", f"--signal={signal.SIGUSR1.name[3:]}", number], env=cluster, capture_output=True)
 
 
-def wait(cluster, number, what=None, until=()):
-    """Wait until the job is in one of some states or a condition holds, and return its state."""
+def wait(cluster, number, condition=lambda: False, until=()):
+    """Wait until the job is in one of the states `until` or the condition holds. Returns the job's state."""
     deadline = time.monotonic() + 1200
     while time.monotonic() < deadline:
         state = slurm_loopback.job(cluster, number)
         assert state["JobState"] not in ("FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"), state
-        if state["JobState"] in until or (what is not None and what()):
+        if state["JobState"] in until or condition():
             return state
         time.sleep(0.05)
     raise AssertionError(state)

@@ -85,8 +85,8 @@ def test_metrics_follow_from_the_run_files(name, root, encoder, tmp_path):
 @pytest.mark.slow
 def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, caplog):
     for name in ("one", "two"):
-        for model_or_tokenizer in make_backbone():
-            model_or_tokenizer.save_pretrained(tmp_path / name)
+        for component in make_backbone():
+            component.save_pretrained(tmp_path / name)
     models = f"bm25,{tmp_path / 'one'},{tmp_path / 'two'}"
     chosen = ["benchmarks=scifact_all,recommendation,mag_nearest", f"data.root={root}", f"output={tmp_path / 'out'}"]
     with caplog.at_level("INFO"):
@@ -115,8 +115,8 @@ def test_several_models_share_a_table(root, tmp_path, make_backbone, capsys, cap
 def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
     """Tokens are those of the tokenizer, stored vectors cost nothing, and money follows from device seconds."""
     backbone, tokenizer = make_backbone()
-    for model_or_tokenizer in (backbone, tokenizer):
-        model_or_tokenizer.save_pretrained(tmp_path / "model")
+    for component in (backbone, tokenizer):
+        component.save_pretrained(tmp_path / "model")
     arguments = [f"model={tmp_path / 'model'}", f"data.root={root}", "benchmarks=scidocs_cite,scidocs_cocite"]
     main([*arguments, f"output={tmp_path}", "cost_per_hour=7.2", f"vectors={tmp_path / 'vectors'}"])
     benchmarks = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
@@ -155,8 +155,8 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
 
 @pytest.mark.slow
 def test_vectors_on_disk_give_equal_results_and_are_reused(root, tmp_path, make_backbone, monkeypatch):
-    for model_or_tokenizer in make_backbone():
-        model_or_tokenizer.save_pretrained(tmp_path / "model")
+    for component in make_backbone():
+        component.save_pretrained(tmp_path / "model")
     arguments = [f"model={tmp_path / 'model'}", "benchmarks=scidocs_c*", f"data.root={root}"]
     main([*arguments, f"output={tmp_path / 'a'}"])
     for folder in "bc":

@@ -123,7 +123,7 @@ def test_preempted_trials_are_resumed_failed_ones_kept_and_the_best_one_shown(
         assert config["run"] == {"seed": 3, "dir": str(output / "t004")}
         assert "MAKEFLAGS" not in variables
     assert attempts(output / "t001")[0][0]["data"]["cache"] == "some where"
-    assert "The best is trial 2: optim.lr=0.3 data.cache=null" in caplog.text
+    assert "The best is trial 2 (optim.lr=0.3 data.cache=null)" in caplog.text
     assert "trial 1 failed with status 3; its log is" in caplog.text
     assert "something went wrong in t001" in (output / "t001.log").read_text()
     assert "mine (moe): val/mean/ndcg@10" in capsys.readouterr().out
@@ -198,7 +198,7 @@ while config["optim"]["lr"] == 0.1:
     results = json.loads((output / "results.json").read_text())["trials"]
     assert [(row["trial"], row["state"]) for row in results] == [(2, "finished"), (0, "finished"), (1, "stopped")]
     assert (results[2]["step"], results[2]["value"]) == (7, 0.1)
-    assert results[2]["reason"] == "0.1 at value 1; the best 1 of 2 have 0.2"
+    assert results[2]["reason"] == "0.1 at value 1; the best 1 of 2 have reached 0.2"
     assert "trial 1 is stopped early at step 7" in caplog.text
     assert "failed" not in caplog.text
     assert "stopped early at step 7" in " ".join(capsys.readouterr().out.split())
@@ -361,9 +361,9 @@ def test_bayes_records_the_values_it_chooses_and_resumes_with_them(make_sweep, t
 def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = make_sweep("method: bayes\nrun_cap: 4\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n")
-    with pytest.raises(UserError, match="trial: method bayes chooses values by the results of earlier trials"):
+    with pytest.raises(UserError, match="trial: method bayes needs the results of earlier trials"):
         sweep(["moe", f"sweep={path}", "trial=1"])
-    with pytest.raises(UserError, match="SWEEP: method bayes chooses values by the results of earlier trials"):
+    with pytest.raises(UserError, match="SWEEP: method bayes needs the results of earlier trials"):
         slurm(["moe", "TIME=60", f"SWEEP={path}"])
 
 

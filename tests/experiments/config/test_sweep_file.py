@@ -117,8 +117,8 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
         ("method: grid\nparameters: {optim.lrr: {value: 1}}\n", ["trial 0", "unknown key optim.lrr", "optim.lr?"]),
         ("method: grid\nparameters: {data.batch_size: {values: [8, 2.5]}}\n", ["trial 1", "data.batch_size", "2.5"]),
         ("method: grid\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n", ["optim.lr: uniform has no grid"]),
-        ("method: random\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n", ["how many trials?", "run_cap"]),
-        ("method: bayes\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n", ["how many trials?", "run_cap"]),
+        ("method: random\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n", ["run_cap", "is missing"]),
+        ("method: bayes\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n", ["run_cap", "is missing"]),
         (
             "method: bayes\nrun_cap: 3\nparameters: {optim.lr: {distribution: normal}}\n",
             ["parameters.optim.lr: method bayes needs min and max, or values"],
@@ -293,4 +293,4 @@ def test_a_trial_outside_the_best_share_is_stopped(values, others, strict, is_st
         signed = [[sign * value for value in each] for each in (values, *others)]
         assert bool(rule.reason(signed[0], signed[1:], maximize)) == is_stopped
     reason = Hyperband("hyperband", min_iter=2, eta=2).reason([0.1, 0.2], [[0, 0.3]], True)
-    assert reason == "0.2 at value 2; the best 1 of 2 have 0.3"
+    assert reason == "0.2 at value 2; the best 1 of 2 have reached 0.3"

@@ -1,4 +1,4 @@
-"""The lock that lets one job train in a folder, and the primitive behind all locks."""
+"""The lock that lets only one job train in a folder, and the file lock behind it."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ from datamodules import locks
 from datamodules.records import UserError
 from datamodules.store import locked
 from experiments.run import lock as run_lock
-from experiments.run.lock import only_job
+from experiments.run.lock import lock_run
 
 
-def holder_of(folder):
-    """Fork a process that holds the folder's lock until it is killed, and return its id."""
+def fork_holder(folder):
+    """Fork a process that holds the folder's lock until it is killed. Returns its id."""
     ready, calls = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with only_job(folder):
+        with lock_run(folder):
             os.write(calls, b"held")
             time.sleep(60)
         os._exit(0)
@@ -31,26 +31,26 @@ def holder_of(folder):
 def test_a_second_job_is_refused_but_not_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
     folder = tmp_path / "run"
-    holder = holder_of(folder)
+    holder = fork_holder(folder)
     try:
-        with pytest.raises(UserError, match=rf"run is in use by process {holder} on .* since 20"), only_job(folder):
+        with pytest.raises(UserError, match=rf"run is in use by process {holder} on .* since 20"), lock_run(folder):
             pass
-        with only_job(tmp_path / "other"):
+        with lock_run(tmp_path / "other"):
             pass
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
     monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
-    with only_job(folder):
+    with lock_run(folder):
         pass
     assert not list(tmp_path.iterdir())  # a lock leaves no file
 
 
 def test_the_next_attempt_waits_for_the_end_of_the_previous_one(tmp_path, caplog):
     caplog.set_level("INFO")
-    holder = holder_of(tmp_path / "run")
+    holder = fork_holder(tmp_path / "run")
     threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
-    with only_job(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         assert os.waitpid(holder, os.WNOHANG) == (holder, signal.SIGKILL)
     assert "waiting up to 30 seconds for it to end" in caplog.text
 
@@ -61,14 +61,14 @@ def test_a_run_is_locked_under_every_name_of_its_folder(tmp_path, monkeypatch):
     (runs / "a").mkdir(parents=True)
     link.symlink_to(runs / "a")
     (tmp_path / "elsewhere").symlink_to(runs)
-    holder = holder_of(runs / "a")
+    holder = fork_holder(runs / "a")
     try:
         for name in (link, tmp_path / "elsewhere" / "a", runs / ".." / "runs" / "a"):
             assert run_lock.is_in_use(name)
-            with pytest.raises(UserError, match="is in use by process"), only_job(name):
+            with pytest.raises(UserError, match="is in use by process"), lock_run(name):
                 pass
         (runs / "a").rename(runs / "b")  # the same folder under another path, as through a bind mount
-        with pytest.raises(UserError, match="is in use by process"), only_job(runs / "b"):
+        with pytest.raises(UserError, match="is in use by process"), lock_run(runs / "b"):
             pass
     finally:
         os.kill(holder, signal.SIGKILL)
@@ -81,7 +81,7 @@ def test_the_lock_stays_with_the_folder_that_replaces_an_old_run(tmp_path, monke
     folder, kept = tmp_path / "run", tmp_path / "run.1"
     folder.mkdir()
     (folder / "config.yaml").write_text("seed: 0")
-    with only_job(folder):
+    with lock_run(folder):
         run_lock.replace_folder(folder, kept)
         assert (kept / "config.yaml").exists()
         assert run_lock.is_in_use(folder)
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplo
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(locks.fcntl, "flock", missing)
-    with only_job(tmp_path / "run"), locked(tmp_path / "cache"):
+    with lock_run(tmp_path / "run"), locked(tmp_path / "cache"):
         assert (tmp_path / "run").is_dir()
         assert not run_lock.is_in_use(tmp_path / "run")
     assert caplog.text.count("no locks on this file system") == 2

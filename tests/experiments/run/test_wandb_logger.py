@@ -1,4 +1,4 @@
-"""W&B: the content of its file, and that no failing server slows a run down or loses a row."""
+"""W&B: the content of its file, and failing servers, which must not slow a run down or lose a row."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.records import UserError
 from experiments import sync as sync_module
 from experiments.config.experiment import as_dict, load_config
-from experiments.run.lock import only_job
+from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import WandbLogger, build_loggers
 from experiments.sync import main as sync
 from tests.experiments.run.wandb_file import history, records
@@ -28,14 +28,14 @@ STEP = "trainer/global_step"
 
 @pytest.fixture
 def server(monkeypatch):
-    """Start a stub of W&B's server, which W&B uses."""
-    with wandb_server() as found:
+    """Start a stub of W&B's server, and point W&B to it."""
+    with wandb_server() as stub:
         for name in [name for name in os.environ if name.startswith("WANDB")]:
             monkeypatch.delenv(name)
-        monkeypatch.setenv("WANDB_BASE_URL", found.url)
+        monkeypatch.setenv("WANDB_BASE_URL", stub.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         wandb.teardown()  # it reads the environment once
-        yield found
+        yield stub
         wandb.teardown()
 
 
@@ -98,16 +98,16 @@ def test_the_attempts_of_a_run_are_sent_once_and_to_one_run(server, tmp_path, ca
         logger.close()
         time.sleep(1.1)  # W&B's folders are named by the second
     identity = (tmp_path / "run" / "wandb_id").read_text()
-    with only_job(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         sync([f"folder={tmp_path}"])
-    assert "still being trained" in caplog.text
+    assert "still training" in caplog.text
     assert server.rows(identity) == []
     sync([f"folder={tmp_path}"])
     assert "run: sent, 2 attempts" in caplog.text
     assert [row[STEP] for row in server.rows(identity)] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert list(server.runs) == [identity]
     sync([f"folder={tmp_path}"])
-    assert "everything has been sent already" in caplog.text
+    assert "nothing left to send" in caplog.text
     assert len(server.rows(identity)) == 8
 
 
@@ -151,7 +151,7 @@ def test_a_failing_server_loses_nothing_and_delays_nothing(server, tmp_path, cap
     start = time.perf_counter()
     logger.close()
     assert time.perf_counter() - start < 8
-    assert longest < 2  # an answer would take forever
+    assert longest < 2  # the server never answers
     assert sender.poll() is not None
     assert [row[STEP] for row in history(file_of(tmp_path))] == [*range(101), 100]
     assert "W&B did not get the whole run: make sync" in caplog.text

@@ -87,8 +87,8 @@ def tokens():
 
 def test_new_adapters_equal_the_backbone_and_are_all_that_is_trained(make_backbone, make_encoder, tokens):
     encoder = AdapterEncoder(*make_backbone(), TASKS, max_length=32).eval()
-    wanted = make_encoder("shared").eval()(*tokens, "search")
-    torch.testing.assert_close(encoder(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
+    expected = make_encoder("shared").eval()(*tokens, "search")
+    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
     encoder(*tokens, "search").square().sum().backward()
     learned = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
     assert learned
@@ -111,8 +111,8 @@ def test_adapters_of_specter2_compute_their_formula(bert, tokens, tmp_path):
     plain = load_encoder(bert)
     assert plain(*tokens, "search").shape == (4, 32)
     for task, weights in files.items():
-        wanted = by_formula(plain.backbone, *tokens, weights)
-        torch.testing.assert_close(encoder(*tokens, task), wanted, atol=1e-5, rtol=1e-5)
+        expected = by_formula(plain.backbone, *tokens, weights)
+        torch.testing.assert_close(encoder(*tokens, task), expected, atol=1e-5, rtol=1e-5)
     again = load_encoder(encoder.save_pretrained(tmp_path / "ours"))
     assert torch.equal(again(*tokens, "search"), encoder(*tokens, "search"))
 
@@ -120,8 +120,8 @@ def test_adapters_of_specter2_compute_their_formula(bert, tokens, tmp_path):
     paper, query = Document("d", "bara", "beli"), Document("q", "", "bomu")
     benchmark = Benchmark("toy", "search", "test", {"d": paper}, {"q": query}, {"q": {"d": 1}})
     score = rank_benchmark(again, benchmark, 1).scores[0, 0]
-    wanted = encoder.encode([query], "search")[0] @ encoder.encode([paper], "link_prediction")[0]
-    assert float(score) == pytest.approx(float(wanted), rel=1e-5)
+    expected = encoder.encode([query], "search")[0] @ encoder.encode([paper], "link_prediction")[0]
+    assert float(score) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(UserError, match="cannot be trained"):
         ContrastiveModule(again)
 

@@ -46,8 +46,8 @@ def test_vectors_equal_those_of_the_hugging_face_model(make_encoder, tokens, poo
     encoder = make_encoder("shared", pooling=pooling).eval()
     states = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     weights = mask[..., None].float()
-    wanted = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
-    torch.testing.assert_close(encoder(ids, mask, "search"), wanted, atol=2e-6, rtol=1e-5)
+    expected = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
+    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_vectors_equal_those_of_roberta(tokens, make_backbone):
@@ -64,10 +64,10 @@ def test_vectors_equal_those_of_roberta(tokens, make_backbone):
     )
     ids = torch.where(mask.bool(), ids, 1)
     backbone = RobertaModel(config, add_pooling_layer=False).eval()
-    wanted = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+    expected = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
     _, tokenizer = make_backbone()
     encoder = MoEEncoder(backbone, tokenizer, TASKS, layers="all", max_length=32).eval()
-    torch.testing.assert_close(encoder(ids, mask, "search"), wanted, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=2e-6, rtol=1e-5)
     assert encoder.family.max_positions == 38
     with pytest.raises(UserError, match="positions for 38"):
         SharedEncoder(RobertaModel(config, add_pooling_layer=False), tokenizer, TASKS, max_length=40)
@@ -106,8 +106,8 @@ def test_vectors_equal_those_of_a_backbone_with_the_weights_of_the_expert(make_e
     for name, module in encoder.backbone.named_modules():
         if isinstance(module, Experts):
             dense.get_submodule(name).load_state_dict(module.experts["link_prediction"].state_dict())
-    wanted = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
-    torch.testing.assert_close(encoder(*tokens, "link_prediction"), wanted, atol=2e-6, rtol=1e-5)
+    expected = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder(*tokens, "link_prediction"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MOE)
@@ -257,7 +257,7 @@ def test_normalized_vectors_have_length_one(make_encoder):
 
 
 @pytest.mark.parametrize(
-    ("rule", "layers", "wanted"),
+    ("rule", "layers", "expected"),
     [
         ("mod2", 12, [1, 3, 5, 7, 9, 11]),
         ("mod3", 12, [2, 5, 8, 11]),
@@ -270,8 +270,8 @@ def test_normalized_vectors_have_length_one(make_encoder):
         ([4, 0], 6, [0, 4]),
     ],
 )
-def test_layer_rules(rule, layers, wanted):
-    assert expert_layers(rule, layers) == wanted
+def test_layer_rules(rule, layers, expected):
+    assert expert_layers(rule, layers) == expected
 
 
 @pytest.mark.parametrize("rule", ["mod0", "even", "mod", "", [6], [-1], "mod7", []])

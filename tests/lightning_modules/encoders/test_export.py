@@ -35,14 +35,14 @@ from transformers import AutoModel, AutoTokenizer
 texts = json.load(sys.stdin)
 for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
     model = SentenceTransformer(folder, device="cpu")
-    found = {"sentence_transformers": model.encode(texts, batch_size=3), "length": model.max_seq_length,
-             "similarity": model.similarity_fn_name}
+    result = {"sentence_transformers": model.encode(texts, batch_size=3), "length": model.max_seq_length,
+              "similarity": model.similarity_fn_name}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        found["states"] = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.numpy()
-    found["mask"] = tokens["attention_mask"].numpy()
-    np.savez(out, **found)
+        result["states"] = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.numpy()
+    result["mask"] = tokens["attention_mask"].numpy()
+    np.savez(out, **result)
 """
 
 
@@ -56,9 +56,9 @@ def changed(encoder):
 
 @pytest.fixture
 def make(make_backbone):
-    def build(name, pooling="cls", normalize=False, seed=0, **further):
+    def build(name, pooling="cls", normalize=False, seed=0, **options):
         kind, arguments = KINDS[name]
-        arguments = {"max_length": 16} | arguments | further
+        arguments = {"max_length": 16} | arguments | options
         return changed(kind(*make_backbone(seed), TASKS, pooling=pooling, normalize=normalize, **arguments))
 
     return build
@@ -82,8 +82,8 @@ def test_other_tools_load_each_task_without_our_code(make, tmp_path):
         encoder = make(name, pooling, normalize)
         for task in TASKS if name == "attention" else ["search"]:
             exports.append((encoder, task, save_dense(encoder, task, tmp_path / f"{name}-{task}", "cosine")))
-    found = load_elsewhere([folder for _, _, folder in exports])
-    for (encoder, task, folder), loaded in zip(exports, found, strict=True):
+    results = load_elsewhere([folder for _, _, folder in exports])
+    for (encoder, task, folder), loaded in zip(exports, results, strict=True):
         ours = encoder.encode(TEXTS, task).numpy()  # some texts are longer than max_length
         assert np.abs(loaded["sentence_transformers"] - ours).max() < 1e-5, folder
         states, mask = loaded["states"], loaded["mask"][..., None]
@@ -121,12 +121,12 @@ def test_average_is_the_mean_of_the_experts(make):
     assert isinstance(general, SharedEncoder)
     state, mean = encoder.state_dict(), general.state_dict()
     key = "backbone.encoder.layer.1.attention.self"
-    three = [state[f"{key}.experts.{expert}.query.weight"].double().numpy() for expert in TASKS]
-    np.testing.assert_allclose(mean[f"{key}.query.weight"].numpy(), sum(three) / 3, atol=1e-7)
+    weights = [state[f"{key}.experts.{expert}.query.weight"].double().numpy() for expert in TASKS]
+    np.testing.assert_allclose(mean[f"{key}.query.weight"].numpy(), sum(weights) / 3, atol=1e-7)
     shared = "backbone.embeddings.word_embeddings.weight"
     assert torch.equal(mean[shared], state[shared])
-    at_first = MoEEncoder(general.backbone, general.tokenizer, TASKS, max_length=16)
-    again = average(at_first).state_dict()
+    untrained = MoEEncoder(general.backbone, general.tokenizer, TASKS, max_length=16)
+    again = average(untrained).state_dict()
     for name, tensor in mean.items():  # the average of equal experts is one of them
         torch.testing.assert_close(again[name], tensor, atol=1e-7, rtol=1e-6)
 
@@ -183,15 +183,15 @@ def test_round_trip_through_the_authors_layout_is_bit_equal(make, make_backbone,
     plain = dense(encoder, "search")
     plain.backbone.save_pretrained(tmp_path / "bert")
     plain.tokenizer.save_pretrained(tmp_path / "bert")
-    again = load_encoder(save_reference(encoder, tmp_path / "there.ckpt"), backbone=tmp_path / "bert")
-    back = load_encoder(save_reference(again, tmp_path / "again.ckpt"), backbone=tmp_path / "bert")
+    again = load_encoder(save_reference(encoder, tmp_path / "first.ckpt"), backbone=tmp_path / "bert")
+    back = load_encoder(save_reference(again, tmp_path / "second.ckpt"), backbone=tmp_path / "bert")
     for other in (again, back):
         assert other.state_dict().keys() == encoder.state_dict().keys()
         for key, tensor in encoder.state_dict().items():
             assert torch.equal(other.state_dict()[key], tensor), key
         for task in TASKS:
             assert torch.equal(other.encode(TEXTS, task), encoder.encode(TEXTS, task))
-    first, second = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("there", "again"))
+    first, second = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("first", "second"))
     assert first["encoder_params"]["moe_type"] == second["encoder_params"]["moe_type"]
     assert first["model_dict"].keys() == second["model_dict"].keys()
 
@@ -201,7 +201,7 @@ def test_files_get_default_permissions_and_failures_leave_no_files(make, tmp_pat
     os.umask(mask)
     save_dense(encoder, "search", tmp_path / "plain")
     encoder.save_pretrained(tmp_path / "whole")
-    save_reference(encoder, tmp_path / "there.ckpt")
+    save_reference(encoder, tmp_path / "first.ckpt")
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
@@ -210,7 +210,7 @@ def test_files_get_default_permissions_and_failures_leave_no_files(make, tmp_pat
     for target in (tmp_path / "folder", tmp_path / "file" / "x.ckpt"):
         with pytest.raises(UserError, match="cannot be written"):
             save_reference(encoder, target)
-    assert {p.name for p in tmp_path.iterdir()} == {"plain", "whole", "there.ckpt", "folder", "file"}
+    assert {p.name for p in tmp_path.iterdir()} == {"plain", "whole", "first.ckpt", "folder", "file"}
 
 
 def test_exported_plain_folder_loads_with_its_pooling(make, tmp_path, caplog):
@@ -227,7 +227,7 @@ def test_exported_plain_folder_loads_with_its_pooling(make, tmp_path, caplog):
     settings = tmp_path / "search" / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
     load_encoder(tmp_path / "search")
-    assert "has prompts (query, document), but no default one" in caplog.text
+    assert "prompts are ignored, because none of them is the default (query, document)" in caplog.text
 
 
 def test_plain_folder_contains_only_the_weights_of_its_task(make, tmp_path):

@@ -76,9 +76,9 @@ def test_the_nearest_expert_has_the_lowest_loss(make_encoder, make_task):
 
 def test_changing_an_old_task_raises_user_error(make_encoder):
     encoder = make_encoder("attention")
-    with pytest.raises(UserError, match="task search: the encoder has it already"):
+    with pytest.raises(UserError, match="task search: the encoder already has it"):
         add_tasks(encoder, {"search": "other"}, {"search": "search"})
-    with pytest.raises(UserError, match="task reviews: the expert search exists already"):
+    with pytest.raises(UserError, match="task reviews: the expert search already exists"):
         add_tasks(encoder, {"reviews": "search"}, {"reviews": "search"})
     with pytest.raises(UserError, match="expert 'a b': expected a name"):
         add_tasks(encoder, {"reviews": "a b"}, {"reviews": "search"})

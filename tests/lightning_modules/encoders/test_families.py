@@ -72,9 +72,9 @@ def test_vectors_equal_those_of_modernbert(make_modern, tokens, pooling, bias, k
     backbone, tokenizer = make_modern(attention_bias=bias, mlp_bias=bias, norm_bias=bias)
     states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     weights = mask[..., None].float()
-    wanted = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
+    expected = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
     encoder = kind(backbone, tokenizer, TASKS, pooling=pooling, max_length=64).eval()
-    torch.testing.assert_close(encoder(ids, mask, "search"), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(True, False), (False, True), (True, True)])
@@ -89,17 +89,17 @@ def test_vectors_of_an_expert_equal_those_of_modernbert_with_its_weights(make_mo
     for name, module in encoder.backbone.named_modules():
         if isinstance(module, Experts):
             dense.get_submodule(name).load_state_dict(module.experts["search"].state_dict())
-    wanted = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
-    torch.testing.assert_close(encoder(*tokens, "search"), wanted, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(encoder(*tokens, "classification"), wanted, atol=1e-3)
+    expected = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(encoder(*tokens, "classification"), expected, atol=1e-3)
 
 
 def test_new_routed_encoder_equals_modernbert(make_modern, tokens):
     backbone, tokenizer = make_modern()
-    wanted = backbone(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
+    expected = backbone(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
     for level, attention in (("sequence", True), ("token", False)):
         encoder = RoutedEncoder(make_modern()[0], tokenizer, TASKS, level=level, attention=attention, max_length=64)
-        torch.testing.assert_close(encoder.eval()(*tokens, "search"), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoder.eval()(*tokens, "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, tokens):
@@ -128,8 +128,8 @@ def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, token
     scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~seen[:, None, None], float("-inf"))
     hidden = text + backbone.layers[0].attn.Wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     hidden = hidden + backbone.layers[0].mlp(backbone.layers[0].mlp_norm(hidden))
-    wanted = backbone.final_norm(hidden)[:, 0]
-    torch.testing.assert_close(encoder(ids, mask, "search"), wanted, atol=1e-5, rtol=1e-5)
+    expected = backbone.final_norm(hidden)[:, 0]
+    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_prefix_of_modernbert_trains_only_the_instruction_encoder(make_modern, tokens):
@@ -146,11 +146,11 @@ def test_modernbert_is_saved_and_loaded(make_modern, tmp_path):
     tokenizer.save_pretrained(tmp_path / "plain")
     plain = load_encoder(tmp_path / "plain")
     tokens = tokenizer(["bara beli"], return_tensors="pt")
-    wanted = backbone(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state[:, 0]
-    torch.testing.assert_close(plain.encode(["bara beli"], "search"), wanted, atol=1e-5, rtol=1e-5)
+    expected = backbone(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state[:, 0]
+    torch.testing.assert_close(plain.encode(["bara beli"], "search"), expected, atol=1e-5, rtol=1e-5)
     encoder = MoEEncoder(*load_backbone(str(tmp_path / "plain")), TASKS, max_length=64)
     again = load_encoder(encoder.save_pretrained(tmp_path / "ours"))
-    torch.testing.assert_close(again.encode(["bara beli"], "search"), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again.encode(["bara beli"], "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_and_layer_decay_apply_to_modernbert(make_modern, tokens):

@@ -1,4 +1,4 @@
-"""Saving and loading all kinds of encoders, also with transformers' AutoModel; encoding for several tasks at once."""
+"""Saving and loading all encoders, also with transformers' AutoModel, and encoding for several tasks at once."""
 
 import json
 
@@ -121,5 +121,5 @@ def test_layers_below_the_first_expert_are_computed_once(make_backbone, layers, 
 def test_tasks_that_share_an_expert_are_computed_once(make_backbone):
     encoder = MoEEncoder(*make_backbone(), {"a": "one", "b": "one"}, max_length=32).eval()
     ids = torch.randint(5, 60, (2, 9))
-    found = encoder.forward_tasks(ids, torch.ones_like(ids), ["a", "b"])
-    assert found["a"] is found["b"]
+    vectors = encoder.forward_tasks(ids, torch.ones_like(ids), ["a", "b"])
+    assert vectors["a"] is vectors["b"]

@@ -50,9 +50,9 @@ def balance(gate, states):
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
 def test_new_routed_encoder_equals_the_backbone(make_routed, make_encoder, tokens, level, attention, ffn):
     routed, shared = make_routed(level, attention, ffn, separate=False), make_encoder("shared")
-    wanted = shared.eval()(*tokens, "search")
-    torch.testing.assert_close(routed.eval()(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(routed.train()(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
+    expected = shared.eval()(*tokens, "search")
+    torch.testing.assert_close(routed.eval()(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(routed.train()(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(False, True), (True, False), (True, True)])
@@ -69,8 +69,8 @@ def test_each_text_is_computed_by_the_expert_its_gate_prefers(make_routed, make_
         for name, module in encoder.backbone.named_modules():
             if isinstance(module, Experts):
                 dense.get_submodule(name).load_state_dict(module.experts[f"expert{expert}"].state_dict())
-        wanted = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[row, 0]
-        torch.testing.assert_close(ours[row], wanted, atol=2e-6, rtol=1e-5)
+        expected = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[row, 0]
+        torch.testing.assert_close(ours[row], expected, atol=2e-6, rtol=1e-5)
 
 
 def test_each_token_is_computed_by_the_expert_its_gate_prefers(make_routed, make_encoder, tokens):
@@ -94,8 +94,8 @@ def test_each_token_is_computed_by_the_expert_its_gate_prefers(make_routed, make
     for later in dense.encoder.layer[2:]:
         routed = later(routed, attention_mask=bias)
         routed = routed[0] if isinstance(routed, tuple) else routed
-    wanted = (routed * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    torch.testing.assert_close(encoder(*tokens, "search"), wanted, atol=2e-6, rtol=1e-5)
+    expected = (routed * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
@@ -145,7 +145,7 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
     with torch.no_grad():
         encoder.gates["3"].weight.zero_()
         encoder.family.layers[3].output.experts["expert1"].LayerNorm.bias.add_(3.0)
-    wanted = encoder.eval()(*tokens, "search").detach() + 3.0
+    expected = encoder.eval()(*tokens, "search").detach() + 3.0
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     encoder.gates.requires_grad_(True)
@@ -154,9 +154,9 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
     encoder.train()
     for _ in range(60):
         optimizer.zero_grad()
-        (encoder(*tokens, "search") - wanted).square().mean().backward()
+        (encoder(*tokens, "search") - expected).square().mean().backward()
         optimizer.step()
-    torch.testing.assert_close(encoder.eval()(*tokens, "search"), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.eval()(*tokens, "search"), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ ALL = {
 
 def test_every_miner_is_tested():
     kinds = {c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, Miner)}
-    assert {c for c in kinds if not inspect.isabstract(c)} == {*ALL, SharingMiner}  # which has tests of its own
+    assert {c for c in kinds if not inspect.isabstract(c)} == {*ALL, SharingMiner}  # SharingMiner has its own tests
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_queries_are_ranked_alike_in_any_block_best_first(make_task, kind):
+def test_rankings_are_sorted_and_do_not_depend_on_blocks(make_task, kind):
     pool = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS)
     context, miner = context_of(pool, [pool]), ALL[kind]()
     whole, scores = miner.rank(pool, range(10), 5, context)
@@ -66,7 +66,7 @@ def test_queries_are_ranked_alike_in_any_block_best_first(make_task, kind):
     assert (whole >= 0).any()
     assert (whole < 10).all()
     present = np.where(whole >= 0, scores, -np.inf)
-    if kind is not RankBandMiner:  # whose first ranks are empty
+    if kind is not RankBandMiner:  # its first ranks are empty
         assert (np.diff(np.where(np.isinf(present), -1e9, present)) <= 0).all()
     for row in whole:
         assert len(set(row[row >= 0])) == (row >= 0).sum()
@@ -154,7 +154,7 @@ AUTHORS = [["a"], ["a", "b"], "b", ["b"], None, ["c"], [], ["a", "b"], ["d"], ["
 
 
 def sharing(q):
-    """Return the papers that share authors with paper q, and how many."""
+    """Return the papers that share authors with paper q, and how many authors they share."""
     authors = [set(value if isinstance(value, list) else [value]) if value else set() for value in AUTHORS]
     return {p: len(authors[p] & authors[q]) for p in range(10) if p != q and authors[p] & authors[q]}
 

@@ -1,4 +1,4 @@
-"""Mining as a whole: cached vectors, filters in their order, and the report."""
+"""Mining from vectors to the report, compared with rankings from the encoder's own vectors."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ def lists_of(mined):
 
 
 def ranking(encoder, data, similarity="cosine"):
-    """Return the ranking of all documents for each example, and their scores, from the encoder's own vectors."""
+    """Rank all documents for each example by the encoder's own vectors, and return rows and scores."""
     task = data.task.name
     documents = encoder.encode(list(data.collections["toy"].corpus.values()), task)
     queries = encoder.encode([data.documents[example.query] for example in data.examples], task)
@@ -98,7 +98,7 @@ def test_the_guide_removes_candidates_as_good_as_the_positive(make_task, make_en
     assert before != after
 
 
-def test_equal_texts_are_mined_once_and_never_next_to_a_positive(make_task, make_encoder, tmp_path):
+def test_copies_of_positives_and_of_other_documents_are_not_mined(make_task, make_encoder, tmp_path):
     collection = toy_collection()
     copies = {f"x{i}": Document(f"x{i}", d.title.upper(), d.text) for i, d in enumerate(collection.corpus.values())}
     data = make_task(
@@ -115,7 +115,7 @@ def test_equal_texts_are_mined_once_and_never_next_to_a_positive(make_task, make
         assert mined.negatives.taken.get("copies", 0) == (120 if same_text else 0)
 
 
-def test_rows_and_examples_of_several_collections(make_task, make_encoder, tmp_path):
+def test_collections_of_a_task_keep_their_rows_and_examples(make_task, make_encoder, tmp_path):
     data = make_task(SearchDataModule)
     data.collections, data.readers = {}, {"one": data.readers["toy"], "two": data.readers["toy"]}
     data.documents, data.examples = type(data.documents)(), type(data.examples)()
@@ -277,10 +277,9 @@ import numpy as np, torch
 import torch.distributed as dist
 from datamodules.records import Document, MiningPool, Ragged, UserError
 from lightning_modules.mining import mine as mine_module
-from lightning_modules.retrieval import vector_cache
-from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.mine import Mining, MiningOptions
 from lightning_modules.mining.miners import DenseMiner
-from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.retrieval import vector_cache
 
 mine_module.BLOCK, vector_cache.MIN_SHARD = 7, 5
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -334,7 +333,7 @@ if world > 1:
 
 
 @pytest.mark.slow
-def test_ranks_share_the_work_and_have_the_result_of_one(tmp_path, free_port):
+def test_ranks_share_the_work_and_get_the_result_of_one_process(tmp_path, free_port):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
@@ -356,12 +355,12 @@ def test_ranks_share_the_work_and_have_the_result_of_one(tmp_path, free_port):
     lines = [out.decode().splitlines() for out in outputs]
     assert len(lines[0][0]) > 300
     assert lines[0][0] == lines[1][0] == lines[2][0]
-    for _, cannot, infinite in lines:  # a rank whose own share is fine does not wait for the other
-        assert cannot == "this cannot be ranked"
-        assert "vectors are not finite" in infinite
+    for _, ranking_error, vector_error in lines:  # both ranks raise the error of one
+        assert ranking_error == "this cannot be ranked"
+        assert "vectors are not finite" in vector_error
 
 
-def test_documents_that_are_not_trained_on_are_never_mined(make_task, make_encoder, tmp_path):
+def test_excluded_documents_are_never_mined(make_task, make_encoder, tmp_path):
     data = make_task(SearchDataModule)
     data.strip(np.zeros(0, dtype=np.int64), np.array([4, 7]))
     mining = mining_of(tmp_path)
@@ -371,7 +370,7 @@ def test_documents_that_are_not_trained_on_are_never_mined(make_task, make_encod
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_mine_in_memory_gives_what_mining_gives_with_a_folder(make_task, make_encoder, tmp_path, guided):
+def test_mining_in_memory_equals_mining_with_a_folder(make_task, make_encoder, tmp_path, guided):
     data, encoder = make_task(SearchDataModule), make_encoder("attention")
     guide = make_encoder("shared", seed=7) if guided else None
     mining = mining_of(tmp_path, guide=guide, relative_margin=0.01, sampling="random", num_negatives=2)

@@ -46,7 +46,7 @@ def by_numpy(benchmark, k, k1=1.5, b=0.75):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real papers in {DATA} (or SCIMULT_DATA=FOLDER)")
 @pytest.mark.parametrize("name", ["cranfield", "cystic", "cisi", "cacm", "scitldr"])
-def test_metrics_are_within_two_points_of_another_implementation(name):
+def test_bm25_metrics_are_within_two_points_of_another_implementation(name):
     collection = BeirReader(str(DATA / name)).read()
     qrels = dict(list(collection.qrels["test"].items())[:200])
     queries = {query: collection.queries[query] for query in qrels}

@@ -1,4 +1,4 @@
-"""FAISS indexes are compared with exact search, and so are the commands that use them."""
+"""FAISS indexes, and the commands that use them, are compared with exact search."""
 
 import json
 
@@ -24,7 +24,7 @@ def clustered(count, dimension=16, clusters=20, seed=0):
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
 def test_recall_agrees_with_a_loop(kind):
-    """At the largest nprobe an index without quantization is exact."""
+    """At the largest nprobe, an index without quantization is exact."""
     vectors = clustered(600)
     shards = Shards([vectors[:250], vectors[250:]])
     options = IndexOptions(kind=kind, nlist=8, m=4).resolved(600, 16)

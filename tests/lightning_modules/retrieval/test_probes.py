@@ -187,7 +187,7 @@ def test_label_with_too_few_papers_gets_the_first_cost_and_a_warning(probe, capl
     labels = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
     runs = list(probe_runs(labels, list(range(40)), queries, train))
     count = 3 if probe else 1
-    warning = f"toy: C is 0.02 for {count} labels that too few training papers have or lack to choose it, first"
+    warning = f"toy: C is 0.02 for {count} labels, because too few training papers have or lack them; the first is"
     assert caplog.text.count(warning) == 1
     if not probe:
         model = LinearSVC(C=0.02, fit_intercept=False, random_state=42).fit(train.astype(float), np.arange(36) == 35)

@@ -43,7 +43,7 @@ def test_backends_agree_with_a_loop(backend, memory, k):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pieces", [[300], [100, 1, 199], [50] * 6])
 def test_ties_go_to_the_first_document_in_any_sharding(backend, pieces):
-    """Forty copies of each vector, so that the k-th rank is always tied with more copies than PADDING."""
+    """With about forty copies of each vector, more documents than PADDING tie for the k-th rank."""
     queries, documents = world(num_documents=8)
     documents = np.concatenate([documents] * 40)[:300]
     shards = Shards(np.split(documents, np.cumsum(pieces)[:-1]))
@@ -53,7 +53,7 @@ def test_ties_go_to_the_first_document_in_any_sharding(backend, pieces):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_equal_in_float32_are_ordered_by_float64(backend):
-    """All documents are nearly equal, as with a collapsed encoder."""
+    """The documents are nearly equal, as from a collapsed encoder."""
     queries, documents = world(num_documents=400, dimension=64)
     documents = (1.0 + 1e-5 * documents).astype(np.float32)
     rows, _ = top_k(queries, documents, 20, backend=backend)
@@ -63,7 +63,7 @@ def test_scores_equal_in_float32_are_ordered_by_float64(backend):
 @pytest.mark.parametrize("memory", [1 << 13, 1 << 29])
 @pytest.mark.parametrize("k", [40, 290, 300])
 def test_deep_rankings_agree_with_a_loop(monkeypatch, memory, k):
-    """Small blocks, so that documents wait to be merged, in float16 as on disk."""
+    """With small blocks, documents stay pending before they are merged. Vectors are in float16, as on disk."""
     monkeypatch.setattr("lightning_modules.retrieval.search.DEEP", 30)
     queries, documents = world()
     documents = documents.astype(np.float16)
@@ -116,7 +116,7 @@ def test_training_precision_does_not_affect_rankings():
 
 
 def test_faiss_searches_on_the_gpu_up_to_its_largest_k(monkeypatch):
-    """Without a GPU: check the call against the signature of knn_gpu, and the use of its result."""
+    """Needs no GPU: checks the call against the signature of knn_gpu, and uses knn for its result."""
     calls, signature = [], inspect.signature(faiss.knn_gpu)
 
     class Resources:
@@ -136,7 +136,7 @@ def test_faiss_searches_on_the_gpu_up_to_its_largest_k(monkeypatch):
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
     queries, documents = world(num_documents=3000)
-    for k, on_gpu in ((9, [25]), (2040, [])):  # with PADDING, more than a GPU finds
+    for k, on_gpu in ((9, [25]), (2040, [])):  # 2040 + PADDING is more than GPU_K
         calls.clear()
         rows, _ = top_k(queries, documents, k, backend="faiss", memory=1 << 21, device="cuda:1")
         assert (calls, (rows == loop(queries, documents, k)[0]).all()) == (on_gpu, True)

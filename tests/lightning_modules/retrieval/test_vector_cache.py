@@ -1,4 +1,4 @@
-"""Cached vectors: what is encoded again, and what is not."""
+"""Which texts the vector cache encodes again, and which it does not."""
 
 import numpy as np
 import pytest
