@@ -71,7 +71,7 @@ class DataConfig:
     )
     schedule: Literal["round_robin", "together", "proportional", "temperature", "weights"] = option(
         "round_robin",
-        "which task each step trains: round_robin (in turns), together (all of them), or in shares: proportional (by number of "
+        "which task each step trains: round_robin (in turns), together (all), or in shares: proportional (by number of "
         "examples), temperature (by that number to the power 1 / schedule_temperature), weights (by data.weights)",
     )
     schedule_temperature: float = option(
