@@ -30,11 +30,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(kw_only=True)
 class GradCacheOptions:
-    """Compare a step with a large batch and GradCache to a step with a small batch without it.
+    """Compare a step on a large batch with GradCache to a plain step on a small batch.
 
-    The default sizes are those of MiniLM. A step is forward, backward and AdamW. The token budget fits the small batch,
-    which is one chunk. Memory is the peak of two steps above that of the model, in a process of its own: resident
-    memory on the CPU, allocated memory on a GPU. Time is that of a pair; small steps run before and after each large
+    The default sizes are those of MiniLM. A step is forward, backward and AdamW. The small batch is one chunk, and the
+    large batch has chunks of the same size. Memory is the peak of two steps minus that of the model, in a new process:
+    resident memory on the CPU, allocated memory on a GPU. Time is per pair; small steps run before and after each large
     one.
     """
 
@@ -43,7 +43,7 @@ class GradCacheOptions:
     tokens: int = option(128, "tokens of a text", minimum=1)
     layers: int = option(6, "layers of the encoder", minimum=1)
     hidden: int = option(384, "hidden size of the encoder", minimum=1)
-    rounds: int = option(1, "number of large steps that are timed", minimum=1)
+    rounds: int = option(1, "number of large steps to time", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def in_new_process(function: Callable[..., float], *arguments: object) -> float:
 
 
 def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
-    """Return the peak memory of two steps above that of the model, in GB."""
+    """Return the peak memory of two steps minus that of the model, in GB."""
     step = training_step(options, pairs, cache)
     if DEVICE == "cuda":
         model = torch.cuda.memory_allocated()
@@ -78,7 +78,7 @@ def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
 
 
 def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
-    """Return the median seconds per pair of small and of large steps."""
+    """Return the median seconds per pair, of small steps and of large steps."""
     small, large = training_step(options, options.small, False), training_step(options, options.pairs, True)
     small()
     small_times, large_times = [], []
@@ -107,7 +107,7 @@ def training_step(options: GradCacheOptions, pairs: int, cache: bool) -> Callabl
 
 
 def make_batch(options: GradCacheOptions, pairs: int) -> ContrastiveBatch:
-    """Return pairs of texts of full length, in chunks of the size of the small batch."""
+    """Return pairs of full-length texts, in chunks as large as the small batch."""
     texts = np.random.default_rng(0).integers(5, VOCABULARY, (2 * pairs, options.tokens))
     examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
     budget = 2 * options.small * options.tokens

@@ -38,9 +38,9 @@ STRATEGIES = ("ddp", "fsdp", "fsdp, GradCache")
 class ShardingOptions:
     """Compare a training step of a sharded encoder (trainer.strategy=fsdp) to one under DDP.
 
-    The default sizes are those of BERT-base, with experts in the attention of every second layer, and two chunks per
-    rank. Ranks are processes on the CPU (gloo), or one per GPU (NCCL). What a rank holds after a step is counted; the
-    peak is that of two steps, above the memory of the process before the model, or on the GPU.
+    The default sizes are those of BERT-base, with experts in the attention of every second layer. Each rank has two
+    chunks. Ranks are processes on the CPU (gloo), or one per GPU (NCCL). The sizes are those of a rank's tensors after
+    a step. The peak is that of two steps: on a GPU, of allocated memory; on the CPU, of the growth of the process.
     """
 
     ranks: int = option(2, "number of ranks", minimum=1)
@@ -49,7 +49,7 @@ class ShardingOptions:
     hidden: int = option(768, "hidden size of the encoder", minimum=1)
     pairs: int = option(8, "pairs of texts on each rank", minimum=1)
     tokens: int = option(64, "tokens of a text", minimum=1)
-    rounds: int = option(3, "number of steps that are timed", minimum=1)
+    rounds: int = option(3, "number of steps to time", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:
-    """Start the ranks, and return the largest figure of any rank."""
+    """Start the ranks, and return the largest value of each figure over ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,12 +75,12 @@ def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:
 
 
 def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) -> dict[str, float]:
-    """Return what one rank holds after a step, its peak memory, and the time of a step."""
+    """Return the size of one rank's tensors after a step, its peak memory, and the time of a step."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     address = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": options.ranks}
     dist.init_process_group("nccl" if on_gpu else "gloo", **address)
-    # Return freed blocks to the system, so that they do not count. This takes time, so it is off for the timing below.
+    # Return freed memory to the system, so that it does not count. This is slow, so it is off for the timing below.
     _mallopt(M_MMAP_THRESHOLD, 128 << 10)
     before = _peak()
     module = make_module(options, grad_cache="GradCache" in strategy).to(device).train()
@@ -133,7 +133,7 @@ def make_module(options: ShardingOptions, grad_cache: bool) -> ContrastiveModule
 
 
 def make_batch(options: ShardingOptions, rank: int) -> ContrastiveBatch:
-    """Return pairs of texts of full length, in two chunks."""
+    """Return pairs of full-length texts, in two chunks."""
     pairs = options.pairs
     texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, options.tokens))
     examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]

@@ -1,4 +1,4 @@
-"""Run several trainings one after the other on one of two ranks. test_sharded_runs.py starts both, like torchrun.
+"""Train several runs in sequence on one of two ranks. test_sharded_runs.py starts both, as torchrun would.
 
 python -m tests.experiments.sharded_runs RANK PORT FOLDER [key=value ...]
 """

@@ -1,4 +1,4 @@
-"""Runs with all options of the objective, from their configuration to their checkpoint."""
+"""Runs with all options of the objective, from configuration to checkpoint."""
 
 import json
 import subprocess
@@ -56,9 +56,7 @@ def test_all_options_together(plain, tmp_path):
     train("moe", [f"run.dir={tmp_path}", "trainer.max_steps=6", *QUICK, *EVERYTHING, *frozen])
     first, last = logged(tmp_path)
     for task, start in (("classification", 0.05), ("link_prediction", 0.1), ("search", 0.2)):
-        assert first[f"train/{task}/temperature"] == pytest.approx(
-            start
-        )  # the first step of each task, before its update
+        assert first[f"train/{task}/temperature"] == pytest.approx(start)  # logged before the first update
         assert 1e-4 < abs(last[f"train/{task}/temperature"] - start) < 0.5 * start
         assert last[f"train/{task}/distillation"] > 0
         assert last[f"train/{task}/contrastive"] > 0
@@ -99,7 +97,7 @@ def test_frozen_models_must_know_the_tasks(plain, tmp_path, make_encoder):
 
 @pytest.mark.slow
 def test_two_ranks_train_with_all_options(plain, tmp_path):
-    """Parameters of a single task are unused in the steps of the others, whatever the encoder."""
+    """The temperature of each task is unused in the steps of the others, whatever the encoder."""
     frozen = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
     overrides = ["trainer.max_steps=3", "trainer.devices=2", *QUICK, *EVERYTHING, *frozen]
     command = [sys.executable, "-m", "experiments.train", "vanilla", f"run.dir={tmp_path}", *overrides]

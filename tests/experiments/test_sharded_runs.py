@@ -1,4 +1,4 @@
-"""trainer.strategy=fsdp trains as ddp does, and each resumes from checkpoints of the other and of one process."""
+"""trainer.strategy=fsdp gives the results of ddp. Either resumes from checkpoints of the other and of one process."""
 
 import math
 import os
@@ -24,7 +24,7 @@ SETTINGS = [
     "trainer.log_every_n_steps=1",
     "data.schedule=proportional",
     "data.token_budget=256",
-    "backbone.dropout=0",  # differs by rank
+    "backbone.dropout=0",  # dropout differs by rank
     "optim.eps=1e-4",
     "checkpoint.every_n_steps=2",
     f"evaluation.every_n_steps={STEPS}",

@@ -1,4 +1,4 @@
-"""An independent objective, in numpy loops over one query at a time, and random batches to compare it on."""
+"""An independent implementation of the objective in numpy loops over queries, and random batches to compare on."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from datamodules.records import ContrastiveBatch
 
 
 def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives=3, num_negatives=2, task="search"):
-    """Return queries with 1 to num_positives positives, 0 to num_negatives hard negatives, and more known positives.
+    """Return a batch in which queries have further known positives, and some texts have the same key.
 
-    Some texts have the same key.
+    num_positives, num_negatives: maximum number of positives and of hard negatives per query.
     """
     ids = rng.permutation(num_ids)[:num_documents]
     positives = np.full((num_queries, num_positives), -1)
@@ -25,7 +25,7 @@ def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives
         negatives[b, :num_own] = columns[num_positives : num_positives + num_own]
         known[b, :count] = ids[columns[:count]]
         known[b, num_positives] = ids[columns[-1]]  # a positive that was not sampled
-        known[b, num_positives + 1] = num_ids + 5  # and one that is not in the batch
+        known[b, num_positives + 1] = num_ids + 5  # a positive that is not in the batch
     return ContrastiveBatch(
         step=0,
         task=task,
@@ -53,7 +53,7 @@ def log_sum_exp(values):
 
 
 def row_loss(scores, positives, masked, form, in_denominator):
-    """Return InfoNCE of one query. scores: divided by the temperature, (C,). masked: columns that are not negatives."""
+    """Return InfoNCE of one query. scores: divided by the temperature, (C,). masked: masked columns."""
     negatives = [c for c in range(len(scores)) if c not in masked and c not in positives]
     log_q = []
     for p in positives:
@@ -82,7 +82,7 @@ def distillation_loss(student, teacher, positives, candidates, temperature, opti
 
 
 def reference(vectors, batch, options, temperature, guide=None, teacher=None):
-    """Return the loss of vectors (U, D). guide, teacher: vectors of queries and documents, compared by dot product."""
+    """Return the loss of vectors (U, D). guide, teacher: vectors of queries and of documents."""
     total = 0.0
     weights = [1.0, *(options.matryoshka_weights or [1.0] * len(options.matryoshka))]
     for prefix, weight in zip([None, *options.matryoshka], weights, strict=True):

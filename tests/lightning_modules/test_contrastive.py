@@ -1,4 +1,4 @@
-"""The training step."""
+"""The training step, and training with it."""
 
 import lightning as L
 import numpy as np
@@ -10,6 +10,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.optim import OptimOptions
 from tests.conftest import toy_collection
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
 def first_batch(data, step=0):
@@ -17,7 +18,7 @@ def first_batch(data, step=0):
 
 
 def test_loss_equals_numpy_with_known_positives_masked(make_encoder, make_task):
-    """Several papers share labels: without the mask, a label would be the negative of its own papers."""
+    """Papers share labels, so without the mask, a label would be a negative of its own papers."""
     data = make_task(ClassificationDataModule, "classification", toy_collection(12, 4), batch_size=8)
     module = ContrastiveModule(make_encoder("attention", pooling="mean"), similarity="cosine", temperature=0.1).eval()
     batch = first_batch(data)
@@ -66,10 +67,7 @@ def test_training_turns_dropout_on_for_a_backbone_in_eval_mode(make_encoder, mak
         def on_train_batch_end(self, trainer, module, *_):
             modes.append(all(m.training for m in module.encoder.modules()))
 
-    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, callbacks=[Watch()], default_root_dir=tmp_path, **options
-    ).fit(module, data)
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[Watch()]).fit(module, data)
     assert modes == [True, True]
 
 
@@ -98,10 +96,7 @@ def test_learned_temperature_is_saved_resumed_and_kept_in_its_range(make_encoder
         module = ContrastiveModule(
             make_encoder("attention"), similarity="cosine", temperature=0.1, optim=optim, total_steps=8, **learned
         )
-        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(
-            max_steps=4, accelerator="cpu", logger=False, callbacks=[Save()], default_root_dir=tmp_path, **quiet
-        )
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[Save()])
         trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
         (group,) = [g for g in trainer.optimizers[0].param_groups if g["initial_lr"] == lr]
         assert group["weight_decay"] == 0

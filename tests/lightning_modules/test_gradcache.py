@@ -1,8 +1,7 @@
-"""GradCache gives the same vectors, dropout and gradients as the plain pass, in the memory of one chunk."""
+"""GradCache gives the same vectors, dropout and gradients as a plain step, with the graph of one chunk in memory."""
 
 import weakref
 
-import lightning as L
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
 from tests.conftest import TASKS, toy_collection
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 INSTRUCTIONS = {"classification": "bara beli", "link_prediction": "bomu bito buna", "search": "cara celi"}
 VARIANTS = {
@@ -126,7 +126,7 @@ def test_experts_of_other_tasks_have_no_gradient(make_module, batch):
 
 
 def peak_of_saved(module, function):
-    """Return the peak of bytes that graphs hold while a function runs, without parameters."""
+    """Return the peak size of the tensors that graphs keep while a function runs, parameters aside, in bytes."""
     held, sizes = {"now": 0, "peak": 0}, {}
     known = {p.data_ptr() for p in module.parameters()}
 
@@ -151,7 +151,7 @@ def peak_of_saved(module, function):
     return held["peak"]
 
 
-def test_graphs_are_as_large_as_that_of_one_chunk(make_module, make_task):
+def test_memory_of_graphs_is_that_of_one_chunk(make_module, make_task):
     options = {"batch_size": 64, "token_budget": 128}
     data = make_task(ClassificationDataModule, "classification", toy_collection(80, 80), **options)
     batch = data.train_dataloader().batches[0]
@@ -166,7 +166,7 @@ def test_graphs_are_as_large_as_that_of_one_chunk(make_module, make_task):
 
 
 def gradients_of(module, batch, gradients):
-    """Return the gradient of every parameter from those of the vectors (U, D), chunk by chunk under bf16."""
+    """Return the gradient of every parameter from those of the vectors (U, D), chunk by chunk in bf16."""
     module.zero_grad(set_to_none=True)
     start = 0
     for index, chunk in enumerate(batch.chunks):
@@ -217,17 +217,7 @@ def test_training_equals_the_plain_one_bit_for_bit(make_module, make_task, tmp_p
     for cache in (False, True):
         data = make_task(ClassificationDataModule, "classification", token_budget=40)
         module = make_module("attention", grad_cache=cache, optim=OptimOptions(lr=0.01), total_steps=4)
-        trainer = L.Trainer(
-            max_steps=4,
-            accelerator="cpu",
-            accumulate_grad_batches=accumulate,
-            gradient_clip_val=0.5,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
+        trainer = quiet_trainer(tmp_path, max_steps=4, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
         trainer.fit(module, data)
         assert trainer.global_step == 4
         weights.append(module.state_dict())

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every row is on a line of its own, whatever happened to the one before."""
+"""metrics.jsonl: each row is on a line of its own, even after a kill or a full disk."""
 
 import json
 import resource
@@ -28,7 +28,7 @@ def test_row_written_after_a_kill_starts_on_its_own_line(tmp_path, cut):
     logger.log_metrics({"loss": 3.0}, step=3)
     logger.log_metrics({"loss": 4.0}, step=4)
     steps = [row["step"] for row in readable_rows(path)]
-    assert steps == ([1, 2, 3, 4] if cut == 1 else [1, 3, 4])  # only the newline was missing, or part of the row
+    assert steps == ([1, 2, 3, 4] if cut == 1 else [1, 3, 4])  # a cut of 1 removes only the newline
 
 
 def test_rows_wait_until_the_disk_has_room(tmp_path, caplog):

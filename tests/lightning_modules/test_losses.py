@@ -1,4 +1,4 @@
-"""Losses and masks against loops of numpy. The whole objective is in test_objective.py."""
+"""Losses and masks equal numpy loops. The whole objective is tested in test_objective.py."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_with_one_positive_every_form_is_cross_entropy():
         torch.testing.assert_close(info_nce(scores, padded, form), expected)
 
 
-def test_student_with_the_scores_of_its_teacher_has_no_loss():
+def test_distillation_loss_is_zero_for_the_scores_of_the_teacher():
     torch.manual_seed(0)
     scores, candidates = torch.randn(4, 7), torch.rand(4, 7) < 0.6
     positives = torch.tensor([[0, 2], [1, -1], [2, 5], [3, -1]])
@@ -66,7 +66,7 @@ def test_margin_mse_is_zero_without_negatives():
     assert torch.equal(student.grad, torch.zeros(1, 3))
 
 
-def test_half_precision_becomes_float32():
+def test_half_precision_is_compared_in_float32():
     vectors = torch.randn(2, 768) * 10
     assert comparable(vectors.bfloat16()).dtype == torch.float32
     assert comparable(vectors.double()).dtype == torch.float64

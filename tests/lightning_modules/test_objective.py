@@ -52,7 +52,7 @@ class FrozenModel:
 
 
 def frozen_models(options, rng, batch):
-    """Return the frozen models that the options name."""
+    """Return a frozen model for each that the options name."""
     models = {"guide": options.guide.model, "teacher": options.teacher.model}
     return {name: FrozenModel(rng, batch) for name, model in models.items() if model}
 
@@ -98,7 +98,7 @@ def test_gradients_equal_finite_differences(case, memory):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("memory", [1e-6, 2.2e-3])
 def test_blocks_equal_the_whole(case, memory, monkeypatch):
-    """Loss, gradients of vectors and temperature, and accuracy, with scores of one or a few rows at a time."""
+    """Compare loss, accuracy, and gradients of vectors and temperature, for blocks of one or a few rows."""
     results, sizes = [], []
 
     def spy(block_loss, block_size, queries, *rest):
@@ -152,7 +152,7 @@ def test_blocks_work_without_gradients():
         assert objective(vectors, batch)["loss"].item() == expected
 
 
-def test_memory_budget_sets_the_rows_of_a_block():
+def test_memory_budget_sets_the_size_of_blocks():
     assert rows_per_block(1, torch.zeros(1024, 3)) == 2**20 // (1024 * 4 * 4)
     assert rows_per_block(512, torch.zeros(2**26, 1)) == 1
 

@@ -15,7 +15,7 @@ COSINE = {"similarity": "cosine", "temperature": 0.05}
 
 
 class Vectors(nn.Sequential):
-    """A stand-in for a model: its output is its input."""
+    """A stand-in for a model that returns its input."""
 
     def __init__(self):
         super().__init__(nn.Identity())
@@ -91,9 +91,9 @@ def test_cached_multiple_negatives_ranking():
     reps = [[c.detach().requires_grad_() for c in column.split(2)] for column in columns]
     expected = loss.calculate_loss(reps, with_backward=True)
     cached = [torch.cat([part.grad for part in column]) for column in reps]
-    found = loss_of(columns, batch, score_memory=1e-6, **COSINE)  # in blocks of a single row
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-    for one, other in zip(torch.autograd.grad(found, columns), cached, strict=True):
+    ours = loss_of(columns, batch, score_memory=1e-6, **COSINE)  # in blocks of a single row
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
+    for one, other in zip(torch.autograd.grad(ours, columns), cached, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_gist_embed(kind, margin):
     columns, batch = world(5, 1)
     guide = [torch.nn.functional.normalize(torch.randn(B, 4, dtype=torch.float64), dim=1) for _ in range(3)]
     options = {"margin_strategy": kind, "margin": margin, "contrast_anchors": False, "contrast_positives": False}
-    loss = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)  # its constructor wants two tokenizers
+    loss = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)  # its constructor requires two tokenizers
     nn.Module.__init__(loss)
     loss.model, loss.guide, loss.temperature, loss.must_retokenize = Vectors(), Guide(guide), 0.05, False
     loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()

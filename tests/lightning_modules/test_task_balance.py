@@ -1,4 +1,4 @@
-"""Each method of balancing tasks equals a few lines of numpy, alone and in a training."""
+"""Each method of balancing tasks equals a few lines of numpy, both alone and in training."""
 
 import math
 
@@ -19,10 +19,11 @@ from lightning_modules.task_balance import (
     pcgrad_coefficients,
 )
 from tests.conftest import TASKS
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
 def projected(gradients, orders):
-    """Apply algorithm 1 of PCGrad to the vectors themselves."""
+    """Apply algorithm 1 of PCGrad to the gradients themselves."""
     total = np.zeros_like(gradients[0])
     for i, row in enumerate(gradients.copy()):
         for j in orders[i]:
@@ -38,7 +39,7 @@ def orders_of(seed, count):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pcgrad_equals_projecting_the_vectors(seed):
+def test_pcgrad_equals_projecting_the_gradients(seed):
     gradients = np.random.default_rng(seed).normal(size=(4, 6)) + np.array([[2], [-2], [1], [-1]])
     products = gradients @ gradients.T
     assert (products < 0).any()
@@ -51,7 +52,7 @@ def test_pcgrad_does_not_change_gradients_that_agree():
     assert pcgrad_coefficients(torch.tensor([[1.0, 0.5], [0.5, 2.0]]), 0).tolist() == [1.0, 1.0]
 
 
-def test_gradnorm_equals_numpy_and_brings_the_norms_together():
+def test_gradnorm_equals_numpy_and_equalises_the_norms():
     norms, losses, first = np.array([4.0, 1.0, 0.5]), np.array([2.0, 1.0, 3.0]), np.array([2.0, 2.0, 3.0])
     weights, reference = torch.ones(3).double(), np.ones(3)
     for _ in range(300):
@@ -66,7 +67,7 @@ def test_gradnorm_equals_numpy_and_brings_the_norms_together():
     np.testing.assert_allclose(relative / relative.mean(), 1, atol=0.15)
 
 
-def test_uncertainty_equals_its_formula_and_learns_the_scale_of_the_losses():
+def test_uncertainty_equals_its_formula_and_learns_the_scale_of_losses():
     weights = UncertaintyWeights(["easy", "hard"]).double()
     scales = {"easy": 0.1, "hard": 3.0}
     optimizer = torch.optim.SGD(weights.parameters(), lr=0.5)
@@ -103,22 +104,13 @@ class Spy(L.Callback):
 
 
 def fitted(module, three_tasks, tmp_path, *callbacks, steps=2):
-    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        accumulate_grad_batches=12 // steps,
-        logger=False,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        **options,
-    )
+    trainer = quiet_trainer(tmp_path, max_steps=steps, accumulate_grad_batches=12 // steps, callbacks=list(callbacks))
     trainer.fit(module, three_tasks)
     assert trainer.global_step == steps
 
 
 def task_gradients(module, three_tasks):
-    """Return task -> name -> gradient of the first six batches, as an optimizer step accumulates them."""
+    """Return task -> parameter name -> gradient, accumulated over the first six batches."""
     by_task = {}
     for batch in [three_tasks.train_dataloader().batches[step] for step in range(6)]:
         module.zero_grad(set_to_none=True)
@@ -141,7 +133,7 @@ def make_module(make_encoder, kind="both", **options):
 
 
 def trained_on_classification(module, three_tasks):
-    """Train on one task, after which the gradients of the tasks conflict."""
+    """Train on one task, so that the gradients of the tasks conflict."""
     batch = three_tasks.train_dataloader().batches[0]
     assert batch.task == "classification"
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
@@ -175,7 +167,7 @@ def test_gradnorm_in_training_weights_all_gradients_of_a_task(make_encoder, thre
     fitted(make_module(make_encoder, "shared"), three_tasks, tmp_path, balance, spy, steps=1)
     assert balance.weights.sum().item() == pytest.approx(3)
     module = make_module(make_encoder, "shared").train()
-    by_task, total = {}, {}
+    by_task = {}
     for batch in [three_tasks.train_dataloader().batches[step] for step in range(12)]:
         module.zero_grad(set_to_none=True)
         (module.training_step(batch, 0)["loss"] / 12).backward()

@@ -1,9 +1,8 @@
-"""The best checkpoint is the best one that was saved."""
+"""The best checkpoint is the best of those that could be saved."""
 
 import errno
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from lightning_modules.callbacks import checkpoint, evaluation
 from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.contrastive import ContrastiveModule
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
 def scripted_result(step):
@@ -19,7 +19,7 @@ def scripted_result(step):
 
 
 class Scripted(Evaluation):
-    """An evaluation that knows the step it is at, for fixed results."""
+    """An evaluation with fixed results for each step."""
 
     def on_train_batch_end(self, trainer, module, *_):
         self.step = trainer.global_step
@@ -42,17 +42,8 @@ def fitted(make_encoder, make_task, tmp_path, monkeypatch):
         callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
         monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: scripted_result(callback.step))
         monkeypatch.setattr(checkpoint, "write_checkpoint", write_if_there_is_room)
-        trainer = L.Trainer(
-            max_steps=3,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[callback],
-            plugins=[SafeCheckpointIO(tmp_path / "last.ckpt", 1)],
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        plugins = [SafeCheckpointIO(tmp_path / "last.ckpt", 1)]
+        trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[callback], plugins=plugins)
         trainer.fit(ContrastiveModule(make_encoder("shared"), total_steps=3), data)
         return callback
 
@@ -66,4 +57,4 @@ def test_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, fu
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert saved["global_step"] == best_step
     (state,) = (state for name, state in saved["callbacks"].items() if name == "Scripted")
-    assert (state["best_step"], state["best"]) == (best_step, best)  # a run that resumes from it knows its best
+    assert (state["best_step"], state["best"]) == (best_step, best)  # for a run that resumes from it

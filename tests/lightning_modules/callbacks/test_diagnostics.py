@@ -1,4 +1,4 @@
-"""Diagnostics equal a few lines of numpy, and do not affect the training."""
+"""Diagnostics equal a few lines of numpy, and do not affect training."""
 
 import dataclasses
 import itertools
@@ -26,6 +26,7 @@ from lightning_modules.loggers import JsonlLogger
 from lightning_modules.optim import OptimOptions
 from lightning_modules.pictures import write_expert_picture
 from tests.conftest import TASKS
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
 def test_effective_negatives_equal_numpy():
@@ -83,23 +84,13 @@ def fitted(make_encoder, three_tasks, folder, *callbacks, kind="both", cache=Fal
     options = {"similarity": "cosine", "temperature": 0.05, "grad_cache": cache}
     module = ContrastiveModule(encoder, optim=OptimOptions(lr=0.01), total_steps=6, **options)
     logger = JsonlLogger(folder / "metrics.jsonl")
-    trainer = L.Trainer(
-        max_steps=6,
-        accelerator="cpu",
-        accumulate_grad_batches=2,
-        logger=logger,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(folder, max_steps=6, accumulate_grad_batches=2, logger=logger, callbacks=list(callbacks))
     trainer.fit(module, three_tasks)
     return module
 
 
 class Rows(L.Callback):
-    """Collects what is logged."""
+    """Collects logged metrics as (step, values)."""
 
     def __init__(self):
         self.rows = []
@@ -110,7 +101,7 @@ class Rows(L.Callback):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_diagnostics_do_not_change_the_training(make_encoder, three_tasks, tmp_path, cache):
+def test_diagnostics_do_not_change_training(make_encoder, three_tasks, tmp_path, cache):
     rows = Rows()
     without = fitted(make_encoder, three_tasks, tmp_path, cache=cache).state_dict()
     watched = fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(2), cache=cache)
@@ -171,11 +162,11 @@ def texts_of(content):
 
 def test_matrices_are_drawn_as_logged_at_evaluations_and_at_the_end(make_encoder, three_tasks, tmp_path, monkeypatch):
     rows, pictures = Rows(), []
-    monkeypatch.setattr(
-        JsonlLogger,
-        "log_picture",
-        lambda self, name, path, step: pictures.append((step, name, path.read_text())),
-    )
+
+    def log_picture(self, name, path, step):
+        pictures.append((step, name, path.read_text()))
+
+    monkeypatch.setattr(JsonlLogger, "log_picture", log_picture)
     fitted(make_encoder, three_tasks, tmp_path, rows, Diagnostics(3, 4, tmp_path / "experts.svg"))
     assert [(step, name) for step, name, _ in pictures] == [(4, "diag/experts"), (6, "diag/experts")]
     for (step, _, content), (measured_at, values) in zip(pictures, rows.rows, strict=True):
@@ -193,7 +184,7 @@ def test_colours_of_cells(tmp_path):
     values = {"a/transplant/a": 1.0, "a/transplant/b": 3.0, "b/transplant/b": 1.0, "b/gradient_cosine/a": -0.5}
     assert write_expert_picture(tmp_path / "x.svg", values, ["a", "b"], ["a", "b"], "<now>")
     boxes = list(ElementTree.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}rect"))[1:]
-    # Transplants have row a only, as no other expert was tried on b. Then half a conflict, in both orders.
+    # The first matrix has only row a, because b has only one expert. The second is a conflict, in both orders.
     cells = [(box.get("fill"), float(box.get("fill-opacity"))) for box in boxes]
     assert [opacity for _, opacity in cells] == [0.0, 0.7, 0.35, 0.35]
     assert {fill for fill, opacity in cells if opacity} == {"#c0392b"}

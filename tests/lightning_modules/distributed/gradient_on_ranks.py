@@ -1,4 +1,4 @@
-"""Compare the gradient of an optimizer step under DDP with that of one process. test_gradient.py starts every rank.
+"""Compare the gradient of an optimizer step under DDP with that of one process. test_ranks.py starts every rank.
 
     python -m tests.lightning_modules.distributed.gradient_on_ranks RANK WORLD_SIZE PORT
 

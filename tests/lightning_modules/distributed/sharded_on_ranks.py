@@ -1,4 +1,4 @@
-"""Compare optimizer steps of a sharded encoder with those of DDP. test_sharding.py starts every rank.
+"""Compare optimizer steps of a sharded encoder with those of DDP. test_ranks.py starts every rank.
 
     python -m tests.lightning_modules.distributed.sharded_on_ranks RANK WORLD_SIZE PORT
 
