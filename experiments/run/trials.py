@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -61,14 +62,13 @@ class Trial:
         return (self.folder / "results.json").is_file()
 
     def __str__(self) -> str:
-        return " ".join(as_override(key, value) for key, value in self.values.items())
+        return " ".join(starmap(as_override, self.values.items()))
 
     def arguments(self, sweep: Sweep) -> list[str]:
         """Return the key=value arguments that only this trial has."""
-        overrides = [as_override(key, value) for key, value in self.values.items()]
         has_group = any(text.startswith("wandb.group=") for text in sweep.overrides)
         group = [] if has_group else [f"wandb.group={self.folder.parent.name}"]
-        return [*overrides, f"run.dir={self.folder}", *group]
+        return [*starmap(as_override, self.values.items()), f"run.dir={self.folder}", *group]
 
     def metric_values(self, metric: str) -> dict[int, float]:
         """Return the logged values of a metric by step. If a step was logged twice, the last row counts."""
@@ -284,12 +284,8 @@ class Controller:
 
     def _stop_if_behind(self, trial: Trial, values: Mapping[int, float], process: subprocess.Popen) -> None:
         """Stop a trial that is behind the others. values: its values of the metric by step."""
-        others = [
-            list(other.metric_values(self.sweep.metric).values())
-            for other in self.trials
-            if other.number != trial.number
-        ]
-        rule = self.sweep.early_terminate
+        metric, rule = self.sweep.metric, self.sweep.early_terminate
+        others = [list(t.metric_values(metric).values()) for t in self.trials if t.number != trial.number]
         if reason := rule.reason(list(values.values()), others, self.sweep.maximize):
             self._stop_reasons[trial.number] = {"step": max(values), "reason": reason}
             # Before the signal: even if this process is killed in between, no other controller resumes the trial.
@@ -336,16 +332,14 @@ def environment(slot: int, parallel: int) -> dict[str, str]:
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     variables |= {"LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
-    if parallel > 1 and (gpus := _gpus()):
-        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if parallel > 1:
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return variables
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _make_variables() -> list[str]:

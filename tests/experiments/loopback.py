@@ -1,4 +1,4 @@
-"""A file server on this machine that can fail in several ways."""
+"""A local file server that can fail in several ways."""
 
 from __future__ import annotations
 
@@ -13,23 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Loopback:
-    """State of the server.
+    """State of the server."""
 
-    files: content by path. requests: path and Range header of each request. ranges, tags, lengths: whether the server
-    supports ranges, ETag and Content-Length. dies_after: number of bytes after which an answer breaks off, one entry
-    per request. status: status of an answer, one entry per request. waits: seconds to wait after each 64 KiB.
-    headers: further headers of every answer.
-    """
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-    ranges: bool = True
-    tags: bool = True
-    lengths: bool = True
-    dies_after: list[int] = field(default_factory=list)
-    status: list[int] = field(default_factory=list)
-    waits: float = 0.0
-    headers: dict[str, str] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # content by path
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header of each request
+    ranges: bool = True  # whether Range is supported
+    tags: bool = True  # whether responses have an ETag
+    lengths: bool = True  # whether responses have a Content-Length
+    dies_after: list[int] = field(default_factory=list)  # bytes before a response breaks off, one per request
+    status: list[int] = field(default_factory=list)  # error status of a response, one per request
+    waits: float = 0.0  # seconds to wait after each 64 KiB
+    headers: dict[str, str] = field(default_factory=dict)  # further headers of every response
     url: str = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:

@@ -355,12 +355,8 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_share_the_evaluation(tmp_path):
-    overrides = [
-        "trainer.max_steps=4",
-        "trainer.devices=2",
-        "evaluation.every_n_steps=2",
-        "trainer.log_every_n_steps=1",
-    ]
+    every = ["evaluation.every_n_steps=2", "trainer.log_every_n_steps=1"]
+    overrides = ["trainer.max_steps=4", "trainer.devices=2", *every]
     done = subprocess.run(command(tmp_path, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = check_complete(tmp_path, steps=4)

@@ -14,12 +14,12 @@ from lightning_modules.distributed.signals import Preempted
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """Return a function that installs a scontrol with an exit status, and returns the file with its calls."""
+    """Return a function that installs a stub of scontrol with an exit status, and returns the file with its calls."""
     for key in [key for key in os.environ if key.startswith("SLURM_")]:
         monkeypatch.delenv(key)
     calls = tmp_path / "scontrol.txt"
 
-    def put(status=0):
+    def install(status=0):
         program = tmp_path / "scontrol"
         program.write_text(
             f'#!/bin/sh\necho "$@" >> {calls}\n[ {status} = 0 ] || echo "not allowed" >&2\nexit {status}\n'
@@ -28,33 +28,33 @@ def scontrol(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         return calls
 
-    return put
+    return install
 
 
-def job(monkeypatch, **more):
-    for key, value in ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"} | more).items():
+def set_job(monkeypatch, **variables):
+    for key, value in ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"} | variables).items():
         monkeypatch.setenv(key, value)
 
 
 def test_sigusr1_requeues_the_job(tmp_path, monkeypatch, scontrol):
     calls = scontrol()
-    job(monkeypatch)
+    set_job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
-    job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
+    set_job(monkeypatch, SLURM_ARRAY_JOB_ID="10", SLURM_ARRAY_TASK_ID="3")
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     assert calls.read_text() == "requeue 12\nrequeue 10_3\n"
 
 
 def test_only_the_first_rank_requeues(tmp_path, monkeypatch, scontrol):
     calls = scontrol()
-    job(monkeypatch, SLURM_PROCID="1")
+    set_job(monkeypatch, SLURM_PROCID="1")
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 0
     assert not calls.exists()
 
 
 def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch, scontrol, caplog):
     scontrol(status=1)
-    job(monkeypatch)
+    set_job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
     assert "job 12: scontrol cannot requeue it from here (not allowed), exiting with status 75" in caplog.text
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
@@ -63,12 +63,12 @@ def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch
 
 def test_a_cancelled_job_is_not_requeued(tmp_path, monkeypatch, scontrol):
     calls = scontrol()
-    job(monkeypatch)
+    set_job(monkeypatch)
     assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 143
     assert not calls.exists()
 
 
-def test_without_slurm_the_status_says_that_the_run_can_be_resumed(tmp_path, scontrol, capsys):
+def test_exit_status_without_slurm_depends_on_the_signal(tmp_path, scontrol, capsys):
     calls = scontrol()
     assert exit_status(Preempted(signal.SIGTERM), tmp_path) == 75
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75

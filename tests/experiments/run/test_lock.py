@@ -1,4 +1,4 @@
-"""The lock that lets one job train in a folder, and the primitive behind all locks."""
+"""The lock that lets only one job train in a folder, and the file lock behind it."""
 
 import errno
 import os
@@ -15,8 +15,8 @@ from experiments.run import lock as run_lock
 from experiments.run.lock import lock_run
 
 
-def holder_of(folder):
-    """Fork a process that holds the folder's lock until it is killed, and return its id."""
+def fork_holder(folder):
+    """Fork a process that holds the folder's lock until it is killed. Returns its id."""
     ready, calls = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -31,7 +31,7 @@ def holder_of(folder):
 def test_a_second_job_is_refused_but_not_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
     folder = tmp_path / "run"
-    holder = holder_of(folder)
+    holder = fork_holder(folder)
     try:
         with pytest.raises(UserError, match=rf"run is in use by process {holder} on .* since 20"), lock_run(folder):
             pass
@@ -48,7 +48,7 @@ def test_a_second_job_is_refused_but_not_after_a_kill(tmp_path, monkeypatch):
 
 def test_the_next_attempt_waits_for_the_end_of_the_previous_one(tmp_path, caplog):
     caplog.set_level("INFO")
-    holder = holder_of(tmp_path / "run")
+    holder = fork_holder(tmp_path / "run")
     threading.Timer(0.5, os.kill, (holder, signal.SIGKILL)).start()
     with lock_run(tmp_path / "run"):
         assert os.waitpid(holder, os.WNOHANG) == (holder, signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_a_run_is_locked_under_every_name_of_its_folder(tmp_path, monkeypatch):
     (runs / "a").mkdir(parents=True)
     link.symlink_to(runs / "a")
     (tmp_path / "elsewhere").symlink_to(runs)
-    holder = holder_of(runs / "a")
+    holder = fork_holder(runs / "a")
     try:
         for name in (link, tmp_path / "elsewhere" / "a", runs / ".." / "runs" / "a"):
             assert run_lock.is_in_use(name)
