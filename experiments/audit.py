@@ -19,7 +19,6 @@ from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.leaks import EXAMPLES, Leaks, find_leaks
 from experiments.config.experiment import ExperimentOptions, digest, parse_experiment
-from experiments.config.schema import Config
 from experiments.shared.console import entry_point, table_console
 
 log = logging.getLogger(__name__)
@@ -29,19 +28,21 @@ log = logging.getLogger(__name__)
 class AuditOptions(ExperimentOptions):
     """Report the evaluation texts that are in the training data of an experiment.
 
-    The texts that it trains on are compared with the queries of its dev and test splits, with the corpora of its
-    collections without train split, and with further folders. Documents that the splits of a collection share are not
-    leaks; a test query that is trained on is one. Ids are compared within a collection only.
+    Training texts are compared with the queries of the dev and test splits, with the corpora of collections without a
+    train split, and with further folders. Documents that the splits of a collection share are not leaks, but a test
+    query among the training queries is. Ids are only compared within a collection.
     """
 
-    beir: tuple[str, ...] = option((), "further evaluations: folders in BEIR layout or of JSON lines")
-    output: Path | None = option(None, "file of the report; by default one per configuration and beir in audits/")
-    examples: int = option(5, "leaks shown per set and way of comparison", minimum=0, maximum=EXAMPLES)
+    beir: tuple[str, ...] = option((), "further evaluations: folders in BEIR layout or with JSON lines")
+    output: Path | None = option(None, "JSON file of the report; by default, audits/<experiment>-<scale>-<hash>.json")
+    examples: int = option(5, "leaks to show per set and way of comparing", minimum=0, maximum=EXAMPLES)
 
 
 def main(arguments: Sequence[str]) -> None:
     options, config = parse_experiment(AuditOptions, arguments)
-    output = options.output or default_output(config, options.beir)
+    folders = [str(Path(folder).resolve()) for folder in options.beir]
+    digits = hashlib.blake2b(repr((digest(config), folders)).encode(), digest_size=3).hexdigest()
+    output = options.output or Path("audits") / f"{config.experiment}-{config.scale}-{digits}.json"
     data = build_data(config)
     started = time.perf_counter()
     leaks = find_leaks(data.tasks, options.beir, corpora=True)
@@ -58,13 +59,6 @@ def main(arguments: Sequence[str]) -> None:
     log.info("compared %s training texts in %.1f s; the report is in %s", f"{leaks.trained:,}", seconds, output)
 
 
-def default_output(config: Config, folders: Sequence[str]) -> Path:
-    """Return a file name that depends on the configuration and the folders it is compared with."""
-    resolved = [str(Path(folder).resolve()) for folder in folders]
-    digits = hashlib.blake2b(repr((digest(config), resolved)).encode(), digest_size=3).hexdigest()
-    return Path("audits") / f"{config.experiment}-{config.scale}-{digits}.json"
-
-
 def _report(leaks: Leaks, num_examples: int) -> dict[str, Any]:
     evaluated = {
         name: asdict(each) | {"examples": _examples(each.examples, num_examples)} for name, each in leaks.sets.items()
@@ -73,7 +67,7 @@ def _report(leaks: Leaks, num_examples: int) -> dict[str, Any]:
 
 
 def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """Return `count` examples of each way of comparison; a pair that several ways find is listed once."""
+    """Return up to `count` examples per way of comparing. A pair that several ways find is listed once."""
     pairs: dict[str, str] = {}
     for texts in examples.values():
         new = [text for text in texts if text.rpartition(" by ")[0] not in pairs][:count]

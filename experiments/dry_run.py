@@ -31,30 +31,30 @@ from lightning_modules.retrieval.compute import computing_in
 
 log = logging.getLogger(__name__)
 
-WARM_UP, MEASURED = 2, 6  # batches of each task
-TEXTS = 256  # texts of each benchmark that are encoded
+WARM_UP, MEASURED = 2, 6  # batches per task
+TEXTS = 256  # texts to encode, of each corpus and of its queries
 
 
 @dataclass(kw_only=True)
 class DryRunOptions(ExperimentOptions):
     """Predict the memory and time of a training.
 
-    Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. The rest is
-    computed for the configured ranks and steps. Nothing is written except the cache of the data.
+    Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. From these it
+    computes the cost of the configured ranks and steps. It writes nothing except the cache of the data.
     """
 
 
 @dataclass
 class TaskCost:
-    """Mean cost of one batch of a task on one rank."""
+    """Mean cost of a batch of a task on one rank."""
 
     seconds: float  # preparing the batch, forward and backward
     tokens: float
     queries: float
     documents: float  # candidates of each query, over all ranks
-    batches: int  # of the whole training, on each rank
-    scores: float  # bytes of the similarities with the documents of all ranks
-    flops: float  # forward and backward: 6 per parameter and token
+    batches: int  # number in the whole training, on each rank
+    scores: float  # bytes, of the similarities with the documents of all ranks
+    flops: float  # of forward and backward, 6 per parameter and token
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Prediction:
     optimizer: int
     process: int  # Python, libraries and data; on a GPU, other memory
     activations: int  # the rest of the peak
-    further: int  # vectors of other ranks' documents, and similarities with them
-    gathered: int  # weights and gradients that are whole while a layer is computed (trainer.strategy=fsdp)
+    further: int  # vectors of the other ranks' documents, and similarities with them
+    gathered: int  # unsharded weights and gradients while a layer is computed (trainer.strategy=fsdp)
     update: float  # clipping and optimizer, per step
     evaluation: float
     start: float  # reading the data, building the encoder, tokenising
@@ -106,9 +106,9 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
 
 
 def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
-    """Train a few steps of every task, which changes the module's weights, and compute the rest.
+    """Train a few steps of every task, which changes the module's weights, and compute the rest from them.
 
-    built: seconds that data and module took to build.
+    built: seconds that building data and module took.
     """
     device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
     module.to(device).train()
@@ -127,7 +127,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
             steps.take(batch)
     optimizer = steps.optimizer_bytes()
     process = max(0, memory.now() - weights - optimizer)
-    memory.forget_peak()
+    memory.reset_peak()
     costs, updates, gradients = {}, [], 0
     for name, all_batches in batches.items():
         measured = all_batches[WARM_UP:]
@@ -165,16 +165,16 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _gathered_bytes(encoder: Encoder) -> int:
-    """Return the bytes of weights and gradients that are whole at once when they are sharded.
+    """Return the bytes of unsharded weights and gradients during a sharded step.
 
-    These are everything outside of layers, and two neighbouring layers, since the next one is gathered early.
+    They belong to the modules outside of layers and to two adjacent layers, since the next layer is gathered early.
     """
     layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
     return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
 
 
 class _Steps:
-    """Optimizer steps of one batch each, timed."""
+    """Timed optimizer steps of one batch each."""
 
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
@@ -183,7 +183,7 @@ class _Steps:
         self.gradients = 0  # bytes, of the last step
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
-        """Return the seconds of forward and backward, and of clipping and the optimizer."""
+        """Train on a batch. Return the seconds of forward and backward, and those of clipping and the optimizer."""
         started = self._time()
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
@@ -230,14 +230,14 @@ def _cost(
 
 
 def _active_parameters(module: ContrastiveModule) -> int:
-    """Return the number of parameters of a forward pass: no embeddings, and one expert of each kind."""
+    """Return the number of parameters in a forward pass: no embeddings, and one expert per layer."""
     tasks = max(1, len(set(module.encoder.tasks.values())))
     sizes = [(name, p.numel()) for name, p in module.encoder.named_parameters() if "embeddings" not in name]
     return sum(size // tasks if ".experts." in name else size for name, size in sizes)
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
-    """Return the seconds of encoding in all evaluations on one rank. Ranking is not counted."""
+    """Return the seconds that encoding for all evaluations takes one rank, without ranking."""
     settings, steps = config.evaluation, config.trainer.max_steps
     in_training = -(-steps // settings.every_n_steps) if settings.every_n_steps else 0
     final = 2 if settings.baselines else 1
@@ -287,7 +287,7 @@ def _show_memory(prediction: Prediction) -> None:
         ("process", f"measured: {process}"),
         ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it"),
         ("further", "computed: vectors of the other ranks' documents, and similarities with them"),
-        ("gathered", "computed: weights and gradients that are whole while a layer is computed"),
+        ("gathered", "computed: unsharded weights and gradients while a layer is computed"),
         ("memory", "total"),
     ):
         table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", origin)
@@ -340,8 +340,8 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     if not torch.cuda.is_available():
         flops = sum(cost.flops * cost.batches for cost in prediction.tasks.values())
         log.info(
-            "on a GPU (not measured): %.3g PFLOP on each rank (6 per parameter and token) take %s at 50 TFLOP/s; the "
-            "memory is about that above without the process, and less in bf16",
+            "on a GPU (not measured): %.3g PFLOP on each rank (6 per parameter and token) take %s at 50 TFLOP/s; "
+            "memory is about as above, without the process, and less in bf16",
             flops / 1e15,
             _duration(flops / 50e12),
         )

@@ -18,8 +18,8 @@ from omegaconf import MISSING
 import experiments
 import experiments.bench
 from datamodules.files import write_text
-from datamodules.options import describe_bounds, option
-from experiments.config.arguments import as_argument, option_key, parse, type_name
+from datamodules.options import REQUIRED, describe_bounds, option
+from experiments.config.arguments import as_argument, default_of, option_key, parse, type_name
 from experiments.config.schema import Config
 from experiments.shared.console import entry_point
 
@@ -103,10 +103,9 @@ def _type_words(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    if no_default or field.default == MISSING:
+    value = default_of(field)
+    if value in (REQUIRED, MISSING):
         return "required"
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     if isinstance(value, Path) and value.is_absolute():
         value = value.relative_to(PATH.parents[1])
     text = str(value) if isinstance(value, dict) else as_argument(value)

@@ -1,4 +1,4 @@
-"""Measure the loading of data of any size."""
+"""Measure how fast a large collection loads."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from experiments.shared.console import entry_point
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-STEPS = 2  # training steps that are timed, after a first one that is not
+STEPS = 2  # timed training steps, after a warm-up step
 
 
 @dataclass(kw_only=True)
 class DataScaleOptions:
-    """Measure the loading of data of any size.
+    """Measure how fast a large collection loads.
 
-    Generates a collection in BEIR layout, converts and tokenises it, and then measures in a new process, as a training
-    would see it: the seconds from its start to the first batch, at step 0 and at a late step; the memory of the data;
-    and the texts per second of the loader, compared with training a BERT of MiniLM's size on the same batches.
+    Generates a collection in BEIR layout, converts and tokenises it, and then measures in a new process: the seconds
+    until the first batch, at step 0 and at a late step; the memory of the data; and the texts per second of the
+    loader, compared with training a BERT of MiniLM's size on the same batches.
     """
 
-    folder: Path = option(help="folder for the data, which are kept and used again")
+    folder: Path = option(help="folder for the generated data, reused by the next call")
     documents: int = option(3_000_000, "number of documents", minimum=1)
     pairs: int = option(10_000_000, "number of query-document pairs, ten per query", minimum=10)
-    step: int = option(100_000, "the late step", minimum=0)
-    batches: int = option(50, "number of batches that are timed", minimum=1)
+    step: int = option(100_000, "late step to measure too", minimum=0)
+    batches: int = option(50, "number of batches to time", minimum=1)
     workers: int = option(0, "processes that prepare batches", minimum=0)
 
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def generate(folder: Path, num_documents: int, num_pairs: int) -> None:
-    """Write documents of about 70 words, and a tenth as many queries as pairs, each with ten documents."""
+    """Write documents of about 60 words, and queries with ten judged documents each."""
     rng = random.Random(0)
     vocabulary = words(rng)
     abstracts = [" ".join(rng.choices(vocabulary, k=60)) for _ in range(5_000)]
@@ -107,7 +107,7 @@ def build_task(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0
 
 
 def tokenizer():
-    """Return a tokenizer that knows the words of the texts, but not the numbers in their titles."""
+    """Return a tokenizer whose vocabulary has the words of the texts, but not the numbers in titles."""
     from transformers import BertTokenizer
 
     from lightning_modules.encoders.backbone import word_vocabulary
@@ -118,7 +118,7 @@ def tokenizer():
 def measure_batches(
     folder: Path, cache: Path, step: int, num_batches: int, workers: int, launched: float
 ) -> dict[str, float]:
-    """Measure the loader in this process, from a step on. launched: time at which the process was started."""
+    """Measure the loader in this process, starting at a step. launched: time at which the process started."""
     text_tokenizer = tokenizer()
     before, started = memory(), time.perf_counter()
     task = build_task(folder, cache, step + num_batches + 1, workers)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: random models of a given size, and times that can be compared."""
+"""Helpers of the benchmarks: random models, times and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Modu
 
 
 def tasks_of(count: int) -> dict[str, str]:
-    """Return that many tasks, each with an expert."""
+    """Return tasks that each have an expert of their own."""
     return {f"task{i}": f"expert{i}" for i in range(count)}
 
 
@@ -49,16 +49,12 @@ def seconds(function: Run) -> float:
 
 
 def time_ratio(function: Run, base: Run, rounds: int) -> float:
-    """Return the median ratio of the times of two functions, which take turns in running first."""
+    """Return the median ratio of the times of two functions. Each runs first in every other round."""
     function(), base()  # warm up
     ratios = []
     for i in range(rounds):
-        if i % 2:
-            measured = seconds(function)
-            ratios.append(measured / seconds(base))
-        else:
-            measured = seconds(base)
-            ratios.append(seconds(function) / measured)
+        times = {each: seconds(each) for each in ((function, base) if i % 2 else (base, function))}
+        ratios.append(times[function] / times[base])
     return statistics.median(ratios)
 
 
@@ -74,6 +70,6 @@ def peak_memory() -> float:
 
 
 def in_new_process(function: Callable[..., T], *arguments: object) -> T:
-    """Call a function in a process of its own, whose memory is not that of earlier calls."""
+    """Call a function in a new process, so that its memory does not include earlier calls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

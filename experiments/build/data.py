@@ -28,9 +28,9 @@ SAMPLE = "datamodules.sample."
 
 
 def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
-    """Read and check the data of all tasks. The tokenizer is set later, with the encoder.
+    """Read and check the data of all tasks. build_module sets the tokenizer.
 
-    training: also handle leaks as data.on_leak asks, and draw from mined hard negatives.
+    training: also apply data.on_leak, and use mined hard negatives.
     """
     options = batch_options(config)
     data = MultiTaskDataModule(
@@ -49,7 +49,7 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
 
 
 def batch_options(config: Config) -> BatchOptions:
-    """Return the options of batches that all tasks share."""
+    """Return the options of batches, without the overrides of single tasks."""
     settings = config.data
     return BatchOptions(
         batch_size=settings.batch_size,
@@ -73,7 +73,7 @@ def batches_per_step(config: Config) -> int:
 
 
 def ranks_of(config: Config) -> int:
-    """Return the number of ranks over all nodes."""
+    """Return the number of ranks on all nodes."""
     devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
     return devices * config.trainer.num_nodes
 
@@ -91,7 +91,7 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
 
 
 def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:
-    """Create the reader of a collection. data.on_error applies to bad lines unless the node has its own on_error."""
+    """Create the reader of a collection. Its own on_error overrides data.on_error."""
     rank = rank_zero_only.rank
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
     arguments = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
@@ -99,7 +99,7 @@ def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:
 
 
 def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) -> None:
-    """Raise UserError if the folder of a collection is missing. The message names the keys that set another one."""
+    """Raise UserError if the folder of a collection is missing. The message says which keys set it."""
     folder = node.get("folder")
     if folder is None or Path(folder).exists():
         return
@@ -112,13 +112,13 @@ def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) 
 
 
 def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
-    """Warn if the synthetic sample is part of the training in addition to the user's collections."""
+    """Warn if the training mixes the synthetic sample with the user's collections."""
     sample = {
         name: {key for key, node in task.data.items() if node["_target_"].startswith(SAMPLE)}
         for name, task in config.task.items()
     }
-    own = [name for name, task in config.task.items() if set(task.data) != sample[name]]
-    if not own or not any(sample.values()):
+    with_own_data = [name for name, task in config.task.items() if set(task.data) != sample[name]]
+    if not with_own_data or not any(sample.values()):
         return
     evaluated = [key for task in tasks for key, collection in task.collections.items() if "dev" in collection.splits]
     evaluated = evaluated if config.evaluation.every_n_steps else []
@@ -127,15 +127,15 @@ def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
         f"; best.ckpt is selected on the dev splits of {', '.join(evaluated)}" if evaluated else "",
     )
     for name, synthetic in sample.items():
-        if name not in own:
-            log.warning("  %s has only the sample: tasks=[%s] trains without this task", name, ",".join(own))
+        if name not in with_own_data:
+            log.warning("  %s has only the sample: tasks=[%s] trains without this task", name, ",".join(with_own_data))
         elif synthetic:
-            out = " ".join(f"task.{name}.data.{key}=null" for key in sorted(synthetic))
-            log.warning("  %s: task.%s.data=FOLDER uses only your data, %s drops the sample", name, name, out)
+            removals = " ".join(f"task.{name}.data.{key}=null" for key in sorted(synthetic))
+            log.warning("  %s: task.%s.data=FOLDER uses only your data, %s drops the sample", name, name, removals)
 
 
 def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
-    """Return the phases of the schedule, in batches."""
+    """Return the phases of the schedule. They start at batches, not at optimizer steps."""
     sizes = {task.task.name: len(task.examples) for task in data.tasks}
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
@@ -153,7 +153,7 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:
-    """Log the schedule. Return, for each task, its batches in the whole training and its passes over the examples."""
+    """Log the schedule. Return the batches of each task in the whole training, and its passes over the examples."""
     schedule, num_batches, ranks = data.schedule(), data.options.num_batches, ranks_of(config)
     shares = {
         task: {

@@ -24,13 +24,13 @@ from experiments.config.schema import DataConfig
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10.0  # seconds
-EXAMPLES = 20  # examples kept per set and way of comparison
+EXAMPLES = 20  # examples kept per set and way of comparing
 VERSION = 3  # of the cached files
 
 
 @dataclass
 class EvaluatedSet:
-    """A set of evaluation texts: its size, and the number and examples of its leaks by way of comparison."""
+    """A set of evaluation texts: its size, and its leaks (number and examples) by way of comparing."""
 
     documents: int
     overlaps: dict[str, int]
@@ -41,8 +41,8 @@ class EvaluatedSet:
 class Leaks:
     """Evaluation texts in the training data.
 
-    trained: number of training texts that were compared. sets: evaluated sets by name. queries, documents: for each
-    task, rows of its table to drop as queries, and to drop as positives and hard negatives too.
+    trained: number of training texts that were compared. sets: evaluated sets by name. queries: rows to drop as
+    queries, by task. documents: rows to drop as positives and hard negatives, by task.
     """
 
     trained: int = 0
@@ -56,7 +56,7 @@ class Leaks:
 
 @dataclass(frozen=True)
 class Source:
-    """Where evaluation texts come from. task: the task whose queries they are, None for texts of other folders."""
+    """A set of evaluation texts. task: task whose queries they are, None for texts of corpora and other folders."""
 
     name: str
     documents: list[Document]
@@ -65,7 +65,7 @@ class Source:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Ways of comparison. Ids only say something within a collection: two may number documents alike."""
+        """Ways of comparing. Ids only count within a collection: another one may use the same numbers."""
         return ("id", "title", "text") if self.task else ("title", "text")
 
     def concerns(self, overlap: Overlap, task: TaskDataModule, row: int, is_query: bool) -> bool:
@@ -79,11 +79,11 @@ class Source:
 def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), corpora: bool = False) -> Leaks:
     """Compare the training data of all tasks with the evaluation data.
 
-    A task's dev and test queries are compared with its training queries only, since its splits share documents by
-    design. Queries and corpora of other folders are compared with all texts that are trained on or may be mined.
+    A task's dev and test queries are only compared with its training queries, since splits share documents by design.
+    Texts of other folders are compared with all texts that are trained on or may be mined.
 
-    folders: evaluations in BEIR layout or JSON lines. corpora: also compare the corpora of collections without train
-    split; labels are excluded, since they are not secret.
+    folders: evaluations in BEIR layout or JSON lines. corpora: also compare the corpora of collections without a train
+    split, except labels, which are not secret.
     """
     index, sources = Index(), {}
     for source in _evaluated(tasks, folders, corpora):
@@ -129,7 +129,7 @@ def _summarize(source: Source, best: dict[tuple[str, str], dict[str, Overlap]]) 
 
 
 def _minable_rows(task: TaskDataModule) -> Iterator[int]:
-    """Yield the rows of the corpora of collections that are trained on."""
+    """Yield the rows of the corpora of collections with training examples."""
     for collection, (table, first) in zip(task.collections.values(), task.examples.parts, strict=True):
         yield from range(first, first + len(collection.corpus) if len(table) else first)
 
@@ -152,7 +152,7 @@ def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora:
 
 
 def _reader(folder: str) -> BeirReader | JsonlReader:
-    """Return the reader of an evaluation's folder. Raises UserError if there is none."""
+    """Return the reader of an evaluation's folder. Raises UserError if the folder is missing or has no known layout."""
     try:
         reader = reader_class_of(folder)(folder)
         reader.sources()
@@ -169,7 +169,7 @@ def _describe(overlap: Overlap) -> str:
 
 
 def handle_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> None:
-    """Look for leaks, and warn, train without them, or raise UserError, as data.on_leak asks."""
+    """Find leaks, and warn, remove them, or raise UserError, by data.on_leak."""
     if config.on_leak == "ignore":
         return
     leaks = _cached_leaks(config, tasks)
@@ -194,11 +194,11 @@ def handle_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> None:
 
 
 def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
-    """Return the leaks, which are searched only once for the same data."""
+    """Return the leaks, found once for the same data and then read from data.cache."""
     if config.cache is None:
         return find_leaks(tasks, config.leaks_in)
     path = Path(config.cache).expanduser() / f"leaks-{_data_key(config, tasks)}.json"
-    with locked(path):  # the first rank searches, the others wait
+    with locked(path):  # the first rank compares, the others wait
         if path.is_file():
             content = read_json(path)
             sets = {name: EvaluatedSet(**evaluated) for name, evaluated in content["sets"].items()}
@@ -213,7 +213,7 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
 
 
 def _data_key(config: DataConfig, tasks: Sequence[TaskDataModule]) -> str:
-    """Return a hash of the data that are compared."""
+    """Return a hash of the data to compare."""
     key = hashlib.blake2b(repr((VERSION, sorted(config.leaks_in))).encode(), digest_size=10)
     for task in tasks:
         fingerprints = {name: collection.fingerprint() for name, collection in task.collections.items()}

@@ -32,15 +32,15 @@ from lightning_modules.objective_options import GuideOptions, TeacherOptions, ch
 
 log = logging.getLogger(__name__)
 
-NEAREST_BATCHES = 8  # batches per new task that decide which expert it starts as
+NEAREST_BATCHES = 8  # batches that decide which expert a new task starts from
 
 
 def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    """Build the encoder and its training module. The data get the encoder's tokenizer and prompts."""
+    """Build the encoder and its training module. Set the tokenizer and prompts of the data."""
     if config.trainer.accumulate_grad_batches > 1:
         log.warning(
-            "trainer.accumulate_grad_batches=%d does not add negatives: they come from a single batch. For more, raise "
-            "data.batch_size; trainer.grad_cache=true keeps its memory that of a small batch.",
+            "trainer.accumulate_grad_batches=%d does not add negatives: they come from a single batch. For more "
+            "negatives, raise data.batch_size; trainer.grad_cache=true keeps the memory small.",
             config.trainer.accumulate_grad_batches,
         )
     if config.extend.model:
@@ -52,11 +52,12 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
 
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
-    """Build the encoder of the experiment. texts: source of the vocabulary of a random backbone."""
+    """Build the encoder of the experiment. texts: training texts, from which a random backbone takes its vocabulary."""
     source = load_encoder(config.init_from, key="init_from") if config.init_from else None
     if source is not None:
         log.info("init_from provides backbone and tokenizer; backbone.name, .config and .vocab_size are ignored")
-        backbone, tokenizer = _same_backbone(source)
+        shape, tokenizer = source.backbone.config, source.tokenizer
+        backbone = AutoModel.from_config(shape, **options_of(shape))  # random weights, until continue_from
     else:
         backbone, tokenizer = _build_backbone(config, texts)
     set_dropout(backbone, config.backbone.dropout, config.backbone.attention_dropout)
@@ -73,12 +74,6 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
         continue_from(source, encoder, config.init_from)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
     return encoder
-
-
-def _same_backbone(source: Encoder) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a new backbone of the source's shape, without its experts, and the source's tokenizer."""
-    config = source.backbone.config
-    return AutoModel.from_config(config, **options_of(config)), source.tokenizer
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -103,7 +98,7 @@ def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrain
 
 
 def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    """Give a trained encoder the experiment's tasks. Each starts as the expert of extend.like, or the nearest."""
+    """Add the experiment's tasks to a trained encoder. Their experts start as copies, chosen by extend.like."""
     if config.init_from:
         raise UserError("extend.model and init_from: set only one of them")
     encoder = load_encoder(config.extend.model, key="extend.model")
@@ -123,7 +118,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
 
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
-    """Return, for each new task, the encoder's task with the lowest loss on its first batches."""
+    """Return the nearest task of the encoder for each new task: the one with the lowest loss on its first batches."""
     module, nearest, experts = _training_module(config, encoder), {}, set()
     for task in data.tasks:
         name, expert = task.task.name, task.task.expert
@@ -139,7 +134,7 @@ def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) 
 
 
 def check_lengths(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if the texts of a task may be longer than the backbone has positions."""
+    """Raise UserError if a maximum length exceeds the backbone's positions."""
     lengths = {"data.max_length": config.data.max_length}
     lengths |= {f"task.{name}.max_length": task.max_length or 0 for name, task in config.task.items()}
     for key, length in lengths.items():
@@ -149,7 +144,7 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if the experiment describes another encoder than that of extend.model."""
+    """Raise UserError if the experiment describes a different encoder than extend.model."""
     kind = f"{type(encoder).__module__}.{type(encoder).__name__}"
     differing = {key: value for key, value in config.encoder.items() if encoder.config.get(key, kind) != value}
     if differing:
@@ -160,7 +155,7 @@ def check_same_encoder(config: Config, encoder: Encoder) -> None:
 
 
 def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ContrastiveBatch]:
-    """Return the first batches of a training on this task alone."""
+    """Return the first batches of training this task alone."""
     task.tokenizer, options = tokenizer, task.options
     task.options = dataclasses.replace(options, num_batches=count, num_workers=0)
     batches = list(task.train_dataloader())
@@ -184,7 +179,7 @@ def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
 
 
 def _load_frozen(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
-    """Load the guide or the teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
+    """Load the guide or teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
     encoder = load_encoder(options.model, tasks=tasks, key=key)
     missing = [task for task in tasks if task not in encoder.tasks]

@@ -43,7 +43,7 @@ def on_a_terminal() -> bool:
 def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
     """Create the callbacks of a run.
 
-    Evaluation comes before the checkpoint, which therefore contains its state. The user's own callbacks are between.
+    The checkpoint comes after the evaluation and the user's callbacks, so that it contains their state.
     """
     callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
     if config.objective.balance == "pcgrad":
@@ -74,13 +74,13 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
 
 
 def precision_of(config: Config) -> str:
-    """Return the precision of a run that starts on this machine: "fp32" or "bf16"."""
+    """Return the precision of a new run on this machine: "fp32" or "bf16"."""
     on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return resolve_precision(config.trainer.precision, "cuda" if on_gpu else "cpu")
 
 
 def warn_about_cores(config: Config) -> None:
-    """Warn if more processes are asked for than this machine has cores, and there is no GPU."""
+    """Warn if trainer.devices exceeds the number of cores, and there is no GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
     if on_cpu and devices > cores:
@@ -96,7 +96,7 @@ def build_trainer(
     folder: Path,
     precision: str,
 ) -> L.Trainer:
-    """Create the trainer. folder: of the run. precision: "fp32" or "bf16"."""
+    """Create the trainer. folder: folder of the run. precision: "fp32" or "bf16"."""
     settings = config.trainer
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
@@ -124,21 +124,21 @@ def build_trainer(
 
 
 def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
-    """Return the strategy by which ranks share the training."""
+    """Return DDP or FSDP for several ranks."""
     if config.trainer.num_nodes == 1 and config.trainer.devices == 1:
         return "auto"
     if config.trainer.strategy == "fsdp":
         return ShardedStrategy()
-    # Parameters of one task get no gradient in a batch of another.
-    has_own = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_own)
+    # In a batch of one task, the parameters of other tasks get no gradient.
+    has_task_parameters = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
+    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_task_parameters)
     return DDPStrategy(find_unused_parameters=idle)
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
-    """Return how ranks find each other, where Lightning would guess wrong or do more than we want.
+    """Return the cluster environment where Lightning's own choice is wrong.
 
-    Raises UserError if srun started another number of processes than the configuration asks for.
+    Raises UserError if srun started another number of processes than the configuration needs.
     """
     if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
         return []
@@ -151,4 +151,4 @@ def _environment(config: Config) -> list[ClusterEnvironment]:
             f"srun started {tasks} processes, but trainer.devices={settings.devices} with trainer.num_nodes="
             f"{settings.num_nodes} needs {ranks} (set --nodes and --ntasks-per-node)"
         )
-    return [SLURMEnvironment(auto_requeue=False)]  # its own checkpoints would be written inside a signal handler
+    return [SLURMEnvironment(auto_requeue=False)]  # auto_requeue would save inside a signal handler

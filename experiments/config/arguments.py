@@ -53,8 +53,7 @@ def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str
         else:
             unknown.append(argument)
     for key, field in fields.items():
-        no_default = field.default is REQUIRED and field.default_factory is REQUIRED
-        if no_default and values.get(field.name) in (None, "", ()):
+        if default_of(field) is REQUIRED and values.get(field.name) in (None, "", ()):
             raise UserError(f"{key}: required, {field.metadata['help']}")
     parsed = options(**values)
     check_options(parsed)
@@ -83,8 +82,9 @@ def usage(options: type) -> str:
     for field in fields:
         key = option_key(field)
         head = key.upper() if field.metadata.get("positional") else f"{key}={type_name(hints[field.name])}"
-        notes = [field.metadata.get("help", ""), describe_bounds(field), _default(field)]
-        text = "; ".join(filter(None, notes))
+        text = as_argument(default_of(field))
+        default = "required" if default_of(field) is REQUIRED else f"default: {text}" if text else ""
+        text = "; ".join(filter(None, (field.metadata.get("help", ""), describe_bounds(field), default)))
         lines.append(f"  {head}")
         lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
@@ -110,11 +110,9 @@ def option_key(field: dataclasses.Field) -> str:
     return field.metadata.get("key") or field.name
 
 
-def _default(field: dataclasses.Field) -> str:
-    if field.default is REQUIRED and field.default_factory is REQUIRED:
-        return "required"
-    text = as_argument(field.default if field.default is not REQUIRED else field.default_factory())
-    return f"default: {text}" if text else ""
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default of an option, or REQUIRED."""
+    return field.default if field.default_factory is REQUIRED else field.default_factory()
 
 
 def type_name(hint: Any) -> str:

@@ -206,7 +206,7 @@ class Config:
     experiment: str = option(MISSING, "name of a file in experiments (the first argument of a command)")
     scale: str = option("sample", "name of a file in experiments/scale")
     tasks: list[str] = option(MISSING, "names of the tasks to train (files in experiments/tasks)")
-    init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights the training starts from")
+    init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights training starts from")
     extend: ExtendConfig = field(default_factory=ExtendConfig)
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)

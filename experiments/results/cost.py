@@ -43,7 +43,7 @@ class CostMeter:
     def __init__(self, encoder: Encoder | None):
         self.encoder, self.before = encoder, dict(encoder.encoded) if encoder else {}
         self.memory = Memory(encoder.device if encoder else torch.device("cpu"))
-        self.memory.forget_peak()
+        self.memory.reset_peak()
 
     def read(self, seconds: Mapping[str, float]) -> Cost:
         """Return the cost up to now. All ranks must call this. seconds: stage -> seconds of this rank."""

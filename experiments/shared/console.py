@@ -1,4 +1,4 @@
-"""The console of all commands: log lines, tables, and errors without a traceback."""
+"""Console output of all commands: log lines, tables, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from datamodules.records import UserError
 from lightning_modules.distributed import launch
 
-UNCUT = 10_000  # width of a table that goes to a file or pipe, where nothing must be cut
+UNCUT = 10_000  # width of tables in files and pipes, where nothing must be cut
 
 
 def quiet_libraries() -> None:
@@ -23,9 +23,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns at every fork of a data worker
     for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # This one reports which rank failed before it ends the others.
+    # It logs which rank failed before it ends the others.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    for name in ("huggingface_hub", "datasets"):  # they print their lines themselves, too
+    for name in ("huggingface_hub", "datasets"):  # they also print their messages themselves
         logging.getLogger(name).propagate = False
     for message in (
         r".*does not have many workers.*",
@@ -43,7 +43,7 @@ def quiet_libraries() -> None:
 
 
 def entry_point(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command with the arguments of the command line. Errors that the user can fix end it with status 2."""
+    """Run a command with the arguments of the command line. On an error that the user can fix, exit with status 2."""
     try:
         level = logging.INFO if launch.rank() == 0 else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
@@ -64,7 +64,7 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def table_console() -> Console:
-    """Return the console for tables: as wide as the terminal, and without limit in a file or pipe."""
+    """Return a console for tables: as wide as the terminal, or unlimited in a file or pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=UNCUT)
 

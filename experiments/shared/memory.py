@@ -1,4 +1,4 @@
-"""Measure the memory that a step takes, on the GPU or of this process."""
+"""Measure memory: allocated on the GPU, or resident in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Memory:
-    """Allocated memory of the GPU, or resident memory of this process, in bytes; 0 if the system does not report it."""
+    """Memory in bytes: allocated on the GPU, or resident on the CPU (0 where /proc does not exist)."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -17,7 +17,7 @@ class Memory:
     def now(self) -> int:
         return torch.cuda.memory_allocated() if self.on_gpu else _process_memory("VmRSS")
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """Measure the peak from now on."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()

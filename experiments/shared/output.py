@@ -1,4 +1,4 @@
-"""Folders that commands write their results to."""
+"""Output folders of commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datamodules.records import UserError
 
 @contextmanager
 def writable_folder(key: str, path: Path) -> Iterator[None]:
-    """Create a folder if needed. On an error, the folders created here are removed again unless they hold files.
+    """Create a folder if needed. On an error, remove the folders created here that are empty.
 
     key: option that names the folder, for errors. Raises UserError if it cannot be created.
     """
@@ -34,10 +34,9 @@ def writable_folder(key: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
-    """Create a folder to fill, which becomes path once it is complete. On an error nothing is left of it.
+    """Yield a temporary folder that becomes path on success and is removed on an error.
 
-    replaces: replace an existing folder then; without it, only an empty one. Raises UserError if path is in use, or if
-    it cannot be created.
+    replaces: replace an existing folder, even if it has files. Raises UserError if path is in use or not writable.
     """
     path = path.resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
@@ -51,7 +50,7 @@ def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
 
 
 def shortened(name: str, longest: int = 60) -> str:
-    """Return a folder name, cut after `longest` characters and made unique by a hash."""
+    """Cut a folder name after `longest` characters. A hash keeps it unique."""
     if len(name) <= longest:
         return name
     return f"{name[:longest]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, a line now and then in a log."""
+"""Progress of a long step: a bar on a terminal, and a line every 30 seconds in a log."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
 
-EVERY = 30  # seconds between two lines of the log
+EVERY = 30  # seconds between two log lines
 
 
 class Progress:
     """Show the progress of a step, used as `with Progress("embedding", "texts", total) as progress:`.
 
-    title: name of the step. unit: plural of what is counted; "bytes" are shown as megabytes. total: expected count,
-    if it is known. brief: log nothing about a step of less than EVERY seconds. Only the first rank shows a bar.
+    title: name of the step. unit: what is counted, in the plural; "bytes" are shown as MB. total: expected count, if
+    known. brief: log nothing about a step of less than EVERY seconds. Only the first rank shows a bar.
     """
 
     def __init__(self, title: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
@@ -53,12 +53,10 @@ class Progress:
             log.info("%s: %.0f s", self.title, time.monotonic() - self.started)
 
     def advance(self, count: int) -> None:
-        """Count `count` more items."""
         self.done += count
         self.report(self.done, self.total)
 
     def report(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` items are done."""
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
         elif self.unit == "bytes":
@@ -70,7 +68,7 @@ class Progress:
             self._log_sometimes(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{remaining}")
 
     def say(self, activity: str) -> None:
-        """Show what is being done, such as the file that is unpacked."""
+        """Show the current activity, such as the file being unpacked."""
         if self.bar:
             self.bar.update(self.task, description=f"{self.title}: {activity}")
         else:

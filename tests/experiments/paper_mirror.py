@@ -106,7 +106,7 @@ def searches(number: int) -> bytes:
 
 
 def write_mirror(by_hand: bool = True) -> dict[str, bytes]:
-    """Return SOURCE/FILE -> bytes. by_hand: include files that users must download by hand."""
+    """Return the content of each SOURCE/FILE. by_hand: include files that users must download by hand."""
     sources = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["sources"]
     files = {
         "maple/MAPLE.zip": maple_zip(),
@@ -124,8 +124,8 @@ def write_recipe(path: Path, files: dict[str, bytes]) -> Path:
     """Write the recipe with the checksums of the small files."""
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     for source, spec in recipe["sources"].items():
-        for name, about in spec["files"].items():
-            if about["sha256"] is not None:
-                about["sha256"] = hashlib.sha256(files[f"{source}/{name}"]).hexdigest()
+        for name, file in spec["files"].items():
+            if file["sha256"] is not None:
+                file["sha256"] = hashlib.sha256(files[f"{source}/{name}"]).hexdigest()
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

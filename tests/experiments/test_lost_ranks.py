@@ -1,4 +1,4 @@
-"""Ranks on several nodes, and lost ranks. With LONG_TESTS=1, the first rank is killed, too, and another one stopped."""
+"""Ranks on several nodes, and lost ranks. LONG_TESTS=1 also kills the first rank, and stops another one."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def wait_for_step(folder, step, process):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
+def test_two_nodes_with_one_rank_train_like_one_node_with_two(tmp_path, free_port):
     """The weights are bit-equal. Both nodes run the same command, and only the first one writes."""
     steps = "trainer.max_steps=6"
     one, two = tmp_path / "one", tmp_path / "two"
@@ -60,7 +60,7 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(tmp_path, free_port):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), *LONGER])
 def test_a_lost_rank_is_named_and_the_run_can_be_resumed(tmp_path, number, lost):
-    """The others notice a killed rank at once, and a stopped one after trainer.timeout."""
+    """Other ranks notice a killed rank at once, and a stopped one after trainer.timeout."""
     process = started(tmp_path, "trainer.max_steps=100000", "trainer.devices=2")
     try:
         wait_for_step(tmp_path, 12, process)

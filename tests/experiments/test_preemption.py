@@ -1,4 +1,4 @@
-"""A signal in the middle of an evaluation, a mining or the final table: the resumed run repeats what was abandoned."""
+"""A signal in the middle of an evaluation, a mining or the final table: the resumed run repeats it."""
 
 import json
 import os
@@ -48,11 +48,11 @@ def whole(tmp_path_factory):
 
 
 def signal_in(monkeypatch, owner, name, number=signal.SIGUSR1):
-    """Let a signal come when a function is called for the first time."""
-    original, left = getattr(owner, name), [1]
+    """Send a signal at the first call of a function."""
+    original, pending = getattr(owner, name), [1]
 
     def called(*arguments, **options):
-        if left and left.pop():
+        if pending and pending.pop():
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
@@ -69,7 +69,7 @@ def preempted(folder):
 
 
 def finish_as(folder, whole):
-    """Resume the run to its end: it must equal the undisturbed one, and log nothing twice."""
+    """Resume the run to its end. It must equal the undisturbed run, and log nothing twice."""
     signals.catch()
     train("moe", [f"run.dir={folder}", *SETTINGS])
 
@@ -120,7 +120,7 @@ def test_a_signal_before_the_first_step_leaves_no_run(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_falls_back_with_its_mined_negatives(tmp_path, whole, caplog):
-    """The two newest are damaged. The one before is older than the mining, whose negatives are found on disk."""
+    """The two newest are damaged. The third is older than the mining, whose negatives are read from disk."""
     saving = ["checkpoint.every_n_steps=3", "checkpoint.keep=3"]
     train("moe", [f"run.dir={tmp_path}", *SETTINGS, *saving])  # saved at 3, 6 (when it had mined) and 9
     (tmp_path / "results.json").unlink()

@@ -1,4 +1,4 @@
-"""Running sweeps: no trial is lost or runs twice, even after kills."""
+"""Sweeps on this machine: no trial is lost or runs twice, even after kills."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_preempted_trials_are_resumed_failed_ones_kept_and_the_best_one_shown(
     monkeypatch.setattr(sweep_file, "MAX_CHECKED", 1)
     monkeypatch.setenv("MAKEFLAGS", " -- SWEEP=mine optim.lr=9")
     path, output = make_sweep(SIX), tmp_path / "out"
-    plan = {"t001": [3], "t004": [75, 75], "t005": [75, 75]}  # of six trials, two are preempted twice, and one fails
+    plan = {"t001": [3], "t004": [75, 75], "t005": [75, 75]}  # two of six trials are preempted twice, and one fails
     (tmp_path / "stub.py").write_text(STUB.replace("statuses = []", f"statuses = {plan}.get(folder.name, [])"))
     sweep(["moe", f"sweep={path}", f"output={output}", "parallel=2", "run.seed=3"])
     results = json.loads((output / "results.json").read_text())
@@ -128,7 +128,7 @@ def test_preempted_trials_are_resumed_failed_ones_kept_and_the_best_one_shown(
     assert "something went wrong in t001" in (output / "t001.log").read_text()
     assert "mine (moe): val/mean/ndcg@10" in capsys.readouterr().out
 
-    sweep(["moe", f"sweep={path}", f"output={output}", "run.seed=3"])  # nothing is left, the failed one stays so
+    sweep(["moe", f"sweep={path}", f"output={output}", "run.seed=3"])  # does not repeat the failed trial
     assert len(attempts(output / "t000")) == len(attempts(output / "t001")) == 1
     sweep(["moe", f"sweep={path}", f"output={output}", "run.seed=3", "retry_failed=yes"])
     assert len(attempts(output / "t000")) == 1
@@ -137,7 +137,7 @@ def test_preempted_trials_are_resumed_failed_ones_kept_and_the_best_one_shown(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torn", ['{"trial": 1, "state": "fini', '{"trial": 1, "state": "\\xc3', "null"])
-def test_a_line_that_was_cut_short_costs_one_row_and_not_the_sweep(make_sweep, tmp_path, torn):
+def test_a_truncated_line_loses_one_row_and_not_the_sweep(make_sweep, tmp_path, torn):
     path, output = make_sweep(THREE), tmp_path / "out"
     sweep(["moe", f"sweep={path}", f"output={output}"])
     states = output / "trials.jsonl"
@@ -212,13 +212,15 @@ def test_a_training_that_is_behind_saves_before_it_ends(tmp_path, monkeypatch):
     path, output = tmp_path / "early.yaml", tmp_path / "out"
     path.write_text(
         "method: grid\nmetric: {name: train/search/loss, goal: minimize}\n"
-        "parameters: {data.batch_size: {values: [2, 8]}}\n"  # the loss of few negatives is small
+        "parameters: {data.batch_size: {values: [2, 8]}}\n"  # fewer negatives have a lower loss
         "early_terminate: {type: hyperband, min_iter: 2}\n"
         f'command: [{sys.executable}, -m, experiments.train, moe, "${{args_no_hyphens}}"]\n'
     )
     quick = ["trainer.max_steps=150", "trainer.log_every_n_steps=10", "evaluation.every_n_steps=0", "tasks=[search]"]
     monkeypatch.setattr(
-        sweep_file.Sweep, "command", lambda self, own: [*self.content["command"][:-1], *self.overrides, *own]
+        sweep_file.Sweep,
+        "command",
+        lambda self, arguments: [*self.content["command"][:-1], *self.overrides, *arguments],
     )
     sweep(["moe", f"sweep={path}", f"output={output}", *TINY[2:], *quick, "evaluation.baselines=false"])
     best, other = json.loads((output / "results.json").read_text())["trials"]
@@ -237,7 +239,7 @@ def test_parallel_trials_have_one_gpu_each(monkeypatch):
 
 
 def forked(path, output):
-    """Start a controller in a process of its own, and return its id."""
+    """Start a controller in a new process, and return its id."""
     if child := os.fork():
         return child
     try:
@@ -315,7 +317,7 @@ def test_a_job_array_runs_one_trial_in_each_task(make_sweep, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_exit_status_of_a_training_is_read_from_makes_output(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAKELEVEL", "1")  # as below `make sweep`, and in the tests below `make test`
+    monkeypatch.setenv("MAKELEVEL", "1")  # as in trials of `make sweep`, and in tests that `make test` starts
     trial = Trial(0, {}, tmp_path / "t")
     (tmp_path / "Makefile").write_text("train:\n\t@exit 75\n")
     with open(trial.log, "w") as output:
@@ -344,7 +346,7 @@ def test_bayes_records_the_values_it_chooses_and_resumes_with_them(make_sweep, t
     chosen = {row["trial"]: row["parameters"] for row in rows}
     for number in (2, 3):
         (output / f"t00{number}" / "results.json").unlink()
-    with open(output / "trials.jsonl", "a") as file:  # as if the controller had been killed, and then trial 1 had ended
+    with open(output / "trials.jsonl", "a") as file:  # as if trial 1 had ended after a kill of the controller
         file.write(json.dumps({"trial": 1, "state": "started", "parameters": chosen[1]}) + "\n")
     with open(output / "trials.jsonl", "a") as file:  # as if trial 2 had been killed, and trial 3 had never started
         file.write(json.dumps({"trial": 2, "state": "started", "parameters": chosen[2]}) + "\n")
@@ -365,7 +367,7 @@ def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
         slurm(["moe", "TIME=60", f"SWEEP={path}"])
 
 
-def test_the_table_of_a_sweep_can_be_made_from_rows_of_former_versions(make_sweep, tmp_path):
+def test_rows_of_earlier_versions_are_read(make_sweep, tmp_path):
     path, output = make_sweep(THREE), tmp_path / "out"
     (output / "t000").mkdir(parents=True)
     (output / "t000" / "metrics.jsonl").write_text('{"step": 1, "val/mean/ndcg@10": 0.7}\n')

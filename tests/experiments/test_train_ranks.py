@@ -31,7 +31,7 @@ def equal(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [False, True])
 def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
-    """Neither weight decay moves an unused expert, nor momentum one that was used before."""
+    """Weight decay does not move an unused expert, and momentum does not move one that was used before."""
     overrides = [
         f"trainer.grad_cache={cache}",
         "data.token_budget=256",
@@ -48,7 +48,7 @@ def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
     assert tasks == ["search", "search", "classification", "classification"]
     unused = of_expert(before, "link_prediction")
     assert unused
-    assert equal(unused, of_expert(before, "classification"))  # both are unchanged
+    assert equal(unused, of_expert(before, "classification"))  # both still have their initial weights
     assert not equal(unused, of_expert(before, "search"))
     assert equal(unused, of_expert(after, "link_prediction"))
     assert equal(of_expert(before, "search"), of_expert(after, "search"))
@@ -56,7 +56,7 @@ def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_grad_cache_trains_as_the_plain_pass_on_two_ranks(tmp_path):
+def test_grad_cache_trains_like_the_plain_pass_on_two_ranks(tmp_path):
     """With dropout, every task in each step, accumulation and clipping."""
     overrides = [
         "trainer.max_steps=3",
@@ -68,24 +68,20 @@ def test_grad_cache_trains_as_the_plain_pass_on_two_ranks(tmp_path):
         "optim.eps=1e-4",
     ]
     plain, cached = (run(tmp_path / str(cache), *overrides, f"trainer.grad_cache={cache}") for cache in (False, True))
-    for name, tensor in plain.items():
-        torch.testing.assert_close(cached[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(cached, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_task_weights_of_one_change_nothing_on_two_ranks(tmp_path):
-    """GradNorm, whose weights start at 1, averages gradients over ranks as DDP does, also those of experts."""
+    """GradNorm starts with weights of 1. It averages gradients over ranks like DDP, including those of experts."""
     overrides = ["trainer.max_steps=1", "data.schedule=together", "trainer.accumulate_grad_batches=2", "optim.eps=1e-4"]
     plain, balanced = (run(tmp_path / name, *overrides, f"objective.balance={name}") for name in ("none", "gradnorm"))
-    for name, tensor in plain.items():
-        torch.testing.assert_close(
-            balanced[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    torch.testing.assert_close({name: balanced[name] for name in plain}, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
-    """Three tasks in two steps: the third one's weight has no gradient and does not change. Diagnostics work, too."""
+    """Three tasks in two steps: the third task's weight has no gradient and does not change. Diagnostics work too."""
     overrides = ["trainer.max_steps=2", "objective.balance=uncertainty", "diagnostics.every_n_steps=2"]
     state = run(tmp_path, *overrides)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -98,16 +94,17 @@ def test_learned_weights_train_on_two_ranks_with_tasks_in_turns(tmp_path):
     (attempt,) = json.loads((tmp_path / "manifest.json").read_text())["attempts"]
     assert attempt["devices"] == 2
     benchmarks = json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()
-    for of, about in ((of, of["measured"]["trained"]) for of in benchmarks):
-        cost = about["cost"]
-        assert cost["texts"] in (0, of["queries"], of["queries"] + of["documents"]), "the shares of both ranks"
-        assert cost["device_seconds"] == pytest.approx(2 * sum(about["seconds"].values()), abs=0.1)
-    assert max(of["measured"]["trained"]["cost"]["tokens"] for of in benchmarks) > 0
+    for benchmark in benchmarks:
+        cost, seconds = (benchmark["measured"]["trained"][key] for key in ("cost", "seconds"))
+        sizes = (0, benchmark["queries"], benchmark["queries"] + benchmark["documents"])
+        assert cost["texts"] in sizes, "the shares of both ranks"
+        assert cost["device_seconds"] == pytest.approx(2 * sum(seconds.values()), abs=0.1)
+    assert max(benchmark["measured"]["trained"]["cost"]["tokens"] for benchmark in benchmarks) > 0
 
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_resumes_on_one_with_the_same_global_batches(tmp_path):
-    """Without dropout, which differs between ranks, the weights are the same. Four ranks: test_loader.py."""
+    """Without dropout, which differs between ranks, the weights are the same. test_batches.py tests four ranks."""
     overrides = ["data.schedule=proportional", "backbone.dropout=0", "optim.eps=1e-4", "checkpoint.every_n_steps=3"]
     before = run(tmp_path / "two", *overrides, "trainer.max_steps=3")
     states = {}
@@ -115,8 +112,5 @@ def test_a_run_of_two_ranks_resumes_on_one_with_the_same_global_batches(tmp_path
         folder = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
         arguments = [*overrides, f"trainer.devices={ranks}", f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
         states[ranks] = run(folder, *arguments)
-    for name, tensor in states[1].items():
-        torch.testing.assert_close(
-            states[2][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    torch.testing.assert_close(states[2], states[1], atol=1e-5, rtol=1e-5)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in states[1].items())

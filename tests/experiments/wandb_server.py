@@ -19,7 +19,7 @@ class WandbServer:
 
     runs: values by run id. history: rows by run id and offset. uploads: names of received files. commands: the next
     commands for agents, one per heartbeat. silent: once set, the server accepts connections but never answers.
-    close(): end the server; its port refuses connections.
+    close(): stop the server, so that its port refuses connections.
     """
 
     url: str = ""
@@ -121,7 +121,7 @@ class WandbServer:
     def answer(self, request: BaseHTTPRequestHandler) -> bytes:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         if self.silent.is_set():
-            self.over.wait()  # accepts the connection, but never answers
+            self.over.wait()
         if request.path == "/graphql":
             query = json.loads(body)
             return json.dumps({"data": self.graphql(query["query"], query.get("variables") or {})}).encode()

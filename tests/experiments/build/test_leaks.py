@@ -31,12 +31,12 @@ def leaking(tmp_path, beir_root):
     return tmp_path / "leaking", train
 
 
-def configured(folder, tmp_path, *settings):
+def make_config(folder, tmp_path, *settings):
     reader = f"task.search.data.searches={{_target_: datamodules.readers.beir.BeirReader, folder: {folder}}}"
     return load_config("moe", [*TINY, "tasks=[search]", reader, f"data.cache={tmp_path / 'cache'}", *settings])
 
 
-def built(config):
+def build_task(config):
     (task,) = build_data(config, training=True).tasks
     return task
 
@@ -45,45 +45,45 @@ def built(config):
 def test_leaks_are_warned_about_stripped_or_refused(leaking, tmp_path, caplog):
     folder, train = leaking
     summary = "searches, test queries: 3 by text"
-    task = built(configured(folder, tmp_path, "data.on_leak=warn"))
+    task = build_task(make_config(folder, tmp_path, "data.on_leak=warn"))
     before = {task.documents[row].id for row in task.examples.query_rows()}
     assert before >= set(train)
     assert any(summary in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
-    task = built(configured(folder, tmp_path, "data.on_leak=strip"))
+    task = build_task(make_config(folder, tmp_path, "data.on_leak=strip"))
     assert {task.documents[row].id for row in task.examples.query_rows()} == before - set(train)
     with pytest.raises(UserError, match=f"{summary}.*data.on_leak=strip trains without them"):
-        built(configured(folder, tmp_path, "data.on_leak=error"))
+        build_task(make_config(folder, tmp_path, "data.on_leak=error"))
     caplog.clear()
-    built(configured(folder, tmp_path, "data.on_leak=ignore"))
+    build_task(make_config(folder, tmp_path, "data.on_leak=ignore"))
     assert summary not in caplog.text
-    build_data(configured(folder, tmp_path, "data.on_leak=error"))  # for evaluation
+    build_data(make_config(folder, tmp_path, "data.on_leak=error"))  # for evaluation
 
 
 def test_texts_of_other_folders_are_stripped_from_positives_too(leaking, tmp_path, monkeypatch):
     folder, _ = leaking
-    config = configured(folder, tmp_path, "data.on_leak=ignore")
-    task = built(config)
+    config = make_config(folder, tmp_path, "data.on_leak=ignore")
+    task = build_task(config)
     example = task.examples[5]
     document = task.documents[example.positives[0]]
     other = Collection({"x": replace(document, id="x")}, {"y": Document("y", "", "nothing")}, {"test": {"y": {"x": 1}}})
     write_beir(other, tmp_path / "other")
     settings = ("data.on_leak=strip", f"data.leaks_in=[{tmp_path / 'other'}]")
-    left = built(configured(folder, tmp_path, *settings))
+    left = build_task(make_config(folder, tmp_path, *settings))
     row = example.positives[0]
     assert row not in left.examples.judged_rows()
     assert row in task.examples.judged_rows()
     assert len(left.examples) >= len(task.examples) - 3 - 1
     monkeypatch.setattr(leaks, "find_leaks", None)  # cached for the same data
-    assert list(built(configured(folder, tmp_path, *settings)).examples) == list(left.examples)
+    assert list(build_task(make_config(folder, tmp_path, *settings)).examples) == list(left.examples)
 
 
 def test_stripping_all_examples_raises_user_error(leaking, tmp_path):
     folder, _ = leaking
     with pytest.raises(UserError, match="no training example remains without the texts"):
-        built(configured(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
+        build_task(make_config(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
 
 
-def two(tmp_path, kind=SearchDataModule):
+def two_collections(tmp_path, kind=SearchDataModule):
     """A task of two collections with equal ids. One test query of the first one is also a training query."""
     readers = {}
     for name in ("first", "second"):
@@ -99,16 +99,16 @@ def two(tmp_path, kind=SearchDataModule):
 
 
 def test_ids_are_compared_within_a_collection_only(tmp_path):
-    found = leaks.find_leaks([two(tmp_path)])
-    counts = {name: evaluated.overlaps for name, evaluated in found.sets.items()}
+    result = leaks.find_leaks([two_collections(tmp_path)])
+    counts = {name: evaluated.overlaps for name, evaluated in result.sets.items()}
     assert counts["first, test queries"] == {"id": 1, "title": 0, "text": 1}  # q2 is in train and test
     assert counts["second, test queries"] == {"id": 0, "title": 0, "text": 0}
-    assert len(found.queries["search"]) == 1
+    assert len(result.queries["search"]) == 1
 
 
 def test_evaluation_corpora_are_compared_with_all_training_texts(tmp_path):
-    """They are not compared with themselves or with test queries, and labels are not secret."""
-    trained = two(tmp_path).collections["first"]
+    """They are not compared with themselves or with test queries. Labels are not secret, so they are left out."""
+    trained = two_collections(tmp_path).collections["first"]
     query = {"q": Document("q", "", "second asks 5 and more")}
     corpus = {"x": Document("x", "", trained.corpus["d5"].text), "y": Document("y", "", trained.queries["q3"].text)}
     write_beir(Collection(corpus, query, {"test": {"q": {"x": 1}}}), tmp_path / "tested")
@@ -116,14 +116,14 @@ def test_evaluation_corpora_are_compared_with_all_training_texts(tmp_path):
     for kind, counts in ((SearchDataModule, {"title": 0, "text": 1}), (ClassificationDataModule, None)):
         task = kind(Task("search", "search"), readers, BatchOptions(batch_size=2))
         task.setup()
-        found = leaks.find_leaks([task], corpora=True).sets
-        assert (found["tested, corpus"].overlaps if counts else found.get("tested, corpus")) == counts
-        assert found["tested, test queries"].overlaps == {"id": 0, "title": 0, "text": 0}
+        sets = leaks.find_leaks([task], corpora=True).sets
+        assert (sets["tested, corpus"].overlaps if counts else sets.get("tested, corpus")) == counts
+        assert sets["tested, test queries"].overlaps == {"id": 0, "title": 0, "text": 0}
         assert "tested, corpus" not in leaks.find_leaks([task]).sets
 
 
 def test_nothing_is_compared_without_evaluation(tmp_path, monkeypatch):
-    task = two(tmp_path)
+    task = two_collections(tmp_path)
     monkeypatch.setattr(task, "benchmarks", lambda split: [])
     monkeypatch.setattr(leaks.Index, "overlaps", None)
     assert not leaks.find_leaks([task])
@@ -133,7 +133,7 @@ def test_cache_distinguishes_kinds_of_tasks(tmp_path):
     config = DataConfig(cache=str(tmp_path / "cache"), on_leak="strip")
     left = []
     for kind in (SearchDataModule, LinkPredictionDataModule):
-        task = two(tmp_path, kind)
+        task = two_collections(tmp_path, kind)
         leaks.handle_leaks(config, [task])
         left.append(sorted(task.documents[row].text for row in task.examples.query_rows()))
     assert left[0] == left[1]
@@ -141,14 +141,14 @@ def test_cache_distinguishes_kinds_of_tasks(tmp_path):
 
 
 def test_stripping_covers_documents_that_are_only_mined_and_changes_the_fingerprint(tmp_path):
-    task, other = two(tmp_path), Document("x", "", "second document 0 of some words")
+    task, other = two_collections(tmp_path), Document("x", "", "second document 0 of some words")
     write_beir(Collection({"x": other}, {"y": Document("y", "", "no")}, {"test": {"y": {"x": 1}}}), tmp_path / "other")
-    before, signature = task.fingerprints(), len(task.examples)
+    before, num_examples = task.fingerprints(), len(task.examples)
     leaks.handle_leaks(DataConfig(cache=None, on_leak="strip", leaks_in=[str(tmp_path / "other")]), [task])
     (row,) = task.stripped.tolist()
     assert task.documents[row] == Document("d0", "", other.text)
-    assert row not in two(tmp_path).examples.judged_rows()
-    assert len(task.examples) == signature - 1  # the query of the first test
+    assert row not in two_collections(tmp_path).examples.judged_rows()
+    assert len(task.examples) == num_examples - 1  # without q2, which is a test query too
     assert task.fingerprints() != before
     with pytest.raises(UserError, match="data.leaks_in.*nowhere: no such folder"):
         leaks.handle_leaks(DataConfig(cache=None, leaks_in=["nowhere"]), [task])

@@ -1,4 +1,4 @@
-"""A user's own collections: short ways to name them, in place of those of the scale or in addition to them."""
+"""A user's own collections, instead of those of the scale or in addition to them."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def test_single_collection_is_added_to_those_of_the_scale(folders):
 
 
 def test_the_order_of_keys_does_not_matter(folders):
-    """make gives them in any."""
+    """make passes them in any order."""
     keys = [f"task.search.data={folders}/mine", "task.search.data.mine.dev_percent=7"]
     keys += [f"task.search.data.other={folders}/mine", "task.search.data.other.on_error=skip"]
     expected = {"_target_": JSONL, "folder": f"{folders}/mine"}

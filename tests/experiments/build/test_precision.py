@@ -1,4 +1,4 @@
-"""fp32 or bf16: the choice of auto, resumed runs keep it, and final results are always computed in fp32."""
+"""fp32 or bf16: auto chooses, resumed runs keep the choice, and final results are always computed in fp32."""
 
 import json
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ SETTINGS = [*TINY, "tasks=[search]", "trainer.precision=auto", "evaluation.every
 
 @pytest.fixture
 def amx(monkeypatch):
-    """A function that sets whether the CPU seems to have AMX."""
+    """Return a function that pretends that the CPU has AMX or not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return lambda has_amx: monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
 
@@ -77,7 +77,7 @@ def test_final_table_of_bf16_training_equals_evaluation_in_fp32(tmp_path, capsys
     evaluated = [scores(out / kind / "runs" / "searches.encoder.trec") for kind in ("fp32", "bf16")]
     errors = [max(abs(run[pair] - expected[pair]) for pair in run.keys() & expected.keys()) for run in evaluated]
     assert errors[0] < 1e-6
-    assert errors[1] > 1e-5  # bf16 would be noticed
+    assert errors[1] > 1e-5  # scores in bf16 differ
     assert np.isfinite(errors).all()
 
 
@@ -88,7 +88,7 @@ def test_ranks_with_different_precision_raise_user_error(monkeypatch):
     training_log.RankReport().on_train_start(trainer, None)
     others = ["32-true", "bf16-mixed"]
     monkeypatch.setattr(dist, "all_gather_object", lambda objects, own: objects.__setitem__(slice(None), others))
-    with pytest.raises(UserError, match=r"rank 0 32-true, rank 1 bf16-mixed\); set fp32 or bf16"):
+    with pytest.raises(UserError, match=r"rank 0 32-true, rank 1 bf16-mixed; set fp32 or bf16"):
         training_log.RankReport().on_train_start(trainer, None)
 
 

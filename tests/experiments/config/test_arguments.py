@@ -23,7 +23,7 @@ class Options:
     tasks: tuple[str, ...] = option((), "tasks, separated by commas")
     names: tuple[str, ...] = option((), "names", choices=("a", "b"))
     output: Path | None = option(None, "folder of the result")
-    overwrite: bool = option(False, "replace what is there")
+    overwrite: bool = option(False, "replace earlier results")
     root: str = option("data", "folder of the data", key="data.root")
 
 
@@ -83,10 +83,10 @@ def test_other_keys_are_returned_in_their_order():
 
 
 def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as caught:
         parse(Options, ["--help"])
     text = capsys.readouterr().out
-    assert leaving.value.code == 0
+    assert caught.value.code == 0
     assert text.startswith("Do something with a model.")
     for key in ("EXPERIMENT", "model=TEXT", "split=dev|test", "tasks=TEXT,TEXT", "overwrite=yes|no", "data.root=TEXT"):
         assert key in text

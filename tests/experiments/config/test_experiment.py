@@ -34,7 +34,7 @@ def test_later_layers_override_earlier_ones():
     config = load_config("moe", ["optim.lr=0.5", "optim.lr=0.25", "encoder.layers=[0, 1]", "wandb.entity=null"])
     assert config.optim.lr == 0.25
     assert config.encoder["layers"] == [0, 1]
-    assert config.encoder["pooling"] == "mean"  # of the scale
+    assert config.encoder["pooling"] == "mean"  # set by the scale
     assert config.wandb.entity is None
 
 
@@ -219,7 +219,7 @@ def test_errors_name_the_key_the_value_and_what_is_expected(arguments, messages)
 
 
 @pytest.fixture
-def own_folder(tmp_path, monkeypatch):
+def experiments_folder(tmp_path, monkeypatch):
     """A copy of experiments/ that a test may break."""
     for path in module.FOLDER.rglob("*.yaml"):
         copy = tmp_path / "experiments" / path.relative_to(module.FOLDER)
@@ -229,28 +229,28 @@ def own_folder(tmp_path, monkeypatch):
     return tmp_path / "experiments"
 
 
-def test_errors_in_files_name_the_file(own_folder):
-    (own_folder / "mine.yaml").write_text("encoder:\n  _target_: x\noptim: {lrr: 1}\n")
+def test_errors_in_files_name_the_file(experiments_folder):
+    (experiments_folder / "mine.yaml").write_text("encoder:\n  _target_: x\noptim: {lrr: 1}\n")
     assert "experiments/mine.yaml: unknown key optim.lrr" in error_of("mine")
-    (own_folder / "mine.yaml").write_text("encoder: {a: [}\n")
+    (experiments_folder / "mine.yaml").write_text("encoder: {a: [}\n")
     assert "experiments/mine.yaml" in error_of("mine")
-    (own_folder / "mine.yaml").write_text("- a\n")
+    (experiments_folder / "mine.yaml").write_text("- a\n")
     assert "experiments/mine.yaml: expected keys with values" in error_of("mine")
-    (own_folder / "mine.yaml").write_text("tasks: [search]\n")
+    (experiments_folder / "mine.yaml").write_text("tasks: [search]\n")
     assert "encoder" in error_of("mine")
-    (own_folder / "scale" / "sample.yaml").write_text("data: {batch_size: many}\n")
+    (experiments_folder / "scale" / "sample.yaml").write_text("data: {batch_size: many}\n")
     assert "experiments/scale/sample.yaml: data.batch_size" in error_of("moe")
 
 
-def test_new_task_and_new_scale_need_one_file_each(own_folder):
+def test_new_task_and_new_scale_need_one_file_each(experiments_folder):
     reader = "{_target_: datamodules.sample.SampleReader, view: searches}"
     task = f"kind: search\nexpert: review\ndata:\n  sample:\n    r: {reader}\n"
-    (own_folder / "tasks" / "review.yaml").write_text(task)
+    (experiments_folder / "tasks" / "review.yaml").write_text(task)
     config = load_config("moe", ["tasks=[search,review]"])
     assert config.task["review"].expert == "review"
-    (own_folder / "scale" / "mine.yaml").write_text("optim: {lr: 0.125}\n")
+    (experiments_folder / "scale" / "mine.yaml").write_text("optim: {lr: 0.125}\n")
     assert "task classification has no data at scale mine" in error_of("moe", "scale=mine")
-    (own_folder / "scale" / "mine.yaml").write_text(
+    (experiments_folder / "scale" / "mine.yaml").write_text(
         "task: {search: {data: {own: {_target_: datamodules.readers.beir.BeirReader, folder: x}}}}\ntasks: [search]\n"
     )
     assert load_config("moe", ["scale=mine"]).task["search"].data["own"]["folder"] == "x"
@@ -268,8 +268,10 @@ def test_new_task_and_new_scale_need_one_file_each(own_folder):
         ("kind: search\n", "no value for task.mine.expert"),
     ],
 )
-def test_broken_task_file_is_an_error_only_for_experiments_that_name_the_task(own_folder, content, reason, caplog):
-    (own_folder / "tasks" / "mine.yaml").write_text(content)
+def test_broken_task_file_is_an_error_only_for_experiments_that_name_the_task(
+    experiments_folder, content, reason, caplog
+):
+    (experiments_folder / "tasks" / "mine.yaml").write_text(content)
     assert list(load_config("moe").task) == ["classification", "link_prediction", "search"]
     if "tasks/mine.yaml" in reason:
         assert "task mine is ignored: " in caplog.text
@@ -297,10 +299,10 @@ def test_moved_class_loads_under_its_old_path_and_keeps_the_run_folder(monkeypat
     settings = as_dict(before)
     settings["encoder"] |= {"_target_": old}
     loaded = from_dict(settings, "config.yaml")
-    assert loaded == before  # and with its arguments, which another class would not inherit
+    assert loaded == before  # including the arguments, which another class would not inherit
     assert load_config("moe", [f"encoder._target_={old}"]) == before
     text = json.dumps(as_dict(before))
-    assert with_first_paths(text) == text.replace(new, old)  # what the hash of the run's folder is made from
+    assert with_first_paths(text) == text.replace(new, old)  # this text is hashed for the run's folder
 
 
 def test_every_moved_class_is_at_its_new_path():

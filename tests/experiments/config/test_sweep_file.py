@@ -86,9 +86,8 @@ def test_a_random_trial_depends_on_its_number_alone():
     three, five = (list(fixed_trials("random", parameters_of(LR), count)) for count in (3, 5))
     assert five[:3] == three
     assert len({trial["optim.lr"] for trial in five}) == 5
-    assert three[0]["optim.lr"] == pytest.approx(
-        0.00015409382214506446, rel=1e-12
-    )  # as in former versions: sweeps can be resumed
+    # As in earlier versions, so that their sweeps can be resumed.
+    assert three[0]["optim.lr"] == pytest.approx(0.00015409382214506446, rel=1e-12)
 
 
 def test_bayes_moves_towards_the_best_values():
@@ -273,11 +272,11 @@ def test_brackets_are_those_of_wandbs_documentation():
     ("values", "others", "strict", "is_stopped"),
     [  # Worked out by hand: brackets 2 and 4, half of the trials continue, larger is better.
         ([0.1], [[0.9, 0.9]], False, False),  # before the first bracket
-        ([0.1, 0.2], [], False, False),  # the first to reach it
+        ([0.1, 0.2], [], False, False),  # the first trial to reach the bracket
         ([0.1, 0.2], [[0.9]], False, False),
         ([0.1, 0.2], [[0.1, 0.3]], False, True),  # one of two continues
-        ([0.1, 0.3], [[0.1, 0.3]], False, False),  # of equal ones, both do
-        ([0.1, 0.2], [[0, 0.3], [0, 0.1]], False, False),  # two of three do, rounded up
+        ([0.1, 0.3], [[0.1, 0.3]], False, False),  # ties continue
+        ([0.1, 0.2], [[0, 0.3], [0, 0.1]], False, False),  # two of three continue, rounded up
         ([0.1, 0.2], [[0, 0.3], [0, 0.4]], False, True),
         ([0.1, 0.2], [[0, 0.3], [0, 0.4], [0.5]], False, True),  # trials that have not reached it do not count
         ([0.5, 0.2], [[0, 0.3]], False, False),  # the best value counts,
