@@ -223,7 +223,7 @@ def open_matrix(path: Path, task: str = "") -> Matrix:
         return Matrix(path)
     tasks = sorted(file.name.removesuffix(".npy") for file in path.glob("*.npy"))
     if not tasks:
-        raise UserError(f"{path}: contains no vectors (TASK.npy); finish embedding first, with the same make embed")
+        raise UserError(f"{path}: contains no vectors (TASK.npy); finish embedding first, by the same command")
     if task not in tasks and (task or len(tasks) > 1):
         raise UserError(f"task: expected one of {', '.join(tasks)}, the tasks in {path}, got {task or 'none'}")
     return Matrix(path / f"{task or tasks[0]}.npy")

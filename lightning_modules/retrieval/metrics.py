@@ -207,7 +207,7 @@ def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
     try:
         from scipy.stats import kendalltau
     except ImportError as error:
-        raise UserError("metric kendall_tau needs SciPy (make install EXTRAS=cpu,svm)") from error
+        raise UserError("metric kendall_tau needs SciPy (pip install scipy)") from error
     tau = float(kendalltau(predicted, true).statistic)
     return 0.0 if np.isnan(tau) else tau
 

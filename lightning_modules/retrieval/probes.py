@@ -41,7 +41,7 @@ def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarr
     scikit-learn.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("probes need scikit-learn (make install EXTRAS=cpu,svm)")
+        raise UserError("probes need scikit-learn (pip install scikit-learn)")
     probe, names = benchmark.probe, list(benchmark.corpus)
     targets = {"class": _class_targets, "labels": _label_targets, "number": _number_targets}[probe.learns](
         benchmark, names

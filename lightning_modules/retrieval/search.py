@@ -150,7 +150,7 @@ def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise UserError("backend: faiss is not installed (make install EXTRAS=cpu, or gpu); torch needs no package")
+        raise UserError("backend: faiss is not installed (pip install faiss-cpu or faiss-gpu); use torch instead")
 
 
 def _candidates(

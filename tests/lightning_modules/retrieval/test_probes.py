@@ -95,7 +95,7 @@ def test_label_that_no_training_paper_has_is_reported(caplog):
 
 def test_missing_scikit_learn_raises_user_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="probes need scikit-learn .make install EXTRAS=cpu,svm"):
+    with pytest.raises(UserError, match="probes need scikit-learn .pip install scikit-learn"):
         next(probe_runs(benchmark(["a"] * 3 + ["b"] * 3), ["q0"], np.zeros((1, 4)), np.ones((6, 4))))
 
 
