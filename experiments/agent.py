@@ -31,7 +31,7 @@ class AgentOptions:
     """
 
     sweep_id: str = option(help="ENTITY/PROJECT/ID, as printed by `make sweep ... wandb.mode=online`")
-    count: int | None = option(None, "number of trials to run; by default all of the sweep", minimum=1)
+    count: int | None = option(None, "number of trials to run; by default all trials of the sweep", minimum=1)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def run_agent(sweep_id: str, count: int | None) -> int:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a process, and forward the signals that ask this one to end."""
+    """Run a process, and forward signals that ask the current process to end."""
     process = subprocess.Popen(command, cwd=FOLDER.parent, env=environment)
     for number in ASKING:
         signal.signal(number, lambda number, _: process.send_signal(number))

@@ -34,8 +34,8 @@ class AuditOptions(ExperimentOptions):
     """
 
     beir: tuple[str, ...] = option((), "further evaluations: folders in BEIR layout or with JSON lines")
-    output: Path | None = option(None, "JSON file of the report; by default, audits/<experiment>-<scale>-<hash>.json")
-    examples: int = option(5, "leaks to show per set and way of comparing", minimum=0, maximum=EXAMPLES)
+    output: Path | None = option(None, "JSON file for the report; by default, audits/<experiment>-<scale>-<hash>.json")
+    examples: int = option(5, "number of leaks to show per set and way of comparing", minimum=0, maximum=EXAMPLES)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     leaks = find_leaks(data.tasks, options.beir, corpora=True)
     if not leaks.sets:
-        raise UserError("nothing to compare with: no task has a dev or test split; name an evaluation, beir=FOLDER")
+        raise UserError("nothing to compare with: no task has a dev or test split; set beir=FOLDER to an evaluation")
     report = _report(leaks, options.examples)
     _show(report)
     try:
@@ -67,7 +67,7 @@ def _report(leaks: Leaks, num_examples: int) -> dict[str, Any]:
 
 
 def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """Return up to `count` examples per way of comparing. A pair that several ways find is listed once."""
+    """Return up to `count` examples per way of comparing. A pair found in several ways is listed once."""
     pairs: dict[str, str] = {}
     for texts in examples.values():
         new = [text for text in texts if text.rpartition(" by ")[0] not in pairs][:count]

@@ -43,16 +43,16 @@ class CompareOptions:
     """
 
     A: tuple[str, ...] = option(
-        help="folder of a run or of make eval, such as A=runs/RUN; FOLDER:SYSTEM names a system in it, by default the "
+        help="run folder or output of make eval, such as A=runs/RUN; FOLDER:SYSTEM selects a system, by default the "
         "trained encoder; several, separated by commas, are seeds of one system"
     )
     B: tuple[str, ...] = option(help="the system to compare with, such as B=runs/RUN:bm25")
-    metric: str | None = option(None, "metric to compare, by default the main one of each benchmark")
-    benchmark: tuple[str, ...] = option((), "benchmarks, by default all that both were evaluated on")
-    output: Path | None = option(None, "folder for compare.json, by default one in comparisons/")
-    level: float = option(0.95, "level of the confidence interval, and of marked differences", minimum=0.5, below=1)
-    draws: int = option(10_000, "number of draws of the bootstrap and of the randomisation test", minimum=1)
-    seed: int = option(0, "seed of the draws", minimum=0)
+    metric: str | None = option(None, "metric to compare, by default the main metric of each benchmark")
+    benchmark: tuple[str, ...] = option((), "benchmarks, by default all on which both systems were evaluated")
+    output: Path | None = option(None, "folder for compare.json, by default a new folder in comparisons/")
+    level: float = option(0.95, "level of the confidence interval, and for marking differences", minimum=0.5, below=1)
+    draws: int = option(10_000, "number of draws in the bootstrap and in the randomisation test", minimum=1)
+    seed: int = option(0, "seed for the draws", minimum=0)
     examples: int | None = option(
         None,
         f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
@@ -84,9 +84,7 @@ def _compare(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], options: 
     """Return the content of compare.json: the comparison on each benchmark, and why others are left out."""
     names = list(dict.fromkeys(name for system in (*a, *b) for name in system.benchmarks))
     if unknown := set(options.benchmark) - set(names):
-        raise UserError(
-            f"benchmark: there are no results on {', '.join(sorted(unknown))}; expected some of {', '.join(names)}"
-        )
+        raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     compared, left_out = {}, {}
     for name in options.benchmark or names:
         try:

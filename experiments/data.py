@@ -154,7 +154,7 @@ class Output:
 
     def _write(self, collection: Collection, stamp: Mapping[str, Any]) -> None:
         """Replace the folder of an earlier build once the new one is complete."""
-        for stale in self.folder.parent.glob(f".{self.folder.name}-*"):  # of a killed command
+        for stale in self.folder.parent.glob(f".{self.folder.name}-*"):  # left by a killed command
             shutil.rmtree(stale, ignore_errors=True)
         try:
             with atomic_folder(self.folder) as folder:

@@ -119,7 +119,7 @@ def gpus() -> Iterator[Line]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             finding = f"a driver is installed, but torch {torch.__version__} finds no GPU"
-            fix = "install a torch for the driver's CUDA version (pytorch.org); check nvidia-smi, CUDA_VISIBLE_DEVICES"
+            fix = "install torch for the driver's CUDA version (pytorch.org); check nvidia-smi, CUDA_VISIBLE_DEVICES"
             yield Line(NOTE, "GPU", finding, fix)
         else:
             yield Line(NOTE, "GPU", "none: training uses the CPU", "use scale=sample or scale=small")
@@ -226,9 +226,9 @@ def network() -> Iterator[Line]:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
         except urllib.error.HTTPError:
-            pass  # an error status is an answer, too
+            pass  # an error status is also an answer
         except (OSError, ValueError):
-            fix = "compute nodes often have no network: download the backbone before; W&B goes offline by itself"
+            fix = "compute nodes often have no network: download the backbone beforehand; W&B goes offline itself"
             line = Line(NOTE, f"{name}, network", f"{url} cannot be reached", fix)
         yield line
 

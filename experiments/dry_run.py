@@ -1,4 +1,4 @@
-"""Predict the memory and time of a training from a few of its steps."""
+"""Predict the memory and time of a training run from a few of its steps."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from lightning_modules.retrieval.compute import computing_in
 log = logging.getLogger(__name__)
 
 WARM_UP, MEASURED = 2, 6  # batches per task
-TEXTS = 256  # texts to encode, of each corpus and of its queries
+TEXTS = 256  # texts to encode from each corpus and from its queries
 
 
 @dataclass(kw_only=True)
 class DryRunOptions(ExperimentOptions):
-    """Predict the memory and time of a training.
+    """Predict the memory and time of a training run.
 
     Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. From these it
     computes the cost of the configured ranks and steps. It writes nothing except the cache of the data.
@@ -52,7 +52,7 @@ class TaskCost:
     tokens: float
     queries: float
     documents: float  # candidates of each query, over all ranks
-    batches: int  # number in the whole training, on each rank
+    batches: int  # number of batches in the whole training, on each rank
     scores: float  # bytes, of the similarities with the documents of all ranks
     flops: float  # of forward and backward, 6 per parameter and token
 
@@ -79,7 +79,7 @@ class Prediction:
         return training + self.process + self.activations + self.further + self.gathered
 
     def training(self, steps: int) -> float:
-        """Return the seconds of a whole training."""
+        """Return the seconds that the whole training takes."""
         return steps * self.update + sum(cost.batches * cost.seconds for cost in self.tasks.values())
 
 
@@ -167,7 +167,7 @@ def _bytes(module: nn.Module) -> int:
 def _gathered_bytes(encoder: Encoder) -> int:
     """Return the bytes of unsharded weights and gradients during a sharded step.
 
-    They belong to the modules outside of layers and to two adjacent layers, since the next layer is gathered early.
+    These are the modules outside the layers plus two adjacent layers, because the next layer is gathered in advance.
     """
     layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
     return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
@@ -183,7 +183,7 @@ class _Steps:
         self.gradients = 0  # bytes, of the last step
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
-        """Train on a batch. Return the seconds of forward and backward, and those of clipping and the optimizer."""
+        """Train on a batch. Return the seconds for forward and backward, and for clipping and the optimizer step."""
         started = self._time()
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
@@ -230,14 +230,14 @@ def _cost(
 
 
 def _active_parameters(module: ContrastiveModule) -> int:
-    """Return the number of parameters in a forward pass: no embeddings, and one expert per layer."""
+    """Return the number of parameters used in a forward pass, without embeddings, and with one expert per layer."""
     tasks = max(1, len(set(module.encoder.tasks.values())))
     sizes = [(name, p.numel()) for name, p in module.encoder.named_parameters() if "embeddings" not in name]
     return sum(size // tasks if ".experts." in name else size for name, size in sizes)
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
-    """Return the seconds that encoding for all evaluations takes one rank, without ranking."""
+    """Return the seconds that one rank spends encoding for all evaluations, without ranking."""
     settings, steps = config.evaluation, config.trainer.max_steps
     in_training = -(-steps // settings.every_n_steps) if settings.every_n_steps else 0
     final = 2 if settings.baselines else 1
@@ -260,7 +260,7 @@ def _encoding_seconds(config: Config, module: ContrastiveModule, benchmark: Benc
 
 
 def _show_tasks(config: Config, prediction: Prediction) -> None:
-    columns = ("batches", "ms a batch", "tokens", "tokens/s", "queries", "documents of all ranks", "TFLOP")
+    columns = ("batches", "ms per batch", "tokens", "tokens/s", "queries", "documents of all ranks", "TFLOP")
     table = Table("task", *columns, title=f"{config.experiment}, {config.scale}: a batch on one rank")
     for name, cost in prediction.tasks.items():
         table.add_row(
@@ -277,12 +277,12 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
 
 
 def _show_memory(prediction: Prediction) -> None:
-    table = Table("memory of a rank", "MB", "")
+    table = Table("memory per rank", "MB", "")
     share = ", one rank's share" if prediction.gathered else ""
     process = "other memory" if torch.cuda.is_available() else "Python, libraries, data"
     for name, origin in (
         ("weights", f"computed{share}"),
-        ("gradients", f"computed, of the task with the most{share}"),
+        ("gradients", f"computed, for the task with the most{share}"),
         ("optimizer", f"computed{share}"),
         ("process", f"measured: {process}"),
         ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it"),
@@ -306,7 +306,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         counted(config.trainer.num_nodes, "node"),
     )
     log.info(
-        "a step takes %.1f ms (%.1f ms of it the update); start %s, %d steps %s, evaluation %s, total %s",
+        "a step takes %.1f ms (including %.1f ms for the update); start %s, %d steps %s, evaluation %s, total %s",
         1e3 * training / steps,
         1e3 * prediction.update,
         _duration(prediction.start),
@@ -321,8 +321,8 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     )
     if prediction.gathered:
         log.info(
-            "not measured: gathering %.0f MB of weights forward and backward for each chunk, exchanging gradients, and "
-            "ranks that share cores; an evaluation or a mining holds all weights a second time",
+            "not measured: gathering %.0f MB of weights in forward and backward per chunk, exchanging gradients, and "
+            "ranks that share cores; evaluation and mining hold all weights a second time",
             prediction.weights * ranks / 2**20,
         )
     elif ranks > 1:

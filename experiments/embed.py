@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class EmbedOptions(ModelOptions):
-    """Embed a corpus: one vector per text. After a kill, the same command continues at the missing shards."""
+    """Embed a corpus: one vector per text. If it is killed, the same command continues with the missing shards."""
 
     task: tuple[str, ...] = option(help="comma-separated tasks to embed for, or all")
     side: Literal["documents", "queries"] = option(
@@ -39,14 +39,17 @@ class EmbedOptions(ModelOptions):
         help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract), or a BEIR folder"
     )
     output: Path = option(help="folder for TASK.npy, TASK.npy.ids.txt and TASK.npy.json; or a .npy file, for one task")
-    part: str = option("", "I/N for part I of N, on any machine that sees the output; by default the SLURM array's")
+    part: str = option(
+        "",
+        "I/N embeds part I of N, on any machine that can write to the output; by default taken from the SLURM array",
+    )
     devices: int = option(1, "number of processes on this machine, one per GPU", minimum=1)
     shard_size: int = option(16384, "number of texts per shard", minimum=1)
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "cosine normalises the vectors; by default that of the model's run, dot with backbone=, else cosine"
+        None, "cosine normalises the vectors; by default as in the model's run, dot with backbone=, else cosine"
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "fp32", "precision of the encoder; auto means bf16 on hardware that is fast in it"
+        "fp32", "precision of the encoder; auto means bf16 on hardware where bf16 is fast"
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
     token_budget: int | None = option(
@@ -81,7 +84,7 @@ class EmbeddingJob:
         self.folder = Path(f"{options.output}.shards") if self.one_file else options.output / "shards"
 
     def run(self) -> None:
-        """Embed this process's shards. The process that completes the last one merges them all."""
+        """Embed this process's shards. The process that completes the last shard merges them all."""
         options = self.options
         num_lines = count_lines(self.source, options.on_error)
         if not num_lines:
@@ -95,7 +98,7 @@ class EmbeddingJob:
         self._embed_shards(encoder, shards, numbers, num_texts)
         if missing := shards.missing(num_shards):
             remaining = len(missing), num_shards, missing[0]
-            log.info("%d of %d shards are still missing, from shard %d; other parts embed them", *remaining)
+            log.info("%d of %d shards are still missing, the first is shard %d; they belong to other parts", *remaining)
             return
         source = {"input": str(self.source.absolute()), "name": options.model}
         for task in tasks:
@@ -131,7 +134,7 @@ class EmbeddingJob:
         }
 
     def _embed_shards(self, encoder: Encoder, shards: ShardFolder, numbers: range, num_texts: int) -> None:
-        """Embed those of the given shards that are not complete yet. num_texts: number of texts in all of them."""
+        """Embed the given shards, except complete ones. num_texts: number of texts in all shards."""
         num_complete = 0
         quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
         with (

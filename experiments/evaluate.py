@@ -30,7 +30,7 @@ from lightning_modules.retrieval.metrics import check_metric
 
 log = logging.getLogger(__name__)
 
-# Options that change the results. The name of the default folder ends in a hash of those that are set.
+# Options that change the results. The name of the default folder ends in a hash of the ones that are set.
 HASHED_OPTIONS = (
     *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
     *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
@@ -45,16 +45,16 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
 
     model: str = option(
         "",
-        "folder of a run, checkpoint, exported folder, plain BERT (folder, name on the hub, or package:NAME of an "
-        "installed package), or bm25; several, separated by commas, share a table",
+        "model to evaluate: run folder, checkpoint, exported folder, plain BERT (folder, hub name, or package:NAME for "
+        "an installed package), or bm25; separate several by commas to get them in one table",
     )
     output: Path | None = option(
         None,
         "folder for results.json and the run files; by default one for this model, data and protocol, in evaluation/ "
         "of the run's folder or in evaluations/",
     )
-    add: bool = option(False, "keep the other systems and benchmarks in the results.json of output=")
-    metrics: tuple[str, ...] = option(METRICS, "metrics of data without their own, the main one first")
+    add: bool = option(False, "keep the other systems and benchmarks in the output's results.json")
+    metrics: tuple[str, ...] = option(METRICS, "metrics for data that define none, the main metric first")
     max_length: int | None = option(
         None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
     )
@@ -74,12 +74,12 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
 
     @property
     def models(self) -> dict[str, ModelOptions]:
-        """The models by their names in tables."""
+        """The models, keyed by their names in tables."""
         models = list(filter(None, self.model.split(",")))
         if not models:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, plain BERT, or bm25")
         if len(set(models)) < len(models):
-            raise UserError(f"model: each may be named once, got {self.model}")
+            raise UserError(f"model: each model may be named only once, got {self.model}")
         alone = len(models) == 1 and not self.benchmarks
         return {
             "encoder" if alone else _table_name(model, models): dataclasses.replace(self, model=model)
@@ -177,11 +177,11 @@ def _check(options: EvaluateOptions) -> None:
     if options.suite and not options.suite.is_file():
         raise UserError(f"suite: {options.suite} is not a file")
     if options.suite and not options.benchmarks:
-        raise UserError("suite: which of its benchmarks? Give benchmarks=all (or names), and data.root=FOLDER")
+        raise UserError("suite: set benchmarks=all (or names of its benchmarks) and data.root=FOLDER")
     if options.beir and (options.benchmarks or options.data_root):
-        raise UserError("beir: cannot be used together with benchmarks or data.root; give one of them")
+        raise UserError("beir: cannot be used together with benchmarks or data.root; set only one of them")
     if bool(options.benchmarks) != bool(options.data_root):
-        raise UserError("benchmarks, data.root: give both, the benchmarks and the folder of their data")
+        raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
     for key in FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS:
         if values[key] != defaults[key]:
@@ -190,7 +190,7 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _table_name(model: str, models: Sequence[str]) -> str:
-    """Return the stem of a model's path if no other model has it, else a longer name."""
+    """Return the stem of a model's path if no other model has the same stem, else a longer name."""
     path = Path(model)
     alone = [other for other in models if Path(other).stem == path.stem] == [model]
     return path.stem if path.exists() and alone else short_name(model)
@@ -245,8 +245,8 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
     ]
     if differences:
         raise UserError(
-            f"output: {folder} has the results of another evaluation ({'; '.join(differences)}); name another output, "
-            "or move it away (add=yes adds systems and benchmarks to it)"
+            f"output: {folder} has the results of another evaluation ({'; '.join(differences)}); choose another "
+            "output, or move the folder (add=yes adds systems and benchmarks to it)"
         )
 
 
@@ -258,8 +258,8 @@ def _refuse_other_data(folder: Path, benchmark: Benchmark) -> None:
         then = getattr(table, key, None)
         if then not in (None, now):
             raise UserError(
-                f"output: {folder} has results of {benchmark.name} that differ in {key} ({then} there, {now} now); "
-                "name another output, or move it away"
+                f"output: {folder} already has results on {benchmark.name} with different {key} ({then} there, {now} "
+                "now); choose another output, or move the folder"
             )
 
 

@@ -23,7 +23,7 @@ from lightning_modules.encoders.scimult_format import is_exported_reference
 
 log = logging.getLogger(__name__)
 
-MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes replaces only folders that contain it
+MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes replaces only folders that contain this file
 MARKER_TEXT = "This folder was written by make export. overwrite=yes replaces it with everything in it.\n"
 UNMARKED = re.compile(  # names of files and folders in exports by older versions, which wrote no marker
     r"README\.md|config\.json|model\.safetensors|modules\.json|sentence_bert_config\.json|"
@@ -51,7 +51,7 @@ class ExportOptions(ModelOptions):
     output: Path | None = option(
         None, "new folder, or new file for format=reference; by default in export/ of the model's run, or in exports/"
     )
-    overwrite: bool = option(False, "replace an earlier export, for instance to add onnx=yes, but nothing else")
+    overwrite: bool = option(False, "replace the output if it is an earlier export, for instance to add onnx=yes")
     onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
     similarity: Literal["dot", "cosine"] | None = option(
         None, "how vectors are compared; by default as in the model's run, or else dot with backbone=, cosine without"
@@ -126,9 +126,9 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        advice = "overwrite=yes replaces an earlier export, output= names another folder"
+        advice = "overwrite=yes replaces an earlier export, output= sets another folder"
         raise UserError(f"output: {output} already exists; {advice}")
-    advice = "Name another output, or remove it yourself"
+    advice = "Choose another output, or remove this one yourself"
     if output.is_symlink():
         raise UserError(f"output: {output} is a symbolic link, and its target is never replaced. {advice}")
     for path in (Path.cwd(), *inputs):

@@ -40,10 +40,10 @@ class FindOptions(ModelOptions):
 
     embeddings: Path | None = option(None, "output of make embed (its folder or a .npy file), for an exact search")
     index: Path | None = option(None, "output of make index, instead of embeddings")
-    task: str = option("", "task whose vectors to search, if the folder has several")
-    nprobe: int = option(0, "number of lists of the index to visit; 0 for the number that make index chose", minimum=0)
+    task: str = option("", "task whose vectors to search, if the folder has several tasks")
+    nprobe: int = option(0, "number of index lists to search; 0 uses the number chosen by `make index`", minimum=0)
     query: str = option("", "text to search for")
-    queries: Path | None = option(None, "file of queries, instead of query; each line has an id and a text")
+    queries: Path | None = option(None, "file with queries, instead of query; each line has an id and a text")
     output: Path | None = option(None, "file for the rankings of queries=, in TREC format")
     k: int = option(10, "number of papers per query", minimum=1)
 
@@ -51,9 +51,9 @@ class FindOptions(ModelOptions):
 def main(arguments: Sequence[str]) -> None:
     options = parse(FindOptions, arguments)
     if bool(options.query) == bool(options.queries):
-        raise UserError("query: expected either a text, or queries=FILE with output=FILE")
+        raise UserError("query: set either query=TEXT, or queries=FILE with output=FILE")
     if bool(options.embeddings) == bool(options.index):
-        raise UserError("embeddings, index: expected exactly one, the output of make embed or of make index")
+        raise UserError("embeddings, index: set exactly one, to the output of make embed or of make index")
     if options.queries and not options.output:
         raise UserError("output: expected a file for the rankings of queries=")
     queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Rows and scores of the best papers, (Q, k), with the ids of all rows and the metadata of the vectors."""
+    """Rows and scores of the best papers, (Q, k), the ids of all rows, and the metadata of the vectors."""
 
     rows: np.ndarray
     scores: np.ndarray

@@ -53,7 +53,7 @@ SCIREPEVAL = {  # type of a task -> the task whose expert encodes
 
 @dataclass(kw_only=True)
 class HarnessOptions(ModelOptions):
-    """Write files for other evaluation programs. The expert of its task makes each file."""
+    """Write files for other evaluation programs. Each file is made with the expert of its task."""
 
     format: Literal["scidocs", "scirepeval", "pmc_patients"] = option(
         help="vectors for the program of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
@@ -164,7 +164,7 @@ def _write_scirepeval(job: Job) -> list[Path]:
         embeddings = job.options.output.absolute() / written[key].name
         complete.append(task.record | {"embeddings": {"load": str(embeddings)}})
     if not complete:
-        raise UserError(f"data: {job.options.data} has no folder of any task (each is named after its config: fos)")
+        raise UserError(f"data: {job.options.data} contains no folder of a task (named after its config, such as fos)")
     return [*written.values(), _write_lines(job.output / "tasks.jsonl", complete)]
 
 

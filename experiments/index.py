@@ -28,10 +28,13 @@ class BuildOptions(IndexOptions):
     """Build a FAISS index of an embedded corpus, and measure its recall of the ten nearest papers."""
 
     embeddings: Path = option(help="output of make embed: its folder, or a .npy file")
-    task: str = option("", "task whose vectors to index, if the folder has several")
+    task: str = option("", "task whose vectors to index, if the folder has several tasks")
     output: Path = option(help="file for the index; FILE.ids.txt and FILE.json describe its rows")
     recall: float = option(
-        0.95, "target recall; sets the default nprobe to the smallest that reaches it, or the best", above=0, maximum=1
+        0.95,
+        "target recall; the default nprobe is the smallest that reaches it, or else the one with the highest recall",
+        above=0,
+        maximum=1,
     )
 
 
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     metadata |= {"nprobe": nprobe, "recall": recalls, "embeddings": str(matrix.path.absolute())}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        delete_metadata(output)  # of an earlier index
+        delete_metadata(output)  # left from an earlier index
         write_index(index, output)
         write_metadata(output, matrix.ids, metadata)
     except OSError as error:

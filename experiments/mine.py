@@ -38,7 +38,9 @@ class MineOptions(ModelOptions):
 
     experiment: str = option(help="name of the experiment, such as moe", positional=True)
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
-    vectors: Path | None = option(None, "folder of cached vectors, by default OUTPUT.vectors; delete it afterwards")
+    vectors: Path | None = option(
+        None, "folder for cached vectors, by default OUTPUT.vectors; you can delete it afterwards"
+    )
     devices: int = option(1, "number of processes on this machine, one per GPU; leave it out with torchrun", minimum=1)
 
 
@@ -103,7 +105,7 @@ def _check_same(output: Path, meta: dict[str, Any]) -> None:
     if changes:
         raise UserError(
             f"output: {output} contains hard negatives mined with other settings ({'; '.join(changes)}); choose "
-            "another folder, or delete it"
+            "another folder, or delete this one"
         )
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a model with mteb (Muennighoff et al., MTEB, EACL 2023), which loads the data, ranks and measures itself."""
+"""Evaluate a model with mteb (Muennighoff et al., MTEB, EACL 2023). mteb itself loads the data, ranks and scores."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ EXPERTS = {  # type of an mteb task -> task whose expert encodes
     "BitextMining": "link_prediction",
     "Summarization": "link_prediction",
 }
-PAPERS_AS_QUERIES = ("scidocs", "cite")  # in names of retrieval tasks; the link_prediction expert encodes these
-BATCH_SIZE = 1024  # texts per call by mteb; the encoder makes its own batches of them
+PAPERS_AS_QUERIES = ("scidocs", "cite")  # in names of retrieval tasks that the link_prediction expert encodes
+BATCH_SIZE = 1024  # texts that mteb passes per call; the encoder splits them into its own batches
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ class MtebOptions(ModelOptions):
     )
     output: Path | None = option(
         None,
-        "folder of mteb's results, by default evaluation/mteb of the run or evaluations/mteb; existing ones are reused",
+        "folder for mteb's results, by default evaluation/mteb of the run or evaluations/mteb; existing files are reused",
     )
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
@@ -114,7 +114,7 @@ def _evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[st
             results = mteb.evaluate(model, task, cache=cache, encode_kwargs=batches, show_progress_bar=show_bar)
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{name}: cannot load its data ({reason}). Results up to here are in {output}") from error
+            raise UserError(f"{name}: cannot load its data ({reason}). The results so far are in {output}") from error
         scores[name] = float(results.task_results[0].get_score())
         log.info("%s: %s %.4f", name, task.metadata.main_score, scores[name])
     return scores
@@ -186,7 +186,7 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The key of mteb's stored results. Other weights, similarity or experts are another revision."""
+        """The key of mteb's stored results. Different weights, similarity or experts give a different revision."""
         from mteb.models.model_meta import ModelMeta
 
         experts = [f"{task}={expert}" for task, expert in sorted(self.experts.items())]

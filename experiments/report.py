@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class ReportOptions:
     """Show a run as one HTML page: results, curves, experts, mined negatives, a map of papers, and failures.
 
-    Each figure on the page names its file and its location there. Incomplete runs have a report too.
+    Each figure on the page says which file it comes from, and where in the file. Incomplete runs get a report too.
     """
 
     run: Path = option(help="folder of the run, such as runs/moe-sample-seed0-1a2b3c", key="RUN")

@@ -39,8 +39,8 @@ class ClusterOptions:
     account: str | None = option(None, "account to charge", key="ACCOUNT")
     qos: str | None = option(None, "quality of service", key="QOS")
     constraint: str | None = option(None, "kind of node, such as a100", key="CONSTRAINT")
-    cpus: int = option(8, "cores of each rank", minimum=1, key="CPUS")
-    mem: str | None = option(None, "memory of a node, such as 200G; 0 is all of it", key="MEM")
+    cpus: int = option(8, "cores per rank", minimum=1, key="CPUS")
+    mem: str | None = option(None, "memory per node, such as 200G; 0: all of the node's memory", key="MEM")
     grace: int = option(120, "seconds before the end of TIME at which the run saves", minimum=1, key="GRACE")
     setup: str = option("", "shell commands before the run, such as module load cuda", key="SETUP")
     launch: str | None = option(None, "prefix of python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
@@ -55,16 +55,22 @@ class SlurmOptions(ExperimentOptions, ClusterOptions):
     """
 
     time: str = option(
-        help="time limit of one attempt, such as 90 (minutes), 04:00:00 or 2-12 (days-hours); the next one resumes",
+        help="time limit of one attempt, such as 90 (minutes), 04:00:00 or 2-12 (days-hours); the next attempt resumes",
         key="TIME",
     )
     nodes: int = option(1, "number of nodes", minimum=1, key="NODES")
-    gpus: int = option(1, "GPUs per node, with one rank each; 0 for a job on CPUs", minimum=0, key="GPUS")
-    tasks: int = option(1, "ranks on each node of a job on CPUs", minimum=1, key="TASKS")
-    seeds: tuple[str, ...] = option((), "values of run.seed, for an array with one job each", key="SEEDS")
-    exps: tuple[str, ...] = option((), "experiments, for an array with one job each; with SEEDS, each pair", key="EXPS")
+    gpus: int = option(1, "GPUs per node, with one rank each; 0 for a CPU job", minimum=0, key="GPUS")
+    tasks: int = option(1, "ranks per node, for a CPU job", minimum=1, key="TASKS")
+    seeds: tuple[str, ...] = option((), "values of run.seed, for an array with one job per seed", key="SEEDS")
+    exps: tuple[str, ...] = option(
+        (),
+        "experiments, for an array with one job per experiment; with SEEDS, one job per experiment and seed",
+        key="EXPS",
+    )
     sweep: str = option("", "grid or random sweep, for an array with one job per trial", key="SWEEP")
-    at_once: int | None = option(None, "number of jobs of an array that run at a time", minimum=1, key="AT_ONCE")
+    at_once: int | None = option(
+        None, "maximum number of array jobs that run at the same time", minimum=1, key="AT_ONCE"
+    )
     submit: str = option("0", "1 submits the job; otherwise the sbatch command is printed", key="SUBMIT")
 
 
@@ -158,7 +164,7 @@ def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
         config.trainer.accelerator = ranks["trainer.accelerator"]
         runs.append(Run(experiment, tuple(arguments), folder_of(config)))
     if len({run.folder for run in runs}) < len(runs):
-        raise UserError("run.dir: each job of an array needs its own folder; leave run.dir out, and each gets one")
+        raise UserError("run.dir: each job of an array needs its own folder; leave out run.dir, and each job gets one")
     return runs
 
 
@@ -167,7 +173,7 @@ def _trials(options: SlurmOptions, overrides: Sequence[str]) -> list[list[str]]:
     if not options.sweep:
         return [[]]
     if options.exps or options.seeds:
-        raise UserError("SWEEP: its trials are the array, so it cannot be combined with EXPS or SEEDS")
+        raise UserError("SWEEP: cannot be combined with EXPS or SEEDS, because the array has one job per trial")
     sweep = read_sweep(options.sweep, options.experiment, overrides)
     if sweep.method == "bayes":
         raise UserError("SWEEP: method bayes needs the results of earlier trials; expected grid or random")

@@ -38,7 +38,9 @@ class SweepOptions(ExperimentOptions):
     run_cap: int | None = option(None, "maximum number of trials, instead of the file's run_cap", minimum=1)
     trial: int | None = option(None, "run only this trial, in this process, as a job array does", minimum=0)
     retry_failed: bool = option(False, "run failed trials again")
-    output: Path | None = option(None, "folder of the trials' runs; by default the same command finds it again")
+    output: Path | None = option(
+        None, "folder of the trials' runs; by default, the same command always uses the same folder"
+    )
     check: bool = option(False, "only check all files in experiments/sweeps")
 
 

@@ -1,4 +1,4 @@
-"""Send runs to W&B that were logged offline: python -m experiments.sync [folder=RUN]"""
+"""Send runs that were logged offline to W&B: python -m experiments.sync [folder=RUN]"""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SyncOptions:
-    """Send runs to W&B that were logged offline.
+    """Send runs that were logged offline to W&B.
 
-    You can repeat the command: nothing is sent twice. All attempts of a run go to the same W&B run, in their order.
+    You can repeat the command: nothing is sent twice. All attempts of a run go to the same W&B run, in order.
     Runs that are still training are skipped.
     """
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def unsent_runs(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield each run in a folder that has unsent attempts, with the files of these attempts in their order."""
+    """Yield each run in a folder that has unsent attempts, with the files of these attempts in order."""
     for wandb_folder in sorted(folder.rglob("wandb")):
         files = [file for file in wandb_folder.glob("*run-*/run-*.wandb") if not is_sent(file)]
         if files:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train(experiment: str, overrides: Sequence[str] = ()) -> None:
-    """Train an experiment and evaluate it. Resumes an interrupted run, and only shows a complete one.
+    """Train an experiment and evaluate it. Resumes an interrupted run, and only shows the results of a complete run.
 
     After a signal, this saves the run and exits with a status from endings.py.
     """

@@ -1,1 +1,1 @@
-"""Timings, always as a ratio in one run against something named. Not tests: numbers depend on the machine."""
+"""Benchmarks. Each reports ratios to a named baseline from the same run. Not tests: numbers depend on the machine."""

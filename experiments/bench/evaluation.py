@@ -87,10 +87,10 @@ def _loop(options: BenchOptions) -> None:
         result.write(Path(folder), "ours")
     ours = _clock() - started
     theirs, expected = _authors_program(encoder, vectors, benchmark, options.sample)
-    log.info("ours: %.0f s, %.0f s of processor time; stages: %s", *ours, result.seconds)
+    log.info("ours: %.0f s, %.0f s of CPU time; stages: %s", *ours, result.seconds)
     for stage, seconds in theirs.items():
-        log.info("the authors' program, %s: %.0f s, %.0f s of processor time", stage, *seconds)
-    log.info("ratio: %.1f, in processor time %.1f", *(sum(theirs.values()) / ours))
+        log.info("the authors' program, %s: %.0f s, %.0f s of CPU time", stage, *seconds)
+    log.info("ratio: %.1f, in CPU time %.1f", *(sum(theirs.values()) / ours))
     for metric, value in result.metrics.items():
         log.info("%s: ours %.2f, theirs %.2f", metric, 100 * value, 100 * expected[metric])
         assert round(100 * value, 2) == round(100 * expected[metric], 2)
@@ -190,7 +190,7 @@ def _large(options: BenchOptions, folder: Path) -> None:
 
 
 def _clock() -> np.ndarray:
-    """Return wall-clock seconds, and processor seconds of this process, which mean more on a busy machine."""
+    """Return wall-clock seconds, and CPU seconds of this process, which mean more on a busy machine."""
     return np.array([time.perf_counter(), time.process_time()])
 
 

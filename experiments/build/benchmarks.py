@@ -86,13 +86,13 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:
-        raise UserError("which data? Give run=FOLDER, or beir=FOLDER and task=NAME")
+        raise UserError("run, beir: no data to evaluate on; set run=FOLDER, or beir=FOLDER and task=NAME")
     benchmarks = build_data(config).benchmarks(options.split)
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]
     if not benchmarks:
         of_task = f" of task {options.task}" if options.task else ""
-        raise UserError(f"split: the data{of_task} has no {options.split!r} (the usual ones are train, dev and test)")
+        raise UserError(f"split: the data{of_task} has no split {options.split!r} (usual splits: train, dev, test)")
     return benchmarks
 
 

@@ -49,7 +49,7 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
 
 
 def batch_options(config: Config) -> BatchOptions:
-    """Return the options of batches, without the overrides of single tasks."""
+    """Return the batch options, without the overrides of individual tasks."""
     settings = config.data
     return BatchOptions(
         batch_size=settings.batch_size,
@@ -67,7 +67,7 @@ def batch_options(config: Config) -> BatchOptions:
 
 
 def batches_per_step(config: Config) -> int:
-    """Return the number of batches of one optimizer step on each rank."""
+    """Return the number of batches per optimizer step on each rank."""
     tasks_per_step = len(config.tasks) if config.data.schedule == "together" else 1
     return config.trainer.accumulate_grad_batches * tasks_per_step
 
@@ -139,7 +139,9 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
     sizes = {task.task.name: len(task.examples) for task in data.tasks}
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
-        raise UserError("data.curriculum: not with data.schedule=together, where every step has a batch of every task")
+        raise UserError(
+            "data.curriculum: cannot be used with data.schedule=together, where every step has a batch of every task"
+        )
     with prefixed("data."):
         weights = task_weights(settings.schedule, sizes, settings.schedule_temperature, settings.weights)
     phases = [Phase(0, weights)]

@@ -65,7 +65,7 @@ class Source:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Ways of comparing. Ids only count within a collection: another one may use the same numbers."""
+        """Ways of comparing. Ids only count within a collection: other collections may use the same numbers."""
         return ("id", "title", "text") if self.task else ("title", "text")
 
     def concerns(self, overlap: Overlap, task: TaskDataModule, row: int, is_query: bool) -> bool:
@@ -169,7 +169,7 @@ def _describe(overlap: Overlap) -> str:
 
 
 def handle_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> None:
-    """Find leaks, and warn, remove them, or raise UserError, by data.on_leak."""
+    """Find leaks. Depending on data.on_leak, log a warning, remove them, or raise UserError."""
     if config.on_leak == "ignore":
         return
     leaks = _cached_leaks(config, tasks)

@@ -80,7 +80,9 @@ def build_mining_callback(
         return []
     first = every if config.mining.first_step is None else config.mining.first_step
     if first >= max_steps:
-        message = "mining.first_step: nothing is mined, because the first mining is at step %d of trainer.max_steps %d"
+        message = (
+            "mining.first_step: nothing is mined, as the first mining would be at step %d, but trainer.max_steps is %d"
+        )
         log.warning(message, first, max_steps)
     mining = build_mining(config, folder / NEGATIVES / "vectors")
     for task in data.tasks:

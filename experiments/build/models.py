@@ -39,7 +39,7 @@ class ModelOptions:
     adapters: tuple[str, ...] = option(
         (),
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
-        "documents have another adapter than queries",
+        "documents use a different adapter from queries",
     )
 
     def run_folder(self) -> Path | None:
@@ -169,7 +169,7 @@ def load_systems(
         encoder = options.load_on_device(config, task=task)
         if max_length is not None:
             if max_length > (longest := encoder.family.max_positions):
-                raise UserError(f"max_length: {options.model} has positions for {longest} tokens, got {max_length}")
+                raise UserError(f"max_length: {options.model} supports at most {longest} tokens, got {max_length}")
             encoder.max_length = max_length
         vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
         for similarity in similarities or [options.similarity_of(config)]:

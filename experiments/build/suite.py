@@ -48,14 +48,14 @@ class BenchmarkConfig:
     splits: list[str] = option(["test"], "splits of the queries; several are merged")
     metrics: list[str] = option(MISSING, "metrics, the main one first")
     candidates: str = option(
-        "corpus", "documents ranked for a query: the whole corpus, or only its judged ones", choices=("corpus", "own")
+        "corpus", "documents ranked for a query: the whole corpus, or only judged documents", choices=("corpus", "own")
     )
     exclude_query: bool = option(False, "leave the document with the query's id out of its ranking")
     train_on: list[str] = option([], "splits that a linear model learns from; without them documents are ranked")
     probe: Probe = field(default_factory=Probe, metadata={"help": "what the linear model learns, and how"})
     names_first: str = option(
         "no",
-        "rank labels first whose names are in the paper: published (from the authors' files) or words (by our search)",
+        "rank first the labels named in the paper: published (from the authors' files) or words (by our search)",
         choices=("no", "published", "words"),
     )
     documents: str = option(
@@ -115,7 +115,7 @@ def _read_benchmark(path: Path, family: DictConfig, name: str) -> BenchmarkConfi
 def _check(config: BenchmarkConfig) -> None:
     config.reader = check_target("reader", config.reader, Reader, package=READERS)
     if not config.metrics or not config.splits:
-        raise UserError("metrics, splits: each needs at least one")
+        raise UserError("metrics, splits: expected at least one of each")
     if both := set(config.splits) & set(config.train_on):
         raise UserError(f"train_on: {min(both)} is also in splits; a probe must not learn from its test papers")
     for metric in config.metrics:

@@ -138,7 +138,7 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
 def _environment(config: Config) -> list[ClusterEnvironment]:
     """Return the cluster environment where Lightning's own choice is wrong.
 
-    Raises UserError if srun started another number of processes than the configuration needs.
+    Raises UserError if srun did not start the number of processes that the configuration needs.
     """
     if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
         return []

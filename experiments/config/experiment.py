@@ -235,7 +235,7 @@ def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
     if not config.tasks:
         raise UserError("tasks: name at least one")
     if len(set(config.tasks)) < len(config.tasks):
-        raise UserError(f"tasks: each may be named once, got {', '.join(config.tasks)}")
+        raise UserError(f"tasks: each task may be named only once, got {', '.join(config.tasks)}")
     for name in config.tasks:
         _check_name("task", name, known_tasks)
         task = config.task[name]
@@ -338,7 +338,7 @@ def _replacement(text: str, layer: DictConfig) -> Replacement | None:
         task.search.data={mine: {...}}               only these, each with the node of its reader
         task.search.data.mine=/data/mine             this one in addition to the scale's
 
-    layer: what text was parsed to. Raises UserError for a value that is neither a folder nor a node.
+    layer: the parsed text. Raises UserError for a value that is neither a folder nor a node.
     """
     key = text.partition("=")[0]
     match = re.fullmatch(r"task\.([^.]+)\.data(?:\.([^.]+))?", key)

@@ -27,7 +27,7 @@ MAX_BRACKETS = 100  # after min_iter, as on W&B's server
 
 @dataclass
 class Hyperband:
-    """Stop trials that are behind. They are compared at brackets, which are numbers of logged values of the metric."""
+    """Stop trials that are behind. A bracket is the number of logged values at which trials are compared."""
 
     type: Literal["hyperband"] = option(help="rule; W&B has no other")
     min_iter: int | None = option(
@@ -41,7 +41,7 @@ class Hyperband:
     strict: bool = option(False, "compare a trial by its value at the bracket, not by its best value so far")
 
     def brackets(self) -> list[int]:
-        """Return the numbers of values at which trials are compared, ascending; [] if the keys define none."""
+        """Return after how many logged values trials are compared, in ascending order; [] if the keys define none."""
         if self.min_iter is not None and self.max_iter is self.s is None:
             numbers = accumulate(repeat(self.eta, MAX_BRACKETS - 1), operator.mul, initial=self.min_iter)
         elif self.min_iter is None and self.max_iter is not None and self.s is not None:
@@ -84,8 +84,8 @@ class Hyperband:
         first = self.brackets()[0]
         if every_n_steps and (count := math.ceil(config.trainer.max_steps / every_n_steps)) <= first:
             raise UserError(
-                f"early_terminate: no trial would be stopped. Trials are compared from value {first} of {metric} on, "
-                f"but a run logs {count}, the last one at its end"
+                f"early_terminate: would never stop a trial: the first comparison is after {first} values of {metric}, "
+                f"but a run logs only {count}, the last one at its end; lower min_iter, or log more often"
             )
 
 

@@ -28,7 +28,7 @@ class RunConfig:
     dir: str = option("", "folder of the run; by default, runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
     seed: int = option(0, "seed of all random numbers", minimum=0)
     resume: Literal["auto", "never"] = option(
-        "auto", "auto: continue from the last checkpoint, if there is one; never: start over, and keep the old run"
+        "auto", "auto: continue from the last checkpoint, if any; never: start over, and keep the old run"
     )
 
 
@@ -85,8 +85,12 @@ class DataConfig:
 class MiningConfig(MiningOptions):
     """Hard negatives, mined before training (store) or during it (every_n_steps or every_n_epochs)."""
 
-    every_n_steps: int = option(0, "optimizer steps between two minings with the current model; 0: never", minimum=0)
-    every_n_epochs: float = option(0.0, "passes over all examples between two minings; 0: never", minimum=0)
+    every_n_steps: int = option(
+        0, "number of optimizer steps after which to mine again with the current model; 0: never", minimum=0
+    )
+    every_n_epochs: float = option(
+        0.0, "number of passes over all examples after which to mine again; 0: never", minimum=0
+    )
     first_step: int | None = option(
         None, "step of the first mining, by default after one interval; 0 mines before training", minimum=0
     )
@@ -98,10 +102,12 @@ class MiningConfig(MiningOptions):
     )
     store: str | None = option(None, "output folder of `make mine`; its negatives are used from the first step")
     use: Literal["mined", "data", "both"] = option(
-        "mined", "which hard negatives to use: mined (the data's for queries without any), data, or both"
+        "mined", "hard negatives to use: mined (those of the data for queries without mined ones), data, or both"
     )
     miner: dict[str, Any] = option(DENSE_MINER, "_target_ node: a class in lightning_modules.mining.miners")
-    miners: dict[str, Any] = option({}, "miners of single tasks: task -> _target_ node; null: do not mine for the task")
+    miners: dict[str, Any] = option(
+        {}, "miners for individual tasks: task -> _target_ node; null: do not mine for this task"
+    )
 
 
 @dataclass
@@ -126,16 +132,16 @@ class TrainerConfig:
     strategy: Literal["ddp", "fsdp"] = option(
         "ddp", "for several ranks: each holds all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
     )
-    timeout: int = option(1800, "seconds that ranks wait for one that does not answer", minimum=1)
+    timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints of the training."""
+    """Checkpointing: when to save, and what to keep."""
 
     every_n_steps: int = option(200, "optimizer steps between two checkpoints", minimum=1)
-    keep: int = option(2, "number of checkpoints to keep, the last one included", minimum=1)
+    keep: int = option(2, "number of checkpoints to keep, including the last one", minimum=1)
 
 
 @dataclass
@@ -271,7 +277,9 @@ def _check_sharding(config: Config) -> None:
     if config.trainer.strategy == "ddp":
         return
     if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
-        raise UserError("trainer.strategy: fsdp shards weights over ranks, but there is one; set trainer.devices=2")
+        raise UserError(
+            "trainer.strategy: fsdp shards weights over ranks, but there is only one; set trainer.devices=2"
+        )
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),
@@ -281,14 +289,14 @@ def _check_sharding(config: Config) -> None:
 
 
 def _check_mining_times(config: Config) -> None:
-    """Allow one interval and one source of the first hard negatives, and a first_rank that leaves candidates."""
+    """Allow one interval and one source for the first hard negatives, and a first_rank that leaves candidates."""
     mining = config.mining
     if mining.every_n_steps and mining.every_n_epochs:
         raise UserError("mining.every_n_steps and mining.every_n_epochs: set only one of them")
     if mining.first_step is not None and not (mining.every_n_steps or mining.every_n_epochs):
         raise UserError("mining.first_step: only used with mining during training; set mining.every_n_steps")
     if mining.first_step == 0 and mining.store:
-        raise UserError("mining.store and mining.first_step=0: set only one source of the first hard negatives")
+        raise UserError("mining.store and mining.first_step=0: set only one source for the first hard negatives")
     if mining.first_rank >= mining.k:
         raise UserError(f"mining.first_rank: expected a rank below mining.k ({mining.k}), got {mining.first_rank}")
 

@@ -1,4 +1,4 @@
-"""Read YAML files into dataclasses. Errors name file and key, and suggest what a misspelt key was meant to be."""
+"""Read YAML files into dataclasses. Errors name file and key, and suggest a correction for a misspelt key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_yaml(path: Path, name: str = "") -> DictConfig:
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeError) as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
-        raise UserError(f"{name}: expected keys with values")
+        raise UserError(f"{name}: expected a YAML mapping (`key: value` lines)")
     return node
 
 

@@ -36,7 +36,7 @@ class Metric:
     """The metric that ranks the trials."""
 
     name: str = option(help="name under which runs log it, such as val/mean/ndcg@10")
-    goal: Literal["minimize", "maximize"] = option("minimize", "direction of better values")
+    goal: Literal["minimize", "maximize"] = option("minimize", "whether higher or lower values are better")
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Folder of the trials' runs. The same file, experiment and overrides find it again."""
+        """Folder of the trials' runs. The same file, experiment, overrides and run_cap always give the same folder."""
         key = json.dumps([self.content, self.experiment, self.overrides, self.run_cap], sort_keys=True)
         return Path("runs", f"sweep-{self.name}-{hashlib.blake2b(key.encode(), digest_size=3).hexdigest()}").absolute()
 
@@ -162,7 +162,7 @@ def _check_types(content: Mapping[str, Any]) -> None:
 
 
 def as_override(key: str, value: Any) -> str:
-    """Return key=value such that the configuration reads the same value: None as null, and a string as a string."""
+    """Return key=value so that the configuration reads the same value: None as null, and a string as a string."""
     if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=1 << 30).removesuffix("...\n").strip()
     elif _reads_as_itself(value):
@@ -201,7 +201,7 @@ def check_trials(sweep: Sweep) -> Config:
 
 
 def _with_new_values(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number and parameters of each trial that has a value which no earlier trial has."""
+    """Yield number and parameters of each trial that has a value not used by any earlier trial."""
     seen: set[str] = set()
     for number, values in enumerate(trials):
         overrides = {as_override(key, value) for key, value in values.items()}

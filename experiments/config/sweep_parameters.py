@@ -102,7 +102,7 @@ class Parameter:
         raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
 
     def optuna_range(self) -> BaseDistribution:
-        """Return the range for Optuna; for a list, that of its indices. Raises UserError if Optuna has none."""
+        """Return the range for Optuna; for a list, the range of its indices. Raises UserError if Optuna has none."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if "normal" in self.distribution or "probabilities" in self.settings:
@@ -162,7 +162,7 @@ def suggest_trial(
 ) -> dict[str, Any]:
     """Return the values of a trial of a `method: bayes` sweep, chosen by Optuna's TPE sampler.
 
-    past: values and score of each earlier trial, None without a score yet. number: number of the trial, and the seed.
+    past: values and score (None if not known yet) of each earlier trial. number: number of the trial, and the seed.
 
     The study is rebuilt from the past trials each time. Optuna's journal (JournalFileBackend 5.0) is not used, because
     it cannot be read after a kill has cut a line short, and a failed trial could not run again.

@@ -93,7 +93,7 @@ class Sources:
         return f"{name} cannot be downloaded automatically: get it from {page}, and place it as {paths}"
 
     def fetch(self, name: str) -> Path:
-        """Download, verify and unpack what is missing of a source, and return its folder. Raises UserError."""
+        """Download, verify and unpack the missing parts of a source, and return its folder.  Raises UserError."""
         spec = self.specs[name]
         if self._is_unpacked(name):
             return self.folder(name)

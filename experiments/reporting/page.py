@@ -26,7 +26,7 @@ from experiments.reporting.charts import (
 )
 from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source, format_number
 
-PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # start of the paper's rows that are shown
+PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # prefix of the paper's rows that are shown
 SYSTEM_COLOURS = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 SECTIONS = {
     "results": "Results",
@@ -38,7 +38,7 @@ SECTIONS = {
     "failures": "Failures",
     "run": "The run",
 }
-MINING_COLUMNS = {  # key in a mining's report -> heading and format
+MINING_COLUMNS = {  # key in a mining report -> heading and format
     "negatives": ("per query", ".1f"),
     "false_negative_rate": ("look like positives", ".1%"),
     "margin_p50": ("median margin", ".3g"),
@@ -139,7 +139,7 @@ def metrics_of(benchmark: Source, results: Source) -> Sequence[str]:
 
 
 def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[str, ...], list[ResultBlock]]:
-    """Return the benchmarks by their metrics: those with the same metrics share a table.
+    """Group the benchmarks by their metrics: benchmarks with the same metrics share a table.
 
     paper: the paper's figures for benchmarks with one of its protocols.
     """
@@ -219,7 +219,7 @@ def _expert_charts(run: RunFiles) -> list[Chart | None]:
 
 @dataclass(frozen=True)
 class TransplantCell:
-    """A task's loss with one expert. excess: 0 for its own, 1 for the worst. loss: None if the two tasks share one."""
+    """A task's loss with one expert. excess: 0 for its own, 1 for the worst. loss: None if both tasks share it."""
 
     loss: Source | None
     excess: float
@@ -266,7 +266,7 @@ def _mining_charts(run: RunFiles) -> list[Chart | None]:
 
 
 def _margins(run: RunFiles) -> list[Chart]:
-    """Return a histogram of margins for each task of the last mining."""
+    """Return a histogram of margins for each task, from the last mining."""
     if not run.minings:
         return []
     last = run.minings[next(reversed(run.minings))]

@@ -164,7 +164,7 @@ def incomparable(systems: Sequence[MeasuredSystem], benchmark: str) -> str:
     for system in systems:
         table = system.benchmarks.get(benchmark)
         if table is None:
-            return f"{system.folder} has no results of {system.system} on it"
+            return f"{system.folder} has no results of {system.system} on this benchmark"
         if not all(getattr(table, key) for key in MUST_AGREE):
             return f"{system.folder} does not have all of {', '.join(MUST_AGREE)}; evaluate it again"
     for key, plural in MUST_AGREE.items():
@@ -229,7 +229,7 @@ def short_text(document: Document | None, id: str, longest: int = 120) -> str:
 
 
 def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
-    """Read the data of a benchmark again. Returns None, with a warning, if they are gone or have changed."""
+    """Read the data of a benchmark again. Returns None, with a warning, if the data are gone or have changed."""
     table = measured.benchmarks[name]
     try:
         benchmark = _read_benchmark(measured.folder.resolve(), name, table.split)

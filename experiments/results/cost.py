@@ -46,7 +46,7 @@ class CostMeter:
         self.memory.reset_peak()
 
     def read(self, seconds: Mapping[str, float]) -> Cost:
-        """Return the cost up to now. All ranks must call this. seconds: stage -> seconds of this rank."""
+        """Return the cost so far. All ranks must call this. seconds: stage -> seconds of this rank."""
         encoded = {key: count - self.before[key] for key, count in self.encoder.encoded.items()} if self.encoder else {}
         usage = {"texts": 0, "tokens": 0, **encoded, "memory_mb": round(self.memory.peak() / 2**20)}
         ranks = [usage] * world_size()

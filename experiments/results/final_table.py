@@ -121,6 +121,6 @@ class FinalTable:
         now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
         then = {name: (table.protocol, table.data) for name, table in tables.items()}
         if {key: content.get(key) for key in self._protocol()} != self._protocol() or then != now:
-            log.warning("the baselines have other data, metrics or protocols, so the final table does not have them")
+            log.warning("the baselines have other data, metrics or protocols, so the final table leaves them out")
             return {}
         return tables

@@ -59,7 +59,7 @@ class SystemResult:
 class BenchmarkTable:
     """The results of several systems on one benchmark.
 
-    queries, documents: numbers of them. data: fingerprint of texts and judgements. options: settings of the protocol.
+    queries, documents: how many there are. data: fingerprint of texts and judgements. options: protocol settings.
     Fields that an old file lacks are None.
     """
 
@@ -76,7 +76,7 @@ class BenchmarkTable:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """The origin of the results of a training."""
+    """Where the results of a training run come from."""
 
     experiment: str
     scale: str
@@ -90,7 +90,7 @@ class RunInfo:
 
 @dataclass(kw_only=True)
 class EvaluationInfo:
-    """The origin of the results of `make eval`. command: its arguments."""
+    """Where the results of `make eval` come from. command: its arguments."""
 
     model: str = ""
     similarity: str = ""
@@ -113,7 +113,7 @@ class Results:
 
     @property
     def systems(self) -> list[str]:
-        """Names of all systems, in the order of their appearance."""
+        """Names of all systems, in order of appearance."""
         return list(dict.fromkeys(name for table in self.benchmarks.values() for name in table.systems))
 
     def means(self) -> dict[str, float]:
@@ -280,7 +280,7 @@ def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
 
 
 def combine(*results: Benchmarks) -> Benchmarks:
-    """Put several systems into the same tables. Raises UserError if protocols or data of one name differ."""
+    """Put several systems into the same tables. Raises UserError if benchmarks of the same name differ."""
     combined: Benchmarks = {}
     for tables in results:
         for name, table in tables.items():

@@ -71,7 +71,7 @@ class RunFolder:
         return self.path / "manifest.json"
 
     def recorded_precision(self) -> str | None:
-        """Return the precision that a resumed run must keep, also on another machine; None for a new run."""
+        """Return the precision that a resumed run must keep, even on another machine; None for a new run."""
         return read_json(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
 
 

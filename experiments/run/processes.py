@@ -35,8 +35,8 @@ def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str
     work: function that each rank calls.
     command, arguments: module and arguments to run in each process. They must lead to this function again, which then
         calls `work`.
-    If one rank fails, all end. Raises UserError if there are fewer GPUs than devices, or if a launcher has started
-    another number of processes.
+    If one rank fails, all ranks end. Raises UserError if there are fewer GPUs than devices, or if a launcher started
+    a different number of processes.
     """
     num_ranks = launch.num_ranks()
     if num_ranks == 1 and devices > 1:

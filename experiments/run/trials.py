@@ -223,7 +223,7 @@ class Controller:
         return trial
 
     def _run_to_its_end(self, trial: Trial, slot: int, lock: IO[str]) -> None:
-        """Run a trial, again whenever it is preempted, until it finishes, fails or is stopped."""
+        """Run a trial, resuming it whenever it is preempted, until it finishes, fails or is stopped."""
         while True:
             log.info("trial %d of %d: %s", trial.number, len(self.trials), trial)
             start = time.monotonic()

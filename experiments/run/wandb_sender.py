@@ -16,7 +16,7 @@ from pathlib import Path
 
 PATIENCE = 20  # seconds without an answer after which the log says that W&B cannot be reached
 PAUSE = 30  # seconds until the next attempt
-# The training's own variables: the first one would make W&B's command join the training's service process.
+# The training's own variables: the first would make W&B's command join the training's service process.
 TRAINING_VARIABLES = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_MODE")
 
 

@@ -40,7 +40,7 @@ def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
-        raise UserError(f"output: {path} already exists; name another folder, or remove it")
+        raise UserError(f"output: {path} already exists; choose another folder, or remove this one")
     with writable_folder("output", path.parent), contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(atomic_folder(path))

@@ -148,7 +148,9 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
     for folder, names in ((a, ("x", "y", "generated")), (b, ("generated",))):
         content = json.loads((folder / "results.json").read_text())["benchmarks"]["generated"]
         (folder / "results.json").write_text(json.dumps({"benchmarks": dict.fromkeys(names, content)}))
-    with pytest.raises(UserError, match=rf"\(x, y: {b} has no results of encoder on it\). .*make eval model={a},{b}"):
+    with pytest.raises(
+        UserError, match=rf"\(x, y: {b} has no results of encoder on this benchmark\). .*make eval model={a},{b}"
+    ):
         main([f"A={a}", f"B={b}", "benchmark=x,y"])
     long = [measured(tmp_path / (letter * 200), 0.3, i) for i, letter in enumerate("cd")]
     monkeypatch.chdir(tmp_path)
@@ -159,11 +161,11 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "A: required, folder of a run"),
+        ([], "A: required, run folder"),
         (["A={a}"], "B: required, the system to compare with"),
         (["A={a}", "B=nowhere"], "B: nowhere does not exist. In runs/ there are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*Expected one of .*:encoder"),
-        (["A={a}", "B={a}", "benchmark=other"], "benchmark: there are no results on other; expected some of generated"),
+        (["A={a}", "B={a}", "benchmark=other"], "benchmark: no results on other; choose from generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),
         (["A={a},{a}", "B={a}"], "A: the same system is named twice"),
         (["A={a}", "B={a}", "level=95"], "level: expected a number .* below 1, got 95"),

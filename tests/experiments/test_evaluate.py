@@ -93,7 +93,7 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model=x", "modle=y"], "unknown key 'modle'; did you mean model"),
         (["MODEL=x"], "unknown key 'MODEL'; did you mean model"),
         (["model"], "expected key=value"),
-        (["model=bm25"], "which data"),
+        (["model=bm25"], "run, beir: no data to evaluate on"),
         (["model=runs/nope", "beir={beir}/scitldr", "task=search"], "model: runs/nope does not exist. In runs/"),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val'; expected one of train, dev"),
@@ -103,11 +103,11 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model=m", "metrics=recall"], "metric 'recall'"),
         (["model=m", "token_budget=many"], "token_budget: expected a whole number, got 'many'"),
         (["model=m", "max_length=2"], "max_length: expected a number of at least 3, got 2"),
-        (["model=m,m"], "model: each may be named once"),
-        (["model=bm25", "benchmarks=all"], "benchmarks, data.root: give both"),
+        (["model=m,m"], "model: each model may be named only once"),
+        (["model=bm25", "benchmarks=all"], "benchmarks, data.root: set both"),
         (["model=m", "suite={beir}/nope.yaml"], "suite: .*nope.yaml is not a file"),
-        (["model=m", "suite={beir}/scitldr/corpus.jsonl"], "suite: which of its benchmarks"),
-        (["model=m", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: which of its benchmarks"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl"], "suite: set benchmarks=all"),
+        (["model=m", "suite={beir}/scitldr/corpus.jsonl", "data.root={beir}"], "suite: set benchmarks=all"),
         (["model=bm25", "beir={beir}/scitldr", "benchmarks=all", "data.root={beir}"], "beir: cannot be used"),
         (["model=bm25", "beir={beir}/scitldr", "task=search", "max_queries=9"], "max_queries: got 9, but only"),
         (["model=bm25", "benchmarks=all", "data.root={beir}", "split=dev"], "split: got dev, but .* have their own"),
@@ -125,7 +125,7 @@ def test_invalid_options_raise_user_error(beir_root, tmp_path, arguments, messag
     [
         (["split=none"], "split: the data has no 'none'"),
         (["beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
-        (["max_length=9999"], "max_length: .* has positions for .* tokens, got 9999"),
+        (["max_length=9999"], "max_length: .* supports at most .* tokens, got 9999"),
     ],
 )
 def test_options_that_a_run_cannot_serve_raise_user_error(run, beir_root, tmp_path, arguments, message):
@@ -167,7 +167,7 @@ def test_results_of_another_evaluation_are_never_overwritten(twins):
     main([*common, f"beir={one}"])
     before = (out / "results.json").read_text()
     for arguments, message in (
-        ([f"beir={two}"], "has results of search that differ in data"),
+        ([f"beir={two}"], "has results on search with different data"),
         ([f"beir={one}", "metrics=recall@5"], "another evaluation .metrics: .* there, recall@5 now"),
     ):
         with pytest.raises(UserError, match=message):

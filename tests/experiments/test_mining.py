@@ -253,7 +253,7 @@ def test_every_n_epochs_counts_passes_over_all_examples():
         (["mining.first_step=2"], "mining.first_step: only used with mining during training"),
         (
             ["mining.store=x", "mining.every_n_steps=2", "mining.first_step=0"],
-            "set only one source of the first hard negatives",
+            "set only one source for the first hard negatives",
         ),
         (["mining.first_rank=100"], "mining.first_rank: expected a rank below mining.k .100., got 100"),
         (

@@ -311,7 +311,7 @@ def test_a_job_array_runs_one_trial_in_each_task(make_sweep, tmp_path, monkeypat
     for number, lr in enumerate((0.1, 0.2)):
         arguments = f"run moe run.seed=1 optim.lr={lr} wandb.entity=null run.dir={folder / f't00{number}'}"
         assert f"{number}) {arguments}" in script
-    with pytest.raises(UserError, match="SWEEP: its trials are the array"):
+    with pytest.raises(UserError, match="SWEEP: cannot be combined with EXPS"):
         slurm(["moe", "TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
 
 

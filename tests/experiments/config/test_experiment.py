@@ -180,7 +180,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["callbacks.x._target_: expected a subclass of Callback"],
         ),
         (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
-        (["moe", "tasks=[search,search]"], ["tasks: each may be named once"]),
+        (["moe", "tasks=[search,search]"], ["tasks: each task may be named only once"]),
         (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0, got -1"]),
         (["moe", "data.max_length=2"], ["data.max_length: expected a number of at least 3, got 2"]),
         (["moe", "evaluation.metrics=[]"], ["evaluation.metrics: name at least one"]),
@@ -192,7 +192,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "trainer.devices=0"], ["trainer.devices: expected a number above 0, or -1 for all GPUs, got 0"]),
         (["moe", "trainer.num_nodes=0"], ["trainer.num_nodes: expected a number of at least 1, got 0"]),
         (["moe", "trainer.strategy=deepspeed"], ["trainer.strategy", "'deepspeed'", "fsdp"]),
-        (["moe", "trainer.strategy=fsdp"], ["trainer.strategy: fsdp shards weights over ranks, but there is one"]),
+        (["moe", "trainer.strategy=fsdp"], ["trainer.strategy: fsdp shards weights over ranks, but there is only one"]),
         (
             ["moe", "trainer.strategy=fsdp", "trainer.devices=2", "objective.learn_temperature=one"],
             ["fsdp does not support objective.learn_temperature=one; set ddp, or objective.learn_temperature=no"],
@@ -235,7 +235,7 @@ def test_errors_in_files_name_the_file(experiments_folder):
     (experiments_folder / "mine.yaml").write_text("encoder: {a: [}\n")
     assert "experiments/mine.yaml" in error_of("mine")
     (experiments_folder / "mine.yaml").write_text("- a\n")
-    assert "experiments/mine.yaml: expected keys with values" in error_of("mine")
+    assert "experiments/mine.yaml: expected a YAML mapping" in error_of("mine")
     (experiments_folder / "mine.yaml").write_text("tasks: [search]\n")
     assert "encoder" in error_of("mine")
     (experiments_folder / "scale" / "sample.yaml").write_text("data: {batch_size: many}\n")
@@ -262,7 +262,7 @@ def test_new_task_and_new_scale_need_one_file_each(experiments_folder):
         ("kind: [", "tasks/mine.yaml"),
         ("kidn: search\n", "tasks/mine.yaml: unknown key task.mine.kidn"),
         ("kind: ranking\n", "tasks/mine.yaml: task.mine.kind"),
-        ("- search\n", "tasks/mine.yaml: expected keys with values"),
+        ("- search\n", "tasks/mine.yaml: expected a YAML mapping"),
         ("data: [search]\n", "tasks/mine.yaml: task.mine.data: expected a block for each scale"),
         ("expert: ${nowhere}\n", "nowhere"),
         ("kind: search\n", "no value for task.mine.expert"),

@@ -177,7 +177,10 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
             ["eta: the number is too large"],
         ),
         # A run of the sample has two evaluations, the second one at its end, when nothing is left to stop.
-        (f"{ONE}early_terminate: {{type: hyperband, min_iter: 2}}\n", ["from value 2 of val/mean/ndcg@10", "logs 2"]),
+        (
+            f"{ONE}early_terminate: {{type: hyperband, min_iter: 2}}\n",
+            ["after 2 values of val/mean/ndcg@10", "logs only 2"],
+        ),
     ],
 )
 def test_errors_name_the_key_the_value_and_what_is_expected(make_file, body, messages):
