@@ -27,7 +27,7 @@ from datamodules.tokens import Encoding, TokenTable
 if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
-DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with one that has no max_steps
+DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no max_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class BatchOptions:
 
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
-    num_batches: int = option(0, "batches of the whole training; 0 follows the trainer's max_steps", minimum=0)
+    num_batches: int = option(0, "number of batches in training; 0 follows the trainer's max_steps", minimum=0)
     max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=3)
     token_budget: int = option(16384, "maximum number of padded tokens in a chunk", minimum=1)
     num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
@@ -241,9 +241,9 @@ class ResumableLoader:
 
 
 class ContrastiveDataModule(L.LightningDataModule):
-    """Base class of the data of one task and of several tasks, with a loader that follows the schedule.
+    """Base class for the data of one or several tasks, with a loader that follows the schedule.
 
-    tokenizer: tokenizer of the encoder; by default that of the trained module.
+    tokenizer: tokenizer of the encoder; by default the trained module's.
     prompts: text that precedes the inputs of each task.
     rounds: mined hard negatives.
     """

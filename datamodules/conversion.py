@@ -21,7 +21,7 @@ from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, m
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the store's layout; collections of another version are converted again
+VERSION = 3  # version of the store's layout; collections with another version are converted again
 LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -30,7 +30,7 @@ class FileReader(Protocol):
     """A reader of files. The same arguments and files always give the same collection, so it can be stored."""
 
     def sources(self) -> list[Path]:
-        """Return the files to read, or an empty list if they are not known (data of the Hugging Face hub)."""
+        """Return the files to read, or an empty list if they are not known (data on the Hugging Face hub)."""
         ...
 
     def read(self) -> Collection: ...
@@ -92,7 +92,7 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
 
 @contextmanager
 def _recorded_warnings() -> Iterator[list[str]]:
-    """Record the warnings of reading, such as skipped lines, to repeat them whenever the conversion is used."""
+    """Record warnings during reading, such as skipped lines, to repeat them whenever the conversion is used."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -122,7 +122,7 @@ def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
 
 
 def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
-    """Write first.npy, own.npy and same.npy. Return the first of them."""
+    """Write first.npy, own.npy and same.npy. Return the array of first.npy."""
     same_id = np.fromiter((sink.documents.get(id, -1) for id in sink.queries), dtype=np.int32, count=len(sink.queries))
     corpus, queries = StoredDocuments(folder / "corpus.arrow"), StoredDocuments(folder / "queries.arrow")
     same_text = np.zeros(len(same_id), dtype=bool)
@@ -210,7 +210,7 @@ class _Writer:
         return split in self.judgements
 
     def distinct(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return queries, documents and grades of a split's judgements, (j,) each, without repeated pairs.
+        """Return the queries, documents and grades of a split's judgements, (j,) each, without repeated pairs.
 
         Raises UserError if a pair is repeated with another grade, unless keep_first.
         """
@@ -220,7 +220,7 @@ class _Writer:
         repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
         differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
         if len(differ) and self.keep_first:
-            log.warning("split %s: %d pairs are judged again with another score; the first counts", split, len(differ))
+            log.warning("split %s: %d pairs are judged again with another score; the first is kept", split, len(differ))
         elif len(differ):
             first, second = order[differ[0]], order[differ[0] + 1]
             query, document = (

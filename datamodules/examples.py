@@ -1,7 +1,7 @@
 """The training examples of a task as integer arrays; an Example object exists only while it is in a batch.
 
-The integers are rows of the task's document table: the corpus and queries of its first collection, then those of the
-next, and so on.
+The integers are rows of the task's document table: the corpus and queries of its first collection, then of the
+second, and so on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ExampleTable(Sequence[Example]):
 
     queries: row of each query, (n,) int32.
     document_of_query: row of each query that is itself a document, else -1, (n,) int32.
-    starts: (n + 1,) int64; the judgements of example i are those from starts[i] to starts[i + 1].
+    starts: (n + 1,) int64; the judgements of example i are at starts[i] to starts[i + 1].
     documents: row of each judged document, (j,) int32.
     grades: grade of each judgement, (j,) int32; above 0 is a positive, 0 a hard negative.
     """
@@ -54,8 +54,8 @@ class ExampleTable(Sequence[Example]):
 
         Queries without a positive are dropped. If a pair is repeated, its highest grade counts.
 
-        queries, documents, grades: number of the query, row of the document, and grade of each judgement, (j,).
-        rows, document_of_query: row of each query, by its number, and its row as a document, or -1.
+        queries, documents, grades: query number, document row, and grade of each judgement, (j,).
+        rows, document_of_query: row of each query, by query number, and its row as a document, or -1.
         """
         best = _highest_grades(queries, documents, grades)
         queries, documents, grades = queries[best], documents[best], grades[best]
@@ -161,7 +161,7 @@ def whole_grade(split: str, query: str, document: str, grade: float) -> int:
 
 
 def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarray) -> np.ndarray:
-    """Return the sorted indices of one judgement for each pair: the one with the highest grade."""
+    """Return the sorted indices of the judgement with the highest grade for each pair."""
     pairs = queries.astype(np.int64) << 32 | documents
     order = np.lexsort((-grades, pairs))
     first = np.ones(len(order), dtype=bool)
@@ -170,7 +170,7 @@ def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarr
 
 
 def first_of_same_text(documents: Sequence[Document]) -> np.ndarray:
-    """Return, for each document, the row of the first one with the same title and text, (M,) int32."""
+    """Return, for each document, the row of the first document with the same title and text, (M,) int32."""
     first: dict[tuple[str, str], int] = {}
     rows = (first.setdefault((d.title, d.text), row) for row, d in enumerate(documents))
     return np.fromiter(rows, dtype=np.int32, count=len(documents))
@@ -268,7 +268,7 @@ def query_rows(
     A query that is a document with the same text has that document's row. Other queries come after the documents.
 
     numbers: numbers of the queries.
-    same_id: for each query, the document with its id (the first one with that text), or -1.
+    same_id: for each query, the document with its id (the first copy of it, if there are several), or -1.
     same_text: whether that document has the query's text too.
     """
     if not queries_are_documents:

@@ -17,7 +17,7 @@ from datamodules.records import UserError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that replaces path once all of it is on disk. On an error nothing is left of it."""
+    """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # unique among processes
     try:
         with open(partial, "wb") as file:
@@ -32,7 +32,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Create a folder to fill, which replaces path once it is complete. On an error nothing is left of it.
+    """Create a temporary folder to fill, and move it to path once it is complete. On an error, delete it.
 
     path: new folder, or an existing one to replace. Its parent is created if needed.
     """
@@ -69,4 +69,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Delete it to create it again.") from error
+        raise UserError(f"{path}: cannot be read ({error}). Delete it, and it will be created again.") from error

@@ -29,16 +29,16 @@ VERSION = 1  # of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores")
 SOURCES = ("mined", "data", "both")  # values of Rounds.source
 
-# (index of the example, example, step) -> rows to draw its hard negatives from
+# (index of the example, example, step) -> rows to draw the hard negatives of the example from
 NegativesOf = Callable[[int, Example, int], Sequence[int]]
 
 
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
     """Write mined hard negatives, completely or not at all. Replace an existing store, even a damaged one.
 
-    meta: how they were mined: "miner" (class and arguments), "model" (fingerprint, or None), "data" (fingerprint of
-        each task's collections), "step", "k" and any other entries. The layout's version, the counts of examples,
-        negatives and filtered candidates, and a hash of all arrays are added.
+    meta: how the negatives were mined: "miner" (class and arguments), "model" (fingerprint, or None), "data"
+        (fingerprint of each task's collections), "step", "k" and any other entries. The layout's version, the counts of
+        examples, negatives and filtered candidates, and a hash of all arrays are added.
 
     Raises UserError if path exists and is not a store.
     """
@@ -57,7 +57,7 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
 
 
 def _is_store(path: Path) -> bool:
-    """Return whether a folder has no other files than those of a store. It may be empty."""
+    """Return whether a folder is empty or contains only the files of a store."""
     files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
     return path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
 
@@ -158,9 +158,9 @@ class Round:
 class Rounds:
     """The stores of mined hard negatives, and the batches that use each of them.
 
-    folder: folder of the stores that are mined during the training.
-    source: "mined" uses an example's mined negatives, or those of the data if it has none; "data" uses only those of
-        the data; "both" uses all.
+    folder: folder for stores mined during training.
+    source: "mined" uses an example's mined negatives, or its negatives in the data if none were mined; "data" uses
+        only the negatives in the data; "both" uses all.
     data: fingerprints of the training data. A store mined from other data is rejected.
     """
 
@@ -193,7 +193,7 @@ class Rounds:
     def begin(self, batch: int, store: str) -> None:
         """Use a store from a batch onwards. store: its name in the folder, or its path.
 
-        Raises UserError if the store is missing, damaged or of other data.
+        Raises UserError if the store is missing, damaged or mined from other data.
         """
         negatives = HardNegativeStore(self.folder / store)  # an absolute path replaces the folder
         negatives.check(self.data)
@@ -252,7 +252,7 @@ class Rounds:
         return [asdict(r) for r in self._rounds]
 
     def load(self, state: Sequence[Mapping[str, Any]], position: int) -> None:
-        """Restore the rounds of a checkpoint. position: number of batches before it.
+        """Restore the rounds of a checkpoint. position: number of batches before the checkpoint.
 
         Raises UserError if the store for this position is missing, damaged or a different one.
         """
@@ -271,5 +271,5 @@ class Rounds:
 
 
 def negatives_of_data(index: int, example: Example, step: int) -> Sequence[int]:
-    """Return the hard negatives of the data (NegativesOf)."""
+    """Return the hard negatives given in the data (NegativesOf)."""
     return example.hard_negatives

@@ -1,4 +1,4 @@
-"""Find texts of an evaluation in the training data: by id, by title, and by nearly equal text.
+"""Find evaluation texts in the training data: by id, by title, and by nearly equal text.
 
 id      equal ids, for collections that share a numbering of documents
 title   equal words in the title, ignoring case, accents, punctuation and spaces
@@ -21,7 +21,7 @@ from datamodules.records import Document
 
 WAYS = ("id", "title", "text")
 RUN = 3  # words in a shingle
-BANDS, ROWS = 20, 5  # texts of similarity 0.7 share a band of 5 hashes with probability 0.97, of 0.3 with 0.05
+BANDS, ROWS = 20, 5  # probability that texts share a band of 5 hashes: 0.97 at similarity 0.7, 0.05 at similarity 0.3
 THRESHOLD = 0.7  # similarity from which two texts count as the same
 MIN_WORDS = 8  # shorter texts have too few shingles
 MIN_TITLE = 3  # words; shorter titles, such as "Introduction", are not specific enough

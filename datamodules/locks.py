@@ -43,7 +43,7 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
             return file
         if _is_at(file, path):
             return file
-        file.close()  # its holder removed it while we waited
+        file.close()  # the process that held the lock removed the file while we waited
 
 
 def is_locked(path: Path) -> bool:

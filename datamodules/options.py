@@ -32,7 +32,7 @@ def option(
     help: one line for --help and for the reference of all keys.
     minimum, maximum: inclusive bounds. above, below: exclusive bounds.
     choices: allowed values, or allowed items of a list. A Literal type needs none.
-    key: name on the command line, by default that of the field.
+    key: name on the command line, by default the name of the field.
     positional: whether the value is the command's first argument instead of key=value.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
@@ -63,7 +63,7 @@ def check_options(options: Any, prefix: str = "") -> None:
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values of a Literal type, of an optional one, or of a collection of one; () for other types."""
+    """Return the values of a Literal, an optional Literal or a collection of Literals; () for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     if get_origin(hint) in (Union, types.UnionType, list, tuple):

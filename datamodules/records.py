@@ -20,7 +20,7 @@ class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
 
 
-# Query id -> document id -> grade. A grade above 0 means relevant. For a probe that predicts numbers, any number goes.
+# Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
 Qrels = Mapping[str, Mapping[str, int]]
 
 
@@ -161,7 +161,7 @@ class Benchmark:
 
     split: split of the collection; names of merged splits are joined by "+".
     protocol: id of all settings below. Scores with different ids are not comparable.
-    metrics: metrics of this benchmark, the main one first; if empty, those of the run.
+    metrics: metrics of this benchmark, the main metric first; if empty, the run's metrics.
     exclude_query: whether to leave the document with the query's id out of its ranking, for papers that are both
         queries and corpus.
     candidates: documents to rank for each query; None ranks the whole corpus.
@@ -171,7 +171,7 @@ class Benchmark:
         scores them 0, "error" raises.
     training: training papers and their judgements. If given, a linear probe is fitted on them and applied to the
         queries, and nothing is ranked.
-    probe: settings of that probe.
+    probe: settings of the linear probe.
     """
 
     name: str
@@ -234,7 +234,7 @@ class MiningPool:
     held_out_positives: corpus rows that are relevant only in splits other than train. Use them in reports, never to
         choose negatives.
     judged_negatives: corpus rows with grade 0 in the train split.
-    excluded: corpus rows that are not trained on.
+    excluded: corpus rows of documents left out of training.
     """
 
     task: str
@@ -252,12 +252,12 @@ class MiningPool:
 
 @dataclass(frozen=True)
 class MinedNegatives:
-    """Mined hard negatives of n examples. Example i has those from starts[i] to starts[i + 1], best first.
+    """Mined hard negatives of n examples. Example i has negatives starts[i] to starts[i + 1], best first.
 
     starts: (n + 1,) int64.
     documents: rows of the task's document table, (j,) int32.
     ranks: position of each document in the miner's ranking, from 0, (j,) int32.
-    scores: score of each document by the miner, (j,) float32.
+    scores: score that the miner gave each document, (j,) float32.
     taken: number of candidates that each filter removed.
     """
 

@@ -75,7 +75,7 @@ class Science:
 class Lexicon:
     """Eight invented words for each value of a facet.
 
-    Papers use the first six, and older papers the earlier ones of these. Queries and definitions use the last four.
+    Papers use the first six words, older papers the earlier of these six. Queries and definitions use the last four.
     """
 
     def __init__(self, rng: random.Random):
@@ -185,7 +185,7 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
 
 
 def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
-    """Draw the citations: mostly the five latest earlier papers with the subfield and method, sometimes another."""
+    """Draw the citations: mostly the five latest earlier papers with the same subfield and method, sometimes others."""
     by_subfield: dict[int, list[Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):

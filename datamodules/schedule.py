@@ -22,7 +22,7 @@ import numpy as np
 
 from datamodules.records import UserError
 
-BLOCK = 1000  # steps after which the shares of a weighted schedule are exact
+BLOCK = 1000  # number of steps after which the shares of a weighted schedule are exact
 STRATEGIES = ("round_robin", "together", "proportional", "temperature", "weights")
 
 
@@ -63,11 +63,11 @@ def task_weights(
 ) -> Mapping[str, float] | None:
     """Return the share of steps of each task, or None if tasks take turns (round_robin and together).
 
-    schedule: "proportional" gives shares proportional to the number of examples; "temperature" to that number to the
-        power of 1 / temperature, so a high temperature brings the shares close to equal; "weights" uses `weights`.
+    schedule: "proportional" gives shares proportional to the number of examples; "temperature", to that number to
+        the power of 1 / temperature, so a high temperature brings the shares close to equal; "weights" uses `weights`.
     sizes: number of examples of each task.
 
-    Raises UserError for another schedule, or weights that do not fit.
+    Raises UserError for an unknown schedule, or if the weights do not match it.
     """
     if schedule not in STRATEGIES:
         raise UserError(f"schedule: expected one of {', '.join(STRATEGIES)}, got {schedule!r}")
@@ -82,7 +82,7 @@ def task_weights(
 
 
 def checked_weights(weights: Mapping[str, float], tasks: Mapping[str, int]) -> dict[str, float]:
-    """Return the weights in the order of the tasks. Raises UserError unless each task has one, above 0."""
+    """Return the weights in the order of the tasks. Raises UserError unless each task has a weight above 0."""
     missing, unknown = [t for t in tasks if t not in weights], [t for t in weights if t not in tasks]
     if missing or unknown:
         problems = [
@@ -111,12 +111,12 @@ class Schedule:
     costs: number of tokens of each example, (examples,), for tasks whose batches are sized in tokens.
     collections: number of examples of each collection, in order, for tasks with several.
 
-    A batch comes from one collection. A document of another may be relevant to a query without anyone having judged it:
-    a paper can have labels in several label spaces. The collections share a task's turns in proportion to their numbers
-    of examples, by a schedule of their own.
+    A batch comes from one collection. A document of another collection may be relevant to a query although nobody
+    judged it: a paper can have labels in several label spaces. The collections share a task's turns in proportion to
+    their numbers of examples, by a schedule of their own.
 
     A task goes through its examples in passes, each in a new order. A small task starts its second pass while a large
-    one is still in its first. A batch may span two passes, so no example is left out.
+    task is still in its first. A batch may span two passes, so no example is left out.
 
     For batches in tokens, the examples of all passes form a line, each as long as its number of tokens. The line is cut
     into pieces of batch_sizes tokens, and an example belongs to the piece in which it starts. So batches have different
@@ -165,7 +165,7 @@ class Schedule:
         counts = {task: max(1, int(share)) for task, share in exact.items()}
         for task in sorted(exact, key=lambda t: counts[t] - exact[t])[: max(0, BLOCK - sum(counts.values()))]:
             counts[task] += 1
-        while sum(counts.values()) > BLOCK:  # because tasks were raised to one step
+        while sum(counts.values()) > BLOCK:  # possible if tasks were raised to one step
             counts[max(counts, key=counts.__getitem__)] -= 1
         return counts
 

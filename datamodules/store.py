@@ -3,7 +3,7 @@
 A training process keeps no Python object per document or judgement. conversion.py writes the folder:
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
-    FOLDER/first.npy                       (M,) for each document, the first one with the same text
+    FOLDER/first.npy                       (M,) for each document, the first document with the same text
     FOLDER/own.npy                         (Q,) for each query, first.npy of the document with its id, or -1
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
     FOLDER/SPLIT.{queries,documents,grades}.npy    judgements of a split, as rows
@@ -47,7 +47,7 @@ class StoredDocuments(Mapping[str, Document]):
 
     @property
     def batches(self) -> list[Any]:
-        """Columns of each Arrow batch; the file is mapped at the first use."""
+        """Columns of each Arrow batch; the file is mapped on first use."""
         if self._batches is None:
             import pyarrow as pa
 
@@ -118,7 +118,7 @@ class StoredCollection:
             actual = f"{path.stat().st_size}" if path.is_file() else "no such file"
             if actual != str(size):
                 raise UserError(
-                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder} to convert it again"
+                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder} to convert the data again"
                 )
 
     def fingerprint(self) -> str:
@@ -179,7 +179,7 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
     with locked(folder):
         if folder.is_dir():
             return False
-        for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
+        for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             with atomic_folder(folder) as new:

@@ -46,16 +46,16 @@ class TaskDataModule(ContrastiveDataModule):
         SearchDataModule("search", BeirReader("data/scifact"), batch_size=16)
 
     task: the task, or its name.
-    data: a reader, a Collection, or several of them by name. A single one has the task's name.
+    data: a reader, a Collection, or several of them by name. A single collection gets the task's name.
     options: options of the batches, which may also be given as keywords.
-    tokenizer: tokenizer of the encoder; by default that of the trained module.
+    tokenizer: tokenizer of the encoder; by default the trained module's.
 
     documents: the corpus and then the queries of each collection. The row of a document identifies it in batches; a
         query that is a document has the document's row.
     """
 
     queries_are_documents: ClassVar[bool] = False  # whether the document with a query's id is the query itself
-    corpus_is_evaluated: ClassVar[bool] = True  # whether training on an evaluation's documents is a leak
+    corpus_is_evaluated: ClassVar[bool] = True  # whether training on evaluation documents is a leak
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class TaskDataModule(ContrastiveDataModule):
         self.collections: dict[str, Collection | StoredCollection] = {}
         self.documents: Joined[Document] = Joined()
         self.examples = JoinedExamples()
-        self.stripped = np.zeros(0, dtype=np.int64)  # rows of documents that are not trained on
+        self.stripped = np.zeros(0, dtype=np.int64)  # rows of documents left out of training
         self.is_stripped = False
         self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # of the last encoding
 
@@ -141,7 +141,7 @@ class TaskDataModule(ContrastiveDataModule):
         return self._tokens[1]
 
     def examples_fingerprint(self) -> str:
-        """Return a hash of the examples and of the documents that are not trained on."""
+        """Return a hash of the examples and of the documents left out of training."""
         digest = hashlib.blake2b(self.stripped.tobytes(), digest_size=8)
         for table, _ in self.examples.parts:
             for array in (table.queries, table.starts, table.documents, table.grades):

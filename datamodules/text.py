@@ -79,8 +79,8 @@ def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int
 def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Yield chunks of text indices, shortest texts first, of at most token_budget padded tokens each.
 
-    A chunk has (number of texts x longest text) padded tokens. A text longer than the budget is a chunk of its own.
-    Texts of equal length keep their order.
+    A chunk has (number of texts) x (length of the longest) padded tokens. A text longer than the budget is a chunk of
+    its own. Texts of equal length keep their order.
     """
     chunk: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -93,7 +93,7 @@ def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[
 
 
 def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
-    """Pad the token ids of b texts to the length L of the longest, as tensors of shape (b, L)."""
+    """Pad the token ids of b texts to the length L of the longest text, as tensors of shape (b, L)."""
     rows = list(sequences)
     lengths = np.array([len(row) for row in rows])
     input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)

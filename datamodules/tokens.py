@@ -3,7 +3,7 @@
     FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
     FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, position at which each text starts
 
-FOLDER is that of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
+FOLDER is the folder of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TokenFile(TokenTable):
 
 
 def token_tables(collection: Collection | StoredCollection, encoding: Encoding) -> list[TokenTable]:
-    """Return the token ids of a collection's corpus, and those of its queries."""
+    """Return the token ids of a collection's corpus and of its queries."""
     texts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
     key = encoding.fingerprint()
     if not isinstance(collection, StoredCollection) or key is None:

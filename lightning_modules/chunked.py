@@ -57,9 +57,9 @@ def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
 
 
 def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
-    """Return the number of forward passes of a batch: one per chunk.
+    """Return the number of forward passes for a batch: one per chunk.
 
-    With a sharded encoder, ranks compute layers together, so all of them run as many as the rank with the most chunks.
+    With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
     """
     chunks = len(batch.chunks)
     return largest(chunks, encoder.device) if encoder.sharded else chunks

@@ -94,7 +94,7 @@ class Objective(nn.Module):
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
     ) -> LossTerms:
-        """Average the loss over directions. Accuracy and distillation are those of query to document."""
+        """Average the loss over directions. Accuracy and distillation use only query to document."""
         weight = 1 / len(directions)
         terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
         loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
@@ -196,7 +196,7 @@ def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
 
 
 def _shift_columns(columns: Tensor, offset: int) -> Tensor:
-    """Turn columns among this rank's documents into columns among those of all ranks. Padding (-1) stays."""
+    """Shift columns of this rank's documents to their positions among those of all ranks. Padding stays -1."""
     return torch.where(columns < 0, columns, columns + offset)
 
 

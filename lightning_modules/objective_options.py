@@ -29,7 +29,9 @@ class GuideOptions:
 class TeacherOptions:
     """A frozen model whose scores are distilled into the encoder."""
 
-    model: str | None = option(None, "frozen model whose scores are learned: a run, checkpoint, folder or hub name")
+    model: str | None = option(
+        None, "frozen model whose scores the encoder learns to reproduce: a run, checkpoint, folder or hub name"
+    )
     loss: Literal["kl", "margin_mse"] = option(
         "kl", "KL divergence of softmaxes, or squared error of score differences"
     )
@@ -38,7 +40,7 @@ class TeacherOptions:
     )
     temperature: float = option(0.05, "temperature of the teacher's softmax", above=0)
     similarity: Literal["cosine", "dot"] = option("cosine", "similarity of the teacher's vectors")
-    weight: float = option(1.0, "weight of the distillation loss; that of InfoNCE is 1", above=0)
+    weight: float = option(1.0, "weight of the distillation loss; InfoNCE has weight 1", above=0)
 
 
 @dataclass
@@ -53,9 +55,7 @@ class ObjectiveOptions:
     temperature_range: list[float] = option([0.01, 100.0], "lowest and highest value of a learned temperature", above=0)
     temperature_lr: float | None = option(None, "peak learning rate of the temperature; by default optim.lr", above=0)
     mask_known_positives: bool = option(True, "never use a known positive of a query as its negative")
-    mask_same_text: bool = option(
-        True, "never use a document with the text of the query or one of its positives as a negative"
-    )
+    mask_same_text: bool = option(True, "mask negatives whose text equals the query or one of its positives")
     positives: Literal["mean_log", "log_mean"] = option(
         "mean_log", "with several positives: the mean of their losses, or the loss of their mean probability"
     )

@@ -22,7 +22,7 @@ class OptimOptions:
     beta2: float = option(0.999, "decay rate of the mean of the squared gradients", minimum=0, below=1)
     eps: float = option(1e-8, "term added to the denominator of an update", above=0)
     warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
-    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0)
+    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:

@@ -123,7 +123,7 @@ class TaskGradients:
             self.values /= world_size()
 
     def shared(self) -> Tensor:
-        """Return whether all tasks have a gradient for a parameter. Raises UserError if that is true of none."""
+        """Return whether all tasks have a gradient for a parameter. Raises UserError if they share no parameter."""
         shared = self.used.all(0)
         if not shared.any():
             raise UserError(
@@ -198,10 +198,10 @@ class PCGrad(GradientBalance):
 
 
 class GradNorm(GradientBalance):
-    """Weights the tasks to give their gradients similar norms.
+    """Weights the tasks so that their gradients have similar norms.
 
     alpha: how strongly to favour tasks that learn slowly.
-    lr: step size of the weights.
+    lr: learning rate of the weights.
     every_n_steps: number of optimizer steps between logs of the weights.
     """
 

@@ -27,5 +27,5 @@ def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
             f"{folder}: has files of two layouts, {jsonl.name} (JSON lines) and queries.jsonl or qrels/ (BEIR). {HINT}"
         )
     if not (beir or jsonl):
-        raise UserError(f"{folder}: expected {LAYOUTS} in it. {HINT}")
+        raise UserError(f"{folder}: unknown layout; expected {LAYOUTS}. {HINT}")
     return BeirReader if beir else JsonlReader

@@ -1,4 +1,4 @@
-"""BEIR's data sets on the Hugging Face hub: corpus, queries and judgements as tables."""
+"""BEIR data sets on the Hugging Face hub: corpus, queries and judgements as tables."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
 MAX_GRADE = 10**9
 QUARANTINED_TEXT = 2000  # characters
-# Lone surrogates are not text. Bytes that are not UTF-8 are decoded to them.
+# Lone surrogates are not text. Bytes that are not UTF-8 are decoded to lone surrogates.
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 JudgementTarget = Callable[[str, str, int], None]  # receives query id, document id and grade
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def ordinal(self) -> int:
-        """Number of the line or entry in its file, bad ones included. It names records without an id."""
+        """Number of the line or entry in its file, counting bad ones. Used as the name of records without an id."""
         return self.number if self.entry is None else self.entry
 
     def __str__(self) -> str:
@@ -277,7 +277,7 @@ def split_of(
 ) -> str:
     """Return the split of a paper, chosen by a hash of its id.
 
-    train_until: papers of later years are the test split, and test_percent is not used.
+    train_until: last year of the training papers. Later papers form the test split, and test_percent is ignored.
     """
     percent = stable_hash(id) % 100
     if train_until is not None and year > train_until:
@@ -339,7 +339,7 @@ class Judgements:
     query_file, corpus_file: names of the files with the queries and the documents, for errors.
     target: function that receives the judgements, instead of `qrels`.
 
-    Under "fail", `finish` reports all unknown ids together. Under "skip", each is a bad line.
+    Under "fail", `finish` reports all unknown ids together. Under "skip", each unknown id is a bad line.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""CSFCube: papers graded by how similar their background, method or result is to that of a query paper.
+"""CSFCube: papers graded by how similar their background, method or result is to the same facet of a query paper.
 
 Source: Mysore et al., CSFCube: A Test Collection of Computer Science Research Articles for Faceted Query by Example,
 NeurIPS 2021 (iesl/CSFCube).

@@ -78,7 +78,7 @@ class DorisMaeReader:
 def _read_questions(path: Path, bad: BadLines) -> tuple[list[_Question], Mapping[tuple[str, str], int]]:
     """Return all questions, and the score of each (aspect, paper).
 
-    Several scores of one pair are added up, as in the authors' program.
+    Several scores for the same pair are added up, as in the authors' program.
     """
     questions: list[_Question] = []
     scores: dict[tuple[str, str], int] = defaultdict(int)

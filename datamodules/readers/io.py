@@ -51,7 +51,7 @@ def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SA
     """Return the file of each split that has one.
 
     patterns: names of the file, in which SPLIT stands for the split, in order of preference.
-    names: what each split is called in file names.
+    names: name of each split in file names.
     """
     candidates = {split: [pattern.replace("SPLIT", name) for pattern in patterns] for split, name in names.items()}
     files = {split: find_file(folder, *options, required=False) for split, options in candidates.items()}
@@ -185,7 +185,7 @@ def read_whole_json(path: Path) -> Any:
 
 
 def as_object(row: Row, expected: str = "") -> Record:
-    """Return the JSON object of a row. Raises UserError if it is not one.
+    """Return the JSON object of a row. Raises UserError if the row is not a JSON object.
 
     expected: description of the object for the error, such as " with id and title".
     """
@@ -235,9 +235,9 @@ def _read_key(window: _JsonWindow, what: str) -> str:
 
 
 def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[Row, None, int]:
-    """Yield the entries of the list or object at the window's position, and return their number.
+    """Yield the entries of the list or object at the window's position, then return how many there were.
 
-    bad: policy for bad entries. None skips all entries.
+    bad: policy for bad entries. If it is None, entries are only counted, not yielded.
     """
     opening, closing = {"list": "[]", "object": "{}"}[kind]
     count = 0
@@ -265,7 +265,7 @@ def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[
 class _JsonWindow:
     """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
 
-    text: current part of the file. position: index of the next character. line: its line number, from 1.
+    text: current part of the file. position: index of the next character. line: line number of that character, from 1.
     """
 
     DECODER = json.JSONDecoder()
@@ -290,7 +290,7 @@ class _JsonWindow:
             self._slide()
 
     def expect(self, character: str, what: str) -> None:
-        """Move past a character. Raises UserError if another one comes next. what: its description for the error."""
+        """Move past a character. Raises UserError if another one is next. what: its name in the error."""
         if self.peek() != character:
             self._refuse(what)
         self._move(self.position + 1)

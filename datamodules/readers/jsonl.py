@@ -104,7 +104,7 @@ class JsonlReader:
         query, grades = _read_example(row, split, sink)
         if self.train_until is not None:
             if query.id not in years:
-                raise UserError(f"train_until: the query {query.id!r} is not a document of the corpus with a year")
+                raise UserError(f"train_until: query {query.id!r} must be a corpus document with a year")
             split = split_of(query.id, self.dev_percent, 0, years[query.id], self.train_until)
         if query.id not in sink.queries:
             sink.add_query(query)
@@ -112,7 +112,7 @@ class JsonlReader:
         for document, grade in grades.items():
             try:
                 sink.add_judgement(split, query.id, document, grade)
-            except UserError as error:  # an earlier line has another grade for the pair, and counts
+            except UserError as error:  # an earlier line gave the pair a different grade, and that one is kept
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -54,7 +54,7 @@ def _from_columns(row: Row) -> Document:
 
 
 def _read_mesh(path: Path) -> Iterator[Document]:
-    """Yield the descriptors of a MeSH file, one at a time, because the file has 300 MB."""
+    """Yield the descriptors of a MeSH file, one at a time, because the file is about 300 MB."""
     parser = ElementTree.XMLPullParser(["start", "end"])
     root = None
     with open_text(path) as stream:

@@ -33,7 +33,7 @@ from datamodules.records import Collection, Document, UserError
 log = logging.getLogger(__name__)
 
 NEGATIVES = ("cited", "author", "venue")
-ATTEMPTS = 8  # draws per hard negative
+ATTEMPTS = 8  # number of draws per hard negative
 
 
 @dataclass(slots=True)
@@ -55,15 +55,15 @@ class MapleReader:
                          "reference": [id]} per line; title_raw and abstract_raw are preferred if present
     folder/labels.txt    id <tab> name per line (or labels_mesh.txt)
 
-    Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, with the papers that have
-    no other label, and a warning counts them.
+    Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, as are papers left
+    without a label, and a warning counts both.
 
     view: "labels": queries are papers, the corpus is the label space. "citations": queries and corpus are papers, and
         the references within the corpus are relevant. "fields": queries are papers, and the corpus has the names of the
         folders.
     labels: another label file, in the folder or with its full path (see read_labels).
     label_key: key of a paper's labels.
-    further: more folders of the same collection, with the labels of the first. A paper in several folders counts once,
+    further: more folders of the same collection, using the same label file. A paper in several folders counts once,
         with the text of the first folder and the labels of all.
     max_per_label: maximum number of training papers for each label or field, drawn by the seed; 0 for all. In "fields"
         papers of every split are drawn, by a hash of their ids, and only these are kept in memory.

@@ -55,9 +55,9 @@ class SciMultReader:
         {"article" or "patient", "title", "abstract"}, {"query", "title", "abstract"}; with the judgements of
         pmc_patients/PMCPatients/PAR/PAR_test_qrels.tsv
 
-    All files are JSON lines, and may be compressed as .gz or .zst. A query without an id is named by its line. Queries
-    of Recommendation, Search and TRECCOVID_SciRepEval have their own candidates: the documents with a grade, including
-    0. Do not rank other documents of the corpus for them. classification_fine/D_matched.json lists the labels
+    All files are JSON lines, and may be compressed as .gz or .zst. A query without an id is named after its line.
+    Queries of Recommendation, Search and TRECCOVID_SciRepEval have their own candidates: the documents with a grade,
+    including 0. Do not rank other documents for these queries. classification_fine/D_matched.json lists the labels
     whose names occur in each paper, {"candidate": [id]} per line. The folder scidocs is read by SciDocsReader.
 
     task: folder of the data set, such as "search".

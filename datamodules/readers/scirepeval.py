@@ -73,7 +73,7 @@ class SciRepEvalReader:
         self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
-        """Return the files to read, or an empty list for data of the hub."""
+        """Return the files to read, or an empty list for data on the hub."""
         if self.folder is None:
             return []
         return [*self._labels_file(), *(path for paths in files_by_split(Path(self.folder)).values() for path in paths)]
@@ -140,7 +140,7 @@ def evaluation_files(folder: Path) -> list[Path]:
 def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
     """Return the queries and papers of the split "evaluation", which SciRepEval's own program embeds.
 
-    Their judgements are in another data set.
+    The judgements are in another data set.
     """
     queries: Documents = {}
     papers: Documents = {}

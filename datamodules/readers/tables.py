@@ -46,7 +46,7 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         num_parts = {part.num_parts for part in split_parts}
         if num_parts != {len(split_parts)} or {part.number for part in split_parts} != set(range(len(split_parts))):
             names = ", ".join(str(part.path.relative_to(folder)) for part in split_parts)
-            raise UserError(f"{folder}: the {split} split must be one file, or all parts of one, got {names}")
+            raise UserError(f"{folder}: the {split} split must be one file, or all parts of one file, got {names}")
     return {split: [part.path for part in parts[split]] for split in SPLITS if split in parts}
 
 
@@ -98,7 +98,7 @@ def load_hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict
 
 
 def read_hub_table(name: str, records: Iterable[dict[str, Any]], bad: BadLines) -> Iterator[Row]:
-    """Yield the rows of a table. name: its name in errors, in place of a path."""
+    """Yield the rows of a table. name: name of the table in errors, in place of a path."""
     number = 0
     for number, record in enumerate(records, start=1):
         yield _table_row(bad, Path(name), number, record)

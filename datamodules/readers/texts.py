@@ -1,4 +1,4 @@
-"""Texts of one file, in shards of a fixed number of lines, to be embedded.
+"""The texts of a file, in shards of a fixed number of lines, to be embedded.
 
 Shards are counted in lines and not in documents, so that unwanted shards need not be parsed.
 """

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically. All ranks read the checkpoint that the first rank chose.
 
-    Training continues if a checkpoint cannot be written. `error` is the reason, or None if the last one was written.
+    Training continues if a checkpoint cannot be written. `error` is the reason, or None if the last save worked.
 
     last: path of the newest checkpoint. Earlier ones are kept for this path only.
     keep: number of checkpoints to keep.
@@ -52,7 +52,7 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> str | None:
 class LastCheckpoint(L.Callback):
     """Saves a checkpoint every n optimizer steps, and after the last step.
 
-    If it cannot be written, training continues, because the previous one still exists. After the last step, this is an
+    If writing fails, training continues, because the previous checkpoint still exists. After the last step, this is an
     error.
     """
 
@@ -70,7 +70,10 @@ class LastCheckpoint(L.Callback):
             self.save(trainer, must=is_last)
 
     def save(self, trainer: L.Trainer, must: bool) -> None:
-        """Save the current step, unless it is already saved. must: raise UserError on all ranks if that fails."""
+        """Save the current step, unless it is already saved.
+
+        must: whether a failed save raises UserError on all ranks.
+        """
         step = trainer.global_step
         if step == self.saved_at:
             return
@@ -86,4 +89,4 @@ class LastCheckpoint(L.Callback):
                 f"{self.path}: the checkpoint of step {step} could not be written ({error}); {last_good}. Free some "
                 "disk space, and run the same command again to resume."
             )
-        log.warning("Training continues; %s. Free some disk space before the next one is due.", last_good)
+        log.warning("Training continues; %s. Free some disk space before the next checkpoint is due.", last_good)

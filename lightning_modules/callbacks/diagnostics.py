@@ -48,7 +48,7 @@ class Diagnostics(L.Callback):
         diag/<task>/gradient_norm               norm of the gradient with respect to parameters that all tasks share
         diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0 they conflict
         diag/<task>/transplant/<other>          loss of the task with the expert, prompt or adapter of the other
-        diag/<task>/masked_share                share of documents masked as known positives or for their text
+        diag/<task>/masked_share                share of documents masked as known positives or because of their text
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
@@ -58,8 +58,8 @@ class Diagnostics(L.Callback):
     Training itself is not affected. Each measurement costs T steps without an optimizer, T * T forward passes, and the
     memory of T gradients.
 
-    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. Another one
-        is drawn after the last step. 0 draws only that one.
+    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. Another
+        picture is drawn after the last step. 0 draws only that picture.
     picture: SVG file to write. Loggers receive it as diag/experts.
     """
 
@@ -126,7 +126,7 @@ class Diagnostics(L.Callback):
             gradients.average_over_ranks()
         products = gradients.products().double()  # (T, T)
         if sharded:
-            dist.all_reduce(products)  # each rank has computed those of its slices
+            dist.all_reduce(products)  # each rank has computed the products of its slices
         products = products.cpu()
         norms = products.diagonal().sqrt()
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
@@ -187,8 +187,8 @@ def masked_share(positives: Tensor, masked: Tensor) -> float:
 def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
     """Return the mean over queries of the perplexity of the softmax over the query's negatives.
 
-    The perplexity is their number if all have the same weight, 1 if a single one has all the weight, and 0 if there are
-    none.
+    The perplexity is the number of negatives if all have the same weight, 1 if a single one has all the weight, and 0
+    if there are no negatives.
 
     logits: scores divided by the temperature, (B, M).
     excluded: documents that are not negatives, (B, M) bool.

@@ -115,7 +115,7 @@ class Evaluation(L.Callback):
 
 
 class BeforeFirstStep(L.Callback):
-    """Calls a function with the encoder on every rank when a training starts, but not when it resumes."""
+    """Calls a function with the encoder on every rank when training starts, but not when it resumes."""
 
     def __init__(self, function: Callable[[Encoder], None]):
         self.function = function

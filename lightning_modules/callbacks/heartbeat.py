@@ -79,7 +79,7 @@ class Heartbeat(L.Callback):
         query = threading.Thread(target=lambda: names.extend(self._silent_ranks()), daemon=True)
         query.start()
         query.join(3 * SILENCE)
-        return ["rank 0"] if query.is_alive() else names  # which holds the store
+        return ["rank 0"] if query.is_alive() else names  # rank 0 holds the store
 
     def _silent_ranks(self) -> list[str]:
         try:

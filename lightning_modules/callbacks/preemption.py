@@ -17,8 +17,8 @@ from lightning_modules.distributed.collectives import world_size
 class Preemption(L.Callback):
     """Saves a checkpoint and stops training if any rank has received a signal (distributed/signals.py).
 
-    It must come after all callbacks with a state, so that the checkpoint has their state after the step. `asked` is the
-    signal that ended training, or None.
+    It must come after all stateful callbacks, so that the checkpoint contains their state after the step. `asked` is
+    the signal that ended training, or None.
     """
 
     def __init__(self, last: LastCheckpoint):

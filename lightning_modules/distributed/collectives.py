@@ -77,7 +77,7 @@ def _pad(rows: Tensor, count: int) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows (n, ...) of all ranks, in the order of ranks, without gradients. n may differ by rank."""
+    """Return the rows (n, ...) of all ranks, in rank order, without gradients. n may differ by rank."""
     if world_size() == 1:
         return rows
     counts = _num_rows(rows)

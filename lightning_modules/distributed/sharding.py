@@ -104,7 +104,7 @@ def replica(encoder: Encoder) -> Encoder:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of a sharded one. All ranks must call this together."""
+    """Return a sharded tensor as a whole one. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -143,7 +143,7 @@ def gathered(state: Any, keep: bool) -> Any:
 
 
 def sliced(tensor: Any, like: Tensor) -> Any:
-    """Shard a tensor like a parameter of the same shape. Return it unchanged if that is not sharded."""
+    """Shard a tensor like a parameter of the same shape. Return it unchanged if that parameter is not sharded."""
     if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

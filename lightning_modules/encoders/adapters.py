@@ -155,8 +155,8 @@ def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncod
         weights, expected = loaded[task].weights, result.adapters[task].state_dict()
         if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
             size = result.dimension // reduction_factor
-            shape = f"{result.num_layers} layers of {result.dimension}, bottleneck {size}"
-            raise UserError(f"adapters.{key}: {adapters[key]} does not fit a backbone of {shape}")
+            shape = f"{result.num_layers} layers of dimension {result.dimension}, with bottleneck {size}"
+            raise UserError(f"adapters.{key}: {adapters[key]} does not fit; expected an adapter for {shape}")
         result.adapters[task].load_state_dict(weights)
     return result
 

@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
     def document_task(self, task: str) -> str:
-        """Return the task to encode a task's documents for. Its queries are encoded for the task itself."""
+        """Return the task for which a task's documents are encoded. Queries are encoded for the task itself."""
         return task
 
     def served_by(self, task: str) -> Hashable:
@@ -300,7 +300,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
-        """Load an encoder from a folder of save_pretrained, or from the hub. Raises UserError for another class."""
+        """Load an encoder from a folder written by save_pretrained, or the hub. Raises UserError for other classes."""
         from lightning_modules.encoders.pretrained import load_pretrained
 
         encoder = load_pretrained(name)

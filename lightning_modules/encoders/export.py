@@ -34,7 +34,7 @@ AVERAGE = "average"
 
 
 def dense(encoder: Encoder, task: str) -> Encoder:
-    """Return a SharedEncoder or PromptEncoder with the vectors of one task. Raises UserError if there is none.
+    """Return a SharedEncoder or PromptEncoder that computes the vectors of one task. Raises UserError if neither can.
 
     task: a task of the encoder, or "average" for the mean of all experts.
     """
@@ -131,7 +131,7 @@ class _Pooled(nn.Module):
 
 
 def save_onnx(folder: str | Path) -> Path:
-    """Write onnx/model.onnx into a folder of save_dense. Raises UserError if a package is missing.
+    """Write onnx/model.onnx into a folder written by save_dense. Raises UserError if a package is missing.
 
     Inputs: input_ids, attention_mask, int64 (B, L). Outputs: last_hidden_state (B, L, D), sentence_embedding (B, D).
     """
@@ -141,7 +141,7 @@ def save_onnx(folder: str | Path) -> Path:
     except ImportError as error:
         raise UserError("onnx: the packages onnx and onnxscript are not installed") from error
     quiet_transformers()
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # loggers of optimizations and of the missing torchvision
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # log optimizations, and that torchvision is missing
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 
 
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
-    """Return existing task -> mean loss of a new task's batches when they are encoded for it. The lowest is nearest."""
+    """Return existing task -> mean loss of a new task's batches when encoded for that task. The lowest is nearest."""
     tasks, batches = list(module.encoder.tasks), list(batches)
     training = module.training
     module.eval()
@@ -49,6 +49,6 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
 
 
 def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
-    """Return the loss of a batch when its texts are encoded for another task. The objective is that of its own."""
+    """Return the loss of a batch when its texts are encoded for another task. The objective is that of its own task."""
     vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
     return float(module.objective(vectors, batch)["loss"] + penalty)

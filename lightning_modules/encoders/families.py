@@ -87,7 +87,7 @@ class Family(Protocol):
     ) -> Tensor:
         """Compute attention and its residual connection, (B, L, D).
 
-        states: all positions, (B, S, D). hidden: the first L of them, which are computed, (B, L, D).
+        states: all positions, (B, S, D). hidden: the first L positions, for which the output is computed, (B, L, D).
         """
 
     def prefix(self, layer: nn.Module, states: Tensor) -> Prefix:

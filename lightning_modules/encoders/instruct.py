@@ -24,7 +24,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import AttentionContext, Prefix, family_of
 
-_num_optimizer_steps = 0  # of all optimizers; fused ones change weights without changing their version
+_num_optimizer_steps = 0  # of all optimizers; fused optimizers change weights without changing their version
 
 
 def _count_step(*_: Any) -> None:

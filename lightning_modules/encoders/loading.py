@@ -104,7 +104,7 @@ def load_encoder(
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
     model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
-        DPR, or the folder or hub name of save_pretrained, of a plain BERT, RoBERTa or ModernBERT, or of a DPR encoder.
+        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
     pooling: "cls" or "mean", for a plain model; by default that of its sentence-transformers files, or else "cls".
@@ -239,5 +239,5 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 
 
 def dense_key(key: str) -> str:
-    """Return the name in a SharedEncoder of a parameter of an expert or instruction encoder."""
+    """Return the name that a parameter of an expert or instruction encoder has in a SharedEncoder."""
     return re.sub(r"\.experts\.\w+", "", re.sub(r"^instruction_backbone\.", "backbone.", key))

@@ -95,7 +95,7 @@ def is_pretrained(name: str | Path, key: str) -> bool:
 
 
 def load_pretrained(name: str | Path, revision: str | None = None) -> Encoder:
-    """Load an encoder from a folder of save_encoder, or from the hub, in eval mode."""
+    """Load an encoder in eval mode, from a folder written by save_encoder or from the hub."""
     with reading(str(name), "model"):
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), revision=revision))
         description, _ = PreTrainedConfig.get_config_dict(folder)

@@ -4,7 +4,7 @@
                 straight-through estimate gives the gate a gradient (Jang et al., 2017).
     inference   Only the expert that the gate prefers is computed.
 
-As in TASER (Cheng et al., ACL 2023), a gate is a linear map of the [CLS] state or of each token's, before the layer.
+As in TASER (Cheng et al., ACL 2023), a gate is a linear map of the state of [CLS] or of each token, before the layer.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _our_key(key: str, experts: Sequence[str]) -> str:
-    """Translate a tensor's name in the authors' code to ours."""
+    """Translate the authors' name for a tensor to ours."""
     if match := ATTENTION.fullmatch(key):
         head, _, projection, expert, rest = match.groups()
         name = experts[int(expert)]
@@ -250,7 +250,7 @@ def is_exported_reference(checkpoint: object) -> bool:
 
 
 def _their_key(key: str, experts: Sequence[str]) -> str:
-    """Translate our name of a backbone's tensor to the authors'."""
+    """Translate our name for a backbone tensor to the authors' name."""
     if match := OUR_ATTENTION.fullmatch(key):
         head, module, expert, rest = match.groups()
         number = experts.index(expert)

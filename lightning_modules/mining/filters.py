@@ -54,7 +54,7 @@ def first_of_text(document_texts: np.ndarray) -> np.ndarray:
 
 
 def from_rank(rows: np.ndarray, first: int) -> np.ndarray:
-    """Keep candidates from rank `first` on. The nearest ones are the most likely to be unjudged positives."""
+    """Keep candidates from rank `first` on. The nearest documents are the most likely unjudged positives."""
     return np.broadcast_to(np.arange(rows.shape[1]) >= first, rows.shape)
 
 

@@ -54,7 +54,7 @@ class MiningOptions:
         None, "keep candidates that score below the positive by this margin; null for all", minimum=0
     )
     positive: Literal["mean", "lowest", "highest"] = option(
-        "mean", "which score of several positives the margins compare with"
+        "mean", "which score the margins use if a query has several positives"
     )
     guide: str | None = option(None, "folder, checkpoint or hub name of a guide model; null for none")
     guide_margin: float = option(
@@ -81,7 +81,7 @@ class Mined:
     margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
     held_out: whether a split other than train judges the negative relevant, (j,) bool.
     texts: text number of each negative, (j,); equal numbers mean equal texts.
-    num_candidates: number of candidates before first_rank and the margins.
+    num_candidates: number of candidates before first_rank and the margins are applied.
     num_above: number of these that score above the positive.
     """
 
@@ -114,7 +114,7 @@ def mine(
     vectors: cache of the encoder's vectors, by default in memory.
     guide: cache of a guide model's vectors, for options.guide_margin.
     pools: pools of all tasks, for miners that use other tasks.
-    seeds: seeds of the sampling.
+    seeds: sampling seeds.
     prepared: data to compute only once for the pool, such as an index. Pass the same dict to the next call.
     Raises UserError if the options do not fit the pool, or the encoder is missing.
     """
@@ -154,9 +154,9 @@ class Mining:
 
     miners: task -> miner. Other tasks are not mined.
     folder: folder of cached vectors.
-    similarity: similarity of the training.
+    similarity: similarity that the encoder is trained with.
     token_budget: maximum number of padded tokens per forward pass.
-    seed: seed of the sampling.
+    seed: sampling seed.
     guide: guide model.
     """
 
@@ -199,7 +199,7 @@ class Mining:
 
         vectors: cache of the encoder's vectors; None if nothing needs an encoder.
         pools: pools of all tasks.
-        step: optimizer step, a further seed of the sampling.
+        step: optimizer step, used as an additional sampling seed.
         Raises UserError if a task has no negatives left.
         """
         guide = None
@@ -227,8 +227,8 @@ class Mining:
                 counts = ", ".join(f"{name} {count}" for name, count in result.negatives.taken.items() if count)
                 raise UserError(
                     f"{task}: no hard negatives are left. Candidates removed by each filter: "
-                    f"{counts or 'none, there were none'}. Raise k for more candidates, or lower relative_margin or "
-                    "first_rank"
+                    f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower "
+                    "relative_margin or first_rank"
                 )
         return tasks
 
@@ -289,7 +289,7 @@ class _BlockMiner:
     def _apply_margins(
         self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
-        """Apply the margins of the encoder's scores, and return the score differences to the positives (Q, k)."""
+        """Apply the margins to the encoder's scores, and return the score differences to the positives (Q, k)."""
         if self.context.queries is None:
             return np.full(rows.shape, np.nan)
         vectors = (self.context.queries, self.context.documents)

@@ -23,7 +23,7 @@ from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
 @dataclass(frozen=True)
 class MiningContext:
-    """Further inputs of miners.
+    """Other inputs that a miner may need.
 
     queries, documents: vectors of the pool, for miners with needs_vectors.
     pools: pools of all tasks.
@@ -122,7 +122,7 @@ class BM25Miner(Miner):
 class ShownMiner(Miner):
     """Take the data's own hard negatives: documents that were shown but not clicked (grade 0 in the train split).
 
-    As mined negatives, they pass through the filters.
+    Since they are then treated as mined negatives, the filters apply to them too.
     """
 
     def rank(self, pool, queries, k, context):

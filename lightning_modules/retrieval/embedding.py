@@ -218,12 +218,12 @@ class Matrix:
 
 
 def open_matrix(path: Path, task: str = "") -> Matrix:
-    """Open a matrix: a file, or the one for a task in a folder. The task is optional if the folder has only one."""
+    """Open a matrix: a .npy file, or a task's file in a folder. `task` may be left out if the folder has only one."""
     if not path.is_dir():
         return Matrix(path)
     tasks = sorted(file.name.removesuffix(".npy") for file in path.glob("*.npy"))
     if not tasks:
-        raise UserError(f"{path}: contains no vectors (TASK.npy); finish embedding first, by the same command")
+        raise UserError(f"{path}: contains no vectors (TASK.npy); run the same embedding command again to finish it")
     if task not in tasks and (task or len(tasks) > 1):
         raise UserError(f"task: expected one of {', '.join(tasks)}, the tasks in {path}, got {task or 'none'}")
     return Matrix(path / f"{task or tasks[0]}.npy")

@@ -236,7 +236,8 @@ def ranking_depth(metrics: Sequence[str], benchmark: Benchmark) -> int:
 def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> QueryValues:
     """Measure the queries of a run.
 
-    Raises UserError if no query of the benchmark has a relevant document, or if one has none and that is an error.
+    Raises UserError if no query has a relevant document, or if any query has none and benchmark.without_relevant is
+    "error".
     """
     names = tuple(name for name in metrics if name not in CLASS_METRICS and name not in NUMBER_METRICS)
     positions = positions_of(list(benchmark.queries))

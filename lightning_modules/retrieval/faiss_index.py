@@ -25,9 +25,9 @@ from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top
 BLOCK = 65536  # number of vectors that are added at a time
 MAX_SAMPLE_BYTES = 1 << 30  # maximum size of the vectors that an index is trained on
 SAMPLE_PER_CENTROID = 64  # FAISS warns below 39
-NUM_CODES = 256  # number of centroids that a byte of product quantization can name
+NUM_CODES = 256  # number of centroids that one byte of a product-quantization code can index
 PROBES = (1, 4, 16, 64, 256)  # values of nprobe to measure the recall of
-RERANKED = 4  # number of candidates that get exact scores per document of the result
+RERANKED = 4  # number of candidates per result that are scored exactly
 
 
 @dataclass(frozen=True, kw_only=True)

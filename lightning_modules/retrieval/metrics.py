@@ -18,7 +18,7 @@ import numpy as np
 
 from datamodules.records import Qrels, UserError
 
-WHOLE_RANKING = sys.maxsize  # cut-off of a metric without one
+WHOLE_RANKING = sys.maxsize  # cut-off of a metric whose name has none
 SORT_BLOCK = 2**22  # ranked documents sorted at a time
 
 

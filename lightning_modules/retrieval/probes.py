@@ -151,8 +151,8 @@ def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence
     least = FOLDS if len(benchmark.probe.costs) > 1 else 1
     if len(present) < 2 or counts.min() < least:
         raise UserError(
-            f"{benchmark.name}: {where}{counts.min()} training papers of {names[present[counts.argmin()]]!r} and "
-            f"{len(present)} classes; expected at least two classes with {least} papers of each"
+            f"{benchmark.name}: {where}expected at least two classes with at least {least} training papers each, got "
+            f"{len(present)} class(es), the smallest ({names[present[counts.argmin()]]!r}) with {counts.min()}"
         )
 
 
@@ -206,8 +206,9 @@ def predict_classes(
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
 
-    labels: (n, L), 1 or 0. Each label has its own model and C: the first one if can_choose_cost says no. A label that
-    all or no training papers have is predicted for all or no queries.
+    labels: (n, L), 1 or 0. Each label has its own model and its own C, which is the first of the costs where
+    can_choose_cost returns False. A label that every training paper has is predicted for every query; a label that none
+    has, for none.
     """
     from joblib import Parallel, delayed
 

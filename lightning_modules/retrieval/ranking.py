@@ -3,7 +3,7 @@
 Dot product, cosine and L2 distance are all dot products of prepared vectors:
 
     cosine   q / |q|  .  d / |d|
-    l2       q . d - |d|^2 / 2, which has the order of -|q - d|
+    l2       q . d - |d|^2 / 2, which ranks documents like -|q - d|
 
 Shapes: Q queries of this rank, M documents, D dimensions, k documents per query.
 """

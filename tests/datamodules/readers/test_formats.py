@@ -267,7 +267,9 @@ def test_scirepeval_missing_part_raises_user_error(tmp_path):
     expected = SciRepEvalReader("citations", folder=str(tmp_path)).read()
     (tmp_path / "train.jsonl").unlink()
     put(tmp_path / "train-00000-of-00002.jsonl", *lines[:3])
-    assert "all parts of one, got train-00000-of-00002" in error_of(SciRepEvalReader("citations", folder=str(tmp_path)))
+    assert "all parts of one file, got train-00000-of-00002" in error_of(
+        SciRepEvalReader("citations", folder=str(tmp_path))
+    )
     put(tmp_path / "train-00001-of-00002.jsonl", *lines[3:])
     assert SciRepEvalReader("citations", folder=str(tmp_path)).read() == expected
 
@@ -375,7 +377,7 @@ def test_jsonl_citations_are_split_by_year(tmp_path):
     assert JsonlReader(str(tmp_path), train_until=2025, dev_percent=0).read().splits == {"train": 199}
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write('{"query": "words", "positives": ["p1"]}\n')
-    message = "train.jsonl, line 150: train_until: the query 'train.150' is not a document of the corpus with a year"
+    message = "train.jsonl, line 150: train_until: query 'train.150' must be a corpus document with a year"
     assert message in error_of(JsonlReader(str(tmp_path), train_until=2009))
 
 
@@ -482,7 +484,7 @@ def test_split_may_be_a_folder_of_parquet_parts(tmp_path):
         parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"000{part}.parquet")
     assert list(reader.read().queries) == ["p0", "p1", "p2"]
     (folder / "0000.parquet").unlink()
-    assert "the test split must be one file, or all parts of one, got test/0001.parquet" in error_of(reader)
+    assert "the test split must be one file, or all parts of one file, got test/0001.parquet" in error_of(reader)
 
 
 @pytest.mark.parametrize(
