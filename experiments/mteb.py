@@ -58,7 +58,7 @@ class MtebOptions(ModelOptions):
     )
     output: Path | None = option(
         None,
-        "folder for mteb's results, by default evaluation/mteb of the run or evaluations/mteb; existing files are reused",
+        "folder for mteb's results, by default evaluation/mteb of the run or evaluations/mteb; reuses existing results",
     )
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
