@@ -126,7 +126,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "objective.matryoshka=[8, 8]"], ["objective.matryoshka: expected different numbers, got [8, 8]"]),
         (
             ["moe", "objective.matryoshka=[8, 16]", "objective.matryoshka_weights=[1]"],
-            ["objective.matryoshka_weights: expected 2 as in matryoshka, got 1"],
+            ["objective.matryoshka_weights: expected one per entry of matryoshka, got 1"],
         ),
         (
             ["moe", "objective.matryoshka=[8]", "objective.matryoshka_weights=[-1]"],
