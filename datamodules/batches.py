@@ -305,7 +305,7 @@ class ContrastiveDataModule(L.LightningDataModule):
         return DEFAULT_NUM_BATCHES
 
     def _signature(self, schedule: Schedule, world_size: int) -> dict[str, Any]:
-        """Return everything but the step that determines the batches. Checkpoints store it, so keep its keys."""
+        """Return everything that determines the batches, except the step. Checkpoints store it, so keep its keys."""
         signature = {
             "seed": self.options.seed,
             # Over all ranks: another number of ranks may resume with the same global batches.

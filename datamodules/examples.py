@@ -263,11 +263,11 @@ class JoinedExamples(Joined[Example]):
 def query_rows(
     numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row of each query, and its row as a document, or -1; (n,) int32 each.
+    """Return two rows for each query, (n,) int32 each: that of its text, and that of its document, -1 if it has none.
 
     A query that is a document with the same text has that document's row. Other queries come after the documents.
 
-    numbers: numbers of the queries.
+    numbers: index of each query in the collection.
     same_id: for each query, the document with its id (the first copy of it, if there are several), or -1.
     same_text: whether that document has the query's text too.
     """

@@ -6,8 +6,8 @@ in-batch negatives are shared across ranks and an expert must be used by all ran
 of the global batch.
 
 Steps are planned in blocks. Within a block every task has its share of the steps: in turns for round-robin, otherwise
-in a random order drawn for that block. So the shares are exact after every block, and the number of a task's steps
-before any step follows from the number of the block.
+in a random order drawn for that block. So the shares are exact after every block, and the number of steps that a
+task has had before a block follows from the block's number.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Phase:
     """A part of the schedule.
 
     first: first step of the phase.
-    weights: each task's share of the steps, in any unit; None if tasks take turns.
+    weights: relative share of the steps per task; None if tasks take turns.
     """
 
     first: int

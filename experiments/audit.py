@@ -67,7 +67,7 @@ def _report(leaks: Leaks, num_examples: int) -> dict[str, Any]:
 
 
 def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """Return up to `count` examples per way of comparing. A pair found in several ways is listed once."""
+    """Return up to `count` examples per matching method. A pair found by several methods is listed once."""
     pairs: dict[str, str] = {}
     for texts in examples.values():
         new = [text for text in texts if text.rpartition(" by ")[0] not in pairs][:count]

@@ -54,7 +54,7 @@ class ExportOptions(ModelOptions):
     overwrite: bool = option(False, "replace the output if it is an earlier export, for instance to add onnx=yes")
     onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "how vectors are compared; by default as in the model's run, or else dot with backbone=, cosine without"
+        None, "similarity of vectors; by default that of the run. Without a run: dot if backbone= is set, else cosine"
     )
 
 

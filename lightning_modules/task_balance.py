@@ -5,12 +5,12 @@
     pcgrad        conflicting gradients are projected onto each other's normal plane (Yu et al., arXiv 2001.06782,
                   algorithm 1)
 
-The last two combine the gradients of all tasks in an optimizer step linearly. The coefficients depend only on the dot
-products of the gradients.
+The last two use a linear combination of all tasks' gradients at each optimizer step. Its coefficients depend only on
+the dot products of the gradients.
 
 Shapes
     T   tasks
-    P   numbers in the trained parameters
+    P   trained parameters (scalars)
 """
 
 from __future__ import annotations

@@ -342,7 +342,7 @@ class _JsonWindow:
             return None, self._find_end(first), _json_error(error, self.position if first in ('"', "{", "[") else 0)
 
     def _find_end(self, first: str) -> int | None:
-        """Return the end of a value by its brackets and quotes, or None if it is outside the window."""
+        """Find the end of a value by matching brackets and quotes. None if it is outside the window."""
         if first not in ('"', "{", "["):
             end = self.WORD.match(self.text, self.position).end()
             return end if end < len(self.text) or self.ended else None

@@ -168,7 +168,7 @@ class MapleReader:
         papers: dict[str, Paper] = {}
         for folder in self.folders:
             new: dict[str, Paper] = {}
-            kept: dict[str, list[tuple[int, str]]] = defaultdict(list)  # split -> heap, in "fields"
+            kept: dict[str, list[tuple[int, str]]] = defaultdict(list)  # split -> heap; only for the view "fields"
             for row in read_records(self._papers_file(folder), bad):
                 with row:
                     paper = self._read_paper(as_object(row, " with paper, title, abstract and label"), folder)
@@ -243,7 +243,7 @@ class MapleReader:
 
 
 class _Neighbours:
-    """Hard negatives from related training papers (SciMult, section 3.4), drawn by the paper's id and the seed.
+    """Hard negatives from related training papers (SciMult, section 3.4), drawn with the paper's id and the seed.
 
     train: relevant documents (labels, or cited papers) of each training paper.
     is_labelled: whether the relevant documents are labels. A related paper then contributes its labels. Otherwise a

@@ -212,7 +212,7 @@ def _check_same(queries: Mapping[str, Document], query: Document) -> None:
 
 
 def _candidates(record: Record) -> list[Record]:
-    """Return the candidates as a list, also from an object of lists, into which `datasets` may turn a list."""
+    """Return the candidates as a list of records. `datasets` may turn such a list into an object of lists."""
     candidates = record.get("candidates")
     if candidates is None and isinstance(record.get("doc_id"), list):
         candidates = {key: record[key] for key in ("doc_id", "title", "abstract", "score") if key in record}

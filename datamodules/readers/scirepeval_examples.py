@@ -124,7 +124,8 @@ class SciRepEvalExamplesReader:
             return [str(index) for index in range(max(lengths, default=0))]
         classes = set(labels)
         are_numbers = all(re.fullmatch(r"-?\d{1,100}", label) for label in classes)
-        return sorted(classes, key=(lambda label: (int(label), label)) if are_numbers else str)  # "1" is not "01"
+        # The label breaks ties, because "1" and "01" are two classes.
+        return sorted(classes, key=(lambda label: (int(label), label)) if are_numbers else str)
 
     def _grades(self, label: Label) -> dict[str, float]:
         if self.view == "labels":

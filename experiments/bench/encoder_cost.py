@@ -65,7 +65,7 @@ def compare_encoders(options: CostOptions) -> Table:
 
 
 def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
-    """Yield each encoder and its name. The first is the dense one, whose ratio shows the noise."""
+    """Yield each encoder and its name. The first is the dense baseline; its ratio to itself shows the noise."""
     size = vars(options)
     yield "dense", SharedEncoder(*backbone_of(size), tasks_of(1))
     for name, ffn in (("MHA", False), ("FFN", True)):

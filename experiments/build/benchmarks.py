@@ -124,7 +124,7 @@ def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Bench
 
 
 class CollectionReader:
-    """Reads the collections of benchmarks below a folder. It keeps the last one, since several benchmarks share it."""
+    """Reads collections of benchmarks from a folder. It caches the last one, which the next often needs too."""
 
     def __init__(self, root: Path):
         self.root, self.last_key, self.last = root, "", None
@@ -207,7 +207,7 @@ def _evenly_spaced(ids: Sequence[str], count: int) -> list[str]:
 
 
 def _smaller_corpus(corpus: Mapping[str, Document], qrels: Qrels, count: int) -> dict[str, Document]:
-    """Keep the relevant documents and evenly spaced others, count in all, in the order of the corpus."""
+    """Keep the relevant documents and evenly spaced others, `count` in total, in corpus order."""
     relevant = {id for grades in qrels.values() for id, grade in grades.items() if grade > 0 and id in corpus}
     others = [id for id in corpus if id not in relevant]
     kept = relevant.union(_evenly_spaced(others, max(0, count - len(relevant))))

@@ -135,7 +135,7 @@ def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
 
 
 def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
-    """Return the phases of the schedule. They start at batches, not at optimizer steps."""
+    """Return the phases of the schedule. Their starts are counted in batches, not in optimizer steps."""
     sizes = {task.task.name: len(task.examples) for task in data.tasks}
     settings = config.data
     if settings.curriculum and settings.schedule == "together":
@@ -155,7 +155,7 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:
-    """Log the schedule. Return the batches of each task in the whole training, and its passes over the examples."""
+    """Log the schedule. Return each task's number of batches, and of passes over its examples."""
     schedule, num_batches, ranks = data.schedule(), data.options.num_batches, ranks_of(config)
     shares = {
         task: {

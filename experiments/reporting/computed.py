@@ -34,7 +34,7 @@ NUM_HARDEST, NUM_RANKED = 3, 5
 
 
 def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
-    """Return all figures of the report that are in no other file of the run.
+    """Return the numbers of the report that no other file of the run contains.
 
     num_papers: number of papers on the map, 0 for no map.
     """

@@ -52,7 +52,7 @@ class TableFile:
     name: str = option(MISSING, "name of the table in the paper")
     title: str = option(MISSING, "what the table shows")
     source: str = option("", "where the values come from, if not from the paper")
-    columns: list[ColumnGroup] = option(MISSING, "columns, in their order")
+    columns: list[ColumnGroup] = option(MISSING, "columns, in order")
     rows: dict[str, str] = option(MISSING, "system -> its cells, and the average after a bar")
 
 

@@ -131,9 +131,9 @@ class RoutedEncoder(Encoder):
         return outputs.view_as(hidden)
 
     def _by_expert(self, compute: Callable[[slice | Tensor, str], Tensor], routing: Tensor) -> Tensor:
-        """Compute each row by its expert.
+        """Compute each row with its expert.
 
-        compute: function of rows and the name of an expert, which returns their outputs.
+        compute: function that takes rows and the name of an expert, and returns their outputs.
         routing: one-hot choice of an expert, (number of rows, E).
         """
         if self.training:

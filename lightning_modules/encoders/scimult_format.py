@@ -42,7 +42,7 @@ ATTENTION = re.compile(
 FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d+))\.moe_layer\.(interm|output)_layers\.(\d+)\.(.+)")
 GATE = re.compile(r"encoder\.expert_gate\.(?:(\d+)\.)?fwd_func\.(\w+)")
 
-# Our keys, where an expert is a name.
+# Our keys, which identify an expert by its name.
 OUR_ATTENTION = re.compile(r"(encoder\.layer\.\d+\.attention)\.(self|output\.dense)\.experts\.(\w+)\.(.+)")
 OUR_FEED_FORWARD = re.compile(r"(encoder\.layer\.\d+)\.(intermediate|output)\.experts\.(\w+)\.(.+)")
 

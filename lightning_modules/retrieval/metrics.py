@@ -184,12 +184,12 @@ def macro_f1(counts: np.ndarray) -> float:
 
 
 def macro_f1_of_labels(counts: np.ndarray) -> float:
-    """Mean F1 over all labels, if a query may have any number; a label that never occurs counts 0."""
+    """Macro F1 for queries with several labels. A label that never occurs counts as 0."""
     return float((2 * counts[0] / np.maximum(1, counts[1] + counts[2])).mean())
 
 
 def micro_f1(counts: np.ndarray) -> float:
-    """F1 of all decisions together; the accuracy if each query has one class."""
+    """F1 over all decisions pooled. It equals accuracy if each query has one class."""
     return float(2 * counts[0].sum() / max(1, (counts[1] + counts[2]).sum()))
 
 

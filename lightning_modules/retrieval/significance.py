@@ -112,7 +112,7 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct the p-values of several tests, so that a level bounds the chance of any false alarm (Holm, 1979)."""
+    """Adjust the p-values of several tests to control the family-wise error rate (Holm, 1979)."""
     order = np.argsort(p_values, kind="stable")
     raised = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
