@@ -123,7 +123,7 @@ def test_invalid_options_raise_user_error(beir_root, tmp_path, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["split=none"], "split: the data has no 'none'"),
+        (["split=none"], "split: the data has no split 'none'"),
         (["beir={beir}/scitldr", "task=serach"], "unknown task 'serach'"),
         (["max_length=9999"], "max_length: .* supports at most .* tokens, got 9999"),
     ],
