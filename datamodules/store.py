@@ -6,7 +6,7 @@ A training process keeps no Python object per document or judgement. conversion.
     FOLDER/first.npy                       (M,) for each document, the first document with the same text
     FOLDER/own.npy                         (Q,) for each query, first.npy of the document with its id, or -1
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
-    FOLDER/SPLIT.{queries,documents,grades}.npy    judgements of a split, as rows; negative for documents outside the corpus
+    FOLDER/SPLIT.{queries,documents,grades}.npy    rows of judgements; negative: outside the corpus
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
     FOLDER/meta.json                       reader, counts, fingerprint, sizes of the files
 """

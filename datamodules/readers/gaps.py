@@ -1,4 +1,4 @@
-"""Gaps in data sets that are not damage: documents without a text, texts under other keys, judged documents outside the corpus.
+"""Gaps in data sets that are not damage: blank documents, texts under other keys, judged documents outside the corpus.
 
 Published data sets have them (a document of TREC-COVID is empty, and ArguAna judges five documents that it does not
 have). They are counted while the files are read, and logged as warnings at the end.

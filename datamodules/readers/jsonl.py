@@ -29,7 +29,7 @@ class JsonlReader:
     folder/dev.jsonl      the same
     folder/test.jsonl     the same; at least one of the three files must exist
 
-    "abstract" is read where "text" is missing or blank. "validation", "valid" and "val" are other names of the dev split.
+    "abstract" is read where "text" is missing or blank. The dev split may also be named validation, valid or val.
 
     A query is {"id": ...}, a document of the corpus; {"title": ..., "text": ...}; or a string, which is an id if the
     corpus has it, and otherwise a text. Positives may be {id: grade, ...} with grades above 0. Negatives have grade 0,

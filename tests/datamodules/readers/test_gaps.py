@@ -1,4 +1,4 @@
-"""What data sets lack although they are not damaged: texts under other keys, empty documents, judged ones that are missing."""
+"""What data sets lack without being damaged: texts under other keys, blank documents, missing judged documents."""
 
 import logging
 
