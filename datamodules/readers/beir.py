@@ -10,7 +10,7 @@ from typing import TextIO
 
 from datamodules.readers.checks import SPLITS, BadLines, Judgements, Record, check_choice, check_grade, read_into_memory
 from datamodules.readers.io import as_object, check_folder, find_file, find_split_files, read_lines
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 
 
 class BeirReader:
@@ -86,6 +86,8 @@ def read_qrels(path: Path, judgements: Judgements) -> Qrels:
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
     """Write a collection in BEIR layout. compress: whether to gzip corpus and queries."""
     folder = Path(folder)
+    for split in collection.qrels:
+        check_name("split", split)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
         with _open_for_writing(folder / f"{name}.jsonl", compress) as file:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 
 log = logging.getLogger(__name__)
 
@@ -431,6 +431,7 @@ def check_collection(collection: Collection, source: Path | str) -> Collection:
     if not collection.qrels:
         raise UserError(f"{source}: contains no splits")
     for split, qrels in collection.qrels.items():
+        check_name(f"{source}: split", split)
         if not qrels:
             raise UserError(f"{source}: the {split} split is empty")
     return collection
