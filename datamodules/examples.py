@@ -208,6 +208,15 @@ class Joined(Sequence[Item]):
         number, inside = self._locate(index)
         return self._parts[number][inside]
 
+    def part_of(self, rows: np.ndarray) -> tuple[Sequence[Item] | None, np.ndarray]:
+        """Return the sequence that has all the rows, and their positions in it; None if there is no such sequence."""
+        if len(rows):
+            number, _ = self._locate(int(rows.min()))
+            start = self._ends[number - 1] if number else 0
+            if rows.max() < self._ends[number]:
+                return self._parts[number], rows - start
+        return None, rows
+
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the number of the sequence that has an item, and the item's index in it."""
         index = range(len(self))[index]

@@ -85,18 +85,26 @@ class StoredDocuments(Mapping[str, Document]):
 
 
 class Rows(Sequence[Document]):
-    """Stored documents by number."""
+    """Stored documents by number. Slices and selections are read when they are used.
 
-    def __init__(self, documents: StoredDocuments):
+    numbers: rows of the file, in the order of this sequence; by default all of them.
+    """
+
+    def __init__(self, documents: StoredDocuments, numbers: np.ndarray | range | None = None):
         self.documents = documents
+        self.numbers = range(len(documents)) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.numbers)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self.documents.row(i) for i in range(*index.indices(len(self)))]
-        return self.documents.row(range(len(self))[index])
+            return Rows(self.documents, self.numbers[index])
+        return self.documents.row(int(self.numbers[index]))
+
+    def select(self, positions: np.ndarray) -> Rows:
+        """Return the documents at some positions, (n,)."""
+        return Rows(self.documents, np.asarray(self.numbers)[positions])
 
 
 class StoredCollection:

@@ -28,7 +28,7 @@ from datamodules.records import (
     check_name,
     plain_protocol,
 )
-from datamodules.store import StoredCollection
+from datamodules.store import Rows, StoredCollection
 from datamodules.tokens import Encoding, token_tables
 
 
@@ -210,8 +210,8 @@ class TaskDataModule(ContrastiveDataModule):
         first_row: int,
         first_example: int,
     ) -> MiningPool:
-        corpus = Selection(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
-        queries = Selection(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
+        corpus = selected(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
+        queries = selected(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
         positives = table.judged(np.asarray(table.grades) > 0)
         return MiningPool(
             task=self.task.name,
@@ -260,6 +260,12 @@ class Selection(Sequence[Document]):
         if isinstance(index, slice):
             return [self.documents[row] for row in self.rows[index].tolist()]
         return self.documents[int(self.rows[index])]
+
+
+def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document]:
+    """Return the documents of some rows: Rows if they are in one stored file, so that their token ids can be found."""
+    part, positions = documents.part_of(rows)
+    return part.select(positions) if isinstance(part, Rows) else Selection(documents, rows)
 
 
 def _held_out_positives(
