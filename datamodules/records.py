@@ -52,6 +52,11 @@ class Document:
     title: str = ""
     text: str = ""
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has neither title nor text. An evaluation never finds such a document."""
+        return not (self.title.strip() or self.text.strip())
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -91,7 +96,8 @@ class Collection:
     """A corpus with queries and relevance judgements, as a reader returns it.
 
     qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
-    split such a document is a hard negative.
+    split such a document is a hard negative. A judged document may be missing from the corpus, or have no text: an
+    evaluation never finds it, and training leaves it out.
     """
 
     corpus: Mapping[str, Document]
@@ -213,6 +219,19 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         check_name("benchmark", self.name)
+
+    def without_blank(self) -> Benchmark:
+        """Return the benchmark without documents that have no text. If relevant, they still count as not found."""
+        if self.training is not None:  # classes, and papers that a reader checked
+            return self
+        corpus = {id: document for id, document in self.corpus.items() if not document.is_blank}
+        if len(corpus) == len(self.corpus):
+            return self
+
+        def ranked(lists: Mapping[str, Sequence[str]] | None) -> Mapping[str, Sequence[str]] | None:
+            return lists and {query: [id for id in ids if id in corpus] for query, ids in lists.items()}
+
+        return replace(self, corpus=corpus, candidates=ranked(self.candidates), first=ranked(self.first))
 
     @property
     def encoded_documents(self) -> Mapping[str, Document]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
-from datamodules.examples import ExampleTable, Joined, JoinedExamples, in_memory, ragged
+from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory, ragged
 from datamodules.records import (
     Benchmark,
     Collection,
@@ -136,8 +136,13 @@ class TaskDataModule(ContrastiveDataModule):
     def _add(self, collection: Collection | StoredCollection) -> None:
         if isinstance(collection, StoredCollection):
             documents, examples = collection.table(self.queries_are_documents)
+            blank = collection.blank_rows()
         else:
             documents, examples = in_memory(collection, self.queries_are_documents)
+            blank = blank_rows(document for part in documents for document in part)
+        if len(blank):  # nothing to learn from
+            examples = examples.without(blank, blank)
+            self.stripped = np.union1d(self.stripped, blank + len(self.documents))
         self.examples.append(examples, offset=len(self.documents))
         for part in documents:
             self.documents.append(part)
@@ -286,7 +291,10 @@ def _held_out_positives(
     row_of = {document.id: i for i, document in enumerate(corpus) if document.id in ids}
     starts, known = positives
     return ragged(
-        sorted({row_of[d] for d in relevant.get(query.id, ())} - set(known[starts[i] : starts[i + 1]].tolist()))
+        sorted(
+            {row_of[d] for d in relevant.get(query.id, ()) if d in row_of}
+            - set(known[starts[i] : starts[i + 1]].tolist())
+        )
         for i, query in enumerate(queries)
     )
 

@@ -233,7 +233,7 @@ def _candidates(
     """Return the documents to rank, and the candidates of each query if it has its own."""
     if config.candidates == "corpus":
         return corpus, None
-    candidates = {query: list(qrels[query]) for query in queries}
+    candidates = {query: [id for id in qrels[query] if id in corpus] for query in queries}
     if config.exclude_query:
         candidates = {query: [id for id in ids if id != query] for query, ids in candidates.items()}
     ranked = {id for ids in candidates.values() for id in ids}
