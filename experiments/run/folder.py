@@ -173,9 +173,7 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
     then, now = read_json(folder.manifest).get("data", {}), describe_data(data)
     # Collections in memory and in the cache have different fingerprints.
     was_cached = bool(read_config(folder.path).get("data", {}).get("cache"))
-    keys = (
-        ("documents", "queries", "fingerprint") if was_cached == bool(config.data.cache) else ("documents", "queries")
-    )
+    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
     differences = [
         f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
         for name in dict.fromkeys((*then, *now))
@@ -183,8 +181,8 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
     ]
     if differences:
         raise UserError(
-            f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data, "
-            "choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
+            f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
+            "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
 
 
