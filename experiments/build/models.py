@@ -19,6 +19,7 @@ from experiments.shared.output import shortened
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
+from lightning_modules.encoders.sentence_files import published_similarity
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 
@@ -77,10 +78,17 @@ class ModelOptions:
         return self.load(config, task=task).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def similarity_of(self, config: Config | None) -> str:
-        """Return the default similarity: that of the model's run, dot for the authors' checkpoints, else cosine."""
+        """Return the default similarity.
+
+        It is that of the model's run, dot for the authors' checkpoints, that of a plain model's sentence-transformers
+        files, and else cosine.
+        """
         if config:
             return config.objective.similarity
-        return "dot" if self.backbone else "cosine"
+        if self.backbone:
+            return "dot"
+        is_name = self.model and not Path(self.model).is_file()
+        return (published_similarity(_resolve(self.model)) if is_name else None) or "cosine"
 
     def _adapter_folders(self) -> dict[str, str]:
         folders = {}
