@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.options import option
@@ -104,7 +103,7 @@ def _evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[st
     """Return the main score of each task. Raises UserError if the data of a task cannot be loaded."""
     import mteb
 
-    scores, cache, show_bar = {}, mteb.ResultCache(output), Console().is_terminal
+    scores, cache, show_bar = {}, mteb.ResultCache(output), table_console().is_terminal
     batches = {"batch_size": BATCH_SIZE, "show_progress_bar": show_bar}
     for task in tasks:
         name = task.metadata.name

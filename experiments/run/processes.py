@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from datamodules.records import UserError
+from experiments.shared.plain import say
 from lightning_modules.distributed import launch
 from lightning_modules.retrieval.compute import default_device
 
@@ -84,7 +85,7 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
     try:
         elastic_launch(config, sys.executable)("-m", command, *arguments)
     except SignalException as error:
-        print(f"ended by {error.sigval.name}", file=sys.stderr)
+        say(f"ended by {error.sigval.name}", sys.stderr)
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

@@ -137,6 +137,7 @@ def evaluate(
 
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
+    benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
     similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
@@ -155,6 +156,7 @@ def evaluate(
 
 def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
     """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
+    benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
     k = k or ranking_depth(metrics, benchmark)
     runs = (rank_bm25(benchmark, k) for _ in range(1))  # a generator, so that ranking is timed
@@ -175,6 +177,7 @@ def rank_benchmark(
 
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
+    benchmark = benchmark.without_blank()
     similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
