@@ -16,7 +16,7 @@ import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
 from datamodules.readers.checks import add_id, stream_collection
-from datamodules.records import Collection, Document, Sink, UserError
+from datamodules.records import Collection, Document, Sink, UserError, check_name
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
 
 def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> int:
     """Write the judgements of a split, and the examples of the train split. Return the number of queries."""
+    check_name("split", split)
     queries, documents, grades = sink.distinct(split)
     for name, rows in (("queries", queries), ("documents", documents), ("grades", grades)):
         np.save(folder / f"{split}.{name}.npy", rows)

@@ -7,6 +7,7 @@ tasks. A label has its name as title and its definition as text; a query has onl
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -18,6 +19,25 @@ from torch import Tensor
 
 class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
+
+
+LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
+# A hidden file, a path, a space at an end, and the devices of Windows.
+NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise UserError if files cannot be named after a task, expert, collection, split, benchmark or system.
+
+    Such names come from checkpoints, downloaded folders, data and the command line. With this check a file named after
+    them is always inside the folder that it is written to. what: kind of the name, for the error.
+    """
+    is_name = isinstance(name, str) and name.isprintable() and not NO_NAME.search(name)
+    if not is_name or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
+            "or control characters, and not starting with a dot"
+        )
 
 
 # Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
@@ -66,6 +86,7 @@ class Task:
     instruction: str = ""
 
     def __post_init__(self) -> None:
+        check_name("task", self.name)
         if not self.expert:
             object.__setattr__(self, "expert", self.name)
 
@@ -195,6 +216,9 @@ class Benchmark:
     without_relevant: str = "skip"
     training: tuple[Mapping[str, Document], Qrels] | None = None
     probe: Probe = field(default_factory=Probe)
+
+    def __post_init__(self) -> None:
+        check_name("benchmark", self.name)
 
     def without_blank(self) -> Benchmark:
         """Return the benchmark without documents that have no text. If relevant, they still count as not found."""

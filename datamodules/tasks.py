@@ -17,7 +17,17 @@ import numpy as np
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
 from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory, ragged
-from datamodules.records import Benchmark, Collection, Document, MiningPool, Ragged, Task, UserError, plain_protocol
+from datamodules.records import (
+    Benchmark,
+    Collection,
+    Document,
+    MiningPool,
+    Ragged,
+    Task,
+    UserError,
+    check_name,
+    plain_protocol,
+)
 from datamodules.store import Rows, StoredCollection
 from datamodules.tokens import Encoding, token_tables
 
@@ -68,6 +78,8 @@ class TaskDataModule(ContrastiveDataModule):
         super().__init__()
         self.task = Task(task) if isinstance(task, str) else task
         self.readers = dict(data) if isinstance(data, Mapping) else {self.task.name: data}
+        for name in self.readers:
+            check_name("collection", name)
         self._overrides = overrides if options is None else None
         self.options, self.tokenizer = (options or BatchOptions()).override(**overrides), tokenizer
         self.collections: dict[str, Collection | StoredCollection] = {}

@@ -24,9 +24,9 @@ from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.shared.console import counted, entry_point, table_console
-from experiments.shared.memory import Memory
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import computing_in
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.options import option
-from datamodules.records import UserError
-from experiments.build.models import ModelOptions
+from datamodules.records import UserError, check_name
+from experiments.build.models import ModelOptions, stem
 from experiments.config.arguments import parse
 from experiments.results.model_card import CARD, INTRODUCTION, write_card
 from experiments.shared.console import entry_point
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"onnx: needs format=plain, got format={options.format}")
     if options.task != "all" and options.format != "plain":
         raise UserError(f"task: needs format=plain; format={options.format} always contains all tasks")
+    check_name("task", options.task)
     run, config = options.run_folder(), options.run_config()
     similarity = options.similarity or options.similarity_of(config)
     output = options.output or default_output(options, run)
@@ -105,7 +106,7 @@ def _export_task(
 
 def default_output(options: ExportOptions, run: Path | None) -> Path:
     """Return the output folder or file for a model, format and task."""
-    folder = run / "export" if run else Path("exports") / Path(options.model).stem
+    folder = run / "export" if run else Path("exports") / stem(options.model)
     if options.format == "plain":
         return folder / (options.task if options.task != "all" else "tasks")
     return folder / ("reference.ckpt" if options.format == "reference" else "pretrained")

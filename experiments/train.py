@@ -17,6 +17,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
@@ -26,7 +27,7 @@ from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
-from experiments.run.folder import open_run, record_end, record_start, write_config
+from experiments.run.folder import RunFolder, check_same_data, open_run, record_end, record_start, write_config
 from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
@@ -75,6 +76,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     """
     folder = open_run(config)
     if folder.complete:
+        check_data_of_complete_run(folder, config)
         FinalTable.show(read_results(folder.results))
         log.info("The run in %s is complete (run.resume=never trains it again).", folder.path)
         return
@@ -82,6 +84,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     warn_about_cores(config)
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
+    check_same_data(folder, config, data)
     leave_if_asked()
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
@@ -115,6 +118,16 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         table.show(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
+
+
+def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
+    """Raise UserError if the data are no longer those of a complete run, whose table then is not theirs."""
+    try:
+        data = build_data(config)
+    except UserError as error:
+        log.warning("The data cannot be compared with those of the run: %s", error)
+        return
+    check_same_data(folder, config, data)
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:

@@ -18,7 +18,7 @@ from datamodules.readers.io import (
     read_lines,
     warn_of_unread_files,
 )
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 
 NUMBER = r"[+-]?[0-9.]+"
 
@@ -103,6 +103,8 @@ def read_qrels(judgements: Judgements) -> Qrels:
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
     """Write a collection in BEIR layout. compress: whether to gzip corpus and queries."""
     folder = Path(folder)
+    for split in collection.qrels:
+        check_name("split", split)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
         with _open_for_writing(folder / f"{name}.jsonl", compress) as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from datamodules.readers.gaps import Gaps
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
@@ -465,6 +465,7 @@ def check_collection(collection: Collection, source: Path | str) -> Collection:
     if not collection.qrels:
         raise UserError(f"{source}: contains no splits")
     for split, qrels in collection.qrels.items():
+        check_name(f"{source}: split", split)
         if not qrels:
             raise UserError(f"{source}: the {split} split is empty")
     return collection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
 
 
 def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Benchmark:
-    folder, task, split = options.beir, options.task, options.split
+    folder, task, split = Path(os.path.abspath(options.beir)), options.task, options.split
     if not task:
         raise UserError(f"task: required, the task whose expert ranks {folder}, for instance task=search")
     collection = reader_class_of(folder)(str(folder)).read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Literal
 import torch
 
 from datamodules.options import option
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, UserError, check_name
 from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
+from experiments.shared.output import shortened
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
@@ -133,6 +135,9 @@ class System:
     similarity: str
     vectors: VectorCache | None = None
 
+    def __post_init__(self) -> None:
+        check_name("system", self.name)
+
     def obstacle(self, benchmark: Benchmark) -> str:
         """Return why the system cannot be evaluated on a benchmark, or "" if it can."""
         if self.encoder is None:
@@ -180,8 +185,12 @@ def load_systems(
 
 def short_name(model: str) -> str:
     """Return a short name for a model: the stem of its path, with digits that tell equal stems apart."""
-    path = Path(model)
-    if not path.exists():
-        return model.removeprefix(PACKAGE).replace("/", "-")
-    digits = hashlib.blake2b(str(path.resolve()).encode(), digest_size=3).hexdigest()
-    return f"{path.stem}-{digits}"
+    if not Path(model).exists():
+        return shortened(model.removeprefix(PACKAGE).replace("/", "-"))
+    digits = hashlib.blake2b(os.fsencode(Path(model).resolve()), digest_size=3).hexdigest()
+    return f"{stem(model)}-{digits}"
+
+
+def stem(model: str) -> str:
+    """Return the stem of a model's path, also for paths such as . and .."""
+    return shortened(Path(os.path.abspath(model)).stem)

@@ -45,7 +45,10 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
     The checkpoint comes after the evaluation and the user's callbacks, so that it contains their state.
     """
-    callbacks: list[L.Callback] = [TrainingLog(config.trainer.log_every_n_steps, plain=not on_a_terminal())]
+    settings = config.trainer
+    callbacks: list[L.Callback] = [
+        TrainingLog(settings.log_every_n_steps, plain=not on_a_terminal(), peak_tflops=settings.peak_tflops)
+    ]
     if config.objective.balance == "pcgrad":
         callbacks.append(PCGrad(config.tasks))
     if config.objective.balance == "gradnorm":

@@ -134,6 +134,11 @@ class TrainerConfig:
     )
     timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
+    peak_tflops: float = option(
+        0.0,
+        "speed of a device that MFU is relative to, in TFLOP/s; 0 measures a matrix product at the start",
+        minimum=0,
+    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from datamodules.files import read_json, write_json
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.models import System
 from experiments.results.cost import Cost, CostMeter
 from experiments.shared.progress import Progress
@@ -153,8 +153,10 @@ def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
     """Return the tables of a results.json."""
     tables = {}
     for name, entry in content.items():
+        check_name("benchmark", name)
         systems = {}
         for system, metrics in entry["systems"].items():
+            check_name("system", system)
             measured = entry.get("measured", {}).get(system, {})
             cost = Cost(**_known(Cost, {"texts_per_second": None} | measured["cost"])) if "cost" in measured else None
             systems[system] = SystemResult(**_known(SystemResult, measured) | {"metrics": metrics, "cost": cost})
