@@ -62,7 +62,7 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
         "fp32", "precision of the encoder; auto: bf16 on hardware made for it. Scores are always fp32"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"

@@ -64,7 +64,7 @@ class MtebOptions(ModelOptions):
         None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
 
 
@@ -138,7 +138,7 @@ class MtebEncoder:
 
     name: name of the model in mteb's results. similarity: "dot" or "cosine".
     experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     """
 
     def __init__(

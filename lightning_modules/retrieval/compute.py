@@ -7,12 +7,12 @@ import time
 
 import torch
 
-# Maximum number of padded tokens per forward pass. A CPU is fastest when they fit into its cache.
+# Maximum number of tokens per forward pass. A CPU is fastest when they fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
 
 
 def default_token_budget(device: torch.device | str) -> int:
-    """Return the default maximum number of padded tokens per forward pass on a device."""
+    """Return the default maximum number of tokens per forward pass on a device."""
     return TOKEN_BUDGETS.get(torch.device(device).type, TOKEN_BUDGETS["cuda"])
 
 
