@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import random
 import signal
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +181,9 @@ class ResumableLoader:
     signature: everything but the step that determines the batches. A state with another signature is rejected.
     rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
         the new round, continue from there.
+
+    asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
+    waited: seconds spent waiting for batches, from asking for one to getting it, in total.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class ResumableLoader:
         self.batches, self.num_batches, self.num_workers = batches, num_batches, num_workers
         self.signature, self.rounds = dict(signature), rounds
         self.position = 0  # number of batches handed out; workers may have prepared more
+        self.asked_at, self.waited = 0.0, 0.0
 
     def __len__(self) -> int:
         return self.num_batches
@@ -208,9 +213,21 @@ class ResumableLoader:
                 num_workers=self.num_workers,
                 worker_init_fn=_ignore_signals,
             )
-            for batch in loader:
+            for batch in self._timed(loader):
                 self.position = batch.step + 1
                 yield batch
+
+    def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
+        """Yield the batches of a loader, and count the time until each one is there, with the start of workers."""
+        batches = None
+        while True:
+            self.asked_at = time.perf_counter()
+            batches = iter(loader) if batches is None else batches
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - self.asked_at
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         rounds = {"rounds": self.rounds.state()} if self.rounds else {}

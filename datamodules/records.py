@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,25 @@ class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
 
 
+LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
+# A hidden file, a path, a space at an end, and the devices of Windows.
+NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise UserError if files cannot be named after a task, expert, collection, split, benchmark or system.
+
+    Such names come from checkpoints, downloaded folders, data and the command line. With this check a file named after
+    them is always inside the folder that it is written to. what: kind of the name, for the error.
+    """
+    is_name = isinstance(name, str) and name.isprintable() and not NO_NAME.search(name)
+    if not is_name or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
+            "or control characters, and not starting with a dot"
+        )
+
+
 # Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
 Qrels = Mapping[str, Mapping[str, int]]
 
@@ -33,6 +53,11 @@ class Document:
     id: str
     title: str = ""
     text: str = ""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has neither title nor text. An evaluation never finds such a document."""
+        return not (self.title.strip() or self.text.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +88,7 @@ class Task:
     instruction: str = ""
 
     def __post_init__(self) -> None:
+        check_name("task", self.name)
         if not self.expert:
             object.__setattr__(self, "expert", self.name)
 
@@ -72,7 +98,8 @@ class Collection:
     """A corpus with queries and relevance judgements, as a reader returns it.
 
     qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
-    split such a document is a hard negative.
+    split such a document is a hard negative. A judged document may be missing from the corpus, or have no text: an
+    evaluation never finds it, and training leaves it out.
     """
 
     corpus: Mapping[str, Document]
@@ -191,6 +218,22 @@ class Benchmark:
     without_relevant: str = "skip"
     training: tuple[Mapping[str, Document], Qrels] | None = None
     probe: Probe = field(default_factory=Probe)
+
+    def __post_init__(self) -> None:
+        check_name("benchmark", self.name)
+
+    def without_blank(self) -> Benchmark:
+        """Return the benchmark without documents that have no text. If relevant, they still count as not found."""
+        if self.training is not None:  # classes, and papers that a reader checked
+            return self
+        corpus = {id: document for id, document in self.corpus.items() if not document.is_blank}
+        if len(corpus) == len(self.corpus):
+            return self
+
+        def ranked(lists: Mapping[str, Sequence[str]] | None) -> Mapping[str, Sequence[str]] | None:
+            return lists and {query: [id for id in ids if id in corpus] for query, ids in lists.items()}
+
+        return replace(self, corpus=corpus, candidates=ranked(self.candidates), first=ranked(self.first))
 
     @property
     def encoded_documents(self) -> Mapping[str, Document]:

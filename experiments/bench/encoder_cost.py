@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import Tokens
 from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
@@ -41,7 +40,7 @@ class CostOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, console = parse(CostOptions, arguments), Console()
+    options, console = parse(CostOptions, arguments), table_console()
     console.print(compare_encoders(options))
     if not options.backward:
         console.print(compare_numbers_of_tasks(options))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import Document, Tokens, UserError
+from datamodules.records import Document, Tokens, UserError, check_name
 from datamodules.text import as_documents, input_text, length_sorted_chunks, token_ids
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, family_of
@@ -78,6 +78,8 @@ class Encoder(nn.Module):
             raise UserError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if not tasks:
             raise UserError("tasks: expected at least one, got none")
+        for task in tasks:
+            check_name("task", task)
         if not isinstance(normalize, bool):
             raise UserError(f"normalize: expected true or false, got {normalize!r}")
         if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 3:

@@ -27,13 +27,17 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class SciMultConfig(PreTrainedConfig):
-    """Description of an encoder, as in loading.describe_architecture. kind: dotted path of its class."""
+    """Description of an encoder, as in loading.describe_architecture.
+
+    kind: dotted path of its class. similarity: the one that it was trained with, None if unknown.
+    """
 
     model_type = "scimult"
 
     kind: str = ""
     arguments: dict[str, Any] | None = None
     backbone: dict[str, Any] | None = None
+    similarity: str | None = None
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """Return JSON with unsorted keys, because the order of tasks is the order of experts in the authors' format."""

@@ -128,7 +128,7 @@ def test_shards_with_other_settings_raise_user_errors(embed, model, make_encoder
         embed("out", "dtype=float16")
     with pytest.raises(UserError, match="other settings .precision: fp32 then, bf16 now"):
         embed("out", "precision=bf16")
-    with pytest.raises(UserError, match="precision: expected one of auto, fp32, bf16, got 'float32'"):
+    with pytest.raises(UserError, match="precision: expected one of auto, fp32, tf32, bf16, fp16, got 'float32'"):
         embed("out", "precision=float32")
     about = folder / "shards" / "about.json"
     about.write_text(about.read_text().replace('"fp32"', '"float32"'))  # as earlier versions wrote it
