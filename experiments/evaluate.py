@@ -63,7 +63,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
