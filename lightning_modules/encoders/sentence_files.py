@@ -40,7 +40,7 @@ FORMER_MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 POOLINGS = ("cls", "mean")
-SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot", "euclidean": "l2"}
+SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot"}
 # Keys of the transformer's file that change the vectors, with the values that leave them as they are.
 PLAIN_VALUES = {
     "transformer_task": (None, "feature-extraction"),
@@ -59,7 +59,7 @@ class SentenceFiles:
 
     are_complete: whether the library wrote the folder, so that its own defaults hold, too.
     prompt: text at the start of every text, "" for none. pool_prompt: whether mean pooling includes it.
-    similarity: "cosine", "dot" or "l2".
+    similarity: "cosine" or "dot".
     """
 
     are_complete: bool = False
@@ -103,11 +103,6 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
         pool_prompt=pool_prompt,
         similarity=_similarity(name, settings),
     )
-
-
-def published_similarity(name: str) -> str | None:
-    """Return the similarity that a model's files name, or None. Raises UserError as read_sentence_files does."""
-    return _similarity(name, _read(name, SETTINGS) or {})
 
 
 def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from transformers import BertTokenizer
 from datamodules.records import UserError
 from lightning_modules.encoders.export import save_dense
 from lightning_modules.encoders.loading import build, describe, load_encoder
-from lightning_modules.encoders.sentence_files import FORMER_MODES, published_similarity
+from lightning_modules.encoders.sentence_files import FORMER_MODES
 from tests.conftest import text_of
 
 TEXTS = [text_of(i, i + 3) for i in range(5)] + [text_of(*range(i, 4 * i)) for i in range(6, 10)]
@@ -198,10 +198,10 @@ def test_prompts_without_a_default_are_named_and_not_used_as_in_the_library(libr
     assert "prompts are ignored, because none of them is the default (passage, query)" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("name", ["cosine", "dot"])
 def test_similarity_of_the_files_is_used(plain, name):
     edit(plain / "config_sentence_transformers.json", similarity_fn_name=name)
-    assert published_similarity(str(plain)) == {"cosine": "cosine", "dot": "dot", "euclidean": "l2"}[name]
+    assert load_encoder(plain).similarity == name
 
 
 def test_similarity_that_is_not_supported_raises_user_error(plain):
