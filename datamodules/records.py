@@ -310,6 +310,7 @@ class ContrastiveBatch:
     texts            documents of the U rows if a frozen model scores the batch, else empty
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
+    pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
     """
 
     step: int
@@ -327,9 +328,15 @@ class ContrastiveBatch:
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
     text_keys: Tensor | None = None
+    pairs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs is None:  # computed on the host, because the number of pairs determines shapes
+            row, position = (self.positives >= 0).nonzero(as_tuple=True)
+            self.pairs = torch.stack([row, self.positives[row, position]], dim=1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
-        names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
+        names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives", "pairs")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         if self.text_keys is not None:
             moved["text_keys"] = self.text_keys.to(device, non_blocking=non_blocking)

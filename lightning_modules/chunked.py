@@ -62,7 +62,7 @@ def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
     With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
     """
     chunks = len(batch.chunks)
-    return largest(chunks, encoder.device) if encoder.sharded else chunks
+    return largest(chunks) if encoder.sharded else chunks
 
 
 def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedded:

@@ -15,7 +15,7 @@ Shapes
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,14 +50,16 @@ def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
     products: dot products of the gradients, (T, T).
     seed: seed of the order in which each gradient is projected.
     """
-    products, num_tasks = products.double().cpu(), len(products)
+    products, num_tasks = products.double(), len(products)
     generator = torch.Generator().manual_seed(seed)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: projected gradient i
-    for i, row in enumerate(coefficients):
-        for j in torch.randperm(num_tasks, generator=generator).tolist():
-            product = row @ products[j]
-            if j != i and product < 0:
-                row[j] -= product / products[j, j]
+    orders = torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])
+    orders = orders.to(products.device, non_blocking=True)  # (T, T) row i: order of the projections of gradient i
+    rows = torch.arange(num_tasks, device=products.device)
+    coefficients = torch.eye(num_tasks, dtype=torch.float64, device=products.device)  # row i: projected gradient i
+    for others in orders.unbind(1):  # all gradients at once
+        product = (coefficients * products[others]).sum(1)
+        step = torch.where((others != rows) & (product < 0), product / products[others, others], 0.0)
+        coefficients[rows, others] -= step
     return coefficients.sum(0)
 
 
@@ -95,9 +97,8 @@ class TaskGradients:
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
-        self.used = torch.zeros(
-            len(self.tasks), len(self.sizes), dtype=torch.bool
-        )  # whether a task has a gradient for a parameter
+        # Whether a task has a gradient for a parameter; on the CPU, because the host reads it.
+        self.used = torch.zeros(len(self.tasks), len(self.sizes), dtype=torch.bool)
 
     def clear(self) -> None:
         self.values.zero_()
@@ -133,18 +134,17 @@ class TaskGradients:
 
     def products(self) -> Tensor:
         """Return the dot products of the tasks' gradients with respect to shared parameters, (T, T)."""
-        sizes = torch.tensor(self.sizes)
-        columns = self.shared().repeat_interleave(sizes).to(self.values.device)
-        return (self.values * columns) @ self.values.T
+        shared = itertools.compress(self.values.split(self.sizes, dim=1), self.shared().tolist())
+        return sum(gradients @ gradients.T for gradients in shared)
 
     def apply(self, coefficients: Coefficients) -> None:
         """Set the gradient of each parameter to a linear combination of the tasks' gradients."""
-        shared = self.shared()
-        gradients = self.values.split(self.sizes, dim=1)
+        shared, gradients = self.shared().tolist(), self.values.split(self.sizes, dim=1)
+        weights_of_shared, weights_of_others = coefficients.shared.to(self.values), coefficients.other.to(self.values)
         for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if self.used[:, i].any():
-                weights = coefficients.shared if shared[i] else coefficients.other
-                parameter.grad = (weights.to(gradient) @ gradient).view_as(parameter)
+                weights = weights_of_shared if shared[i] else weights_of_others
+                parameter.grad = (weights @ gradient).view_as(parameter)
 
 
 class GradientBalance(L.Callback):
@@ -161,7 +161,8 @@ class GradientBalance(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.gradients = TaskGradients(trained, self.tasks)
-        self.losses: dict[str, Tensor | float] = defaultdict(float)
+        device = self.gradients.values.device
+        self.losses = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)  # sums over batches
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False
 
@@ -169,19 +170,19 @@ class GradientBalance(L.Callback):
         self.task = batch.task
 
     def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
-        self.losses[self.task] += loss.detach()
+        self.losses[self.tasks.index(self.task)] += loss.detach()
 
     def on_after_backward(self, *_: Any) -> None:
         self.gradients.take(self.task)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        losses = torch.stack([torch.as_tensor(self.losses[task]) for task in self.tasks])
+        losses = self.losses.clone()
         if world_size() > 1:
             dist.all_reduce(losses)
         self.gradients.average_over_ranks()
-        self.gradients.apply(self.coefficients(trainer, losses.double().cpu() / world_size()))
+        self.gradients.apply(self.coefficients(trainer, losses / world_size()))
         self.gradients.clear()
-        self.losses.clear()
+        self.losses.zero_()
 
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         """Return the coefficients of this step. losses: losses of the tasks, (T,)."""
@@ -214,8 +215,9 @@ class GradNorm(GradientBalance):
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         if self.weights is None:
             self.weights, self.first_losses = torch.ones_like(losses), losses
-        weights, step = self.weights, trainer.global_step + 1
-        norms = self.gradients.products().diagonal().double().cpu().sqrt()
+        self.first_losses = self.first_losses.to(losses.device)  # a checkpoint has them on the CPU
+        weights, step = self.weights.to(losses.device), trainer.global_step + 1
+        norms = self.gradients.products().diagonal().double().sqrt()
         self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
         if step % self.every_n_steps == 0:
             values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
@@ -224,7 +226,9 @@ class GradNorm(GradientBalance):
         return Coefficients(shared=weights, other=weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.weights is None else {"weights": self.weights, "first_losses": self.first_losses}
+        if self.weights is None:
+            return {}
+        return {"weights": self.weights.cpu(), "first_losses": self.first_losses.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.weights, self.first_losses = state["weights"], state["first_losses"]
