@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -97,12 +98,11 @@ class TaskGradients:
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
-        # Whether a task has a gradient for a parameter; on the CPU, because the host reads it.
-        self.used = torch.zeros(len(self.tasks), len(self.sizes), dtype=torch.bool)
+        self.used = np.zeros((len(self.tasks), len(self.sizes)), dtype=bool)  # whether a task has a gradient
 
     def clear(self) -> None:
         self.values.zero_()
-        self.used.zero_()
+        self.used[:] = False
 
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
@@ -123,7 +123,7 @@ class TaskGradients:
             dist.all_reduce(self.values)
             self.values /= world_size()
 
-    def shared(self) -> Tensor:
+    def shared(self) -> np.ndarray:
         """Return whether all tasks have a gradient for a parameter. Raises UserError if they share no parameter."""
         shared = self.used.all(0)
         if not shared.any():
@@ -134,12 +134,12 @@ class TaskGradients:
 
     def products(self) -> Tensor:
         """Return the dot products of the tasks' gradients with respect to shared parameters, (T, T)."""
-        shared = itertools.compress(self.values.split(self.sizes, dim=1), self.shared().tolist())
+        shared = itertools.compress(self.values.split(self.sizes, dim=1), self.shared())
         return sum(gradients @ gradients.T for gradients in shared)
 
     def apply(self, coefficients: Coefficients) -> None:
         """Set the gradient of each parameter to a linear combination of the tasks' gradients."""
-        shared, gradients = self.shared().tolist(), self.values.split(self.sizes, dim=1)
+        shared, gradients = self.shared(), self.values.split(self.sizes, dim=1)
         weights_of_shared, weights_of_others = coefficients.shared.to(self.values), coefficients.other.to(self.values)
         for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if self.used[:, i].any():

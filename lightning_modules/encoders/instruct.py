@@ -92,6 +92,7 @@ class InstructEncoder(Encoder):
                 problem = f"the instruction of task {task} has {length} tokens"
                 raise UserError(f"{problem}, but the backbone has positions for {limit}")
         self._cache = CachedPrefixes((), [], {})
+        self._instruction_ids: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def num_shared_layers(self) -> int:
@@ -128,8 +129,16 @@ class InstructEncoder(Encoder):
     def _token_ids(self, instruction: str) -> list[int]:
         return self.tokenizer(instruction)["input_ids"]
 
+    def _input_ids(self, instruction: str) -> Tensor:
+        """Return the token ids (1, P) of an instruction. They stay on the device, so that no step waits for a copy."""
+        key = instruction, self.device
+        if key not in self._instruction_ids:
+            with torch.inference_mode(False):  # training may use them, too
+                self._instruction_ids[key] = torch.tensor([self._token_ids(instruction)], device=self.device)
+        return self._instruction_ids[key]
+
     def _prefixes(self, instruction: str) -> tuple[Prefix, ...]:
-        ids = torch.tensor([self._token_ids(instruction)], device=self.device)
+        ids = self._input_ids(instruction)
         states, context = self.instruction_family.begin(ids, torch.ones_like(ids))
         prefixes = []
         for index in range(self.num_layers):

@@ -105,7 +105,9 @@ class RoutedEncoder(Encoder):
 
     def _entropy(self, logits: Tensor, context: AttentionContext) -> Tensor:
         """Return the mean entropy of a gate's distribution over experts, in nats. Padding does not count."""
-        entropies = torch.distributions.Categorical(logits=logits).entropy()
+        entropies = torch.distributions.Categorical(
+            logits=logits, validate_args=False
+        ).entropy()  # validation reads values
         if self.level == "sequence":
             return entropies.mean()
         tokens = context.tokens[:, : entropies.shape[1]]
