@@ -72,7 +72,7 @@ def _replace(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         new = replacement(value)
         return value if new is None else new
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not (value and isinstance(value[0], int | str)):
         items = [_replace(item, kind, replacement) for item in value]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return (type(value)(*items) if hasattr(value, "_fields") else tuple(items)) if changed else value

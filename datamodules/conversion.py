@@ -16,12 +16,12 @@ import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
 from datamodules.readers.checks import add_id, stream_collection
-from datamodules.records import Collection, Document, Sink, UserError
+from datamodules.records import Collection, Document, Sink, UserError, check_name
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # version of the store's layout; collections with another version are converted again
+VERSION = 4  # version of the store's layout; collections with another version are converted again
 LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -114,6 +114,8 @@ def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
     first = _write_query_documents(sink, folder)
     splits = {split: _write_split(sink, split, first, folder) for split in sink.judgements}
     return {
+        "missing": list(sink.missing),
+        "blank": sink.blank,
         "documents": len(sink.documents),
         "queries": len(sink.queries),
         "splits": splits,
@@ -137,13 +139,15 @@ def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
 
 def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> int:
     """Write the judgements of a split, and the examples of the train split. Return the number of queries."""
+    check_name("split", split)
     queries, documents, grades = sink.distinct(split)
     for name, rows in (("queries", queries), ("documents", documents), ("grades", grades)):
         np.save(folder / f"{split}.{name}.npy", rows)
         sink.digest.update(split.encode() + rows.tobytes())
     if split == "train":
         numbers = np.arange(len(sink.queries), dtype=np.int32)
-        table = ExampleTable.from_judgements(queries, first[documents], grades, numbers, numbers)
+        known = documents >= 0
+        table = ExampleTable.from_judgements(queries[known], first[documents[known]], grades[known], numbers, numbers)
         for name in ("queries", "starts", "documents", "grades"):
             np.save(folder / f"examples.{name}.npy", getattr(table, name))
     return len(np.unique(queries))
@@ -167,12 +171,16 @@ class _Writer:
     """A sink that writes documents to Arrow files as they come, and collects judgements in arrays of rows.
 
     documents, queries: row of each id.
+    missing: negative row of each judged document that is not in the corpus: -1, -2, ...
+    blank: rows of documents without title and text, and then of such queries, counted after the documents.
     hashes: hash of each document's text, valid in this process only.
     """
 
     def __init__(self, folder: Path):
         self.documents: dict[str, int] = {}
         self.queries: dict[str, int] = {}
+        self.missing: dict[str, int] = {}
+        self.blank: list[int] = []
         self.hashes = array("q")
         self.judgements: dict[str, tuple[array, array, array]] = {}
         self.keep_first = False
@@ -186,11 +194,15 @@ class _Writer:
         self._query_file.close()
 
     def add_document(self, document: Document) -> None:
+        if document.is_blank:
+            self.blank.append(len(self.documents))
         add_id(self.documents, document.id, len(self.documents))
         self._document_file.add(document)
         self.hashes.append(hash((document.title, document.text)))
 
     def add_query(self, query: Document) -> None:
+        if query.is_blank:
+            self.blank.append(len(self.documents) + len(self.queries))
         add_id(self.queries, query.id, len(self.queries))
         self._query_file.add(query)
 
@@ -199,7 +211,8 @@ class _Writer:
             self.judgements[split] = (array("i"), array("i"), array("i"))
         queries, documents, grades = self.judgements[split]
         queries.append(self.queries[query])
-        documents.append(self.documents[document])
+        row = self.documents.get(document)
+        documents.append(self.missing.setdefault(document, -1 - len(self.missing)) if row is None else row)
         grades.append(whole_grade(split, query, document, grade))
 
     def document(self, id: str) -> Document:
@@ -215,7 +228,7 @@ class _Writer:
         Raises UserError if a pair is repeated with another grade, unless keep_first.
         """
         queries, documents, grades = (np.frombuffer(values, dtype=np.int32) for values in self.judgements[split])
-        pairs = queries.astype(np.int64) << 32 | documents
+        pairs = queries.astype(np.int64) << 32 | documents.view(np.uint32)  # rows may be negative
         order = np.argsort(pairs, kind="stable")
         repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
         differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
@@ -225,7 +238,7 @@ class _Writer:
             first, second = order[differ[0]], order[differ[0] + 1]
             query, document = (
                 next(id for id, row in rows.items() if row == wanted)
-                for rows, wanted in ((self.queries, queries[first]), (self.documents, documents[first]))
+                for rows, wanted in ((self.queries, queries[first]), (self.documents | self.missing, documents[first]))
             )
             raise UserError(
                 f"split {split}: query {query!r} and document {document!r} have score {grades[second]} and "

@@ -176,6 +176,11 @@ def first_of_same_text(documents: Sequence[Document]) -> np.ndarray:
     return np.fromiter(rows, dtype=np.int32, count=len(documents))
 
 
+def blank_rows(documents: Iterable[Document]) -> np.ndarray:
+    """Return the rows of documents that have neither title nor text, int64."""
+    return np.array([row for row, document in enumerate(documents) if document.is_blank], dtype=np.int64)
+
+
 def ragged(lists: Iterable[Sequence[int]]) -> Ragged:
     """Pack lists of integers into two arrays."""
     arrays = [np.asarray(values, dtype=np.int32) for values in lists]
@@ -207,6 +212,15 @@ class Joined(Sequence[Item]):
             return [self[i] for i in range(*index.indices(len(self)))]
         number, inside = self._locate(index)
         return self._parts[number][inside]
+
+    def part_of(self, rows: np.ndarray) -> tuple[Sequence[Item] | None, np.ndarray]:
+        """Return the sequence that has all the rows, and their positions in it; None if there is no such sequence."""
+        if len(rows):
+            number, _ = self._locate(int(rows.min()))
+            start = self._ends[number - 1] if number else 0
+            if rows.max() < self._ends[number]:
+                return self._parts[number], rows - start
+        return None, rows
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the number of the sequence that has an item, and the item's index in it."""
@@ -281,7 +295,8 @@ def query_rows(
 def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
     """Return a collection's documents (corpus, then queries), and the examples of its train split over their rows.
 
-    In training, documents with the same text count as one, so that no copy of a positive is a negative.
+    In training, documents with the same text count as one, so that no copy of a positive is a negative. Judgements of
+    documents outside the corpus are left out.
     """
     corpus = {id: row for row, id in enumerate(collection.corpus)}
     queries = {id: number for number, id in enumerate(collection.queries)}
@@ -294,10 +309,10 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     judgements = []
     for query, grades in collection.qrels.get("train", {}).items():
         for document, grade in grades.items():
-            if query not in queries or document not in corpus:
-                kind, id = ("document", document) if query in queries else ("query", query)
-                raise UserError(f"split train: the judgements name a {kind} {id!r} that is not in the collection")
-            judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
+            if query not in queries:
+                raise UserError(f"split train: the judgements name a query {query!r} that is not in the collection")
+            if document in corpus:
+                judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     numbers, judged, grades = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
     table = ExampleTable.from_judgements(numbers, first[judged], grades, rows, document_of_query)
     return documents, table.without_self_links() if queries_are_documents else table

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import atomic_folder
-from datamodules.records import Example, MinedNegatives, UserError
+from datamodules.records import Example, MinedNegatives, UserError, check_name
 
 VERSION = 1  # of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores")
@@ -103,6 +103,7 @@ class HardNegativeStore:
             )
 
     def _load(self, task: str) -> MinedNegatives:
+        check_name("task", task)
         arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
         return MinedNegatives(*arrays, self.meta["tasks"][task]["taken"])
 

@@ -7,8 +7,11 @@ tasks. A label has its name as title and its definition as text; a query has onl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +25,25 @@ class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
 
 
+LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
+# A hidden file, a path, a space at an end, and the devices of Windows.
+NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise UserError if files cannot be named after a task, expert, collection, split, benchmark or system.
+
+    Such names come from checkpoints, downloaded folders, data and the command line. With this check a file named after
+    them is always inside the folder that it is written to. what: kind of the name, for the error.
+    """
+    is_name = isinstance(name, str) and name.isprintable() and not NO_NAME.search(name)
+    if not is_name or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
+            "or control characters, and not starting with a dot"
+        )
+
+
 # Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
 Qrels = Mapping[str, Mapping[str, int]]
 
@@ -33,6 +55,11 @@ class Document:
     id: str
     title: str = ""
     text: str = ""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has neither title nor text. An evaluation never finds such a document."""
+        return not (self.title.strip() or self.text.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +90,7 @@ class Task:
     instruction: str = ""
 
     def __post_init__(self) -> None:
+        check_name("task", self.name)
         if not self.expert:
             object.__setattr__(self, "expert", self.name)
 
@@ -72,7 +100,8 @@ class Collection:
     """A corpus with queries and relevance judgements, as a reader returns it.
 
     qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
-    split such a document is a hard negative.
+    split such a document is a hard negative. A judged document may be missing from the corpus, or have no text: an
+    evaluation never finds it, and training leaves it out.
     """
 
     corpus: Mapping[str, Document]
@@ -192,6 +221,22 @@ class Benchmark:
     training: tuple[Mapping[str, Document], Qrels] | None = None
     probe: Probe = field(default_factory=Probe)
 
+    def __post_init__(self) -> None:
+        check_name("benchmark", self.name)
+
+    def without_blank(self) -> Benchmark:
+        """Return the benchmark without documents that have no text. If relevant, they still count as not found."""
+        if self.training is not None:  # classes, and papers that a reader checked
+            return self
+        corpus = {id: document for id, document in self.corpus.items() if not document.is_blank}
+        if len(corpus) == len(self.corpus):
+            return self
+
+        def ranked(lists: Mapping[str, Sequence[str]] | None) -> Mapping[str, Sequence[str]] | None:
+            return lists and {query: [id for id in ids if id in corpus] for query, ids in lists.items()}
+
+        return replace(self, corpus=corpus, candidates=ranked(self.candidates), first=ranked(self.first))
+
     @property
     def encoded_documents(self) -> Mapping[str, Document]:
         """Documents to encode in addition to the queries: the corpus, or the training papers of the probe."""
@@ -273,21 +318,73 @@ class MinedNegatives:
         return len(self.starts) - 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tokens:
-    """A chunk of b texts of similar length. input_ids, attention_mask: (b, L) int64."""
+    """Token ids of b texts, end to end and without padding.
+
+    input_ids    (T,) int64
+    offsets      (b + 1,) int32, where each text starts, and T
+    lengths      number of tokens of each text. The host knows them, so that no computation waits for the device.
+    """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    offsets: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, texts: Iterable[Sequence[int] | np.ndarray]) -> Tokens:
+        """Return the token ids of some texts."""
+        arrays = [np.asarray(ids, dtype=np.int64) for ids in texts]
+        lengths = tuple(len(ids) for ids in arrays)
+        ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
+        """Return the token ids of padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
+        lengths = tuple(attention_mask.sum(1).tolist())
+        return cls(input_ids[attention_mask.bool()], offsets_of(lengths).to(input_ids.device), lengths)
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Number and length of neighbouring texts of equal length."""
+        return [(len(list(run)), length) for length, run in itertools.groupby(self.lengths)]
+
+    def positions(self) -> Tensor:
+        """Return the position of each token in its text, (T,) int64."""
+        return torch.arange(self.num_tokens, device=self.offsets.device) - self.spread(self.offsets[:-1])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each token the value of its text. values: (b, ...); shape of the result: (T, ...)."""
+        return values.repeat_interleave(self.offsets.diff(), dim=0, output_size=self.num_tokens)
+
+    def select(self, texts: Sequence[int]) -> Tokens:
+        """Return some of the texts, in this order."""
+        starts = np.cumsum((0, *self.lengths))
+        rows = [np.arange(starts[text], starts[text + 1]) for text in texts]
+        rows = torch.from_numpy(np.concatenate(rows)).to(self.input_ids.device)
+        lengths = tuple(self.lengths[text] for text in texts)
+        return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
-        return Tokens(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.attention_mask.to(device, non_blocking=non_blocking),
-        )
+        ids, offsets = (x.to(device, non_blocking=non_blocking) for x in (self.input_ids, self.offsets))
+        return Tokens(ids, offsets, self.lengths)
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """Return where each of the texts of these lengths starts, and the end of the last one, (b + 1,) int32."""
+    return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
 
 
 @dataclass

@@ -6,7 +6,7 @@ A training process keeps no Python object per document or judgement. conversion.
     FOLDER/first.npy                       (M,) for each document, the first document with the same text
     FOLDER/own.npy                         (Q,) for each query, first.npy of the document with its id, or -1
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
-    FOLDER/SPLIT.{queries,documents,grades}.npy    judgements of a split, as rows
+    FOLDER/SPLIT.{queries,documents,grades}.npy    rows of judgements; negative: outside the corpus
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
     FOLDER/meta.json                       reader, counts, fingerprint, sizes of the files
 """
@@ -85,18 +85,26 @@ class StoredDocuments(Mapping[str, Document]):
 
 
 class Rows(Sequence[Document]):
-    """Stored documents by number."""
+    """Stored documents by number. Slices and selections are read when they are used.
 
-    def __init__(self, documents: StoredDocuments):
+    numbers: rows of the file, in the order of this sequence; by default all of them.
+    """
+
+    def __init__(self, documents: StoredDocuments, numbers: np.ndarray | range | None = None):
         self.documents = documents
+        self.numbers = range(len(documents)) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.numbers)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self.documents.row(i) for i in range(*index.indices(len(self)))]
-        return self.documents.row(range(len(self))[index])
+            return Rows(self.documents, self.numbers[index])
+        return self.documents.row(int(self.numbers[index]))
+
+    def select(self, positions: np.ndarray) -> Rows:
+        """Return the documents at some positions, (n,)."""
+        return Rows(self.documents, np.asarray(self.numbers)[positions])
 
 
 class StoredCollection:
@@ -127,6 +135,10 @@ class StoredCollection:
     def array(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
+    def blank_rows(self) -> np.ndarray:
+        """Return the rows of documents (corpus, then queries) that have neither title nor text."""
+        return np.array(self.meta["blank"], dtype=np.int64)
+
     @property
     def splits(self) -> Mapping[str, int]:
         """Number of queries in each split."""
@@ -137,7 +149,10 @@ class StoredCollection:
         numbers, rows, grades = (self.array(f"{split}.{name}") for name in ("queries", "documents", "grades"))
         queries = {number: self.queries.row(number) for number in dict.fromkeys(numbers.tolist())}
         qrels: dict[str, dict[str, int]] = {}
-        for number, document, grade in zip(numbers.tolist(), self.corpus.ids(rows), grades.tolist(), strict=True):
+        missing = {-1 - number: id for number, id in enumerate(self.meta["missing"])}
+        known = iter(self.corpus.ids(rows[rows >= 0]))
+        ids = [next(known) if row >= 0 else missing[row] for row in rows.tolist()]
+        for number, document, grade in zip(numbers.tolist(), ids, grades.tolist(), strict=True):
             qrels.setdefault(queries[number].id, {})[document] = grade
         return {query.id: query for query in queries.values()}, qrels
 

@@ -16,9 +16,19 @@ import numpy as np
 
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
-from datamodules.examples import ExampleTable, Joined, JoinedExamples, in_memory, ragged
-from datamodules.records import Benchmark, Collection, Document, MiningPool, Ragged, Task, UserError, plain_protocol
-from datamodules.store import StoredCollection
+from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory, ragged
+from datamodules.records import (
+    Benchmark,
+    Collection,
+    Document,
+    MiningPool,
+    Ragged,
+    Task,
+    UserError,
+    check_name,
+    plain_protocol,
+)
+from datamodules.store import Rows, StoredCollection
 from datamodules.tokens import Encoding, token_tables
 
 
@@ -68,6 +78,8 @@ class TaskDataModule(ContrastiveDataModule):
         super().__init__()
         self.task = Task(task) if isinstance(task, str) else task
         self.readers = dict(data) if isinstance(data, Mapping) else {self.task.name: data}
+        for name in self.readers:
+            check_name("collection", name)
         self._overrides = overrides if options is None else None
         self.options, self.tokenizer = (options or BatchOptions()).override(**overrides), tokenizer
         self.collections: dict[str, Collection | StoredCollection] = {}
@@ -124,8 +136,13 @@ class TaskDataModule(ContrastiveDataModule):
     def _add(self, collection: Collection | StoredCollection) -> None:
         if isinstance(collection, StoredCollection):
             documents, examples = collection.table(self.queries_are_documents)
+            blank = collection.blank_rows()
         else:
             documents, examples = in_memory(collection, self.queries_are_documents)
+            blank = blank_rows(document for part in documents for document in part)
+        if len(blank):  # nothing to learn from
+            examples = examples.without(blank, blank)
+            self.stripped = np.union1d(self.stripped, blank + len(self.documents))
         self.examples.append(examples, offset=len(self.documents))
         for part in documents:
             self.documents.append(part)
@@ -198,8 +215,8 @@ class TaskDataModule(ContrastiveDataModule):
         first_row: int,
         first_example: int,
     ) -> MiningPool:
-        corpus = Selection(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
-        queries = Selection(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
+        corpus = selected(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
+        queries = selected(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
         positives = table.judged(np.asarray(table.grades) > 0)
         return MiningPool(
             task=self.task.name,
@@ -250,6 +267,12 @@ class Selection(Sequence[Document]):
         return self.documents[int(self.rows[index])]
 
 
+def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document]:
+    """Return the documents of some rows: Rows if they are in one stored file, so that their token ids can be found."""
+    part, positions = documents.part_of(rows)
+    return part.select(positions) if isinstance(part, Rows) else Selection(documents, rows)
+
+
 def _held_out_positives(
     collection: Collection | StoredCollection,
     corpus: Sequence[Document],
@@ -268,7 +291,10 @@ def _held_out_positives(
     row_of = {document.id: i for i, document in enumerate(corpus) if document.id in ids}
     starts, known = positives
     return ragged(
-        sorted({row_of[d] for d in relevant.get(query.id, ())} - set(known[starts[i] : starts[i + 1]].tolist()))
+        sorted(
+            {row_of[d] for d in relevant.get(query.id, ()) if d in row_of}
+            - set(known[starts[i] : starts[i + 1]].tolist())
+        )
         for i, query in enumerate(queries)
     )
 

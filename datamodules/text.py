@@ -1,4 +1,4 @@
-"""From a document to the input of an encoder: title [SEP] text, tokens, chunks, padding; and label names in texts.
+"""From a document to the input of an encoder: title [SEP] text, tokens, chunks; and label names in texts.
 
     paper   title [SEP] abstract
     label   name [SEP] definition
@@ -9,29 +9,62 @@ The tokenizer adds the outer [CLS] and [SEP]. Token types are all 0, as in the S
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
+from datamodules.records import Document
 
-from datamodules.records import Document, Tokens
+log = logging.getLogger(__name__)
 
-TEXT_KEYS = ("text", "abstract")  # keys of a paper's text in a mapping; the first one present is used
+TEXT_KEYS = ("text", "abstract")  # keys of a paper's text; the first one that is not blank is read
+# Keys that hold a text in other layouts: OpenAlex, PubMed, arXiv, bulk data of Semantic Scholar, Pyserini, ...
+OTHER_TEXT_KEYS = {"summary", "description", "body", "content", "contents", "passage", "fulltext", "full_text", "tldr"}
+LONG_TEXT = 80  # characters of a string that is probably a text
+
+
+def text_key(record: Mapping[str, Any], preferred: str = TEXT_KEYS[0]) -> str:
+    """Return the key of a paper's text: the preferred one, or another of TEXT_KEYS if that is missing or blank.
+
+    A key outside TEXT_KEYS, such as "definition", is the only one of its format.
+    """
+    keys = dict.fromkeys((preferred, *TEXT_KEYS)) if preferred in TEXT_KEYS else (preferred,)
+    return next((key for key in keys if not _is_blank(record.get(key))), preferred)
+
+
+def unread_key(record: Mapping[str, Any]) -> str | None:
+    """Return a key that is known to hold a text in other layouts, and that is not read here; None without one."""
+    for key, value in record.items():
+        name = str(key).lower()
+        is_text = name in OTHER_TEXT_KEYS or name.startswith("abstract") or name.endswith("abstract")
+        if is_text and key not in TEXT_KEYS and not _is_blank(value) and not isinstance(value, bool | int | float):
+            return str(key)
+    return None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value in ({}, []) or (isinstance(value, str) and not value.strip())
 
 
 def as_documents(items: Sequence[Any]) -> list[Document]:
     """Convert strings, mappings and Documents to Documents.
 
-    items: a string is a text without a title; a mapping has a title and a text (or abstract). Other keys are ignored,
-        and None is treated as missing.
+    items: a string is a text without a title; a mapping has a title and a text (or abstract, where the text is missing
+        or blank). Other keys are ignored, and None is treated as missing. A warning names an ignored key that is known
+        to hold a text.
 
     Raises TypeError with the index and the content of a wrong item.
     """
     if isinstance(items, str | Mapping | Document):
         raise TypeError(f"documents: expected a list, got one {_describe(items)}")
-    return [_as_document(f"documents[{i}]", item) for i, item in enumerate(items)]
+    documents = [_as_document(f"documents[{i}]", item) for i, item in enumerate(items)]
+    without_text = (i for i, document in enumerate(documents) if not document.text.strip())
+    unread = ((i, key) for i in without_text if isinstance(items[i], Mapping) and (key := unread_key(items[i])))
+    for i, key in unread:
+        log.warning("documents[%d]: %s is not read; the text is expected as %s", i, key, " or ".join(TEXT_KEYS))
+        break
+    return documents
 
 
 def _as_document(where: str, item: Any) -> Document:
@@ -42,9 +75,9 @@ def _as_document(where: str, item: Any) -> Document:
     if not isinstance(item, Mapping):
         expected = "a text, a dict with title and text (or abstract), or a Document"
         raise TypeError(f"{where}: expected {expected}, got {_describe(item)}")
-    text_key = next((key for key in TEXT_KEYS if item.get(key) is not None), TEXT_KEYS[0])
-    title, text = ("" if item.get(key) is None else item[key] for key in ("title", text_key))
-    for key, value in (("title", title), (text_key, text)):
+    body = text_key(item)
+    title, text = ("" if item.get(key) is None else item[key] for key in ("title", body))
+    for key, value in (("title", title), (body, text)):
         if not isinstance(value, str):
             raise TypeError(f"{where}: {key}: expected a text, got {_describe(value)}")
     if not (title.strip() or text.strip()):
@@ -77,30 +110,20 @@ def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int
 
 
 def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield chunks of text indices, shortest texts first, of at most token_budget padded tokens each.
+    """Yield chunks of text indices, shortest texts first, of at most token_budget tokens each.
 
-    A chunk has (number of texts) x (length of the longest) padded tokens. A text longer than the budget is a chunk of
-    its own. Texts of equal length keep their order.
+    A text longer than the budget is a chunk of its own. Texts of equal length keep their order.
     """
     chunk: list[int] = []
+    size = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and (len(chunk) + 1) * lengths[index] > token_budget:
+        if chunk and size + lengths[index] > token_budget:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(index)
+        size += lengths[index]
     if chunk:
         yield chunk
-
-
-def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
-    """Pad the token ids of b texts to the length L of the longest text, as tensors of shape (b, L)."""
-    rows = list(sequences)
-    lengths = np.array([len(row) for row in rows])
-    input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row
-    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
-    return Tokens(torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 def words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Texts as token ids: tokenised once, before the first batch, and stored next to the texts.
+"""Texts as token ids: tokenised in the background, kept in memory, and stored next to the texts they were made from.
 
     FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
     FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, position at which each text starts
@@ -9,25 +9,47 @@ FOLDER is the folder of a StoredCollection. KEY is a hash of tokenizer, prompt a
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import logging
 import os
+import pickle
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from datamodules.records import Collection, Document, UserError
-from datamodules.store import StoredCollection, make_once
+from datamodules.store import Rows, StoredCollection, make_once
 from datamodules.text import input_text, token_ids
 
 log = logging.getLogger(__name__)
 
-BLOCK = 4096  # texts that are tokenised together
+BLOCK = 4096  # texts of a collection that are written together
 LOG_INTERVAL = 10.0  # seconds between two lines of progress
+PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, of which 2 ms hold Python's lock
+AHEAD = 16384  # texts that are tokenised before they are needed
+MAX_THREADS = 16
+CACHE_BYTES = 256 << 20  # for 600,000 abstracts
+
+
+class _Snapshot(NamedTuple):
+    """A copy of a fast tokenizer that truncates, and a hash of everything that determines its ids."""
+
+    backend: Any
+    key: str
+
+
+_snapshots: WeakKeyDictionary[Any, dict[tuple, _Snapshot]] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -42,22 +64,65 @@ class Encoding:
     prompt: str = ""
     max_length: int = 256
 
-    def ids(self, documents: Sequence[Document]) -> list[list[int]]:
-        texts = [self.prompt + input_text(document, self.tokenizer.sep_token) for document in documents]
-        return token_ids(texts, self.tokenizer, self.max_length)
+    def table(self, documents: Sequence[Document]) -> TokenTable:
+        """Tokenise texts. Threads may do so together, whatever else uses the tokenizer in the meantime.
+
+        The ids are those of `tokenizer(texts, truncation=True, max_length=max_length)`.
+        """
+        return self._tokenise(self._texts(documents), self._snapshot())
+
+    def fingerprint(self) -> str | None:
+        """Return a hash that is equal for encodings with equal ids; None if the tokenizer cannot be identified."""
+        return self._fingerprint(self._snapshot())
+
+    def _fingerprint(self, snapshot: _Snapshot | None) -> str | None:
+        if snapshot is None:
+            return None
+        settings = (snapshot.key, self.tokenizer.sep_token, self.prompt)
+        return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
         return np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
 
-    def fingerprint(self) -> str | None:
-        """Return a hash that is equal for encodings with equal ids; None if the tokenizer cannot be identified."""
-        if not getattr(self.tokenizer, "is_fast", False):
+    def _texts(self, documents: Iterable[Document]) -> list[str]:
+        return [self.prompt + input_text(document, self.tokenizer.sep_token) for document in documents]
+
+    def _snapshot(self) -> _Snapshot | None:
+        """Return a copy of the tokenizer as it is now; None for slow tokenizers, and for those with parts in Python.
+
+        A call of a fast tokenizer sets its truncation and padding for all threads, so the tokenizer itself is not used.
+        """
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "is_fast", False):
             return None
-        description = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        description |= {"truncation": None, "padding": None}  # set by the last call
-        settings = (self.tokenizer.sep_token, self.prompt, self.max_length, self.tokenizer.truncation_side)
-        return hashlib.blake2b(repr((json.dumps(description), settings)).encode(), digest_size=8).hexdigest()
+        backend = tokenizer.backend_tokenizer
+        try:
+            parts = [pickle.dumps(part) for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor)]
+        except Exception:  # the tokenizers package raises a plain Exception for parts written in Python
+            return None
+        state = (self.max_length, len(tokenizer), tokenizer.truncation_side, tokenizer.split_special_tokens, *parts)
+        with _lock:
+            snapshots = _snapshots.setdefault(tokenizer, {})
+            if state not in snapshots:
+                copy = deepcopy(backend)
+                copy.no_padding()
+                copy.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
+                copy.encode_special_tokens = tokenizer.split_special_tokens  # deepcopy forgets it
+                description = f"{copy.to_str()} {copy.encode_special_tokens}"
+                snapshots[state] = _Snapshot(copy, hashlib.blake2b(description.encode(), digest_size=16).hexdigest())
+            return snapshots[state]
+
+    def _tokenise(self, texts: list[str], snapshot: _Snapshot | None) -> TokenTable:
+        if snapshot is None:
+            with _lock:
+                lists = token_ids(texts, self.tokenizer, self.max_length)
+        else:
+            # Half the time of calling the tokenizer, which also computes offsets, masks and types. Python's lock is
+            # released meanwhile.
+            lists = [encoding.ids for encoding in snapshot.backend.encode_batch_fast(texts)]
+        starts = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+        return TokenTable(np.fromiter(itertools.chain.from_iterable(lists), self.dtype, int(starts[-1])), starts)
 
 
 class TokenTable(Sequence[np.ndarray]):
@@ -72,6 +137,22 @@ class TokenTable(Sequence[np.ndarray]):
     def __getitem__(self, row):
         row = range(len(self))[row]
         return self._between(int(self.starts[row]), int(self.starts[row + 1]))
+
+    @classmethod
+    def joined(cls, tables: Sequence[TokenTable], dtype: type[np.unsignedinteger]) -> TokenTable:
+        """Return one table with the texts of several, in order. dtype: type of the ids if there are no tables."""
+        if len(tables) == 1:
+            return tables[0]
+        starts = np.cumsum(np.concatenate([[0], *(table.lengths() for table in tables)]), dtype=np.int64)
+        return TokenTable(np.concatenate([np.zeros(0, dtype), *(table.ids for table in tables)]), starts)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> TokenTable:
+        """Return the texts of some rows, in memory."""
+        rows = np.asarray(rows, dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(self.starts[rows + 1] - self.starts[rows])])
+        if len(rows) and (np.diff(rows) == 1).all():
+            return TokenTable(self._between(int(self.starts[rows[0]]), int(self.starts[rows[-1] + 1])), starts)
+        return TokenTable(np.concatenate([self._between(0, 0), *(self[int(row)] for row in rows)]), starts)
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each text, (n,)."""
@@ -105,46 +186,150 @@ class TokenFile(TokenTable):
         return np.frombuffer(os.pread(self._file.fileno(), (end - start) * size, start * size), dtype=self.dtype)
 
 
+class TokenCache:
+    """Token ids of texts that were tokenised lately, in memory. If it is full, the least recently used are dropped.
+
+    limit: number of bytes.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self._tables: OrderedDict[bytes, TokenTable] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> TokenTable | None:
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
+
+    def put(self, key: bytes, table: TokenTable) -> None:
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = table
+                self.size += _num_bytes(table)
+            while self.size > self.limit:
+                self.size -= _num_bytes(self._tables.popitem(last=False)[1])
+
+
+def _num_bytes(table: TokenTable) -> int:
+    return table.ids.nbytes + table.starts.nbytes + 500  # for the Python objects
+
+
+CACHE = TokenCache(CACHE_BYTES)
+
+
 def token_tables(collection: Collection | StoredCollection, encoding: Encoding) -> list[TokenTable]:
     """Return the token ids of a collection's corpus and of its queries."""
     texts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
     key = encoding.fingerprint()
     if not isinstance(collection, StoredCollection) or key is None:
-        return [_in_memory(list(documents), encoding) for documents in texts.values()]
+        tables = (_blocks(list(documents), encoding, "texts") for documents in texts.values())
+        return [TokenTable.joined(list(blocks), encoding.dtype) for blocks in tables]
     folder = collection.folder / f"tokens-{key}"
     make_once(folder, lambda new: _write(texts, encoding, new))
     return [TokenFile(folder / f"{name}.ids", encoding.dtype) for name in texts]
 
 
-def _in_memory(documents: Sequence[Document], encoding: Encoding) -> TokenTable:
-    blocks = list(_blocks(documents, encoding, "texts"))
-    ids = np.concatenate([ids for ids, _ in blocks]) if blocks else np.zeros(0, encoding.dtype)
-    return TokenTable(ids, _starts([lengths for _, lengths in blocks]))
+def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
+    """Return the token file of the stored collection that documents are Rows of, if there is one."""
+    if not isinstance(documents, Rows):
+        return None
+    path = documents.documents.path
+    path = path.parent / f"tokens-{encoding.fingerprint()}" / f"{path.stem}.ids"
+    return TokenFile(path, encoding.dtype) if path.is_file() else None
+
+
+def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Iterator[TokenTable]:
+    """Yield the token ids of each job's texts. Threads tokenise the next AHEAD texts meanwhile.
+
+    Close the generator (contextlib.closing) if it may not be exhausted; this ends the threads. Ids that are in CACHE or
+    in a token file are not computed again. A single job of up to PIECE texts is done in the calling thread. An error of
+    a job is raised in its turn.
+    """
+    jobs = iter(jobs)
+    first = list(itertools.islice(jobs, 2))
+    if len(first) == 1 and len(first[0][1]) <= PIECE:
+        yield _Job(*first[0]).run()
+        return
+    pending: deque[tuple[_Job, list[Future[TokenTable]]]] = deque()
+    pool = ThreadPoolExecutor(_num_threads(), "tokenise")
+    try:
+        for job in itertools.starmap(_Job, itertools.chain(first, jobs)):
+            pending.append((job, [pool.submit(job.piece, start) for start in job.starts]))
+            while sum(len(job.documents) for job, _ in pending) >= AHEAD:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Job:
+    """Texts to tokenise, in pieces."""
+
+    def __init__(self, encoding: Encoding, documents: Sequence[Document]):
+        self.encoding, self.documents = encoding, documents
+        self.starts = range(0, len(documents), PIECE)
+        self.file = stored_tokens(documents, encoding)
+        self.snapshot = encoding._snapshot()
+        self.fingerprint = encoding._fingerprint(self.snapshot)
+
+    def piece(self, start: int) -> TokenTable:
+        documents = self.documents[start : start + PIECE]
+        if self.file is not None:
+            return self.file.take(documents.numbers)
+        key = self.fingerprint and _hash_of(documents, self.fingerprint)
+        table = CACHE.get(key) if key else None
+        if table is None:
+            table = self.encoding._tokenise(self.encoding._texts(documents), self.snapshot)
+            if key:
+                CACHE.put(key, table)
+        return table
+
+    def run(self) -> TokenTable:
+        return TokenTable.joined([self.piece(start) for start in self.starts], self.encoding.dtype)
+
+
+def _hash_of(documents: Sequence[Document], key: str) -> bytes:
+    """Return a hash of texts and a key. Joining the texts first is three times as fast as hashing one by one."""
+    texts = [text for document in documents for text in (document.title, document.text)]
+    digest = hashlib.blake2b(repr((key, *map(len, texts))).encode(), digest_size=16)
+    digest.update("".join(texts).encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def _result(job: _Job, pieces: Sequence[Future[TokenTable]]) -> TokenTable:
+    return TokenTable.joined([piece.result() for piece in pieces], job.encoding.dtype)
+
+
+def _num_threads() -> int:
+    """Return the number of threads that tokenise: one core is left to the thread that uses the ids."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_THREADS, cores - 1))
 
 
 def _write(texts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:
     log.info("tokenising %s (once)", folder.parent)
     for name, documents in texts.items():
-        lengths = []
+        lengths = [np.zeros(1, np.int64)]
         with open(folder / f"{name}.ids", "wb") as file:
-            for ids, block_lengths in _blocks(documents, encoding, name):
-                file.write(ids.tobytes())
-                lengths.append(block_lengths)
-        np.save(folder / f"{name}.npy", _starts(lengths))
+            for table in _blocks(documents, encoding, name):
+                file.write(table.ids.tobytes())
+                lengths.append(table.lengths())
+        np.save(folder / f"{name}.npy", np.cumsum(np.concatenate(lengths), dtype=np.int64))
 
 
-def _starts(lengths: list[list[int]]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([length for block in lengths for length in block])]).astype(np.int64)
-
-
-def _blocks(documents: Sequence[Document], encoding: Encoding, kind: str) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Tokenise block by block: yield the ids and the lengths of each block, and log progress."""
+def _blocks(documents: Sequence[Document], encoding: Encoding, kind: str) -> Iterator[TokenTable]:
+    """Yield the ids of blocks of texts, and log progress."""
     started = logged = time.monotonic()
-    for first in range(0, len(documents), BLOCK):
-        texts = encoding.ids(documents[first : first + BLOCK])
-        yield np.array([id for ids in texts for id in ids], dtype=encoding.dtype), [len(ids) for ids in texts]
-        done, now = min(first + BLOCK, len(documents)), time.monotonic()
-        if now - logged > LOG_INTERVAL:
-            logged, rate = now, done / (now - started)
-            progress = f"{done:,} of {len(documents):,} {kind} tokenised, {rate:,.0f} per second"
-            log.info("  %s, %.0f min left", progress, (len(documents) - done) / rate / 60)
+    done = 0
+    jobs = ((encoding, documents[first : first + BLOCK]) for first in range(0, len(documents), BLOCK))
+    with closing(tokenise_ahead(jobs)) as tables:
+        for table in tables:
+            yield table
+            done, now = done + len(table), time.monotonic()
+            if now - logged > LOG_INTERVAL:
+                logged, rate = now, done / (now - started)
+                progress = f"{done:,} of {len(documents):,} {kind} tokenised, {rate:,.0f} per second"
+                log.info("  %s, %.0f min left", progress, (len(documents) - done) / rate / 60)

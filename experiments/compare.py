@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.files import write_json
@@ -24,7 +23,7 @@ from experiments.results.comparison import (
     largest_differences,
     open_systems,
 )
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import PlainConsole, entry_point, table_console
 from experiments.shared.output import shortened
 from lightning_modules.retrieval.significance import compare, holm
 
@@ -125,7 +124,8 @@ def _show(content: Mapping[str, Any], always_examples: bool) -> None:
     """Print a compare.json. always_examples: show queries even if the difference is not marked."""
     console = table_console()
     level = content["level"]
-    console.print(f"A = {', '.join(content['A'])}\nB = {', '.join(content['B'])}", highlight=False, soft_wrap=True)
+    for side in ("A", "B"):
+        console.print(f"{side} = {', '.join(content[side])}", soft_wrap=True)
     grid = Table(title=f"A against B (*: p (Holm) below {1 - level:.2g})", title_justify="left")
     grid.add_column("benchmark", overflow="fold")
     for heading in ("metric", "queries", "A", "B", "A - B", f"{level:.0%} interval", "p", "p (Holm)", "won/tied/lost"):
@@ -147,7 +147,7 @@ def _show(content: Mapping[str, Any], always_examples: bool) -> None:
             for example in examples:
                 _show_example(console, name, side, comparison["metric"], example)
     for line in _group_by_reason(content["left_out"]):
-        console.print(f"not compared: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"not compared: {line}", soft_wrap=True)
 
 
 def _group_by_reason(left_out: Mapping[str, str]) -> list[str]:
@@ -163,14 +163,15 @@ def _mean(comparison: Mapping[str, Any], side: str) -> str:
     return f"{comparison[f'mean_{side}']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
-def _show_example(console: Console, name: str, side: str, metric: str, example: Mapping[str, Any]) -> None:
+def _show_example(console: PlainConsole, name: str, side: str, metric: str, example: Mapping[str, Any]) -> None:
     lines = [f"{name}, {side} is better ({metric} A {example['A']:.3f}, B {example['B']:.3f}): {example['text']}"]
     for system in ("A", "B"):
         first = example[f"first_{system}"]
         relevance = " (relevant)" if first and first["grade"] else ""
         lines.append(f"  {system} ranks first  {first['text'] if first else 'nothing'}{relevance}")
     lines.append(f"  relevant       {'; '.join(document['text'] for document in example['relevant'])}")
-    console.print("\n".join(lines), highlight=False, markup=False)
+    for line in lines:
+        console.print(line)
 
 
 def _default_output(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem]) -> Path:

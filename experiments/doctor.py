@@ -26,6 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from experiments.shared.plain import say
+
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIGABYTE = 1 << 30
 WORTHWHILE = 1.3  # speed-up of a matrix product above which bf16 makes up for its conversions
@@ -44,13 +46,13 @@ class Line(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Print the report, and return the exit status."""
     if any(argument != "network=yes" for argument in arguments):
-        print(f"error: command line: expected network=yes or nothing, got {' '.join(arguments)}", file=sys.stderr)
+        say(f"error: command line: expected network=yes or nothing, got {' '.join(arguments)}", sys.stderr)
         return 2
     lines = [line for check in (*CHECKS, *((network,) if arguments else ())) for line in check()]
     for line in lines:
-        print(f"{line.state:8}{line.subject:16}{line.finding}" + (f"\n{'':24}-> {line.fix}" if line.fix else ""))
+        say(f"{line.state:8}{line.subject:16}{line.finding}" + (f"\n{'':24}-> {line.fix}" if line.fix else ""))
     num_problems = sum(line.state == PROBLEM for line in lines)
-    print(f"\n{num_problems} problems" if num_problems else "\nno problems. Next: make train EXP=moe")
+    say(f"\n{num_problems} problems" if num_problems else "\nno problems. Next: make train EXP=moe")
     return 1 if num_problems else 0
 
 

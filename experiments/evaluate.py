@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.options import option
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import ModelOptions, System, config_of_run, load_systems, run_of, short_name
+from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
 from experiments.results.result_tables import show, show_cost, show_suite
@@ -40,7 +41,7 @@ FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "e
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the options of the last base first
+class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the options of the last base first
     """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
     model: str = option(
@@ -58,11 +59,11 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
     max_length: int | None = option(
         None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
     )
-    precision: Literal["fp32", "bf16", "auto"] = option(
-        "fp32", "precision of the encoder; auto: bf16 on hardware made for it. Scores are always fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
@@ -73,7 +74,7 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
 
     @property
-    def models(self) -> dict[str, ModelOptions]:
+    def models(self) -> dict[str, EncodingOptions]:
         """The models, keyed by their names in tables."""
         models = list(filter(None, self.model.split(",")))
         if not models:
@@ -174,6 +175,9 @@ def _check(options: EvaluateOptions) -> None:
     _ = options.models  # raises UserError for an invalid model=
     for name in options.metrics:
         check_metric(name)
+    for key, value in (("task", options.task), ("split", options.split)):  # part of the default output's name
+        if value:
+            check_name(key, value)
     if options.suite and not options.suite.is_file():
         raise UserError(f"suite: {options.suite} is not a file")
     if options.suite and not options.benchmarks:
@@ -191,9 +195,8 @@ def _check(options: EvaluateOptions) -> None:
 
 def _table_name(model: str, models: Sequence[str]) -> str:
     """Return the stem of a model's path if no other model has the same stem, else a longer name."""
-    path = Path(model)
-    alone = [other for other in models if Path(other).stem == path.stem] == [model]
-    return path.stem if path.exists() and alone else short_name(model)
+    alone = [other for other in models if stem(other) == stem(model)] == [model]
+    return stem(model) if Path(model).exists() and alone else short_name(model)
 
 
 def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
@@ -212,7 +215,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     if options.benchmarks:
         parts = [names, "-".join(options.benchmarks).replace("*", "")]
     else:
-        parts = [names, options.beir.name if options.beir else "", options.task, options.split]
+        parts = [names, Path(os.path.abspath(options.beir)).name if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
     hashed = {key: _normal(key, values[key]) for key in HASHED_OPTIONS if values[key] != defaults[key]}
     if options.beir:
@@ -225,7 +228,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
 def _normal(key: str, value: str) -> str:
     """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
     if key == "beir":
-        return Path(value).name
+        return Path(os.path.abspath(value)).name
     parts = value.split(",") if key in PATHS else []
     return ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts) or value
 

@@ -22,6 +22,7 @@ from datamodules.options import REQUIRED, describe_bounds, option
 from experiments.config.arguments import as_argument, default_of, option_key, parse, type_name
 from experiments.config.schema import Config
 from experiments.shared.console import entry_point
+from experiments.shared.plain import say
 
 PATH = Path(__file__).parents[1] / "docs" / "reference.md"
 HEAD = """# Reference of all keys
@@ -45,7 +46,7 @@ class ReferenceOptions:
 def main(arguments: Sequence[str]) -> None:
     options = parse(ReferenceOptions, arguments)
     write_text(options.output, reference())
-    print(f"wrote {options.output}")
+    say(f"wrote {options.output}")
 
 
 def reference() -> str:

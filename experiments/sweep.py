@@ -24,6 +24,7 @@ from experiments.config.sweep_file import Sweep, as_override, check_trials, read
 from experiments.run.endings import PREEMPTED
 from experiments.run.trials import Controller, Trial
 from experiments.shared.console import entry_point, near, table_console
+from experiments.shared.plain import say
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.check:
         for name in sweeps():
             check_trials(read_sweep(name, options.experiment))
-        print(f"{len(sweeps())} sweeps are valid")
+        say(f"{len(sweeps())} sweeps are valid")
         return
     if not options.sweep:
         raise UserError(f"sweep: expected one of {', '.join(sweeps())}, for instance make sweep EXP=moe SWEEP=lr")

@@ -31,6 +31,11 @@ from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import world_size
 
 
+def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
+    """Return what scales losses and gradients in fp16, or None in another precision or without a trainer."""
+    return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+
+
 class UncertaintyWeights(nn.Module):
     """Turns the loss L of a task into exp(-s) L + s / 2, where s is a learned log-variance, 0 at the start."""
 
@@ -170,6 +175,8 @@ class GradientBalance(L.Callback):
         self.task = batch.task
 
     def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
+        if scaler := loss_scaler(trainer):
+            loss = loss / scaler.scale(torch.ones_like(loss))  # Lightning has scaled it already
         self.losses[self.tasks.index(self.task)] += loss.detach()
 
     def on_after_backward(self, *_: Any) -> None:
@@ -218,7 +225,9 @@ class GradNorm(GradientBalance):
         self.first_losses = self.first_losses.to(losses.device)  # a checkpoint has them on the CPU
         weights, step = self.weights.to(losses.device), trainer.global_step + 1
         norms = self.gradients.products().diagonal().double().sqrt()
-        self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        updated = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        # In fp16, gradients overflow now and then, and the optimizer skips the step.
+        self.weights = torch.where(norms.isfinite().all(), updated, weights)
         if step % self.every_n_steps == 0:
             values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
             for logger in trainer.loggers:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import TextIO
 
 from datamodules.readers.checks import SPLITS, BadLines, Judgements, Record, check_choice, check_grade, read_into_memory
-from datamodules.readers.io import as_object, check_folder, find_file, find_split_files, read_lines
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.readers.io import (
+    as_object,
+    check_folder,
+    find_file,
+    find_split_files,
+    read_lines,
+    warn_of_unread_files,
+)
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
+
+NUMBER = r"[+-]?[0-9.]+"
 
 
 class BeirReader:
@@ -20,7 +30,8 @@ class BeirReader:
     folder/queries.jsonl   the same, title optional
     folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
 
-    Every file may be compressed as .gz or .zst.
+    Every file may be compressed as .gz or .zst. "abstract" is read where "text" is missing or blank. The dev split may
+    also be named validation, valid or val; a warning names other files in qrels/.
 
     on_error, quarantine: see BadLines.
     """
@@ -48,44 +59,52 @@ class BeirReader:
         sink.keep_first = self.on_error == "skip"
         with BadLines(self.on_error, self.quarantine) as bad:
             for name, add in (("corpus.jsonl", sink.add_document), ("queries.jsonl", sink.add_query)):
+                may_be_blank = name == "corpus.jsonl"
                 path, empty = find_file(self.folder, name), True
                 for row in read_lines(path, bad):
                     with row:
-                        add(_document(as_object(row, " with _id, title and text")))
+                        add(_document(as_object(row, " with _id, title and text"), may_be_blank))
                         empty = False
                 if empty:
                     raise UserError(f"{path}: contains no documents")
-            for split, path in find_split_files(self.folder, "qrels/SPLIT.tsv").items():
-                add_judgement = functools.partial(sink.add_judgement, split)
-                files = ("queries.jsonl", "corpus.jsonl")
-                read_qrels(path, Judgements(sink.queries, sink.documents, bad, *files, target=add_judgement))
+            splits = find_split_files(self.folder, "qrels/SPLIT.tsv")
+            warn_of_unread_files(self.folder / "qrels", "*.tsv*", splits.values())
+            for split, path in splits.items():
+                target = functools.partial(sink.add_judgement, split)
+                read_qrels(Judgements(path, sink.queries, sink.documents, bad, "queries.jsonl", target))
                 if not sink.has(split):
                     raise UserError(f"{path}: the split is empty (no judgements below the header)")
 
 
-def _document(record: Record) -> Document:
+def _document(record: Record, may_be_blank: bool) -> Document:
     if not (id := record.text("_id", required=True)):  # unlike in other formats, an id is never an integer
         raise UserError("_id is empty")
-    return record.document(body="text", id=id)
+    return record.document(body="text", id=id, may_be_blank=may_be_blank)
 
 
-def read_qrels(path: Path, judgements: Judgements) -> Qrels:
-    """Add the judgements of a qrels file, and return all of them."""
-    for index, row in enumerate(read_lines(path, judgements.bad)):
+def read_qrels(judgements: Judgements) -> Qrels:
+    """Add the judgements of a qrels file, and return all of them. A first line without a number is its header."""
+    for index, row in enumerate(read_lines(judgements.path, judgements.bad)):
         columns = row.text.split("\t")
-        if index == 0 and columns[-1].strip() == "score":
+        if (
+            index == 0
+            and not re.fullmatch(NUMBER, columns[-1].strip())
+            and columns[0].strip() not in judgements.queries
+        ):
             continue
         with row:
             if len(columns) != 3:
                 raise UserError(f"expected query-id, corpus-id and score, separated by tabs, got {row.text[:60]!r}")
             query, document, score = (column.strip() for column in columns)
             judgements.add(query, document, check_grade(score))
-    return judgements.finish(path)
+    return judgements.finish()
 
 
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
     """Write a collection in BEIR layout. compress: whether to gzip corpus and queries."""
     folder = Path(folder)
+    for split in collection.qrels:
+        check_name("split", split)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
         with _open_for_writing(folder / f"{name}.jsonl", compress) as file:

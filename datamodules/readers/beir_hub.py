@@ -32,7 +32,7 @@ class BeirHubReader:
             for config, add in (("corpus", sink.add_document), ("queries", sink.add_query)):
                 for row in self._read_config(config, bad):
                     with row:
-                        add(as_object(row).document("_id", "id", body="text"))
+                        add(as_object(row).document("_id", "id", body="text", may_be_blank=config == "corpus"))
             tables = load_hub_splits(self.qrels, None) if self.qrels else load_hub_splits(self.dataset, "default")
             for split, records in tables.items():
                 name = f"{self.qrels or self.dataset}/{split}"
@@ -48,7 +48,7 @@ class BeirHubReader:
 
     def _add_judgement(self, record: Record, split: str, sink: Sink) -> None:
         query, document = record.id("query-id"), record.id("corpus-id")
-        for key, id, known in (("query-id", query, sink.queries), ("corpus-id", document, sink.documents)):
-            if id not in known:
-                raise UserError(f"{key}: {id!r} is not in the data set")
+        if query not in sink.queries:
+            raise UserError(f"query-id: {query!r} is not in the data set")
         sink.add_judgement(split, query, document, record.grade("score"))
+        record.judged((document,), sink.documents)

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from datamodules.records import Collection, Document, Qrels, Sink, UserError
+from datamodules.readers.gaps import Gaps
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
+from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# Names of splits in published data sets, in order of preference. A split "evaluation" is used as the test split.
+SPLIT_NAMES = {
+    **{"train": "train", "training": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev"},
+    **{"development": "dev", "test": "test", "evaluation": "test"},
+}
 MAX_GRADE = 10**9
 QUARANTINED_TEXT = 2000  # characters
 # Lone surrogates are not text. Bytes that are not UTF-8 are decoded to lone surrogates.
@@ -73,6 +80,8 @@ class BadLines:
         because the file is probably in another format.
     quarantine: file for skipped lines, by default quarantine.jsonl. Each line is a JSON object with file, line, reason
         and text (the first 2,000 characters).
+
+    gaps: what the files lack although they are not damaged; its warnings are logged at the end.
     """
 
     POLICIES = ("fail", "skip")
@@ -82,6 +91,7 @@ class BadLines:
         self.quarantine = Path(quarantine or "quarantine.jsonl")
         self.by_file: Counter[Path] = Counter()
         self.by_reason: Counter[str] = Counter()
+        self.gaps = Gaps()
         self._file: TextIO | None = None
 
     def report(self, row: Row, reason: str, cause: Exception | None = None) -> None:
@@ -127,6 +137,8 @@ class BadLines:
             total = self.by_reason.total()
             count = "1 bad line" if total == 1 else f"{total} bad lines"
             log.warning("left out %s, saved in %s: %s", count, self.quarantine, self.summary())
+        if kind is None:
+            self.gaps.report()
 
 
 def _without_details(reason: str) -> str:
@@ -169,9 +181,9 @@ def check_id(value: Any, key: str) -> str:
 
 
 def check_grade(value: Any, key: str = "score") -> int:
-    """Return a whole number that is given as a number (1, 1.0) or as a string ("1"). Raises UserError otherwise."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value) and len(value) < 20:
-        value = int(value)
+    """Return a whole number, given as a number (1, 1.0) or a string ("1", "1.0"). Raises UserError otherwise."""
+    if isinstance(value, str) and len(value) < 20 and (match := re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", value)):
+        value = int(match[1])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_GRADE:
@@ -180,7 +192,19 @@ def check_grade(value: Any, key: str = "score") -> int:
 
 
 class Record(dict[str, Any]):
-    """A JSON object or a row of a table. Its methods return checked values, and raise UserError for wrong ones."""
+    """A JSON object or a row of a table. Its methods return checked values, and raise UserError for wrong ones.
+
+    row: row of the file that the object is from, or is a part of. It counts the gaps of documents.
+    """
+
+    row: Row | None = None
+
+    @classmethod
+    def of(cls, row: Row | None, values: Mapping[str, Any], **more: Any) -> Record:
+        """Return a record of a row. more: values that replace others."""
+        record = cls(values, **more)
+        record.row = row
+        return record
 
     def text(self, key: str, required: bool = False) -> str:
         """Return a string. A missing key or null is an empty string, unless it is required."""
@@ -233,20 +257,30 @@ class Record(dict[str, Any]):
         """Return an object inside the record."""
         if not isinstance(self.get(key), dict):
             raise UserError(f"{key} must be an object, got {_short(self.get(key))} ({self._keys()})")
-        return Record(self[key])
+        return Record.of(self.row, self[key])
 
-    def document(self, *id_keys: str, title: str = "title", body: str = "abstract", id: str = "") -> Document:
+    def document(
+        self, *id_keys: str, title: str = "title", body: str = "abstract", id: str = "", may_be_blank: bool = False
+    ) -> Document:
         """Return the record as a document.
 
         id_keys: keys that may hold the id.
-        title, body: keys of the title and of the text. One of the two may be empty.
+        title, body: keys of the title and of the text (see text_key). One of the two may be blank.
         id: id of a record that has none.
+        may_be_blank: whether both may be blank, for documents to search in. A record without both keys is an error.
         """
         id = id or self.id(*id_keys)
-        document = Document(id, self.text(title), self.text(body))
-        if not (document.title.strip() or document.text.strip()):
+        key = text_key(self, body)
+        document = Document(id, self.text(title), self.text(key))
+        if document.is_blank and not (may_be_blank and (title in self or key in self)):
             raise UserError(f"document {id!r} has neither {title} nor {body} ({self._keys()})")
+        if self.row is not None:
+            self.row.bad.gaps.add_document(self.row.path, document, self)
         return document
+
+    def judged(self, documents: Sequence[str], corpus: Container[str]) -> None:
+        """Count judged documents, and those that are not in the corpus."""
+        self.row.bad.gaps.add_judgements(self.row.path, documents, corpus)
 
     def missing(self, key: str) -> UserError:
         """Return the error for a missing key."""
@@ -335,48 +369,48 @@ def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
 class Judgements:
     """The judgements of one split, collected line by line from a file of its own.
 
-    queries, corpus: known ids.
-    query_file, corpus_file: names of the files with the queries and the documents, for errors.
+    path: the file. queries, corpus: known ids. A judged document may be missing from the corpus (see Gaps).
+    query_file: name of the file with the queries, for errors.
     target: function that receives the judgements, instead of `qrels`.
 
-    Under "fail", `finish` reports all unknown ids together. Under "skip", each unknown id is a bad line.
+    Under "fail", `finish` reports all unknown queries together. Under "skip", each of them is a bad line.
     """
 
     def __init__(
         self,
+        path: Path,
         queries: Container[str],
         corpus: Container[str],
         bad: BadLines,
         query_file: str,
-        corpus_file: str,
         target: JudgementTarget | None = None,
     ):
-        self.known = (("query", queries, query_file), ("document", corpus, corpus_file))
+        self.path, self.queries, self.corpus, self.query_file = path, queries, corpus, query_file
         self.bad, self.target = bad, target or self._keep
         self.qrels: dict[str, dict[str, int]] = {}
-        self.unknown: dict[str, list[str]] = {"query": [], "document": []}
+        self.unknown: list[str] = []
 
     def add(self, query: str, document: str, grade: int) -> None:
-        for (kind, known, file), id in zip(self.known, (query, document), strict=True):
-            if id not in known:
-                if not self.bad.fails:
-                    raise UserError(f"the {kind} id {id!r} is not in {file}")
-                self.unknown[kind].append(id)
-                return
-        self.target(query, document, grade)
+        if query in self.queries:
+            self.target(query, document, grade)
+            self.bad.gaps.add_judgements(self.path, (document,), self.corpus)
+        elif self.bad.fails:
+            self.unknown.append(query)
+        else:
+            raise UserError(f"the query id {query!r} is not in {self.query_file}")
 
     def _keep(self, query: str, document: str, grade: int) -> None:
         _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
 
-    def finish(self, path: Path) -> Qrels:
-        """Return all judgements. Raises UserError if there were unknown ids."""
-        for kind, _, file in self.known:
-            if ids := self.unknown[kind]:
-                distinct = list(dict.fromkeys(ids))
-                first = ", ".join(map(repr, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
-                raise UserError(
-                    f"{path}: {len(ids)} lines have {len(distinct)} {kind} ids that are not in {file}: {first}"
-                )
+    def finish(self) -> Qrels:
+        """Return all judgements. Raises UserError if there were unknown queries."""
+        if self.unknown:
+            distinct = list(dict.fromkeys(self.unknown))
+            first = ", ".join(map(repr, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+            raise UserError(
+                f"{self.path}: {len(self.unknown)} lines have {len(distinct)} query ids that are not in "
+                f"{self.query_file}: {first}"
+            )
         return self.qrels
 
 
@@ -431,6 +465,7 @@ def check_collection(collection: Collection, source: Path | str) -> Collection:
     if not collection.qrels:
         raise UserError(f"{source}: contains no splits")
     for split, qrels in collection.qrels.items():
+        check_name(f"{source}: split", split)
         if not qrels:
             raise UserError(f"{source}: the {split} split is empty")
     return collection

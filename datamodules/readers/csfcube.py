@@ -52,7 +52,7 @@ class CsfCubeReader:
             for row in read_records(papers_path, bad):
                 with row:
                     add_document(papers, _read_paper(as_object(row)))
-        qrels = _read_judgements(judgements_path, papers)
+            qrels = _read_judgements(judgements_path, papers, bad)
         return check_collection(Collection(papers, {id: papers[id] for id in qrels}, {"test": qrels}), self.folder)
 
 
@@ -60,10 +60,11 @@ def _read_paper(record: Record) -> Document:
     sentences = record.array("abstract")
     if not all(isinstance(sentence, str) for sentence in sentences):
         raise UserError("abstract must be a list of sentences")
-    return Record(record, abstract=" ".join(sentences)).document("paper_id")
+    values = {"abstract": " ".join(sentences)} if "abstract" in record else {}
+    return Record.of(record.row, record, **values).document("paper_id", may_be_blank=True)
 
 
-def _read_judgements(path: Path, papers: Mapping[str, Document]) -> Qrels:
+def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) -> Qrels:
     content, qrels = read_whole_json(path), {}
     try:
         if not isinstance(content, dict):
@@ -75,7 +76,8 @@ def _read_judgements(path: Path, papers: Mapping[str, Document]) -> Qrels:
             grades = [check_grade(grade, "grade") for grade in annotation.array("relevance_adju", required=True)]
             if len(ids) != len(grades):
                 raise UserError(f"query {query!r} has {len(ids)} candidates but {len(grades)} grades")
-            check_known([query, *ids], papers, f"query {query!r}")
+            check_known([query], papers, "query")
+            bad.gaps.add_judgements(path, ids, papers)
             qrels[query] = dict(zip(ids, grades, strict=True))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id, check_known
+from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id
 from datamodules.readers.io import as_object, find_file, read_members
 from datamodules.records import Collection, Document, UserError
 
@@ -59,10 +59,7 @@ class DorisMaeReader:
             corpus = _read_papers(path, bad, {id for question in questions for id in question.candidates})
         qrels = {}
         for question in questions:
-            try:
-                check_known(question.candidates, corpus, "candidate_pool")
-            except UserError as error:
-                raise UserError(f"{path}: {question.query.id}: {error}") from error
+            bad.gaps.add_judgements(path, question.candidates, corpus)
             sums = {id: sum(scores.get((aspect, id), 0) for aspect in question.aspects) for id in question.candidates}
             qrels[question.query.id] = self._grades(sums, len(question.aspects))
         queries = {question.query.id: question.query for question in questions}

@@ -20,6 +20,7 @@ from datamodules.readers.checks import (
 )
 from datamodules.readers.io import as_object, find_file, read_records
 from datamodules.records import Collection, Document, UserError
+from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,11 @@ def _read_passages(record: Record, key: str) -> list[Document]:
         if not isinstance(passage, dict):
             raise UserError(f"{key}: expected objects with title and text, got {str(passage)[:60]!r}")
         try:
-            passage = Record(passage)
-            id = content_id(passage.text("title"), passage.text("text"))
+            passage = Record.of(record.row, passage)
+            id = content_id(passage.text("title"), passage.text(text_key(passage)))
             if passage.get("passage_id") is not None or passage.get("psg_id") is not None:
                 id = passage.id("passage_id", "psg_id")
-            passages.append(passage.document(body="text", id=id))
+            passages.append(passage.document(body="text", id=id, may_be_blank=True))
         except UserError as error:
             raise UserError(f"{key}, passage {number}: {error}") from error
     return passages

@@ -9,20 +9,22 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SPLITS, SURROGATES, BadLines, Record, Row
+from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SURROGATES, BadLines, Record, Row
 from datamodules.records import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
 CHUNK = 2**20  # characters
 SUFFIXES = ("", ".gz", ".zst")
-SAME_NAMES = {split: split for split in SPLITS}
 
 
 def check_folder(folder: Path, expected: str) -> None:
@@ -47,15 +49,28 @@ def find_file(folder: Path, *names: str, required: bool = True) -> Path | None:
     raise UserError(f"{folder / names[0]}: no such file{others} (also not as .gz or .zst)")
 
 
-def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SAME_NAMES) -> dict[str, Path]:
-    """Return the file of each split that has one.
+def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, Path]:
+    """Return the file of each split that has one: the first, if there are several.
 
     patterns: names of the file, in which SPLIT stands for the split, in order of preference.
-    names: name of each split in file names.
+    names: split of each name in file names, in order of preference.
     """
-    candidates = {split: [pattern.replace("SPLIT", name) for pattern in patterns] for split, name in names.items()}
-    files = {split: find_file(folder, *options, required=False) for split, options in candidates.items()}
-    return {split: path for split, path in files.items() if path}
+    files: dict[str, Path] = {}
+    for name, split in names.items():
+        path = find_file(folder, *(pattern.replace("SPLIT", name) for pattern in patterns), required=False)
+        if path:
+            files.setdefault(split, path)
+    return files
+
+
+def warn_of_unread_files(folder: Path, pattern: str, read: Iterable[Path]) -> None:
+    """Log a warning that names the files of a folder that look like those of splits, but are not read.
+
+    pattern: glob of the files. read: files that are read.
+    """
+    if unread := sorted(path.name for path in set(folder.glob(pattern)) - set(read) if path.is_file()):
+        names = ", ".join(dict.fromkeys(SPLIT_NAMES))
+        log.warning("%s: not read: %s (a split has one file, and is named %s)", folder, ", ".join(unread), names)
 
 
 @contextmanager
@@ -192,7 +207,7 @@ def as_object(row: Row, expected: str = "") -> Record:
     value = _parse(row.text) if row.entry is None else row.value
     if not isinstance(value, dict):
         raise UserError(f"expected an object{expected}, got {row.text[:60]!r}")
-    return Record(value)
+    return Record.of(row, value)
 
 
 def _parse(text: str) -> Any:

@@ -17,7 +17,7 @@ from datamodules.readers.checks import (
     read_into_memory,
     split_of,
 )
-from datamodules.readers.io import as_object, find_file, find_split_files, read_records
+from datamodules.readers.io import as_object, find_file, find_split_files, read_records, warn_of_unread_files
 from datamodules.records import Collection, Document, Sink, UserError
 
 
@@ -28,6 +28,8 @@ class JsonlReader:
     folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
     folder/dev.jsonl      the same
     folder/test.jsonl     the same; at least one of the three files must exist
+
+    "abstract" is read where "text" is missing or blank. The dev split may also be named validation, valid or val.
 
     A query is {"id": ...}, a document of the corpus; {"title": ..., "text": ...}; or a string, which is an id if the
     corpus has it, and otherwise a text. Positives may be {id: grade, ...} with grades above 0. Negatives have grade 0,
@@ -68,7 +70,9 @@ class JsonlReader:
 
     def _split_files(self) -> dict[str, Path]:
         if not (files := find_split_files(self.folder, "SPLIT.jsonl", "SPLIT.json")):
-            raise UserError(f"{self.folder}: contains none of train.jsonl, dev.jsonl and test.jsonl")
+            raise UserError(
+                f"{self.folder}: contains none of train.jsonl, dev.jsonl (or validation, valid, val) and test.jsonl"
+            )
         return files
 
     def stream(self, sink: Sink) -> None:
@@ -76,7 +80,9 @@ class JsonlReader:
         sink.keep_first = self.on_error == "skip"
         with BadLines(self.on_error, self.quarantine) as bad:
             years = self._stream_corpus(sink, bad)
-            for split, path in self._split_files().items():
+            splits = self._split_files()
+            warn_of_unread_files(self.folder, "*.json*", [self._corpus_file(), *splits.values()])
+            for split, path in splits.items():
                 for row in read_records(path, bad):
                     with row:
                         self._add_example(row, split, sink, years)
@@ -91,7 +97,7 @@ class JsonlReader:
         for row in read_records(self._corpus_file(), bad):
             with row:
                 record = as_object(row)
-                document = record.document("id", "_id", body="text")
+                document = record.document("id", "_id", body="text", may_be_blank=True)
                 year = None if self.train_until is None else record.get("year")
                 if year is not None:
                     years[document.id] = check_grade(year, "year")
@@ -133,8 +139,6 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     both = [id for id in negatives if id in positives]
     if both:
         raise UserError(f"{both[0]!r} is both a positive and a negative")
-    check_known(list(positives), sink.documents, "positives")
-    check_known(list(negatives), sink.documents, "negatives")
     query = _read_query(record, f"{split}.{row.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
         raise UserError(
@@ -142,6 +146,7 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
         )
     if query.id in positives | negatives:
         raise UserError(f"the query {query.id!r} is one of its own positives or negatives")
+    record.judged([*positives, *negatives], sink.documents)
     return query, positives | negatives
 
 
@@ -149,7 +154,7 @@ def _read_query(record: Record, new_id: str, sink: Sink) -> Document:
     """Return the query of a record. new_id: id of a query that is not a document."""
     query = record.get("query")
     if isinstance(query, dict) and "id" not in query:
-        return Record(query).document(body="text", id=new_id)
+        return Record.of(record.row, query).document(body="text", id=new_id)
     if isinstance(query, str) and query not in sink.documents:
         if not query.strip():
             raise UserError("query is empty")

@@ -43,7 +43,7 @@ def _from_object(row: Row) -> Document:
     if isinstance(name, list):
         name = name[0] if name else None
     body = "definition" if "definition" in record or name is not None else "combined_text"
-    return Record(record, name=name).document("label", title="name", body=body)
+    return Record.of(row, record, name=name).document("label", title="name", body=body)
 
 
 def _from_columns(row: Row) -> Document:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, add_document, check_choice, check_collection, check_known
+from datamodules.readers.checks import BadLines, add_document, check_choice, check_collection
 from datamodules.readers.io import as_object, check_folder
 from datamodules.readers.tables import read_tables
 from datamodules.records import Collection, Document, UserError
@@ -51,16 +51,16 @@ class LitSearchReader:
         with BadLines(self.on_error, self.quarantine) as bad:
             for row in read_tables(self._files("corpus_clean"), bad):
                 with row:
-                    add_document(corpus, as_object(row).document("corpusid"))
+                    add_document(corpus, as_object(row).document("corpusid", may_be_blank=True))
             for row in read_tables(self._files("query"), bad):
                 with row:
                     record = as_object(row)
                     text = record.text("query", required=True)
                     answers = record.ids("corpusids", required=True)
-                    check_known(answers, corpus, "corpusids")
                     if not text.strip() or not answers:
                         raise UserError("query or corpusids is empty")
                     query = Document(f"test.{row.ordinal}", "", text)
                     add_document(queries, query)
+                    record.judged(answers, corpus)
                     qrels[query.id] = dict.fromkeys(answers, 1)
         return check_collection(Collection(corpus, queries, {"test": qrels}), self.folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
 from datamodules.readers.checks import BadLines, Judgements, add_document, check_choice, check_collection
-from datamodules.readers.io import as_object, find_file, find_split_files, read_records
+from datamodules.readers.io import as_object, find_file, find_split_files, read_records, warn_of_unread_files
 from datamodules.records import Collection, Document
 
 
@@ -52,13 +52,13 @@ class PmcPatientsReader:
         queries: dict[str, Document] = {}
         qrels = {}
         with BadLines(self.on_error, self.quarantine) as bad:
-            corpus_path = self._corpus_file()
-            _read_documents(corpus_path, corpus, bad)
-            for split, qrels_path in self._split_files().items():
+            _read_documents(self._corpus_file(), corpus, bad)
+            splits = self._split_files()
+            warn_of_unread_files(self.folder / self.task, "*qrels*", splits.values())
+            for split, qrels_path in splits.items():
                 queries_path = find_file(self.folder, f"queries/{split}_queries.jsonl")
                 _read_documents(queries_path, queries, bad)
-                judgements = Judgements(queries, corpus, bad, queries_path.name, corpus_path.name)
-                qrels[split] = read_qrels(qrels_path, judgements)
+                qrels[split] = read_qrels(Judgements(qrels_path, queries, corpus, bad, queries_path.name))
         return check_collection(Collection(corpus, queries, qrels), self.folder / self.task)
 
 
@@ -66,4 +66,4 @@ def _read_documents(path: Path, documents: dict[str, Document], bad: BadLines) -
     """Add the documents of a file."""
     for row in read_records(path, bad):
         with row:
-            add_document(documents, as_object(row).document("_id", body="text"))
+            add_document(documents, as_object(row).document("_id", body="text", may_be_blank=True))

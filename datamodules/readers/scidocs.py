@@ -17,7 +17,7 @@ from datamodules.records import Collection, Document, Qrels, UserError
 
 CLASSIFICATION = ("mag", "mesh")
 LINKS = ("cite", "cocite", "coview", "coread")
-FILES = {"train": "train", "dev": "val", "test": "test"}
+FILES = {"train": "train", "val": "dev", "test": "test"}
 
 
 class SciDocsReader:
@@ -86,7 +86,7 @@ class SciDocsReader:
         self, path: Path, papers: Mapping[str, Document], corpus: dict[str, Document], bad: BadLines
     ) -> Qrels:
         """Return the judgements of a CSV file. Without a file of names, its labels are added to the corpus."""
-        judgements = Judgements(papers, corpus, bad, self._papers_file().name, self.labels or str(path))
+        judgements = Judgements(path, papers, corpus, bad, self._papers_file().name)
         for index, row in enumerate(read_lines(path, bad)):
             with row:
                 paper, label = _split_columns(row.text)
@@ -97,13 +97,12 @@ class SciDocsReader:
                         raise UserError(f"label {label!r} is a number, not a name; give a file of names as `labels`")
                     corpus.setdefault(label, Document(label, label))
                 judgements.add(paper, label, 1)
-        return judgements.finish(path)
+        return judgements.finish()
 
     def _read_links(
         self, path: Path, papers: Mapping[str, Document], corpus: Mapping[str, Document], bad: BadLines
     ) -> Qrels:
-        name = self._papers_file().name
-        judgements = Judgements(papers, corpus, bad, name, name)
+        judgements = Judgements(path, papers, corpus, bad, self._papers_file().name)
         for row in read_lines(path, bad):
             with row:
                 columns = row.text.split()
@@ -112,7 +111,7 @@ class SciDocsReader:
                         f"expected query, 0, document and grade, separated by spaces, got {row.text[:60]!r}"
                     )
                 judgements.add(columns[0], columns[2], check_grade(columns[3], "grade"))
-        return judgements.finish(path)
+        return judgements.finish()
 
 
 def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
@@ -120,7 +119,7 @@ def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
     papers: dict[str, Document] = {}
     for row in read_entries(path, bad, "object"):
         with row:
-            add_document(papers, as_object(row).document("paper_id"))
+            add_document(papers, as_object(row).document("paper_id", may_be_blank=True))
     return papers
 
 

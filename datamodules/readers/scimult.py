@@ -20,7 +20,6 @@ from datamodules.readers.checks import (
     add_document,
     check_choice,
     check_collection,
-    check_known,
 )
 from datamodules.readers.io import as_object, check_folder, find_file, read_records
 from datamodules.readers.labels import read_labels
@@ -132,7 +131,7 @@ class SciMultReader:
         documents: dict[str, Document] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):
             with row:
-                add_document(documents, as_object(row).document(key))
+                add_document(documents, as_object(row).document(key, may_be_blank=key != "query"))
         return documents
 
     def _read_queries(
@@ -149,10 +148,10 @@ class SciMultReader:
         for row in read_records(self._file(f"{kind}_test"), bad):
             with row:
                 query, grades = query_of(row), grades_of(as_object(row))
-                check_known(list(grades), corpus, "judged documents")
                 if not grades:
                     raise UserError(f"query {query.id!r} has no judgements")
                 add_document(queries, query)
+                bad.gaps.add_judgements(row.path, grades, corpus)
                 qrels[query.id] = grades
         return Collection(corpus, queries, {"test": qrels})
 
@@ -166,14 +165,14 @@ class SciMultReader:
             with row:
                 record = as_object(row)
                 grades = grades_of(record)
-                add_document(corpus, record.document("paper"))
+                add_document(corpus, record.document("paper", may_be_blank=True))
                 if grades:
                     short = replace(row, text=row.text[:QUARANTINED_TEXT], value=None)
                     pending.append((short, record.id("paper"), grades))
         qrels = {}
         for row, paper, grades in pending:  # papers also cite papers of later lines
             with row:
-                check_known(list(grades), corpus, "judged documents")
+                bad.gaps.add_judgements(path, grades, corpus)
                 qrels[paper] = grades
         bad.end_of_file(path, num_lines)
         return Collection(corpus, {id: corpus[id] for id in qrels}, {"test": qrels})
@@ -184,8 +183,7 @@ class SciMultReader:
         corpus = self._read_documents(f"{kind}s", kind, bad)
         queries = self._read_documents("queries", "query", bad)
         path = find_file(self.folder / self.task, f"PMCPatients/{task}/{task}_test_qrels.tsv")
-        files = (self._file("queries_test").name, self._file(f"{kind}s_test").name)
-        qrels = read_qrels(path, Judgements(queries, corpus, bad, *files))
+        qrels = read_qrels(Judgements(path, queries, corpus, bad, self._file("queries_test").name))
         return Collection(corpus, queries, {"test": qrels})
 
 

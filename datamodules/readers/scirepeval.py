@@ -18,12 +18,12 @@ from datamodules.readers.checks import (
     check_choice,
     check_collection,
     check_id,
-    check_known,
 )
 from datamodules.readers.io import as_object, find_file
 from datamodules.readers.labels import read_labels
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
 from datamodules.records import Collection, Document, UserError
+from datamodules.text import TEXT_KEYS
 
 ID_KEYS = ("doc_id", "corpus_id", "paper_id")
 
@@ -118,7 +118,7 @@ class SciRepEvalReader:
         if not labels:
             raise UserError(f"{self.label_key} is empty")
         if self.labels:
-            check_known(labels, corpus, self.label_key)
+            record.judged(labels, corpus)
         elif number := next((label for label in labels if not label.strip() or label.lstrip("-").isdigit()), None):
             raise UserError(f"{self.label_key}: {number!r} is not a name; give a file of names as `labels`")
         add_repeated(queries, [paper])
@@ -152,7 +152,7 @@ def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
                 continue
             query = _read_query(record, f"test.{row.ordinal}")
             _check_same(queries, query)
-            add_repeated(papers, [candidate.document(*ID_KEYS) for candidate in _candidates(record)])
+            add_repeated(papers, [candidate.document(*ID_KEYS, may_be_blank=True) for candidate in _candidates(record)])
             queries[query.id] = query
     return queries, papers
 
@@ -161,6 +161,8 @@ def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents,
     query, positive, negative = (_read_paper(record, key) for key in ("query", "pos", "neg"))
     if positive.id in (query.id, negative.id):
         raise UserError(f"pos: {positive.id!r} is also the query or the negative")
+    if negative.id == query.id:
+        raise UserError(f"neg: {negative.id!r} is also the query")
     _check_same(queries, query)
     add_repeated(corpus, [positive, negative])
     queries[query.id] = query
@@ -174,7 +176,7 @@ def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, 
     papers, grades = [], {}
     for number, candidate in enumerate(_candidates(record), start=1):
         try:
-            papers.append(candidate.document(*ID_KEYS))
+            papers.append(candidate.document(*ID_KEYS, may_be_blank=True))
             score = candidate.grade("score")
         except UserError as error:
             raise UserError(f"candidate {number}: {error}") from error
@@ -215,7 +217,7 @@ def _candidates(record: Record) -> list[Record]:
     """Return the candidates as a list of records. `datasets` may turn such a list into an object of lists."""
     candidates = record.get("candidates")
     if candidates is None and isinstance(record.get("doc_id"), list):
-        candidates = {key: record[key] for key in ("doc_id", "title", "abstract", "score") if key in record}
+        candidates = {key: record[key] for key in (*ID_KEYS, "title", *TEXT_KEYS, "score") if key in record}
     if isinstance(candidates, dict):
         columns = list(candidates.values())
         if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
@@ -223,4 +225,4 @@ def _candidates(record: Record) -> list[Record]:
         candidates = [dict(zip(candidates, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
         raise UserError(f"candidates must be a list of objects, got {str(candidates)[:60]!r}")
-    return [Record(candidate) for candidate in candidates]
+    return [Record.of(record.row, candidate) for candidate in candidates]

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SPLITS, BadLines, Row
+from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SPLITS, BadLines, Row
 from datamodules.readers.io import check_folder, read_records
 from datamodules.records import UserError
 
-# Names of splits in published data sets. A split "evaluation" is used as the test split.
-SPLIT_NAMES = {"train": "train", "validation": "dev", "val": "dev", "dev": "dev", "test": "test", "evaluation": "test"}
 FILE_NAME = re.compile(
     rf"(?P<split>{'|'.join(SPLIT_NAMES)})(-(?P<part>[0-9]+)-of-(?P<parts>[0-9]+))?\.(json|jsonl|parquet)(\.gz|\.zst)?"
 )

@@ -36,7 +36,7 @@ def count_lines(path: Path, on_error: str) -> int:
 def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) -> Iterator[tuple[int, list[Document]]]:
     """Yield the number and the documents of each wanted shard.
 
-    A line is {"id": ..., "title": ..., "text" or "abstract": ...}. Raises UserError for a bad line, unless the policy
+    A line is {"id": ..., "title": ..., "text" (or "abstract"): ...}. Raises UserError for a bad line, unless the policy
     skips it.
 
     size: number of lines per shard. Bad lines count, and the last shard may be shorter.
@@ -67,9 +67,7 @@ def documents_at(path: Path, lines: Iterable[int]) -> dict[int, Document]:
 
 
 def _document(row: Row) -> Document:
-    record = as_object(row, " with id, title and text")
-    body = "text" if "text" in record or "abstract" not in record else "abstract"
-    document = record.document(*ID_KEYS, body=body)
+    document = as_object(row, " with id, title and text").document(*ID_KEYS, body="text")
     if "\n" in document.id or "\r" in document.id:
         raise UserError(f"the id {document.id!r} contains a line break")
     return document

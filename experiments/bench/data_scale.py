@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.batches import BatchOptions
@@ -21,7 +20,7 @@ from datamodules.records import ContrastiveBatch, Task
 from datamodules.tasks import SearchDataModule
 from experiments.bench.timing import in_new_process, memory
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         figures = in_new_process(measure_batches, data, cache, step, options.batches, options.workers, time.time())
         for name, figure in figures.items():
             table.add_row(f"step {step:,}: {name}", f"{figure:,.2f}")
-    Console().print(table)
+    table_console().print(table)
 
 
 def generate(folder: Path, num_documents: int, num_pairs: int) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.options import option
@@ -18,7 +17,7 @@ from datamodules.sample import SampleReader
 from datamodules.text import input_text
 from experiments.bench.timing import seconds
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.embedding import embed_shard
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     table = Table("", "texts/s", title=title)
     for name, durations in times.items():
         table.add_row(name, f"{options.texts / statistics.median(durations):.1f}")
-    Console().print(table)
+    table_console().print(table)
 
 
 def _texts(count: int) -> list[Document]:

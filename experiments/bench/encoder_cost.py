@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.options import option
+from datamodules.records import Tokens
 from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
@@ -40,7 +40,7 @@ class CostOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, console = parse(CostOptions, arguments), Console()
+    options, console = parse(CostOptions, arguments), table_console()
     console.print(compare_encoders(options))
     if not options.backward:
         console.print(compare_numbers_of_tasks(options))
@@ -91,7 +91,7 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
 
         @torch.inference_mode()
         def run(tasks: list[str], encoder: Encoder = encoder) -> None:
-            encoder.forward_tasks(ids, torch.ones_like(ids), tasks)
+            encoder.forward_tasks(Tokens.from_padded(ids, torch.ones_like(ids)), tasks)
 
         ratio = time_ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), options.rounds)
         expected = (first + 3 * (options.layers - first)) / options.layers
@@ -105,7 +105,7 @@ def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backwar
 
     def run() -> None:
         with torch.inference_mode(not backward):
-            vectors = encoder(ids, torch.ones_like(ids), task)
+            vectors = encoder(Tokens.from_padded(ids, torch.ones_like(ids)), task)
         if backward:
             encoder.zero_grad(set_to_none=True)
             vectors.square().mean().backward()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from datamodules.batches import Collator
@@ -20,7 +19,7 @@ from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.timing import backbone_of, seconds
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder
 
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     table.add_row("peak memory above the model, GB", f"{small:.2f}", f"{large:.2f}", f"{large / small:.2f}")
     small, large = seconds_per_pair(options)
     table.add_row("time per pair, ms", f"{1e3 * small:.1f}", f"{1e3 * large:.1f}", f"{large / small:.2f}")
-    Console().print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
+    table_console().print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
 
 
 def in_new_process(function: Callable[..., float], *arguments: object) -> float:

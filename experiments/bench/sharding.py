@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
 from experiments.bench.timing import backbone_of, seconds, tasks_of
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point
+from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     table = Table("per rank", *STRATEGIES, title=f"strategies, with their ratio to ddp ({shape})")
     for name, base in figures["ddp"].items():
         table.add_row(name, *(f"{figures[s][name]:,.0f} ({figures[s][name] / base:.2f})" for s in STRATEGIES))
-    Console(width=100).print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
+    table_console().print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
 
 
 def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:

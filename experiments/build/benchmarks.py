@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class BenchmarkOptions:
     run: Path | None = option(None, "run whose collections to evaluate on, by default the model's")
     similarity: tuple[Literal["dot", "cosine", "l2"], ...] = option(
         (),
-        "similarity of vectors, or several; by default the model's: that of its run, dot with backbone=, else cosine. "
+        "similarity of vectors, or several; by default as the model was trained, else cosine. "
         "It changes the protocol of benchmarks with their own similarity",
     )
 
@@ -97,7 +98,7 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
 
 
 def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Benchmark:
-    folder, task, split = options.beir, options.task, options.split
+    folder, task, split = Path(os.path.abspath(options.beir)), options.task, options.split
     if not task:
         raise UserError(f"task: required, the task whose expert ranks {folder}, for instance task=search")
     collection = reader_class_of(folder)(str(folder)).read()
@@ -232,7 +233,7 @@ def _candidates(
     """Return the documents to rank, and the candidates of each query if it has its own."""
     if config.candidates == "corpus":
         return corpus, None
-    candidates = {query: list(qrels[query]) for query in queries}
+    candidates = {query: [id for id in qrels[query] if id in corpus] for query in queries}
     if config.exclude_query:
         candidates = {query: [id for id in ids if id != query] for query, ids in candidates.items()}
     ranked = {id for ids in candidates.values() for id in ids}

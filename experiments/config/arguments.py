@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
 from experiments.config.structured import did_you_mean, expected_one_of
+from experiments.shared.plain import say
 
 T = TypeVar("T")
 SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
@@ -67,7 +68,7 @@ def option_keys(options: type) -> list[str]:
 
 def _print_help(options: type, arguments: Sequence[str], note: str = "") -> None:
     if {"--help", "-h"}.intersection(arguments):
-        print("\n\n".join(filter(None, (usage(options), note))))
+        say("\n\n".join(filter(None, (usage(options), note))))
         sys.exit(0)
 
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError
+from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
 from experiments.config.schema import Config, TaskConfig, check_constraints
@@ -126,7 +126,10 @@ def folder_of(config: Config) -> Path:
     if config.run.dir:
         return Path(config.run.dir)
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
-        return Path("runs") / f"sweep-{os.environ['WANDB_SWEEP_ID']}" / os.environ["WANDB_RUN_ID"]
+        sweep, run = os.environ["WANDB_SWEEP_ID"], os.environ["WANDB_RUN_ID"]
+        check_name("WANDB_SWEEP_ID", sweep)
+        check_name("WANDB_RUN_ID", run)
+        return Path("runs") / f"sweep-{sweep}" / run
     return Path("runs") / f"{config.experiment}-{config.scale}-seed{config.run.seed}-{digest(config)}"
 
 
@@ -238,8 +241,11 @@ def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
         raise UserError(f"tasks: each task may be named only once, got {', '.join(config.tasks)}")
     for name in config.tasks:
         _check_name("task", name, known_tasks)
+        check_name("task", name)
         task = config.task[name]
         task.data = {key: node for key, node in task.data.items() if node is not None}
+        for key in task.data:
+            check_name(f"task.{name}.data: collection", key)
         if not task.data:
             raise UserError(
                 f"task {name} has no data at scale {config.scale}: "

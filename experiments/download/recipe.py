@@ -12,7 +12,7 @@ from omegaconf import MISSING, OmegaConf
 
 from datamodules.options import option
 from datamodules.readers.checks import SPLITS
-from datamodules.records import UserError
+from datamodules.records import UserError, check_name
 from datamodules.tasks import Reader
 from experiments.config.experiment import names
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured
@@ -112,8 +112,10 @@ def _check(path: Path, recipe: Recipe) -> None:
 
 def _check_file(key: str, file: str, spec: FileSpec) -> None:
     parts = PurePosixPath(file).parts
-    if not parts or parts[0] == "/" or ".." in parts or file.endswith((".part", ".sign")):
+    if not parts or file.startswith("/") or file.endswith(("/", ".part", ".sign")):
         raise UserError(f"{key}: expected the name of a file inside the source's folder")
+    for part in parts:
+        check_name(f"{key}:", part)
     for name, value, digits in (("sha256", spec.sha256, 64), ("md5", spec.md5, 32)):
         if value is not None and not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
             raise UserError(f"{key}.{name}: expected {digits} digits from 0 to f, or null, got {value!r}")

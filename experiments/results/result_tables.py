@@ -22,7 +22,7 @@ def show(benchmarks: Benchmarks, metrics: Sequence[str], title: str) -> None:
     groups: dict[tuple[str, ...], Benchmarks] = {}
     for name, table in benchmarks.items():
         groups.setdefault(tuple(table.metrics or metrics), {})[name] = table
-    console.print(title + _precision_note(benchmarks), style="italic", highlight=False)
+    console.print(title + _precision_note(benchmarks), style="italic")
     for group_metrics, group in groups.items():
         console.print(_table(group, group_metrics, console.width))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from datamodules.files import read_json, write_json
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.models import System
 from experiments.results.cost import Cost, CostMeter
 from experiments.shared.progress import Progress
@@ -153,8 +153,10 @@ def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
     """Return the tables of a results.json."""
     tables = {}
     for name, entry in content.items():
+        check_name("benchmark", name)
         systems = {}
         for system, metrics in entry["systems"].items():
+            check_name("system", system)
             measured = entry.get("measured", {}).get(system, {})
             cost = Cost(**_known(Cost, {"texts_per_second": None} | measured["cost"])) if "cost" in measured else None
             systems[system] = SystemResult(**_known(SystemResult, measured) | {"metrics": metrics, "cost": cost})
@@ -187,7 +189,7 @@ def evaluate_system(
     """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
 
     metrics: names of the metrics, unless the benchmark has its own. folder: where the run files go.
-    token_budget: maximum number of padded tokens per forward pass. precision: "fp32", "bf16" or "auto".
+    token_budget: maximum number of tokens per forward pass. precision: "fp32", "tf32", "bf16", "fp16" or "auto".
     """
     if system.encoder is None and importlib.util.find_spec("bm25s") is None:
         log.warning("bm25s is not installed: the table has no BM25 (pip install bm25s)")

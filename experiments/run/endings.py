@@ -26,6 +26,7 @@ import lightning as L
 from datamodules.records import UserError
 from experiments.config.experiment import LAST
 from experiments.config.schema import Config
+from experiments.shared.plain import say
 from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates, read_checkpoint
@@ -75,7 +76,7 @@ def exit_status(preempted: Preempted, folder: Path) -> int:
     if launch.rank() > 0:
         return 0
     if preempted.signal == signal.SIGINT:
-        print(f"interrupted: {describe_resuming(folder)}", file=sys.stderr)
+        say(f"interrupted: {describe_resuming(folder)}", sys.stderr)
         return 128 + signal.SIGINT
     log.info("preempted by %s: %s", preempted, describe_resuming(folder))
     job = launch.slurm_job()

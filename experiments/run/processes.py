@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from datamodules.records import UserError
+from experiments.shared.plain import say
 from lightning_modules.distributed import launch
+from lightning_modules.retrieval.compute import default_device
 
 LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the id of the process that launched this one
 GRACE = 10.0  # seconds that a rank waits before it raises an error that another rank may have caused
@@ -83,7 +85,7 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
     try:
         elastic_launch(config, sys.executable)("-m", command, *arguments)
     except SignalException as error:
-        print(f"ended by {error.sigval.name}", file=sys.stderr)
+        say(f"ended by {error.sigval.name}", sys.stderr)
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -171,11 +173,9 @@ class Share:
         return range(self.index, count, self.count)
 
     @property
-    def device(self) -> str:
+    def device(self) -> torch.device:
         """The process's GPU, or the CPU if there is none."""
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return default_device(self.local_rank)
 
 
 def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:

@@ -1,7 +1,7 @@
 """Send a run to W&B while it trains: python -m experiments.run.wandb_sender FILE.wandb
 
 Training only writes W&B's file, so no server can slow it down. This process reads the file and sends it. It imports
-only the standard library, and ends when everything is sent or the process that started it has ended.
+little, and ends when everything is sent or the process that started it has ended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from experiments.shared.plain import say
 
 PATIENCE = 20  # seconds without an answer after which the log says that W&B cannot be reached
 PAUSE = 30  # seconds until the next attempt
@@ -78,7 +80,7 @@ class Sender:
         """Print the first message only: one line about W&B is enough in the log of a training."""
         if not self._has_spoken.is_set():
             self._has_spoken.set()
-            print(message, flush=True)
+            say(message)
 
     def _exit(self) -> None:
         if self._process:

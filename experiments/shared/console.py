@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from datamodules.records import UserError
+from experiments.shared.plain import PlainFormatter, plain, say
 from lightning_modules.distributed import launch
 
 UNCUT = 10_000  # width of tables in files and pipes, where nothing must be cut
@@ -45,28 +49,42 @@ def quiet_libraries() -> None:
 def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command with the arguments of the command line. On an error that the user can fix, exit with status 2."""
     try:
-        level = logging.INFO if launch.rank() == 0 else logging.ERROR
-        logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 lacks most characters
+        logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.ERROR, stream=sys.stdout, force=True)
+        logging.getLogger().handlers[0].setFormatter(PlainFormatter())
         logging.captureWarnings(True)
         quiet_libraries()
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr, line_break="\n  ")
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error}. Free some space and run the same command again.", file=sys.stderr)
+        say(f"error: {error}. Free some space and run the same command again.", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+        say(str(interrupt) or "interrupted", sys.stderr)
         sys.exit(130)
 
 
-def table_console() -> Console:
+class PlainConsole(Console):
+    """A console that prints every string as it is: no markup, no emoji codes, and nothing that controls the terminal.
+
+    For a style of our own, pass Text(plain(...), style).
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Format a cell, a title or a line. Rich calls this for every string."""
+        return super().render_str(plain(text), **(options | {"emoji": False, "markup": False, "highlight": False}))
+
+
+def table_console() -> PlainConsole:
     """Return a console for tables: as wide as the terminal, or unlimited in a file or pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=UNCUT)
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=UNCUT)
 
 
 def counted(count: int, word: str) -> str:

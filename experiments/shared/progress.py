@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,6 +14,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
+
+from experiments.shared.console import table_console
+from experiments.shared.plain import plain
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +35,11 @@ class Progress:
         self.started = self.logged = time.monotonic()
         self.done = 0
         self.bar: Bar | None = None
-        if (console := Console()).is_terminal and log.isEnabledFor(logging.INFO):
+        if (console := table_console()).is_terminal and log.isEnabledFor(logging.INFO):
             amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             columns = (BarColumn(), *amounts, TimeRemainingColumn())
-            self.bar = Bar(TextColumn("{task.description}"), *columns, console=console, transient=True)
-            self.task = self.bar.add_task(title, total=None)
+            self.bar = Bar(TextColumn("{task.description}", markup=False), *columns, console=console, transient=True)
+            self.task = self.bar.add_task(plain(title), total=None)
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -70,7 +72,7 @@ class Progress:
     def say(self, activity: str) -> None:
         """Show the current activity, such as the file being unpacked."""
         if self.bar:
-            self.bar.update(self.task, description=f"{self.title}: {activity}")
+            self.bar.update(self.task, description=plain(f"{self.title}: {activity}"))
         else:
             self._log_sometimes(activity)
 

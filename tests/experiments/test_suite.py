@@ -147,7 +147,7 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
     measured = {"device": "cpu", "seconds": {"encode": 1.0}}
     results = [{"systems": {"model": {}}, "measured": {"model": measured | entry}} for entry in costs]
     for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
-        show_cost(tables_from_json(dict(enumerate(results[:count]))))
+        show_cost(tables_from_json(dict(zip("abcd", results[:count], strict=False))))
         row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert f"{cells[0]} {cells[5]} {cells[7]}" == expected

@@ -405,22 +405,22 @@ def test_pmc_patients_accepts_alternative_file_names(tmp_path):
     collection = PmcPatientsReader(str(tmp_path), "PPR").read()
     assert collection.qrels == {"test": {"8-1": {"7-1": 2}}}
     put(tmp_path / "PPR" / "PPR_test_qrels.tsv", "query-id\tcorpus-id\tscore", "8-1\t7-2\t2")
-    assert "1 lines have 1 document ids that are not in PPR_corpus.jsonl: '7-2'" in error_of(
+    assert "PPR_test_qrels.tsv: none of the judged documents is in the corpus: '7-2'" in error_of(
         PmcPatientsReader(str(tmp_path), "PPR")
     )
 
 
-def test_scimult_links_to_unknown_papers_are_bad_lines(tmp_path):
+def test_scimult_links_to_unknown_papers_are_kept_for_the_evaluation(tmp_path, caplog):
     rows = [written(p, cite=["p1", "p99"] if p.id == "p0" else ["p1"], **{"co-cite": []}) for p in papers().values()]
     path = tmp_path / "link_prediction_retrieval" / "SciDocs_papers_test.json"
     put(path, *rows)
     arguments = (str(tmp_path), "link_prediction_retrieval", "SciDocs")
-    assert error_of(SciMultReader(*arguments)).startswith(f"{path}, line 1: judged documents: 1 of 2 ids are not in")
-    quarantine = tmp_path / "q.jsonl"
-    collection = SciMultReader(*arguments, on_error="skip", quarantine=str(quarantine)).read()
-    assert "p0" not in collection.qrels["test"]
-    assert len(collection.qrels["test"]) == 7
-    assert len(quarantine.read_text().splitlines()) == 1
+    collection = SciMultReader(*arguments).read()
+    assert collection.qrels["test"]["p0"] == {"p1": 1, "p99": 1}
+    assert (
+        f"{path}: 1 of 9 judgements are of documents that are not in the corpus (1 documents, the first is 'p99')"
+        in (caplog.text)
+    )
 
 
 def labelled(folder, view, *labels, split="test"):
@@ -497,6 +497,6 @@ def test_doris_mae_grades_depend_on_the_view(view, expected, tmp_path):
     assert reader.read().qrels["test"]["test.1"] == expected
     path = tmp_path / "DORIS-MAE_dataset_v1.json"
     path.write_text(path.read_text().replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
-    assert "test.2: candidate_pool: 1 of 2 ids are not in the corpus, first '9'" in error_of(reader)
+    assert list(reader.read().qrels["test"]["test.2"]) == ["3", "9"]
     path.write_text(path.read_text().replace('"Annotation"', '"Annotations"'))
     assert f"{path}: the object has no Annotation" in error_of(reader)

@@ -312,18 +312,19 @@ def test_bad_lines_are_quarantined_and_counted_by_reason(tmp_path, monkeypatch, 
     judged = [f"q\td{i}\t1" for i in range(20)]
     (tmp_path / "qrels" / "test.tsv").write_text("\n".join([*judged, "q\td99\t1", "z\td1\t1", "q\td2\t0"]))
     collection = BeirReader(str(tmp_path), on_error="skip").read()
-    assert len(collection.corpus) == len(collection.qrels["test"]["q"]) == 20
+    assert len(collection.corpus) == 20
+    assert list(collection.qrels["test"]["q"]) == [*collection.corpus, "d99"]
     records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(record["file"].rsplit("/", 1)[1], record["line"]) for record in records] == [
         *(("corpus.jsonl", number) for number in (4, 5, 6, 7)),
-        *(("test.tsv", number) for number in (21, 22, 23)),
+        *(("test.tsv", number) for number in (22, 23)),
     ]
     assert records[3]["text"] == "x" * 2000
-    assert records[4]["reason"] == "the document id 'd99' is not in corpus.jsonl"
-    assert "left out 7 bad lines, saved in quarantine.jsonl: 2 x duplicate id ...: an earlier line" in caplog.text
+    assert records[4]["reason"] == "the query id 'z' is not in queries.jsonl"
+    assert "left out 6 bad lines, saved in quarantine.jsonl: 2 x duplicate id ...: an earlier line" in caplog.text
     assert "2 x invalid JSON" in caplog.text
     BeirReader(str(tmp_path), on_error="skip").read()
-    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 14
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 12
 
 
 def test_quarantine_file_that_cannot_be_written_raises_user_error(path, tmp_path):

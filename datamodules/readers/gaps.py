@@ -1,0 +1,114 @@
+"""Gaps in data sets that are not damage: blank documents, texts under other keys, judged documents outside the corpus.
+
+Published data sets have them (a document of TREC-COVID is empty, and ArguAna judges five documents that it does not
+have). They are counted while the files are read, and logged as warnings at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datamodules.records import Document, UserError
+from datamodules.text import LONG_TEXT, TEXT_KEYS, unread_key
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Gaps:
+    """What is missing in one file.
+
+    documents, with_text, blank: number of documents, of those with a text, and of those without a title, too.
+    unread: number of documents without a text, for each key that is known to hold one.
+    long: number of documents with a long string, for each key that is not read.
+    judgements: number of judgements. missing: number of judgements of each document outside the corpus.
+    """
+
+    documents: int = 0
+    with_text: int = 0
+    blank: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    long: Counter[str] = field(default_factory=Counter)
+    judgements: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
+
+
+class Gaps:
+    """The gaps of all files of one `read()`."""
+
+    def __init__(self) -> None:
+        self.by_file: dict[Path, _Gaps] = {}
+
+    def add_document(self, path: Path, document: Document, record: Mapping[str, Any]) -> None:
+        """Count a document. record: the object that it was read from."""
+        gaps = self.by_file.setdefault(path, _Gaps())
+        gaps.documents += 1
+        if document.text.strip():
+            gaps.with_text += 1
+            return
+        gaps.blank += not document.title.strip()
+        if key := unread_key(record):
+            gaps.unread[key] += 1
+        elif not gaps.with_text:
+            gaps.long.update(key for key, value in record.items() if _is_long(value) and value != document.title)
+
+    def add_judgements(self, path: Path, documents: Iterable[str], corpus: Container[str]) -> None:
+        """Count judged documents, and those that are not in the corpus."""
+        gaps = self.by_file.setdefault(path, _Gaps())
+        for document in documents:
+            gaps.judgements += 1
+            if document not in corpus:
+                gaps.missing[document] += 1
+
+    def report(self) -> None:
+        """Log a warning for each kind of gap in each file.
+
+        Raises UserError if no document of a file has a title or text, or if all judged documents are missing: then the
+        file is in another format, or belongs to another corpus.
+        """
+        for path, gaps in self.by_file.items():
+            if gaps.blank and gaps.blank == gaps.documents:
+                raise UserError(f"{path}: no document has a title or a text")
+            if gaps.missing and gaps.missing.total() == gaps.judgements:
+                first = ", ".join(map(repr, list(gaps.missing)[:5])) + (", ..." if len(gaps.missing) > 5 else "")
+                raise UserError(f"{path}: none of the judged documents is in the corpus: {first}")
+            self._warn(path, gaps)
+
+    def _warn(self, path: Path, gaps: _Gaps) -> None:
+        expected = " or ".join(TEXT_KEYS)
+        for key, count in gaps.unread.items():
+            log.warning(
+                "%s: %s without a text have %s, which is not read; the text of a paper is expected as %s",
+                *(path, _documents(count), key, expected),
+            )
+        if gaps.long and not gaps.with_text:
+            key, count = gaps.long.most_common(1)[0]
+            log.warning(
+                "%s: no document has a text, but %d of %d have a long string as %s, which is not read; the text of a "
+                "paper is expected as %s",
+                *(path, count, gaps.documents, key, expected),
+            )
+        if gaps.blank:
+            log.warning(
+                "%s: %s without title and text; an evaluation never finds them, and training leaves them out",
+                *(path, _documents(gaps.blank)),
+            )
+        if gaps.missing:
+            log.warning(
+                "%s: %d of %d judgements are of documents that are not in the corpus (%d documents, the first is %r); "
+                "an evaluation counts them as not found, and training leaves them out",
+                *(path, gaps.missing.total(), gaps.judgements, len(gaps.missing), next(iter(gaps.missing))),
+            )
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count} documents"
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, str) and len(value) >= LONG_TEXT and " " in value.strip()

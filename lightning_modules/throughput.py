@@ -1,0 +1,234 @@
+"""Model FLOPs utilisation (MFU): useful floating-point operations per second, as a share of what the device can do.
+
+Useful are the operations that the vectors of real tokens need, whatever the implementation computes:
+
+    products    2 per weight and token of each linear layer. With pooling "cls", the last layer needs queries, outputs
+                and the feed-forward sub-layer of one token per text.
+    attention   4 D per query and key: the scores, and the weighted sum of the values. A sliding window limits the keys,
+                and the prefix of an instruction adds some.
+    backward    once for the gradients of the weights that are trained, once for those of the inputs. So a training
+                step that trains everything has 3 times the operations of a forward pass.
+
+Padding, the second forward pass of GradCache or of gradient checkpointing, further experts that routing tries in
+training, embeddings, LayerNorm, activations, the encoding of an instruction and the loss do not count.
+For BERT-base with mean pooling, a forward pass takes 170 MFLOP per token and 0.037 MFLOP per token and key; with "cls",
+5 % less at 200 tokens. The ceiling is the speed of one large matrix product of the encoder's own width.
+
+Shapes: n texts, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.records import ContrastiveBatch
+from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.memory import Memory
+from lightning_modules.retrieval.compute import default_token_budget
+
+if TYPE_CHECKING:
+    from lightning_modules.encoders.base import Encoder
+
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by the start of the name of a precision
+ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which three of them are enough
+
+
+class LayerFlops(NamedTuple):
+    """Useful operations of one layer in a forward pass. trained: share of the products whose weights are trained."""
+
+    products: float
+    attention: float
+    trained: float
+
+
+def forward_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
+    """Return the useful operations of a forward pass.
+
+    lengths: number of tokens of each text, with special tokens and prompt, (n,).
+    task: task of the texts, which has an influence if texts attend to an instruction; by default any.
+    """
+    return sum(layer.products + layer.attention for layer in _layers(encoder, lengths, task))
+
+
+def training_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
+    """Return the useful operations of forward and backward pass. Arguments are those of forward_flops."""
+    total, has_gradient = 0.0, any(p.requires_grad for p in encoder.backbone.embeddings.parameters())
+    for index, (products, attention, trained) in enumerate(_layers(encoder, lengths, task)):
+        total += products * (1 + trained) + attention
+        if has_gradient:
+            total += products + 2 * attention
+        modules = [*encoder.layer_modules(index), *_adapters(encoder, index)]
+        has_gradient = has_gradient or any(p.requires_grad for module in modules for p in module.parameters())
+    return total
+
+
+def _layers(encoder: Encoder, lengths: np.ndarray, task: str) -> Iterator[LayerFlops]:
+    """Yield the operations of each layer."""
+    config, lengths = encoder.backbone.config, np.asarray(lengths, dtype=np.int64)
+    task = task or next(iter(encoder.tasks))
+    size, is_gated = encoder.dimension, config.model_type == "modernbert"
+    feed_forward = (3 if is_gated else 2) * size * config.intermediate_size
+    kinds = getattr(config, "layer_types", ["full_attention"] * encoder.num_layers)
+    prefix = _prefix_length(encoder, task)
+    num_texts, num_tokens = len(lengths), int(lengths.sum())
+    for index, kind in enumerate(kinds):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        is_pooled = index == encoder.num_layers - 1 and encoder.pooling == "cls"
+        computed = num_texts if is_pooled else num_tokens
+        keys = _keys_of_first(lengths, window) if is_pooled else _keys_of_all(lengths, window)
+        adapters = _adapters(encoder, index)
+        weights = 2 * size**2 + feed_forward + sum(p.numel() for p in _matrices(adapters[:1]))
+        yield LayerFlops(
+            products=2.0 * (computed * weights + num_tokens * 2 * size**2),  # keys and values of all tokens
+            attention=4.0 * size * (int(keys.sum()) + prefix * computed),
+            trained=_trained_share(encoder, index, task),
+        )
+
+
+def _keys_of_all(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """Return the number of pairs of tokens of each text that are at most `window` apart, (n,)."""
+    if window is None:
+        return lengths**2
+    reach = np.minimum(window, lengths - 1)
+    return lengths + 2 * reach * lengths - reach * (reach + 1)
+
+
+def _keys_of_first(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """Return the number of tokens that the first token of each text attends to, (n,)."""
+    return lengths if window is None else np.minimum(lengths, window + 1)
+
+
+def _prefix_length(encoder: Encoder, task: str) -> int:
+    """Return the number of tokens of an instruction that texts attend to."""
+    if not hasattr(encoder, "instruction_family"):
+        return 0
+    return len(encoder.tokenizer(encoder.instructions[task])["input_ids"])
+
+
+def _adapters(encoder: Encoder, index: int) -> list[torch.nn.Module]:
+    """Return the adapters of a layer, one for each expert."""
+    return [adapters[index] for adapters in getattr(encoder, "adapters", {}).values()]
+
+
+def _matrices(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    return [p for module in modules for p in module.parameters() if p.ndim == 2]
+
+
+def _trained_share(encoder: Encoder, index: int, task: str) -> float:
+    """Return the share of a layer's weights that are trained, among those that serve a task."""
+    expert = f".experts.{encoder.tasks[task]}."
+    named = encoder.family.layers[index].named_parameters()
+    weights = [p for name, p in named if p.ndim == 2 and (".experts." not in name or expert in name)]
+    weights += _matrices(_adapters(encoder, index)[:1])
+    return sum(p.numel() for p in weights if p.requires_grad) / sum(p.numel() for p in weights)
+
+
+def encoder_ceiling(encoder: Encoder, dtype: torch.dtype) -> float:
+    """Return the speed of a matrix product on the encoder's device, with its hidden size, in FLOP/s."""
+    device, size = encoder.device, encoder.dimension
+    return gemm_ceiling(device, dtype, (default_token_budget(device), size, 4 * size))
+
+
+@functools.cache
+def gemm_ceiling(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
+    """Measure the speed of a matrix product in FLOP/s, once per process. Takes less than a second.
+
+    shape: rows of the left factor, inner dimension, and columns of the right factor.
+    """
+    rows, inner, columns = shape
+    generator = torch.Generator(device).manual_seed(0)  # the global generator belongs to the training
+    left, right = (
+        torch.randn(size, generator=generator, device=device).to(dtype) for size in ((rows, inner), (columns, inner))
+    )
+    product = left.new_empty(rows, columns)
+
+    def seconds(repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            torch.matmul(left, right.T, out=product)
+        synchronize(device)
+        return (time.perf_counter() - started) / repeats
+
+    timings: list[float] = []
+    repeats = 1 if device.type == "cpu" else 10  # one product is too short for the clock
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        synchronize(device)
+        seconds(repeats)  # warms up
+        while len(timings) < 3 or (len(timings) < ROUNDS and sum(timings) * repeats < MAX_SECONDS):
+            timings.append(seconds(repeats))
+    return 2.0 * rows * inner * columns / statistics.median(timings)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that a device was asked to compute. A CPU computes at once."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
+    return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
+
+
+class ThroughputMeter:
+    """Measures training steps: from asking for a batch to the end of its step, summed up until the next reading.
+
+    Evaluation, checkpoints and mining between two steps do not count. Nothing in a step waits for a GPU, so read only
+    after everything is computed.
+
+    encoder: the encoder in training.
+    ceiling: speed of this rank's device, in FLOP/s.
+    """
+
+    def __init__(self, encoder: Encoder, ceiling: float):
+        self.encoder, self.ceiling, self.memory = encoder, ceiling, Memory(encoder.device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seconds, self.waited, self.tokens, self.positions = 0.0, 0.0, 0, 0
+        # Tensors stay on the GPU until they are read.
+        self.pairs: list[Tensor] = []
+        self.lengths: dict[str, list[Tensor]] = defaultdict(list)  # task -> lengths of the texts of each batch
+
+    def add(self, batch: ContrastiveBatch, seconds: float, waited: float) -> None:
+        """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+        self.tokens += batch.num_tokens
+        self.positions += sum(chunk.input_ids.numel() for chunk in batch.chunks)
+        self.pairs.append((batch.positives >= 0).sum())
+        self.lengths[batch.task] += [chunk.attention_mask.sum(1) for chunk in batch.chunks]
+
+    def read(self) -> dict[str, float]:
+        """Return the figures of all ranks since the last reading, by name. All ranks must call this.
+
+        tokens_per_second, pairs_per_second: sums over ranks; a pair is a query with one of its positives.
+        mfu: useful operations per second, as a share of the ceilings of all devices.
+        padding_share: share of the computed positions that are padding.
+        data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
+        memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
+        """
+        flops = sum(training_flops(self.encoder, torch.cat(x).cpu().numpy(), task) for task, x in self.lengths.items())
+        sums = [self.tokens, int(torch.stack(self.pairs).sum()), flops, self.positions, self.ceiling]
+        row = torch.tensor([[*sums, self.seconds, self.waited, self.memory.peak()]], dtype=torch.float64)
+        rows = gather_rows(row.to(self.encoder.device) if world_size() > 1 else row).cpu()
+        tokens, pairs, flops, positions, ceiling, *_ = rows.sum(0).tolist()
+        *_, seconds, waited, memory = rows.max(0).values.tolist()
+        self._clear()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": pairs / seconds,
+            "mfu": flops / seconds / ceiling,
+            "padding_share": 1 - tokens / positions,
+            "data_seconds": waited,
+            "data_share": waited / seconds,
+            "memory_mb": memory / 2**20,
+        }
