@@ -4,7 +4,8 @@ SHELL := /bin/bash
 EXP ?= moe
 SCALE ?= sample
 RECIPE ?= scimult
-EXTRAS ?= cpu
+override COMMA := ,
+EXTRAS ?= cpu$(if $(filter import,$(MAKECMDGOALS)),$(COMMA)import)
 BENCH ?= encoder_cost
 PYTHON ?= python3
 VENV := .venv
@@ -32,16 +33,27 @@ $(foreach v,$(.VARIABLES),$(if $(call given,$(v)),$(eval unexport $(v))))
 # These are parts of file names.
 override NAMES := ^[A-Za-z0-9,\ -]+$$
 override PATHS := ^[A-Za-z0-9_./@+-]+$$
-$(if $(shell [[ $(call shell-word,EXTRAS) =~ $(NAMES) ]] && echo yes),,$(error EXTRAS: expected names with commas between them))
-$(if $(shell [[ $(call shell-word,VENV) =~ $(PATHS) ]] && echo yes),,$(error VENV: expected letters, digits and _ . / @ + - only))
+override differs = $(if $(filter file,$(origin $(1))),,$(shell [[ $(call shell-word,$(1)) =~ $(2) ]] || echo yes))
+$(if $(call differs,EXTRAS,$(NAMES)),$(error EXTRAS: expected names with commas between them))
+$(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ . / @ + - only))
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
+override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
 .PHONY: $(TARGETS)
 
-# A word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something else.
-override UNKNOWN := $(filter-out $(TARGETS),$(MAKECMDGOALS))
+# The words after import are files: make import library.bib output=FOLDER
+override IMPORTED := $(if $(filter import,$(firstword $(MAKECMDGOALS))),$(filter-out $(TARGETS),$(MAKECMDGOALS)))
+ifneq ($(shell [[ $(call shell-text,$(IMPORTED)) == *[\;:%\$$\#\&\|\<\>\`\\\'\"*?\(\)]* ]] && echo yes),)
+$(error import: expected paths of letters, digits and _ . / @ + - in a make command; for others: python -m experiments.import_papers)
+endif
+ifneq ($(IMPORTED),)
+.PHONY: $(IMPORTED)
+$(IMPORTED): import ; @:
+endif
+# Any other word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something
+# else.
+override UNKNOWN := $(filter-out $(TARGETS) $(IMPORTED),$(MAKECMDGOALS))
 override CLOSEST = $(call shell-word,PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))'
 ifneq ($(UNKNOWN),)
 override SIMILAR := $(shell $(CLOSEST) $(call shell-text,$(firstword $(UNKNOWN))) $(TARGETS) 2> /dev/null)
@@ -87,6 +99,9 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 
 data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
 	@$(PY) -m experiments.data $(call shell-word,RECIPE) $(OVERRIDES) $(call shell-words,$(value ARGS))
+
+import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
+	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))

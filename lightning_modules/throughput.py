@@ -22,17 +22,23 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from datamodules.records import ContrastiveBatch
+from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import default_token_budget
 
 if TYPE_CHECKING:
     from lightning_modules.encoders.base import Encoder
 
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by the start of the name of a precision
 ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which three of them are enough
 
 
@@ -153,7 +159,7 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, shape: tuple[int, int
         return (time.perf_counter() - started) / repeats
 
     timings: list[float] = []
-    repeats = 10 if device.type == "cuda" else 1  # one product is too short for the clock
+    repeats = 1 if device.type == "cpu" else 10  # one product is too short for the clock
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         synchronize(device)
         seconds(repeats)  # warms up
@@ -164,5 +170,65 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, shape: tuple[int, int
 
 def synchronize(device: torch.device) -> None:
     """Wait for everything that a device was asked to compute. A CPU computes at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
+    return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
+
+
+class ThroughputMeter:
+    """Measures training steps: from asking for a batch to the end of its step, summed up until the next reading.
+
+    Evaluation, checkpoints and mining between two steps do not count. Nothing in a step waits for a GPU, so read only
+    after everything is computed.
+
+    encoder: the encoder in training.
+    ceiling: speed of this rank's device, in FLOP/s.
+    """
+
+    def __init__(self, encoder: Encoder, ceiling: float):
+        self.encoder, self.ceiling, self.memory = encoder, ceiling, Memory(encoder.device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seconds, self.waited, self.tokens, self.positions = 0.0, 0.0, 0, 0
+        # Tensors stay on the GPU until they are read.
+        self.pairs: list[Tensor] = []
+        self.lengths: dict[str, list[Tensor]] = defaultdict(list)  # task -> lengths of the texts of each batch
+
+    def add(self, batch: ContrastiveBatch, seconds: float, waited: float) -> None:
+        """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+        self.tokens += batch.num_tokens
+        self.positions += sum(chunk.input_ids.numel() for chunk in batch.chunks)
+        self.pairs.append((batch.positives >= 0).sum())
+        self.lengths[batch.task] += [chunk.attention_mask.sum(1) for chunk in batch.chunks]
+
+    def read(self) -> dict[str, float]:
+        """Return the figures of all ranks since the last reading, by name. All ranks must call this.
+
+        tokens_per_second, pairs_per_second: sums over ranks; a pair is a query with one of its positives.
+        mfu: useful operations per second, as a share of the ceilings of all devices.
+        padding_share: share of the computed positions that are padding.
+        data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
+        memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
+        """
+        flops = sum(training_flops(self.encoder, torch.cat(x).cpu().numpy(), task) for task, x in self.lengths.items())
+        sums = [self.tokens, int(torch.stack(self.pairs).sum()), flops, self.positions, self.ceiling]
+        row = torch.tensor([[*sums, self.seconds, self.waited, self.memory.peak()]], dtype=torch.float64)
+        rows = gather_rows(row.to(self.encoder.device) if world_size() > 1 else row).cpu()
+        tokens, pairs, flops, positions, ceiling, *_ = rows.sum(0).tolist()
+        *_, seconds, waited, memory = rows.max(0).values.tolist()
+        self._clear()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": pairs / seconds,
+            "mfu": flops / seconds / ceiling,
+            "padding_share": 1 - tokens / positions,
+            "data_seconds": waited,
+            "data_share": waited / seconds,
+            "memory_mb": memory / 2**20,
+        }

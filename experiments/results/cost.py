@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from experiments.shared.memory import Memory
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.memory import Memory
 
 
 @dataclass(kw_only=True)

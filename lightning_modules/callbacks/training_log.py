@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import platform
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,13 +14,19 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 
 from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import rank, world_size
+from lightning_modules.memory import Memory
+from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
+SPEED = (
+    "{tokens_per_second:,.0f} tokens/s  {pairs_per_second:,.1f} pairs/s  MFU {mfu:.0%}  padding {padding_share:.0%}  "
+    "waiting {data_share:.0%}  {memory_mb:,.0f} MB"
+)
 
 
 class TrainingLog(L.Callback):
@@ -31,23 +35,34 @@ class TrainingLog(L.Callback):
     Each batch has one task, so the values of a single step would not show all tasks.
 
     plain: whether to also log a line of text, for output without a progress bar.
+    peak_tflops: speed of a device that the utilisation is relative to, in TFLOP/s; 0 measures a matrix product.
     """
 
-    def __init__(self, every_n_steps: int, plain: bool):
-        self.every_n_steps, self.plain = every_n_steps, plain
-        self.losses: dict[str, float] = {}  # last logged loss of each task
+    def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
+        self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
+        self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
         self._clear()
 
     def _clear(self) -> None:
         self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
-        self.tokens, self.seconds = SumMetric(), 0.0  # of training steps only
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clear()
         self.logged_at = trainer.global_step
+        dtype = computing_dtype(str(trainer.precision))
+        ceiling = 1e12 * self.peak_tflops or encoder_ceiling(module.encoder, dtype)
+        origin = "given" if self.peak_tflops else f"a large matrix product in {str(dtype).removeprefix('torch.')}"
+        log.info("MFU is relative to %s GFLOP/s per device (%s)", f"{ceiling / 1e9:,.0f}", origin)
+        self.meter = ThroughputMeter(module.encoder, ceiling)
+        self.waited = self._waited(trainer)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.started = time.perf_counter()
+    @staticmethod
+    def _waited(trainer: L.Trainer) -> float:
+        """Return the seconds that the loader has waited for batches so far, if it counts them."""
+        return getattr(trainer.train_dataloader, "waited", 0.0)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.started = getattr(trainer.train_dataloader, "asked_at", time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
@@ -57,12 +72,13 @@ class TrainingLog(L.Callback):
             if name not in means:
                 means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # show a loss that is NaN
             means[name].update(value.detach())
-        self.tokens.to(outputs["loss"].device).update(batch.num_tokens)
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
         if due:
             float(outputs["loss"])  # wait for the GPU, so that its time is counted
-        self.seconds += time.perf_counter() - self.started
+        waited = self._waited(trainer)
+        self.meter.add(batch, time.perf_counter() - self.started, waited - self.waited)
+        self.waited = waited
         if due:
             self.logged_at = step
             self._log(trainer, batch, step)
@@ -77,13 +93,15 @@ class TrainingLog(L.Callback):
                     f"the loss of {task} is not finite at step {step}: try a lower learning rate, a longer warm-up or "
                     "gradient clipping (the last checkpoint before this step may still be good)"
                 )
-        self.losses = {task: values[f"train/{task}/loss"] for task in tasks}
+        losses = {task: f"{values[f'train/{task}/loss']:.3f}" for task in tasks}
+        self.latest = losses | {"tokens/s": f"{values['train/tokens_per_second']:,.0f}"}
+        self.latest["MFU"] = f"{values['train/mfu']:.0%}"
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if self.plain and trainer.is_global_zero:
-            losses = "  ".join(f"{task} {loss:.3f}" for task, loss in self.losses.items())
-            numbers = (step, trainer.max_steps, losses, values["train/lr"], values["train/tokens_per_second"])
-            log.info("step %d/%d  loss: %s  lr %.1e  %.0f tokens/s", *numbers)
+            parts = "  ".join(f"{task} {loss}" for task, loss in losses.items())
+            speed = SPEED.format(**{name.removeprefix("train/"): value for name, value in values.items()})
+            log.info("step %d/%d  loss: %s  lr %.1e  %s", step, trainer.max_steps, parts, values["train/lr"], speed)
 
     def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
         """Return the values to log, computed in the same order on every rank."""
@@ -97,20 +115,20 @@ class TrainingLog(L.Callback):
         }
         values |= {f"train/{task}/batches": self.means[task]["loss"].update_count for task in tasks}
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
-        values["train/tokens_per_second"] = float(self.tokens.compute()) / self.seconds
+        values |= {f"train/{name}": value for name, value in self.meter.read().items()}
         values["train/batch"] = batch.fingerprint
         return values
 
 
 class TrainingBar(RichProgressBar):
-    """A progress bar with the last logged loss of each task."""
+    """A progress bar with the last logged loss of each task, and the speed."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"  # instead of the epoch: there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
-        return {task: f"{loss:.3f}" for log in logs for task, loss in log.losses.items()}
+        return {name: text for log in logs for name, text in log.latest.items()}
 
 
 @dataclass
@@ -160,11 +178,5 @@ class RankReport(L.Callback):
 
 def memory(device: torch.device) -> str:
     """Describe the peak memory of this process so far, and the memory of the device."""
-    if device.type == "cuda":
-        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-        return f"{used / GIB:.1f} of {total / GIB:.1f} GiB of the GPU"
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{used / GIB:.1f} of {total / GIB:.1f} GiB"
+    memory = Memory(device)
+    return f"{memory.peak() / GIB:.1f} of {memory.total() / GIB:.1f} GiB" + (" of the GPU" if memory.on_gpu else "")

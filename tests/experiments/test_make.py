@@ -149,6 +149,17 @@ def test_values_in_file_names_are_restricted(project):
 
 
 @pytest.mark.slow
+def test_files_to_import_never_reach_the_shell(project):
+    (project / ".venv" / ".installed-cpu,import").touch()
+    for value in HOSTILE:
+        if "=" not in value:
+            done, arguments = run(project, "import", value, "output=X")
+            assert (done.returncode, arguments) == (2, []) or arguments[2] == value
+            assert not (project / "x").exists()
+    assert run(project, "import", "my.bib", "a/b.csv")[1] == ["-m", "experiments.import_papers", "my.bib,a/b.csv"]
+
+
+@pytest.mark.slow
 def test_unknown_targets_never_reach_the_shell(project):
     for value in HOSTILE:
         if "=" not in value:

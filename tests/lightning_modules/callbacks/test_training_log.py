@@ -1,0 +1,131 @@
+"""The figures of the training log equal those of numpy and of a clock that only the test moves."""
+
+import threading
+import time
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.batches import MultiTaskBatches
+from lightning_modules import throughput
+from lightning_modules.callbacks.training_log import TrainingLog
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.loggers import RunLogger
+from lightning_modules.throughput import ThroughputMeter, training_flops
+from tests.lightning_modules.quiet_trainer import quiet_trainer
+
+LOADING, STEP, EVALUATION = 3.0, 2.0, 100.0  # seconds
+CEILING = 1e-3  # TFLOP/s
+
+
+class Rows(RunLogger):
+    name, version = "rows", ""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.rows[step] = metrics
+
+    def log_hyperparams(self, *_, **__): ...
+
+
+class SlowEvaluation(L.Callback):
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_batch_end(self, *_):
+        self.clock.now += EVALUATION
+
+
+class Clock:
+    """Time that passes only while a batch is prepared or trained on. batches: those that were prepared."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.batches = 50.0, []
+        main, real = threading.main_thread(), time.perf_counter
+        prepare, step = MultiTaskBatches.__getitem__, ContrastiveModule.training_step
+
+        def slow_batch(*arguments):
+            self.now += LOADING
+            self.batches.append(prepare(*arguments))
+            return self.batches[-1]
+
+        def slow_step(*arguments):
+            self.now += STEP
+            return step(*arguments)
+
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now if threading.current_thread() is main else real())
+        monkeypatch.setattr(MultiTaskBatches, "__getitem__", slow_batch)
+        monkeypatch.setattr(ContrastiveModule, "training_step", slow_step)
+
+
+@pytest.fixture
+def train(tmp_path, three_tasks, make_encoder, monkeypatch):
+    def run(every, **options):
+        clock, rows = Clock(monkeypatch), Rows()
+        callbacks = [TrainingLog(every, plain=True, peak_tflops=CEILING), SlowEvaluation(clock)]
+        steps = 12 // options.get("accumulate_grad_batches", 1)
+        module = ContrastiveModule(make_encoder("attention"))
+        trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=callbacks, logger=rows, **options)
+        trainer.fit(module, three_tasks)
+        return rows.rows, clock.batches, module.encoder
+
+    return run
+
+
+def test_speeds_equal_those_of_numpy_and_leave_out_evaluations(train, caplog):
+    with caplog.at_level("INFO"):
+        rows, prepared, encoder = train(every=4)
+    assert list(rows) == [4, 8, 12]
+    for last, row in rows.items():
+        batches = prepared[last - 4 : last]
+        masks = [chunk.attention_mask.numpy() for batch in batches for chunk in batch.chunks]
+        tokens, positions = sum(mask.sum() for mask in masks), sum(mask.size for mask in masks)
+        pairs = sum((batch.positives.numpy() >= 0).sum() for batch in batches)
+        seconds = 4 * (LOADING + STEP)
+        assert row["train/tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert row["train/pairs_per_second"] == pytest.approx(pairs / seconds)
+        assert row["train/padding_share"] == pytest.approx(1 - tokens / positions)
+        assert row["train/data_seconds"] == pytest.approx(4 * LOADING)
+        assert row["train/data_share"] == pytest.approx(LOADING / (LOADING + STEP))
+        flops = sum(
+            training_flops(encoder, chunk.attention_mask.numpy().sum(1), batch.task)
+            for batch in batches
+            for chunk in batch.chunks
+        )
+        assert row["train/mfu"] == pytest.approx(flops / seconds / (CEILING * 1e12))
+        assert 50 < row["train/memory_mb"] < 100_000
+    assert 0 < rows[4]["train/padding_share"] < 0.5
+    assert f"{rows[12]['train/tokens_per_second']:,.0f} tokens/s" in caplog.text
+    assert f"MFU {rows[12]['train/mfu']:.0%}  padding {rows[12]['train/padding_share']:.0%}  waiting 60%" in caplog.text
+
+
+def test_accumulated_batches_all_count(train):
+    rows, batches, _ = train(every=3, accumulate_grad_batches=2)
+    assert list(rows) == [3, 6]
+    tokens = sum(batch.num_tokens for batch in batches[:6])
+    assert rows[3]["train/tokens_per_second"] == pytest.approx(tokens / 6 / (LOADING + STEP))
+    assert rows[6]["train/data_seconds"] == pytest.approx(6 * LOADING)
+
+
+def test_ranks_add_up_and_the_slowest_one_counts(make_encoder, three_tasks, monkeypatch):
+    """One rank has batches of one task only, so the ranks have different numbers of tokens."""
+    encoder, meters, rows = make_encoder("attention"), [], []
+    batches = [three_tasks.train_dataloader().batches[step] for step in range(6)]
+    for ceiling, own, seconds, waited in ((3e9, batches[:5], 2.0, 0.5), (1e9, batches[5:], 1.5, 1.0)):
+        meters.append(ThroughputMeter(encoder, ceiling))
+        for batch in own:
+            meters[-1].add(batch, seconds, waited)
+    monkeypatch.setattr(throughput, "gather_rows", lambda row: rows.append(row) or torch.cat(rows))
+    alone = [meters[0].read(), meters[1].read()]
+    both, tokens = alone[1], sum(batch.num_tokens for batch in batches)
+    assert both["tokens_per_second"] == pytest.approx(tokens / 10)
+    assert both["pairs_per_second"] == pytest.approx(sum(len(batch.queries) for batch in batches) / 10)
+    assert (both["data_seconds"], both["data_share"]) == (2.5, 0.25)
+    lengths = [(batch.task, chunk.attention_mask.sum(1).numpy()) for batch in batches for chunk in batch.chunks]
+    flops = sum(training_flops(encoder, x, task) for task, x in lengths)
+    assert both["mfu"] == pytest.approx(flops / 10 / 4e9)
+    assert both["tokens_per_second"] > alone[0]["tokens_per_second"]
