@@ -164,7 +164,6 @@ def test_line_breaks_are_refused_in_every_option(key):
 def test_launch_and_python_are_words_not_shell(tmp_path):
     launch = "apptainer exec '$IMAGES/a b.sif'; touch x $(touch x) $IMAGE"
     script = slurm(["vanilla", "TIME=60", "GPUS=0", f"LAUNCH={launch}"])
-    )
     line = next(line for line in script.read_text().splitlines() if "experiments.train" in line)
     done = subprocess.run(
         ["bash", "-c", "srun() { :; }; IMAGE=mine; printf '%s|' " + line.strip().removesuffix('"$@"')],
