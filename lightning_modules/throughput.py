@@ -24,6 +24,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -174,9 +175,47 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def text_lengths(batch: ContrastiveBatch) -> Tensor:
+    """Return the number of tokens of each text of a batch, (U,), on the batch's device."""
+    return torch.cat([chunk.attention_mask.sum(1) for chunk in batch.chunks])
+
+
+def num_positions(batch: ContrastiveBatch) -> int:
+    """Return the number of positions that a forward pass computes, with padding."""
+    return sum(chunk.input_ids.numel() for chunk in batch.chunks)
+
+
 def computing_dtype(precision: str) -> torch.dtype:
     """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
     return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of training, over all ranks.
+
+    tokens_per_second: distinct texts count once, and padding does not count.
+    pairs_per_second: a pair is a query with one of its positives.
+    mfu: useful operations per second, as a share of the ceilings of all devices.
+    padding_share: share of the computed positions that are padding.
+    data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
+    memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
+    """
+
+    tokens_per_second: float
+    pairs_per_second: float
+    mfu: float
+    padding_share: float
+    data_seconds: float
+    data_share: float
+    memory_mb: float
+
+    def text(self) -> str:
+        """Return the figures as a part of a line."""
+        return (
+            f"{self.tokens_per_second:,.0f} tokens/s  {self.pairs_per_second:,.1f} pairs/s  MFU {self.mfu:.0%}  "
+            f"padding {self.padding_share:.0%}  waiting {self.data_share:.0%}  {self.memory_mb:,.0f} MB"
+        )
 
 
 class ThroughputMeter:
@@ -203,32 +242,26 @@ class ThroughputMeter:
         """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
         self.seconds, self.waited = self.seconds + seconds, self.waited + waited
         self.tokens += batch.num_tokens
-        self.positions += sum(chunk.input_ids.numel() for chunk in batch.chunks)
+        self.positions += num_positions(batch)
         self.pairs.append((batch.positives >= 0).sum())
-        self.lengths[batch.task] += [chunk.attention_mask.sum(1) for chunk in batch.chunks]
+        self.lengths[batch.task].append(text_lengths(batch))
 
-    def read(self) -> dict[str, float]:
-        """Return the figures of all ranks since the last reading, by name. All ranks must call this.
-
-        tokens_per_second, pairs_per_second: sums over ranks; a pair is a query with one of its positives.
-        mfu: useful operations per second, as a share of the ceilings of all devices.
-        padding_share: share of the computed positions that are padding.
-        data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
-        memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
-        """
-        flops = sum(training_flops(self.encoder, torch.cat(x).cpu().numpy(), task) for task, x in self.lengths.items())
+    def read(self) -> Speed:
+        """Return the speed of all ranks since the last reading. All ranks must call this."""
+        lengths = {task: torch.cat(tensors).cpu().numpy() for task, tensors in self.lengths.items()}
+        flops = sum(training_flops(self.encoder, array, task) for task, array in lengths.items())
         sums = [self.tokens, int(torch.stack(self.pairs).sum()), flops, self.positions, self.ceiling]
         row = torch.tensor([[*sums, self.seconds, self.waited, self.memory.peak()]], dtype=torch.float64)
         rows = gather_rows(row.to(self.encoder.device) if world_size() > 1 else row).cpu()
         tokens, pairs, flops, positions, ceiling, *_ = rows.sum(0).tolist()
         *_, seconds, waited, memory = rows.max(0).values.tolist()
         self._clear()
-        return {
-            "tokens_per_second": tokens / seconds,
-            "pairs_per_second": pairs / seconds,
-            "mfu": flops / seconds / ceiling,
-            "padding_share": 1 - tokens / positions,
-            "data_seconds": waited,
-            "data_share": waited / seconds,
-            "memory_mb": memory / 2**20,
-        }
+        return Speed(
+            tokens_per_second=tokens / seconds,
+            pairs_per_second=pairs / seconds,
+            mfu=flops / seconds / ceiling,
+            padding_share=1 - tokens / positions,
+            data_seconds=waited,
+            data_share=waited / seconds,
+            memory_mb=memory / 2**20,
+        )

@@ -122,10 +122,10 @@ def test_ranks_add_up_and_the_slowest_one_counts(make_encoder, three_tasks, monk
     monkeypatch.setattr(throughput, "gather_rows", lambda row: rows.append(row) or torch.cat(rows))
     alone = [meters[0].read(), meters[1].read()]
     both, tokens = alone[1], sum(batch.num_tokens for batch in batches)
-    assert both["tokens_per_second"] == pytest.approx(tokens / 10)
-    assert both["pairs_per_second"] == pytest.approx(sum(len(batch.queries) for batch in batches) / 10)
-    assert (both["data_seconds"], both["data_share"]) == (2.5, 0.25)
+    assert both.tokens_per_second == pytest.approx(tokens / 10)
+    assert both.pairs_per_second == pytest.approx(sum(len(batch.queries) for batch in batches) / 10)
+    assert (both.data_seconds, both.data_share) == (2.5, 0.25)
     lengths = [(batch.task, chunk.attention_mask.sum(1).numpy()) for batch in batches for chunk in batch.chunks]
     flops = sum(training_flops(encoder, x, task) for task, x in lengths)
-    assert both["mfu"] == pytest.approx(flops / 10 / 4e9)
-    assert both["tokens_per_second"] > alone[0]["tokens_per_second"]
+    assert both.mfu == pytest.approx(flops / 10 / 4e9)
+    assert both.tokens_per_second > alone[0].tokens_per_second
