@@ -73,7 +73,9 @@ class Encoding:
 
     def fingerprint(self) -> str | None:
         """Return a hash that is equal for encodings with equal ids; None if the tokenizer cannot be identified."""
-        snapshot = self._snapshot()
+        return self._fingerprint(self._snapshot())
+
+    def _fingerprint(self, snapshot: _Snapshot | None) -> str | None:
         if snapshot is None:
             return None
         settings = (snapshot.key, self.tokenizer.sep_token, self.prompt)
@@ -270,24 +272,31 @@ class _Job:
         self.encoding, self.documents = encoding, documents
         self.starts = range(0, len(documents), PIECE)
         self.file = stored_tokens(documents, encoding)
-        self.snapshot, self.key = encoding._snapshot(), encoding.fingerprint()
+        self.snapshot = encoding._snapshot()
+        self.fingerprint = encoding._fingerprint(self.snapshot)
 
     def piece(self, start: int) -> TokenTable:
         documents = self.documents[start : start + PIECE]
         if self.file is not None:
             return self.file.take(documents.numbers)
-        texts = self.encoding._texts(documents)
-        if self.key is None:
-            return self.encoding._tokenise(texts, self.snapshot)
-        key = hashlib.blake2b(repr((self.key, texts)).encode(), digest_size=16).digest()
-        table = CACHE.get(key)
+        key = self.fingerprint and _hash_of(documents, self.fingerprint)
+        table = CACHE.get(key) if key else None
         if table is None:
-            table = self.encoding._tokenise(texts, self.snapshot)
-            CACHE.put(key, table)
+            table = self.encoding._tokenise(self.encoding._texts(documents), self.snapshot)
+            if key:
+                CACHE.put(key, table)
         return table
 
     def run(self) -> TokenTable:
         return TokenTable.joined([self.piece(start) for start in self.starts], self.encoding.dtype)
+
+
+def _hash_of(documents: Sequence[Document], key: str) -> bytes:
+    """Return a hash of texts and a key. Joining the texts first is three times as fast as hashing one by one."""
+    texts = [text for document in documents for text in (document.title, document.text)]
+    digest = hashlib.blake2b(repr((key, *map(len, texts))).encode(), digest_size=16)
+    digest.update("".join(texts).encode("utf-8", "surrogatepass"))
+    return digest.digest()
 
 
 def _result(job: _Job, pieces: Sequence[Future[TokenTable]]) -> TokenTable:

@@ -6,7 +6,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
+from experiments.build.models import device_of
 from experiments.build.module import build_module, first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
@@ -27,12 +27,13 @@ from experiments.shared.console import counted, entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
-from lightning_modules.retrieval.compute import computing_in
+from lightning_modules.retrieval.compute import computing_in, describe_device
 from lightning_modules.throughput import (
     Speed,
     computing_dtype,
     encoder_ceiling,
     num_positions,
+    pads_attention,
     text_lengths,
     training_flops,
 )
@@ -139,7 +140,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
     built: seconds that building data and module took.
     """
-    device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = device_of(config)
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
     batches, preparing, tokenising = {}, {}, 0.0
@@ -211,13 +212,13 @@ class _Steps:
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
         self.optimizer = module.configure_optimizers()["optimizer"]
-        self.bf16 = precision_of(config) == "bf16"
+        self.precision = precision_of(config)
         self.gradients = 0  # bytes, of the last step
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
         """Train on a batch. Return the seconds for forward and backward, and for clipping and the optimizer step."""
         started = self._time()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with computing_in(self.precision, self.device):
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
         middle = self._time()
         gradients = (p.grad for p in self.module.parameters() if p.grad is not None)
@@ -248,6 +249,8 @@ def _cost(
 ) -> TaskCost:
     """Return the mean cost of batches. seconds: time of forward and backward. waiting: time until a batch is there."""
 
+    padded = pads_attention(module.encoder, computing_dtype(precision_of(config)))
+
     def mean(size: Callable[[ContrastiveBatch], float]) -> float:
         return sum(map(size, batches)) / len(batches)
 
@@ -257,13 +260,13 @@ def _cost(
         seconds=waiting + seconds,
         waiting=waiting,
         tokens=tokens,
-        positions=mean(num_positions),
+        positions=mean(lambda batch: num_positions(batch, padded)),
         pairs=mean(lambda batch: int((batch.positives >= 0).sum())),
         queries=queries,
         documents=documents,
         batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
         scores=4 * queries * documents,
-        flops=mean(lambda batch: training_flops(module.encoder, text_lengths(batch).numpy(), task)),
+        flops=mean(lambda batch: training_flops(module.encoder, text_lengths(batch), task)),
     )
 
 
@@ -331,7 +334,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     training = prediction.training(steps)
     log.info(
         "measured on %s in %s, %s; configured: %s of %s",
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU",
+        describe_device(device_of(config)),
         precision_of(config),
         counted(torch.get_num_threads(), "thread"),
         counted(ranks, "rank"),

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
 from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
@@ -26,7 +28,7 @@ from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
-from experiments.run.folder import open_run, record_end, record_start, write_config
+from experiments.run.folder import RunFolder, check_same_data, open_run, record_end, record_start, write_config
 from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
@@ -36,6 +38,7 @@ from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.loggers import RunLogger
+from lightning_modules.retrieval.compute import describe_device, matrix_products_in
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     """
     folder = open_run(config)
     if folder.complete:
+        check_data_of_complete_run(folder, config)
         FinalTable.show(read_results(folder.results))
         log.info("The run in %s is complete (run.resume=never trains it again).", folder.path)
         return
@@ -82,6 +86,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     warn_about_cores(config)
     L.seed_everything(config.run.seed, verbose=False)
     data = build_data(config, training=True)
+    check_same_data(folder, config, data)
     leave_if_asked()
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
@@ -90,10 +95,10 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     if config.evaluation.baselines:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
-    precision = folder.recorded_precision() or precision_of(config)
+    precision = precision_of(config, folder.recorded_precision())
     trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
-    _log_start(config, folder.path, folder.checkpoint, precision)
+    _log_start(config, folder, precision, trainer.strategy.root_device)
     record_start(
         folder,
         data,
@@ -104,17 +109,30 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     )
     start = time.perf_counter()
     with name_lost_ranks(trainer):
-        fit(trainer, module, data, folder.checkpoint)
+        with matrix_products_in(precision):
+            fit(trainer, module, data, folder.checkpoint)
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
         checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
         step = read_checkpoint(checkpoint)["global_step"]
-        table.finish(load_encoder(checkpoint).to(module.device), checkpoint.name, step)
+        # Not module.device: Lightning has moved the module to the CPU by now.
+        encoder = load_encoder(checkpoint).to(trainer.strategy.root_device)
+        table.finish(encoder, checkpoint.name, step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
         table.show(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
+
+
+def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
+    """Raise UserError if the data are no longer those of a complete run, whose table then is not theirs."""
+    try:
+        data = build_data(config)
+    except UserError as error:
+        log.warning("The data cannot be compared with those of the run: %s", error)
+        return
+    check_same_data(folder, config, data)
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:
@@ -138,12 +156,13 @@ def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: S
         logger.close()
 
 
-def _log_start(config: Config, folder: Path, checkpoint: Path | None, precision: str) -> None:
-    log.info("%s at scale %s: %s", config.experiment, config.scale, folder)
-    origin = f", from {checkpoint}" if checkpoint else ""
+def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.device) -> None:
+    log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
+    origin = f", from {folder.checkpoint}" if folder.checkpoint else ""
     default = precision_of(config)
     kept = "" if precision == default else f", as the run began (a new run would use {default} here)"
-    log.info("%s steps%s, in %s%s", config.trainer.max_steps, origin, precision, kept)
+    where = describe_device(device)
+    log.info("training on %s: %s steps%s, in %s%s", where, config.trainer.max_steps, origin, precision, kept)
 
 
 if __name__ == "__main__":

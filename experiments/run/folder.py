@@ -163,6 +163,47 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), node
 
 
+def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule) -> None:
+    """Raise UserError if the data differ from those that the run was started with.
+
+    Called before the model is built, because the vocabulary of a random backbone is made from the texts.
+    """
+    if not (folder.checkpoint or folder.complete) or not folder.manifest.is_file():
+        return
+    then, now = read_json(folder.manifest).get("data", {}), describe_data(data)
+    # Collections in memory and in the cache have different fingerprints.
+    was_cached = bool(read_config(folder.path).get("data", {}).get("cache"))
+    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
+    differences = [
+        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
+        for name in dict.fromkeys((*then, *now))
+        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
+    ]
+    if differences:
+        raise UserError(
+            f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
+            "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
+        )
+
+
+def _part(data: Mapping[str, Any], collection: str, key: str) -> Any:
+    return data.get(collection, {}).get(key)
+
+
+def describe_data(data: MultiTaskDataModule) -> dict[str, dict[str, Any]]:
+    """Return the size and the fingerprint of each collection."""
+    return {
+        name: {
+            "task": task.task.name,
+            "documents": len(collection.corpus),
+            "queries": dict(collection.splits),
+            "fingerprint": collection.fingerprint(),
+        }
+        for task in data.tasks
+        for name, collection in task.collections.items()
+    }
+
+
 def write_config(folder: RunFolder, config: Config) -> None:
     """Create the folder with its config.yaml, after everything in the configuration has been checked.
 
@@ -203,16 +244,7 @@ def record_start(
         "parameters": num_parameters,
         "precision": precision,
         "schedule": dict(schedule),
-        "data": {
-            name: {
-                "task": task.task.name,
-                "documents": len(collection.corpus),
-                "queries": dict(collection.splits),
-                "fingerprint": collection.fingerprint(),
-            }
-            for task in data.tasks
-            for name, collection in task.collections.items()
-        },
+        "data": describe_data(data),
     }
     write_json(folder.manifest, manifest)
 

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.memory import Memory
-from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling
+from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling, pads_attention
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -50,7 +50,7 @@ class TrainingLog(L.Callback):
         ceiling = 1e12 * self.peak_tflops or encoder_ceiling(module.encoder, dtype)
         origin = "given" if self.peak_tflops else f"a large matrix product in {str(dtype).removeprefix('torch.')}"
         log.info("MFU is relative to %s GFLOP/s per device (%s)", f"{ceiling / 1e9:,.0f}", origin)
-        self.meter = ThroughputMeter(module.encoder, ceiling)
+        self.meter = ThroughputMeter(module.encoder, ceiling, pads_attention(module.encoder, dtype))
         self.waited = self._waited(trainer)
 
     @staticmethod

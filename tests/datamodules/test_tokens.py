@@ -284,7 +284,7 @@ def test_threads_end_with_the_generator_and_tokenise_no_more_than_needed(tokeniz
 
     started = []
     jobs = (started.append(number) or job(number) for number in range(10 * AHEAD // PIECE))
-    expected = {"close": GeneratorExit, "interrupt": KeyboardInterrupt, "failure": AttributeError}[ending]
+    expected = {"close": GeneratorExit, "interrupt": KeyboardInterrupt, "failure": TypeError}[ending]
     tables = tokenise_ahead(jobs)
 
     def consume():
@@ -315,6 +315,9 @@ def test_texts_of_the_cache_are_not_tokenised_again(tokenizer, tokenised, cache)
     changed = [*documents[:-1], Document("", "", "bara")]
     list(tokenise_ahead([(encoding, changed)]))
     assert len(tokenised) == 10  # the last piece
+    shifted = [Document("", document.title + document.text[:1], document.text[1:]) for document in documents]
+    (table,) = tokenise_ahead([(encoding, shifted)])
+    assert lists_of(table) == called(encoding, shifted)
 
 
 def test_full_cache_drops_the_least_recently_used():
