@@ -27,6 +27,7 @@ from datamodules.text import as_documents, input_text, length_sorted_chunks, tok
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, family_of
 from lightning_modules.retrieval.compute import default_token_budget
+from lightning_modules.throughput import forward_flops
 
 POOLINGS = ("cls", "mean")
 Advance = Callable[[int], None]
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
         self.sharded = False  # whether distributed/sharding.py has split the parameters over ranks
         self._weights: Mapping[Tensor, Tensor] = {}  # what replaces the parameters at the moment
-        self.encoded = {"texts": 0, "tokens": 0}  # totals over all calls of encode, without padding
+        self.encoded = {"texts": 0, "tokens": 0, "flops": 0.0}  # totals over all calls of encode (see throughput.py)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -349,6 +350,7 @@ class Encoder(nn.Module):
         for start in range(0, len(documents), BLOCK):
             texts = [prompt + input_text(d, self.tokenizer.sep_token) for d in documents[start : start + BLOCK]]
             ids = token_ids(texts, self.tokenizer, self.max_length)
+            self.encoded["flops"] += forward_flops(self, [len(x) for x in ids], *tasks)
             for rows in length_sorted_chunks([len(x) for x in ids], token_budget):
                 tokens = Tokens.pack(ids[row] for row in rows)
                 positions = torch.tensor(rows) + start
