@@ -6,7 +6,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
+from experiments.build.models import device_of
 from experiments.build.module import build_module, first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
@@ -27,7 +27,7 @@ from experiments.shared.console import counted, entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
-from lightning_modules.retrieval.compute import computing_in
+from lightning_modules.retrieval.compute import computing_in, describe_device
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
     built: seconds that building data and module took.
     """
-    device = torch.device("cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = device_of(config)
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
     batches, preparing, tokenising = {}, {}, 0.0
@@ -179,13 +179,13 @@ class _Steps:
     def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
         self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
         self.optimizer = module.configure_optimizers()["optimizer"]
-        self.bf16 = precision_of(config) == "bf16"
+        self.precision = precision_of(config)
         self.gradients = 0  # bytes, of the last step
 
     def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
         """Train on a batch. Return the seconds for forward and backward, and for clipping and the optimizer step."""
         started = self._time()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with computing_in(self.precision, self.device):
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
         middle = self._time()
         gradients = (p.grad for p in self.module.parameters() if p.grad is not None)
@@ -299,7 +299,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     training = prediction.training(steps)
     log.info(
         "measured on %s in %s, %s; configured: %s of %s",
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU",
+        describe_device(device_of(config)),
         precision_of(config),
         counted(torch.get_num_threads(), "thread"),
         counted(ranks, "rank"),

@@ -14,13 +14,18 @@ from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
 from datamodules.records import UserError
-from experiments.build.models import ModelOptions
+from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
 from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.compute import computing_in, default_token_budget, resolve_precision
+from lightning_modules.retrieval.compute import (
+    computing_in,
+    default_token_budget,
+    resolve_device,
+    resolve_precision,
+)
 from lightning_modules.retrieval.embedding import ShardFolder, embed_shard
 from lightning_modules.retrieval.vector_cache import fingerprint
 
@@ -28,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(ModelOptions):
+class EmbedOptions(EncodingOptions):
     """Embed a corpus: one vector per text. If it is killed, the same command continues with the missing shards."""
 
     task: tuple[str, ...] = option(help="comma-separated tasks to embed for, or all")
@@ -46,14 +51,14 @@ class EmbedOptions(ModelOptions):
     devices: int = option(1, "number of processes on this machine, one per GPU", minimum=1)
     shard_size: int = option(16384, "number of texts per shard", minimum=1)
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "cosine normalises the vectors; by default as in the model's run, dot with backbone=, else cosine"
+        None, "cosine normalises the vectors; by default as the model was trained, else cosine"
     )
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "fp32", "precision of the encoder; auto means bf16 on hardware where bf16 is fast"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32", "precision of the encoder; auto means bf16 on hardware where bf16 is fast, else fp32"
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     on_error: Literal["fail", "skip"] = option(
         "fail", "what to do with a bad line: fail, or skip it and write it to a quarantine file"
@@ -77,9 +82,10 @@ class EmbeddingJob:
 
     def __init__(self, options: EmbedOptions, share: Share):
         self.options, self.share = options, share
+        self.device = share.device if options.device == "auto" else resolve_device(options.device)
         self.source = text_file(options.input)
-        self.precision = resolve_precision(options.precision, share.device)
-        self.token_budget = options.token_budget or default_token_budget(share.device)
+        self.precision = resolve_precision(options.precision, self.device)
+        self.token_budget = options.token_budget or default_token_budget(self.device)
         self.one_file = options.output.suffix == ".npy"
         self.folder = Path(f"{options.output}.shards") if self.one_file else options.output / "shards"
 
@@ -93,7 +99,7 @@ class EmbeddingJob:
         encoder, tasks, similarity = self._load()
         shards = ShardFolder(self.folder, self._metadata(encoder, tasks, similarity))
         numbers = self.share.shards(num_shards)
-        log.info("%s: %d of %d shards, on %s", self.source, len(numbers), num_shards, self.share.device)
+        log.info("%s: %d of %d shards", self.source, len(numbers), num_shards)
         num_texts = sum(min(options.shard_size, num_lines - number * options.shard_size) for number in numbers)
         self._embed_shards(encoder, shards, numbers, num_texts)
         if missing := shards.missing(num_shards):
@@ -110,15 +116,15 @@ class EmbeddingJob:
         """Return the encoder, a dict from output task to encoder task, and the similarity."""
         options = self.options
         config = options.run_config()
-        encoder = options.load(config, task=options.task[0] if len(options.task) == 1 else "all")
-        encoder = encoder.to(self.share.device)
+        only_task = options.task[0] if len(options.task) == 1 else "all"
+        encoder = options.load_on_device(config, task=only_task, device=self.device)
         names = list(encoder.tasks) if options.task == ("all",) else options.task
         if self.one_file and len(names) > 1:
             raise UserError(f"output: expected a folder for {len(names)} tasks, got the file {options.output}")
         for name in names:
             encoder.expert_of(name)
         tasks = {name: encoder.document_task(name) if options.side == "documents" else name for name in names}
-        return encoder, tasks, options.similarity or options.similarity_of(config)
+        return encoder, tasks, options.similarity or default_similarity(encoder, config)
 
     def _metadata(self, encoder: Encoder, tasks: dict[str, str], similarity: str) -> dict[str, Any]:
         """Return the settings that determine the vectors."""

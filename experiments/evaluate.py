@@ -16,7 +16,7 @@ from typing import Literal
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import ModelOptions, System, config_of_run, load_systems, run_of, short_name, stem
+from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
 from experiments.results.result_tables import show, show_cost, show_suite
@@ -41,7 +41,7 @@ FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "e
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the options of the last base first
+class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the options of the last base first
     """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
     model: str = option(
@@ -59,11 +59,11 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
     max_length: int | None = option(
         None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
     )
-    precision: Literal["fp32", "bf16", "auto"] = option(
-        "fp32", "precision of the encoder; auto: bf16 on hardware made for it. Scores are always fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
@@ -74,7 +74,7 @@ class EvaluateOptions(BenchmarkOptions, ModelOptions):  # --help lists the optio
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
 
     @property
-    def models(self) -> dict[str, ModelOptions]:
+    def models(self) -> dict[str, EncodingOptions]:
         """The models, keyed by their names in tables."""
         models = list(filter(None, self.model.split(",")))
         if not models:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from datamodules.options import option
 from datamodules.records import UserError, check_name
-from experiments.build.models import ModelOptions, stem
+from experiments.build.models import ModelOptions, default_similarity, stem
 from experiments.config.arguments import parse
 from experiments.results.model_card import CARD, INTRODUCTION, write_card
 from experiments.shared.console import entry_point
@@ -54,7 +54,7 @@ class ExportOptions(ModelOptions):
     overwrite: bool = option(False, "replace the output if it is an earlier export, for instance to add onnx=yes")
     onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "similarity of vectors; by default that of the run. Without a run: dot if backbone= is set, else cosine"
+        None, "similarity of vectors, by default as the model was trained, else cosine"
     )
 
 
@@ -66,11 +66,12 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"task: needs format=plain; format={options.format} always contains all tasks")
     check_name("task", options.task)
     run, config = options.run_folder(), options.run_config()
-    similarity = options.similarity or options.similarity_of(config)
     output = options.output or default_output(options, run)
     inputs = _inputs(options, run)
     check_output(output, options.overwrite, inputs)
     encoder = options.load(config, task=options.task)
+    similarity = options.similarity or default_similarity(encoder, config)
+    encoder.similarity = similarity
 
     if options.format == "reference":
         save_reference(encoder, output)

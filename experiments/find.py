@@ -17,7 +17,7 @@ from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_file
 from datamodules.records import Document, UserError
-from experiments.build.models import ModelOptions
+from experiments.build.models import EncodingOptions
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.losses import comparable
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class FindOptions(ModelOptions):
+class FindOptions(EncodingOptions):
     """Find the papers of an embedded corpus that are nearest to a query.
 
     The default model is the one that embedded the papers.
@@ -44,7 +44,7 @@ class FindOptions(ModelOptions):
     nprobe: int = option(0, "number of index lists to search; 0 uses the number chosen by `make index`", minimum=0)
     query: str = option("", "text to search for")
     queries: Path | None = option(None, "file with queries, instead of query; each line has an id and a text")
-    output: Path | None = option(None, "file for the rankings of queries=, in TREC format")
+    output: Path | None = option(None, "file for the rankings, in TREC format; required by queries=")
     k: int = option(10, "number of papers per query", minimum=1)
 
 
@@ -58,11 +58,11 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("output: expected a file for the rankings of queries=")
     queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
     result = _search_index(options, queries) if options.index else _search_embeddings(options, queries)
-    if options.output and options.queries:
+    if options.output:
         run = Run([query.id for query in queries], result.ids, result.rows, result.scores)
         write_trec(run, options.output, "scimult")
-        log.info("%s: the %d best papers for each of %d queries", options.output, result.rows.shape[1], len(queries))
-    else:
+        log.info("%s: the %d best papers for each query (%d)", options.output, result.rows.shape[1], len(queries))
+    if options.query:
         _show(queries[0].text, result)
 
 

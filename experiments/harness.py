@@ -27,7 +27,7 @@ from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError
-from experiments.build.models import ModelOptions
+from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
@@ -52,7 +52,7 @@ SCIREPEVAL = {  # type of a task -> the task whose expert encodes
 
 
 @dataclass(kw_only=True)
-class HarnessOptions(ModelOptions):
+class HarnessOptions(EncodingOptions):
     """Write files for other evaluation programs. Each file is made with the expert of its task."""
 
     format: Literal["scidocs", "scirepeval", "pmc_patients"] = option(
@@ -72,12 +72,12 @@ class HarnessOptions(ModelOptions):
     split: str = option("test", "pmc_patients only: split of the queries")
     depth: int = option(1000, "pmc_patients only: number of documents per query", minimum=1)
     similarity: Literal["dot", "cosine", "l2"] | None = option(
-        None, "pmc_patients only: similarity of vectors, by default that of the run, dot with backbone=, else cosine"
+        None, "pmc_patients only: similarity of vectors, by default as the model was trained, else cosine"
     )
     vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
     on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or move it to quarantine.jsonl")
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
 
 
@@ -113,8 +113,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.format == "scirepeval" and options.tasks is None:
         raise UserError("tasks: required by format=scirepeval; give its scirepeval_tasks.jsonl")
     config = options.run_config()
-    similarity = options.similarity or options.similarity_of(config)
     encoder = options.load_on_device(config)
+    similarity = options.similarity or default_similarity(encoder, config)
     vectors = VectorCache(encoder, token_budget=options.token_budget, folder=options.vectors)
     write = {"scidocs": _write_scidocs, "scirepeval": _write_scirepeval, "pmc_patients": _write_pmc_patients}
     with whole_folder(options.output) as folder:

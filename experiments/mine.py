@@ -13,7 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
-from experiments.build.models import ModelOptions
+from experiments.build.models import EncodingOptions, device_of
 from experiments.config.arguments import option_keys, parse_known
 from experiments.config.experiment import load_config
 from experiments.config.moved import current_path
@@ -24,12 +24,13 @@ from experiments.shared.console import entry_point
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
+from lightning_modules.retrieval.compute import resolve_device
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class MineOptions(ModelOptions):
+class MineOptions(EncodingOptions):
     """Mine hard negatives for all tasks of an experiment. After a kill, the same command continues.
 
     The model scores the candidates; miners that need no vectors work without one. The experiment's keys mining.k,
@@ -57,10 +58,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     """Mine on all ranks. The first one writes the store and its report."""
-    mining = build_mining(config, vectors_folder)
+    device = device_of(config) if options.device == "auto" else resolve_device(options.device)
+    mining = build_mining(config, vectors_folder, device)
     vectors = None
     if options.model:
-        encoder = options.load_on_device(config)
+        encoder = options.load_on_device(config, device=device)
         for task in mining.miners:
             encoder.expert_of(task)
         vectors = mining.cache(encoder)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import Document, UserError
-from experiments.build.models import ModelOptions, short_name
+from experiments.build.models import EncodingOptions, default_similarity, short_name
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
@@ -46,7 +46,7 @@ BATCH_SIZE = 1024  # texts that mteb passes per call; the encoder splits them in
 
 
 @dataclass(kw_only=True)
-class MtebOptions(ModelOptions):
+class MtebOptions(EncodingOptions):
     """Evaluate a model with mteb.
 
     mteb downloads its data from the hub into HF_HOME. Install it with make install EXTRAS=cpu,mteb.
@@ -60,23 +60,21 @@ class MtebOptions(ModelOptions):
         "folder for mteb's results, by default evaluation/mteb of the run or evaluations/mteb; reuses existing results",
     )
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "similarity of vectors, by default that of the run, dot with backbone=, else cosine"
+        None, "similarity of vectors, by default as the model was trained, else cosine"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(MtebOptions, arguments)
     run, config = options.run_folder(), options.run_config()
-    similarity = options.similarity or options.similarity_of(config)
-    if similarity not in ("dot", "cosine"):
-        raise UserError(f"similarity: mteb needs dot or cosine, but the model was trained with {similarity}")
     experts = dict(name.partition(":")[::2] for name in options.tasks)
     tasks = _find_tasks(list(experts))
     experts = {name: task for name, task in experts.items() if task}
     encoder = options.load_on_device(config)
+    similarity = options.similarity or default_similarity(encoder, config)
     model = MtebEncoder(encoder, short_name(options.model), similarity, experts, options.token_budget)
     for task in tasks:
         log.info("%s: encoded by the expert of %s", task.metadata.name, model.task_of(task.metadata))
@@ -137,7 +135,7 @@ class MtebEncoder:
 
     name: name of the model in mteb's results. similarity: "dot" or "cosine".
     experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     """
 
     def __init__(

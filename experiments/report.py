@@ -29,13 +29,14 @@ class ReportOptions:
     run: Path = option(help="folder of the run, such as runs/moe-sample-seed0-1a2b3c", key="RUN")
     output: Path | None = option(None, "HTML file; by default report.html in the run's folder")
     map: int = option(400, "number of papers on the map, 0 for no map", minimum=0)
+    device: str = option("auto", "device that encodes the papers on the map: cpu, cuda or cuda:N; auto: a GPU if any")
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(ReportOptions, arguments)
     run = RunFiles(options.run)
     output = options.output or run.path / "report.html"
-    run.computed = compute(run, options.map)
+    run.computed = compute(run, options.map, options.device)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(COMPUTED), run.computed)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
@@ -37,6 +38,7 @@ from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.loggers import RunLogger
+from lightning_modules.retrieval.compute import describe_device, matrix_products_in
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +95,10 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     if config.evaluation.baselines:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
-    precision = folder.recorded_precision() or precision_of(config)
+    precision = precision_of(config, folder.recorded_precision())
     trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
-    _log_start(config, folder.path, folder.checkpoint, precision)
+    _log_start(config, folder, precision, trainer.strategy.root_device)
     record_start(
         folder,
         data,
@@ -107,12 +109,15 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     )
     start = time.perf_counter()
     with name_lost_ranks(trainer):
-        fit(trainer, module, data, folder.checkpoint)
+        with matrix_products_in(precision):
+            fit(trainer, module, data, folder.checkpoint)
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
         checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
         step = read_checkpoint(checkpoint)["global_step"]
-        table.finish(load_encoder(checkpoint).to(module.device), checkpoint.name, step)
+        # Not module.device: Lightning has moved the module to the CPU by now.
+        encoder = load_encoder(checkpoint).to(trainer.strategy.root_device)
+        table.finish(encoder, checkpoint.name, step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
         table.show(table.results)
@@ -151,12 +156,13 @@ def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: S
         logger.close()
 
 
-def _log_start(config: Config, folder: Path, checkpoint: Path | None, precision: str) -> None:
-    log.info("%s at scale %s: %s", config.experiment, config.scale, folder)
-    origin = f", from {checkpoint}" if checkpoint else ""
+def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.device) -> None:
+    log.info("%s at scale %s: %s", config.experiment, config.scale, folder.path)
+    origin = f", from {folder.checkpoint}" if folder.checkpoint else ""
     default = precision_of(config)
     kept = "" if precision == default else f", as the run began (a new run would use {default} here)"
-    log.info("%s steps%s, in %s%s", config.trainer.max_steps, origin, precision, kept)
+    where = describe_device(device)
+    log.info("training on %s: %s steps%s, in %s%s", where, config.trainer.max_steps, origin, precision, kept)
 
 
 if __name__ == "__main__":

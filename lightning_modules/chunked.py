@@ -75,19 +75,19 @@ def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedd
     if index >= len(batch.chunks):
         return _embed_nothing(encoder, batch)
     chunk = batch.chunks[index]
-    vectors, penalty = encoder.forward_with_penalty(chunk.input_ids, chunk.attention_mask, batch.task)
+    vectors, penalty = encoder.forward_with_penalty(chunk, batch.task)
     return Embedded(vectors, penalty * (len(chunk) / sum(len(other) for other in batch.chunks)))
 
 
 def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
     """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
-    text = batch.chunks[0]
-    vectors, penalty = encoder.forward_with_penalty(text.input_ids[:1], text.attention_mask[:1], batch.task)
+    vectors, penalty = encoder.forward_with_penalty(batch.chunks[0].select([0]), batch.task)
     return Embedded(vectors[:0], 0.0 * penalty)
 
 
 def _embed_chunks(encoder: Encoder, batch: ContrastiveBatch, forwards: int) -> Embedded:
-    chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
+    with encoder.casting():
+        chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
     return Embedded(torch.cat([chunk.vectors for chunk in chunks]), sum(chunk.penalty for chunk in chunks))
 
 

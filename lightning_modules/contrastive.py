@@ -18,7 +18,7 @@ from lightning_modules.encoders.loading import describe
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
-from lightning_modules.task_balance import UncertaintyWeights
+from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
 
 
 class ContrastiveModule(L.LightningModule):
@@ -57,6 +57,7 @@ class ContrastiveModule(L.LightningModule):
             if name and model is None:
                 raise UserError(f"{role}.model: {name!r} is not loaded here; pass a FrozenEncoder as {role}_model")
         self.encoder = encoder
+        encoder.similarity = options.similarity  # part of its description in checkpoints
         self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
 
@@ -111,9 +112,13 @@ class ContrastiveModule(L.LightningModule):
         return int(steps)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Lightning refuses to clip under autocast with a fused optimizer, because of loss scaling. bf16 needs none.
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        # Lightning refuses to clip with a fused optimizer in fp16, because its step divides gradients by the scale of
+        # the loss. If they are divided here, it does not do so again.
+        if not gradient_clip_val:
+            return
+        if (scaler := loss_scaler(self._trainer)) is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description from which load_encoder rebuilds the encoder."""

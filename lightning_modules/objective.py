@@ -25,7 +25,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch
+from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
@@ -286,7 +286,8 @@ class FrozenEncoder:
         self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
 
     def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
-        assert batch.texts, "the batch has no texts: set BatchOptions.carry_texts"
+        if not batch.texts:
+            raise UserError("the batch has no texts, which a guide or teacher needs: set BatchOptions.carry_texts")
         device = batch.queries.device
         if self.encoder.device != device:
             self.encoder.to(device)

@@ -30,6 +30,11 @@ from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import world_size
 
 
+def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
+    """Return what scales losses and gradients in fp16, or None in another precision or without a trainer."""
+    return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+
+
 class UncertaintyWeights(nn.Module):
     """Turns the loss L of a task into exp(-s) L + s / 2, where s is a learned log-variance, 0 at the start."""
 
@@ -169,7 +174,8 @@ class GradientBalance(L.Callback):
         self.task = batch.task
 
     def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
-        self.losses[self.task] += loss.detach()
+        scaler = loss_scaler(trainer)  # Lightning has scaled the loss already
+        self.losses[self.task] += loss.detach() / (scaler.get_scale() if scaler else 1)
 
     def on_after_backward(self, *_: Any) -> None:
         self.gradients.take(self.task)
@@ -216,7 +222,8 @@ class GradNorm(GradientBalance):
             self.weights, self.first_losses = torch.ones_like(losses), losses
         weights, step = self.weights, trainer.global_step + 1
         norms = self.gradients.products().diagonal().double().cpu().sqrt()
-        self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        if norms.isfinite().all():  # in fp16, gradients overflow now and then, and the optimizer skips the step
+            self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
         if step % self.every_n_steps == 0:
             values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
             for logger in trainer.loggers:

@@ -161,6 +161,8 @@ def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents,
     query, positive, negative = (_read_paper(record, key) for key in ("query", "pos", "neg"))
     if positive.id in (query.id, negative.id):
         raise UserError(f"pos: {positive.id!r} is also the query or the negative")
+    if negative.id == query.id:
+        raise UserError(f"neg: {negative.id!r} is also the query")
     _check_same(queries, query)
     add_repeated(corpus, [positive, negative])
     queries[query.id] = query

@@ -51,7 +51,7 @@ class BenchmarkOptions:
     run: Path | None = option(None, "run whose collections to evaluate on, by default the model's")
     similarity: tuple[Literal["dot", "cosine", "l2"], ...] = option(
         (),
-        "similarity of vectors, or several; by default the model's: that of its run, dot with backbone=, else cosine. "
+        "similarity of vectors, or several; by default as the model was trained, else cosine. "
         "It changes the protocol of benchmarks with their own similarity",
     )
 

@@ -12,6 +12,7 @@ import torch
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError
+from experiments.build.models import device_of
 from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
@@ -47,8 +48,8 @@ def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: i
     return max(1, round(config.mining.every_n_epochs * batches / batches_per_step))
 
 
-def build_mining(config: Config, vectors: Path) -> Mining:
-    """Build the mining of all tasks. vectors: folder of cached vectors."""
+def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
+    """Build the mining of all tasks. vectors: folder of cached vectors. device: device of the guide model."""
     settings = config.mining
     nodes = {task: settings.miners.get(task, settings.miner) for task in config.task}
     if not any(nodes.values()):
@@ -68,6 +69,7 @@ def build_mining(config: Config, vectors: Path) -> Mining:
         token_budget=config.data.token_budget,
         seed=config.run.seed,
         guide=guide,
+        device=device,
     )
 
 
@@ -84,7 +86,7 @@ def build_mining_callback(
             "mining.first_step: nothing is mined, as the first mining would be at step %d, but trainer.max_steps is %d"
         )
         log.warning(message, first, max_steps)
-    mining = build_mining(config, folder / NEGATIVES / "vectors")
+    mining = build_mining(config, folder / NEGATIVES / "vectors", device_of(config))
     for task in data.tasks:
         if not task.options.num_hard_negatives and task.task.name in mining.miners:
             log.info("%s: not mined, because task.%s.num_hard_negatives is 0", task.task.name, task.task.name)

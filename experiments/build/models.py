@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ from datamodules.records import Benchmark, UserError, check_name
 from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
 from experiments.shared.output import shortened
+from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder
+from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder, similarity_of
+from lightning_modules.retrieval.compute import default_device, describe_device, resolve_device
 from lightning_modules.retrieval.vector_cache import VectorCache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -72,16 +77,6 @@ class ModelOptions:
             raise UserError(f"pooling: only plain models take it; {self.model} has its own, {encoder.pooling}")
         return encoder
 
-    def load_on_device(self, config: Config | None = None, *, task: str = "") -> Encoder:
-        """Return the encoder as load() does, on the GPU if there is one."""
-        return self.load(config, task=task).to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def similarity_of(self, config: Config | None) -> str:
-        """Return the default similarity: that of the model's run, dot for the authors' checkpoints, else cosine."""
-        if config:
-            return config.objective.similarity
-        return "dot" if self.backbone else "cosine"
-
     def _adapter_folders(self) -> dict[str, str]:
         folders = {}
         for adapter in self.adapters:
@@ -90,6 +85,32 @@ class ModelOptions:
                 raise UserError(f"adapters: expected task:FOLDER, with commas between several, got {adapter!r}")
             folders[task] = folder
         return folders
+
+
+@dataclass(kw_only=True)
+class EncodingOptions(ModelOptions):
+    """Which model to load, and where it computes."""
+
+    device: str = option("auto", "device of the model: cpu, cuda or cuda:N; auto: a GPU if there is one")
+
+    def load_on_device(
+        self, config: Config | None = None, *, task: str = "", device: torch.device | None = None
+    ) -> Encoder:
+        """Return the encoder as load() does, on a device, by default that of the options."""
+        device = device or resolve_device(self.device)
+        encoder = self.load(config, task=task).to(device)
+        log.info("%s on %s", self.model, describe_device(device))
+        return encoder
+
+
+def default_similarity(encoder: Encoder, config: Config | None) -> str:
+    """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
+    return similarity_of(encoder) or (config.objective.similarity if config else "cosine")
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the device that this process trains an experiment on."""
+    return torch.device("cpu") if config.trainer.accelerator == "cpu" else default_device(launch.local_rank())
 
 
 def _resolve(model: str) -> str:
@@ -149,7 +170,7 @@ class System:
 
 
 def load_systems(
-    models: Mapping[str, ModelOptions],
+    models: Mapping[str, EncodingOptions],
     config: Config | None,
     similarities: Sequence[str] = (),
     *,
@@ -158,7 +179,7 @@ def load_systems(
     token_budget: int | None = None,
     vectors_folder: Path | None = None,
 ) -> list[System]:
-    """Load the models, on the GPU if there is one. Each becomes a system under every similarity.
+    """Load the models, on their devices. Each becomes a system under every similarity.
 
     models: name in tables -> model; "bm25" is not loaded. config: configuration of the model's run, if any.
     similarities: similarities to compare, by default each model's own.
@@ -177,7 +198,7 @@ def load_systems(
                 raise UserError(f"max_length: {options.model} supports at most {longest} tokens, got {max_length}")
             encoder.max_length = max_length
         vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
-        for similarity in similarities or [options.similarity_of(config)]:
+        for similarity in similarities or [default_similarity(encoder, config)]:
             full_name = f"{name}-{similarity}" if len(similarities) > 1 else name
             systems.append(System(full_name, options.model, encoder, similarity, vectors))
     return systems

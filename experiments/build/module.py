@@ -12,6 +12,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
+from experiments.build.models import device_of
 from experiments.config.schema import Config
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import ContrastiveModule
@@ -26,9 +27,10 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
-from lightning_modules.encoders.loading import continue_from, load_encoder
+from lightning_modules.encoders.loading import continue_from, load_encoder, similarity_of
 from lightning_modules.objective import FrozenEncoder
 from lightning_modules.objective_options import GuideOptions, TeacherOptions, check_objective
+from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +121,8 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
     """Return the nearest task of the encoder for each new task: the one with the lowest loss on its first batches."""
-    module, nearest, experts = _training_module(config, encoder), {}, set()
+    module, nearest, experts = _training_module(config, encoder).to(device_of(config)), {}, set()
+    log.info("finding the nearest tasks on %s", describe_device(encoder.device))
     for task in data.tasks:
         name, expert = task.task.name, task.task.expert
         losses = losses_by_task(module, first_batches(task, encoder.tokenizer, NEAREST_BATCHES))
@@ -144,7 +147,13 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if the experiment describes a different encoder than extend.model."""
+    """Raise UserError if the experiment describes a different encoder than extend.model, or another similarity."""
+    similarity = similarity_of(encoder)
+    if similarity not in (None, config.objective.similarity):
+        raise UserError(
+            f"objective.similarity: extend.model was trained with {similarity}, and its old tasks need it; got "
+            f"{config.objective.similarity}"
+        )
     kind = f"{type(encoder).__module__}.{type(encoder).__name__}"
     differing = {key: value for key, value in config.encoder.items() if encoder.config.get(key, kind) != value}
     if differing:

@@ -12,12 +12,14 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
+from experiments.build.models import device_of
 from experiments.config.experiment import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
@@ -34,6 +36,9 @@ from lightning_modules.retrieval.compute import resolve_precision
 from lightning_modules.task_balance import GradNorm, PCGrad
 
 log = logging.getLogger(__name__)
+
+# TF32 is a setting of matrix products (matrix_products_in), which Lightning does not know.
+LIGHTNING_PRECISIONS = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def on_a_terminal() -> bool:
@@ -76,10 +81,12 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
     return Evaluation(benchmarks, settings.metrics, settings.every_n_steps, config.data.token_budget, folder / BEST)
 
 
-def precision_of(config: Config) -> str:
-    """Return the precision of a new run on this machine: "fp32" or "bf16"."""
-    on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    return resolve_precision(config.trainer.precision, "cuda" if on_gpu else "cpu")
+def precision_of(config: Config, recorded: str | None = None) -> str:
+    """Return the precision of a run on this machine: "fp32", "tf32", "bf16" or "fp16".
+
+    recorded: the precision that a resumed run began with, and keeps.
+    """
+    return resolve_precision(recorded or config.trainer.precision, device_of(config))
 
 
 def warn_about_cores(config: Config) -> None:
@@ -99,8 +106,12 @@ def build_trainer(
     folder: Path,
     precision: str,
 ) -> L.Trainer:
-    """Create the trainer. folder: folder of the run. precision: "fp32" or "bf16"."""
+    """Create the trainer. folder: folder of the run. precision: a result of precision_of."""
     settings = config.trainer
+    lightning_precision: str | None = LIGHTNING_PRECISIONS[precision]
+    plugins = [SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)]
+    if precision == "fp16" and device_of(config).type == "cpu":  # Lightning alone would compute in bf16
+        lightning_precision, plugins = None, [MixedPrecision("16-mixed", "cpu"), *plugins]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*")
         return L.Trainer(
@@ -111,12 +122,12 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(config, encoder),
-            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
+            precision=lightning_precision,
             gradient_clip_val=settings.gradient_clip_val or None,
             accumulate_grad_batches=batches_per_step(config),
             callbacks=callbacks,
             logger=loggers,
-            plugins=[SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)],
+            plugins=plugins,
             enable_checkpointing=False,  # LastCheckpoint and Evaluation write the checkpoints
             enable_progress_bar=on_a_terminal(),
             enable_model_summary=False,

@@ -58,7 +58,7 @@ class DataConfig:
         minimum=0,
     )
     max_length: int = option(256, "maximum number of tokens of a text: [CLS], at least one word, [SEP]", minimum=3)
-    token_budget: int = option(16384, "maximum number of padded tokens per forward pass", minimum=1)
+    token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
     num_workers: int = option(0, "processes that prepare batches; 0: the training process itself", minimum=0)
@@ -118,8 +118,10 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
     devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
     num_nodes: int = option(1, "number of machines", minimum=1)
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "auto: bf16 on hardware made for it (GPUs, CPUs with AMX); a resumed run keeps its precision"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "auto",
+        "auto: bf16 on hardware made for it (GPUs, CPUs with AMX), else fp32; fp16 is for GPUs without bf16, tf32 is "
+        "fp32 with faster products on GPUs; a resumed run keeps its precision",
     )
     gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     accumulate_grad_batches: int = option(
@@ -285,6 +287,8 @@ def _check_sharding(config: Config) -> None:
         raise UserError(
             "trainer.strategy: fsdp shards weights over ranks, but there is only one; set trainer.devices=2"
         )
+    if config.trainer.precision == "fp16":  # each rank would decide alone whether a step overflowed
+        raise UserError("trainer.strategy: fsdp does not support trainer.precision=fp16; set ddp, or bf16")
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from datamodules.records import Benchmark, UserError
 from experiments.config.experiment import from_dict
@@ -24,6 +25,7 @@ from experiments.results.comparison import (
     short_text,
 )
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
+from lightning_modules.retrieval.compute import describe_device, resolve_device
 from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
@@ -33,10 +35,10 @@ TYPICAL = (0.9, 0.5)  # quantiles of the queries that are shown as typical
 NUM_HARDEST, NUM_RANKED = 3, 5
 
 
-def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
+def compute(run: RunFiles, num_papers: int, device: str = "auto") -> dict[str, Any]:
     """Return the numbers of the report that no other file of the run contains.
 
-    num_papers: number of papers on the map, 0 for no map.
+    num_papers: number of papers on the map, 0 for no map. device: name of the device that encodes them.
     """
     seconds = sum(attempt["seconds"] or 0 for attempt in run.manifest.get("attempts", ()))
     computed: dict[str, Any] = {
@@ -54,7 +56,7 @@ def compute(run: RunFiles, num_papers: int) -> dict[str, Any]:
         queries = {name: _queries(trained, name) for name in trained.benchmarks}
         computed["queries"] = {name: content for name, content in queries.items() if content}
     if num_papers:
-        computed["map"] = paper_map(run, num_papers)
+        computed["map"] = paper_map(run, num_papers, resolve_device(device))
     return computed
 
 
@@ -151,7 +153,7 @@ def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
     }
 
 
-def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
+def paper_map(run: RunFiles, num_papers: int, device: torch.device) -> dict[str, Any] | None:
     """Return the same test papers in two dimensions, as the expert of each task encodes them.
 
     Returns None if the run has no checkpoint, no data, or no task whose queries are papers.
@@ -160,7 +162,7 @@ def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
         config = from_dict(run.config, str(run.path / "config.yaml"))
         benchmarks = benchmarks_of_run(run.path.resolve(), config.evaluation.split).values()
         checkpoint = checkpoint_of(run.path)
-        encoder = load_encoder(checkpoint)
+        encoder = load_encoder(checkpoint).to(device)
     except (UserError, OSError) as error:
         log.warning("no map of papers: %s", error)
         return None
@@ -172,7 +174,7 @@ def paper_map(run: RunFiles, num_papers: int) -> dict[str, Any] | None:
     benchmark = candidates[0]
     ids = evenly_spaced(list(benchmark.queries), num_papers)
     names, groups = label_groups(benchmark, ids) if labelled else ([], [0] * len(ids))
-    log.info("encoding %d papers for the map", len(ids))
+    log.info("encoding %d papers for the map on %s", len(ids), describe_device(device))
     papers = [benchmark.queries[id] for id in ids]
     maps = {}
     for task in encoder.tasks:

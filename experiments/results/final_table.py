@@ -23,6 +23,7 @@ from experiments.results.results import (
 from experiments.run.folder import RunFolder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class FinalTable:
 
     def baselines(self, encoder: Encoder) -> None:
         """Evaluate BM25, and the encoder before training: untrained, or loaded by init_from or extend.model."""
+        log.info("baselines on %s", describe_device(encoder.device))
         start = "start" if self.config.init_from or self.config.extend.model else "untrained"
         tables = combine(self._evaluate(System("bm25", "bm25", None, "bm25")), self._evaluate_encoder(start, encoder))
         if rank() == 0:
@@ -59,6 +61,7 @@ class FinalTable:
 
         checkpoint: name of the file that the encoder was loaded from. checkpoint_step: optimizer step of that file.
         """
+        log.info("final table on %s", describe_device(encoder.device))
         info = RunInfo(
             experiment=self.config.experiment,
             scale=self.config.scale,

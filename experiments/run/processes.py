@@ -23,6 +23,7 @@ import torch.distributed as dist
 from datamodules.records import UserError
 from experiments.shared.plain import say
 from lightning_modules.distributed import launch
+from lightning_modules.retrieval.compute import default_device
 
 LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the id of the process that launched this one
 GRACE = 10.0  # seconds that a rank waits before it raises an error that another rank may have caused
@@ -172,11 +173,9 @@ class Share:
         return range(self.index, count, self.count)
 
     @property
-    def device(self) -> str:
+    def device(self) -> torch.device:
         """The process's GPU, or the CPU if there is none."""
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return default_device(self.local_rank)
 
 
 def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:

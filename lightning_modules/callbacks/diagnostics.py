@@ -34,7 +34,7 @@ from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
 from lightning_modules.pictures import write_expert_picture
-from lightning_modules.task_balance import TaskGradients
+from lightning_modules.task_balance import TaskGradients, loss_scaler
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +113,11 @@ class Diagnostics(L.Callback):
         """Return norms and cosines of the tasks' gradients; empty if the tasks share no parameters."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
+        scaler = loss_scaler(trainer)
+        scale = scaler.get_scale() if scaler else 1.0  # without it, small gradients would vanish in fp16
         for task in gradients.tasks:
             with trainer.precision_plugin.train_step_context():
-                loss = module.training_step(self.batches[task], 0)["loss"]
+                loss = scale * module.training_step(self.batches[task], 0)["loss"]
             if sharded:
                 gradients.add(task, sharded_gradients(loss, trained))
             else:
@@ -128,9 +130,9 @@ class Diagnostics(L.Callback):
         if sharded:
             dist.all_reduce(products)  # each rank has computed the products of its slices
         products = products.cpu()
-        norms = products.diagonal().sqrt()
+        norms = products.diagonal().sqrt()  # times the scale, which the cosines do not depend on
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
-        values = {f"{task}/gradient_norm": norms[i].item() for i, task in enumerate(gradients.tasks)}
+        values = {f"{task}/gradient_norm": norms[i].item() / scale for i, task in enumerate(gradients.tasks)}
         for i, task in enumerate(gradients.tasks):
             for j, other in enumerate(gradients.tasks[:i]):
                 values[f"{task}/gradient_cosine/{other}"] = cosines[i, j].item()

@@ -29,7 +29,7 @@ class Evaluation(L.Callback):
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     path: file of the best checkpoint.
     """
 

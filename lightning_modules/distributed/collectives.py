@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 from datamodules.records import UserError
+from lightning_modules.distributed.signals import Preempted
 
 Result = TypeVar("Result")
 
@@ -49,19 +50,26 @@ def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 def together(work: Callable[[], Result]) -> Result:
     """Call a function on all ranks, wait for all of them, and return this rank's result.
 
-    If one rank raises UserError, all ranks raise it, so that none waits forever.
+    If one rank raises an error, all ranks raise one, so that none waits forever: the same UserError, or a RuntimeError
+    that names the rank and its error. Preempted ends the rank at once.
     """
     if world_size() == 1:
         return work()
     result, error = None, None
     try:
         result = work()
-    except UserError as raised:
-        error = str(raised)
-    errors: list[str | None] = [None] * world_size()
-    dist.all_gather_object(errors, error)
-    for first in filter(None, errors):
-        raise UserError(first)
+    except Preempted:
+        raise
+    except Exception as raised:
+        error = raised
+    is_mistake = isinstance(error, UserError)
+    messages: list[tuple[bool, str] | None] = [None] * world_size()
+    dist.all_gather_object(messages, error and (is_mistake, str(error) if is_mistake else repr(error)))
+    if error is not None and not is_mistake:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise UserError(message[1]) if message[0] else RuntimeError(f"rank {number} failed: {message[1]}")
     return result
 
 

@@ -29,6 +29,11 @@ def rank(devices: int = 1) -> int:
     return node * devices + number("LOCAL_RANK")
 
 
+def local_rank() -> int:
+    """Return the rank among the processes of this machine."""
+    return number("SLURM_LOCALID" if "LOCAL_RANK" not in os.environ and under_srun() else "LOCAL_RANK")
+
+
 def under_srun() -> bool:
     """Return whether srun started this process itself, and not just a shell that contains it."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and not by_torchrun()

@@ -25,7 +25,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
-from lightning_modules.encoders.loading import dense_key, load_weights
+from lightning_modules.encoders.loading import dense_key, load_weights, similarity_of
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.shared import SharedEncoder
@@ -57,6 +57,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     backbone = meta_backbone(copy.deepcopy(encoder.backbone.config))
     plain = kind(backbone, encoder.tokenizer, {task: expert or task}, **arguments)
     load_weights(plain, {key: torch.stack(t).mean(0) if t[1:] else t[0] for key, t in tensors.items()}, task)
+    plain.similarity = similarity_of(encoder)
     return plain.eval()
 
 
@@ -67,11 +68,11 @@ def average(encoder: Encoder) -> Encoder:
     return plain
 
 
-def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str = "dot") -> Path:
+def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str | None = None) -> Path:
     """Write one task as a plain folder for transformers, sentence-transformers and text-embeddings-inference.
 
     task: a task of the encoder, or "average" for the mean of all experts.
-    similarity: "dot" or "cosine", how vectors are compared.
+    similarity: "dot" or "cosine", how vectors are compared; by default as in training, dot if unknown.
     """
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
@@ -79,7 +80,7 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
     tokenizer = copy.deepcopy(plain.tokenizer)
     tokenizer.model_max_length = plain.max_length
     tokenizer.save_pretrained(folder)
-    for name, content in _sentence_transformers_files(plain, task, similarity).items():
+    for name, content in _sentence_transformers_files(plain, task, similarity or plain.similarity or "dot").items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if plain.normalize:

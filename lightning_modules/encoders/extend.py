@@ -50,5 +50,6 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
 
 def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
     """Return the loss of a batch when its texts are encoded for another task. The objective is that of its own task."""
+    batch = batch.to(module.encoder.device)
     vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
     return float(module.objective(vectors, batch)["loss"] + penalty)

@@ -29,6 +29,7 @@ from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.scimult_format import from_reference, is_reference
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.losses import SIMILARITIES
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,13 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
         "kind": f"{kind.__module__}.{kind.__name__}",
         "arguments": encoder.config,
         "backbone": json.loads(encoder.backbone.config.to_json_string(use_diff=False)),
+        "similarity": similarity_of(encoder),
     }
+
+
+def similarity_of(encoder: Encoder) -> str | None:
+    """Return the similarity that an encoder was trained with, or None if its files do not say."""
+    return getattr(encoder, "similarity", None)
 
 
 def build(
@@ -71,11 +78,19 @@ def build(
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         settings = dict(description["backbone"])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        return kind(meta_backbone(config), tokenizer, **description["arguments"])
+        encoder = kind(meta_backbone(config), tokenizer, **description["arguments"])
+        encoder.similarity = _known_similarity(description.get("similarity"))  # older descriptions have none
+        return encoder
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except Exception as error:  # a damaged description can raise anything
         raise UserError(f"{source}: cannot build a {kind.__name__} from its description ({reason(error)})") from error
+
+
+def _known_similarity(similarity: object) -> str | None:
+    if similarity not in (None, *SIMILARITIES):
+        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    return similarity
 
 
 def _encoder_class(path: object) -> type[Encoder]:
@@ -125,7 +140,9 @@ def load_encoder(
     else:
         encoder = _load_plain(str(model), tasks or DEFAULT_TASKS, pooling, key)
     if adapters:
+        similarity = similarity_of(encoder)
         encoder = with_adapters(encoder, adapters)
+        encoder.similarity = similarity
     return encoder.eval()
 
 
@@ -162,10 +179,13 @@ def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: s
     prompt = (prompts.get(settings.get("default_prompt_name") or "") or "").strip()
     if prompt:
         arguments["pool_prompt"] = pooling_config.get("include_prompt", True)
-        return PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **arguments)
-    if any(prompts.values()):
-        log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(prompts))
-    return SharedEncoder(backbone, tokenizer, tasks, **arguments)
+        encoder: Encoder = PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **arguments)
+    else:
+        if any(prompts.values()):
+            log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(prompts))
+        encoder = SharedEncoder(backbone, tokenizer, tasks, **arguments)
+    encoder.similarity = next((s for s in SIMILARITIES if s == settings.get("similarity_fn_name")), None)
+    return encoder
 
 
 def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None) -> Encoder:
@@ -178,6 +198,7 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
             )
         empty, tokenizer = load_backbone(str(backbone), "backbone", with_weights=False)
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)
+        encoder.similarity = "dot"  # SciMult (paper, equation 2) and DPR
     elif isinstance(checkpoint, dict) and {"encoder", "state_dict"} <= set(checkpoint):
         if not isinstance(checkpoint["encoder"], Mapping) or not isinstance(checkpoint["state_dict"], Mapping):
             raise UserError(f"{path}: the entries encoder and state_dict must be mappings; the file is damaged")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from datamodules.options import option
@@ -25,9 +26,11 @@ from datamodules.records import Document, MinedNegatives, MiningPool, Ragged, Us
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.mining import filters
 from lightning_modules.mining.filters import Sieve
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
+from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores
 from lightning_modules.retrieval.vector_cache import VectorCache
 
@@ -99,7 +102,7 @@ def mine(
     miner: Miner | None = None,
     options: MiningOptions | None = None,
     *,
-    similarity: str = "dot",
+    similarity: str | None = None,
     vectors: VectorCache | None = None,
     guide: VectorCache | None = None,
     pools: Sequence[MiningPool] = (),
@@ -110,7 +113,7 @@ def mine(
 
     encoder: encoder that scores the candidates; optional without margins if the miner needs no vectors.
     miner: miner that proposes the candidates, by default DenseMiner.
-    similarity: "dot" or "cosine", the similarity that the encoder was trained with.
+    similarity: "dot" or "cosine", by default the one that the encoder was trained with, dot if unknown.
     vectors: cache of the encoder's vectors, by default in memory.
     guide: cache of a guide model's vectors, for options.guide_margin.
     pools: pools of all tasks, for miners that use other tasks.
@@ -120,6 +123,9 @@ def mine(
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
     prepared = {} if prepared is None else prepared
+    for name, texts in (("documents", pool.corpus), ("queries", pool.queries)):
+        if not len(texts):
+            raise UserError(f"{pool.name}: nothing to mine, because it has no {name}")
     if options.first_rank >= len(pool.corpus):
         raise UserError(
             f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
@@ -135,6 +141,7 @@ def mine(
                 f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
                 "absolute_margin to null"
             )
+        similarity = similarity or similarity_of(encoder) or "dot"
         queries, documents = _vectors_of(vectors or VectorCache(encoder, similarity=similarity), pool)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
@@ -155,9 +162,10 @@ class Mining:
     miners: task -> miner. Other tasks are not mined.
     folder: folder of cached vectors.
     similarity: similarity that the encoder is trained with.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     seed: sampling seed.
     guide: guide model.
+    device: device of the guide model where no encoder has one.
     """
 
     def __init__(
@@ -170,9 +178,11 @@ class Mining:
         token_budget: int | None = None,
         seed: int = 0,
         guide: Encoder | None = None,
+        device: torch.device | str = "cpu",
     ):
         self.options, self.miners, self.folder = options, dict(miners), Path(folder)
         self.similarity, self.token_budget, self.seed, self.guide = similarity, token_budget, seed, guide
+        self.device = device
         self._prepared: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
@@ -202,9 +212,10 @@ class Mining:
         step: optimizer step, used as an additional sampling seed.
         Raises UserError if a task has no negatives left.
         """
-        guide = None
+        guide, device = None, vectors.encoder.device if vectors else self.device
+        log.info("mining on %s", describe_device(device))
         if self.guide is not None:
-            self.guide.to(vectors.encoder.device if vectors else "cpu")
+            self.guide.to(device)
             guide = VectorCache(self.guide, self.folder / "guide", similarity="cosine", shard_size=SHARD)
         mined: dict[str, list[Mined]] = {}
         for pool in pools:

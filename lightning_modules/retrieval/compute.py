@@ -1,44 +1,98 @@
-"""Precision and token budget of forward passes without gradients."""
+"""Device, precision and token budget of forward passes without gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
-# Maximum number of padded tokens per forward pass. A CPU is fastest when they fit into its cache.
+from datamodules.records import UserError
+
+# Maximum number of tokens per forward pass. A CPU is fastest when they fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # type of matrix products, where it is not float32
+TF32_CAPABILITY = (8, 0)  # GPUs have TF32 from Ampere on
+
+
+def default_device(number: int | None = None) -> torch.device:
+    """Return a GPU if there is one, else the CPU. number: index of the GPU, by default that of this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if number is None else number % torch.cuda.device_count())
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device with a name: "auto" (default_device), "cpu", "cuda" or "cuda:N".
+
+    Raises UserError for another name, or if this machine has no such device.
+    """
+    if name == "auto":
+        return default_device()
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
+            return device
+        if device.type == "cuda":
+            raise UserError(f"device: got {name}, but this machine has {count or 'no'} GPUs")
+    raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+
+
+def describe_device(device: torch.device | str) -> str:
+    """Return a device for the log: "cpu", or "cuda:0 (NVIDIA H100)"."""
+    device = torch.device(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def default_token_budget(device: torch.device | str) -> int:
-    """Return the default maximum number of padded tokens per forward pass on a device."""
+    """Return the default maximum number of tokens per forward pass on a device."""
     return TOKEN_BUDGETS.get(torch.device(device).type, TOKEN_BUDGETS["cuda"])
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
-    """Return "fp32" or "bf16". "auto" means bf16 on GPUs with native support and on CPUs with AMX.
+    """Return "fp32", "tf32", "bf16" or "fp16". "auto" means bf16 on GPUs with native support and on CPUs with AMX.
 
-    bf16 instructions alone (avx512_bf16) do not make a CPU fast. On one such CPU, matrix products were 2.5 times as
-    fast as in fp32, on another 0.55 times as fast. bf16_speed measures this.
+    tf32 means fp32 on hardware without TF32. bf16 instructions alone (avx512_bf16) do not make a CPU fast. On one such
+    CPU, matrix products were 2.5 times as fast as in fp32, on another 0.55 times as fast. bf16_speed measures this.
     """
+    on_gpu = torch.device(device).type == "cuda"
+    if precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability() >= TF32_CAPABILITY):
+        return "fp32"
     if precision != "auto":
         return precision
-    on_gpu = torch.device(device).type == "cuda"
     native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
 
 
-def computing_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return an autocast context for forward passes in this precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
+@contextlib.contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute forward passes in this precision, whatever the surrounding code has set."""
+    resolved = resolve_precision(precision, device)
+    dtype = AUTOCAST.get(resolved)
+    autocast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    with matrix_products_in(resolved), autocast:
+        yield
+
+
+@contextlib.contextmanager
+def matrix_products_in(precision: str) -> Iterator[None]:
+    """Let float32 matrix products on a GPU use TF32 (10 bits of mantissa) if precision is "tf32", and not otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def active_precision(device: torch.device) -> str:
-    """Return the precision of the active autocast, "fp32" if there is none."""
-    active = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if active else torch.float32
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
+    """Return the precision of the active autocast, or without one "fp32", or "tf32" if matrix products may use it."""
+    if not torch.is_autocast_enabled(device.type):
+        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    dtype = torch.get_autocast_dtype(device.type)
+    return {dtype: name for name, dtype in AUTOCAST.items()}.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def bf16_speed() -> float:

@@ -51,7 +51,7 @@ def embed_shard(
     tasks: name in the result -> task of the encoder.
     similarity: "cosine" normalises the vectors.
     dtype: type of the result, "float32" or "float16".
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     Raises UserError for vectors that are not finite, or overflow in float16.
     """
     encoded = encoder.encode(list(documents), tasks=list(tasks.values()), token_budget=token_budget, advance=advance)
@@ -77,10 +77,10 @@ class ShardFolder:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
                 _write_json(path, self.metadata)
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored["precision"] = FORMER_PRECISIONS.get(stored.get("precision"), stored.get("precision"))
-        except (OSError, ValueError) as error:
+            stored = read_object(path)
+        except OSError as error:
             raise UserError(f"{folder}: cannot be used as a folder of shards ({error})") from error
+        stored["precision"] = FORMER_PRECISIONS.get(str(stored.get("precision")), stored.get("precision"))
         changes = [
             f"{key}: {stored.get(key)} then, {self.metadata.get(key)} now"
             for key in sorted(stored.keys() | self.metadata.keys())
@@ -111,11 +111,11 @@ class ShardFolder:
         path = self._record_path(number)
         if not path.is_file():
             return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return {key: record[key] for key in ("ids", "texts", "vectors")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error})") from error
+        record = read_object(path)
+        for key, kind in (("ids", list), ("texts", str), ("vectors", dict)):
+            if not isinstance(record.get(key), kind):
+                raise UserError(f"{path}: damaged ({key} is missing, or not a {kind.__name__})")
+        return record
 
     def vectors(self, number: int, task: str, record: Mapping[str, Any]) -> np.ndarray:
         """Return the vectors (n, D) of a shard for a task. Raises UserError if the file is damaged."""
@@ -159,7 +159,7 @@ class ShardFolder:
         if None in records:
             raise UserError(f"{self.folder}: shard {records.index(None)} is missing; run the same command again")
         ids = [id for record in records for id in record["ids"]]
-        hashes = [record["vectors"][task] for record in records]
+        hashes = [record["vectors"].get(task) for record in records]
         metadata = self.metadata | dict(source) | {"task": task, "count": len(ids), "shards": hashes}
         if path.is_file() and _sidecar(path, ".json").is_file() and read_metadata(path) == metadata:
             return len(ids)
@@ -231,14 +231,18 @@ def open_matrix(path: Path, task: str = "") -> Matrix:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a matrix or an index. Raises UserError if it is missing or damaged."""
-    file = _sidecar(path, ".json")
+    return read_object(_sidecar(path, ".json"))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object. Raises UserError if it is missing, damaged or has something else."""
     try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(metadata, dict):
-            raise ValueError("not a JSON object")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-    return metadata
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_ids(path: Path, count: int) -> list[str]:

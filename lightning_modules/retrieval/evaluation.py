@@ -20,6 +20,7 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
@@ -27,13 +28,14 @@ from lightning_modules.retrieval.metrics import (
     NUMBER_METRICS,
     RANKING_METRICS,
     Run,
+    check_metric,
     class_counts,
     judge,
     parse_metric,
     positions_of,
 )
 from lightning_modules.retrieval.probes import probe_runs
-from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
+from lightning_modules.retrieval.ranking import checked_similarity, rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache
 
@@ -117,7 +119,7 @@ def evaluate(
     benchmark: Benchmark,
     metrics: Sequence[str] = METRICS,
     *,
-    similarity: str = "dot",
+    similarity: str | None = None,
     token_budget: int | None = None,
     vectors: VectorCache | None = None,
     k: int | None = None,
@@ -126,8 +128,8 @@ def evaluate(
     """Evaluate an encoder on a benchmark. All ranks must call this.
 
     metrics: names of the metrics, unless the benchmark has its own.
-    similarity: "dot", "cosine" or "l2", unless the benchmark has its own.
-    token_budget: maximum number of padded tokens per forward pass.
+    similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, dot if unknown.
+    token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
@@ -136,11 +138,11 @@ def evaluate(
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
     benchmark = benchmark.without_blank()
+    metrics = _checked_metrics(benchmark, metrics)
+    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or (lambda *_: None)
-    metrics = tuple(benchmark.metrics or metrics)
     k = k or ranking_depth(metrics, benchmark)
-    similarity = benchmark.similarity or similarity
     if benchmark.training is not None:
         similarity = "svr" if benchmark.probe.learns == "number" else "svm"
     num_texts = len(benchmark.encoded_documents) + len(benchmark.queries)
@@ -155,7 +157,7 @@ def evaluate(
 def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
     """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
     benchmark = benchmark.without_blank()
-    metrics = tuple(benchmark.metrics or metrics)
+    metrics = _checked_metrics(benchmark, metrics)
     k = k or ranking_depth(metrics, benchmark)
     runs = (rank_bm25(benchmark, k) for _ in range(1))  # a generator, so that ranking is timed
     return _measure_runs(runs, benchmark, metrics, "bm25", 0, 0.0)
@@ -166,7 +168,7 @@ def rank_benchmark(
     benchmark: Benchmark,
     k: int,
     *,
-    similarity: str = "dot",
+    similarity: str | None = None,
     token_budget: int | None = None,
     advance: Callable[[int], None] | None = None,
     vectors: VectorCache | None = None,
@@ -176,9 +178,21 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     benchmark = benchmark.without_blank()
+    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
+
+
+def _checked_metrics(benchmark: Benchmark, metrics: Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics of an evaluation. Raises UserError for one that is unknown or does not apply to it."""
+    metrics = tuple(benchmark.metrics or metrics)
+    if not metrics:
+        raise UserError(f"{benchmark.name}: metrics is empty; name at least one")
+    kind = "ranking" if benchmark.training is None else benchmark.probe.learns
+    for name in metrics:
+        check_metric(name, kind)
+    return metrics
 
 
 def _encode(

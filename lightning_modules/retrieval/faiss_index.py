@@ -117,15 +117,19 @@ def measure_recall(
     """
     sample = _sample(vectors, num_queries)
     k = min(k, vectors.count - 1)
+    steps = [n for n in PROBES if n < options.nlist] + [options.nlist]
+    names = ("recall", "reranked") if options.quantizes else ("recall",)
+    if k == 0:  # a single document has no other that could be missed
+        return [{"nprobe": nprobe} | dict.fromkeys(names, 1.0) for nprobe in steps]
     queries = vectors.gather(sample)
     rows, scores = top_k(queries, vectors, k + 1)
     kth_score = np.sort(np.where(rows == sample[:, None], -np.inf, scores), axis=1)[:, -k]  # without the query itself
     threshold = (kth_score - 1e-6 * np.abs(kth_score))[:, None]
     results = []
-    for nprobe in [n for n in PROBES if n < options.nlist] + [options.nlist]:
+    for nprobe in steps:
         result = {"nprobe": nprobe, "recall": 0.0}
-        for name, exact in (("recall", None), ("reranked", vectors))[: 2 if options.quantizes else 1]:
-            rows, _ = search_index(index, queries, k + 1, nprobe, exact)
+        for name in names:
+            rows, _ = search_index(index, queries, k + 1, nprobe, vectors if name == "reranked" else None)
             rows = np.where(rows == sample[:, None], -1, rows)
             near = pair_scores(queries, vectors, rows) >= threshold
             result[name] = float(np.minimum(near.sum(axis=1), k).mean() / k)

@@ -41,9 +41,7 @@ def rank_vectors(
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own.
     advance: called with the number of query-document pairs compared since the last call.
     """
-    similarity = benchmark.similarity or similarity
-    if similarity not in SIMILARITIES:
-        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    similarity = checked_similarity(benchmark.similarity or similarity)
     prepared, documents = _prepare_queries(queries, similarity), _prepare_documents(documents, similarity)
     positions = positions_of(list(benchmark.corpus))
     order = id_order(list(positions))
@@ -76,6 +74,13 @@ def rank_bm25(benchmark: Benchmark, k: int) -> Run:
         first = _first_positions(benchmark, query_ids, positions)
         indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), first=first)
     return _to_run(benchmark, query_ids, positions, indices, scores, k, first)
+
+
+def checked_similarity(similarity: str) -> str:
+    """Return a similarity. Raises UserError if it is unknown."""
+    if similarity not in SIMILARITIES:
+        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    return similarity
 
 
 def _prepare_queries(vectors: np.ndarray, similarity: str) -> np.ndarray:

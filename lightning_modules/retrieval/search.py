@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import UserError
+from lightning_modules.retrieval.compute import matrix_products_in
 
 Array = np.ndarray | Tensor
 Advance = Callable[[int], None]
@@ -216,13 +217,8 @@ def _search_with_torch(
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Compute in full float32, even inside autocast or with TF32 enabled."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with matrix_products_in("fp32"), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _search_in_float64(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ from lightning_modules.retrieval.search import Advance, Shards, check_finite
 SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
 MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
 UNIT = 1024  # number of texts that a rank encodes at a time in memory
+# Settings of a backbone that change its vectors, and that the shapes of its weights do not determine. The names are
+# listed, because new versions of transformers add others.
+SETTINGS = re.compile(
+    "model_type|hidden_act|eps$|rope|window|local_attention|global_attn|layer_types|heads|^pad_token_id"
+)
 NUM_KEPT = 2  # number of results kept in memory: the last corpus and its queries
 
 
@@ -40,7 +46,7 @@ class VectorCache:
     folder: folder for the vectors, which later commands reuse; by default the last two results are kept in memory.
     similarity: "cosine" normalises the vectors.
     shard_size: maximum number of texts per file.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     """
 
     def __init__(
@@ -54,13 +60,22 @@ class VectorCache:
     ):
         self.encoder, self.similarity = encoder, similarity
         self.shard_size, self.token_budget = shard_size, token_budget
-        self.folder = Path(folder) / self.fingerprint if folder else None
-        self._kept: OrderedDict[str, Shards] = OrderedDict()
+        self._parent = Path(folder) if folder else None
+        self._kept: OrderedDict[tuple, Shards] = OrderedDict()
+        self._fingerprint: tuple[Any, str] | None = None  # state of the encoder, and its fingerprint
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """The encoder's fingerprint when it is first used."""
-        return fingerprint(self.encoder)
+        """The encoder's fingerprint."""
+        state = encoder_state(self.encoder)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = state, fingerprint(self.encoder)
+        return self._fingerprint[1]
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of this encoder's vectors, None if they are kept in memory."""
+        return self._parent and self._parent / self.fingerprint
 
     def vectors(self, texts: Sequence[Document], task: str, name: str, advance: Advance | None = None) -> Shards:
         """Return the vectors (n, D) of all texts. All ranks call this together.
@@ -70,9 +85,9 @@ class VectorCache:
         advance: callback for the number of texts in each encoded batch.
         Raises UserError for vectors that are not finite.
         """
-        if self.folder:
-            return self._from_disk(self.folder, texts, task, name, advance)
-        key = text_hash(texts, task)
+        if folder := self.folder:
+            return self._from_disk(folder, texts, task, name, advance)
+        key = text_hash(texts, task, active_precision(self.encoder.device)), encoder_state(self.encoder)
         if key not in self._kept:
             while len(self._kept) >= NUM_KEPT:  # before encoding, so that there is room for the new vectors
                 self._kept.popitem(last=False)
@@ -89,8 +104,8 @@ class VectorCache:
     def remove(self) -> None:
         """Delete this encoder's vectors."""
         self._kept.clear()
-        if self.folder and rank() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if (folder := self.folder) and rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _from_disk(
         self, folder: Path, texts: Sequence[Document], task: str, name: str, advance: Advance | None
@@ -142,7 +157,7 @@ class VectorCache:
         def after_batch(count: int) -> None:
             if advance:
                 advance(count)
-            if self.folder and world_size() == 1:  # complete shards are safe on disk
+            if self._parent and world_size() == 1:  # complete shards are safe on disk
                 leave_if_asked()
 
         encoded = self.encoder.encode(list(texts), task, token_budget=self.token_budget, advance=after_batch)
@@ -151,23 +166,45 @@ class VectorCache:
         return vectors
 
 
+def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
+    """Return a key that changes with an encoder's weights and arguments. It takes milliseconds, unlike a fingerprint.
+
+    It includes sums of the parameters, because fused optimizers and changes through .data leave versions unchanged.
+    """
+    parameters = list(encoder.parameters())
+    versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+    with torch.no_grad():
+        sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
+    return repr(encoder.config), versions, tuple(sums)
+
+
 def fingerprint(encoder: Encoder) -> str:
-    """Return a hash of an encoder's weights, arguments and vocabulary, the same on any machine.
+    """Return a hash of an encoder's weights, arguments and tokenizer, the same on any machine.
 
     It includes the settings of the backbone that the weights do not determine.
     """
     digest = hashlib.blake2b(digest_size=8)
     arguments = {name: str(value) for name, value in encoder.config.items()}
-    backbone = encoder.backbone.config
-    arguments |= {
-        name: str(getattr(backbone, name, None)) for name in ("model_type", "num_attention_heads", "hidden_act")
-    }
-    digest.update(json.dumps([type(encoder).__name__, arguments], sort_keys=True).encode())
-    digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
+    backbone = {name: value for name, value in encoder.backbone.config.to_dict().items() if SETTINGS.search(name)}
+    parts = [type(encoder).__name__, arguments, backbone, _tokenization(encoder.tokenizer)]
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def _tokenization(tokenizer: Any) -> dict[str, Any]:
+    """Return what determines the tokens of a text: vocabulary, normalisation, and how words and sequences are split."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "settings": tokenizer.init_kwargs,
+        }
+    content = json.loads(backend.to_str())
+    return {key: value for key, value in content.items() if key not in ("version", "truncation", "padding", "decoder")}
 
 
 def text_hash(documents: Iterable[Document], *keys: str) -> str:

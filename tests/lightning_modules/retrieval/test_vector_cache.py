@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.processors import TemplateProcessing
+from transformers import ModernBertConfig, ModernBertModel
 
 from datamodules.records import Document
+from lightning_modules.encoders.backbone import random_backbone
+from lightning_modules.encoders.loading import build, describe, load_encoder
+from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.retrieval.compute import computing_in
 from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint
 from tests.conftest import toy_collection
 
@@ -51,9 +58,104 @@ def test_vectors_are_reused_for_the_same_encoder_task_texts_and_similarity(make_
     VectorCache(encoder, tmp_path, similarity="cosine").vectors(texts, "search", "d")
     cache.vectors([*texts[:-1], Document("d9", "other", "words")], "search", "d")
     assert len(shards()) == 4
+
+
+def changed_in_place(encoder):
     with torch.no_grad():
-        next(encoder.parameters()).add_(1e-3)
-    assert fingerprint(encoder) != cache.fingerprint
+        next(encoder.parameters()).mul_(1.5)
+
+
+def changed_through_data(encoder):
+    next(encoder.parameters()).data.mul_(1.5)
+
+
+def changed_by_a_fused_optimizer(encoder):
+    parameter = next(encoder.parameters())
+    parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.01, fused=True).step()
+
+
+def shortened(encoder):
+    encoder.max_length = 4
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("change", [changed_in_place, changed_through_data, changed_by_a_fused_optimizer, shortened])
+def test_changed_encoder_gets_new_vectors(make_encoder, tmp_path, change, on_disk):
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+    cache = VectorCache(encoder, tmp_path if on_disk else None)
+    before = cache.vectors(texts, "search", "d")[0].copy()
+    np.testing.assert_array_equal(cache.vectors(texts, "search", "d")[0], before)
+    change(encoder)
+    after = cache.vectors(texts, "search", "d")[0]
+    np.testing.assert_array_equal(after, encoder.encode(texts, "search").numpy())
+    assert np.abs(after - before).max() > 1e-4
+    assert cache.fingerprint == fingerprint(encoder)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_each_precision_has_its_own_vectors(make_encoder, tmp_path, on_disk):
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+    cache, vectors = VectorCache(encoder, tmp_path if on_disk else None), {}
+    for precision in ("fp32", "bf16", "fp16", "fp32"):
+        with computing_in(precision, encoder.device):
+            vectors[precision] = cache.vectors(texts, "search", "d")[0].copy()
+    np.testing.assert_array_equal(vectors["fp32"], encoder.encode(texts, "search").numpy())
+    for one, other in (("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
+        assert 1e-6 < np.abs(vectors[one] - vectors[other]).max() < 0.2
+
+
+def with_epsilon(encoder):
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.1
+    encoder.backbone.config.layer_norm_eps = 0.1
+
+
+def with_case(encoder):
+    encoder.tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
+
+
+def without_separator(encoder):
+    encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", None, [("[CLS]", 2)])
+
+
+def with_half_the_heads(encoder):
+    encoder.backbone.config.num_attention_heads = 2
+    for layer in encoder.family.layers:
+        layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 2, 16
+
+
+@pytest.mark.parametrize("change", [with_epsilon, with_case, without_separator, with_half_the_heads])
+def test_fingerprint_differs_if_equal_weights_give_other_vectors(make_encoder, change):
+    one, other = make_encoder("shared"), make_encoder("shared")
+    assert fingerprint(one) == fingerprint(other)
+    change(other)
+    texts = ["Bara BELI omu", "dito"]
+    assert not torch.allclose(one.encode(texts, "search"), other.encode(texts, "search"), atol=1e-4)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_fingerprint_differs_for_other_rotary_positions(vocabulary):
+    def make(theta, window):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = ModernBertConfig(
+            **shape, vocab_size=len(vocabulary), global_rope_theta=theta, local_attention=window, pad_token_id=0
+        )
+        return SharedEncoder(ModernBertModel(config), random_backbone({}, vocabulary)[1], {"search": "search"})
+
+    assert fingerprint(make(160000.0, 128)) == fingerprint(make(160000.0, 128))
+    assert len({fingerprint(make(*each)) for each in ((160000.0, 128), (100.0, 128), (160000.0, 8))}) == 3
+
+
+def test_fingerprint_survives_saving_and_using_a_model(make_encoder, tmp_path):
+    encoder = make_encoder("attention")
+    first = fingerprint(encoder)
+    encoder.encode(["bara beli", "omu"], "search")  # sets truncation and padding of the tokenizer
+    assert fingerprint(encoder) == first
+    assert fingerprint(load_encoder(encoder.save_pretrained(tmp_path / "saved"))) == first
+    assert fingerprint(build(describe(encoder)).to_empty(device="cpu")) != first  # no weights
 
 
 def test_the_last_two_results_stay_in_memory(make_encoder, monkeypatch):
