@@ -4,26 +4,34 @@ SHELL := /bin/bash
 EXP ?= moe
 SCALE ?= sample
 RECIPE ?= scimult
-EXTRAS ?= cpu
+COMMA := ,
+EXTRAS ?= cpu$(if $(filter import,$(MAKECMDGOALS)),$(COMMA)import)
 BENCH ?= encoder_cost
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
 # The key=value arguments, without make's own variables, each quoted for the shell.
-OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
+OWN := COMMA FILES EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
 given = $(filter command,$(origin $(1)))
 quoted = '$(subst ','\'',$(1)=$(value $(1)))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
 
 .DEFAULT_GOAL := help
-TARGETS := help install doctor data dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
+TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
 .PHONY: $(TARGETS)
 
+# The words after import are files: make import library.bib output=FOLDER
+ifeq (import,$(firstword $(MAKECMDGOALS)))
+FILES := $(filter-out $(TARGETS),$(MAKECMDGOALS))
+.PHONY: $(FILES)
+$(FILES): import ; @:
+else
 # A word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something else.
 ifneq ($(filter-out $(TARGETS),$(MAKECMDGOALS)),)
 $(error unknown target: $(filter-out $(TARGETS),$(MAKECMDGOALS)). Settings are key=value without spaces, or in quotes: \
 EXP=moe optim.lr=1e-3 query="two words". Targets: $(TARGETS))
+endif
 endif
 
 help: ## show this page
@@ -60,6 +68,9 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 
 data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
 	@$(PY) -m experiments.data $(RECIPE) $(OVERRIDES) $(ARGS)
+
+import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
+	@$(PY) -m experiments.import_papers $(if $(FILES),'$(subst ','\'',$(subst $(eval) ,$(COMMA),$(FILES)))') $(OVERRIDES) $(ARGS)
 
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(ARGS)

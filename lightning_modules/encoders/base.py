@@ -380,6 +380,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: nn.Module) -> 
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
-    size, limit = getattr(tokenizer, "vocab_size", 0), getattr(backbone.config, "vocab_size", None)
-    if limit is not None and size > limit:
+    # vocab_size leaves out tokens that were added to the tokenizer.
+    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    size = max(vocabulary.values(), default=0) + 1
+    limit = backbone.get_input_embeddings().num_embeddings
+    if size > limit:
         raise UserError(f"the tokenizer has {size} tokens, but the backbone has embeddings for only {limit}")
