@@ -166,7 +166,7 @@ class VectorCache:
         def after_batch(count: int) -> None:
             if advance:
                 advance(count)
-            if self.folder and world_size() == 1:  # complete shards are safe on disk
+            if self._parent and world_size() == 1:  # complete shards are safe on disk
                 leave_if_asked()
 
         return self.encoder.encode_each(groups, task, token_budget=self.token_budget, advance=after_batch)
@@ -176,6 +176,18 @@ class VectorCache:
         compared = comparable(vectors, self.similarity).numpy()
         check_finite(compared, name, first)
         return compared
+
+
+def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
+    """Return a key that changes with an encoder's weights and arguments. It takes milliseconds, unlike a fingerprint.
+
+    It includes sums of the parameters, because fused optimizers and changes through .data leave versions unchanged.
+    """
+    parameters = list(encoder.parameters())
+    versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+    with torch.no_grad():
+        sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
+    return repr(encoder.config), versions, tuple(sums)
 
 
 def fingerprint(encoder: Encoder) -> str:

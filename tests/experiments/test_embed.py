@@ -96,10 +96,14 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
 def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, papers, monkeypatch, caplog):
     output, made = embed("out"), []
     before = (output / "search.npy").read_bytes()
-    original = embed_entry.embed_shard
-    monkeypatch.setattr(
-        embed_entry, "embed_shard", lambda e, d, *a, **k: made.append(d[0].id) or original(e, d, *a, **k)
-    )
+    original = embed_entry.embed_shards
+
+    def recorded(encoder, shards, *arguments, **options):
+        for shard in original(encoder, shards, *arguments, **options):
+            made.append(shard[1][0].id)
+            yield shard
+
+    monkeypatch.setattr(embed_entry, "embed_shards", recorded)
     embed("out")
     assert made == []
     damaged = output / "shards" / "00001.search.npy"
