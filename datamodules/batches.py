@@ -22,7 +22,7 @@ from datamodules.hard_negatives import NegativesOf, Rounds, negatives_of_data
 from datamodules.options import check_options, option
 from datamodules.records import Benchmark, ContrastiveBatch, Document, Example, MiningPool, Tokens, UserError
 from datamodules.schedule import Draw, Phase, Schedule, mix
-from datamodules.text import length_sorted_chunks, pad
+from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BatchOptions:
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
     num_batches: int = option(0, "number of batches in training; 0 follows the trainer's max_steps", minimum=0)
     max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=3)
-    token_budget: int = option(16384, "maximum number of padded tokens in a chunk", minimum=1)
+    token_budget: int = option(16384, "maximum number of tokens in a chunk", minimum=1)
     num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
     num_hard_negatives: int = option(1, "hard negatives per query, if it has that many", minimum=0)
     carry_texts: bool = option(False, "whether batches contain their texts, for frozen models that score them")
@@ -84,8 +84,7 @@ class Collator:
     """Make batches of one task's examples.
 
     tokens: token ids of each row of the document table.
-    pad_id: padding id of the tokenizer.
-    token_budget: maximum number of padded tokens in a chunk.
+    token_budget: maximum number of tokens in a chunk.
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
     negatives_of: rows from which an example's hard negatives are sampled.
     texts: documents of all rows, if batches contain their texts.
@@ -96,7 +95,6 @@ class Collator:
         task: str,
         examples: Sequence[Example],
         tokens: Sequence[np.ndarray],
-        pad_id: int,
         *,
         token_budget: int,
         num_hard_negatives: int,
@@ -105,7 +103,7 @@ class Collator:
         negatives_of: NegativesOf = negatives_of_data,
         texts: Sequence[Document] | None = None,
     ):
-        self.task, self.examples, self.tokens, self.pad_id = task, examples, tokens, pad_id
+        self.task, self.examples, self.tokens = task, examples, tokens
         self.token_budget, self.seed, self.texts = token_budget, seed, texts
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
         self.negatives_of = negatives_of
@@ -128,7 +126,7 @@ class Collator:
             task=self.task,
             seed=mix(self.seed, "step", step, *draws[0]),
             fingerprint=hashlib.blake2b(repr((queries, *sampled)).encode(), digest_size=6).hexdigest(),
-            num_tokens=sum(int(chunk.attention_mask.sum()) for chunk in chunks),
+            num_tokens=sum(chunk.num_tokens for chunk in chunks),
             chunks=chunks,
             queries=torch.tensor([text_index[row] for row in queries]),
             documents=torch.tensor([text_index[row] for row in document_rows]),
@@ -145,7 +143,7 @@ class Collator:
         ids = [self.tokens[row] for row in rows]
         chunks, text_index = [], {}
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
-            chunks.append(pad((ids[i] for i in indices), self.pad_id))
+            chunks.append(Tokens.pack(ids[i] for i in indices))
             for i in indices:
                 text_index[rows[i]] = len(text_index)
         return tuple(chunks), text_index
@@ -345,7 +343,6 @@ class ContrastiveDataModule(L.LightningDataModule):
             task.task.name,
             task.examples,
             tokens,
-            self.tokenizer.pad_token_id,
             token_budget=self.options.token_budget,
             num_positives=task.options.num_positives,
             num_hard_negatives=task.options.num_hard_negatives,

@@ -7,12 +7,21 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from datamodules.records import UserError
+
+# Names of types in messages.
+JSON_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 @contextmanager
@@ -64,9 +73,35 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError if it is missing or damaged."""
+RECREATED = "Delete it, and it will be created again."
+
+
+def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str = RECREATED) -> Any:
+    """Return the content of a JSON file.
+
+    expected: type of the content, or for an object the types of its required keys.
+    hint: what to do about a damaged file.
+    Raises UserError if the file is missing, damaged, or of another type.
+    """
+    hint = f" {hint}" if hint else ""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Delete it, and it will be created again.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).{hint}") from error
+    if problem := _type_problem(content, expected):
+        raise UserError(f"{path}: {problem}.{hint}")
+    return content
+
+
+def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:
+    kind = expected if isinstance(expected, type) else dict
+    if not isinstance(content, kind):
+        return f"expected {JSON_TYPES[kind]}, got {_shown(content)}"
+    for key, kind in {} if isinstance(expected, type) else expected.items():
+        if not isinstance(content.get(key), kind):
+            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(content.get(key))}"
+    return None
+
+
+def _shown(content: Any) -> str:
+    return repr(content) if len(repr(content)) <= 60 else f"{repr(content)[:57]}..."

@@ -7,14 +7,18 @@ tasks. A label has its name as title and its definition as text; a query has onl
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from datamodules.buffers import moved, pack, unpack
 
 
 class UserError(ValueError):
@@ -314,21 +318,73 @@ class MinedNegatives:
         return len(self.starts) - 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tokens:
-    """A chunk of b texts of similar length. input_ids, attention_mask: (b, L) int64."""
+    """Token ids of b texts, end to end and without padding.
+
+    input_ids    (T,) int64
+    offsets      (b + 1,) int32, where each text starts, and T
+    lengths      number of tokens of each text. The host knows them, so that no computation waits for the device.
+    """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    offsets: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, texts: Iterable[Sequence[int] | np.ndarray]) -> Tokens:
+        """Return the token ids of some texts."""
+        arrays = [np.asarray(ids, dtype=np.int64) for ids in texts]
+        lengths = tuple(len(ids) for ids in arrays)
+        ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
+        """Return the token ids of padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
+        lengths = tuple(attention_mask.sum(1).tolist())
+        return cls(input_ids[attention_mask.bool()], offsets_of(lengths).to(input_ids.device), lengths)
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Number and length of neighbouring texts of equal length."""
+        return [(len(list(run)), length) for length, run in itertools.groupby(self.lengths)]
+
+    def positions(self) -> Tensor:
+        """Return the position of each token in its text, (T,) int64."""
+        return torch.arange(self.num_tokens, device=self.offsets.device) - self.spread(self.offsets[:-1])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each token the value of its text. values: (b, ...); shape of the result: (T, ...)."""
+        return values.repeat_interleave(self.offsets.diff(), dim=0, output_size=self.num_tokens)
+
+    def select(self, texts: Sequence[int]) -> Tokens:
+        """Return some of the texts, in this order."""
+        starts = np.cumsum((0, *self.lengths))
+        rows = [np.arange(starts[text], starts[text + 1]) for text in texts]
+        rows = torch.from_numpy(np.concatenate(rows)).to(self.input_ids.device)
+        lengths = tuple(self.lengths[text] for text in texts)
+        return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
-        return Tokens(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.attention_mask.to(device, non_blocking=non_blocking),
-        )
+        ids, offsets = (x.to(device, non_blocking=non_blocking) for x in (self.input_ids, self.offsets))
+        return Tokens(ids, offsets, self.lengths)
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """Return where each of the texts of these lengths starts, and the end of the last one, (b + 1,) int32."""
+    return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
 
 
 @dataclass
@@ -353,6 +409,7 @@ class ContrastiveBatch:
     texts            documents of the U rows if a frozen model scores the batch, else empty
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
+    pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
     """
 
     step: int
@@ -370,10 +427,30 @@ class ContrastiveBatch:
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
     text_keys: Tensor | None = None
+    pairs: Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
-        names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        if self.text_keys is not None:
-            moved["text_keys"] = self.text_keys.to(device, non_blocking=non_blocking)
-        return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)
+    def __post_init__(self) -> None:
+        if self.pairs is None:  # computed on the host, because the number of pairs determines shapes
+            row, position = (self.positives >= 0).nonzero(as_tuple=True)
+            self.pairs = torch.stack([row, self.positives[row, position]], dim=1)
+
+    def to(self, device: torch.device | str) -> ContrastiveBatch:
+        """Return the batch on a device, in one copy. If the batch is pinned, the host does not wait for a GPU."""
+        device = torch.device(device)
+        if self.queries.device == device:
+            return self
+        non_blocking = device.type not in ("cpu", "mps")  # as Lightning
+        return moved(self, lambda buffer: buffer.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ContrastiveBatch:
+        """Return the batch in memory that a GPU can read by itself."""
+        return moved(self, Tensor.pin_memory)
+
+    def __getstate__(self) -> tuple[Tensor, dict[str, Any]]:
+        buffer, views = pack(self)  # so that processes exchange one buffer instead of each tensor
+        return buffer, vars(views)
+
+    def __setstate__(self, state: tuple[Tensor, dict[str, Any]]) -> None:
+        buffer, views = state
+        vars(self).update(views)
+        vars(self).update(vars(unpack(buffer, self)))

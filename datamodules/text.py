@@ -1,4 +1,4 @@
-"""From a document to the input of an encoder: title [SEP] text, tokens, chunks, padding; and label names in texts.
+"""From a document to the input of an encoder: title [SEP] text, tokens, chunks; and label names in texts.
 
     paper   title [SEP] abstract
     label   name [SEP] definition
@@ -14,10 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from datamodules.records import Document, Tokens
+from datamodules.records import Document
 
 log = logging.getLogger(__name__)
 
@@ -113,30 +110,20 @@ def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int
 
 
 def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield chunks of text indices, shortest texts first, of at most token_budget padded tokens each.
+    """Yield chunks of text indices, shortest texts first, of at most token_budget tokens each.
 
-    A chunk has (number of texts) x (length of the longest) padded tokens. A text longer than the budget is a chunk of
-    its own. Texts of equal length keep their order.
+    A text longer than the budget is a chunk of its own. Texts of equal length keep their order.
     """
     chunk: list[int] = []
+    size = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and (len(chunk) + 1) * lengths[index] > token_budget:
+        if chunk and size + lengths[index] > token_budget:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(index)
+        size += lengths[index]
     if chunk:
         yield chunk
-
-
-def pad(sequences: Iterable[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
-    """Pad the token ids of b texts to the length L of the longest text, as tensors of shape (b, L)."""
-    rows = list(sequences)
-    lengths = np.array([len(row) for row in rows])
-    input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row
-    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
-    return Tokens(torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 def words(text: str) -> list[str]:

@@ -58,7 +58,7 @@ class EmbedOptions(EncodingOptions):
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     on_error: Literal["fail", "skip"] = option(
         "fail", "what to do with a bad line: fail, or skip it and write it to a quarantine file"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from experiments.results.results import Benchmarks, EvaluationInfo, Results, com
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
-from experiments.shared.output import shortened, writable_folder
+from experiments.shared.output import name_of, shortened, writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -63,7 +62,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
@@ -215,7 +214,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     if options.benchmarks:
         parts = [names, "-".join(options.benchmarks).replace("*", "")]
     else:
-        parts = [names, Path(os.path.abspath(options.beir)).name if options.beir else "", options.task, options.split]
+        parts = [names, name_of(options.beir) if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
     hashed = {key: _normal(key, values[key]) for key in HASHED_OPTIONS if values[key] != defaults[key]}
     if options.beir:
@@ -228,7 +227,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
 def _normal(key: str, value: str) -> str:
     """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
     if key == "beir":
-        return Path(os.path.abspath(value)).name
+        return name_of(value)
     parts = value.split(",") if key in PATHS else []
     return ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts) or value
 

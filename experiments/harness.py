@@ -77,7 +77,7 @@ class HarnessOptions(EncodingOptions):
     vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
     on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or move it to quarantine.jsonl")
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
 
 

@@ -63,7 +63,7 @@ class MtebOptions(EncodingOptions):
         None, "similarity of vectors, by default as the model was trained, else cosine"
     )
     token_budget: int | None = option(
-        None, "maximum number of padded tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
     )
 
 
@@ -135,7 +135,7 @@ class MtebEncoder:
 
     name: name of the model in mteb's results. similarity: "dot" or "cosine".
     experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     """
 
     def __init__(

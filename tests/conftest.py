@@ -17,7 +17,7 @@ import torch
 
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.readers.beir import write_beir
-from datamodules.records import Collection, Document, Task
+from datamodules.records import Collection, Document, Task, Tokens
 from datamodules.sample import SampleReader
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
@@ -32,6 +32,9 @@ torch.set_num_threads(1)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HOME"], ignore_errors=True)
+
+
+packed = Tokens.from_padded
 
 
 def text_of(*numbers: int) -> str:

@@ -29,6 +29,8 @@ SUFFIXES = ("", ".gz", ".zst")
 
 def check_folder(folder: Path, expected: str) -> None:
     """Raise UserError if a folder is missing. expected: description of its files, for the error."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder with {expected}")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (expected {expected} in it)")
 
@@ -106,6 +108,32 @@ def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: b
         if error.errno is None and path.suffix == ".zst":  # raised by the decompressor, not by the system
             raise UserError(f"{path}: the zstd file is damaged after line {number} ({error})") from error
         raise UserError(f"{path}: cannot be read after line {number} ({error.strerror})") from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line, for formats whose records are not lines.
+
+    Raises UserError if a line is longer than MAX_LINE, or if the file cannot be read to its end.
+    """
+    number = 0
+    with open_text(path) as stream:
+        while line := read_chunk(stream, path, number, MAX_LINE + 1, whole_line=True):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+            yield number, line
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
+    with open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        while window.peek():
+            number = window.line
+            value, _, reason = window.next_value("a value")
+            if reason:
+                raise UserError(f"{path}, line {number}: {reason}")
+            yield number, value
 
 
 def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from datamodules.options import option
+from datamodules.records import Tokens
 from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
@@ -90,7 +91,7 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
 
         @torch.inference_mode()
         def run(tasks: list[str], encoder: Encoder = encoder) -> None:
-            encoder.forward_tasks(ids, torch.ones_like(ids), tasks)
+            encoder.forward_tasks(Tokens.from_padded(ids, torch.ones_like(ids)), tasks)
 
         ratio = time_ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), options.rounds)
         expected = (first + 3 * (options.layers - first)) / options.layers
@@ -104,7 +105,7 @@ def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backwar
 
     def run() -> None:
         with torch.inference_mode(not backward):
-            vectors = encoder(ids, torch.ones_like(ids), task)
+            vectors = encoder(Tokens.from_padded(ids, torch.ones_like(ids)), task)
         if backward:
             encoder.zero_grad(set_to_none=True)
             vectors.square().mean().backward()

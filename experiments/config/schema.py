@@ -58,7 +58,7 @@ class DataConfig:
         minimum=0,
     )
     max_length: int = option(256, "maximum number of tokens of a text: [CLS], at least one word, [SEP]", minimum=3)
-    token_budget: int = option(16384, "maximum number of padded tokens per forward pass", minimum=1)
+    token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
     num_workers: int = option(0, "processes that prepare batches; 0: the training process itself", minimum=0)

@@ -189,7 +189,7 @@ def evaluate_system(
     """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
 
     metrics: names of the metrics, unless the benchmark has its own. folder: where the run files go.
-    token_budget: maximum number of padded tokens per forward pass. precision: "fp32", "tf32", "bf16", "fp16" or "auto".
+    token_budget: maximum number of tokens per forward pass. precision: "fp32", "tf32", "bf16", "fp16" or "auto".
     """
     if system.encoder is None and importlib.util.find_spec("bm25s") is None:
         log.warning("bm25s is not installed: the table has no BM25 (pip install bm25s)")

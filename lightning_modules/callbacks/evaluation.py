@@ -29,7 +29,7 @@ class Evaluation(L.Callback):
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     path: file of the best checkpoint.
     """
 
@@ -83,7 +83,7 @@ class Evaluation(L.Callback):
         with trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
                 signal = noted()
-                if may_leave and on_any_rank(signal is not None, module.device):
+                if may_leave and on_any_rank(signal is not None):
                     raise Preempted(signal)
                 result = evaluate(
                     encoder,

@@ -1,1 +1,1 @@
-"""Encoders: modules with forward(input_ids, attention_mask, task) -> vectors (B, D)."""
+"""Encoders: modules with forward(tokens, task) -> vectors (B, D)."""

@@ -92,10 +92,6 @@ class AdapterEncoder(Encoder):
         if freeze_backbone:
             backbone.requires_grad_(False)
 
-    @property
-    def num_shared_layers(self) -> int:
-        return 0
-
     def add_expert(self, name: str, like: str) -> None:
         check_expert_names([name])
         self.experts += (name,)
@@ -104,11 +100,14 @@ class AdapterEncoder(Encoder):
     def document_task(self, task: str) -> str:
         return self.document_tasks.get(task, task)
 
+    def served_by(self, task: str) -> str:
+        return self.expert_of(task)
+
     def condition(self, task: str) -> Condition:
-        return Condition(expert=self.expert_of(task))
+        return Condition(experts=self.expert_of(task))
 
     def layer(self, index, hidden, states, context, condition):
-        layer, adapter = self.family.layers[index], self.adapters[condition.expert][index]
+        layer, adapter = self.family.layers[index], self.adapters[condition.experts][index]
         hidden = self.family.attention(layer, hidden, states, context)
         output = layer.output
         residual = output.dropout(output.dense(layer.intermediate(hidden))) + hidden  # dense + h in the formula

@@ -4,13 +4,15 @@ The modules and parameters of the backbone are unchanged; only the loop over its
 single layer). That is why a variant can choose experts by the task it is called with, the last layer can compute only
 the pooled position, and several tasks can share the layers that do not depend on the task.
 
-Shapes: B texts, S tokens, L positions computed (S, or 1 if only the first one is needed), D hidden size, n documents.
+Shapes: T tokens of B texts, packed end to end; L positions computed (T, or B if only the first one of each text is
+needed); D hidden size; n documents.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import Document, UserError, check_name
-from datamodules.text import as_documents, input_text, length_sorted_chunks, pad, token_ids
-from lightning_modules.encoders.families import AttentionContext, Prefix, family_of
+from datamodules.records import Document, Tokens, UserError, check_name
+from datamodules.text import as_documents, input_text, length_sorted_chunks, token_ids
+from lightning_modules.encoders.attention import AttentionContext, Prefix
+from lightning_modules.encoders.families import Choice, family_of
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
@@ -33,14 +36,12 @@ BLOCK = 8192  # number of texts tokenized and sorted by length at a time; a whol
 class Condition(NamedTuple):
     """Inputs of the layers that depend on the task.
 
-    expert: name of the expert that serves all texts.
-    groups: pairs of an expert and its rows, for a batch of several tasks that is sorted by expert.
+    experts: the expert of all texts, or the experts of groups of texts.
     prefixes: keys and values of the task's instruction, one Prefix per layer.
-    routing: one-hot choice of an expert for each text, (B, E), or for each token, (B, L, E).
+    routing: one-hot choice of an expert for each computed position, (L, E).
     """
 
-    expert: str | None = None
-    groups: tuple[tuple[str, slice], ...] = ()
+    experts: Choice = None
     prefixes: tuple[Prefix, ...] = ()
     routing: Tensor | None = None
 
@@ -94,6 +95,7 @@ class Encoder(nn.Module):
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
         self.sharded = False  # whether distributed/sharding.py has split the parameters over ranks
+        self._weights: Mapping[Tensor, Tensor] = {}  # what replaces the parameters at the moment
         self.encoded = {"texts": 0, "tokens": 0}  # totals over all calls of encode, without padding
 
     @property
@@ -118,7 +120,11 @@ class Encoder(nn.Module):
     @property
     def num_shared_layers(self) -> int:
         """Number of layers before the first one that depends on the task. Several tasks share their computation."""
-        return self.num_layers
+        return 0 if self._has_conditions else self.num_layers
+
+    @property
+    def _has_conditions(self) -> bool:
+        return type(self).condition is not Encoder.condition
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -140,61 +146,108 @@ class Encoder(nn.Module):
         return task
 
     def served_by(self, task: str) -> Hashable:
-        """Return the expert or instruction that a task uses, if any. Tasks that share it have equal vectors."""
-        return self.condition(task).expert
+        """Return what the vectors of a task depend on, such as its expert. Tasks with equal keys share vectors."""
+        self.expert_of(task)
+        return task if self._has_conditions else None
 
     def condition(self, task: str) -> Condition:
         """Return the inputs of the layers for a task. Raises UserError for an unknown task."""
         self.expert_of(task)
         return Condition()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, task: str | Sequence[str]) -> Tensor:
-        """Return the vectors (B, D) of texts (B, S). task: the task of all texts, or a sequence with one per text."""
+    def forward(self, tokens: Tokens, task: str | Sequence[str]) -> Tensor:
+        """Return the vectors (B, D) of texts. task: the task of all texts, or a sequence with one per text."""
         if not isinstance(task, str):
-            return self._forward_mixed(input_ids, attention_mask, task)
-        return self.forward_tasks(input_ids, attention_mask, (task,))[task]
+            if len(task) != len(tokens):
+                raise ValueError(f"task: got {len(task)} tasks for {len(tokens)} texts")
+            with self.casting():
+                return self._forward_mixed(tokens, task)
+        return self.forward_tasks(tokens, (task,))[task]
 
-    def forward_tasks(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Return task -> vectors (B, D) of the same texts. Shared layers are computed once."""
-        distinct = {self.served_by(task): task for task in tasks}
-        hidden, context = self.family.begin(input_ids, attention_mask)
-        fork = self.num_shared_layers if len(distinct) > 1 else 0
-        if fork:
-            hidden = self._layers(range(fork), hidden, context, self.condition(tasks[0]))
-        vectors = {}
-        for key, task in distinct.items():
-            states = self._layers(range(fork, self.num_layers), hidden, context, self.condition(task))
-            vectors[key] = self.pool(states, attention_mask, task)
-        return {task: vectors[self.served_by(task)] for task in tasks}
+    def forward_tasks(
+        self, tokens: Tokens, tasks: Sequence[str], conditions: Mapping[str, Condition] | None = None
+    ) -> dict[str, Tensor]:
+        """Return task -> vectors (B, D) of the same texts. Shared layers are computed once.
 
-    def forward_with_penalty(self, input_ids: Tensor, attention_mask: Tensor, task: str) -> tuple[Tensor, Tensor]:
+        conditions: the condition of each task, if it is known already.
+        """
+        with self.casting():
+            distinct = {self.served_by(task): task for task in tasks}
+            conditions = conditions or {task: self.condition(task) for task in distinct.values()}
+            hidden, context = self.family.begin(tokens)
+            fork = self.num_shared_layers if len(distinct) > 1 else 0
+            if fork:
+                hidden = self._layers(range(fork), hidden, context, next(iter(conditions.values())))
+            vectors = {}
+            for key, task in distinct.items():
+                states = self._layers(range(fork, self.num_layers), hidden, context, conditions[task])
+                vectors[key] = self.pool(states, context, task)
+            return {task: vectors[self.served_by(task)] for task in tasks}
+
+    def forward_with_penalty(self, tokens: Tokens, task: str) -> tuple[Tensor, Tensor]:
         """Return the vectors (B, D) of texts, and a scalar to add to the loss."""
-        vectors = self(input_ids, attention_mask, task)
+        vectors = self(tokens, task)
         return vectors, vectors.new_zeros(())
 
-    def _forward_mixed(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
+    def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
         """Return the vectors (B, D) of texts with one task each, computed task by task."""
-        check_one_task_per_text(tasks, input_ids)
-        groups = [
-            (task, torch.tensor([i for i, other in enumerate(tasks) if other == task], device=input_ids.device))
-            for task in dict.fromkeys(tasks)
+        groups = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
+        vectors = torch.cat([self(tokens.select(texts), task) for task, texts in groups.items()])
+        order = [text for texts in groups.values() for text in texts]
+        return vectors[torch.tensor(order, device=vectors.device).argsort()]
+
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Compute in the precision of autocast, with all weights cast once, instead of by autocast.
+
+        Autocast computes LayerNorm and the residual stream in float32, and without gradients it casts each weight again
+        in each chunk. Similarities and losses are outside, in float32. Sharded encoders keep autocast, because their
+        weights are not whole.
+        """
+        device = self.device.type
+        if self.sharded or not torch.is_autocast_enabled(device):
+            yield
+            return
+        dtype = torch.get_autocast_dtype(device)
+        weights = {weight: weight.to(dtype) for weight in self.parameters() if weight.is_floating_point()}
+        with torch.autocast(device, enabled=False), self._with_weights(weights):
+            yield
+
+    @contextmanager
+    def _with_weights(self, weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Replace parameters by other tensors. weights: parameter -> the tensor to compute with."""
+        replaced = [
+            (module, name, parameter)
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if parameter in weights
         ]
-        vectors = torch.cat([self(input_ids[rows], attention_mask[rows], task) for task, rows in groups])
-        return vectors[torch.cat([rows for _, rows in groups]).argsort()]
+        previous, self._weights = self._weights, weights
+        try:
+            for module, name, parameter in replaced:
+                module._parameters[name] = weights[parameter]
+            yield
+        finally:
+            self._weights = previous
+            for module, name, parameter in replaced:
+                module._parameters[name] = parameter
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile the parts of the layers. The first batches take longer, and later ones less time on most devices."""
+        self.family.compiled = True
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
-        """Compute layers one after the other, from states (B, S, D)."""
+        """Compute layers one after the other, from states (T, D)."""
         for index in indices:
-            hidden = self._computed_positions(index, states)
+            hidden = self._computed_positions(index, states, context)
             states = self._compute_layer(index, hidden, states, context, condition)
         return states
 
-    def _computed_positions(self, index: int, states: Tensor) -> Tensor:
-        """Return the positions that a layer computes, (B, L, D). With pooling "cls", the last one needs only [CLS]."""
+    def _computed_positions(self, index: int, states: Tensor, context: AttentionContext) -> Tensor:
+        """Return the positions that a layer computes, (L, D). With pooling "cls", the last one needs only [CLS]."""
         if index < self.num_layers - 1 or self.pooling != "cls":
             return states
-        # If not contiguous, torch uses another kernel for frozen weights, and vectors differ in their last bits.
-        return states[:, :1].contiguous()
+        return states[context.tokens.offsets[:-1]]
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
@@ -202,7 +255,12 @@ class Encoder(nn.Module):
         """Compute one layer, with gradient checkpointing if enabled. The last one includes the end of the backbone."""
         arguments = (index, hidden, states, context, condition)
         if self.gradient_checkpointing and self.training:
-            hidden = checkpoint(self.layer, *arguments, use_reentrant=False)
+            weights = self._weights
+
+            def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+                return nullcontext(), self._with_weights(weights)
+
+            hidden = checkpoint(self.layer, *arguments, use_reentrant=False, context_fn=contexts)
         else:
             hidden = self.layer(*arguments)
         return self.family.end(hidden) if index == self.num_layers - 1 else hidden
@@ -214,22 +272,28 @@ class Encoder(nn.Module):
     def layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one Transformer layer for the positions hidden (B, L, D), which attend to states (B, S, D)."""
-        layer = self.family.layers[index]
-        return self.family.feed_forward(layer, self.family.attention(layer, hidden, states, context))
+        """Compute one Transformer layer for the positions hidden (L, D), which attend to states (T, D)."""
+        layer, family = self.family.layers[index], self.family
+        prefix = condition.prefixes[index] if condition.prefixes else None
+        hidden = family.attention(layer, hidden, states, context, condition.experts, prefix)
+        return family.feed_forward(layer, hidden, context, condition.experts)
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, task: str) -> Tensor:
-        """Pool the states of the last layer, (B, L, D), to vectors (B, D)."""
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            weights = self.pooled_positions(attention_mask, task)[..., None].to(hidden.dtype)
-            pooled = (hidden * weights).sum(1) / weights.sum(1)
+    def pool(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
+        """Pool the states of the last layer, (L, D), to vectors (B, D)."""
+        pooled = hidden if self.pooling == "cls" else self._mean(hidden, context, task)
         return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
 
-    def pooled_positions(self, attention_mask: Tensor, task: str) -> Tensor:
-        """Return 1 for each position that mean pooling includes and 0 for others, (B, S)."""
-        return attention_mask
+    def _mean(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
+        """Return the mean of the positions of each text that pooling includes, (B, D)."""
+        skipped = self.skipped_positions(task)
+        if skipped:
+            hidden = hidden * (context.positions >= skipped)[:, None]
+        sums = torch.segment_reduce(hidden, "sum", offsets=context.tokens.offsets.long(), unsafe=True)
+        return sums / (context.tokens.offsets.diff() - skipped)[:, None]
+
+    def skipped_positions(self, task: str) -> int:
+        """Return the number of positions at the start of a text that mean pooling leaves out."""
+        return 0
 
     @torch.inference_mode()
     def encode(
@@ -249,7 +313,7 @@ class Encoder(nn.Module):
         documents: Document objects, dicts with "title" and "text" (or "abstract"), or strings (texts without title).
         task: task to encode for.
         tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
-        token_budget: maximum number of padded tokens per forward pass; by default one that is fast on the device.
+        token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
         """
         if self.sharded:
@@ -269,7 +333,8 @@ class Encoder(nn.Module):
         try:
             for prompt in dict.fromkeys(self.prompts.get(name, "") for name in names):
                 same_prompt = [name for name in names if self.prompts.get(name, "") == prompt]
-                vectors |= self._encode(documents, prompt, same_prompt, token_budget, advance)
+                with self.casting():
+                    vectors |= self._encode(documents, prompt, same_prompt, token_budget, advance)
         finally:
             for module, training in modes:
                 module.training = training
@@ -280,16 +345,17 @@ class Encoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Return task -> vectors (n, D), for tasks whose texts start with the same prompt."""
         vectors = {task: torch.empty(len(documents), self.dimension) for task in tasks}
+        conditions = {task: self.condition(task) for task in tasks}
         for start in range(0, len(documents), BLOCK):
             texts = [prompt + input_text(d, self.tokenizer.sep_token) for d in documents[start : start + BLOCK]]
             ids = token_ids(texts, self.tokenizer, self.max_length)
             for rows in length_sorted_chunks([len(x) for x in ids], token_budget):
-                tokens = pad((ids[row] for row in rows), self.tokenizer.pad_token_id).to(self.device)
+                tokens = Tokens.pack(ids[row] for row in rows)
                 positions = torch.tensor(rows) + start
-                for task, pooled in self.forward_tasks(tokens.input_ids, tokens.attention_mask, tasks).items():
+                for task, pooled in self.forward_tasks(tokens.to(self.device), tasks, conditions).items():
                     vectors[task][positions] = pooled.float().cpu()
                 self.encoded["texts"] += len(rows)
-                self.encoded["tokens"] += sum(len(ids[row]) for row in rows)
+                self.encoded["tokens"] += tokens.num_tokens
                 if advance is not None:
                     advance(len(rows))
         return vectors
@@ -316,11 +382,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: nn.Module) -> 
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
-    size, limit = getattr(tokenizer, "vocab_size", 0), getattr(backbone.config, "vocab_size", None)
-    if limit is not None and size > limit:
+    # vocab_size leaves out tokens that were added to the tokenizer.
+    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    size = max(vocabulary.values(), default=0) + 1
+    limit = backbone.get_input_embeddings().num_embeddings
+    if size > limit:
         raise UserError(f"the tokenizer has {size} tokens, but the backbone has embeddings for only {limit}")
-
-
-def check_one_task_per_text(tasks: Sequence[str], input_ids: Tensor) -> None:
-    if len(tasks) != len(input_ids):
-        raise ValueError(f"task: got {len(tasks)} tasks for {len(input_ids)} texts")

@@ -3,25 +3,29 @@
     Bert         BERT, RoBERTa, XLM-RoBERTa, CamemBERT: LayerNorm after each sub-layer, positions in the embeddings
     ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
-Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore replace sub-modules
-by Experts, and prepend a Prefix to the keys and values of attention.
+Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore compute texts that
+are packed end to end, replace sub-modules by Experts, and prepend a Prefix to the keys and values of attention.
 
-Shapes: B texts, S positions attended to, L positions computed (S, or 1 if only the first one is needed), P positions of
-a prefix, D hidden size, H heads.
+Everything but attention is computed row by row, by functions of modules and tensors that torch can compile.
+
+Shapes: T tokens of B texts, L positions computed (T, or B if only the first one of each text is needed), P positions of
+a prefix, D hidden size, H heads, d dimensions of a head.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from datamodules.records import UserError
+from datamodules.records import Tokens, UserError
+from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
 
 
 class Experts(nn.Module):
@@ -37,28 +41,52 @@ def pick(module: nn.Module, expert: str | None) -> nn.Module:
     return module.experts[expert] if isinstance(module, Experts) else module
 
 
-class Prefix(NamedTuple):
-    """Additional keys and values of one layer, each (1, H, P, D / H), that all texts attend to."""
-
-    keys: Tensor
-    values: Tensor
+def any_expert(module: nn.Module) -> nn.Module:
+    """Return one of the experts of a module, whose settings are all equal, or the module itself."""
+    return next(iter(module.experts.values())) if isinstance(module, Experts) else module
 
 
-class AttentionContext(NamedTuple):
-    """Masks and positions of a batch. They are computed once and used by all layers.
+def active_rate(dropout: nn.Dropout) -> float:
+    """Return the rate of a dropout module, or 0 in inference."""
+    return dropout.p if dropout.training else 0.0
 
-    tokens: true for tokens and false for padding, (B, S).
-    masks: attention type of a layer -> true where attention is allowed, (B, 1, 1, S) or (B, 1, S, S).
-    rotations: attention type of a layer -> cosines and sines of the rotary positions, each (1, S, D / H).
+
+@dataclass(frozen=True)
+class Groups:
+    """Which expert computes which rows, in a batch whose texts have different experts.
+
+    tokens, texts: pairs of an expert and its rows, among the T tokens and among the B texts. All rows belong to one
+        expert. If they are slices, they follow each other, so that no row is copied to be computed.
     """
 
-    tokens: Tensor
-    masks: dict[str, Tensor]
-    rotations: dict[str, tuple[Tensor, Tensor]]
+    tokens: Sequence[tuple[str, slice | Tensor]]
+    texts: Sequence[tuple[str, slice | Tensor]]
 
-    def select(self, rows: slice | Tensor) -> AttentionContext:
-        """Return the context of some of the texts."""
-        return self._replace(tokens=self.tokens[rows], masks={kind: mask[rows] for kind, mask in self.masks.items()})
+
+# The expert of all rows, by name; the experts of groups of rows; or None if there are no experts.
+Choice = str | Groups | None
+
+
+def by_expert(
+    compute: Callable[..., Tensor],
+    modules: Sequence[nn.Module],
+    choice: Choice,
+    context: AttentionContext,
+    *inputs: Tensor,
+) -> Tensor:
+    """Compute rows with their experts, (L, ...).
+
+    compute: function of the modules and of rows of the inputs.
+    modules: modules that may have experts.
+    inputs: tensors (L, ...).
+    """
+    if not isinstance(choice, Groups) or not any(isinstance(module, Experts) for module in modules):
+        return compute(*(pick(module, choice) for module in modules), *inputs)
+    groups = choice.tokens if len(inputs[0]) == context.tokens.num_tokens else choice.texts
+    outputs = [compute(*(pick(m, expert) for m in modules), *(x[rows] for x in inputs)) for expert, rows in groups]
+    if isinstance(groups[0][1], slice):
+        return torch.cat(outputs)
+    return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
 
 
 class Family(Protocol):
@@ -66,15 +94,17 @@ class Family(Protocol):
 
     attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
     max_positions: maximum number of tokens of a text.
+    compiled: whether the functions of rows are compiled.
     """
 
     attention_modules: tuple[str, ...]
     ffn_modules: tuple[str, ...]
     layers: nn.ModuleList
     max_positions: int
+    compiled: bool
 
-    def begin(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, AttentionContext]:
-        """Return the embeddings (B, S, D) and the AttentionContext of a batch."""
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        """Return the embeddings (T, D) and the AttentionContext of a batch."""
 
     def attention(
         self,
@@ -82,51 +112,42 @@ class Family(Protocol):
         hidden: Tensor,
         states: Tensor,
         context: AttentionContext,
-        expert: str | None = None,
+        choice: Choice = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Compute attention and its residual connection, (B, L, D).
+        """Compute attention and its residual connection, (L, D).
 
-        states: all positions, (B, S, D). hidden: the first L positions, for which the output is computed, (B, L, D).
+        states: all positions, (T, D). hidden: the positions for which the output is computed, (L, D).
         """
 
-    def prefix(self, layer: nn.Module, states: Tensor) -> Prefix:
-        """Return the keys and values of states (1, P, D) in a layer. Positions start at 0."""
+    def prefix(self, layer: nn.Module, states: Tensor, context: AttentionContext) -> Prefix:
+        """Return the keys and values of one text, (P, D), in a layer."""
 
-    def feed_forward(self, layer: nn.Module, hidden: Tensor, expert: str | None = None) -> Tensor:
-        """Compute the feed-forward sub-layer and its residual connection, (B, L, D)."""
+    def feed_forward(
+        self, layer: nn.Module, hidden: Tensor, context: AttentionContext, choice: Choice = None
+    ) -> Tensor:
+        """Compute the feed-forward sub-layer and its residual connection, (L, D)."""
 
     def end(self, hidden: Tensor) -> Tensor:
         """Apply what follows the last layer, such as a final LayerNorm."""
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Split states (B, L, D) into heads (B, H, L, D / H)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of modules and rows. The number of rows is dynamic, so it is compiled a few times in all."""
+    return torch.compile(function, dynamic=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, prefix: Prefix | None) -> Tensor:
-    """Compute scaled dot-product attention and join the heads, (B, L, D). The prefix is prepended to key and value.
+class RowFunctions:
+    """Calls functions of modules and rows, compiled or not. The base class of all families."""
 
-    query: (B, H, L, D / H). key, value: (B, H, S, D / H).
-    """
-    if prefix is not None:
-        num_texts, num_prefix = len(query), prefix.keys.shape[2]
-        key = torch.cat([prefix.keys.to(key.dtype).expand(num_texts, -1, -1, -1), key], dim=2)
-        value = torch.cat([prefix.values.to(value.dtype).expand(num_texts, -1, -1, -1), value], dim=2)
-        mask = F.pad(mask, (num_prefix, 0), value=True)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
-        # On a CPU, torch's attention (forward and backward) takes 2.6 times as long in bfloat16 as in float32.
-        with torch.autocast("cpu", enabled=False):
-            attended = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=mask, dropout_p=dropout
-            ).to(query.dtype)
-    else:
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return attended.transpose(1, 2).flatten(2)
+    compiled = False
+
+    def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return (compiled(function) if self.compiled else function)(*arguments)
 
 
-class Bert:
+class Bert(RowFunctions):
     """BERT and RoBERTa."""
 
     attention_modules = ("attention.self", "attention.output.dense")  # LayerNorm stays shared (paper, section 3.2)
@@ -136,36 +157,61 @@ class Bert:
         self.backbone = backbone
         self.layers = backbone.encoder.layer
         config = backbone.config
+        self.num_heads = config.num_attention_heads
         # RoBERTa reserves the first positions for padding.
-        reserved = 0 if config.model_type == "bert" else config.pad_token_id + 1
-        self.max_positions = config.max_position_embeddings - reserved
+        self.padding_id = None if config.model_type == "bert" else config.pad_token_id
+        self.max_positions = config.max_position_embeddings - (
+            0 if config.model_type == "bert" else self.padding_id + 1
+        )
 
-    def begin(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, AttentionContext]:
-        hidden = self.backbone.embeddings(input_ids=input_ids)
-        tokens = attention_mask.bool()
-        return hidden, AttentionContext(tokens, {"full": tokens[:, None, None, :]}, {})
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        positions = tokens.positions()
+        embedded = positions if self.padding_id is None else self._roberta_positions(tokens)
+        hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
+        return hidden, AttentionContext(tokens, positions, {})
 
-    def attention(self, layer, hidden, states, context, expert=None, prefix=None):
-        projections, output = pick(layer.attention.self, expert), layer.attention.output
-        query, key, value = projections.query(hidden), projections.key(states), projections.value(states)
-        heads = [split_heads(x, projections.num_attention_heads) for x in (query, key, value)]
-        dropout = projections.dropout.p if projections.training else 0.0
-        attended = attend(*heads, context.masks["full"], dropout, prefix)
-        return output.LayerNorm(output.dropout(pick(output.dense, expert)(attended)) + hidden)
+    def _roberta_positions(self, tokens: Tokens) -> Tensor:
+        """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
+        counted = (tokens.input_ids != self.padding_id).long()
+        total = F.pad(counted.cumsum(0), (1, 0))
+        before = total[tokens.offsets[:-1]]
+        return (total[1:] - tokens.spread(before)) * counted + self.padding_id
 
-    def prefix(self, layer, states):
+    def attention(self, layer, hidden, states, context, choice=None, prefix=None):
+        projections, output = layer.attention.self, layer.attention.output
+
+        def heads(name: str, rows: Tensor) -> Tensor:
+            projected = by_expert(lambda module, x: getattr(module, name)(x), [projections], choice, context, rows)
+            return projected.unflatten(-1, (self.num_heads, -1))
+
+        dropout = active_rate(any_expert(projections).dropout)
+        query, key, value = heads("query", hidden), heads("key", states), heads("value", states)
+        attended = attend(query, key, value, context, dropout=dropout, prefix=prefix)
+        compute = partial(self.run, _bert_output)
+        return by_expert(compute, [output.dense, output], choice, context, attended, hidden)
+
+    def prefix(self, layer, states, context):
         projections = layer.attention.self
-        heads = projections.num_attention_heads
-        return Prefix(split_heads(projections.key(states), heads), split_heads(projections.value(states), heads))
+        keys, values = projections.key(states), projections.value(states)
+        return Prefix(keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1)))
 
-    def feed_forward(self, layer, hidden, expert=None):
-        return pick(layer.output, expert)(pick(layer.intermediate, expert)(hidden), hidden)
+    def feed_forward(self, layer, hidden, context, choice=None):
+        compute = partial(self.run, _bert_feed_forward)
+        return by_expert(compute, [layer.intermediate, layer.output], choice, context, hidden)
 
     def end(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-class ModernBert:
+def _bert_output(dense: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+    return output.LayerNorm(output.dropout(dense(attended)) + hidden)
+
+
+def _bert_feed_forward(intermediate: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
+    return output(intermediate(hidden), hidden)
+
+
+class ModernBert(RowFunctions):
     """ModernBERT."""
 
     attention_modules = ("attn",)  # the LayerNorm before it stays shared
@@ -174,54 +220,76 @@ class ModernBert:
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
         self.layers = backbone.layers
+        self.num_heads = backbone.config.num_attention_heads
         self.max_positions = backbone.config.max_position_embeddings
 
-    def begin(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, AttentionContext]:
-        hidden = self.backbone.embeddings(input_ids=input_ids)
-        length = input_ids.shape[1]
-        tokens = attention_mask.bool()
-        full = tokens[:, None, None, :]
-        masks, window = {"full_attention": full, "sliding_attention": full}, self.backbone.config.sliding_window
-        if length > window + 1:
-            positions = torch.arange(length, device=input_ids.device)
-            masks["sliding_attention"] = full & ((positions[:, None] - positions).abs() <= window)
-        return hidden, AttentionContext(tokens, masks, self._rotations(hidden))
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        hidden, positions = self.backbone.embeddings(input_ids=tokens.input_ids[None])[0], tokens.positions()
+        # In at least float32, because bfloat16 has too few digits for the angles of late positions.
+        like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        rotations = {
+            kind: tuple(x[0] for x in self.backbone.rotary_emb(like, positions[None], kind))
+            for kind in set(self.backbone.config.layer_types)
+        }
+        return hidden, AttentionContext(tokens, positions, rotations)
 
-    def _rotations(self, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        kinds = set(self.backbone.config.layer_types)
-        return {kind: self.backbone.rotary_emb(hidden, positions, kind) for kind in kinds}
-
-    def attention(self, layer, hidden, states, context, expert=None, prefix=None):
-        attn, length, size = pick(layer.attn, expert), hidden.shape[1], states.shape[-1]
-        heads = layer.config.num_attention_heads
+    def attention(self, layer, hidden, states, context, choice=None, prefix=None):
+        first_only, kind = len(hidden) < len(states), layer.attention_type
         normalized = layer.attn_norm(states)
-        # One matrix projects to queries, keys and values. Queries are needed for L positions only.
-        query_weight, key_value_weight = attn.Wqkv.weight.split([size, 2 * size])
-        query_bias, key_value_bias = (None, None) if attn.Wqkv.bias is None else attn.Wqkv.bias.split([size, 2 * size])
-        query = split_heads(F.linear(normalized[:, :length].contiguous(), query_weight, query_bias), heads)
-        key, value = (
-            split_heads(x, heads) for x in F.linear(normalized, key_value_weight, key_value_bias).chunk(2, -1)
-        )
-        cos, sin = context.rotations[layer.attention_type]
-        query, _ = apply_rotary_pos_emb(query, query, cos[:, :length], sin[:, :length])
-        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-        mask = context.masks[layer.attention_type]
-        mask = mask[:, :, :length] if mask.shape[2] > 1 else mask
-        attended = attend(query, key, value, mask, attn.attention_dropout if attn.training else 0.0, prefix)
-        return hidden + attn.out_drop(attn.Wo(attended))
+        rows = normalized[context.tokens.offsets[:-1]] if first_only else normalized
+        query = self._heads(by_expert(_query, [layer.attn], choice, context, rows))
+        both = by_expert(_key_value, [layer.attn], choice, context, normalized)
+        key, value = (self._heads(x) for x in both.chunk(2, -1))
+        cos, sin = context.rotations[kind]
+        key = self.run(rotated, key, cos, sin)
+        query = query if first_only else self.run(rotated, query, cos, sin)  # position 0 is not rotated
+        window = self.backbone.config.sliding_window if kind == "sliding_attention" else None
+        attn = any_expert(layer.attn)
+        dropout = attn.attention_dropout if attn.training else 0.0
+        attended = attend(query, key, value, context, window=window, dropout=dropout, prefix=prefix)
+        return by_expert(partial(self.run, _modernbert_output), [layer.attn], choice, context, attended, hidden)
 
-    def prefix(self, layer, states):
-        projected = layer.attn.Wqkv(layer.attn_norm(states))
-        _, key, value = (split_heads(x, layer.config.num_attention_heads) for x in projected.chunk(3, -1))
-        key, _ = apply_rotary_pos_emb(key, key, *self._rotations(states)[layer.attention_type])
-        return Prefix(key, value)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
-    def feed_forward(self, layer, hidden, expert=None):
-        return hidden + pick(layer.mlp, expert)(layer.mlp_norm(hidden))
+    def prefix(self, layer, states, context):
+        key, value = (self._heads(x) for x in _key_value(layer.attn, layer.attn_norm(states)).chunk(2, -1))
+        return Prefix(rotated(key, *context.rotations[layer.attention_type]), value)
+
+    def feed_forward(self, layer, hidden, context, choice=None):
+        compute = partial(self.run, _modernbert_feed_forward)
+        return by_expert(compute, [layer.mlp_norm, layer.mlp], choice, context, hidden)
 
     def end(self, hidden: Tensor) -> Tensor:
         return self.backbone.final_norm(hidden)
+
+
+# One matrix projects to queries, keys and values, but queries are not needed for all rows.
+def _query(attn: nn.Module, rows: Tensor) -> Tensor:
+    weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
+    size = len(weight) // 3
+    return F.linear(rows, weight[:size], None if bias is None else bias[:size])
+
+
+def _key_value(attn: nn.Module, rows: Tensor) -> Tensor:
+    weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
+    size = len(weight) // 3
+    return F.linear(rows, weight[size:], None if bias is None else bias[size:])
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys (T, H, d) by their positions (Su et al., arXiv 2104.09864). cos, sin: (T, d)."""
+    first, second = heads.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (heads * cos[:, None] + turned * sin[:, None]).to(heads.dtype)
+
+
+def _modernbert_output(attn: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+    return hidden + attn.out_drop(attn.Wo(attended))
+
+
+def _modernbert_feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden + mlp(norm(hidden))
 
 
 FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {

@@ -13,26 +13,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import UserError
+from datamodules.records import Tokens, UserError
+from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.base import Condition, Encoder
-from lightning_modules.encoders.families import AttentionContext, Prefix, family_of
-
-_num_optimizer_steps = 0  # of all optimizers; fused optimizers change weights without changing their version
-
-
-def _count_step(*_: Any) -> None:
-    global _num_optimizer_steps
-    _num_optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from lightning_modules.encoders.families import family_of
 
 
 def required_instructions(instructions: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str]:
@@ -43,19 +32,9 @@ def required_instructions(instructions: Mapping[str, str], tasks: Mapping[str, s
     return {task: instructions[task].strip() for task in tasks}
 
 
-class CachedPrefixes(NamedTuple):
-    """Instruction -> one Prefix per layer, for one version of the weights.
-
-    parameters: the weights. While they are referenced, no other tensor can have their id.
-    """
-
-    version: tuple
-    parameters: list[nn.Parameter]
-    prefixes: dict[str, tuple[Prefix, ...]]
-
-
 class InstructEncoder(Encoder):
-    """An encoder whose texts attend to the instruction of their task. At inference, its keys and values are cached.
+    """An encoder whose texts attend to the instruction of their task. encode computes its keys
+    and values once per call.
 
     instructions: task -> sentence.
     separate: whether to freeze the backbone, and train a copy of it that encodes instructions (the paper's Prefix).
@@ -86,16 +65,12 @@ class InstructEncoder(Encoder):
             self.instruction_backbone.requires_grad_(False)
             self.instruction_backbone.embeddings.requires_grad_(True)
             self.instruction_family.layers[:-1].requires_grad_(True)
+        self._instruction_tokens: dict[tuple[str, torch.device], Tokens] = {}
         limit = self.family.max_positions
         for task, instruction in self.instructions.items():
             if (length := len(self._token_ids(instruction))) > limit:
                 problem = f"the instruction of task {task} has {length} tokens"
                 raise UserError(f"{problem}, but the backbone has positions for {limit}")
-        self._cache = CachedPrefixes((), [], {})
-
-    @property
-    def num_shared_layers(self) -> int:
-        return 0
 
     def served_by(self, task: str) -> str:
         self.expert_of(task)
@@ -103,34 +78,21 @@ class InstructEncoder(Encoder):
 
     def condition(self, task: str) -> Condition:
         self.expert_of(task)
-        instruction = self.instructions[task]
-        if self.training or torch.is_grad_enabled():
-            return Condition(prefixes=self._prefixes(instruction))
-        version = self._weights_version()
-        if self._cache.version != version:
-            self._cache = CachedPrefixes(version, list(self.parameters()), {})
-        if instruction not in self._cache.prefixes:
-            self._cache.prefixes[instruction] = self._prefixes(instruction)
-        return Condition(prefixes=self._cache.prefixes[instruction])
-
-    def _weights_version(self) -> tuple:  # not _version, which state_dict stores with the weights
-        """Return a key of everything that prefixes depend on, except the instruction.
-
-        It includes one value of each parameter, because a change through .data does not change its version.
-        """
-        device = self.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        parameters = list(self.parameters())
-        versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
-        values = tuple(torch.stack([p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters]).tolist())
-        return versions, values, device, parameters[0].dtype, precision, _num_optimizer_steps
+        return Condition(prefixes=self._prefixes(self.instructions[task]))
 
     def _token_ids(self, instruction: str) -> list[int]:
         return self.tokenizer(instruction)["input_ids"]
 
+    def _tokens(self, instruction: str) -> Tokens:
+        """Return the token ids of an instruction. They stay on the device, so that no step waits for a copy."""
+        key = instruction, self.device
+        if key not in self._instruction_tokens:
+            with torch.inference_mode(False):  # training may use them, too
+                self._instruction_tokens[key] = Tokens.pack([self._token_ids(instruction)]).to(self.device)
+        return self._instruction_tokens[key]
+
     def _prefixes(self, instruction: str) -> tuple[Prefix, ...]:
-        ids = torch.tensor([self._token_ids(instruction)], device=self.device)
-        states, context = self.instruction_family.begin(ids, torch.ones_like(ids))
+        states, context = self.instruction_family.begin(self._tokens(instruction))
         prefixes = []
         for index in range(self.num_layers):
             prefix, states = self.instruction_layer(index, states, context)
@@ -142,17 +104,12 @@ class InstructEncoder(Encoder):
         return [*super().layer_modules(index), *instruction_layers]
 
     def instruction_layer(self, index: int, states: Tensor, context: AttentionContext) -> tuple[Prefix, Tensor]:
-        """Return a layer's prefix for the states (1, P, D) of an instruction, and the states after that layer."""
-        family, prefix = self.instruction_family, self.family.prefix(self.family.layers[index], states)
+        """Return a layer's prefix for the states (P, D) of an instruction, and the states after that layer."""
+        family, prefix = self.instruction_family, self.family.prefix(self.family.layers[index], states, context)
         if index < self.num_layers - 1:  # the states after the last layer are not used
             layer = family.layers[index]
-            states = family.feed_forward(layer, family.attention(layer, states, states, context))
+            states = family.feed_forward(layer, family.attention(layer, states, states, context), context)
         return prefix, states
-
-    def layer(self, index, hidden, states, context, condition):
-        layer = self.family.layers[index]
-        hidden = self.family.attention(layer, hidden, states, context, prefix=condition.prefixes[index])
-        return self.family.feed_forward(layer, hidden)
 
 
 class PromptEncoder(Encoder):
@@ -196,8 +153,5 @@ class PromptEncoder(Encoder):
         self.expert_of(task)
         return self.instructions[task]
 
-    def pooled_positions(self, attention_mask: Tensor, task: str) -> Tensor:
-        if self.pool_prompt:
-            return attention_mask
-        positions = torch.arange(attention_mask.shape[1], device=self.device)
-        return attention_mask * (positions >= self._prompt_lengths[task])
+    def skipped_positions(self, task: str) -> int:
+        return 0 if self.pool_prompt else self._prompt_lengths[task]

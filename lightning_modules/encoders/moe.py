@@ -13,13 +13,14 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import UserError
-from lightning_modules.encoders.base import Condition, Encoder, check_one_task_per_text
-from lightning_modules.encoders.families import Experts, Family
+from datamodules.records import Tokens, UserError
+from lightning_modules.encoders.base import Condition, Encoder
+from lightning_modules.encoders.families import Experts, Family, Groups
 
 RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
 
@@ -88,8 +89,11 @@ class MoEEncoder(Encoder):
     def num_shared_layers(self) -> int:
         return self.expert_layers[0]
 
+    def served_by(self, task: str) -> str:
+        return self.expert_of(task)
+
     def condition(self, task: str) -> Condition:
-        return Condition(expert=self.expert_of(task))
+        return Condition(experts=self.expert_of(task))
 
     def add_expert(self, name: str, like: str) -> None:
         check_expert_names([name])
@@ -98,31 +102,23 @@ class MoEEncoder(Encoder):
             if isinstance(module, Experts):
                 module.experts[name] = copy.deepcopy(module.experts[like]).requires_grad_(True)
 
-    def _forward_mixed(self, input_ids: Tensor, attention_mask: Tensor, tasks: Sequence[str]) -> Tensor:
+    def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
         """Sort texts by expert, so that everything except the experts is computed for the whole batch at once."""
-        check_one_task_per_text(tasks, input_ids)
         experts = [self.expert_of(task) for task in tasks]
         names = list(dict.fromkeys(experts))
-        groups, end = [], 0
-        for name in names:
-            groups.append((name, slice(end, end := end + experts.count(name))))
         order = sorted(range(len(experts)), key=lambda i: names.index(experts[i]))
-        rows = torch.tensor(order, device=input_ids.device)
-        hidden, context = self.family.begin(input_ids[rows], attention_mask[rows])
-        hidden = self._layers(range(self.num_layers), hidden, context, Condition(groups=tuple(groups)))
-        return self.pool(hidden, attention_mask[rows], tasks[0])[rows.argsort()]
-
-    def layer(self, index, hidden, states, context, condition):
-        layer, family = self.family.layers[index], self.family
-        groups = condition.groups if index in self.expert_layers else ()
-        if groups and self.attention:
-            inputs = [(expert, hidden[rows], states[rows], context.select(rows)) for expert, rows in groups]
-            hidden = torch.cat([family.attention(layer, *tensors, expert) for expert, *tensors in inputs])
-        else:
-            hidden = family.attention(layer, hidden, states, context, condition.expert)
-        if groups and self.ffn:
-            return torch.cat([family.feed_forward(layer, hidden[rows], expert) for expert, rows in groups])
-        return family.feed_forward(layer, hidden, condition.expert)
+        tokens = tokens.select(order)
+        ends = {experts[text]: i + 1 for i, text in enumerate(order)}  # of each expert's texts
+        starts = np.cumsum((0, *tokens.lengths)).tolist()
+        by_text, by_token, start = [], [], 0
+        for name, end in ends.items():
+            by_text.append((name, slice(start, end)))
+            by_token.append((name, slice(starts[start], starts[end])))
+            start = end
+        hidden, context = self.family.begin(tokens)
+        condition = Condition(experts=Groups(tokens=by_token, texts=by_text))
+        vectors = self.pool(self._layers(range(self.num_layers), hidden, context, condition), context, tasks[0])
+        return vectors[torch.tensor(order, device=vectors.device).argsort()]
 
 
 def check_expert_names(experts: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from datamodules.records import UserError
+from datamodules.records import Tokens, UserError
 from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import build, describe_architecture, load_weights
@@ -62,7 +62,8 @@ class SciMultModel(PreTrainedModel):
 
         token_type_ids: accepted because tokenizers return them, and ignored. All types are 0, as in training.
         """
-        return BaseModelOutputWithPooling(pooler_output=self.encoder(input_ids, attention_mask, task))
+        tokens = Tokens.from_padded(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(pooler_output=self.encoder(tokens, task))
 
     def save_pretrained(self, folder: str | Path, *arguments, **options) -> None:
         super().save_pretrained(folder, *arguments, **options)

@@ -9,16 +9,17 @@ As in TASER (Cheng et al., ACL 2023), a gate is a linear map of the state of [CL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import UserError
+from datamodules.records import Tokens, UserError
+from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.base import Condition, Encoder
-from lightning_modules.encoders.families import AttentionContext
+from lightning_modules.encoders.families import Groups
 from lightning_modules.encoders.moe import add_experts, expert_layers
 
 LEVELS = ("sequence", "token")
@@ -75,11 +76,12 @@ class RoutedEncoder(Encoder):
             nn.init.normal_(gate.weight, std=0.02)
             nn.init.zeros_(gate.bias)
 
-    def forward_with_penalty(self, input_ids: Tensor, attention_mask: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    def forward_with_penalty(self, tokens: Tokens, task: str) -> tuple[Tensor, Tensor]:
         self.expert_of(task)
-        hidden, context = self.family.begin(input_ids, attention_mask)
-        hidden, entropies = self._routed_layers(range(self.num_layers), hidden, context)
-        return self.pool(hidden, attention_mask, task), -self.entropy_weight * torch.stack(entropies).mean()
+        with self.casting():
+            hidden, context = self.family.begin(tokens)
+            hidden, entropies = self._routed_layers(range(self.num_layers), hidden, context)
+            return self.pool(hidden, context, task), -self.entropy_weight * torch.stack(entropies).mean()
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
         return self._routed_layers(indices, states, context)[0]
@@ -88,12 +90,14 @@ class RoutedEncoder(Encoder):
         """Compute layers one after the other. Return the states after them, and the mean entropy of each gate."""
         entropies = []
         for index in indices:
-            hidden, condition = self._computed_positions(index, states), Condition()
+            hidden, condition = self._computed_positions(index, states, context), Condition()
             if index in self.expert_layers:
                 gate = self.gates[str(index) if self.gate_per_layer else "all"]
-                logits = gate(hidden if self.level == "token" else states[:, 0]).float()  # (B, L, E) or (B, E)
-                entropies.append(self._entropy(logits, context))
-                condition = Condition(routing=self._choose(logits))
+                inputs = hidden if self.level == "token" else states[context.tokens.offsets[:-1]]
+                logits = gate(inputs).float()  # (L, E) or (B, E)
+                gates = torch.distributions.Categorical(logits=logits, validate_args=False)  # not reading the logits
+                entropies.append(gates.entropy().mean())
+                condition = self._route(self._choose(logits), len(hidden), context)
             states = self._compute_layer(index, hidden, states, context, condition)
         return states, entropies
 
@@ -103,44 +107,38 @@ class RoutedEncoder(Encoder):
             return F.gumbel_softmax(logits, tau=self.gumbel_temperature, hard=True)
         return F.one_hot(logits.argmax(-1), self.num_experts)
 
-    def _entropy(self, logits: Tensor, context: AttentionContext) -> Tensor:
-        """Return the mean entropy of a gate's distribution over experts, in nats. Padding does not count."""
-        entropies = torch.distributions.Categorical(logits=logits).entropy()
-        if self.level == "sequence":
-            return entropies.mean()
-        tokens = context.tokens[:, : entropies.shape[1]]
-        return (entropies * tokens).sum() / tokens.sum()
+    def _route(self, choice: Tensor, num_computed: int, context: AttentionContext) -> Condition:
+        """Return the condition of a layer. choice: one-hot, for each computed position or for each text."""
+        if self.training:
+            all_computed = num_computed == context.tokens.num_tokens
+            return Condition(
+                routing=context.tokens.spread(choice) if self.level == "sequence" and all_computed else choice
+            )
+        rows = choice.argmax(-1)
+        by_text = self._groups(rows)
+        return Condition(
+            experts=Groups(
+                tokens=by_text if self.level == "token" else self._groups(context.tokens.spread(rows)), texts=by_text
+            )
+        )
+
+    def _groups(self, choice: Tensor) -> list[tuple[str, Tensor]]:
+        """Return the rows of each expert. choice: expert of each row."""
+        rows = ((name, (choice == i).nonzero()[:, 0]) for i, name in enumerate(self.experts))
+        return [(name, indices) for name, indices in rows if len(indices)]
 
     def layer(self, index, hidden, states, context, condition):
-        layer, family, routing = self.family.layers[index], self.family, condition.routing
-        if routing is None:
+        if condition.routing is None:
             return super().layer(index, hidden, states, context, condition)
-        if self.attention:
-            hidden = self._by_expert(
-                lambda rows, expert: family.attention(layer, hidden[rows], states[rows], context.select(rows), expert),
-                routing,
-            )
-        else:
-            hidden = family.attention(layer, hidden, states, context)
-        if not self.ffn:
-            return family.feed_forward(layer, hidden)
-        inputs = hidden.flatten(0, 1) if self.level == "token" else hidden  # (B L, D), or (B, L, D)
-        outputs = self._by_expert(
-            lambda rows, expert: family.feed_forward(layer, inputs[rows], expert), routing.flatten(0, -2)
-        )
-        return outputs.view_as(hidden)
+        layer, family, routing = self.family.layers[index], self.family, condition.routing
+        choices = self.experts if self.attention else [None]
+        hidden = _mixed([family.attention(layer, hidden, states, context, expert) for expert in choices], routing)
+        choices = self.experts if self.ffn else [None]
+        return _mixed([family.feed_forward(layer, hidden, context, expert) for expert in choices], routing)
 
-    def _by_expert(self, compute: Callable[[slice | Tensor, str], Tensor], routing: Tensor) -> Tensor:
-        """Compute each row with its expert.
 
-        compute: function that takes rows and the name of an expert, and returns their outputs.
-        routing: one-hot choice of an expert, (number of rows, E).
-        """
-        if self.training:
-            outputs = [compute(slice(None), expert) for expert in self.experts]
-            shape = (-1,) + (1,) * (outputs[0].ndim - 1)
-            return sum(routing[:, i].view(shape).to(out.dtype) * out for i, out in enumerate(outputs))
-        choice = routing.argmax(-1)
-        rows_of = {i: (choice == i).nonzero()[:, 0] for i in choice.unique().tolist()}
-        outputs = torch.cat([compute(rows, self.experts[i]) for i, rows in rows_of.items()])
-        return outputs[torch.cat(list(rows_of.values())).argsort()]
+def _mixed(outputs: list[Tensor], routing: Tensor) -> Tensor:
+    """Add the outputs of all experts, (L, D) each, weighted by the routing, (L, E)."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return sum(routing[:, i, None].to(output.dtype) * output for i, output in enumerate(outputs))

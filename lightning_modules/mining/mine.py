@@ -162,7 +162,7 @@ class Mining:
     miners: task -> miner. Other tasks are not mined.
     folder: folder of cached vectors.
     similarity: similarity that the encoder is trained with.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     seed: sampling seed.
     guide: guide model.
     device: device of the guide model where no encoder has one.

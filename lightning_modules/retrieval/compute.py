@@ -10,7 +10,7 @@ import torch
 
 from datamodules.records import UserError
 
-# Maximum number of padded tokens per forward pass. A CPU is fastest when they fit into its cache.
+# Maximum number of tokens per forward pass. A CPU is fastest when they fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # type of matrix products, where it is not float32
 TF32_CAPABILITY = (8, 0)  # GPUs have TF32 from Ampere on
@@ -47,7 +47,7 @@ def describe_device(device: torch.device | str) -> str:
 
 
 def default_token_budget(device: torch.device | str) -> int:
-    """Return the default maximum number of padded tokens per forward pass on a device."""
+    """Return the default maximum number of tokens per forward pass on a device."""
     return TOKEN_BUDGETS.get(torch.device(device).type, TOKEN_BUDGETS["cuda"])
 
 

@@ -51,7 +51,7 @@ def embed_shard(
     tasks: name in the result -> task of the encoder.
     similarity: "cosine" normalises the vectors.
     dtype: type of the result, "float32" or "float16".
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     Raises UserError for vectors that are not finite, or overflow in float16.
     """
     encoded = encoder.encode(list(documents), tasks=list(tasks.values()), token_budget=token_budget, advance=advance)

@@ -129,7 +129,7 @@ def evaluate(
 
     metrics: names of the metrics, unless the benchmark has its own.
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, dot if unknown.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,

@@ -46,7 +46,7 @@ class VectorCache:
     folder: folder for the vectors, which later commands reuse; by default the last two results are kept in memory.
     similarity: "cosine" normalises the vectors.
     shard_size: maximum number of texts per file.
-    token_budget: maximum number of padded tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def batches(data, steps=3):
 
 def texts_of(batch, tokenizer):
     """Decode the U texts of a batch."""
-    rows = [ids for chunk in batch.chunks for ids in chunk.input_ids]
+    rows = [ids for chunk in batch.chunks for ids in chunk.input_ids.split(chunk.lengths)]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
 
@@ -288,8 +288,7 @@ def test_another_number_of_ranks_resumes_with_the_same_global_batches(make_task)
         """Return the texts of the queries of one step, over all ranks in order."""
         rows = []
         for batch in batches:
-            texts = [pair for c in batch.chunks for pair in zip(c.input_ids, c.attention_mask, strict=True)]
-            ids = [row[mask.bool()].tolist() for row, mask in texts]
+            ids = [text.tolist() for chunk in batch.chunks for text in chunk.input_ids.split(chunk.lengths)]
             rows += [tuple(ids[i]) for i in batch.queries.tolist()]
         return rows
 

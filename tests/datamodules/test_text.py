@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datamodules.records import Document
-from datamodules.text import NameMatcher, as_documents, input_text, length_sorted_chunks, pad, token_ids
+from datamodules.text import NameMatcher, as_documents, input_text, length_sorted_chunks, token_ids
 
 
 def test_input_text_of_papers_labels_and_queries():
@@ -43,17 +43,11 @@ def test_chunks_are_sorted_by_length_and_within_the_budget():
     flat = [lengths[i] for chunk in chunks for i in chunk]
     assert flat == sorted(flat)
     for chunk in chunks:
-        assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= 128
+        assert len(chunk) == 1 or sum(lengths[i] for i in chunk) <= 128
 
 
 def test_text_longer_than_the_budget_is_its_own_chunk():
     assert list(length_sorted_chunks([5, 300, 4], 100)) == [[2, 0], [1]]
-
-
-def test_pad_makes_ids_and_mask():
-    tokens = pad([[2, 7, 3], [2, 3]], pad_id=0)
-    assert tokens.input_ids.tolist() == [[2, 7, 3], [2, 3, 0]]
-    assert tokens.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_matcher_finds_all_names_as_whole_words():

@@ -18,7 +18,7 @@ from experiments import embed as embed_entry
 from experiments.embed import main
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.embedding import open_matrix
-from tests.conftest import text_of, toy_collection
+from tests.conftest import packed, text_of, toy_collection
 from tests.experiments.test_train import ROOT
 
 PAPERS = [{"id": f"p{i}", "title": text_of(i), "text": text_of(*range(i, i + i % 9))} for i in range(23)]
@@ -53,7 +53,7 @@ def expected(model, task="search"):
     texts = [f"{paper['title']} [SEP] {paper['text']}" if paper["text"] else paper["title"] for paper in PAPERS]
     with torch.inference_mode():
         tokens = [encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in texts]
-        return torch.cat([encoder.eval()(t.input_ids, t.attention_mask, task) for t in tokens]).numpy()
+        return torch.cat([encoder.eval()(packed(t.input_ids, t.attention_mask), task) for t in tokens]).numpy()
 
 
 def test_matrix_rows_are_the_vectors_of_the_texts_in_file_order(embed, model):

@@ -495,7 +495,7 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     data.tokenizer = load_encoder(tmp_path).tokenizer
     first = list(itertools.islice(data.train_dataloader(), 4))
     assert [(batch.task, len(batch.queries)) for batch in first] == [("search", 5)] * 2 + [("classification", 3)] * 2
-    assert max(chunk.input_ids.shape[1] for chunk in first[0].chunks) == 9
+    assert max(chunk.max_length for chunk in first[0].chunks) == 9
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def gradients_of(module, batch, gradients):
     for index, chunk in enumerate(batch.chunks):
         torch.manual_seed(batch.seed + index)
         with torch.autocast("cpu", torch.bfloat16):
-            part = module.encoder(chunk.input_ids, chunk.attention_mask, batch.task)
+            part = module.encoder(chunk, batch.task)
         part.backward(gradients[start : start + len(chunk)])
         start += len(chunk)
     return {name: p.grad for name, p in module.named_parameters()}

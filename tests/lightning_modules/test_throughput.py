@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
 
+from datamodules.records import Tokens
 from lightning_modules import throughput
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.extend import add_tasks
@@ -55,14 +56,14 @@ def make(make_backbone):
 
 
 def counted(encoder, backward=False):
-    """Return the operations that torch counts for texts of the same length, after everything is cached."""
+    """Return the operations that torch counts for texts of the same length, without the encoding of an instruction."""
     ids = torch.randint(5, 60, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(0))
     encoder.train(backward)
     counter = FlopCounterMode(display=False)
     with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH):
-        encoder(ids, torch.ones_like(ids), "search")
+        conditions = {"search": encoder.condition("search")}
         with counter:
-            vectors = encoder(ids, torch.ones_like(ids), "search")
+            vectors = encoder.forward_tasks(Tokens.pack(ids.numpy()), ["search"], conditions)["search"]
             if backward:
                 vectors.sum().backward()
     return counter.get_total_flops()

@@ -11,7 +11,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.evaluation import rank_benchmark
-from tests.conftest import TASKS
+from tests.conftest import TASKS, packed
 
 FORM = {
     "adapter_residual_before_ln": False,
@@ -87,14 +87,14 @@ def tokens():
 
 def test_new_adapters_equal_the_backbone_and_are_all_that_is_trained(make_backbone, make_encoder, tokens):
     encoder = AdapterEncoder(*make_backbone(), TASKS, max_length=32).eval()
-    expected = make_encoder("shared").eval()(*tokens, "search")
-    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
-    encoder(*tokens, "search").square().sum().backward()
+    expected = make_encoder("shared").eval()(packed(*tokens), "search")
+    torch.testing.assert_close(encoder(packed(*tokens), "search"), expected, atol=2e-6, rtol=1e-5)
+    encoder(packed(*tokens), "search").square().sum().backward()
     learned = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
     assert learned
     assert all(name.startswith("adapters.search.") for name in learned)
     trained = AdapterEncoder(*make_backbone(), TASKS, freeze_backbone=False, max_length=32)
-    trained(*tokens, "search").square().sum().backward()
+    trained(packed(*tokens), "search").square().sum().backward()
     assert trained.backbone.embeddings.word_embeddings.weight.grad is not None
 
 
@@ -109,12 +109,12 @@ def test_adapters_of_specter2_compute_their_formula(bert, tokens, tmp_path):
     adapters["search.documents"] = adapters["link_prediction"]
     encoder = load_encoder(bert, adapters=adapters)
     plain = load_encoder(bert)
-    assert plain(*tokens, "search").shape == (4, 32)
+    assert plain(packed(*tokens), "search").shape == (4, 32)
     for task, weights in files.items():
         expected = by_formula(plain.backbone, *tokens, weights)
-        torch.testing.assert_close(encoder(*tokens, task), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoder(packed(*tokens), task), expected, atol=1e-5, rtol=1e-5)
     again = load_encoder(encoder.save_pretrained(tmp_path / "ours"))
-    assert torch.equal(again(*tokens, "search"), encoder(*tokens, "search"))
+    assert torch.equal(again(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
 
     # Queries use the adapter of search, documents another one.
     paper, query = Document("d", "bara", "beli"), Document("q", "", "bomu")

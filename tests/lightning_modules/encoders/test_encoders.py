@@ -15,7 +15,7 @@ from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
 from lightning_modules.retrieval.vector_cache import VectorCache
-from tests.conftest import TASKS, text_of
+from tests.conftest import TASKS, packed, text_of
 
 KINDS = ("shared", "attention", "ffn", "both")
 MOE = KINDS[1:]
@@ -47,7 +47,7 @@ def test_vectors_equal_those_of_the_hugging_face_model(make_encoder, tokens, poo
     states = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     weights = mask[..., None].float()
     expected = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
-    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(ids, mask), "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_vectors_equal_those_of_roberta(tokens, make_backbone):
@@ -67,7 +67,7 @@ def test_vectors_equal_those_of_roberta(tokens, make_backbone):
     expected = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
     _, tokenizer = make_backbone()
     encoder = MoEEncoder(backbone, tokenizer, TASKS, layers="all", max_length=32).eval()
-    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(ids, mask), "search"), expected, atol=2e-6, rtol=1e-5)
     assert encoder.family.max_positions == 38
     with pytest.raises(UserError, match="positions for 38"):
         SharedEncoder(RobertaModel(config, add_pooling_layer=False), tokenizer, TASKS, max_length=40)
@@ -78,13 +78,13 @@ def test_vectors_equal_those_of_roberta(tokens, make_backbone):
 def test_new_experts_equal_the_backbone_bit_for_bit(make_encoder, tokens, kind, layers):
     shared, experts = make_encoder("shared").eval(), make_encoder(kind, layers=layers).eval()
     for task in TASKS:
-        assert torch.equal(experts(*tokens, task), shared(*tokens, task))
+        assert torch.equal(experts(packed(*tokens), task), shared(packed(*tokens), task))
 
 
 @pytest.mark.parametrize("kind", MOE)
 def test_each_task_has_its_own_expert(make_encoder, tokens, kind):
     encoder = separate(make_encoder(kind)).eval()
-    vectors = [encoder(*tokens, task) for task in TASKS]
+    vectors = [encoder(packed(*tokens), task) for task in TASKS]
     for i in range(3):
         assert not torch.allclose(vectors[i], vectors[i - 1], atol=1e-3)
     # Changing one expert changes only its task.
@@ -92,7 +92,7 @@ def test_each_task_has_its_own_expert(make_encoder, tokens, kind):
         for name, parameter in encoder.named_parameters():
             if ".experts.search." in name:
                 parameter.mul_(1.5)
-    again = [encoder(*tokens, task) for task in TASKS]
+    again = [encoder(packed(*tokens), task) for task in TASKS]
     assert torch.equal(again[0], vectors[0])
     assert torch.equal(again[1], vectors[1])
     assert not torch.allclose(again[2], vectors[2], atol=1e-3)
@@ -107,7 +107,7 @@ def test_vectors_equal_those_of_a_backbone_with_the_weights_of_the_expert(make_e
         if isinstance(module, Experts):
             dense.get_submodule(name).load_state_dict(module.experts["link_prediction"].state_dict())
     expected = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
-    torch.testing.assert_close(encoder(*tokens, "link_prediction"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(*tokens), "link_prediction"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MOE)
@@ -116,14 +116,14 @@ def test_step_on_one_task_does_not_change_other_experts_or_their_optimizer_state
     optimizer = torch.optim.AdamW(parameter_groups(encoder, OptimOptions(lr=0.1), 4), lr=0.1, fused=True)
     for task in ("classification", "search"):  # so that the idle expert has an optimizer state
         optimizer.zero_grad(set_to_none=True)
-        encoder(*tokens, task).square().sum().backward()
+        encoder(packed(*tokens), task).square().sum().backward()
         optimizer.step()
     idle = {n: p for n, p in encoder.named_parameters() if ".experts.classification." in n}
     never = {n: p for n, p in encoder.named_parameters() if ".experts.link_prediction." in n}
     before = {n: p.detach().clone() for n, p in (idle | never).items()}
     states = {n: copy.deepcopy(optimizer.state[p]) for n, p in idle.items()}
     optimizer.zero_grad(set_to_none=True)
-    encoder(*tokens, "search").square().sum().backward()
+    encoder(packed(*tokens), "search").square().sum().backward()
     optimizer.step()
     for name, parameter in (idle | never).items():
         assert torch.equal(parameter, before[name]), name
@@ -142,7 +142,7 @@ def test_number_of_operations_does_not_depend_on_the_number_of_experts(make_enco
     def flops(encoder):
         counter = FlopCounterMode(display=False)
         with counter:
-            encoder(*tokens, next(iter(encoder.tasks)))
+            encoder(packed(*tokens), next(iter(encoder.tasks)))
         return counter.get_total_flops()
 
     dense = flops(make_encoder("shared"))
@@ -181,10 +181,10 @@ def test_number_of_parameters_equals_that_of_the_paper():
 def test_padding_does_not_change_vectors(make_encoder, tokens):
     ids, mask = tokens
     encoder = separate(make_encoder("both", pooling="mean")).eval()
-    batched = encoder(ids, mask, "search")
+    batched = encoder(packed(ids, mask), "search")
     for row in range(len(ids)):
         length = int(mask[row].sum())
-        alone = encoder(ids[row : row + 1, :length], mask[row : row + 1, :length], "search")
+        alone = encoder(packed(ids[row : row + 1, :length], mask[row : row + 1, :length]), "search")
         torch.testing.assert_close(batched[row : row + 1], alone, atol=2e-6, rtol=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_gradient_checkpointing_does_not_change_gradients(make_encoder, tokens, 
         encoder.gradient_checkpointing = checkpointing
         set_dropout(encoder.backbone, 0.1, 0.1)
         torch.manual_seed(3)
-        encoder(*tokens, "search").square().sum().backward()
+        encoder(packed(*tokens), "search").square().sum().backward()
         grads.append({n: p.grad for n, p in encoder.named_parameters()})
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None), name
@@ -207,11 +207,11 @@ def test_gradient_checkpointing_does_not_change_gradients(make_encoder, tokens, 
 def test_dropout_is_only_active_in_training(make_encoder, tokens):
     encoder = make_encoder("attention").train()
     set_dropout(encoder.backbone, 0.5, 0.0)
-    assert not torch.equal(encoder(*tokens, "search"), encoder(*tokens, "search"))
+    assert not torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
     set_dropout(encoder.backbone, 0.0, 0.5)
-    assert not torch.equal(encoder(*tokens, "search"), encoder(*tokens, "search"))
+    assert not torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
     encoder.eval()
-    assert torch.equal(encoder(*tokens, "search"), encoder(*tokens, "search"))
+    assert torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
 
 
 def test_encode_restores_the_training_mode_of_each_module(make_encoder):
@@ -242,7 +242,9 @@ def test_encode_keeps_the_order_of_documents(make_encoder, budget):
 def test_default_token_budget_fits_a_cpu(make_encoder, monkeypatch):
     encoder, sizes = make_encoder("shared"), []
     forward = encoder.forward_tasks
-    monkeypatch.setattr(encoder, "forward_tasks", lambda ids, *rest: sizes.append(ids.numel()) or forward(ids, *rest))
+    monkeypatch.setattr(
+        encoder, "forward_tasks", lambda ids, *rest: sizes.append(ids.num_tokens) or forward(ids, *rest)
+    )
     texts = [Document(str(i), "", text_of(*range(9))) for i in range(600)]
     for encode in (encoder.encode, lambda *given: VectorCache(encoder).vectors(*given, "texts")):
         sizes.clear()
@@ -282,8 +284,8 @@ def test_rules_without_a_layer_raise_user_error(rule):
 
 def test_tasks_can_share_an_expert(make_encoder, tokens):
     encoder = separate(make_encoder("attention", tasks={"a": "one", "b": "one", "c": "two"})).eval()
-    assert torch.equal(encoder(*tokens, "a"), encoder(*tokens, "b"))
-    assert not torch.equal(encoder(*tokens, "a"), encoder(*tokens, "c"))
+    assert torch.equal(encoder(packed(*tokens), "a"), encoder(packed(*tokens), "b"))
+    assert not torch.equal(encoder(packed(*tokens), "a"), encoder(packed(*tokens), "c"))
 
 
 @pytest.mark.parametrize("expert", ["a.b", "", "3", "keys", "an expert"])
@@ -295,7 +297,7 @@ def test_invalid_expert_names_raise_user_error(make_encoder, expert):
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_task_raises_user_error(make_encoder, tokens, kind):
     with pytest.raises(UserError, match="unknown task 'clasification': .* classification, link_prediction, search"):
-        make_encoder(kind)(*tokens, "clasification")
+        make_encoder(kind)(packed(*tokens), "clasification")
 
 
 def test_max_length_above_the_positions_of_the_backbone_raises_user_error(make_encoder):

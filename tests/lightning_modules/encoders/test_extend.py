@@ -13,7 +13,7 @@ from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.extend import add_tasks, losses_by_task
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.optim import OptimOptions, parameter_groups
-from tests.conftest import TASKS
+from tests.conftest import TASKS, packed
 
 TEXTS = ["bara beli", "bomu bito buna", "cara"]
 
@@ -41,7 +41,7 @@ def test_vectors_of_old_tasks_do_not_change_while_the_new_one_learns(encoder, tm
     tokens = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
     for _ in range(3):
         optimizer.zero_grad()
-        encoder.train()(tokens["input_ids"], tokens["attention_mask"], "reviews").square().sum().backward()
+        encoder.train()(packed(tokens["input_ids"], tokens["attention_mask"]), "reviews").square().sum().backward()
         optimizer.step()
     assert not torch.allclose(encoder.encode(TEXTS, "reviews"), before["search"], atol=1e-3)
     assert torch.equal(encoder.encode(TEXTS, "ratings"), encoder.encode(TEXTS, "reviews"))
@@ -64,8 +64,9 @@ def test_the_nearest_expert_has_the_lowest_loss(make_encoder, make_task):
     task = make_task(SearchDataModule, name="reviews")
     batches = first_batches(task, encoder.tokenizer, count=3)
     assert len(batches) == 3
-    for batch in batches * 5:
-        module.train().training_step(dataclasses.replace(batch, task="link_prediction"), 0)["loss"].backward()
+    for seed, batch in enumerate(batches * 10):  # a seed is a dropout mask, which must not be learned
+        batch = dataclasses.replace(batch, task="link_prediction", seed=seed)
+        module.train().training_step(batch, 0)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     losses = losses_by_task(module, batches)

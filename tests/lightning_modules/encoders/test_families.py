@@ -21,7 +21,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
-from tests.conftest import TASKS
+from tests.conftest import TASKS, packed
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_vectors_equal_those_of_modernbert(make_modern, tokens, pooling, bias, k
     weights = mask[..., None].float()
     expected = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
     encoder = kind(backbone, tokenizer, TASKS, pooling=pooling, max_length=64).eval()
-    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(ids, mask), "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(True, False), (False, True), (True, True)])
@@ -90,8 +90,8 @@ def test_vectors_of_an_expert_equal_those_of_modernbert_with_its_weights(make_mo
         if isinstance(module, Experts):
             dense.get_submodule(name).load_state_dict(module.experts["search"].state_dict())
     expected = dense(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
-    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(encoder(*tokens, "classification"), expected, atol=1e-3)
+    torch.testing.assert_close(encoder(packed(*tokens), "search"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(encoder(packed(*tokens), "classification"), expected, atol=1e-3)
 
 
 def test_new_routed_encoder_equals_modernbert(make_modern, tokens):
@@ -99,7 +99,7 @@ def test_new_routed_encoder_equals_modernbert(make_modern, tokens):
     expected = backbone(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
     for level, attention in (("sequence", True), ("token", False)):
         encoder = RoutedEncoder(make_modern()[0], tokenizer, TASKS, level=level, attention=attention, max_length=64)
-        torch.testing.assert_close(encoder.eval()(*tokens, "search"), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoder.eval()(packed(*tokens), "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, tokens):
@@ -129,13 +129,13 @@ def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, token
     hidden = text + backbone.layers[0].attn.Wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     hidden = hidden + backbone.layers[0].mlp(backbone.layers[0].mlp_norm(hidden))
     expected = backbone.final_norm(hidden)[:, 0]
-    torch.testing.assert_close(encoder(ids, mask, "search"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(ids, mask), "search"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_prefix_of_modernbert_trains_only_the_instruction_encoder(make_modern, tokens):
     backbone, tokenizer = make_modern()
     encoder = InstructEncoder(backbone, tokenizer, {"s": "s"}, {"s": "bara"}, separate=True, max_length=64).train()
-    encoder(*tokens, "s").square().sum().backward()
+    encoder(packed(*tokens), "s").square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
@@ -157,11 +157,11 @@ def test_dropout_and_layer_decay_apply_to_modernbert(make_modern, tokens):
     backbone, tokenizer = make_modern(attention_dropout=0.1)
     encoder = SharedEncoder(backbone, tokenizer, TASKS, max_length=64).train()
     set_dropout(backbone, 0.0, 0.0)
-    assert torch.equal(encoder(*tokens, "search"), encoder(*tokens, "search"))
+    assert torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
     for settings in ((0.5, None), (None, 0.5)):
         set_dropout(backbone, 0.0, 0.0)
         set_dropout(backbone, *settings)
-        assert not torch.equal(encoder(*tokens, "search"), encoder(*tokens, "search"))
+        assert not torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
     groups = parameter_groups(encoder, OptimOptions(lr=1.0, layer_decay=0.5), encoder.num_layers)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates[id(backbone.layers[0].mlp.Wi.weight)] == 0.5**3

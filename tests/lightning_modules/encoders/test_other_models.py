@@ -21,7 +21,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.loading import describe, load_encoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.scimult_format import to_reference
-from tests.conftest import TASKS
+from tests.conftest import TASKS, packed
 
 TEXTS = ["bara beli", "bomu bito buna"]
 
@@ -109,7 +109,10 @@ def test_gates_of_taser_are_loaded(make_backbone, bert, tmp_path, level, moe_typ
     torch.save({"model_dict": model, "encoder_params": {"encoder": settings}}, tmp_path / "taser.cp")
     encoder = load_encoder(tmp_path / "taser.cp", backbone=bert)
     assert (encoder.level, encoder.gate_per_layer, encoder.expert_layers) == (level, per_layer, [1, 3])
-    assert torch.equal(encoder(*tokens_of(encoder), "search"), ours(*tokens_of(encoder), "search"))
+    assert torch.equal(
+        encoder(packed(*tokens_of(encoder)), "search"),
+        ours(packed(*tokens_of(encoder)), "search"),
+    )
     settings["use_infer_expert"] = False
     torch.save({"model_dict": model, "encoder_params": settings}, tmp_path / "taser.cp")
     with pytest.raises(UserError, match="use_infer_expert False, but the weights contain a gate"):

@@ -17,7 +17,7 @@ from lightning_modules.encoders.loading import build, describe, load_encoder, lo
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
-from tests.conftest import TASKS, text_of
+from tests.conftest import TASKS, packed, text_of
 
 INSTRUCTIONS = {"classification": "tag bara beli", "link_prediction": "cite bomu", "search": "find bito buna"}
 KINDS = {
@@ -69,7 +69,7 @@ def test_automodel_loads_and_saves_encoders(encoder, tmp_path):
     model = AutoModel.from_pretrained(folder)
     tokens = encoder.tokenizer(["bara beli bomu bito buna cara"], return_tensors="pt")
     for task in TASKS:
-        ours = encoder(tokens["input_ids"], tokens["attention_mask"], task)
+        ours = encoder(packed(tokens["input_ids"], tokens["attention_mask"]), task)
         assert torch.equal(model(tokens["input_ids"], tokens["attention_mask"], task=task).pooler_output, ours)
     model.save_pretrained(tmp_path / "again")
     model.encoder.tokenizer.save_pretrained(tmp_path / "again")
@@ -115,7 +115,7 @@ def test_layers_below_the_first_expert_are_computed_once(make_backbone, layers, 
     def flops(tasks):
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            encoder.forward_tasks(ids, mask, tasks)
+            encoder.forward_tasks(packed(ids, mask), tasks)
         return counter.get_total_flops()
 
     assert flops(list(TASKS)) * 12 == flops(["search"]) * passes
@@ -124,7 +124,7 @@ def test_layers_below_the_first_expert_are_computed_once(make_backbone, layers, 
 def test_tasks_that_share_an_expert_are_computed_once(make_backbone):
     encoder = MoEEncoder(*make_backbone(), {"a": "one", "b": "one"}, max_length=32).eval()
     ids = torch.randint(5, 60, (2, 9))
-    vectors = encoder.forward_tasks(ids, torch.ones_like(ids), ["a", "b"])
+    vectors = encoder.forward_tasks(packed(ids, torch.ones_like(ids)), ["a", "b"])
     assert vectors["a"] is vectors["b"]
 
 

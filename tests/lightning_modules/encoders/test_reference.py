@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from datamodules.records import UserError
-from datamodules.text import pad, token_ids
+from datamodules.text import token_ids
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.encoders.scimult_format import EXPERTS, _our_key
 from lightning_modules.losses import comparable, info_nce
+from tests.conftest import packed
 
 GOLDEN = Path(os.environ.get("SCIMULT_GOLDEN", Path(__file__).parents[4] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(
@@ -41,13 +42,15 @@ def close(ours, expected, tolerance=1e-5):
 
 
 def states(encoder, ids, mask, task):
-    """Return the states of the last layer, (B, L, D), with zeros for padding."""
+    """Return the states of the last layer, (B, S, D), with zeros for padding."""
     kept = []
     pooling, pool = encoder.pooling, encoder.pool
-    encoder.pooling, encoder.pool = "mean", lambda hidden, *_: kept.append(hidden) or hidden[:, 0]
-    encoder(ids, mask, task)
+    encoder.pooling, encoder.pool = "mean", lambda hidden, *_: kept.append(hidden) or hidden
+    encoder(packed(ids, mask), task)
     encoder.pooling, encoder.pool = pooling, pool
-    return kept[0] * mask[..., None]
+    result = kept[0].new_zeros(*mask.shape, kept[0].shape[1])
+    result[mask.bool()] = kept[0]
+    return result
 
 
 @pytest.mark.parametrize("name", ["dense", *MOE])
@@ -60,10 +63,10 @@ def test_vectors_equal_those_of_the_authors_code(bert, tokens, name):
     with torch.no_grad():
         for number, task in enumerate(EXPERTS):
             suffix = "" if name == "dense" else f"_expert{number}"
-            close(encoder(*tokens, task), expected[f"cls{suffix}"])
+            close(encoder(packed(*tokens), task), expected[f"cls{suffix}"])
             close(states(encoder, *tokens, task), expected[f"seq{suffix}"])
             texts = expected["text_input_ids"], expected["text_attention_mask"]
-            close(encoder(*texts, task), expected[f"text_cls{suffix}"])
+            close(encoder(packed(*texts), task), expected[f"text_cls{suffix}"])
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -73,9 +76,9 @@ def test_vectors_of_a_mixed_batch_equal_those_of_the_authors_code(bert, tokens, 
         load_file(GOLDEN / f"{name}.expected.safetensors"),
     )
     tasks = [EXPERTS[number] for number in np.load(GOLDEN / "mixed_expert_ids.npy")]
-    close(encoder(*tokens, tasks), expected["cls_mixed"])
+    close(encoder(packed(*tokens), tasks), expected["cls_mixed"])
     with pytest.raises(ValueError, match="2 tasks for 12 texts"):
-        encoder(*tokens, tasks[:2])
+        encoder(packed(*tokens), tasks[:2])
 
 
 def test_token_ids_equal_those_of_the_authors_code(bert):
@@ -84,10 +87,8 @@ def test_token_ids_equal_those_of_the_authors_code(bert):
         load_file(GOLDEN / "dense.expected.safetensors"),
     )
     texts = json.loads((GOLDEN / "texts.json").read_text())
-    ours = pad(token_ids(texts, encoder.tokenizer, 128), 0)
-    length = ours.input_ids.shape[1]
-    assert torch.equal(ours.input_ids, expected["text_input_ids"][:, :length])
-    assert torch.equal(ours.attention_mask, expected["text_attention_mask"][:, :length])
+    wanted = zip(expected["text_input_ids"], expected["text_attention_mask"].bool(), strict=True)
+    assert token_ids(texts, encoder.tokenizer, 128) == [ids[mask].tolist() for ids, mask in wanted]
 
 
 def test_mean_pooling_equals_that_of_the_authors_code(bert, tokens, tmp_path):
@@ -97,7 +98,7 @@ def test_mean_pooling_equals_that_of_the_authors_code(bert, tokens, tmp_path):
     encoder = load_encoder(tmp_path / "mean.ckpt", backbone=bert)
     expected = load_file(GOLDEN / "moe_attn_meanpool.expected.safetensors")
     for number, task in enumerate(EXPERTS):
-        close(encoder(*tokens, task), expected[f"meannorm_expert{number}"])
+        close(encoder(packed(*tokens), task), expected[f"meannorm_expert{number}"])
 
 
 @pytest.mark.parametrize("name", ["dense", *MOE])
@@ -107,7 +108,7 @@ def test_loss_and_gradients_equal_those_of_the_authors_code(bert, tokens, name, 
         load_encoder(GOLDEN / f"{name}.ckpt", backbone=bert),
         load_file(GOLDEN / f"{name}.expected.safetensors"),
     )
-    vectors = encoder(*tokens, "link_prediction")
+    vectors = encoder(packed(*tokens), "link_prediction")
     queries, documents = comparable(vectors, similarity).split([4, len(vectors) - 4])
     loss = info_nce(queries @ documents.T / temperature, torch.tensor([[0], [2], [4], [6]])).mean()
     prefix = f"train_{similarity[:3]}"
@@ -142,7 +143,7 @@ def test_nested_settings_and_optimizer_states_are_accepted(bert, tokens, tmp_pat
 
     plain = load_encoder(GOLDEN / "moe_attn.ckpt", backbone=bert)
     other = load_encoder(saved(tmp_path, change), backbone=bert)
-    assert torch.equal(plain(*tokens, "search"), other(*tokens, "search"))
+    assert torch.equal(plain(packed(*tokens), "search"), other(packed(*tokens), "search"))
 
 
 def drop(key):

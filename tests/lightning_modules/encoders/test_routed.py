@@ -7,7 +7,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.routed import RoutedEncoder
-from tests.conftest import TASKS
+from tests.conftest import TASKS, packed
 
 FORMS = [("sequence", False, True), ("sequence", True, False), ("sequence", True, True), ("token", False, True)]
 
@@ -50,9 +50,9 @@ def balance(gate, states):
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
 def test_new_routed_encoder_equals_the_backbone(make_routed, make_encoder, tokens, level, attention, ffn):
     routed, shared = make_routed(level, attention, ffn, separate=False), make_encoder("shared")
-    expected = shared.eval()(*tokens, "search")
-    torch.testing.assert_close(routed.eval()(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(routed.train()(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
+    expected = shared.eval()(packed(*tokens), "search")
+    torch.testing.assert_close(routed.eval()(packed(*tokens), "search"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(routed.train()(packed(*tokens), "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(False, True), (True, False), (True, True)])
@@ -64,7 +64,7 @@ def test_each_text_is_computed_by_the_expert_its_gate_prefers(make_routed, make_
     balance(encoder.gates["2"], states[2][:, 0])
     choice = encoder.gates["2"](states[2][:, 0]).argmax(-1)
     assert len(choice.unique()) == 3
-    ours = encoder(*tokens, "search")
+    ours = encoder(packed(*tokens), "search")
     for row, expert in enumerate(choice.tolist()):
         for name, module in encoder.backbone.named_modules():
             if isinstance(module, Experts):
@@ -95,7 +95,7 @@ def test_each_token_is_computed_by_the_expert_its_gate_prefers(make_routed, make
         routed = later(routed, attention_mask=bias)
         routed = routed[0] if isinstance(routed, tuple) else routed
     expected = (routed * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    torch.testing.assert_close(encoder(*tokens, "search"), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder(packed(*tokens), "search"), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("level", "attention", "ffn"), FORMS)
@@ -104,7 +104,7 @@ def test_all_gates_and_experts_get_gradients(make_routed, tokens, level, attenti
     encoder = make_routed(level, attention, ffn).train()
     encoder.gradient_checkpointing = checkpointing
     torch.manual_seed(0)
-    vectors, penalty = encoder.forward_with_penalty(*tokens, "search")
+    vectors, penalty = encoder.forward_with_penalty(packed(*tokens), "search")
     assert float(penalty.detach()) == 0.0
     vectors.square().sum().backward()
     for name, parameter in encoder.named_parameters():
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_does_not_change_gradients_of_gates(make_routed, 
         encoder = make_routed("sequence", entropy_weight=0.5).train()
         encoder.gradient_checkpointing = checkpointing
         torch.manual_seed(0)
-        vectors, penalty = encoder.forward_with_penalty(*tokens, "search")
+        vectors, penalty = encoder.forward_with_penalty(packed(*tokens), "search")
         (vectors.square().sum() + penalty).backward()
         grads.append({n: p.grad for n, p in encoder.named_parameters()})
     for name, grad in grads[0].items():
@@ -129,9 +129,10 @@ def test_gradient_checkpointing_does_not_change_gradients_of_gates(make_routed, 
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_penalty_is_the_weighted_mean_negative_entropy(make_routed, tokens, level, per_layer):
     encoder = make_routed(level, entropy_weight=2.0, gate_per_layer=per_layer, layers=[0], separate=False).eval()
-    _, penalty = encoder.forward_with_penalty(*tokens, "search")
-    states, _ = encoder.family.begin(*tokens)
-    states = states[tokens[1].bool()] if level == "token" else states[:, 0]
+    _, penalty = encoder.forward_with_penalty(packed(*tokens), "search")
+    chosen = packed(*tokens)
+    states, _ = encoder.family.begin(chosen)
+    states = states if level == "token" else states[chosen.offsets[:-1]]
     p = encoder.gates["0" if per_layer else "all"](states).softmax(-1).detach().numpy()
     entropy = -(p * torch.tensor(p).log().numpy()).sum(-1).mean()
     assert float(penalty.detach()) == pytest.approx(-2.0 * entropy, rel=1e-5)
@@ -145,7 +146,7 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
     with torch.no_grad():
         encoder.gates["3"].weight.zero_()
         encoder.family.layers[3].output.experts["expert1"].LayerNorm.bias.add_(3.0)
-    expected = encoder.eval()(*tokens, "search").detach() + 3.0
+    expected = encoder.eval()(packed(*tokens), "search").detach() + 3.0
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     encoder.gates.requires_grad_(True)
@@ -154,9 +155,9 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
     encoder.train()
     for _ in range(60):
         optimizer.zero_grad()
-        (encoder(*tokens, "search") - expected).square().mean().backward()
+        (encoder(packed(*tokens), "search") - expected).square().mean().backward()
         optimizer.step()
-    torch.testing.assert_close(encoder.eval()(*tokens, "search"), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.eval()(packed(*tokens), "search"), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

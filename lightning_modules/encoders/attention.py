@@ -1,0 +1,212 @@
+"""Attention within the texts of a packed batch, in one of three ways.
+
+    varlen   one call of torch's flash attention for all texts (GPUs, bf16 and fp16, without dropout)
+    runs     one call of torch's attention for each run of texts of equal length, without copies or masks (CPUs)
+    padded   one call for all texts, padded to the longest, with a mask (GPUs, where varlen cannot be used)
+
+Shapes: T tokens of B texts, L positions computed (T, or B if only the first one of each text is needed), P positions of
+a prefix, H heads, d dimensions of a head, S tokens of the longest text, D = H x d.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from datamodules.records import Tokens
+
+# With one split, the vector of a text does not depend on the texts around it (torch 2.13).
+NUM_SPLITS = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Prefix(NamedTuple):
+    """Additional keys and values of one layer, each (P, H, d), that all texts attend to."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where the texts of a batch lie. It is computed once and used by all layers, and never waits for the device.
+
+    tokens: the batch.
+    positions: position of each token in its text, (T,).
+    rotations: attention type of a layer -> cosines and sines of the rotary positions, each (T, d).
+    """
+
+    tokens: Tokens
+    positions: Tensor
+    rotations: dict[str, tuple[Tensor, Tensor]]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Position of each token in the padded batch, (T,), as a row of (B x S)."""
+        texts = torch.arange(len(self.tokens), device=self.positions.device)
+        return self.tokens.spread(texts) * self.tokens.max_length + self.positions
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Whether a position of the padded batch is a token, (B, S)."""
+        positions = torch.arange(self.tokens.max_length, device=self.positions.device)
+        return positions < self.tokens.offsets.diff()[:, None]
+
+    @cached_property
+    def _prefixed_rows(self) -> dict[int, Tensor]:
+        return {}
+
+    def prefixed_rows(self, size: int) -> Tensor:
+        """Return the rows of [prefix; tokens], (P + T, ...), that give each text its own copy of the prefix.
+
+        size: number of positions of the prefix, P. Shape of the result: (T + B x P,).
+        """
+        if size not in self._prefixed_rows:
+            tokens, starts = self.tokens, self.tokens.offsets[:-1]
+            count = tokens.num_tokens + size * len(tokens)
+            lengths = tokens.offsets.diff() + size
+            shift = torch.arange(len(tokens), device=starts.device) * size
+            start, new_start = (
+                torch.repeat_interleave(x, lengths, output_size=count) for x in (starts, starts + shift)
+            )
+            position = torch.arange(count, device=starts.device) - new_start
+            self._prefixed_rows[size] = torch.where(position < size, position, position + start)
+        return self._prefixed_rows[size]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    *,
+    window: int | None = None,
+    dropout: float = 0.0,
+    prefix: Prefix | None = None,
+) -> Tensor:
+    """Compute scaled dot-product attention within each text and join the heads, (L, D).
+
+    query: (L, H, d). With L = B, queries are those of the first position of each text. key, value: (T, H, d).
+    window: largest distance between positions that attend to each other; None for no limit.
+    prefix: keys and values that all positions attend to, whatever the window.
+    """
+    if window is not None and context.tokens.max_length <= window + 1:
+        window = None
+    kernel = choose_kernel(query, context, window, dropout, prefix)
+    return kernel(query, key, value, context, window, dropout, prefix).flatten(1)
+
+
+def choose_kernel(
+    query: Tensor, context: AttentionContext, window: int | None, dropout: float, prefix: Prefix | None
+) -> Callable[..., Tensor]:
+    """Return the fastest function that can compute this attention, (L, H, d)."""
+    if query.device.type == "cpu":
+        return attend_runs
+    # varlen_attn aligns a window with the last key, so queries and keys must be the same positions.
+    same_positions = prefix is None and len(query) == context.tokens.num_tokens
+    can_use_varlen = query.dtype in (torch.bfloat16, torch.float16) and not dropout
+    return attend_varlen if can_use_varlen and (window is None or same_positions) else attend_padded
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    window: int | None,
+    dropout: float,
+    prefix: Prefix | None,
+) -> Tensor:
+    assert not dropout, "varlen_attn has no dropout"
+    offsets, length = context.tokens.offsets, context.tokens.max_length
+    key_offsets, key_length = offsets, length
+    if prefix is not None:
+        size = len(prefix.keys)
+        rows = context.prefixed_rows(size)
+        key, value = (
+            torch.cat([extra.to(x.dtype), x]).index_select(0, rows)
+            for extra, x in ((prefix.keys, key), (prefix.values, value))
+        )
+        shift = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device) * size
+        key_offsets, key_length = offsets + shift, length + size
+    if len(query) < context.tokens.num_tokens:
+        offsets, length = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device), 1
+    size = (-1, -1) if window is None else (window, window)
+    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, window_size=size, **NUM_SPLITS)
+
+
+def attend_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    window: int | None,
+    dropout: float,
+    prefix: Prefix | None,
+) -> Tensor:
+    dtype, runs = query.dtype, context.tokens.runs
+    if dtype == torch.bfloat16 and query.requires_grad:
+        # On a CPU, torch's attention (forward and backward) takes 2.6 times as long in bfloat16 as in float32.
+        query, key, value = query.float(), key.float(), value.float()
+    counts, sizes = [count for count, _ in runs], [count * length for count, length in runs]
+    first_only = len(query) < len(key)
+    # The backward pass of split writes each gradient once, that of slices would write zeros for all other rows.
+    pieces = zip(query.split(counts if first_only else sizes), key.split(sizes), value.split(sizes), strict=True)
+    outputs = []
+    for (count, length), piece in zip(runs, pieces, strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in piece)
+        mask = None
+        if window is not None and length > window + 1:
+            mask = within_window(length, window, q.device)[: q.shape[2]]
+        outputs.append(_padded_attention(q, k, v, mask, dropout, prefix).flatten(0, 1))
+    return torch.cat(outputs).to(dtype)
+
+
+def attend_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    window: int | None,
+    dropout: float,
+    prefix: Prefix | None,
+) -> Tensor:
+    tokens, shape = context.tokens, (len(context.tokens), context.tokens.max_length)
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, context.slots, x)
+        return rows.unflatten(0, shape).transpose(1, 2)
+
+    first_only = len(query) < tokens.num_tokens
+    q = query[:, :, None] if first_only else padded(query)
+    mask = context.mask[:, None, None, :]
+    if window is not None:
+        mask = mask & within_window(tokens.max_length, window, query.device)[: q.shape[2]]
+    attended = _padded_attention(q, padded(key), padded(value), mask, dropout, prefix).flatten(0, 1)
+    return attended if first_only else attended.index_select(0, context.slots)
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, prefix: Prefix | None
+) -> Tensor:
+    """Compute attention (B, L, H, d) of queries (B, H, L, d) to keys and values (B, H, S, d), after the prefix."""
+    if prefix is not None:
+        key, value = (
+            torch.cat([extra.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
+            for extra, x in ((prefix.keys, key), (prefix.values, value))
+        )
+        mask = mask if mask is None else F.pad(mask, (len(prefix.keys), 0), value=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+
+
+def within_window(length: int, window: int, device: torch.device) -> Tensor:
+    """Return whether two positions are at most `window` apart, (length, length) bool."""
+    positions = torch.arange(length, device=device)
+    return (positions[:, None] - positions).abs() <= window
