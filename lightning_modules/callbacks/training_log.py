@@ -140,7 +140,7 @@ class RankLoad:
 
 
 class RankReport(L.Callback):
-    """Logs the load of each rank after the first batch, and the number of negatives per query.
+    """Logs the load of each rank after the first batch.
 
     Raises UserError at the start of training if ranks have different precisions, as they may on different hardware.
     """
@@ -169,9 +169,6 @@ class RankReport(L.Callback):
             dist.all_gather_object(loads, load)
         for load in loads:
             log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
-        negatives = sum(load.num_documents for load in loads) - 1
-        ranks = f"{len(loads)} rank{'s' if len(loads) > 1 else ''}"
-        log.info("in this batch (%s) a query has up to %d negatives, from %s", batch.task, negatives, ranks)
 
 
 def memory(device: torch.device) -> str:
