@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
@@ -25,6 +27,7 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.objective import FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
 ROOT = Path(__file__).parents[2]
@@ -206,6 +209,37 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
             scheduler.step()
             optimizer.zero_grad()
     assert not waits  # in the second step; the first may move instructions to the GPU
+
+
+class RecordedSteps(L.Callback):
+    """Records the waits of the trainer for five batches, after a log and before the next, as if the CPU were a GPU."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 6:
+            self.recording = recorded_waits(torch.device("cpu"))
+            self.waits = self.recording.__enter__()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 10:
+            self.recording.__exit__(None, None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["none", "uncertainty", "pcgrad", "gradnorm"])
+def test_trainer_does_not_wait_between_logs(balance, make_encoder, three_tasks, tmp_path):
+    balancing = {"pcgrad": [PCGrad(list(TASKS))], "gradnorm": [GradNorm(list(TASKS))]}.get(balance, [])
+    recorded, accumulated = RecordedSteps(), 3 if balancing else 1
+    trainer = quiet_trainer(
+        tmp_path,
+        max_steps=12 // accumulated,
+        accumulate_grad_batches=accumulated,
+        gradient_clip_val=1.0,
+        callbacks=[TrainingLog(6 // accumulated, plain=True, peak_tflops=1.0), *balancing, recorded],
+    )
+    module = ContrastiveModule(make_encoder("both"), **OPTIONS | {"balance": balance})
+    batches = [three_tasks.train_dataloader().batches[step] for step in range(12)]
+    trainer.fit(module, torch.utils.data.DataLoader(2 * batches, batch_size=None))
+    assert not recorded.waits
 
 
 @pytest.mark.parametrize("balance", [PCGrad, GradNorm])
