@@ -132,7 +132,7 @@ def test_batches_are_slices_of_one_copy():
 
 
 def test_each_forward_pass_runs_while_the_next_texts_are_tokenised(encoder, monkeypatch):
-    """Both wait for each other, so without overlap the test would time out. Encoding then takes the longer of the two."""
+    """Both wait for each other. Without overlap, the test would time out."""
     count, meeting = 6, threading.Barrier(2, timeout=60)
     tokenise, forward, calls = Encoding._tokenise, encoder.forward_tasks, {"tokenise": 0, "forward": 0}
 
