@@ -19,6 +19,7 @@ from datamodules.records import Document, Tokens
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
 from lightning_modules.retrieval.compute import default_token_budget
+from lightning_modules.throughput import forward_flops
 
 if TYPE_CHECKING:
     from lightning_modules.encoders.base import Encoder
@@ -112,6 +113,7 @@ def _compute(
             encoder.encoded["tokens"] += tokens.num_tokens
             if advance is not None:
                 advance(len(tokens))
+        encoder.encoded["flops"] += forward_flops(encoder, table.lengths(), *tasks)
         return rows, {task: torch.cat(vectors) for task, vectors in computed.items()}
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from datamodules.readers.beir import write_beir
-from datamodules.records import UserError
+from datamodules.records import Document, UserError
 from experiments import embed as embed_entry
 from experiments.embed import main
 from lightning_modules.encoders.loading import load_encoder
@@ -91,6 +92,20 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
     for path in (parts, whole.with_name("array.npy")):
         assert path.read_bytes() == whole.read_bytes()
         assert path.with_name(f"{path.name}.ids.txt").read_text() == "".join(f"{p['id']}\n" for p in PAPERS)
+
+
+def test_speed_is_logged(embed, model, caplog):
+    """The tokens are those of the tokenizer, and both speeds are per the same seconds."""
+    with caplog.at_level("INFO"):
+        embed("out")
+    count, texts, tokens = re.search(
+        r"([\d,]+) texts embedded, ([\d,.]+) texts/s, ([\d,]+) tokens/s, MFU \d+%", caplog.text
+    ).groups()
+    assert int(count) == len(PAPERS)
+    encoder = load_encoder(model)
+    encoder.encode([Document(p["id"], p["title"], p["text"]) for p in PAPERS], "search")
+    ratio = float(tokens.replace(",", "")) / float(texts.replace(",", ""))
+    assert ratio == pytest.approx(encoder.encoded["tokens"] / len(PAPERS), rel=0.01)
 
 
 def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, papers, monkeypatch, caplog):
