@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,22 +124,23 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         header = next(csv.reader([header_line], **dialect), [])
     except csv.Error as error:
         raise UserError(f"{path}: the header is not valid CSV ({error})") from error
-    reader, count = csv.reader(lines, **dialect), 0
-    while True:
-        start, cells, problem = lines.number + 1, [], ""
+    count, cells = 0, []
+    while cells is not None:
+        lines.row.clear()
+        start, problem = lines.number + 1, ""
         try:
-            cells = next(reader)
-        except StopIteration:
-            break
+            cells = next(csv.reader(lines, **dialect), None)
         except csv.Error as error:
-            problem = f"not valid CSV ({error})"
-        if not problem and not any(cell.strip() for cell in cells):
+            cells, problem = [], f"not valid CSV ({error})"
+        if not problem and not any(cell.strip() for cell in cells or ()):
             continue
         count += 1
-        row = Row(bad, path, start, dialect["delimiter"].join(cells)[:QUARANTINED_TEXT], count)
+        row = Row(bad, path, start, "".join(lines.row)[:QUARANTINED_TEXT].rstrip("\r\n"), count)
         if not problem and len(cells) != len(header):
             problem = f"has {len(cells)} cells, but the header has {len(header)}"
         if problem:
+            lines.read_again_after_first()
+            row.text = lines.row[0][:QUARANTINED_TEXT].rstrip("\r\n")
             bad.report(row, problem)
         else:
             row.value = dict(zip(header, cells, strict=True))
@@ -147,17 +149,25 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file. number: number of the last line read."""
+    """The lines of a file. number: number of the last line read. row: lines of the current row, which a quote joins."""
 
     def __init__(self, path: Path):
-        self.number, self._lines = 0, numbered_lines(path)
+        self.number, self.row = 0, []
+        self._lines, self._again = numbered_lines(path), deque()
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        self.number, line = next(self._lines)
+        self.number, line = self._again.popleft() if self._again else next(self._lines)
+        self.row.append(line)
         return line
+
+    def read_again_after_first(self) -> None:
+        """Go back to the second line of the current row: a quote that is not closed joined it with rows below."""
+        start = self.number - len(self.row) + 1
+        self._again.extendleft(reversed(list(enumerate(self.row[1:], start=start + 1))))
+        self.number = start
 
 
 def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
