@@ -30,8 +30,8 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     library = bibtexparser.parse_string(text, parse_stack=stack)
     count = 0
     for block in library.blocks:
-        if isinstance(block, model.DuplicateBlockKeyBlock):
-            block = block.ignore_error_block
+        if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
+            block = stack[-1].transform_entry(block.ignore_error_block, library)
         is_text = isinstance(block, model.ImplicitComment)
         if isinstance(block, model.String | model.Preamble | model.ExplicitComment):
             continue

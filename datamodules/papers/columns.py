@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import logging
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from datamodules.readers.io import numbered_lines
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError
 from datamodules.text import TEXT_KEYS
+
+log = logging.getLogger(__name__)
 
 # Usual names of each column, in order of preference; case, spaces, dashes and underscores do not count. Among them are
 # the names in exports of Scopus, Web of Science, Dimensions and Zotero.
@@ -54,17 +57,31 @@ def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
     return {check_choice("columns", name, list(COLUMNS)): column for name, column in pairs.items()}
 
 
+def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
+    """Check the columns of a table by its first row.
+
+    Raises UserError if there is neither title nor abstract, or if a named column does not exist.
+    """
+    names = ", ".join(map(str, record))[:200]
+    if unknown := [column for column in columns.values() if column not in record]:
+        raise UserError(f"{path}: there is no column {unknown[0]!r} (columns here: {names})")
+    present = {plain_name(str(key)) for key in record}
+    missing = [name for name in ("title", "abstract") if name not in columns and present.isdisjoint(COLUMNS[name])]
+    if len(missing) == 2:
+        raise UserError(f"{path}: no column is called title or abstract (columns here: {names}); name yours in columns")
+    if missing:
+        log.warning("%s: no column is called %s; name yours in columns (columns here: %s)", path, missing[0], names)
+
+
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
     """Return the paper of a row. columns: names of columns that differ from the usual ones."""
-    if missing := [column for column in columns.values() if column not in record]:
-        raise UserError(f"there is no column {missing[0]!r}, only {', '.join(map(str, record))[:200]}")
     by_name: dict[str, Any] = {}
     for key, value in record.items():
         by_name.setdefault(plain_name(str(key)), value)
 
     def value(name: str) -> Any:
         if name in columns:
-            return record[columns[name]]
+            return record.get(columns[name])
         return next((by_name[each] for each in COLUMNS[name] if by_name.get(each) not in (None, "")), None)
 
     def text(name: str) -> str:
@@ -183,13 +200,13 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         if size > MAX_EXCEL:
             raise UserError(f"{path}: expands to {size:,} bytes, more than {MAX_EXCEL:,}; save it as CSV")
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        cells = sheet.iter_rows(values_only=True)
-        while (values := next(cells, None)) is not None:
+        for values in sheet.iter_rows(values_only=True):
             if header is None:
-                header = [str(value) for value in values if value is not None]
+                header = values
             elif any(value is not None for value in values):
                 count += 1
-                value = dict(zip(header, map(_plain_cell, values), strict=False))
+                cells_by_name = zip(header, map(_plain_cell, values), strict=False)
+                value = {str(name): cell for name, cell in cells_by_name if name is not None}
                 yield Row(bad, path, count + 1, str(value)[:QUARANTINED_TEXT], count, value)
     except (UserError, GeneratorExit):
         raise

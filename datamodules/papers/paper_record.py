@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import SURROGATES, Record, check_id, content_id
+from datamodules.readers.checks import Record, check_id, check_text, content_id
 from datamodules.records import UserError
 
 KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
@@ -66,11 +66,7 @@ class Paper:
 
 def clean(text: str, key: str) -> str:
     """Return a text without control characters and repeated spaces. Raises UserError if it is not valid Unicode."""
-    if not text.isascii() and (match := SURROGATES.search(text)):
-        code = ord(match[0])
-        what = f"byte 0x{code & 0xFF:02x}" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
-        raise UserError(f"{key} is not UTF-8 ({what} at character {match.start() + 1})")
-    return BLANKS.sub(" ", text).strip()
+    return BLANKS.sub(" ", check_text(text, key)).strip()
 
 
 def without_blanks(id: str) -> str:

@@ -153,7 +153,7 @@ def test_reader_of_the_file_gives_the_collections_of_the_import(world: World, tm
         if (tmp_path / "out" / kind).exists():
             collection = BeirReader(str(tmp_path / "out" / kind)).read()
             assert PapersReader(str(tmp_path / world.file), view).read() == collection
-    assert "left out 1 papers with the id of an earlier one" in caplog.text
+    assert "left out: papers with the id of an earlier one: 1" in caplog.text
 
 
 def test_papers_file_can_be_imported_again(tmp_path):
