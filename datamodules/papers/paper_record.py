@@ -36,7 +36,7 @@ class Paper:
     year: year of publication, if known.
     labels: labels by kind, one of KINDS.
     references: ids or other names of the papers that it cites.
-    names: other names under which papers cite it, such as "doi:10.1/x".
+    names: other names under which papers cite it, such as "doi:10.1234/x".
     split: split that its file gives it: "train", "dev", "test", or "" for none.
     is_part: whether this is not a paper, but the abstract or references of the paper with this id.
     """
@@ -93,7 +93,7 @@ def year_of(value: Any) -> int | None:
 
 
 def doi_name(value: Any) -> list[str]:
-    """Return the name "doi:10.1/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
+    """Return the name "doi:10.1234/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
     match = DOI.search(value) if isinstance(value, str) else None
     return [f"doi:{match[0].lower()}"] if match else []
 
