@@ -80,15 +80,15 @@ def main(arguments: Sequence[str]) -> None:
             with Progress("reading", "records", brief=True) as progress:
                 papers = read_papers(files, bad, options.format, columns)
                 _read(library, _advancing(papers, progress), splits, options.input)
-            if bad.by_reason:
-                library.left_out[f"bad records, in {near(quarantine)}"] = bad.by_reason.total()
+            if num_bad := bad.by_reason.total():  # later ones are queries of a file
+                library.left_out[f"bad records, in {near(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
             library.write(folder / "papers.jsonl")
             summary = {
                 "input": [str(path) for path in files],
                 "formats": dict(formats),
                 "options": {key: value for key, value in asdict(options).items() if key not in ("input", "output")},
-                "records": library.num_records + bad.by_reason.total(),
+                "records": library.num_records + num_bad,
                 "papers": len(library),
                 "left_out": dict(library.left_out),
                 "tasks": {kind: asdict(count) for kind, count in counts.items()},

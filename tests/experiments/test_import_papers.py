@@ -214,6 +214,7 @@ def test_queries_of_a_file_find_papers(tmp_path):
         split: {collection.queries[q].text: g for q, g in qrels.items()} for split, qrels in collection.qrels.items()
     }
     assert texts == {"train": {"graphs": {"W1": 1, "W2": 1, "W3": 0}, "soil": {"W6": 1}}, "dev": {"cells": {"W4": 2}}}
+    assert summary["records"] == 50
     assert summary["tasks"]["search"]["left_out"] == {
         "ids of papers that are not in the files": 2,
         "queries without a positive in the files": 1,
