@@ -140,7 +140,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if "${" in text:  # a saved configuration is resolved, and references can expand without end
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
