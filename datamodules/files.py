@@ -90,6 +90,19 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 
+def expanded(path: str | Path, key: str, advice: str = "") -> Path:
+    """Return a path with ~ replaced by the home folder.
+
+    key: setting that the path comes from. advice: another way than to name a folder, for the error.
+    Raises UserError if there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with any user id
+        advice = f"name a folder{advice}"
+        raise UserError(f"{key}: there is no home folder for {path}; {advice}") from error
+
+
 RECREATED = "Delete it, and it will be created again."
 
 
