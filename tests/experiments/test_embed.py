@@ -198,7 +198,7 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", ""])
-def test_settings_of_shards_that_are_no_object_raise_user_error(embed, content):
+def test_settings_of_shards_that_are_not_an_object_raise_user_error(embed, content):
     about = embed("out") / "shards" / "about.json"
     about.write_text(content)
     with pytest.raises(UserError, match=r"about.json: |other settings"):

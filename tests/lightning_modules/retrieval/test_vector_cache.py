@@ -120,19 +120,20 @@ def without_separator(encoder):
     encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", None, [("[CLS]", 2)])
 
 
-def with_half_the_heads(encoder):
-    encoder.backbone.config.num_attention_heads = 2
-    for layer in encoder.family.layers:
-        layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 2, 16
-
-
-@pytest.mark.parametrize("change", [with_epsilon, with_case, without_separator, with_half_the_heads])
+@pytest.mark.parametrize("change", [with_epsilon, with_case, without_separator])
 def test_fingerprint_differs_if_equal_weights_give_other_vectors(make_encoder, change):
     one, other = make_encoder("shared"), make_encoder("shared")
     assert fingerprint(one) == fingerprint(other)
     change(other)
     texts = ["Bara BELI omu", "dito"]
     assert not torch.allclose(one.encode(texts, "search"), other.encode(texts, "search"), atol=1e-4)
+    assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize("setting", [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}])
+def test_fingerprint_differs_for_another_backbone_of_equal_weights(make_encoder, setting):
+    one, other = make_encoder("shared"), make_encoder("shared", config=setting)
+    other.load_state_dict(one.state_dict())
     assert fingerprint(one) != fingerprint(other)
 
 
