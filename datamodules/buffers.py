@@ -62,7 +62,7 @@ def _copy(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return a new buffer with copies of tensors, and the copies."""
     sizes = [x.numel() * x.element_size() for x in tensors]
     aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    buffer = torch.empty(sum(aligned), dtype=torch.uint8, device=tensors[0].device)
+    buffer = torch.zeros(sum(aligned), dtype=torch.uint8, device=tensors[0].device)
     spaces = zip(tensors, sizes, buffer.split(aligned), strict=True)
     return buffer, [space[:size].view(x.dtype).view(x.shape).copy_(x) for x, size, space in spaces]
 

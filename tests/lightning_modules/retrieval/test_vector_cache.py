@@ -18,26 +18,27 @@ from tests.conftest import toy_collection
 
 def test_encoding_that_was_killed_continues_at_the_missing_shards(make_encoder, tmp_path, monkeypatch):
     encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
-    embedded = []
-    original = encoder.encode
+    embedded, most = [], 2
+    original = encoder.encode_each
 
-    def counted(documents, task, **options):
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        embedded.append(len(documents))
-        return original(documents, task, **options)
+    def counted(groups, task, **options):
+        for documents in groups:
+            if len(embedded) == most:
+                raise KeyboardInterrupt
+            embedded.append(len(documents))
+            yield from original([documents], task, **options)
 
-    monkeypatch.setattr(encoder, "encode", counted)
+    monkeypatch.setattr(encoder, "encode_each", counted)
     cache = VectorCache(encoder, tmp_path, shard_size=3)
     with pytest.raises(KeyboardInterrupt):
         cache.vectors(texts, "search", "documents")
     assert embedded == [3, 3]
     (cache.folder / ".half.npy.1").write_bytes(b"left by a killed process")
-    embedded[:] = [0]
-    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: embedded.append(len(d)) or original(d, t, **o))
+    embedded[:], most = [0], 9
     vectors = VectorCache(encoder, tmp_path, shard_size=3).vectors(texts, "search", "documents")
     assert embedded == [0, 3, 1]
-    np.testing.assert_allclose(np.concatenate(list(vectors)), original(texts, "search").numpy(), atol=1e-5)
+    monkeypatch.undo()
+    np.testing.assert_allclose(np.concatenate(list(vectors)), encoder.encode(texts, "search").numpy(), atol=1e-5)
     cache.remove()
     assert not cache.folder.exists()
 
@@ -120,7 +121,13 @@ def without_separator(encoder):
     encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", None, [("[CLS]", 2)])
 
 
-@pytest.mark.parametrize("change", [with_epsilon, with_case, without_separator])
+def with_half_the_heads(encoder):
+    encoder.backbone.config.num_attention_heads = encoder.family.num_heads = 2
+    for layer in encoder.family.layers:
+        layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 2, 16
+
+
+@pytest.mark.parametrize("change", [with_epsilon, with_case, without_separator, with_half_the_heads])
 def test_fingerprint_differs_if_equal_weights_give_other_vectors(make_encoder, change):
     one, other = make_encoder("shared"), make_encoder("shared")
     assert fingerprint(one) == fingerprint(other)
@@ -161,15 +168,46 @@ def test_fingerprint_survives_saving_and_using_a_model(make_encoder, tmp_path):
 
 def test_the_last_two_results_stay_in_memory(make_encoder, monkeypatch):
     encoder, papers = make_encoder("attention"), list(toy_collection().corpus.values())
-    encoded, original = [], encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: encoded.append(len(d)) or original(d, t, **o))
+    encoded, original, encode = [], encoder.encode_each, make_encoder("attention").encode
+
+    def counted(groups, task, **options):
+        return original((encoded.append(len(group)) or group for group in groups), task, **options)
+
+    monkeypatch.setattr(encoder, "encode_each", counted)
     cache = VectorCache(encoder, similarity="cosine")
     corpus, queries, others = papers[:6], papers[6:8], papers[8:9]
     for texts in (corpus, queries, corpus, queries, corpus, others, corpus):
         vectors = cache.vectors(texts, "search", "texts")[0]
-        expected = torch.nn.functional.normalize(original(texts, "search"), dim=-1).numpy()
+        expected = torch.nn.functional.normalize(encode(texts, "search"), dim=-1).numpy()
         np.testing.assert_array_equal(vectors, expected)
     assert encoded == [6, 2, 1]
     np.testing.assert_array_equal(
         cache.vectors_of_rank(corpus, "search", "texts"), cache.vectors(corpus, "search", "")[0]
     )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: good[:-20],
+        lambda good: good[:60],
+        lambda good: b"",
+        lambda good: b"not numpy" * 50,
+        lambda good: good[:200] + bytes([good[200] ^ 4]) + good[201:],
+        lambda good: good + b"x",
+    ],
+)
+def test_damaged_vectors_are_encoded_again(make_encoder, tmp_path, caplog, damage):
+    """They ended in a traceback, or in other figures."""
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+    VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    (path,) = tmp_path.rglob("*.npy")
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    vectors = VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    assert path.read_bytes() == good
+    assert np.array_equal(np.concatenate(list(vectors)), encoder.encode(texts, "search").numpy())
+    assert f"{path} is damaged" in caplog.text
+    path.write_bytes(good[:-8])  # as earlier versions wrote it
+    VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    assert path.read_bytes() == good[:-8]
