@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import Document, Tokens, UserError, check_name
 from datamodules.text import as_documents, input_text, length_sorted_chunks, token_ids
 from lightning_modules.encoders.attention import AttentionContext, Prefix
-from lightning_modules.encoders.families import Choice, family_of
+from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
@@ -198,19 +198,18 @@ class Encoder(nn.Module):
 
     @contextmanager
     def casting(self) -> Iterator[None]:
-        """Compute in the precision of autocast, with all weights cast once, instead of by autocast.
+        """Under autocast, cast the weights of linear layers once, and not in each layer of each chunk.
 
-        Autocast computes LayerNorm and the residual stream in float32, and without gradients it casts each weight again
-        in each chunk. Similarities and losses are outside, in float32. Sharded encoders keep autocast, because their
-        weights are not whole.
+        Embeddings and LayerNorm stay in float32. Sharded encoders keep autocast alone, as their weights are not whole.
         """
         device = self.device.type
-        if self.sharded or not torch.is_autocast_enabled(device):
+        if self.sharded or self._weights or not torch.is_autocast_enabled(device):
             yield
             return
         dtype = torch.get_autocast_dtype(device)
-        weights = {weight: weight.to(dtype) for weight in self.parameters() if weight.is_floating_point()}
-        with torch.autocast(device, enabled=False), self._with_weights(weights):
+        linear = (module for module in self.modules() if isinstance(module, nn.Linear))
+        weights = {weight: weight.to(dtype) for module in linear for weight in module.parameters()}
+        with self._with_weights(weights):
             yield
 
     @contextmanager
@@ -233,8 +232,10 @@ class Encoder(nn.Module):
                 module._parameters[name] = parameter
 
     def compile(self, *_: Any, **__: Any) -> None:
-        """Compile the parts of the layers. The first batches take longer, and later ones less time on most devices."""
-        self.family.compiled = True
+        """Compile the parts of the layers. It takes about a minute in the first batches, and later ones are faster."""
+        for value in vars(self).values():
+            if isinstance(value, RowFunctions):
+                value.compiled = True
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
         """Compute layers one after the other, from states (T, D)."""
