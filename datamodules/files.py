@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from datamodules.records import UserError
+
+# Names of types in messages.
+JSON_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 @contextmanager
@@ -20,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # unique among processes
     try:
-        with open(partial, "wb") as file:
+        with open_new(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +39,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def open_new(path: Path, keep: bool = False, buffering: int = -1) -> BinaryIO:
+    """Open a file for writing, without writing to any other file that its name may lead to.
+
+    In a folder that others can write to, somebody may have put a link or a pipe there. It is deleted, not followed.
+    keep: append to the file if it is a regular one. Otherwise start with an empty file. buffering: as in open().
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not (keep and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+            path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_APPEND if keep else os.O_EXCL)
+    return open(path, "ab" if keep else "wb", buffering, opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 @contextmanager
@@ -64,9 +89,35 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError if it is missing or damaged."""
+RECREATED = "Delete it, and it will be created again."
+
+
+def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str = RECREATED) -> Any:
+    """Return the content of a JSON file.
+
+    expected: type of the content, or for an object the types of its required keys.
+    hint: what to do about a damaged file.
+    Raises UserError if the file is missing, damaged, or of another type.
+    """
+    hint = f" {hint}" if hint else ""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Delete it, and it will be created again.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).{hint}") from error
+    if problem := _type_problem(content, expected):
+        raise UserError(f"{path}: {problem}.{hint}")
+    return content
+
+
+def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:
+    kind = expected if isinstance(expected, type) else dict
+    if not isinstance(content, kind):
+        return f"expected {JSON_TYPES[kind]}, got {_shown(content)}"
+    for key, kind in {} if isinstance(expected, type) else expected.items():
+        if not isinstance(content.get(key), kind):
+            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(content.get(key))}"
+    return None
+
+
+def _shown(content: Any) -> str:
+    return repr(content) if len(repr(content)) <= 60 else f"{repr(content)[:57]}..."

@@ -23,6 +23,7 @@ from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
 from experiments.config.arguments import parse
 from experiments.config.targets import accepted_arguments, check_target, instantiate
+from experiments.download.fetch import check_url
 from experiments.download.recipe import (
     COUNTS,
     OutputSpec,
@@ -87,10 +88,11 @@ def main(arguments: Sequence[str]) -> None:
 def _check(options: DataOptions) -> None:
     if not options.recipe:
         raise UserError(f"recipe: required, a name ({', '.join(recipes())}) or a YAML file")
-    if options.mirror and not options.mirror.startswith(("http://", "https://")):
-        raise UserError(
-            f"mirror: expected http:// or https://, got {options.mirror!r} (place local files in data.root/downloads)"
-        )
+    if options.mirror:
+        try:
+            check_url("mirror", options.mirror)
+        except UserError as error:
+            raise UserError(f"{error} (place local files in data.root/downloads)") from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from datamodules.batches import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule, default_num_workers
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
@@ -28,6 +28,15 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import computing_in, describe_device
+from lightning_modules.throughput import (
+    Speed,
+    computing_dtype,
+    encoder_ceiling,
+    num_positions,
+    pads_attention,
+    text_lengths,
+    training_flops,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +57,16 @@ class DryRunOptions(ExperimentOptions):
 class TaskCost:
     """Mean cost of a batch of a task on one rank."""
 
-    seconds: float  # preparing the batch, forward and backward
+    seconds: float  # waiting for the batch, forward and backward
+    waiting: float  # seconds of these until the batch is prepared
     tokens: float
+    positions: float  # tokens and padding
+    pairs: float  # of a query and one of its positives
     queries: float
     documents: float  # candidates of each query, over all ranks
     batches: int  # number of batches in the whole training, on each rank
     scores: float  # bytes, of the similarities with the documents of all ranks
-    flops: float  # of forward and backward, 6 per parameter and token
+    flops: float  # useful operations of forward and backward
 
 
 @dataclass
@@ -72,6 +84,7 @@ class Prediction:
     evaluation: float
     start: float  # reading the data, building the encoder, tokenising
     tasks: dict[str, TaskCost]
+    ceiling: float  # FLOP/s of the device, for the MFU
 
     @property
     def memory(self) -> int:
@@ -80,7 +93,24 @@ class Prediction:
 
     def training(self, steps: int) -> float:
         """Return the seconds that the whole training takes."""
-        return steps * self.update + sum(cost.batches * cost.seconds for cost in self.tasks.values())
+        return steps * self.update + self._total("seconds")
+
+    def speed(self, steps: int, ranks: int) -> Speed:
+        """Return the mean speed of the whole training, as the training log shows it."""
+        seconds = self.training(steps)
+        return Speed(
+            tokens_per_second=ranks * self._total("tokens") / seconds,
+            pairs_per_second=ranks * self._total("pairs") / seconds,
+            mfu=self._total("flops") / seconds / self.ceiling,
+            padding_share=1 - self._total("tokens") / self._total("positions"),
+            data_seconds=self._total("waiting"),
+            data_share=self._total("waiting") / seconds,
+            memory_mb=self.memory / 2**20,
+        )
+
+    def _total(self, name: str) -> float:
+        """Return the sum of a cost over all batches of one rank."""
+        return sum(cost.batches * getattr(cost, name) for cost in self.tasks.values())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -110,7 +140,9 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
     built: seconds that building data and module took.
     """
-    device = device_of(config)
+    device, workers = device_of(config), config.data.num_workers
+    if workers is None:
+        workers = default_num_workers(device.type == "cuda", ranks_of(config) // config.trainer.num_nodes)
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
     batches, preparing, tokenising = {}, {}, 0.0
@@ -135,8 +167,8 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         gradients = max(gradients, steps.gradients)
         updates += [update for _, update in times]
         seconds = sum(step for step, _ in times) / len(times)
-        in_process = 0.0 if config.data.num_workers else preparing[name]
-        costs[name] = _cost(config, data, module, name, measured, seconds + in_process)
+        waiting = max(0.0, preparing[name] / workers - seconds) if workers else preparing[name]
+        costs[name] = _cost(config, data, module, name, measured, seconds, waiting)
     ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
     shares = ranks if sharded else 1
     largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
@@ -152,6 +184,8 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         evaluation=_evaluation_seconds(config, data, module) / ranks,
         start=built + tokenising,
         tasks=costs,
+        ceiling=1e12 * config.trainer.peak_tflops
+        or encoder_ceiling(module.encoder, computing_dtype(precision_of(config))),
     )
 
 
@@ -212,28 +246,29 @@ def _cost(
     task: str,
     batches: list[ContrastiveBatch],
     seconds: float,
+    waiting: float,
 ) -> TaskCost:
+    """Return the mean cost of batches. seconds: time of forward and backward. waiting: time until a batch is there."""
+
+    padded = pads_attention(module.encoder, computing_dtype(precision_of(config)))
+
     def mean(size: Callable[[ContrastiveBatch], float]) -> float:
         return sum(map(size, batches)) / len(batches)
 
     tokens, queries = mean(lambda batch: batch.num_tokens), mean(lambda batch: len(batch.queries))
     documents = mean(lambda batch: len(batch.documents)) * ranks_of(config)
     return TaskCost(
-        seconds=seconds,
+        seconds=waiting + seconds,
+        waiting=waiting,
         tokens=tokens,
+        positions=mean(lambda batch: num_positions(batch, padded)),
+        pairs=mean(lambda batch: int((batch.positives >= 0).sum())),
         queries=queries,
         documents=documents,
         batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
         scores=4 * queries * documents,
-        flops=6 * tokens * _active_parameters(module),
+        flops=mean(lambda batch: training_flops(module.encoder, text_lengths(batch), task)),
     )
-
-
-def _active_parameters(module: ContrastiveModule) -> int:
-    """Return the number of parameters used in a forward pass, without embeddings, and with one expert per layer."""
-    tasks = max(1, len(set(module.encoder.tasks.values())))
-    sizes = [(name, p.numel()) for name, p in module.encoder.named_parameters() if "embeddings" not in name]
-    return sum(size // tasks if ".experts." in name else size for name, size in sizes)
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
@@ -260,7 +295,7 @@ def _encoding_seconds(config: Config, module: ContrastiveModule, benchmark: Benc
 
 
 def _show_tasks(config: Config, prediction: Prediction) -> None:
-    columns = ("batches", "ms per batch", "tokens", "tokens/s", "queries", "documents of all ranks", "TFLOP")
+    columns = ("batches", "ms per batch", "tokens", "tokens/s", "MFU", "queries", "documents of all ranks", "TFLOP")
     table = Table("task", *columns, title=f"{config.experiment}, {config.scale}: a batch on one rank")
     for name, cost in prediction.tasks.items():
         table.add_row(
@@ -269,6 +304,7 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
             f"{1e3 * cost.seconds:,.1f}",
             f"{cost.tokens:,.0f}",
             f"{cost.tokens / cost.seconds:,.0f}",
+            f"{cost.flops / cost.seconds / prediction.ceiling:.0%}",
             f"{cost.queries:,.0f}",
             f"{cost.documents:,.0f}",
             f"{cost.flops / 1e12:.3g}",
@@ -315,6 +351,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         _duration(prediction.evaluation),
         _duration(prediction.start + training + prediction.evaluation),
     )
+    log.info("speed of the training: %s", prediction.speed(steps, ranks).text())
     log.info(
         "not counted: imports (a few seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
         "including W&B's"
@@ -338,9 +375,9 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     if any(unmeasured.values()):
         log.info("not measured: %s", ", ".join(name for name, used in unmeasured.items() if used))
     if not torch.cuda.is_available():
-        flops = sum(cost.flops * cost.batches for cost in prediction.tasks.values())
+        flops = sum(cost.batches * cost.flops for cost in prediction.tasks.values())
         log.info(
-            "on a GPU (not measured): %.3g PFLOP on each rank (6 per parameter and token) take %s at 50 TFLOP/s; "
+            "on a GPU (not measured): %.3g PFLOP (useful operations) on each rank take %s at 50 TFLOP/s; "
             "memory is about as above, without the process, and less in bf16",
             flops / 1e15,
             _duration(flops / 50e12),

@@ -22,9 +22,20 @@ from experiments.shared.console import counted, entry_point, table_console
 
 log = logging.getLogger(__name__)
 
-RIGHT_ALIGNED = ("steps", "mean", "BM25", "seed", "device hours")
+SPEED_COLUMNS = {  # heading -> key in metrics.jsonl, and format
+    "tokens/s": ("train/tokens_per_second", ",.0f"),
+    "pairs/s": ("train/pairs_per_second", ",.1f"),
+    "MFU": ("train/mfu", ".0%"),
+    "padding": ("train/padding_share", ".0%"),
+    "waiting": ("train/data_share", ".0%"),
+    "MB": ("train/memory_mb", ",.0f"),
+}
+RIGHT_ALIGNED = ("steps", "mean", "BM25", "seed", "device hours", *SPEED_COLUMNS)
 # Columns that are left out on a narrow terminal, in this order.
-OPTIONAL_COLUMNS = ("seed", "scale", "experiment", "device hours", "last logged", "BM25", "metric", "steps", "mean")
+OPTIONAL_COLUMNS = (
+    *("padding", "pairs/s", "MB", "waiting", "seed", "scale", "experiment", "device hours", "tokens/s", "MFU"),
+    *("last logged", "BM25", "metric", "steps", "mean"),
+)
 SETTINGS_WIDTH = 24  # minimum number of characters of the column "differs in", whose text is folded
 IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.")  # prefixes of keys
 
@@ -34,8 +45,8 @@ class RunsOptions:
     """List runs, the latest first.
 
     A row shows how a run differs from the current settings of its experiment, its progress, its mean over the
-    benchmarks in the first metric, next to BM25's, and its device hours. On a narrow terminal, some columns are left
-    out.
+    benchmarks in the first metric, next to BM25's, its device hours, and the medians of its logged speeds. On a narrow
+    terminal, some columns are left out.
     """
 
     root: Path = option(Path("runs"), "folder with runs at any depth")
@@ -78,8 +89,14 @@ def row(run: RunFiles) -> dict[str, str]:
         "scale": scale,
         "seed": seed,
         "device hours": f"{device_hours(run):.2f}",
+        **{heading: _median(run, key, form) for heading, (key, form) in SPEED_COLUMNS.items()},
         "last logged": time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else "",
     }
+
+
+def _median(run: RunFiles, key: str, form: str) -> str:
+    value = run.typical(key)
+    return "" if value is None else format(value, form)
 
 
 def differences(config: Mapping[str, Any]) -> Iterator[str]:

@@ -23,15 +23,17 @@ import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch
+from datamodules.records import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.encoders.attention import AttentionContext, attend_padded, choose_kernel
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import default_token_budget
 
@@ -43,27 +45,30 @@ ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which 
 
 
 class LayerFlops(NamedTuple):
-    """Useful operations of one layer in a forward pass. trained: share of the products whose weights are trained."""
+    """Useful operations of one layer in a forward pass."""
 
     products: float
     attention: float
-    trained: float
 
 
-def forward_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
+def forward_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, *tasks: str) -> float:
     """Return the useful operations of a forward pass.
 
     lengths: number of tokens of each text, with special tokens and prompt, (n,).
-    task: task of the texts, which has an influence if texts attend to an instruction; by default any.
+    tasks: tasks for which each text is encoded, by default any one. Those with equal vectors count once, and so do
+        layers that the tasks share.
     """
-    return sum(layer.products + layer.attention for layer in _layers(encoder, lengths, task))
+    distinct = list({encoder.served_by(task): task for task in tasks}.values()) or [next(iter(encoder.tasks))]
+    num_shared = encoder.num_shared_layers if len(distinct) > 1 else 0
+    first, *others = ([layer.products + layer.attention for layer in _layers(encoder, lengths, t)] for t in distinct)
+    return sum(first) + sum(sum(layers[num_shared:]) for layers in others)
 
 
-def training_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
-    """Return the useful operations of forward and backward pass. Arguments are those of forward_flops."""
+def training_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> float:
+    """Return the useful operations of forward and backward pass for one task. lengths: as in forward_flops."""
     total, has_gradient = 0.0, any(p.requires_grad for p in encoder.backbone.embeddings.parameters())
-    for index, (products, attention, trained) in enumerate(_layers(encoder, lengths, task)):
-        total += products * (1 + trained) + attention
+    for index, (products, attention) in enumerate(_layers(encoder, lengths, task)):
+        total += products * (1 + _trained_share(encoder, index, task)) + attention
         if has_gradient:
             total += products + 2 * attention
         modules = [*encoder.layer_modules(index), *_adapters(encoder, index)]
@@ -71,10 +76,9 @@ def training_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> flo
     return total
 
 
-def _layers(encoder: Encoder, lengths: np.ndarray, task: str) -> Iterator[LayerFlops]:
+def _layers(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> Iterator[LayerFlops]:
     """Yield the operations of each layer."""
     config, lengths = encoder.backbone.config, np.asarray(lengths, dtype=np.int64)
-    task = task or next(iter(encoder.tasks))
     size, is_gated = encoder.dimension, config.model_type == "modernbert"
     feed_forward = (3 if is_gated else 2) * size * config.intermediate_size
     kinds = getattr(config, "layer_types", ["full_attention"] * encoder.num_layers)
@@ -90,7 +94,6 @@ def _layers(encoder: Encoder, lengths: np.ndarray, task: str) -> Iterator[LayerF
         yield LayerFlops(
             products=2.0 * (computed * weights + num_tokens * 2 * size**2),  # keys and values of all tokens
             attention=4.0 * size * (int(keys.sum()) + prefix * computed),
-            trained=_trained_share(encoder, index, task),
         )
 
 
@@ -174,9 +177,55 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def text_lengths(batch: ContrastiveBatch) -> np.ndarray:
+    """Return the number of tokens of each text of a batch, (U,)."""
+    return np.concatenate([chunk.lengths for chunk in batch.chunks])
+
+
+def num_positions(batch: ContrastiveBatch, padded: bool) -> int:
+    """Return the number of positions for which attention is computed. padded: whether texts are padded for it."""
+    return sum(len(chunk) * chunk.max_length for chunk in batch.chunks) if padded else batch.num_tokens
+
+
+def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
+    """Return whether training pads the texts of a chunk to compute attention. Everything else is never padded."""
+    config, token = encoder.backbone.config, Tokens.pack([[0]])
+    dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+    query = torch.empty(1, dtype=dtype, device=encoder.device)
+    return choose_kernel(query, AttentionContext(token, token.input_ids, {}), None, dropout, None) is attend_padded
+
+
 def computing_dtype(precision: str) -> torch.dtype:
     """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
     return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of training, over all ranks.
+
+    tokens_per_second: distinct texts count once, and padding does not count.
+    pairs_per_second: a pair is a query with one of its positives.
+    mfu: useful operations per second, as a share of the ceilings of all devices.
+    padding_share: share of padding in the positions for which attention is computed; 0 where nothing is padded.
+    data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
+    memory_mb: peak memory of the GPU or the process since training started, on the rank with the most.
+    """
+
+    tokens_per_second: float
+    pairs_per_second: float
+    mfu: float
+    padding_share: float
+    data_seconds: float
+    data_share: float
+    memory_mb: float
+
+    def text(self) -> str:
+        """Return the figures as a part of a line."""
+        return (
+            f"{self.tokens_per_second:,.0f} tokens/s  {self.pairs_per_second:,.1f} pairs/s  MFU {self.mfu:.0%}  "
+            f"padding {self.padding_share:.0%}  waiting {self.data_share:.0%}  {self.memory_mb:,.0f} MB"
+        )
 
 
 class ThroughputMeter:
@@ -187,48 +236,42 @@ class ThroughputMeter:
 
     encoder: the encoder in training.
     ceiling: speed of this rank's device, in FLOP/s.
+    padded: whether texts are padded to compute attention.
     """
 
-    def __init__(self, encoder: Encoder, ceiling: float):
-        self.encoder, self.ceiling, self.memory = encoder, ceiling, Memory(encoder.device)
+    def __init__(self, encoder: Encoder, ceiling: float, padded: bool = False):
+        self.encoder, self.ceiling, self.padded, self.memory = encoder, ceiling, padded, Memory(encoder.device)
+        self.memory.reset_peak()  # measuring the ceiling may have taken more than a step does
         self._clear()
 
     def _clear(self) -> None:
         self.seconds, self.waited, self.tokens, self.positions = 0.0, 0.0, 0, 0
-        # Tensors stay on the GPU until they are read.
-        self.pairs: list[Tensor] = []
-        self.lengths: dict[str, list[Tensor]] = defaultdict(list)  # task -> lengths of the texts of each batch
+        self.pairs: list[Tensor] = []  # on the GPU until they are read
+        self.lengths: dict[str, list[np.ndarray]] = defaultdict(list)  # task -> lengths of the texts of each batch
 
     def add(self, batch: ContrastiveBatch, seconds: float, waited: float) -> None:
         """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
         self.seconds, self.waited = self.seconds + seconds, self.waited + waited
         self.tokens += batch.num_tokens
-        self.positions += sum(chunk.input_ids.numel() for chunk in batch.chunks)
+        self.positions += num_positions(batch, self.padded)
         self.pairs.append((batch.positives >= 0).sum())
-        self.lengths[batch.task] += [chunk.attention_mask.sum(1) for chunk in batch.chunks]
+        self.lengths[batch.task].append(text_lengths(batch))
 
-    def read(self) -> dict[str, float]:
-        """Return the figures of all ranks since the last reading, by name. All ranks must call this.
-
-        tokens_per_second, pairs_per_second: sums over ranks; a pair is a query with one of its positives.
-        mfu: useful operations per second, as a share of the ceilings of all devices.
-        padding_share: share of the computed positions that are padding.
-        data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
-        memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
-        """
-        flops = sum(training_flops(self.encoder, torch.cat(x).cpu().numpy(), task) for task, x in self.lengths.items())
+    def read(self) -> Speed:
+        """Return the speed of all ranks since the last reading. All ranks must call this."""
+        flops = sum(training_flops(self.encoder, np.concatenate(x), task) for task, x in self.lengths.items())
         sums = [self.tokens, int(torch.stack(self.pairs).sum()), flops, self.positions, self.ceiling]
         row = torch.tensor([[*sums, self.seconds, self.waited, self.memory.peak()]], dtype=torch.float64)
         rows = gather_rows(row.to(self.encoder.device) if world_size() > 1 else row).cpu()
         tokens, pairs, flops, positions, ceiling, *_ = rows.sum(0).tolist()
         *_, seconds, waited, memory = rows.max(0).values.tolist()
         self._clear()
-        return {
-            "tokens_per_second": tokens / seconds,
-            "pairs_per_second": pairs / seconds,
-            "mfu": flops / seconds / ceiling,
-            "padding_share": 1 - tokens / positions,
-            "data_seconds": waited,
-            "data_share": waited / seconds,
-            "memory_mb": memory / 2**20,
-        }
+        return Speed(
+            tokens_per_second=tokens / seconds,
+            pairs_per_second=pairs / seconds,
+            mfu=flops / seconds / ceiling,
+            padding_share=1 - tokens / positions,
+            data_seconds=waited,
+            data_share=waited / seconds,
+            memory_mb=memory / 2**20,
+        )

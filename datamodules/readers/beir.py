@@ -9,7 +9,16 @@ import re
 from pathlib import Path
 from typing import TextIO
 
-from datamodules.readers.checks import SPLITS, BadLines, Judgements, Record, check_choice, check_grade, read_into_memory
+from datamodules.readers.checks import (
+    SPLITS,
+    BadLines,
+    Judgements,
+    Record,
+    check_choice,
+    check_grade,
+    read_into_memory,
+    stream_collection,
+)
 from datamodules.readers.io import (
     as_object,
     check_folder,
@@ -102,20 +111,45 @@ def read_qrels(judgements: Judgements) -> Qrels:
 
 def write_beir(collection: Collection, folder: Path | str, compress: bool = False) -> None:
     """Write a collection in BEIR layout. compress: whether to gzip corpus and queries."""
-    folder = Path(folder)
-    for split in collection.qrels:
-        check_name("split", split)
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, documents in (("corpus", collection.corpus), ("queries", collection.queries)):
-        with _open_for_writing(folder / f"{name}.jsonl", compress) as file:
-            for document in documents.values():
-                record = {"_id": document.id, "title": document.title, "text": document.text}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    for split, qrels in collection.qrels.items():
-        with open(folder / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
-            file.write("query-id\tcorpus-id\tscore\n")
-            for query, grades in qrels.items():
-                file.writelines(f"{query}\t{document}\t{grade}\n" for document, grade in grades.items())
+    with BeirWriter(Path(folder), compress) as writer:
+        stream_collection(collection, writer)
+
+
+class BeirWriter:
+    """A sink that writes a folder in BEIR layout, used as `with BeirWriter(folder) as sink:`.
+
+    compress: whether to gzip corpus and queries.
+    """
+
+    def __init__(self, folder: Path, compress: bool = False):
+        self.folder = folder
+        (folder / "qrels").mkdir(parents=True, exist_ok=True)
+        self._texts = {name: _open_for_writing(folder / f"{name}.jsonl", compress) for name in ("corpus", "queries")}
+        self._qrels: dict[str, TextIO] = {}
+
+    def add_document(self, document: Document) -> None:
+        self._write("corpus", document)
+
+    def add_query(self, query: Document) -> None:
+        self._write("queries", query)
+
+    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
+        if split not in self._qrels:
+            check_name("split", split)
+            self._qrels[split] = _open_for_writing(self.folder / "qrels" / f"{split}.tsv", compress=False)
+            self._qrels[split].write("query-id\tcorpus-id\tscore\n")
+        self._qrels[split].write(f"{query}\t{document}\t{grade}\n")
+
+    def _write(self, name: str, document: Document) -> None:
+        record = {"_id": document.id, "title": document.title, "text": document.text}
+        self._texts[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> BeirWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (*self._texts.values(), *self._qrels.values()):
+            file.close()
 
 
 def _open_for_writing(path: Path, compress: bool) -> TextIO:

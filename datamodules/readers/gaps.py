@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Gaps:
-    """What is missing in one file.
+    """Counts of what is missing in one file.
 
     documents, with_text, blank: number of documents, of those with a text, and of those without a title, too.
     unread: number of documents without a text, for each key that is known to hold one.

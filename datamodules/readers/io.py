@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SURROGATES, BadLines, Record, Row
 from datamodules.records import UserError
@@ -23,12 +23,17 @@ from datamodules.records import UserError
 log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
+MAX_WHOLE = 2**28  # characters of a file that is read as a whole
+# Texts shrink to a fifth, and repetitive ones to a fiftieth. A file made to fill a disk expands a thousandfold.
+EXPANSION, MIN_EXPANSION = 200, 2**30  # ratio, and bytes up to which any ratio is accepted
 CHUNK = 2**20  # characters
 SUFFIXES = ("", ".gz", ".zst")
 
 
 def check_folder(folder: Path, expected: str) -> None:
     """Raise UserError if a folder is missing. expected: description of its files, for the error."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder with {expected}")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (expected {expected} in it)")
 
@@ -89,8 +94,36 @@ def open_text(path: Path) -> Iterator[TextIO]:
         import pyarrow
 
         file = pyarrow.input_stream(file, compression="zstd")
+    if path.suffix in SUFFIXES[1:]:
+        file = io.BufferedReader(_Decompressed(file, path), CHUNK)
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
         yield stream
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file. Raises UserError if it is many times larger than the file."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.size = file, path, 0
+        self.limit = max(MIN_EXPANSION, EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self.file.read(len(buffer))
+        self.size += len(content)
+        if self.size > self.limit:
+            raise UserError(
+                f"{self.path}: expands to more than {self.limit:,} bytes, {EXPANSION} times its size; if it is the "
+                "right file, decompress it"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: bool = False) -> str:
@@ -106,6 +139,32 @@ def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: b
         if error.errno is None and path.suffix == ".zst":  # raised by the decompressor, not by the system
             raise UserError(f"{path}: the zstd file is damaged after line {number} ({error})") from error
         raise UserError(f"{path}: cannot be read after line {number} ({error.strerror})") from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line, for formats whose records are not lines.
+
+    Raises UserError if a line is longer than MAX_LINE, or if the file cannot be read to its end.
+    """
+    number = 0
+    with open_text(path) as stream:
+        while line := read_chunk(stream, path, number, MAX_LINE + 1, whole_line=True):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+            yield number, line
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
+    with open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        while window.peek():
+            number = window.line
+            value, _, reason = window.next_value("a value")
+            if reason:
+                raise UserError(f"{path}, line {number}: {reason}")
+            yield number, value
 
 
 def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
@@ -192,7 +251,9 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
 def read_whole_json(path: Path) -> Any:
     """Return the one JSON value of a small file. Raises UserError if it is invalid."""
     with open_text(path) as stream:
-        text = read_chunk(stream, path, 0, -1)
+        text = read_chunk(stream, path, 0, MAX_WHOLE + 1)
+    if len(text) > MAX_WHOLE:
+        raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
     try:
         return _parse(text)
     except UserError as error:

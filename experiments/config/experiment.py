@@ -29,7 +29,7 @@ from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
 from experiments.config.schema import Config, TaskConfig, check_constraints
 from experiments.config.structured import describe, read_yaml, refuse_unknown_keys, unknown
-from experiments.config.targets import check_targets
+from experiments.config.targets import check_targets, is_library
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +251,19 @@ def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
                 f"task {name} has no data at scale {config.scale}: "
                 f"add a block data.{config.scale} to experiments/tasks/{name}.yaml, or set task.{name}.data=FOLDER"
             )
+    _check_names_of_collections(config)
+
+
+def _check_names_of_collections(config: Config) -> None:
+    """Raise UserError if two tasks have a collection of the same name, because results are stored by name."""
+    tasks: dict[str, str] = {}
+    for task in config.tasks:
+        for name in config.task[task].data:
+            if (other := tasks.setdefault(name, task)) != task:
+                example = f"task.{task}.data={{{name}_{task}: FOLDER}}"
+                raise UserError(
+                    f"task.{task}.data: {other} has a collection called {name} too; rename one, as in {example}"
+                )
 
 
 def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[str] = ()) -> DictConfig:
@@ -359,7 +372,7 @@ def _replacement(text: str, layer: DictConfig) -> Replacement | None:
         return Replacement(task, name)
     folders = [data] if isinstance(data, str) else data
     if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
-        layer.task[task].data = _nodes_by_name(key, folders)
+        layer.task[task].data = _nodes_by_name(key, folders, task)
     elif not isinstance(data, dict) or not data:
         raise UserError(f"{key}: expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got {data!r}")
     return Replacement(task, None)
@@ -370,10 +383,12 @@ def _is_folder(value: Any) -> bool:
     return isinstance(value, str) and not value.startswith("${task.")
 
 
-def _nodes_by_name(key: str, folders: list[str]) -> dict[str, dict[str, str]]:
+def _nodes_by_name(key: str, folders: list[str], task: str) -> dict[str, dict[str, str]]:
+    """Return a node for each folder, named after it; a library, which serves several tasks, after the task too."""
     nodes: dict[str, dict[str, str]] = {}
     for folder in folders:
         name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"
+        name = f"{name}_{task}" if is_library(Path(folder)) else name
         if name in nodes:
             example = f"{key}={{a: {nodes[name]['folder']}, b: {folder}}}"
             raise UserError(f"{key}: two folders are called {name}; give them names: {example}")

@@ -9,13 +9,16 @@ import pkgutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.papers.views import VIEW_OF_KIND
 from datamodules.readers import reader_class_of
+from datamodules.readers.papers import PapersReader
 from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.moved import current_path
@@ -27,6 +30,7 @@ from lightning_modules.mining.miners import Miner
 PACKAGES = ("datamodules.", "lightning_modules.")
 READERS = "datamodules.readers."
 EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
+IMPORTED = "import.json"  # file in the folder of an import
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
 
 
@@ -43,7 +47,7 @@ def check_targets(config: Config) -> None:
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
-            settings.data[name] = check_target(key, with_reader(key, node), Reader, package=READERS)
+            settings.data[name] = check_target(key, with_reader(key, node, settings.kind), Reader, package=READERS)
 
 
 def check_target(
@@ -117,20 +121,37 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
     return {name: converted[name] for name in arguments}
 
 
-def with_reader(key: str, node: Any) -> Any:
-    """Add the reader's class to a node that names only a folder. The files in the folder decide which class.
+def with_reader(key: str, node: Any, kind: str) -> Any:
+    """Add the reader's class to a node that names only a folder or a file.
 
-    key: path of the node, for errors. Raises UserError if the folder is missing, or its layout is not recognised.
+    The files in a folder decide which class. A file of papers, and the folder of an import, serve tasks of every kind.
+
+    key: path of the node, for errors. kind: kind of the task. Raises UserError if the folder is missing, or its layout
+    is not recognised.
     """
     if isinstance(node, str):
         node = {"folder": node}
     if not isinstance(node, Mapping) or "_target_" in node or not isinstance(node.get("folder"), str):
         return node
+    folder = Path(node["folder"])
+    if folder.is_file():
+        rest = {name: value for name, value in node.items() if name != "folder"}
+        target = f"{PapersReader.__module__}.{PapersReader.__name__}"
+        return {"_target_": target, "source": str(folder), "view": VIEW_OF_KIND[kind]} | rest
+    if is_library(folder):
+        if not (folder / kind).is_dir():
+            raise UserError(f"{key}: {folder} has no data for {kind}; {folder / IMPORTED} has the reason")
+        folder = folder / kind
     try:
-        reader = reader_class_of(node["folder"])
+        reader = reader_class_of(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    return {"_target_": f"{reader.__module__}.{reader.__name__}"} | dict(node)
+    return {"_target_": f"{reader.__module__}.{reader.__name__}"} | dict(node) | {"folder": str(folder)}
+
+
+def is_library(path: Path) -> bool:
+    """Return whether a path is a file of papers or the folder of an import, which serve tasks of every kind."""
+    return path.is_file() or (path / IMPORTED).is_file()
 
 
 def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -186,7 +186,11 @@ def _curves(run: RunFiles) -> list[Chart | None]:
     metric = run.config["evaluation"]["metrics"][0]
     dev = [key for key in run.keys if key.startswith("val/") and key.endswith(f"/{metric}")]
     dev_series = [_series(run, key, key.split("/")[1], colour) for colour, key in enumerate(dev)]
-    speed = _series(run, "train/tokens_per_second", "all ranks", 5)
+    shares = [
+        _series(run, "train/mfu", "MFU", 5),
+        _series(run, "train/padding_share", "padding", 1),
+        _series(run, "train/data_share", "waiting for data", 2),
+    ]
     return [
         line_chart("Training loss", _by_task(run, "train", "loss"), zero=True),
         line_chart("Training accuracy", _by_task(run, "train", "accuracy")),
@@ -194,7 +198,10 @@ def _curves(run: RunFiles) -> list[Chart | None]:
         line_chart("Temperature", _by_task(run, "train", "temperature"), ".4f"),
         line_chart("Task weight", _by_task(run, "train", "weight")),
         line_chart("Learning rate", [_series(run, "train/lr", "last group", 0)], ".2g", zero=True),
-        line_chart("Tokens per second", [speed], ",.0f", zero=True),
+        line_chart("Tokens per second", [_series(run, "train/tokens_per_second", "all ranks", 5)], ",.0f", zero=True),
+        line_chart("Pairs per second", [_series(run, "train/pairs_per_second", "all ranks", 5)], ",.1f", zero=True),
+        line_chart("Use of the hardware", shares, ".1%", zero=True),
+        line_chart("Peak memory, MB", [_series(run, "train/memory_mb", "largest rank", 5)], ",.0f", zero=True),
     ]
 
 

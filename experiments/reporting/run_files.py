@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,11 @@ class RunFiles:
     def history(self, key: str) -> dict[int, Source]:
         """Return the values of a key by step."""
         return {s: self.row(s)[key] for s, row in self.metrics.items() if isinstance(row.get(key), int | float)}
+
+    def typical(self, key: str) -> float | None:
+        """Return the median of the logged values of a key, or None if there are none."""
+        values = [source.value for source in self.history(key).values()]
+        return statistics.median(values) if values else None
 
     @cached_property
     def tasks(self) -> list[str]:

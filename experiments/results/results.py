@@ -25,7 +25,15 @@ from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate
 log = logging.getLogger(__name__)
 
 STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
-OMITTED_IF_NONE = ("texts", "draws", "spread", "cost", "money")  # keys of an entry that are left out, not null
+OMITTED_IF_NONE = (
+    "texts",
+    "draws",
+    "spread",
+    "cost",
+    "tokens_per_second",
+    "mfu",
+    "money",
+)  # keys of an entry that are left out, not null
 
 
 @dataclass(kw_only=True)
@@ -205,9 +213,9 @@ def evaluate_system(
         origin = {"model": "bm25", "device": "cpu"}
     else:
         origin = _describe_encoder(system, benchmark)
-        meter = CostMeter(system.encoder)
         with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
             origin["precision"] = active_precision(system.encoder.device)
+            meter = CostMeter(system.encoder, origin["precision"])
             result = evaluate(
                 system.encoder,
                 benchmark,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import platform
@@ -19,14 +20,10 @@ from torchmetrics import MeanMetric
 from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.memory import Memory
-from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling
+from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling, pads_attention
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-SPEED = (
-    "{tokens_per_second:,.0f} tokens/s  {pairs_per_second:,.1f} pairs/s  MFU {mfu:.0%}  padding {padding_share:.0%}  "
-    "waiting {data_share:.0%}  {memory_mb:,.0f} MB"
-)
 
 
 class TrainingLog(L.Callback):
@@ -41,19 +38,16 @@ class TrainingLog(L.Callback):
     def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
         self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
         self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
-        self._clear()
-
-    def _clear(self) -> None:
         self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._clear()
+        self.means.clear()
         self.logged_at = trainer.global_step
         dtype = computing_dtype(str(trainer.precision))
         ceiling = 1e12 * self.peak_tflops or encoder_ceiling(module.encoder, dtype)
         origin = "given" if self.peak_tflops else f"a large matrix product in {str(dtype).removeprefix('torch.')}"
         log.info("MFU is relative to %s GFLOP/s per device (%s)", f"{ceiling / 1e9:,.0f}", origin)
-        self.meter = ThroughputMeter(module.encoder, ceiling)
+        self.meter = ThroughputMeter(module.encoder, ceiling, pads_attention(module.encoder, dtype))
         self.waited = self._waited(trainer)
 
     @staticmethod
@@ -82,11 +76,13 @@ class TrainingLog(L.Callback):
         if due:
             self.logged_at = step
             self._log(trainer, batch, step)
-            self._clear()
+            for metric in (metric for means in self.means.values() for metric in means.values()):
+                metric.reset()  # a new metric would have to be copied to the GPU
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
-        values = self._values(trainer, batch)
-        tasks = sorted(self.means)
+        values, speed = self._values(trainer, batch), self.meter.read()
+        values |= {f"train/{name}": value for name, value in dataclasses.asdict(speed).items()}
+        tasks = self._tasks()
         for task in tasks:
             if not math.isfinite(values[f"train/{task}/loss"]):
                 raise UserError(
@@ -94,18 +90,21 @@ class TrainingLog(L.Callback):
                     "gradient clipping (the last checkpoint before this step may still be good)"
                 )
         losses = {task: f"{values[f'train/{task}/loss']:.3f}" for task in tasks}
-        self.latest = losses | {"tokens/s": f"{values['train/tokens_per_second']:,.0f}"}
-        self.latest["MFU"] = f"{values['train/mfu']:.0%}"
+        self.latest = losses | {"tokens/s": f"{speed.tokens_per_second:,.0f}", "MFU": f"{speed.mfu:.0%}"}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if self.plain and trainer.is_global_zero:
             parts = "  ".join(f"{task} {loss}" for task, loss in losses.items())
-            speed = SPEED.format(**{name.removeprefix("train/"): value for name, value in values.items()})
-            log.info("step %d/%d  loss: %s  lr %.1e  %s", step, trainer.max_steps, parts, values["train/lr"], speed)
+            numbers = (step, trainer.max_steps, parts, values["train/lr"], speed.text())
+            log.info("step %d/%d  loss: %s  lr %.1e  %s", *numbers)
+
+    def _tasks(self) -> list[str]:
+        """Return the tasks of the batches since the last log."""
+        return sorted(task for task, means in self.means.items() if means["loss"].update_count)
 
     def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
         """Return the values to log, computed in the same order on every rank."""
-        tasks = sorted(self.means)
+        tasks = self._tasks()
         # Undo Lightning's division of the loss by the number of accumulated batches.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
@@ -115,7 +114,6 @@ class TrainingLog(L.Callback):
         }
         values |= {f"train/{task}/batches": self.means[task]["loss"].update_count for task in tasks}
         values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
-        values |= {f"train/{name}": value for name, value in self.meter.read().items()}
         values["train/batch"] = batch.fingerprint
         return values
 
@@ -142,7 +140,7 @@ class RankLoad:
 
 
 class RankReport(L.Callback):
-    """Logs the load of each rank after the first batch, and the number of negatives per query.
+    """Logs the load of each rank after the first batch.
 
     Raises UserError at the start of training if ranks have different precisions, as they may on different hardware.
     """
@@ -171,9 +169,6 @@ class RankReport(L.Callback):
             dist.all_gather_object(loads, load)
         for load in loads:
             log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
-        negatives = sum(load.num_documents for load in loads) - 1
-        ranks = f"{len(loads)} rank{'s' if len(loads) > 1 else ''}"
-        log.info("in this batch (%s) a query has up to %d negatives, from %s", batch.task, negatives, ranks)
 
 
 def memory(device: torch.device) -> str:

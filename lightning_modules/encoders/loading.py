@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from datamodules.records import UserError
 from lightning_modules.checkpoint_files import read_checkpoint
@@ -28,11 +26,11 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.scimult_format import from_reference, is_reference
+from lightning_modules.encoders.sentence_files import check_prompt, lower_cased, read_sentence_files
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.losses import SIMILARITIES
 
-log = logging.getLogger(__name__)
-
+DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
 DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 
 
@@ -156,35 +154,25 @@ def checkpoint_of(run: Path) -> Path:
 
 def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: str) -> Encoder:
     """Load a plain model with the settings of its sentence-transformers files, if any."""
-    backbone, tokenizer = load_backbone(name, key)
-
-    def read(file: str) -> Any:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-
     with reading(name, key):
-        pooling_config = read("1_Pooling/config.json") or {}
-        modules = [module["type"].rpartition(".")[2] for module in read("modules.json") or []]
-        settings = read("config_sentence_transformers.json") or {}
-        prompts = settings.get("prompts") or {}
-        max_length = (read("sentence_bert_config.json") or {}).get("max_seq_length") or 512
-    if pooling is None:
-        is_mean = pooling_config.get("pooling_mode_mean_tokens") or pooling_config.get("pooling_mode") == "mean"
-        pooling = "mean" if is_mean else "cls"
+        files = read_sentence_files(name, pooling)
+    backbone, tokenizer = load_backbone(name, key)
+    if files.lower_case:
+        tokenizer = lower_cased(tokenizer)
+    longest = files.max_length or (tokenizer.model_max_length if files.are_complete else DEFAULT_LENGTH)
     arguments = {
-        "pooling": pooling,
-        "normalize": "Normalize" in modules,
-        "max_length": min(max_length, family_of(backbone).max_positions),
+        "pooling": files.pooling or "cls",
+        "normalize": files.normalize,
+        "max_length": min(longest, family_of(backbone).max_positions),
     }
-    prompt = (prompts.get(settings.get("default_prompt_name") or "") or "").strip()
-    if prompt:
-        arguments["pool_prompt"] = pooling_config.get("include_prompt", True)
-        encoder: Encoder = PromptEncoder(backbone, tokenizer, tasks, dict.fromkeys(tasks, prompt), **arguments)
+    encoder: Encoder
+    if files.prompt.strip():
+        instructions = dict.fromkeys(tasks, files.prompt)
+        encoder = PromptEncoder(backbone, tokenizer, tasks, instructions, files.pool_prompt, **arguments)
+        check_prompt(name, tokenizer, files.prompt, next(iter(encoder.prompts.values())))
     else:
-        if any(prompts.values()):
-            log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(prompts))
         encoder = SharedEncoder(backbone, tokenizer, tasks, **arguments)
-    encoder.similarity = next((s for s in SIMILARITIES if s == settings.get("similarity_fn_name")), None)
+    encoder.similarity = files.similarity
     return encoder
 
 

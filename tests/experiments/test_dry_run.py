@@ -53,6 +53,47 @@ def test_memory_and_time_are_measured(predicted, monkeypatch):
     assert prediction.training(9) == 9 * prediction.update + sum(3 * cost.seconds for cost in prediction.tasks.values())
 
 
+def test_speed_is_that_of_the_whole_training(predicted, caplog):
+    """Tasks count by their number of batches."""
+    overrides = [
+        "tasks=[classification,search]",
+        "data.schedule=weights",
+        "data.weights={classification: 1, search: 3}",
+        "trainer.max_steps=8",
+    ]
+    with caplog.at_level("INFO"):
+        prediction = predicted(*overrides, "trainer.peak_tflops=0.5", "data.num_positives=2")
+    first, second = (prediction.tasks[name] for name in ("classification", "search"))
+    a, b = first.batches, second.batches
+    assert 0 < a < b
+    seconds = 8 * prediction.update + a * first.seconds + b * second.seconds
+    for cost in (first, second):
+        assert 0 < cost.waiting < cost.seconds
+        assert 8 < cost.pairs <= 16  # of 8 queries
+    one, four = prediction.speed(8, ranks=1), prediction.speed(8, ranks=4)
+    assert one.tokens_per_second == pytest.approx((a * first.tokens + b * second.tokens) / seconds)
+    assert one.pairs_per_second == pytest.approx((a * first.pairs + b * second.pairs) / seconds)
+    assert one.mfu == pytest.approx((a * first.flops + b * second.flops) / seconds / 0.5e12)
+    assert one.data_share == pytest.approx((a * first.waiting + b * second.waiting) / seconds)
+    assert four.tokens_per_second == pytest.approx(4 * one.tokens_per_second)
+    assert four.mfu == one.mfu
+    assert one.padding_share == 0
+    assert one.text() in caplog.text
+
+
+def test_workers_hide_the_preparation_of_batches(predicted, monkeypatch):
+    original = dry_run_module.first_batches
+
+    def slow_batches(*arguments):
+        time.sleep(0.8)  # 0.1 s for each of eight batches
+        return original(*arguments)
+
+    monkeypatch.setattr(dry_run_module, "first_batches", slow_batches)
+    alone, helped = predicted("tasks=[search]"), predicted("tasks=[search]", "data.num_workers=2")
+    assert alone.tasks["search"].waiting > 0.1
+    assert helped.tasks["search"].waiting < alone.tasks["search"].waiting / 2
+
+
 def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
     copied, shared = predicted("trainer.devices=2"), predicted("trainer.devices=2", "trainer.strategy=fsdp")
     for name in ("weights", "gradients", "optimizer"):

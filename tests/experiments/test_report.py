@@ -25,7 +25,7 @@ from experiments.report import main
 from experiments.reporting.computed import principal_components, same_label_share
 from experiments.reporting.page import figure, quote
 from experiments.reporting.run_files import Source
-from experiments.runs import differences, table_of
+from experiments.runs import SPEED_COLUMNS, differences, table_of
 from experiments.runs import main as list_runs
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
@@ -268,6 +268,10 @@ def test_runs_are_listed_with_progress_and_results(run, tmp_path, capsys):
     assert "EXP=moe_mined SCALE=sample run.seed=0" in printed
     assert "trainer.max_steps=9" in printed
     assert f"{mean:.4f}" in printed
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key, form in SPEED_COLUMNS.values():
+        median = np.median([row[key] for row in logged if key in row])
+        assert printed.count(f" {median:{form}} ") >= 2, key
     with pytest.raises(UserError, match="there are no runs"):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
 
@@ -287,10 +291,11 @@ def test_list_of_runs_shows_differing_settings_and_full_names_on_narrow_terminal
         "seed": "0",
         "device hours": "0.02",
         "last logged": "now",
+        **{heading: f"{i}7%" for i, heading in enumerate(SPEED_COLUMNS)},
     }
     row = {"differs in": "optim.lr=0.5 " * 4, "steps": "1,200", "mean": "0.2279", **others}
     rows = [{"run": name, **row} for name in names]
-    for width, columns in ((80, ("steps", "mean")), (200, rows[0])):
+    for width, columns in ((80, ("steps", "mean")), (280, rows[0])):
         (console := Console(width=width, record=True, file=io.StringIO())).print(table_of(rows, "3 runs", width))
         shown = console.export_text()
         assert all(f" {word} " in shown for word in (*names, *columns))

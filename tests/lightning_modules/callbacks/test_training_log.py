@@ -4,6 +4,7 @@ import threading
 import time
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -82,25 +83,19 @@ def test_speeds_equal_those_of_numpy_and_leave_out_evaluations(train, caplog):
     assert list(rows) == [4, 8, 12]
     for last, row in rows.items():
         batches = prepared[last - 4 : last]
-        masks = [chunk.attention_mask.numpy() for batch in batches for chunk in batch.chunks]
-        tokens, positions = sum(mask.sum() for mask in masks), sum(mask.size for mask in masks)
+        texts = [(batch.task, np.diff(chunk.offsets.numpy())) for batch in batches for chunk in batch.chunks]
+        tokens, flops = sum(x.sum() for _, x in texts), sum(training_flops(encoder, x, task) for task, x in texts)
         pairs = sum((batch.positives.numpy() >= 0).sum() for batch in batches)
         seconds = 4 * (LOADING + STEP)
         assert row["train/tokens_per_second"] == pytest.approx(tokens / seconds)
         assert row["train/pairs_per_second"] == pytest.approx(pairs / seconds)
-        assert row["train/padding_share"] == pytest.approx(1 - tokens / positions)
+        assert row["train/padding_share"] == 0
         assert row["train/data_seconds"] == pytest.approx(4 * LOADING)
         assert row["train/data_share"] == pytest.approx(LOADING / (LOADING + STEP))
-        flops = sum(
-            training_flops(encoder, chunk.attention_mask.numpy().sum(1), batch.task)
-            for batch in batches
-            for chunk in batch.chunks
-        )
         assert row["train/mfu"] == pytest.approx(flops / seconds / (CEILING * 1e12))
         assert 50 < row["train/memory_mb"] < 100_000
-    assert 0 < rows[4]["train/padding_share"] < 0.5
     assert f"{rows[12]['train/tokens_per_second']:,.0f} tokens/s" in caplog.text
-    assert f"MFU {rows[12]['train/mfu']:.0%}  padding {rows[12]['train/padding_share']:.0%}  waiting 60%" in caplog.text
+    assert f"MFU {rows[12]['train/mfu']:.0%}  padding 0%  waiting 60%" in caplog.text
 
 
 def test_accumulated_batches_all_count(train):
@@ -116,16 +111,18 @@ def test_ranks_add_up_and_the_slowest_one_counts(make_encoder, three_tasks, monk
     encoder, meters, rows = make_encoder("attention"), [], []
     batches = [three_tasks.train_dataloader().batches[step] for step in range(6)]
     for ceiling, own, seconds, waited in ((3e9, batches[:5], 2.0, 0.5), (1e9, batches[5:], 1.5, 1.0)):
-        meters.append(ThroughputMeter(encoder, ceiling))
+        meters.append(ThroughputMeter(encoder, ceiling, padded=True))
         for batch in own:
             meters[-1].add(batch, seconds, waited)
     monkeypatch.setattr(throughput, "gather_rows", lambda row: rows.append(row) or torch.cat(rows))
     alone = [meters[0].read(), meters[1].read()]
     both, tokens = alone[1], sum(batch.num_tokens for batch in batches)
-    assert both["tokens_per_second"] == pytest.approx(tokens / 10)
-    assert both["pairs_per_second"] == pytest.approx(sum(len(batch.queries) for batch in batches) / 10)
-    assert (both["data_seconds"], both["data_share"]) == (2.5, 0.25)
-    lengths = [(batch.task, chunk.attention_mask.sum(1).numpy()) for batch in batches for chunk in batch.chunks]
+    assert both.tokens_per_second == pytest.approx(tokens / 10)
+    assert both.pairs_per_second == pytest.approx(sum(len(batch.queries) for batch in batches) / 10)
+    positions = sum(len(chunk) * max(chunk.lengths) for batch in batches for chunk in batch.chunks)
+    assert both.padding_share == pytest.approx(1 - tokens / positions)
+    assert (both.data_seconds, both.data_share) == (2.5, 0.25)
+    lengths = [(batch.task, chunk.lengths) for batch in batches for chunk in batch.chunks]
     flops = sum(training_flops(encoder, x, task) for task, x in lengths)
-    assert both["mfu"] == pytest.approx(flops / 10 / 4e9)
-    assert both["tokens_per_second"] > alone[0]["tokens_per_second"]
+    assert both.mfu == pytest.approx(flops / 10 / 4e9)
+    assert both.tokens_per_second > alone[0].tokens_per_second

@@ -227,7 +227,7 @@ def test_exported_plain_folder_loads_with_its_pooling(make, tmp_path, caplog):
     settings = tmp_path / "search" / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
     load_encoder(tmp_path / "search")
-    assert "prompts are ignored, because none of them is the default (query, document)" in caplog.text
+    assert "prompts are ignored, because none of them is the default (query)" in caplog.text
 
 
 def test_plain_folder_contains_only_the_weights_of_its_task(make, tmp_path):

@@ -1,0 +1,98 @@
+"""BibTeX and BibLaTeX libraries. Needs the package bibtexparser."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
+from datamodules.readers.checks import BadLines, Record, Row
+from datamodules.readers.io import open_text, read_chunk
+from datamodules.records import UserError
+
+MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
+KEYWORDS = ("keywords", "keyword", "mendeley-tags")
+ENTRY_WITHOUT_AT = re.compile(r"\{[^{}]*=")  # in text between entries, which BibTeX ignores
+
+
+def rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the entries as objects of their fields. Entries with wrong syntax are reported as bad."""
+    bibtexparser, model, middlewares = _package()
+    with open_text(path) as stream:
+        text = read_chunk(stream, path, 0, MAX_SIZE + 1)
+    if len(text) > MAX_SIZE:
+        raise UserError(f"{path}: larger than {MAX_SIZE:,} characters; split it into several files")
+    stack = [middlewares.ResolveStringReferencesMiddleware(), middlewares.RemoveEnclosingMiddleware()]
+    library = bibtexparser.parse_string(text, parse_stack=stack)
+    count = 0
+    for block in library.blocks:
+        if isinstance(block, model.DuplicateBlockKeyBlock):
+            block = block.ignore_error_block
+        is_text = isinstance(block, model.ImplicitComment)
+        if isinstance(block, model.String | model.Preamble | model.ExplicitComment):
+            continue
+        if is_text and (block.comment.startswith("%") or not ENTRY_WITHOUT_AT.search(block.comment)):
+            continue
+        count += 1
+        row = Row(bad, path, (block.start_line or 0) + 1, block.raw or "", count)
+        with row:
+            if isinstance(block, model.ParsingFailedBlock):
+                raise UserError(f"not valid BibTeX ({block.error})")
+            if is_text:
+                raise UserError("an entry that does not start with @")
+            row.value = {"id": block.key} | {field.key.lower(): field.value for field in reversed(block.fields)}
+        if row.value is not None:
+            yield row
+    bad.end_of_file(path, count)
+
+
+def _package() -> tuple[Any, Any, Any]:
+    try:
+        import bibtexparser
+        from bibtexparser import middlewares, model
+    except ModuleNotFoundError as error:
+        raise missing_package("BibTeX files", "bibtexparser>=2") from error
+    if not hasattr(bibtexparser, "parse_string"):
+        raise missing_package("BibTeX files", "bibtexparser>=2")
+    logging.getLogger("bibtexparser").setLevel(logging.CRITICAL)  # bad entries are reported here
+    return bibtexparser, model, middlewares
+
+
+def paper(record: Record) -> Paper:
+    def text(*keys: str) -> str:
+        return next((_without_latex(value) for key in keys if (value := record.text(key))), "")
+
+    keywords = split_list(text(*KEYWORDS), ";|,")
+    return Paper(
+        id=record.text("id"),
+        title=": ".join(filter(None, (text("title"), text("subtitle")))),
+        abstract=text("abstract"),
+        year=year_of(record.text("year")) or year_of(record.text("date")),
+        labels={"keywords": labels_of(keywords, "keywords")},
+        names=doi_name(record.text("doi")),
+    )
+
+
+@functools.cache
+def _decoder():
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    return LatexNodes2Text(math_mode="verbatim")
+
+
+def _without_latex(text: str) -> str:
+    """Return text without LaTeX commands and braces. Formulas are kept. Raises UserError if that is impossible."""
+    if not re.search(r"[\\{}$~]|``|''|--", text):
+        return text
+    import pylatexenc.latex2text
+
+    # In BibTeX files, % and & are usually themselves, and not a comment or a column.
+    escaped = re.sub(r"(?<!\\)([%&#_])", r"\\\1", text)
+    try:
+        return _decoder().latex_to_text(escaped)
+    except (pylatexenc.latexwalker.LatexWalkerError, RecursionError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"the LaTeX in {text[:60]!r} cannot be read ({str(error)[:60]})") from error

@@ -1,0 +1,200 @@
+"""Tables with named columns: CSV, TSV, Excel, parquet, and JSON objects in no published format."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datamodules.papers.paper_record import (
+    Paper,
+    clean,
+    doi_name,
+    labels_of,
+    missing_package,
+    split_list,
+    without_tags,
+    year_of,
+)
+from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row, check_choice, check_id
+from datamodules.readers.io import numbered_lines
+from datamodules.readers.tables import read_tables
+from datamodules.records import UserError
+from datamodules.text import TEXT_KEYS
+
+# Usual names of each column, in order of preference; case, spaces, dashes and underscores do not count. Among them are
+# the names in exports of Scopus, Web of Science, Dimensions and Zotero.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "paperid", "corpusid", "pmid", "key", "eid", "utuniquewosid", "publicationid"),
+    "title": ("title", "articletitle", "papertitle", "documenttitle"),
+    "abstract": (*TEXT_KEYS, "abstractnote", "summary"),
+    "year": ("year", "publicationyear", "pubyear", "date", "publicationdate", "published"),
+    "topics": ("topics", "topic", "categories", "category", "labels", "label"),
+    "mesh": ("mesh", "meshterms", "meshheadings"),
+    "fields": ("fields", "field", "fieldsofstudy", "subjects", "subject", "wosdcategories", "researchareas"),
+    "keywords": ("keywords", "keyword", "authorkeywords", "manualtags", "tags"),
+    "references": ("references", "citations", "cites", "cited"),
+    "doi": ("doi",),
+    "split": ("split",),
+}
+MAX_EXCEL = 2**30  # bytes; the unpacked size of a workbook
+
+
+def plain_name(column: str) -> str:
+    return "".join(character for character in column.casefold() if character not in " -_")
+
+
+def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Check the names of columns that a user gives, such as {"title": "Titel"}."""
+    return {check_choice("columns", name, list(COLUMNS)): column for name, column in pairs.items()}
+
+
+def paper(record: Record, columns: Mapping[str, str]) -> Paper:
+    """Return the paper of a row. columns: names of columns that differ from the usual ones."""
+    if missing := [column for column in columns.values() if column not in record]:
+        raise UserError(f"there is no column {missing[0]!r}, only {', '.join(map(str, record))[:200]}")
+    by_name: dict[str, Any] = {}
+    for key, value in record.items():
+        by_name.setdefault(plain_name(str(key)), value)
+
+    def value(name: str) -> Any:
+        if name in columns:
+            return record[columns[name]]
+        return next((by_name[each] for each in COLUMNS[name] if by_name.get(each) not in (None, "")), None)
+
+    def text(name: str) -> str:
+        return without_tags(Record({name: value(name)}).text(name))
+
+    id, split = value("id"), value("split")
+    return Paper(
+        id="" if id is None else check_id(id, "id"),
+        title=text("title"),
+        abstract=text("abstract"),
+        year=year_of(value("year")),
+        labels={
+            "topics": labels_of(_items("topics", value("topics"), ";|"), "topics"),
+            "mesh": labels_of(_items("mesh", value("mesh"), ";|"), "mesh"),  # headings contain commas
+            "fields": labels_of(_items("fields", value("fields"), ";|,"), "fields"),
+            "keywords": labels_of(_items("keywords", value("keywords"), ";|,"), "keywords"),
+        },
+        references=[(doi_name(each) or [each])[0] for each in _items("references", value("references"), ";|, ")],
+        names=doi_name(value("doi")),
+        split=check_split(split) if split is not None else "",
+    )
+
+
+def _items(name: str, value: Any, separators: str) -> list[str]:
+    """Return the items of a list, of JSON's text of a list, or of a text with separators."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):  # a text may start with a bracket
+            value = json.loads(value)
+    if isinstance(value, str):
+        return split_list(value, separators)
+    if isinstance(value, (int, float)):
+        return [str(value)]
+    items = [] if value is None else value
+    if not isinstance(items, list) or not all(isinstance(item, (str, int)) for item in items):
+        raise UserError(f"{name} must be a list, or a text with items separated by ;, got {str(value)[:60]!r}")
+    return [clean(str(item), name) for item in items if str(item).strip()]
+
+
+def check_split(value: Any) -> str:
+    """Return "train", "dev" or "test". Raises UserError for another name of a split."""
+    names = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+    if str(value).strip().lower() not in names:
+        raise UserError(f"split: expected one of {', '.join(names)}, got {str(value)[:60]!r}")
+    return names[str(value).strip().lower()]
+
+
+# --- rows of files ---
+
+
+def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file. The header decides whether tabs, commas or semicolons separate its cells."""
+    lines = _Lines(path)
+    header_line = next((line for line in lines if line.strip()), "")
+    # strict: otherwise an open quote swallows the rows up to the next one.
+    dialect = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
+    try:
+        header = next(csv.reader([header_line], **dialect), [])
+    except csv.Error as error:
+        raise UserError(f"{path}: the header is not valid CSV ({error})") from error
+    reader, count = csv.reader(lines, **dialect), 0
+    while True:
+        start, cells, problem = lines.number + 1, [], ""
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            problem = f"not valid CSV ({error})"
+        if not problem and not any(cell.strip() for cell in cells):
+            continue
+        count += 1
+        row = Row(bad, path, start, dialect["delimiter"].join(cells)[:QUARANTINED_TEXT], count)
+        if not problem and len(cells) != len(header):
+            problem = f"has {len(cells)} cells, but the header has {len(header)}"
+        if problem:
+            bad.report(row, problem)
+        else:
+            row.value = dict(zip(header, cells, strict=True))
+            yield row
+    bad.end_of_file(path, count)
+
+
+class _Lines:
+    """The lines of a file. number: number of the last line read."""
+
+    def __init__(self, path: Path):
+        self.number, self._lines = 0, numbered_lines(path)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self._lines)
+        return line
+
+
+def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the rows of the first sheet of an Excel workbook. Raises UserError if it is damaged or expands too far."""
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        raise missing_package("Excel files", "openpyxl") from error
+    count, header = 0, None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_EXCEL:
+            raise UserError(f"{path}: expands to {size:,} bytes, more than {MAX_EXCEL:,}; save it as CSV")
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        cells = sheet.iter_rows(values_only=True)
+        while (values := next(cells, None)) is not None:
+            if header is None:
+                header = [str(value) for value in values if value is not None]
+            elif any(value is not None for value in values):
+                count += 1
+                value = dict(zip(header, map(_plain_cell, values), strict=False))
+                yield Row(bad, path, count + 1, str(value)[:QUARANTINED_TEXT], count, value)
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # openpyxl raises whatever its parsers raise
+        raise UserError(f"{path}: the Excel file is damaged after row {count + 1} ({error})") from error
+    bad.end_of_file(path, count)
+
+
+def _plain_cell(value: Any) -> Any:
+    """Return whole numbers and dates as Excel shows them."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def parquet_rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the rows of a parquet file."""
+    yield from read_tables([path], bad)

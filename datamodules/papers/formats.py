@@ -1,0 +1,160 @@
+"""Files of papers: find them, recognise their formats, and read them as one stream of papers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ris, semantic_scholar
+from datamodules.papers.paper_record import Paper
+from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row, check_choice
+from datamodules.readers.io import SUFFIXES, as_object, numbered_lines, read_entries, read_lines, read_values
+from datamodules.records import UserError
+
+PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
+
+
+def json_rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the records of JSON lines, of a JSON list, or of pages of an API (objects with a list of records)."""
+    lines = (line.strip() for _, line in numbered_lines(path))
+    lines = (line for line in lines if line.strip("\ufeff"))
+    first, second = next(lines, ""), next(lines, "")
+    if first.startswith("["):
+        return read_entries(path, bad)
+    value = _parsed(first)
+    is_page = value is not None and _page(value) is not None
+    spans_lines = value is None and second != "" and not second.startswith("{")
+    return _page_rows(path, bad) if is_page or spans_lines else read_lines(path, bad)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _page(value: Any) -> list[Any] | None:
+    """Return the records of a page: {"results": [...]}, {"data": [...]}, {"items": [...]} or {"message": ...}."""
+    if not isinstance(value, dict):
+        return None
+    if isinstance(value.get("message"), dict):  # Crossref
+        page = _page(value["message"])
+        return [value["message"]] if page is None else page
+    return next((value[key] for key in PAGES if isinstance(value.get(key), list)), None)
+
+
+def _page_rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    count = 0
+    for line, value in read_values(path):
+        page = _page(value)
+        for entry in [value] if page is None else page:
+            count += 1
+            yield Row(bad, path, line, json.dumps(entry)[:QUARANTINED_TEXT], count, entry)
+    bad.end_of_file(path, count)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of papers.
+
+    suffixes: suffixes of its files, without .gz or .zst.
+    rows: yields the records of a file. paper: turns a record into a paper, or into None if it is not one.
+    recognises: whether a JSON record has this format; None if the suffix decides.
+    """
+
+    suffixes: tuple[str, ...]
+    rows: Callable[[Path, BadLines], Iterator[Row]]
+    paper: Callable[..., Paper | None]
+    recognises: Callable[[Record], bool] | None = None
+
+
+JSON = (".json", ".jsonl", ".ndjson")
+FORMATS = {
+    "openalex": Format(JSON, json_rows, openalex.paper, openalex.recognises),
+    "semantic_scholar": Format(JSON, json_rows, semantic_scholar.paper, semantic_scholar.recognises),
+    "zotero": Format(JSON, json_rows, csl.zotero_paper, csl.is_zotero),
+    "crossref": Format(JSON, json_rows, csl.crossref_paper, csl.is_crossref),
+    "arxiv": Format(JSON, json_rows, arxiv.paper, arxiv.recognises),
+    "csl": Format(JSON, json_rows, csl.csl_paper, csl.is_csl),
+    "json": Format(JSON, json_rows, columns.paper, lambda record: True),
+    "pubmed": Format((".xml",), pubmed.rows, pubmed.paper),
+    "bibtex": Format((".bib", ".bibtex"), bibtex.rows, bibtex.paper),
+    "ris": Format((".ris",), ris.rows, ris.paper),
+    "csv": Format((".csv", ".tsv"), columns.csv_rows, columns.paper),
+    "parquet": Format((".parquet",), columns.parquet_rows, columns.paper),
+    "excel": Format((".xlsx", ".xlsm"), columns.excel_rows, columns.paper),
+}
+TABLES = ("json", "csv", "parquet", "excel")  # formats with named columns
+KNOWN_SUFFIXES = {suffix for each in FORMATS.values() for suffix in each.suffixes}
+
+
+def files_of(source: Path) -> list[Path]:
+    """Return a file, or all files of a folder and its folders that may have papers. Raises UserError if there are none.
+
+    Files without a suffix count if they are compressed: those of OpenAlex's snapshot are called part_000.gz.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such file or folder")
+    paths = sorted(path for path in source.rglob("*") if not path.name.startswith(".") and path.is_file())
+    if not (
+        files := [path for path in paths if _suffix(path) in KNOWN_SUFFIXES or (_suffix(path) == "" and path.suffix)]
+    ):
+        raise UserError(
+            f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
+        )
+    return files
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix.lower() if path.suffix in SUFFIXES[1:] else path.suffix.lower()
+
+
+def format_of(path: Path) -> str:
+    """Return the name of a file's format, by its suffix and its first record. Raises UserError if it is unknown."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+    suffix = _suffix(path)
+    if by_suffix := [name for name, each in FORMATS.items() if suffix in each.suffixes and each.recognises is None]:
+        return by_suffix[0]
+    if suffix and suffix not in JSON:
+        raise UserError(
+            f"{path}: unknown format; expected one of {', '.join(sorted(KNOWN_SUFFIXES))} (plain, .gz or .zst)"
+        )
+    for row in json_rows(path, BadLines("skip", os.devnull)):
+        try:
+            record = as_object(row)
+        except UserError:
+            continue  # reported when the file is read
+        return next(name for name, each in FORMATS.items() if each.recognises and each.recognises(record))
+    raise UserError(f"{path}: contains no JSON objects")
+
+
+def read_papers(
+    files: Sequence[Path], bad: BadLines, format: str = "", names: Mapping[str, str] | None = None
+) -> Iterator[Paper | None]:
+    """Yield the paper of each record, or None for a record that is not a paper, such as a note of Zotero.
+
+    format: one of FORMATS for all files, by default recognised for each.
+    names: names of the columns of tables, if they are not the usual ones.
+    """
+    for path in files:
+        name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
+        paper = FORMATS[name].paper
+        if name in TABLES:
+            paper = functools.partial(paper, columns=names or {})
+        for row in FORMATS[name].rows(path, bad):
+            made: list[Paper | None] = []
+            with row:
+                is_null = row.entry is not None and row.value is None  # for unknown ids in a batch of an API
+                made.append(None if is_null else paper(as_object(row)))
+            yield from made

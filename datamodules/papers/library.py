@@ -1,0 +1,146 @@
+"""All papers of an import, in a temporary SQLite file, so that dumps larger than memory can be joined and counted."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datamodules.papers.paper_record import Paper
+from datamodules.papers.splits import Splits
+from datamodules.records import UserError
+
+# papers     a paper per row; number is its order in the files
+# names      number of the paper that an id, or another name such as a DOI, stands for
+# citations  names of citing and cited papers, as in the files
+# labelled   labels of each paper. labels: name and definition of each label, as in its first paper
+# parts      abstracts that came in files of their own
+SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -200000;
+CREATE TABLE papers (number INTEGER PRIMARY KEY, id TEXT UNIQUE, title TEXT, abstract TEXT, year INTEGER, split TEXT);
+CREATE TABLE names (name TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID;
+CREATE TABLE citations (citing TEXT, cited TEXT, PRIMARY KEY (citing, cited)) WITHOUT ROWID;
+CREATE TABLE labels (kind TEXT, label TEXT, name TEXT, definition TEXT, PRIMARY KEY (kind, label)) WITHOUT ROWID;
+CREATE TABLE labelled (number INTEGER, kind TEXT, label TEXT, PRIMARY KEY (number, kind, label)) WITHOUT ROWID;
+CREATE TABLE parts (id TEXT PRIMARY KEY, abstract TEXT) WITHOUT ROWID;
+"""
+
+
+class Library:
+    """Papers of all files, without duplicates and without those that have no text.
+
+        with library_in(folder) as library:
+            library.read(papers, Splits("80/10/10"))
+
+    left_out: number of records that are not papers of the library, by reason.
+    num_records: number of records in the files, except bad ones.
+    """
+
+    def __init__(self, connection: sqlite3.Connection):
+        self.database = connection
+        self.database.create_function("fold", 1, str.casefold, deterministic=True)
+        self.database.executescript(SCHEMA)
+        self.database.execute("BEGIN")  # one transaction, because each would write its pages
+        self.left_out: Counter[str] = Counter()
+        self.num_records = 0
+        self.splits = Splits()
+
+    def read(self, papers: Iterable[Paper | None], splits: Splits) -> None:
+        """Store all papers. Raises UserError if none remains."""
+        self.splits = splits
+        for paper in papers:
+            self.num_records += 1
+            if paper is None:
+                self.left_out["not papers (notes, attachments, unknown ids)"] += 1
+            elif paper.is_part:
+                self._add_part(paper)
+            else:
+                self._add(paper)
+        self._join_parts()
+        self._drop_without_text()
+        if not len(self):
+            reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
+            raise UserError(f"contains no papers{f' (left out: {reasons})' if reasons else ''}")
+
+    def _add(self, paper: Paper) -> None:
+        execute = self.database.execute
+        new = execute(
+            "INSERT OR IGNORE INTO papers (id, title, abstract, year, split) VALUES (?, ?, ?, ?, ?)",
+            (paper.id, paper.title, paper.abstract, paper.year, self.splits.of(paper)),
+        )
+        if not new.rowcount:
+            self.left_out["papers with the id of an earlier one"] += 1
+            return
+        number = new.lastrowid
+        for name in (paper.id, *paper.names):
+            execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (name, number))
+        self._add_citations(paper)
+        for kind, labels in paper.labels.items():
+            for label in labels:
+                execute("INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?)", (kind, *label))
+                execute("INSERT OR IGNORE INTO labelled VALUES (?, ?, ?)", (number, kind, label.id))
+
+    def _add_part(self, part: Paper) -> None:
+        if part.abstract:
+            self.database.execute("INSERT OR IGNORE INTO parts VALUES (?, ?)", (part.id, part.abstract))
+        self._add_citations(part)
+
+    def _add_citations(self, paper: Paper) -> None:
+        pairs = ((paper.id, cited) for cited in paper.references)
+        self.database.executemany("INSERT OR IGNORE INTO citations VALUES (?, ?)", pairs)
+
+    def _join_parts(self) -> None:
+        self.database.execute(
+            "UPDATE papers SET abstract = (SELECT parts.abstract FROM parts WHERE parts.id = papers.id) "
+            "WHERE abstract = '' AND id IN (SELECT id FROM parts)"
+        )
+        if unused := self.count("parts WHERE id NOT IN (SELECT id FROM papers)"):
+            self.left_out["abstracts of papers that are not in the files"] += unused
+
+    def _drop_without_text(self) -> None:
+        execute = self.database.execute
+        if dropped := execute("DELETE FROM papers WHERE title = '' AND abstract = ''").rowcount:
+            self.left_out["papers without title and abstract"] += dropped
+            for table in ("names", "labelled"):
+                execute(f"DELETE FROM {table} WHERE number NOT IN (SELECT number FROM papers)")
+
+    def __len__(self) -> int:
+        return self.count("papers")
+
+    def count(self, rest: str) -> int:
+        """Return the number of rows of a table, with the conditions that follow its name."""
+        return self.database.execute(f"SELECT count(*) FROM {rest}").fetchone()[0]
+
+    def write(self, path: Path) -> None:
+        """Write the papers as JSON lines, with their years, labels and references."""
+        select = self.database.execute
+        labels_of = (
+            "SELECT kind, name FROM labelled JOIN labels USING (kind, label) WHERE number = ? ORDER BY kind, label"
+        )
+        with open(path, "w", encoding="utf-8") as file:
+            for number, id, title, abstract, year, split in select("SELECT * FROM papers ORDER BY number"):
+                labels: dict[str, list[str]] = {}
+                for kind, name in select(labels_of, (number,)):
+                    labels.setdefault(kind, []).append(name)
+                references = [cited for (cited,) in select("SELECT cited FROM citations WHERE citing = ?", (id,))]
+                record = {"id": id, "title": title, "abstract": abstract, "year": year, "split": split} | labels
+                file.write(json.dumps(record | {"references": references}, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def library_in(folder: Path | None = None) -> Iterator[Library]:
+    """Open an empty library in a temporary folder, and delete it at the end. folder: parent of the temporary folder."""
+    with tempfile.TemporaryDirectory(prefix=".papers-", dir=folder) as temporary:
+        connection = sqlite3.connect(Path(temporary) / "papers.sqlite", isolation_level=None)
+        try:
+            yield Library(connection)
+        except sqlite3.OperationalError as error:  # a full disk, most likely
+            raise UserError(f"{temporary}: the temporary file of the papers cannot be used ({error})") from error
+        finally:
+            connection.close()

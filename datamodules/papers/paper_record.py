@@ -1,0 +1,143 @@
+"""The one record that every format is turned into, and the functions that clean its fields."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from datamodules.readers.checks import SURROGATES, Record, check_id, content_id
+from datamodules.records import UserError
+
+KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
+
+# White space and control characters, which no text of a paper needs.
+BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
+# Tags of HTML, JATS and MathML. Attributes need quotes, so that "a <b and c> d" is not a tag.
+TAG = re.compile(r"</?(?:\w+:)?[A-Za-z][\w-]*(?:\s+[\w:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*/?>")
+YEAR = re.compile(r"(?<![0-9])(?:1[5-9]|2[01])[0-9]{2}(?![0-9])")
+DOI = re.compile(r"10\.[0-9]{4,9}/\S+", re.IGNORECASE)
+
+
+class Label(NamedTuple):
+    """A field, topic, MeSH heading or keyword of a paper. definition: text of the label, if the format has one."""
+
+    id: str
+    name: str
+    definition: str = ""
+
+
+@dataclass(slots=True)
+class Paper:
+    """A paper of a library or dump. Its authors are not read.
+
+    year: year of publication, if known.
+    labels: labels by kind, one of KINDS.
+    references: ids or other names of the papers that it cites.
+    names: other names under which papers cite it, such as "doi:10.1/x".
+    split: split that its file gives it: "train", "dev", "test", or "" for none.
+    is_part: whether this is not a paper, but the abstract or references of the paper with this id.
+    """
+
+    id: str
+    title: str = ""
+    abstract: str = ""
+    year: int | None = None
+    labels: Mapping[str, Sequence[Label]] = field(default_factory=dict)
+    references: Sequence[str] = ()
+    names: Sequence[str] = ()
+    split: str = ""
+    is_part: bool = False
+
+    def __post_init__(self) -> None:
+        self.title, self.abstract = clean(self.title, "title"), clean(self.abstract, "abstract")
+        self.references = [cited for each in self.references if (cited := without_blanks(clean(each, "references")))]
+        self.names = [clean(name, "names") for name in self.names]
+        self.labels = {
+            kind: [Label(*(clean(text, kind) for text in label)) for label in labels]
+            for kind, labels in self.labels.items()
+        }
+        doi = next((name for name in self.names if name.startswith("doi:")), "")
+        self.id = without_blanks(clean(self.id, "id")) or doi.removeprefix("doi:")
+        self.id = self.id or content_id(self.title, self.abstract)
+
+
+def clean(text: str, key: str) -> str:
+    """Return a text without control characters and repeated spaces. Raises UserError if it is not valid Unicode."""
+    if not text.isascii() and (match := SURROGATES.search(text)):
+        code = ord(match[0])
+        what = f"byte 0x{code & 0xFF:02x}" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
+        raise UserError(f"{key} is not UTF-8 ({what} at character {match.start() + 1})")
+    return BLANKS.sub(" ", text).strip()
+
+
+def without_blanks(id: str) -> str:
+    """Replace white space in an id, which files of judgements and rankings cannot hold."""
+    return re.sub(r"\s+", "_", id)
+
+
+def without_tags(text: str) -> str:
+    """Return the text of a string with HTML or JATS markup."""
+    if "<" in text:
+        text = re.sub(r"<jats:title>\s*abstract\s*</jats:title>", " ", text, flags=re.IGNORECASE)
+        text = TAG.sub(lambda match: "" if match[0].strip("</>").lower() in INLINE else " ", text)
+    return html.unescape(text) if "&" in text else text
+
+
+INLINE = {name for tag in ("i", "b", "em", "sub", "sup", "scp", "u") for name in (tag, f"jats:{tag}")}
+INLINE |= {"jats:italic", "jats:bold", "jats:sc"}
+
+
+def year_of(value: Any) -> int | None:
+    """Return the first year in a number or a date, or None."""
+    match = YEAR.search(str(value)) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    return int(match[0]) if match else None
+
+
+def doi_name(value: Any) -> list[str]:
+    """Return the name "doi:10.1/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
+    match = DOI.search(value) if isinstance(value, str) else None
+    return [f"doi:{match[0].lower()}"] if match else []
+
+
+def labels_of(names: Iterable[Any], key: str) -> list[Label]:
+    """Return labels that have only a name. Those that differ in case or spaces are the same."""
+    labels = (check_name(name, key) for name in names)
+    return [Label(without_blanks(name.casefold()), name) for name in labels if name]
+
+
+def label(record: Record, id: str, name: str, prefix: str = "") -> Label:
+    """Return the label under two keys of an object. prefix: start of its id that is removed."""
+    return Label(without_blanks(record.id(id).removeprefix(prefix)), clean(record.words(name), name))
+
+
+def check_name(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{key} must be a list of strings, got {str(value)[:60]!r}")
+    return clean(value, key)
+
+
+def split_list(text: str, separators: str = ";|") -> list[str]:
+    """Split a string such as "a; b; c" at the first of the separators that it contains."""
+    separator = next((separator for separator in separators if separator in text), None)
+    return [part.strip() for part in (text.split(separator) if separator else [text]) if part.strip()]
+
+
+def objects(record: Record, key: str) -> list[Record]:
+    """Return the list of objects under a key. A missing key or null is an empty list."""
+    values = record.array(key)
+    if not all(isinstance(value, dict) for value in values):
+        raise UserError(f"{key} must be a list of objects, got {str(values)[:60]}")
+    return [Record(value) for value in values]
+
+
+def optional_id(record: Record, key: str) -> str:
+    """Return an id, or "" if the key is missing, null or an empty string."""
+    return "" if record.get(key) in (None, "") else check_id(record[key], key)
+
+
+def missing_package(what: str, package: str) -> UserError:
+    """Return the error for an optional package that is not installed."""
+    return UserError(f"{what} need the package {package}: pip install {package} (the extra `import` has it)")

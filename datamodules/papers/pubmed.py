@@ -1,0 +1,121 @@
+"""PubMed and MEDLINE in XML: PubmedArticleSet (baseline, update files, searches) and MedlineCitationSet."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, year_of
+from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.io import CHUNK, open_text, read_chunk
+from datamodules.records import UserError
+
+RECORDS = {"PubmedArticleSet": "PubmedArticle", "MedlineCitationSet": "MedlineCitation"}
+MAX_DEPTH = 200  # nested elements; PubMed has about 15
+
+
+def rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the articles as objects, one at a time. Raises UserError if the XML is damaged or defines entities."""
+    count = 0
+    for article in _articles(path):
+        count += 1
+        text = ElementTree.tostring(article, "unicode")[:QUARANTINED_TEXT]
+        yield Row(bad, path, count, text, count, _as_object(article))
+    bad.end_of_file(path, count)
+
+
+def _articles(path: Path) -> Iterator[ElementTree.Element]:
+    parser = ElementTree.XMLPullParser(["start", "end"])
+    root, prolog, depth = None, "", 0
+    with open_text(path) as stream:
+        try:
+            while text := read_chunk(stream, path, 0, CHUNK):
+                if root is None:
+                    prolog += text
+                    if len(prolog) > 2 * CHUNK:
+                        raise UserError(f"{path}: expected an element within the first {CHUNK:,} characters")
+                    # The files define no entities. Nested ones expand without end.
+                    if "<!ENTITY" in prolog:
+                        raise UserError(f"{path}: defines XML entities, which files of PubMed do not")
+                parser.feed(text)
+                for event, element in parser.read_events():
+                    if root is None:
+                        root, prolog = element, ""
+                        if root.tag not in RECORDS:
+                            raise UserError(f"{path}: expected {' or '.join(RECORDS)}, got {root.tag[:60]}")
+                    depth += 1 if event == "start" else -1
+                    if depth > MAX_DEPTH:
+                        raise UserError(f"{path}: more than {MAX_DEPTH} nested elements")
+                    if event == "end" and depth == 1:
+                        if element.tag == RECORDS[root.tag]:
+                            yield element
+                        root.clear()
+            parser.close()
+        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8
+            raise UserError(f"{path}: the XML file is damaged ({error})") from error
+
+
+def _as_object(article: ElementTree.Element) -> dict[str, Any]:
+    """Return the parts of an article that are read, so that wrong ones are errors of its row."""
+    citation = article if article.tag == "MedlineCitation" else article.find("MedlineCitation")
+    if citation is None:
+        return {}
+    date = citation.find("Article/Journal/JournalIssue/PubDate")
+    dates = [None if date is None else _text(date), citation.findtext("Article/ArticleDate/Year")]
+    return {
+        "pmid": _text(citation.find("PMID")),
+        "title": _text(citation.find("Article/ArticleTitle")),
+        "abstract": " ".join(map(_section, citation.iterfind("Article/Abstract/AbstractText"))),
+        "dates": dates,
+        "headings": [
+            {"id": name.get("UI", ""), "name": _text(name)}
+            for name in citation.iterfind("MeshHeadingList/MeshHeading/DescriptorName")
+        ],
+        "keywords": [_text(keyword) for keyword in citation.iterfind("KeywordList/Keyword")],
+        "doi": next((_text(id) for id in _ids(article, citation) if "doi" in id.attrib.values()), ""),
+        "references": [_reference(each) for each in article.iterfind("PubmedData//Reference/ArticleIdList")],
+    }
+
+
+def _ids(article: ElementTree.Element, citation: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    yield from citation.iterfind("Article/ELocationID")
+    yield from article.iterfind("PubmedData/ArticleIdList/ArticleId")
+
+
+def _reference(ids: ElementTree.Element) -> str:
+    """Return the PMID of a cited paper, or the name of its DOI, or ""."""
+    by_type = {id.get("IdType"): _text(id) for id in ids}
+    return by_type.get("pubmed") or next(iter(doi_name(by_type.get("doi"))), "")
+
+
+def _text(element: ElementTree.Element | None) -> str:
+    """Return the text of an element, also that inside <i>, <sub> and so on."""
+    return "" if element is None else re.sub(r"\s+", " ", "".join(element.itertext())).strip()
+
+
+def _section(element: ElementTree.Element) -> str:
+    """Return a section of a structured abstract, as printed: "METHODS: We ..."."""
+    name, text = element.get("Label", "").strip(), _text(element)
+    return f"{name}: {text}" if name and text else text
+
+
+def paper(record: Record) -> Paper:
+    if not record.get("pmid"):
+        raise UserError("the article has no PMID")
+    return Paper(
+        id=record.id("pmid"),
+        title=record.text("title"),
+        abstract=record.text("abstract"),
+        year=next(filter(None, map(year_of, record["dates"])), None),
+        labels={
+            "mesh": [
+                Label(each["id"] or each["name"], each["name"]) for each in objects(record, "headings") if each["name"]
+            ],
+            "keywords": labels_of(record["keywords"], "KeywordList"),
+        },
+        references=list(filter(None, record["references"])),
+        names=doi_name(record["doi"]),
+    )

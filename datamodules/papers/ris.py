@@ -1,0 +1,85 @@
+"""RIS: exports of reference managers and databases. Needs the package rispy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
+from datamodules.readers.checks import BadLines, Record, Row
+from datamodules.readers.io import numbered_lines
+from datamodules.records import UserError
+
+TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")
+MAX_LINES = 100_000  # lines of one record
+TITLES, ABSTRACTS = ("title", "primary_title"), ("abstract", "notes_abstract")
+YEARS = ("year", "publication_year", "date")
+
+
+def rows(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the records. A record without start or end is reported as bad."""
+    parser, count = _parser(), 0
+    for count, (number, lines) in enumerate(_records(path), start=1):
+        row = Row(bad, path, number, "\n".join(lines), count)
+        with row:
+            row.value = _parse(parser, lines)
+        if row.value is not None:
+            yield row
+    bad.end_of_file(path, count)
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the first line number and the lines of each record, which ends at ER or before the next TY.
+
+    Lines outside of records that have no tag, such as the header of some databases, are skipped.
+    """
+    number, lines = 0, []
+    for line_number, line in numbered_lines(path):
+        line = line.rstrip("\r\n")
+        if lines and (line.startswith("TY  -") or len(lines) >= MAX_LINES):
+            yield number, lines
+            lines = []
+        if lines or TAGGED.match(line):
+            number = number if lines else line_number
+            lines.append(line)
+        if lines and line.startswith("ER  -"):
+            yield number, lines
+            lines = []
+    if lines:
+        yield number, lines
+
+
+def _parse(parser, lines: list[str]) -> dict[str, Any]:
+    if not lines[0].startswith("TY  -"):
+        raise UserError(f"expected TY as the first field of a record, got {lines[0][:60]!r}")
+    if not lines[-1].startswith("ER  -"):
+        raise UserError("the record does not end with ER")
+    try:
+        (record,) = parser.parse_lines(iter(lines))
+    except (KeyError, TypeError, ValueError) as error:  # of lines that continue no field
+        raise UserError(f"cannot be read ({error})") from error
+    return record
+
+
+def _parser():
+    try:
+        import rispy
+    except ModuleNotFoundError as error:
+        raise missing_package("RIS files", "rispy") from error
+    return rispy.RisParser()
+
+
+def paper(record: Record) -> Paper:
+    def first(*keys: str) -> str:
+        return next((record.text(key) for key in keys if record.get(key)), "")
+
+    return Paper(
+        id=first("id") or first("accession_number"),
+        title=first(*TITLES),
+        abstract=first(*ABSTRACTS),
+        year=year_of(first(*YEARS)),
+        labels={"keywords": labels_of([each for word in record.array("keywords") for each in split_list(word)], "KW")},
+        names=doi_name(first("doi")),
+    )

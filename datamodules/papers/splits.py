@@ -1,0 +1,51 @@
+"""Assign papers to the train, dev and test splits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from datamodules.papers.paper_record import Paper
+from datamodules.readers.checks import split_of
+from datamodules.records import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A rule that gives each paper a split.
+
+    rule: "80/10/10": percentages of train, dev and test, by a hash of the id. "2015": papers up to that year are for
+        training, later ones for testing. "2015/2018": those between are the dev split. "given": the file has a column
+        or key "split".
+    """
+
+    rule: str = "80/10/10"
+
+    def __post_init__(self) -> None:
+        numbers = self._numbers()
+        by_hash = len(numbers) == 3 and sum(numbers) == 100 and numbers[0] > 0
+        by_year = len(numbers) in (1, 2) and numbers[0] >= 1000 and numbers[0] < [*numbers, 10_000][1]
+        if self.rule != "given" and not by_hash and not by_year:
+            raise UserError(
+                "split: expected three percentages that add up to 100 (80/10/10), the last year of training (2015), "
+                f"the last years of training and dev (2015/2018), or given, got {self.rule!r}"
+            )
+
+    def _numbers(self) -> tuple[int, ...]:
+        return tuple(map(int, self.rule.split("/"))) if re.fullmatch(r"[0-9]{1,4}(/[0-9]{1,4}){0,2}", self.rule) else ()
+
+    @property
+    def needs(self) -> str:
+        """What a paper without a split lacks."""
+        return "split" if self.rule == "given" else "year"
+
+    def of(self, paper: Paper) -> str:
+        """Return the split of a paper, or "" if it lacks what the rule needs."""
+        if self.rule == "given":
+            return paper.split
+        numbers = self._numbers()
+        if len(numbers) == 3:
+            return split_of(paper.id, dev_percent=numbers[1], test_percent=numbers[2])
+        if paper.year is None:
+            return ""
+        return "train" if paper.year <= numbers[0] else "dev" if paper.year <= numbers[-1] else "test"

@@ -1,0 +1,164 @@
+"""Import papers from a library or a dump: python -m experiments.import_papers FILE output=FOLDER [key=value ...]"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Column, Table
+
+from datamodules.files import write_json
+from datamodules.options import option
+from datamodules.papers.columns import COLUMNS, parse_columns
+from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
+from datamodules.papers.library import Library, library_in
+from datamodules.papers.paper_record import KINDS, Paper
+from datamodules.papers.splits import Splits
+from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
+from datamodules.readers.beir import BeirWriter
+from datamodules.readers.checks import SPLITS, BadLines
+from datamodules.records import UserError
+from experiments.config.arguments import parse
+from experiments.shared.console import entry_point, near, table_console
+from experiments.shared.output import whole_folder
+from experiments.shared.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ImportOptions:
+    """Turn a library or a dump of papers into training data: one folder for each task that it can serve.
+
+    The folder has papers.jsonl with all papers, import.json with the counts, and classification, link_prediction and
+    search in BEIR layout.
+    """
+
+    input: str = option(help="file or folder, or several of them separated by commas", positional=True)
+    output: Path = option(help="new folder for the data")
+    format: Literal["", *FORMATS] = option("", "format of all files; by default recognised for each")
+    columns: tuple[str, ...] = option((), f"columns of a table, NAME:COLUMN; NAME is one of {', '.join(COLUMNS)}")
+    split: str = option(
+        "80/10/10",
+        "percentages of train, dev and test; or the last year of training (2015), or of training and dev (2015/2018); "
+        "or given, for files with a column split",
+    )
+    labels: tuple[Literal[*KINDS], ...] = option((), "kinds of labels; by default the first kind that is there")
+    min_papers: int = option(5, "minimum number of papers of a label", minimum=1)
+    definitions: str = option("", "file with definitions of labels: MeSH's desc2026.xml, JSON lines, or id <tab> name")
+    search: str = option("title", "queries: title (finds its abstract), keywords (find their paper), or a file")
+    on_error: Literal["fail", "skip"] = option("skip", "stop at a bad record, or save it in OUTPUT.quarantine.jsonl")
+
+
+@dataclass
+class Counts:
+    """What a folder contains. problem: reason why it was not created."""
+
+    documents: int = 0
+    kind: str = ""
+    queries: Mapping[str, int] = field(default_factory=dict)
+    pairs: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    problem: str = ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(ImportOptions, arguments)
+    splits, columns = Splits(options.split), parse_columns(_pairs(options.columns))
+    views = ViewOptions(options.labels, options.min_papers, options.definitions, options.search)
+    files = _files(options.input)
+    formats = Counter(options.format or format_of(path) for path in files)
+    with whole_folder(options.output) as folder:
+        quarantine = options.output.with_name(f"{options.output.name}.quarantine.jsonl")
+        quarantine.unlink(missing_ok=True)
+        with BadLines(options.on_error, str(quarantine)) as bad, library_in(folder) as library:
+            with Progress("reading", "records", brief=True) as progress:
+                papers = read_papers(files, bad, options.format, columns)
+                library.read(_advancing(papers, progress), splits)
+            if bad.by_reason:
+                library.left_out[f"bad records, in {near(quarantine)}"] = bad.by_reason.total()
+            counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
+            library.write(folder / "papers.jsonl")
+            summary = {
+                "input": [str(path) for path in files],
+                "formats": dict(formats),
+                "options": {key: value for key, value in asdict(options).items() if key not in ("input", "output")},
+                "records": library.num_records + bad.by_reason.total(),
+                "papers": len(library),
+                "left_out": dict(library.left_out),
+                "tasks": {kind: asdict(count) for kind, count in counts.items()},
+            }
+            write_json(folder / "import.json", summary)
+    _report(options.output, summary, counts)
+
+
+def _pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Return the columns of NAME:COLUMN texts."""
+    for text in texts:
+        if ":" not in text:
+            raise UserError(f"columns: expected NAME:COLUMN, such as title:Titel, got {text!r}")
+    return dict(text.split(":", 1) for text in texts)
+
+
+def _files(text: str) -> list[Path]:
+    sources = [text] if Path(text).exists() else text.split(",")  # the name of a file may have a comma
+    try:
+        files = [path for source in sources for path in files_of(Path(source).expanduser())]
+    except UserError as error:
+        raise UserError(f"input: {error}") from error
+    return list(dict.fromkeys(files))
+
+
+def _advancing(papers: Iterable[Paper | None], progress: Progress) -> Iterator[Paper | None]:
+    for number, paper in enumerate(papers, start=1):
+        if number % 1000 == 0:
+            progress.advance(1000)
+        yield paper
+
+
+def _write(library: Library, view_name: str, options: ViewOptions, bad: BadLines, folder: Path) -> Counts:
+    """Write the folder of a task, if the library can serve it."""
+    try:
+        view = VIEWS[view_name](library, options, bad)
+    except EmptyView as error:
+        return Counts(problem=str(error))
+    with BeirWriter(folder) as writer:
+        view.stream(writer)
+    return Counts(view.num_documents, view.kind, view.queries, view.pairs, dict(view.left_out))
+
+
+def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> None:
+    """Print what was created, and what was left out and why. Show the next command."""
+    columns = ("task", "corpus", *(f"{split} queries" for split in SPLITS), "pairs", "left out")
+    right = {"corpus", "pairs", *(f"{split} queries" for split in SPLITS)}
+    table = Table(
+        *(Column(name, justify="right" if name in right else "left", overflow="fold") for name in columns),
+        title=f"{summary['papers']:,} papers of {summary['records']:,} records, in {near(output)}",
+    )
+    table.add_row("(all)", f"{summary['papers']:,} papers", *[""] * 4, _reasons(summary["left_out"]))
+    for kind, count in counts.items():
+        if count.problem:
+            table.add_row(kind, *[""] * 5, f"not created: {count.problem}")
+            continue
+        queries = (f"{count.queries.get(split, 0):,}" for split in SPLITS)
+        pairs = f"{sum(count.pairs.values()):,}"
+        table.add_row(kind, f"{count.documents:,} {count.kind}", *queries, pairs, _reasons(count.left_out))
+    table_console().print(table)
+    if created := [kind for kind, count in counts.items() if not count.problem]:
+        data = [shlex.quote(f"task.{kind}.data={near(output)}") for kind in created]
+        log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
+    else:
+        raise UserError(f"input: no task can be made of these papers; {near(output) / 'papers.jsonl'} has them all")
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,283 @@
+"""make import: every format, and every count of the table against what was written."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+
+from datamodules.readers.beir import BeirReader
+from datamodules.readers.papers import PapersReader
+from datamodules.records import UserError
+from experiments.import_papers import main
+from tests.datamodules.papers.worlds import (
+    WITHOUT_TEXT,
+    WORLDS,
+    Truth,
+    World,
+    in_file,
+    papers,
+    semantic_scholar_bulk,
+)
+
+world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+NOT_IN_FILES = "references to papers that are not in the files"
+
+
+def split_of(id: str) -> str:
+    """Return the split of 80/10/10, computed here again."""
+    percent = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") % 100
+    return "dev" if percent < 10 else "test" if percent < 20 else "train"
+
+
+def by_split(world: World, numbers: list[int]) -> dict[str, int]:
+    counts = Counter(split_of(world.id(number)) for number in numbers)
+    return {split: counts[split] for split in ("train", "dev", "test") if counts[split]}
+
+
+def expected_tasks(world: World, truths: list[Truth]) -> dict[str, dict]:
+    kept = [truth for truth in truths if truth.number != WITHOUT_TEXT]
+    sizes = Counter(label for truth in kept for label in world.labels(truth))
+    frequent = {label for label, size in sizes.items() if size >= 5}
+    pairs = [t.number for t in kept for label in world.labels(t) if label in frequent]
+    classification = {
+        "documents": len(frequent),
+        "kind": "labels",
+        "queries": by_split(world, sorted(set(pairs))),
+        "pairs": by_split(world, pairs),
+        "left_out": {"labels of fewer than 5 papers": len(sizes) - len(frequent)},
+        "problem": "",
+    }
+    citing = [t.number for t in kept for number in t.references if number not in (None, WITHOUT_TEXT)]
+    dropped = len(truths[WITHOUT_TEXT].references)
+    links = {
+        "documents": len(kept),
+        "kind": "papers",
+        "queries": by_split(world, sorted(set(citing))),
+        "pairs": by_split(world, citing),
+        "left_out": {
+            NOT_IN_FILES: sum(len(t.references) for t in kept) - len(citing),
+            "citations of papers that are not in the files": dropped,
+        },
+        "problem": "",
+    }
+    found = [t.number for t in kept if t.title and t.abstract]
+    search = {
+        "documents": sum(bool(t.abstract) for t in kept),
+        "kind": "abstracts",
+        "queries": by_split(world, found),
+        "pairs": by_split(world, found),
+        "left_out": {"papers without title or abstract, as queries": len(kept) - len(found)},
+        "problem": "",
+    }
+    for task in (classification, links, search):
+        task["left_out"] = {reason: count for reason, count in task["left_out"].items() if count}
+    return {"classification": classification, "link_prediction": links, "search": search}
+
+
+def imported(source, output, *arguments: str) -> dict:
+    main([str(source), f"output={output}", *arguments])
+    return json.loads((output / "import.json").read_text(encoding="utf-8"))
+
+
+@world
+def test_counts_of_the_import_are_those_of_the_papers_that_were_written(world: World, tmp_path, capsys):
+    truths = papers()
+    world.write(tmp_path / world.file, in_file(truths))
+    summary = imported(tmp_path / world.file, tmp_path / "out")
+    expected = expected_tasks(world, truths)
+    if not world.has_references:
+        problem = "no reference from one paper of the files to another"
+        expected["link_prediction"] = {"documents": 0, "kind": "", "queries": {}, "pairs": {}, "left_out": {}} | {
+            "problem": problem
+        }
+    assert summary["tasks"] == expected
+    assert summary["records"] == len(truths) + 1 + world.extra
+    assert summary["papers"] == len(truths) - 1
+    left_out = {"papers with the id of an earlier one": 1, "papers without title and abstract": 1}
+    if world.extra:
+        left_out["not papers (notes, attachments, unknown ids)"] = world.extra
+    assert summary["left_out"] == left_out
+    table = capsys.readouterr().out
+    for task in expected.values():
+        for count in (
+            task["documents"],
+            sum(task["pairs"].values()),
+            *task["queries"].values(),
+            *task["left_out"].values(),
+        ):
+            assert f"{count:,}" in table
+    assert not (tmp_path / "out.quarantine.jsonl").exists()
+
+
+@world
+def test_folders_have_the_texts_and_judgements_that_were_written(world: World, tmp_path):
+    truths = papers(60)
+    world.write(tmp_path / world.file, in_file(truths))
+    main([str(tmp_path / world.file), f"output={tmp_path / 'out'}", "min_papers=1"])
+    kept = {world.id(t.number): t for t in truths if t.number != WITHOUT_TEXT}
+
+    labelled = BeirReader(str(tmp_path / "out" / "classification")).read()
+    assert {id: (d.title, d.text) for id, d in labelled.queries.items()} == {
+        id: (t.title, t.abstract) for id, t in kept.items()
+    }
+    names = {
+        id: sorted(labelled.corpus[label].title for label in labels)
+        for q in labelled.qrels.values()
+        for id, labels in q.items()
+    }
+    assert names == {id: sorted(world.label_names(t)) for id, t in kept.items()}
+
+    if world.has_references:
+        linked = BeirReader(str(tmp_path / "out" / "link_prediction")).read()
+        links = {id: set(cited) for qrels in linked.qrels.values() for id, cited in qrels.items()}
+        within = {id: {world.id(n) for n in t.references if n not in (None, WITHOUT_TEXT)} for id, t in kept.items()}
+        assert links == {id: cited for id, cited in within.items() if cited}
+        assert linked.queries.items() <= linked.corpus.items()
+
+    searched = BeirReader(str(tmp_path / "out" / "search")).read()
+    assert {id: (d.title, d.text) for id, d in searched.corpus.items()} == {
+        id: ("", t.abstract) for id, t in kept.items() if t.abstract
+    }
+    for qrels in searched.qrels.values():
+        for query, grades in qrels.items():
+            (id,) = grades
+            assert searched.queries[query].text == kept[id].title
+
+
+@world
+def test_reader_of_the_file_gives_the_collections_of_the_import(world: World, tmp_path, caplog):
+    world.write(tmp_path / world.file, in_file(papers(60)))
+    main([str(tmp_path / world.file), f"output={tmp_path / 'out'}"])
+    for kind, view in (("classification", "labels"), ("link_prediction", "citations"), ("search", "searches")):
+        if (tmp_path / "out" / kind).exists():
+            collection = BeirReader(str(tmp_path / "out" / kind)).read()
+            assert PapersReader(str(tmp_path / world.file), view).read() == collection
+    assert "left out 1 papers with the id of an earlier one" in caplog.text
+
+
+def test_papers_file_can_be_imported_again(tmp_path):
+    WORLDS[0].write(tmp_path / "works.jsonl", in_file(papers()))
+    first = imported(tmp_path / "works.jsonl", tmp_path / "first")
+    again = imported(tmp_path / "first" / "papers.jsonl", tmp_path / "again", "split=given")
+    for kind in ("queries", "pairs", "documents"):
+        assert [t[kind] for t in again["tasks"].values()] == [t[kind] for t in first["tasks"].values()]
+
+
+def test_bulk_data_of_semantic_scholar_is_joined_by_id(tmp_path):
+    truths = papers()
+    semantic_scholar_bulk(tmp_path / "bulk", truths)
+    summary = imported(tmp_path / "bulk", tmp_path / "out")
+    bulk = World("", semantic_scholar_bulk, str, b"", "fields", True)
+    expected = expected_tasks(bulk, truths)
+    assert summary["tasks"] == expected
+    assert summary["papers"] == len(truths) - 1
+
+
+def test_files_of_several_formats_are_one_library(tmp_path):
+    by_name = {world.name: world for world in WORLDS}
+    truths = papers(100)
+    by_name["bibtex"].write(tmp_path / "a.bib", truths[:50])
+    by_name["ris"].write(tmp_path / "b, c.ris", truths[50:])
+    summary = imported(tmp_path, tmp_path / "out")
+    assert summary["formats"] == {"bibtex": 1, "ris": 1}
+    assert summary["papers"] == 99
+    assert imported(tmp_path / "b, c.ris", tmp_path / "ris")["papers"] == 50
+
+
+def test_papers_are_split_by_year(tmp_path):
+    truths = papers()
+    WORLDS[0].write(tmp_path / "works.jsonl", truths)
+    years = {f"W{t.number}": t.year for t in truths}
+    imported(tmp_path / "works.jsonl", tmp_path / "out", "split=2010/2015")
+    collection = BeirReader(str(tmp_path / "out" / "search")).read()
+    for split, first, last in (("train", 2000, 2010), ("dev", 2011, 2015), ("test", 2016, 2019)):
+        assert {years[id] for grades in collection.qrels[split].values() for id in grades} == set(
+            range(first, last + 1)
+        )
+
+
+def test_queries_of_a_file_find_papers(tmp_path):
+    truths = papers(50)
+    WORLDS[0].write(tmp_path / "works.jsonl", truths)
+    queries = [
+        {"query": "graphs", "positives": ["W1", "doi:10.1234/x2"], "negatives": ["W3"], "split": "train"},
+        {"query": "cells", "positives": {"W4": 2, "W999": 1}, "split": "validation"},
+        {"query": "nothing", "positives": ["W999"], "split": "test"},
+        {"query": 5, "positives": ["W1"]},
+        {"query": "soil", "positives": ["W6"], "split": "train"},
+    ]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    summary = imported(tmp_path / "works.jsonl", tmp_path / "out", f"search={tmp_path / 'queries.jsonl'}")
+    collection = BeirReader(str(tmp_path / "out" / "search")).read()
+    texts = {
+        split: {collection.queries[q].text: g for q, g in qrels.items()} for split, qrels in collection.qrels.items()
+    }
+    assert texts == {"train": {"graphs": {"W1": 1, "W2": 1, "W3": 0}, "soil": {"W6": 1}}, "dev": {"cells": {"W4": 2}}}
+    assert summary["tasks"]["search"]["left_out"] == {
+        "ids of papers that are not in the files": 2,
+        "queries without a positive in the files": 1,
+    }
+    (tmp_path / "queries.csv").write_text("query,positives,split\ngraphs,W1;W2,train\n")
+    imported(tmp_path / "works.jsonl", tmp_path / "csv", f"search={tmp_path / 'queries.csv'}")
+    collection = BeirReader(str(tmp_path / "csv" / "search")).read()
+    assert collection.qrels == {"train": {"query.1": {"W1": 1, "W2": 1}}}
+
+
+def test_keywords_of_a_paper_find_it(tmp_path):
+    truths = papers(50)
+    WORLDS[0].write(tmp_path / "works.jsonl", truths)
+    imported(tmp_path / "works.jsonl", tmp_path / "out", "search=keywords")
+    collection = BeirReader(str(tmp_path / "out" / "search")).read()
+    by_text = {
+        ", ".join(sorted(t.keywords)): {f"W{u.number}" for u in truths if sorted(u.keywords) == sorted(t.keywords)}
+        - {f"W{WITHOUT_TEXT}"}
+        for t in truths
+    }
+    found = {collection.queries[q].text: set(g) for qrels in collection.qrels.values() for q, g in qrels.items()}
+    assert found == {text: ids for text, ids in by_text.items() if ids}
+    assert len(collection.corpus) == 49
+
+
+def test_labels_get_definitions_from_a_file(tmp_path):
+    by_name = {world.name: world for world in WORLDS}
+    by_name["pubmed"].write(tmp_path / "pubmed.xml", papers())
+    records = [{"label": "D1", "name": "cell biology", "definition": "About cells."}]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, records)))
+    imported(tmp_path / "pubmed.xml", tmp_path / "out", f"definitions={tmp_path / 'labels.jsonl'}")
+    corpus = BeirReader(str(tmp_path / "out" / "classification")).read().corpus
+    assert {d.title: d.text for d in corpus.values() if d.text} == {"Cell Biology": "About cells."}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("split=80/10", "split: expected three percentages that add up to 100"),
+        ("split=2015/2010", "split: expected three percentages"),
+        ("labels=topic", "labels: expected one of topics, mesh, fields, keywords"),
+        ("search=titel", "search: expected title, keywords, or a file of queries, got 'titel'"),
+        ("columns=title", "columns: expected NAME:COLUMN, such as title:Titel, got 'title'"),
+        ("columns=titel:Titel", "columns: expected one of id, title"),
+        ("format=bib", "format: expected one of "),
+        ("definitions=nowhere", "definitions: nowhere is not a file"),
+    ],
+)
+def test_wrong_option_raises_user_error(tmp_path, argument, message):
+    WORLDS[0].write(tmp_path / "works.jsonl", papers(20))
+    with pytest.raises(UserError) as caught:
+        main([str(tmp_path / "works.jsonl"), f"output={tmp_path / 'out'}", argument])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_records_are_counted_and_saved(tmp_path):
+    WORLDS[0].write(tmp_path / "works.jsonl", papers(50))
+    with open(tmp_path / "works.jsonl", "a") as file:
+        file.write('{"id": "https://openalex.org/W77", "title": 5}\n{"id": "https://openalex.org/W78"')
+    summary = imported(tmp_path / "works.jsonl", tmp_path / "out")
+    assert summary["records"] == 52
+    assert sum(summary["left_out"].values()) == 3
+    assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"works.jsonl, line 51: title must be a string, got 5"):
+        main([str(tmp_path / "works.jsonl"), f"output={tmp_path / 'other'}", "on_error=fail"])
+    assert not (tmp_path / "other").exists()
