@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import Document, Tokens, UserError, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
-from lightning_modules.encoders.attention import AttentionContext, Prefix
+from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
 from lightning_modules.retrieval.compute import default_token_budget
@@ -305,6 +305,7 @@ class Encoder(nn.Module):
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
+        batch_invariant: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the vectors (n, D) of documents, in float32 on the CPU.
 
@@ -316,8 +317,12 @@ class Encoder(nn.Module):
         tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
+        batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
+            device and with this token_budget. It takes a little longer. On GPUs, it needs torch 2.13.
         """
-        (vectors,) = self.encode_each([documents], task, tasks=tasks, token_budget=token_budget, advance=advance)
+        (vectors,) = self.encode_each(
+            [documents], task, tasks=tasks, token_budget=token_budget, advance=advance, batch_invariant=batch_invariant
+        )
         return vectors
 
     def encode_each(
@@ -328,6 +333,7 @@ class Encoder(nn.Module):
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
+        batch_invariant: bool = False,
     ) -> Iterator[Tensor | dict[str, Tensor]]:
         """Yield the result of encode for each group of documents, with the same bits.
 
@@ -344,7 +350,10 @@ class Encoder(nn.Module):
         for name in names:
             self.expert_of(name)
         units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
-        results = encode_units(self, units, names, token_budget or default_token_budget(self.device), advance)
+        if batch_invariant and self.device.type == "cuda" and not NUM_SPLITS:
+            raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
+        token_budget = token_budget or default_token_budget(self.device)
+        results = encode_units(self, units, names, token_budget, advance, batch_invariant)
         return results if tasks is not None else only(results, task)
 
     @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,18 +33,23 @@ def encode_units(
     tasks: Sequence[str],
     token_budget: int,
     advance: Callable[[int], None] | None,
+    batch_invariant: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield task -> vectors (n, D) of each unit's texts, in float32 on the CPU. No forward pass mixes units.
 
+    batch_invariant: whether the bits of a vector must not depend on the other texts.
     advance: function called after each forward pass is launched, with its number of texts.
     """
+    shape = PassShape(token_budget)
+    if batch_invariant:
+        shape = PassShape.invariant(token_budget, encoder.max_length)
     blocks: deque[_Block] = deque()
     launched: deque[_Block] = deque()
     most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that may be computing
     with closing(tokenise_ahead(_jobs(encoder, units, tasks, blocks))) as tables:
         for table in tables:
             launched.append(blocks.popleft())
-            launched[-1].launch(table, token_budget, advance)
+            launched[-1].launch(table, shape, advance)
             yield from _finished(launched, most)
     yield from _finished(launched, 0)
 
@@ -82,6 +88,32 @@ def _finished(launched: deque[_Block], most: int) -> Iterator[dict[str, Tensor]]
             yield block.unit
 
 
+@dataclass(frozen=True)
+class PassShape:
+    """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
+
+    Kernels for matrix products differ with the number of rows, and their results in the last bits. So a batch-invariant
+    pass always has the same number of tokens and of texts, and the same longest text: the rest are fillers.
+
+    token_budget, most_texts: maximum numbers of tokens and of texts.
+    filled: numbers of texts and of tokens, with fillers, and length of the longest.
+    """
+
+    token_budget: int
+    most_texts: int | None = None
+    filled: tuple[int, int, int] | None = None
+
+    @classmethod
+    def invariant(cls, token_budget: int, max_length: int) -> PassShape:
+        """Return a shape with room for fillers, however many texts and tokens there are."""
+        most_texts = max(token_budget // 8, 1)
+        num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
+        return cls(token_budget, most_texts, (num_texts, token_budget + max_length + num_texts, max_length))
+
+    def fill(self, tokens: Tokens) -> Tokens:
+        return tokens.fill(*self.filled) if self.filled else tokens
+
+
 class _Block:
     """Texts that are encoded together.
 
@@ -95,9 +127,9 @@ class _Block:
         self.order = torch.zeros(0, dtype=torch.int64)
         self.computed: dict[str, HostCopy] = {}
 
-    def launch(self, table: TokenTable, token_budget: int, advance: Callable[[int], None] | None) -> None:
+    def launch(self, table: TokenTable, shape: PassShape, advance: Callable[[int], None] | None) -> None:
         """Compute the vectors, and start to copy them to the host."""
-        chunks = list(length_sorted_chunks(table.lengths().tolist(), token_budget))
+        chunks = list(length_sorted_chunks(table.lengths().tolist(), shape.token_budget, shape.most_texts))
         if not chunks:
             return
         rows = np.concatenate(chunks)
@@ -106,8 +138,8 @@ class _Block:
         with encoder.inferring():
             conditions = {task: encoder.condition(task) for task in tasks}
             for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
-                for task, vectors in encoder.forward_tasks(tokens, tasks, conditions).items():
-                    computed[task].append(vectors.float())
+                for task, vectors in encoder.forward_tasks(shape.fill(tokens), tasks, conditions).items():
+                    computed[task].append(vectors[: len(tokens)].float())
                 encoder.encoded["texts"] += len(tokens)
                 encoder.encoded["tokens"] += tokens.num_tokens
                 if advance is not None:

@@ -1,6 +1,7 @@
 """Packed texts: three kernels of attention, every family and variant, against Hugging Face's padded models."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
-from tests.conftest import TASKS
+from tests.conftest import TASKS, text_of
 
 LENGTHS = [3, 5, 5, 5, 9, 21, 21, 40]
 WINDOW = 4
@@ -330,3 +331,33 @@ def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         encoder.encode(["bara beli"] * 9, "search", token_budget=8)
     assert len(casts) == len(set(casts)) == len(linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("variant", ["shared", "attention experts", "instruction"])
+def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, variant, pooling, dtype):
+    encoder = make(variant, pooling=pooling).eval()
+    rng = random.Random(0)
+    texts = [text_of(*(rng.randrange(60) for _ in range(rng.choice((1, 2, rng.randint(1, 40)))))) for _ in range(60)]
+
+    def encode(texts, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return encoder.encode(texts, "search", token_budget=256, **options)
+
+    expected = encode(texts, batch_invariant=True)
+    torch.testing.assert_close(expected, encode(texts), atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    for size in (60, 17, 3, 1):
+        order = rng.sample(range(60), 60)
+        for start in range(0, 60, size):
+            rows = order[start : start + size]
+            assert torch.equal(encode([texts[row] for row in rows], batch_invariant=True), expected[rows])
+
+
+def test_fillers_give_a_batch_its_shape_and_leave_its_texts_alone():
+    tokens = Tokens.pack([[5, 6, 7], [8]])
+    filled = tokens.fill(5, 24, 9)
+    assert filled.lengths == (3, 1, 9, 9, 2)
+    assert filled.offsets.tolist() == [0, 3, 4, 13, 22, 24]
+    assert filled.input_ids.tolist()[:4] == [5, 6, 7, 8]
+    assert filled.num_tokens == 24
