@@ -124,10 +124,16 @@ class Output:
         return needed_sources(self.spec, self.missing)
 
     def is_built(self) -> bool:
-        return (self.folder / STAMP).exists() and self.stamp()["fingerprint"] == self.fingerprint()
+        if not (self.folder / STAMP).exists():
+            return False
+        try:
+            return self.stamp()["fingerprint"] == self.fingerprint()
+        except UserError as error:
+            log.warning("%s: building the folder again", error)
+            return False
 
     def stamp(self) -> dict[str, Any]:
-        return read_json(self.folder / STAMP)
+        return read_json(self.folder / STAMP, {"fingerprint": str, "counts": dict, "without": list}, hint="")
 
     def fingerprint(self) -> str:
         """Return a hash of the sources and settings that the folder depends on."""

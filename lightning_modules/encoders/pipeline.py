@@ -19,12 +19,39 @@ from torch import Tensor
 from datamodules.records import Document, Tokens
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
+from lightning_modules.retrieval.compute import default_token_budget
 from lightning_modules.throughput import forward_flops
 
 if TYPE_CHECKING:
     from lightning_modules.encoders.base import Encoder
 
 BLOCK = 8192  # number of texts that are sorted by length and copied together; a whole corpus may not fit in memory
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
+
+    Kernels for matrix products differ with the number of rows, and their results in the last bits. So a batch-invariant
+    pass always has the same number of tokens and of texts, and the same longest text: the rest are fillers.
+
+    token_budget, most_texts: maximum numbers of tokens and of texts.
+    filled: numbers of texts and of tokens, with fillers, and length of the longest.
+    """
+
+    token_budget: int
+    most_texts: int | None = None
+    filled: tuple[int, int, int] | None = None
+
+    @classmethod
+    def invariant(cls, token_budget: int, max_length: int) -> PassShape:
+        """Return a shape with room for fillers, however many texts and tokens there are."""
+        most_texts = max(token_budget // 8, 1)
+        num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
+        return cls(token_budget, most_texts, (num_texts, token_budget + max_length + num_texts, max_length))
+
+    def fill(self, tokens: Tokens) -> Tokens:
+        return tokens.fill(*self.filled) if self.filled else tokens
 
 
 def encode_units(
@@ -54,6 +81,19 @@ def encode_units(
     yield from _finished(launched, 0)
 
 
+def encode_on_device(encoder: Encoder, documents: Sequence[Document], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return task -> vectors (n, D) of texts, in float32 on the encoder's device. The host does not wait for them."""
+    vectors: dict[str, Tensor] = {}
+    tasks_of, shape = _tasks_by_prompt(encoder, tasks), PassShape(default_token_budget(encoder.device))
+    jobs = ((Encoding(encoder.tokenizer, prompt, encoder.max_length), documents) for prompt in tasks_of)
+    with closing(tokenise_ahead(jobs)) as tables:
+        for same_prompt, table in zip(tasks_of.values(), tables, strict=True):
+            rows, computed = _compute(encoder, table, same_prompt, shape, None)
+            position = torch.from_numpy(np.argsort(rows)).to(encoder.device, non_blocking=True)
+            vectors |= {task: in_chunks[position] for task, in_chunks in computed.items()}
+    return vectors
+
+
 def only(results: Iterator[dict[str, Tensor]], task: str) -> Iterator[Tensor]:
     """Yield the vectors of one task."""
     with closing(results):
@@ -65,9 +105,7 @@ def _jobs(
     encoder: Encoder, units: Iterable[Sequence[Document]], tasks: Sequence[str], blocks: deque[_Block]
 ) -> Iterator[tuple[Encoding, Sequence[Document]]]:
     """Yield the texts of each block, once for each prompt, and append the block to `blocks`."""
-    tasks_of: dict[str, list[str]] = {}
-    for task in tasks:
-        tasks_of.setdefault(encoder.prompts.get(task, ""), []).append(task)
+    tasks_of = _tasks_by_prompt(encoder, tasks)
     for documents in units:
         vectors = {task: torch.empty(len(documents), encoder.dimension) for task in tasks}
         starts = range(0, max(len(documents), 1), BLOCK)
@@ -79,6 +117,38 @@ def _jobs(
         blocks[-1].unit = vectors
 
 
+def _tasks_by_prompt(encoder: Encoder, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Return prompt -> the tasks whose texts start with it."""
+    tasks_of: dict[str, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        tasks_of.setdefault(encoder.prompts.get(task, ""), []).append(task)
+    return tasks_of
+
+
+def _compute(
+    encoder: Encoder,
+    table: TokenTable,
+    tasks: Sequence[str],
+    shape: PassShape,
+    advance: Callable[[int], None] | None,
+) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Return task -> vectors of texts on the device, shortest text first, and the row of each text in the table."""
+    chunks = list(length_sorted_chunks(table.lengths().tolist(), shape.token_budget, shape.most_texts))
+    rows = np.concatenate(chunks)
+    computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    with encoder.inferring():
+        conditions = {task: encoder.condition(task) for task in tasks}
+        for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
+            for task, vectors in encoder.forward_tasks(shape.fill(tokens), tasks, conditions).items():
+                computed[task].append(vectors[: len(tokens)].float())
+            encoder.encoded["texts"] += len(tokens)
+            encoder.encoded["tokens"] += tokens.num_tokens
+            if advance is not None:
+                advance(len(tokens))
+        encoder.encoded["flops"] += forward_flops(encoder, table.lengths(), *tasks)
+        return rows, {task: torch.cat(vectors) for task, vectors in computed.items()}
+
+
 def _finished(launched: deque[_Block], most: int) -> Iterator[dict[str, Tensor]]:
     """Wait for the first blocks until `most` are left, and yield the vectors of complete units."""
     while len(launched) > most:
@@ -86,32 +156,6 @@ def _finished(launched: deque[_Block], most: int) -> Iterator[dict[str, Tensor]]
         block.finish()
         if block.unit is not None:
             yield block.unit
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
-
-    Kernels for matrix products differ with the number of rows, and their results in the last bits. So a batch-invariant
-    pass always has the same number of tokens and of texts, and the same longest text: the rest are fillers.
-
-    token_budget, most_texts: maximum numbers of tokens and of texts.
-    filled: numbers of texts and of tokens, with fillers, and length of the longest.
-    """
-
-    token_budget: int
-    most_texts: int | None = None
-    filled: tuple[int, int, int] | None = None
-
-    @classmethod
-    def invariant(cls, token_budget: int, max_length: int) -> PassShape:
-        """Return a shape with room for fillers, however many texts and tokens there are."""
-        most_texts = max(token_budget // 8, 1)
-        num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
-        return cls(token_budget, most_texts, (num_texts, token_budget + max_length + num_texts, max_length))
-
-    def fill(self, tokens: Tokens) -> Tokens:
-        return tokens.fill(*self.filled) if self.filled else tokens
 
 
 class _Block:
@@ -129,24 +173,11 @@ class _Block:
 
     def launch(self, table: TokenTable, shape: PassShape, advance: Callable[[int], None] | None) -> None:
         """Compute the vectors, and start to copy them to the host."""
-        chunks = list(length_sorted_chunks(table.lengths().tolist(), shape.token_budget, shape.most_texts))
-        if not chunks:
+        if not len(table):
             return
-        rows = np.concatenate(chunks)
-        encoder, tasks = self.encoder, list(self.vectors)
-        computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
-        with encoder.inferring():
-            conditions = {task: encoder.condition(task) for task in tasks}
-            for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
-                for task, vectors in encoder.forward_tasks(shape.fill(tokens), tasks, conditions).items():
-                    computed[task].append(vectors[: len(tokens)].float())
-                encoder.encoded["texts"] += len(tokens)
-                encoder.encoded["tokens"] += tokens.num_tokens
-                if advance is not None:
-                    advance(len(tokens))
-            self.order = torch.from_numpy(rows)
-            self.computed = {task: HostCopy(torch.cat(vectors)) for task, vectors in computed.items()}
-        encoder.encoded["flops"] += forward_flops(encoder, table.lengths(), *tasks)
+        rows, computed = _compute(self.encoder, table, list(self.vectors), shape, advance)
+        self.order = torch.from_numpy(rows)
+        self.computed = {task: HostCopy(vectors) for task, vectors in computed.items()}
 
     def finish(self) -> None:
         """Wait for the copies, and put the vectors into the order of the texts."""

@@ -216,7 +216,56 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     assert open_matrix(whole).ids == [paper["id"] for paper in many]
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", ""])
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"\0" * 8)
+
+
+def alter(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(bytes(content))
+
+
+def swap_lines(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("search.npy", cut),
+        ("search.npy", lengthen),
+        ("search.npy", alter),
+        ("search.npy", lambda path: path.write_bytes(b"")),
+        ("search.npy.ids.txt", cut),
+        ("search.npy.ids.txt", swap_lines),
+        ("search.npy.ids.txt", lambda path: path.unlink()),
+        ("search.npy.ids.txt", lambda path: path.write_bytes(b"\xff\n" * 23)),
+        ("search.npy.json", cut),
+        ("search.npy.json", lambda path: path.write_text("[]")),
+        ("shards/00001.json", lambda path: path.write_text("[1]")),
+        ("shards/00001.json", lambda path: path.write_text('{"ids": 3, "texts": "x", "vectors": {}}')),
+    ],
+)
+def test_damaged_matrix_is_merged_again_by_the_same_command(embed, caplog, file, damage):
+    """A truncated or altered matrix was accepted as complete."""
+    folder = embed("out")
+    good = {path.name: path.read_bytes() for path in folder.glob("search.npy*")}
+    damage(folder / file)
+    embed("out")
+    assert {path.name: path.read_bytes() for path in folder.glob("search.npy*")} == good
+    assert "damaged" in caplog.text or "cannot be read" in caplog.text or "expected" in caplog.text
+    written = (folder / "search.npy").stat().st_mtime_ns
+    embed("out")  # intact: not written again
+    assert (folder / "search.npy").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", "", "[" * 100_000])
 def test_settings_of_shards_that_are_no_object_raise_user_error(embed, content):
     about = embed("out") / "shards" / "about.json"
     about.write_text(content)

@@ -166,6 +166,8 @@ def test_operations_of_bert_base(make_backbone):
     short, long = (forward_flops(base, [length]) / length for length in (100, 200))
     assert (long - short) / 100 == pytest.approx(0.0369e6, rel=1e-2)
     assert short - 100 * (long - short) / 100 == pytest.approx(170e6, rel=1e-2)
+    base.pooling = "cls"
+    assert forward_flops(base, [200]) / 200 == pytest.approx(0.93 * long, rel=1e-2)
 
 
 def test_ceiling_is_the_median_of_warm_products(monkeypatch):
