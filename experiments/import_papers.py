@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.table import Column, Table
 
-from datamodules.files import write_json
+from datamodules.files import expanded, write_json
 from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
@@ -108,7 +108,7 @@ def _pairs(texts: Iterable[str]) -> dict[str, str]:
 def _files(text: str) -> list[Path]:
     sources = [text] if Path(text).exists() else text.split(",")  # the name of a file may have a comma
     try:
-        files = [path for source in sources for path in files_of(Path(source).expanduser())]
+        files = [path for source in sources for path in files_of(expanded(source, "papers"))]
     except UserError as error:
         raise UserError(f"input: {error}") from error
     return list(dict.fromkeys(files))

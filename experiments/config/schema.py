@@ -26,7 +26,7 @@ class RunConfig:
     """The folder of a run, and how the run starts."""
 
     dir: str = option("", "folder of the run; by default, runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
-    seed: int = option(0, "seed of all random numbers", minimum=0)
+    seed: int = option(0, "seed of all random numbers", minimum=0, maximum=2**32 - 1)
     resume: Literal["auto", "never"] = option(
         "auto", "auto: continue from the last checkpoint, if any; never: start over, and keep the old run"
     )
