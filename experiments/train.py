@@ -169,6 +169,10 @@ def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.
     kept = "" if precision == default else f", as the run began (a new run would use {default} here)"
     where = describe_device(device)
     log.info("training on %s: %s steps%s, in %s%s", where, config.trainer.max_steps, origin, precision, kept)
+    if config.evaluation.baselines and not folder.checkpoint:
+        log.info(
+            "first, BM25 and the encoder before training are evaluated (evaluation.baselines=false leaves them out)"
+        )
 
 
 if __name__ == "__main__":
