@@ -105,7 +105,9 @@ def files_of(source: Path) -> list[Path]:
         raise UserError(f"{source}: no such file or folder")
     paths = sorted(path for path in source.rglob("*") if not path.name.startswith(".") and path.is_file())
     if not (
-        files := [path for path in paths if _suffix(path) in KNOWN_SUFFIXES or (_suffix(path) == "" and path.suffix)]
+        files := [
+            path for path in paths if suffix_of(path) in KNOWN_SUFFIXES or (suffix_of(path) == "" and path.suffix)
+        ]
     ):
         raise UserError(
             f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
@@ -113,7 +115,8 @@ def files_of(source: Path) -> list[Path]:
     return files
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file in lower case, without .gz or .zst."""
     return Path(path.stem).suffix.lower() if path.suffix in SUFFIXES[1:] else path.suffix.lower()
 
 
@@ -123,7 +126,7 @@ def format_of(path: Path) -> str:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if by_suffix := [name for name, each in FORMATS.items() if suffix in each.suffixes and each.recognises is None]:
         return by_suffix[0]
     if suffix and suffix not in JSON:
@@ -149,12 +152,16 @@ def read_papers(
     """
     for path in files:
         name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
-        paper = FORMATS[name].paper
+        make, is_first = FORMATS[name].paper, True
         if name in TABLES:
-            paper = functools.partial(paper, columns=names or {})
+            make = functools.partial(make, columns=names or {})
         for row in FORMATS[name].rows(path, bad):
-            made: list[Paper | None] = []
+            papers, record = [], None
             with row:
-                is_null = row.entry is not None and row.value is None  # for unknown ids in a batch of an API
-                made.append(None if is_null else paper(as_object(row)))
-            yield from made
+                is_null = row.entry is not None and row.value is None  # for an unknown id in a batch of an API
+                record = None if is_null else as_object(row)
+                papers.append(None if record is None else make(record))
+            if is_first and record is not None and name in TABLES:
+                columns.check_columns(path, record, names or {})
+            is_first = is_first and record is None
+            yield from papers

@@ -310,6 +310,10 @@ def _check_override(text: str) -> None:
     key, equals, _ = text.partition("=")
     if not equals or not key:
         raise UserError(f"command line: expected key=value, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"command line: {text!r} is not UTF-8") from error
     if key == "experiment":
         raise UserError("command line: the experiment is the first argument, not a key (make train EXP=...)")
 

@@ -58,11 +58,20 @@ class BackboneOptions:
 
 
 def package_folder(name: str) -> str | None:
-    """Return the model folder of an installed package, or None if it is not installed."""
+    """Return the model folder of an installed package, or None if it is not installed.
+
+    Raises UserError for a package that is not one of a model, and for a text that is not the name of a package.
+    """
+    module = name.removeprefix(PACKAGE)
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{name}: expected the name of an installed package, got {module!r}")
     try:
-        return str(importlib.import_module(name.removeprefix(PACKAGE)).get_model_path())
+        package = importlib.import_module(module)
     except ImportError:
         return None
+    if not callable(getattr(package, "get_model_path", None)):
+        raise UserError(f"{name}: the package {module} has no get_model_path(), so it is not a package of a model")
+    return str(package.get_model_path())
 
 
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:

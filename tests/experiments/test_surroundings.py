@@ -2,17 +2,25 @@
 
 import pwd
 import resource
+import shutil
 import subprocess
 import sys
 
+import lightning as L
 import pytest
 
 from datamodules.files import expanded
+from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
+from experiments import train
 from experiments.build.data import build_data
 from experiments.config.experiment import load_config
+from experiments.config.structured import read_yaml
 from experiments.doctor import disk, models
 from experiments.shared.console import full_disk
+from lightning_modules.encoders.backbone import package_folder
+from tests.conftest import toy_collection
+from tests.experiments.test_changed_data import ARGUMENTS
 from tests.experiments.test_train import ROOT
 
 
@@ -99,3 +107,71 @@ def test_full_disk_ends_a_command_with_a_sentence(make_encoder, tmp_path, comman
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("wandb.tags", "[" + "x" * 65 + "]"),
+        ("wandb.tags", '["a\\tb"]'),
+        ("wandb.name", '"a\\nb"'),
+        ("wandb.name", '"\\e[31mred"'),
+        ("wandb.name", "x" * 129),
+        ("wandb.group", '""'),
+        ("wandb.project", "x" * 200),
+    ],
+)
+def test_names_that_wandb_refuses_are_named_before_the_start(key, value):
+    with pytest.raises(UserError, match=f"{key}: expected"):
+        load_config("vanilla", [f"{key}={value}"])
+
+
+def test_argument_that_is_not_utf8_raises_user_error():
+    with pytest.raises(UserError, match="command line: .* is not UTF-8"):
+        load_config("vanilla", ["wandb.name=a\udcff"])
+
+
+@pytest.mark.parametrize("name", ["os", "", "../x", "numpy", "os.path", "a b"])
+def test_package_that_is_not_a_model_raises_user_error(name):
+    with pytest.raises(UserError, match=f"package:{name}: "):
+        package_folder(f"package:{name}")
+
+
+def test_package_that_is_not_installed_has_no_folder():
+    assert package_folder("package:no_such_package") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# caf\u00e9\nencoder: {}\n".encode("latin-1"),
+        "encoder: {}\n".encode("utf-16"),
+        b"a: " + b"[" * 5000 + b"]" * 5000,
+        b"{a: " * 3000 + b"1" + b"}" * 3000,
+        b"a: \0\n",
+        b"- 1\n",
+        b"a: &x [1]\nb: *y\n",
+        b'!!python/object/apply:os.system ["true"]\n',
+    ],
+)
+def test_experiment_files_that_cannot_be_read_raise_user_error(tmp_path, content):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="mine.yaml"):
+        read_yaml(path)
+
+
+@pytest.mark.slow
+def test_run_folder_that_is_deleted_during_training_is_named(tmp_path, monkeypatch):
+    write_beir(toy_collection(), tmp_path / "set")
+    run = tmp_path / "run"
+
+    class Deleting(L.Callback):
+        def on_train_batch_end(self, *_):
+            shutil.rmtree(run, ignore_errors=True)
+
+    arguments = [*ARGUMENTS, f"task.search.data={tmp_path / 'set'}", "data.cache=null", "trainer.max_steps=2"]
+    build = train.build_callbacks
+    monkeypatch.setattr(train, "build_callbacks", lambda *args: [*build(*args), Deleting()])
+    with pytest.raises(UserError, match="run.dir: .* was deleted or moved"):
+        train.train("vanilla", [*arguments, f"run.dir={run}"])
