@@ -180,6 +180,10 @@ def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.
     compiled = ", with compiled layers" if compiles(config) else ""
     steps = config.trainer.max_steps
     log.info("training on %s: %s steps%s, in %s%s%s", where, steps, origin, precision, kept, compiled)
+    if config.evaluation.baselines and not folder.checkpoint:
+        log.info(
+            "first, BM25 and the encoder before training are evaluated (evaluation.baselines=false leaves them out)"
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,24 @@ from datamodules.records import UserError
 
 T = TypeVar("T")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Names of other trainers, and ours.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "adam_epsilon": "eps",
+    "wd": "weight_decay",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "steps": "max_steps",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "grad_clip": "gradient_clip_val",
+    "max_grad_norm": "gradient_clip_val",
+    "max_seq_length": "max_length",
+    "logging_steps": "log_every_n_steps",
+    "gpus": "devices",
+    "output_dir": "dir",
+}
 MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes of a file, levels, and values with aliases expanded
 
 
@@ -164,8 +182,10 @@ def did_you_mean(word: str, expected: Iterable[str], prefix: str = "") -> str:
     prefix: path to put before each suggestion.
     """
     expected, lower = list(dict.fromkeys(expected)), word.lower()
+    synonym = SYNONYMS.get(_last_part(lower))
     suggestions = (
         [name for name in expected if name.lower() == lower]
+        or [name for name in expected if synonym and _last_part(name) == synonym]
         or [name for name in expected if _last_part(name.lower()) == lower]
         or _most_similar(word, expected)
     )

@@ -321,3 +321,17 @@ def test_null_removes_a_collection():
     assert list(config.task["search"].data) == ["mine"]
     with pytest.raises(UserError, match="task search has no data at scale sample"):
         load_config("moe", ["task.search.data.searches=null"])
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("trainer.gradient_accumulation_steps", "trainer.accumulate_grad_batches"),
+        ("trainer.gpus", "trainer.devices"),
+        ("data.max_seq_length", "data.max_length"),
+    ],
+)
+def test_names_of_other_trainers_are_translated(word, ours):
+    assert f"did you mean {ours}?" in error_of("moe", f"{word}=1")
