@@ -4,34 +4,65 @@ SHELL := /bin/bash
 EXP ?= moe
 SCALE ?= sample
 RECIPE ?= scimult
-COMMA := ,
+override COMMA := ,
 EXTRAS ?= cpu$(if $(filter import,$(MAKECMDGOALS)),$(COMMA)import)
 BENCH ?= encoder_cost
 PYTHON ?= python3
 VENV := .venv
-PY := $(VENV)/bin/python
 
-# The key=value arguments, without make's own variables, each quoted for the shell.
-OWN := COMMA FILES EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON PY VENV ARGS TESTS SHELL MAKEFLAGS MAKEOVERRIDES
-given = $(filter command,$(origin $(1)))
-quoted = '$(subst ','\'',$(1)=$(value $(1)))'
-OVERRIDES = $(foreach v,$(filter-out $(OWN),$(.VARIABLES)),$(if $(call given,$(v)),$(call quoted,$(v))))
+# Values reach the shell in single quotes and are never expanded by make. ARGS and TESTS are lists of words.
+# `override` keeps our own variables from being taken for settings, and from being replaced by them.
+override shell-text = '$(subst ','\'',$(1))'
+override shell-word = $(call shell-text,$(value $(1)))
+override shell-words = $(foreach w,$(1),$(call shell-text,$(w)))
+override given = $(filter command,$(origin $(1)))
+
+# The key=value arguments, without make's own variables.
+override OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON VENV ARGS TESTS
+override OVERRIDES = $(foreach v,$(filter-out $(OWN) SHELL MAKEFLAGS MAKEOVERRIDES,$(.VARIABLES)),$(if $(call given,$(v)),$(call shell-text,$(v)=$(value $(v)))))
+override TRAINING = $(call shell-word,EXP) scale=$(call shell-word,SCALE)
+
+# A line break would end the quotes, because make runs each line of a recipe on its own.
+override define NEWLINE
+
+
+endef
+$(foreach v,$(.VARIABLES),$(if $(call given,$(v))$(filter $(OWN),$(v)),$(if $(findstring $(NEWLINE),$(value $(v))),$(error $(v): a value cannot have a line break))))
+# make would expand values to put them into the environment.
+$(foreach v,$(.VARIABLES),$(if $(call given,$(v)),$(eval unexport $(v))))
+# These are parts of file names.
+override NAMES := ^[A-Za-z0-9,\ -]+$$
+override PATHS := ^[A-Za-z0-9_./@+-]+$$
+override differs = $(if $(filter file,$(origin $(1))),,$(shell [[ $(call shell-word,$(1)) =~ $(2) ]] || echo yes))
+$(if $(call differs,EXTRAS,$(NAMES)),$(error EXTRAS: expected names with commas between them))
+$(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ . / @ + - only))
+override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
+override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
-ifeq (import,$(firstword $(MAKECMDGOALS)))
-FILES := $(filter-out $(TARGETS),$(MAKECMDGOALS))
-.PHONY: $(FILES)
-$(FILES): import ; @:
-else
-# A word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something else.
-ifneq ($(filter-out $(TARGETS),$(MAKECMDGOALS)),)
-$(error unknown target: $(filter-out $(TARGETS),$(MAKECMDGOALS)). Settings are key=value without spaces, or in quotes: \
+override IMPORTED := $(if $(filter import,$(firstword $(MAKECMDGOALS))),$(filter-out $(TARGETS),$(MAKECMDGOALS)))
+ifneq ($(shell [[ $(call shell-text,$(IMPORTED)) == *[\;:%\$$\#\&\|\<\>\`\\\'\"*?\(\)]* ]] && echo yes),)
+$(error import: expected paths of letters, digits and _ . / @ + - in a make command; for others: python -m experiments.import_papers)
+endif
+ifneq ($(IMPORTED),)
+.PHONY: $(IMPORTED)
+$(IMPORTED): import ; @:
+endif
+# Any other word that is not a target is a setting without "=" or with a space in it. Refuse it instead of running something
+# else.
+override UNKNOWN := $(filter-out $(TARGETS) $(IMPORTED),$(MAKECMDGOALS))
+override CLOSEST = $(call shell-word,PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))'
+ifneq ($(UNKNOWN),)
+override SIMILAR := $(shell $(CLOSEST) $(call shell-text,$(firstword $(UNKNOWN))) $(TARGETS) 2> /dev/null)
+$(error unknown target: $(UNKNOWN)$(if $(SIMILAR),; did you mean $(SIMILAR)?,.) Settings are key=value without spaces, or in quotes: \
 EXP=moe optim.lr=1e-3 query="two words". Targets: $(TARGETS))
 endif
+ifneq ($(and $(filter help,$(MAKECMDGOALS)),$(filter-out help,$(MAKECMDGOALS))),)
+$(error help: shows all targets, so nothing else was run. For the settings of one: \
+make $(firstword $(filter-out help,$(MAKECMDGOALS))) ARGS=--help)
 endif
 
 help: ## show this page
@@ -56,89 +87,89 @@ help: ## show this page
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 
 # One stamp per set of extras, so that nothing is installed twice.
-STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
+override STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
 install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, minilm, mteb, onnx, sentence-transformers, svm, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(PY) || $(call shell-word,PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; a minute or two)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
-	@$(PY) -m experiments.data $(RECIPE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.data $(call shell-word,RECIPE) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
-	@$(PY) -m experiments.import_papers $(if $(FILES),'$(subst ','\'',$(subst $(eval) ,$(COMMA),$(FILES)))') $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
-	@$(PY) -m experiments.doctor $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 dry-run: $(STAMP) ## predict memory and time of an experiment from a few steps: make dry-run EXP=moe SCALE=small
-	@$(PY) -m experiments.dry_run $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.dry_run $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 train: $(STAMP) ## train an experiment, or resume it, and print its results: make train EXP=moe
-	@$(PY) -m experiments.train $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.train $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 sweep: $(STAMP) ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
-	@$(PY) -m experiments.sweep $(EXP) sweep=$(SWEEP) scale=$(SCALE) $(if $(PARALLEL),parallel=$(PARALLEL)) $(if $(TRIAL),trial=$(TRIAL)) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.sweep $(TRAINING) sweep=$(call shell-word,SWEEP) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(if $(value TRIAL),trial=$(call shell-word,TRIAL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
-	@$(PY) -m experiments.agent sweep_id=$(SWEEP_ID) $(if $(COUNT),count=$(COUNT)) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.agent sweep_id=$(call shell-word,SWEEP_ID) $(if $(value COUNT),count=$(call shell-word,COUNT)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 sync: $(STAMP) ## upload offline logs to W&B: make sync [folder=RUN]
-	@$(PY) -m experiments.sync $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.sync $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 slurm: $(STAMP) ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
-	@$(PY) -m experiments.slurm $(EXP) scale=$(SCALE) $(if $(SWEEP),SWEEP=$(SWEEP)) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.slurm $(TRAINING) $(if $(value SWEEP),SWEEP=$(call shell-word,SWEEP)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 eval: $(STAMP) ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
-	@$(PY) -m experiments.evaluate $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.evaluate $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 reproduce: $(STAMP) ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]
-	@$(PY) -m experiments.reproduce $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.reproduce $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 mteb: $(STAMP) ## evaluate a model with mteb: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
-	@$(PY) -m experiments.mteb $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.mteb $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 harness: $(STAMP) ## write files for other evaluation programs: make harness format=scidocs model=M data=FOLDER output=FOLDER
-	@$(PY) -m experiments.harness $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.harness $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
-	@$(PY) -m experiments.mine $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.mine $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
-	@$(PY) -m experiments.audit $(EXP) scale=$(SCALE) $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.audit $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 embed: $(STAMP) ## embed a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
-	@$(PY) -m experiments.embed $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.embed $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 index: $(STAMP) ## build a FAISS index of embeddings: make index embeddings=FOLDER output=FILE [kind=ivf]
-	@$(PY) -m experiments.index $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.index $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 find: $(STAMP) ## find the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
-	@$(PY) -m experiments.find $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.find $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10]
-	@$(PY) -m experiments.compare $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.compare $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
-	@$(PY) -m experiments.report $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.report $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 runs: $(STAMP) ## list all runs with their results
-	@$(PY) -m experiments.runs $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
-	@$(PY) -m experiments.export $(OVERRIDES) $(ARGS)
+	@$(PY) -m experiments.export $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 test: ## run all tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
-	@$(PY) -m pytest -n 2 $(TESTS) $(ARGS)
+	@$(PY) -m pytest -n 2 $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
 test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
-	@$(PY) -m pytest -n 2 -m "not slow" $(TESTS) $(ARGS)
+	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
 check: ## check formatting, lint, sweep files, and the wording of comments and messages
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
@@ -148,7 +179,7 @@ check: ## check formatting, lint, sweep files, and the wording of comments and m
 	@$(PY) -m tests.language -v
 
 bench: $(STAMP) ## measure speed: make bench BENCH=encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
-	@$(PY) -m experiments.bench.$(BENCH) $(OVERRIDES)
+	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment
 	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
+import os
 import random
 import signal
 import time
@@ -28,6 +30,8 @@ from datamodules.tokens import Encoding, TokenTable
 if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
+log = logging.getLogger(__name__)
+MAX_WORKERS = 4  # by default
 DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no max_steps
 
 
@@ -43,7 +47,9 @@ class BatchOptions:
     num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
     num_hard_negatives: int = option(1, "hard negatives per query, if it has that many", minimum=0)
     carry_texts: bool = option(False, "whether batches contain their texts, for frozen models that score them")
-    num_workers: int = option(0, "processes that prepare batches; 0 uses the training process", minimum=0)
+    num_workers: int | None = option(
+        None, "processes that prepare batches; 0: the training process; by default up to 4 for a GPU", minimum=0
+    )
     seed: int = option(0, "seed of the schedule and of everything that is sampled")
     phases: tuple[Phase, ...] = option((Phase(0),), "phases of the schedule; by default tasks take turns throughout")
     cache: str = option("", "folder of converted collections; empty keeps collections in memory")
@@ -171,6 +177,19 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
+    """Return the number of worker processes of each rank: one for each core to spare, at most MAX_WORKERS.
+
+    Without a GPU there are none, because they would take cores from the model.
+
+    num_ranks: number of ranks that share the cores of this machine.
+    """
+    if not on_gpu:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MAX_WORKERS, cores // num_ranks - 1))
+
+
 class ResumableLoader:
     """Iterate over the batches from the current position to num_batches.
 
@@ -181,6 +200,7 @@ class ResumableLoader:
     signature: everything but the step that determines the batches. A state with another signature is rejected.
     rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
         the new round, continue from there.
+    pin_memory: whether batches are in memory that a GPU can read by itself.
 
     asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
     waited: seconds spent waiting for batches, from asking for one to getting it, in total.
@@ -193,8 +213,10 @@ class ResumableLoader:
         signature: Mapping[str, Any],
         num_workers: int = 0,
         rounds: Rounds | None = None,
+        pin_memory: bool = False,
     ):
-        self.batches, self.num_batches, self.num_workers = batches, num_batches, num_workers
+        self.batches, self.num_batches = batches, num_batches
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.signature, self.rounds = dict(signature), rounds
         self.position = 0  # number of batches handed out; workers may have prepared more
         self.asked_at, self.waited = 0.0, 0.0
@@ -211,6 +233,7 @@ class ResumableLoader:
                 batch_size=None,
                 sampler=range(self.position, last),
                 num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
                 worker_init_fn=_ignore_signals,
             )
             for batch in self._timed(loader):
@@ -310,7 +333,12 @@ class ContrastiveDataModule(L.LightningDataModule):
         collators = {task.task.name: self._collator(task) for task in self.tasks}
         batches = MultiTaskBatches(collators, schedule, rank, world_size)
         signature = self._signature(schedule, world_size)
-        return ResumableLoader(batches, self._num_batches(), signature, self.options.num_workers, self.rounds)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = self.options.num_workers
+        if workers is None:
+            workers = default_num_workers(on_gpu, self.trainer.num_devices if self.trainer else 1)
+        log.info("batches are prepared by %s", f"worker processes ({workers})" if workers else "the training process")
+        return ResumableLoader(batches, self._num_batches(), signature, workers, self.rounds, pin_memory=on_gpu)
 
     def _num_batches(self) -> int:
         if self.options.num_batches:

@@ -12,11 +12,13 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from datamodules.buffers import moved, pack, unpack
 
 
 class UserError(ValueError):
@@ -407,6 +409,7 @@ class ContrastiveBatch:
     texts            documents of the U rows if a frozen model scores the batch, else empty
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
+    pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
     """
 
     step: int
@@ -424,10 +427,30 @@ class ContrastiveBatch:
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
     text_keys: Tensor | None = None
+    pairs: Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ContrastiveBatch:
-        names = ("queries", "documents", "document_ids", "positives", "hard_negatives", "known_positives")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        if self.text_keys is not None:
-            moved["text_keys"] = self.text_keys.to(device, non_blocking=non_blocking)
-        return replace(self, chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks), **moved)
+    def __post_init__(self) -> None:
+        if self.pairs is None:  # computed on the host, because the number of pairs determines shapes
+            row, position = (self.positives >= 0).nonzero(as_tuple=True)
+            self.pairs = torch.stack([row, self.positives[row, position]], dim=1)
+
+    def to(self, device: torch.device | str) -> ContrastiveBatch:
+        """Return the batch on a device, in one copy. If the batch is pinned, the host does not wait for a GPU."""
+        device = torch.device(device)
+        if self.queries.device == device:
+            return self
+        non_blocking = device.type not in ("cpu", "mps")  # as Lightning
+        return moved(self, lambda buffer: buffer.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ContrastiveBatch:
+        """Return the batch in memory that a GPU can read by itself."""
+        return moved(self, Tensor.pin_memory)
+
+    def __getstate__(self) -> tuple[Tensor, dict[str, Any]]:
+        buffer, views = pack(self)  # so that processes exchange one buffer instead of each tensor
+        return buffer, vars(views)
+
+    def __setstate__(self, state: tuple[Tensor, dict[str, Any]]) -> None:
+        buffer, views = state
+        vars(self).update(views)
+        vars(self).update(vars(unpack(buffer, self)))

@@ -152,7 +152,11 @@ class TokenTable(Sequence[np.ndarray]):
         starts = np.concatenate([[0], np.cumsum(self.starts[rows + 1] - self.starts[rows])])
         if len(rows) and (np.diff(rows) == 1).all():
             return TokenTable(self._between(int(self.starts[rows[0]]), int(self.starts[rows[-1] + 1])), starts)
-        return TokenTable(np.concatenate([self._between(0, 0), *(self[int(row)] for row in rows)]), starts)
+        return TokenTable(self._gathered(rows, starts), starts)
+
+    def _gathered(self, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Return the ids of some rows, end to end. starts: (n + 1,) their positions in the result."""
+        return self.ids[np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], np.diff(starts))]
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each text, (n,)."""
@@ -184,6 +188,9 @@ class TokenFile(TokenTable):
     def _between(self, start: int, end: int) -> np.ndarray:
         size = self.dtype.itemsize
         return np.frombuffer(os.pread(self._file.fileno(), (end - start) * size, start * size), dtype=self.dtype)
+
+    def _gathered(self, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros(0, self.dtype), *(self[int(row)] for row in rows)])
 
 
 class TokenCache:
@@ -250,17 +257,18 @@ def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Itera
 
     Close the generator (contextlib.closing) if it may not be exhausted; this ends the threads. Ids that are in CACHE or
     in a token file are not computed again. A single job of up to PIECE texts is done in the calling thread. An error of
-    a job is raised in its turn.
+    `jobs` or of a job is raised after the tables of the jobs before it.
     """
-    jobs = iter(jobs)
-    first = list(itertools.islice(jobs, 2))
-    if len(first) == 1 and len(first[0][1]) <= PIECE:
-        yield _Job(*first[0]).run()
+    failures: list[Exception] = []
+    started = _started(jobs, failures)
+    first = list(itertools.islice(started, 2))
+    if len(first) == 1 and len(first[0].documents) <= PIECE and not failures:
+        yield first[0].run()
         return
     pending: deque[tuple[_Job, list[Future[TokenTable]]]] = deque()
     pool = ThreadPoolExecutor(_num_threads(), "tokenise")
     try:
-        for job in itertools.starmap(_Job, itertools.chain(first, jobs)):
+        for job in itertools.chain(first, started):
             pending.append((job, [pool.submit(job.piece, start) for start in job.starts]))
             while sum(len(job.documents) for job, _ in pending) >= AHEAD:
                 yield _result(*pending.popleft())
@@ -268,6 +276,16 @@ def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Itera
             yield _result(*pending.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+    for failure in failures:
+        raise failure
+
+
+def _started(jobs: Iterable[tuple[Encoding, Sequence[Document]]], failures: list[Exception]) -> Iterator[_Job]:
+    try:
+        for encoding, documents in jobs:
+            yield _Job(encoding, documents)
+    except Exception as failure:  # raised later, because the texts before it can still be used
+        failures.append(failure)
 
 
 class _Job:

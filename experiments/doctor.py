@@ -126,9 +126,12 @@ def gpus() -> Iterator[Line]:
         else:
             yield Line(NOTE, "GPU", "none: training uses the CPU", "use scale=sample or scale=small")
         return
+    from lightning_modules.retrieval.compute import TF32_CAPABILITY
+
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)[0], torch.cuda.get_device_properties(number).total_memory
-        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "no bf16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "no bf16 (trainer.precision=fp16)"
+        precision += ", TF32" if torch.cuda.get_device_capability(number) >= TF32_CAPABILITY else ", no TF32"
         name, memory = torch.cuda.get_device_name(number), f"{free / GIGABYTE:.0f} of {total / GIGABYTE:.0f} GB free"
         fix = "other processes use it: see nvidia-smi" if free < 0.8 * total else ""
         yield Line(NOTE if fix else OK, f"GPU {number}", f"{name}, {memory}, {precision}", fix)

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from datamodules.batches import MultiTaskDataModule
+from datamodules.batches import MultiTaskDataModule, default_num_workers
 from datamodules.records import Benchmark, ContrastiveBatch
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
@@ -140,7 +140,9 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
     built: seconds that building data and module took.
     """
-    device = device_of(config)
+    device, workers = device_of(config), config.data.num_workers
+    if workers is None:
+        workers = default_num_workers(device.type == "cuda", ranks_of(config) // config.trainer.num_nodes)
     module.to(device).train()
     memory, steps = Memory(device), _Steps(config, module, device)
     batches, preparing, tokenising = {}, {}, 0.0
@@ -165,7 +167,6 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         gradients = max(gradients, steps.gradients)
         updates += [update for _, update in times]
         seconds = sum(step for step, _ in times) / len(times)
-        workers = config.data.num_workers
         waiting = max(0.0, preparing[name] / workers - seconds) if workers else preparing[name]
         costs[name] = _cost(config, data, module, name, measured, seconds, waiting)
     ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"

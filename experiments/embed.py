@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
 from datamodules.readers.texts import count_lines, read_shards, text_file
-from datamodules.records import UserError
+from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
 from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
@@ -26,7 +27,7 @@ from lightning_modules.retrieval.compute import (
     resolve_device,
     resolve_precision,
 )
-from lightning_modules.retrieval.embedding import ShardFolder, embed_shard
+from lightning_modules.retrieval.embedding import ShardFolder, embed_shards
 from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
@@ -143,24 +144,32 @@ class EmbeddingJob:
         """Embed the given shards, except complete ones. num_texts: number of texts in all shards."""
         num_complete = 0
         quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
+
+        def missing() -> Iterator[tuple[int, list[Document]]]:
+            nonlocal num_complete
+            for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
+                if shards.has(number, documents):
+                    progress.total, num_complete = progress.total - len(documents), num_complete + 1
+                else:
+                    yield number, documents
+
         with (
             BadLines(self.options.on_error, str(quarantine)) as bad_lines,
             Progress("embedding", "texts", num_texts) as progress,
             computing_in(self.precision, encoder.device),
-        ):
-            for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
-                if shards.has(number, documents):
-                    progress.total, num_complete = progress.total - len(documents), num_complete + 1
-                    continue
-                vectors = embed_shard(
+            closing(
+                embed_shards(
                     encoder,
-                    documents,
+                    missing(),
                     shards.metadata["tasks"],
                     similarity=shards.metadata["similarity"],
                     dtype=self.options.dtype,
                     token_budget=self.token_budget,
                     advance=progress.advance,
                 )
+            ) as embedded,
+        ):
+            for number, documents, vectors in embedded:
                 shards.write(number, documents, vectors)
         speed = progress.done / (time.monotonic() - progress.started)
         complete = f"; {num_complete} shards were already complete" if num_complete else ""

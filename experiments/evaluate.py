@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from experiments.results.results import Benchmarks, EvaluationInfo, Results, com
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
-from experiments.shared.output import shortened, writable_folder
+from experiments.shared.output import name_of, shortened, writable_folder
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -215,7 +214,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     if options.benchmarks:
         parts = [names, "-".join(options.benchmarks).replace("*", "")]
     else:
-        parts = [names, Path(os.path.abspath(options.beir)).name if options.beir else "", options.task, options.split]
+        parts = [names, name_of(options.beir) if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
     hashed = {key: _normal(key, values[key]) for key in HASHED_OPTIONS if values[key] != defaults[key]}
     if options.beir:
@@ -228,7 +227,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
 def _normal(key: str, value: str) -> str:
     """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
     if key == "beir":
-        return Path(os.path.abspath(value)).name
+        return name_of(value)
     parts = value.split(",") if key in PATHS else []
     return ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts) or value
 

@@ -157,7 +157,7 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:
-    return "\n".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
 
 
 if __name__ == "__main__":

@@ -17,17 +17,21 @@ from omegaconf import OmegaConf
 
 from datamodules.files import write_text
 from datamodules.options import option
-from datamodules.records import UserError
-from experiments.config.arguments import as_argument, option_keys
+from datamodules.records import UserError, check_name
+from experiments.config.arguments import as_argument, option_key, option_keys
 from experiments.config.experiment import FOLDER, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.structured import read_yaml, structured
 from experiments.config.sweep_file import read_sweep
 from experiments.run.trials import trials_of
 from experiments.shared.console import entry_point
+from experiments.shared.output import name_of
 
 log = logging.getLogger(__name__)
 
 TEMPLATE, CLUSTER = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "cluster.yaml"
+FIELD = re.compile(r"{{(\w+)}}")
+PLAIN_WORD = re.compile(r"[\w@%+=:,./${}-]+", re.ASCII)
+NOT_IN_LOG = re.compile(r"[\x00-\x1f\x7f%\\]")  # sbatch replaces % and \ in the name of a log, even in quotes
 MIN_TRAINING = 60  # seconds of TIME that must remain before the signal
 
 
@@ -91,8 +95,11 @@ def slurm(arguments: Sequence[str]) -> Path:
     """Write the job, and submit it with SUBMIT=1. Returns the path of the script."""
     options, overrides = read_options(arguments)
     runs = plan_runs(options, overrides)
-    name = runs[0].folder.name + (f"-and-{len(runs) - 1}-more" if len(runs) > 1 else "")
+    name = name_of(runs[0].folder) + (f"-and-{len(runs) - 1}-more" if len(runs) > 1 else "")
+    check_name("run.dir: folder", name)
     script = Path("slurm", f"{name}.sbatch").absolute()
+    if NOT_IN_LOG.search(str(script)):
+        raise UserError(f"{str(script)!r}: expected a path without %, \\ and control characters, because of sbatch")
     try:
         script.parent.mkdir(exist_ok=True)
         write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _template_fields(options, runs, script)))
@@ -102,7 +109,7 @@ def slurm(arguments: Sequence[str]) -> Path:
     for run in runs:
         log.info("  %s, in %s", run.experiment, run.folder)
     if options.submit in ("", "0", "no"):
-        log.info("Next: sbatch %s (or SUBMIT=1 here)", script)
+        log.info("Next: sbatch %s (or SUBMIT=1 here)", shlex.quote(str(script)))
     else:
         log.info("job %s: squeue --me, tail -F %s", submit(script), script.parent / f"{name}-*.out")
         log.info("To stop it: scancel JOB. To let it save and resume it later: scancel --signal=USR1 JOB")
@@ -118,6 +125,11 @@ def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
     if arguments and "=" not in arguments[0]:  # the experiment must remain the first argument
         arguments = [arguments[0], *defaults, *arguments[1:]]
     options, overrides = parse_overrides(SlurmOptions, arguments)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and not text.isprintable() and field.name != "setup":
+                raise UserError(f"{option_key(field)}: expected one line without control characters, got {text!r}")
     if seconds(options.time) < options.grace + MIN_TRAINING:
         raise UserError(
             f"TIME: {options.time} leaves no time to train, because the run saves {options.grace} seconds (GRACE) "
@@ -197,16 +209,34 @@ def _template_fields(options: SlurmOptions, runs: Sequence[Run], script: Path) -
         "output": script.with_name(f"{script.stem}-{'%A_%a' if array else '%j'}.out"),
         "root": shlex.quote(str(Path.cwd())),
         "setup": options.setup or "# (SETUP: shell commands before the run, such as module load)",
-        "python": options.python or shlex.quote(sys.executable),
+        "launch": _as_words("LAUNCH", options.launch or ""),
+        "python": _as_words("PYTHON", options.python) if options.python else shlex.quote(sys.executable),
         "runs": "\n".join(lines),
     }
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Fill in a template, leaving out options of sbatch without a value."""
-    lines = [re.sub(r"{{(\w+)}}", lambda field: values[field[1]], line) for line in template.splitlines()]
-    return "\n".join(line for line in lines if not (line.startswith("#SBATCH") and line.endswith("="))) + "\n"
+    """Fill in a template, leaving out options of sbatch without a value.
+
+    Values of options are quoted: sbatch reads quotes and backslashes as a shell does, and # starts a comment.
+    """
+    lines = []
+    for line in template.splitlines():
+        is_option = line.startswith("#SBATCH")
+        if not is_option or all(values[name] for name in FIELD.findall(line)):
+            quote = shlex.quote if is_option else str
+            lines.append(FIELD.sub(lambda field, quote=quote: quote(values[field[1]]), line))
+    return "\n".join(lines) + "\n"
+
+
+def _as_words(key: str, text: str) -> str:
+    """Quote the words of a command for the shell. Environment variables such as $SCRATCH are still replaced."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{key}: {text!r} cannot be split into words ({error})") from error
+    return " ".join(word if PLAIN_WORD.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def submit(script: Path) -> str:

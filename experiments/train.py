@@ -34,6 +34,7 @@ from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
+from lightning_modules.contrastive import CheckpointMismatch
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
@@ -139,6 +140,11 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
     """Train. Ctrl-C raises KeyboardInterrupt, where Lightning alone would exit."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
+    except CheckpointMismatch as error:
+        raise UserError(
+            f"{checkpoint}: {error}. Restore the checkpoint of this run, or use run.resume=never to start over and "
+            "keep the old run under another name."
+        ) from error
     except SystemExit as leaving:
         if not trainer.interrupted:
             raise

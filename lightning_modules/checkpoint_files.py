@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import reason
@@ -24,6 +25,7 @@ from lightning_modules.encoders.backbone import reason
 log = logging.getLogger(__name__)
 
 ZIP_START = b"PK\x03\x04"  # first bytes of a ZIP file
+ENTRIES = {"global_step": int, "state_dict": dict, "optimizer_states": list, "loops": dict}  # of a run's checkpoint
 READ_ERRORS = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, NotImplementedError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
@@ -109,14 +111,36 @@ def _sync_folder(folder: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Return a description of the damage to a checkpoint of a run, or None if it is intact."""
+    """Return a description of the damage to a checkpoint of a run, or None if it is intact.
+
+    Numbers that are not finite are damage too: training from them would never recover.
+    """
     try:
         _verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"global_step", "state_dict", "optimizer_states", "loops"} - set(content)
-        return f"it has no {', '.join(sorted(missing))}" if missing else None
     except READ_ERRORS as error:
         return reason(error)
+    if not isinstance(content, dict):
+        return f"expected a dict, got a {type(content).__name__}"
+    if missing := ENTRIES.keys() - content.keys():
+        return f"it has no {', '.join(sorted(missing))}"
+    for key, kind in ENTRIES.items():
+        if not isinstance(content[key], kind):
+            return f"{key} must be a {kind.__name__}, got a {type(content[key]).__name__}"
+    return f"{name} contains numbers that are not finite" if (name := first_not_finite(content)) else None
+
+
+def first_not_finite(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the name of the first weight or optimizer state with a number that is not finite, or None."""
+    return _first_not_finite({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")}, "")
+
+
+def _first_not_finite(node: Any, name: str) -> str | None:
+    if isinstance(node, Tensor):
+        return name if node.is_floating_point() and not node.isfinite().all() else None
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    names = (_first_not_finite(child, f"{name}.{key}" if name else str(key)) for key, child in children)
+    return next(filter(None, names), None)
 
 
 def _verify(path: Path) -> None:
@@ -132,6 +156,8 @@ def newest_intact(path: Path) -> Path | None:
 
     Raises UserError if all checkpoints are damaged.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: expected a checkpoint, got a folder. Remove it.")
     damaged: dict[Path, str] = {}
     for candidate in candidates(path):
         problem = damage(candidate)

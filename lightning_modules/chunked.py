@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from datamodules.records import ContrastiveBatch
+from datamodules.records import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
@@ -62,7 +62,7 @@ def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
     With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
     """
     chunks = len(batch.chunks)
-    return largest(chunks, encoder.device) if encoder.sharded else chunks
+    return largest(chunks) if encoder.sharded else chunks
 
 
 def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedded:
@@ -81,7 +81,9 @@ def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedd
 
 def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
     """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
-    vectors, penalty = encoder.forward_with_penalty(batch.chunks[0].select([0]), batch.task)
+    chunk = batch.chunks[0]
+    first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1])
+    vectors, penalty = encoder.forward_with_penalty(first_text, batch.task)
     return Embedded(vectors[:0], 0.0 * penalty)
 
 

@@ -21,6 +21,10 @@ from lightning_modules.optim import OptimOptions, linear_schedule, parameter_gro
 from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
 
 
+class CheckpointMismatch(UserError):
+    """A checkpoint whose weights do not fit the module that is to resume from it."""
+
+
 class ContrastiveModule(L.LightningModule):
     """An encoder with its objective and optimizer.
 
@@ -119,6 +123,23 @@ class ContrastiveModule(L.LightningModule):
         if (scaler := loss_scaler(self._trainer)) is not None:
             scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise CheckpointMismatch if the weights of a checkpoint do not fit this module."""
+        if self.encoder.sharded:  # its strategy checks the weights
+            return
+        then, now = checkpoint["state_dict"], self.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in now.items()}
+        differences = [
+            f"{name}: {tuple(then[name].shape) if name in then else 'missing'} there, {shapes.get(name, 'none')} here"
+            for name in dict.fromkeys((*shapes, *then))
+            if name not in then or tuple(then[name].shape) != shapes.get(name)
+        ]
+        if differences:
+            raise CheckpointMismatch(
+                f"the checkpoint does not fit the encoder: {len(differences)} weights differ "
+                f"({'; '.join(differences[:3])}{'; ...' if differences[3:] else ''})"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description from which load_encoder rebuilds the encoder."""

@@ -8,6 +8,9 @@ Shapes
     D   dimensions of a vector
 
 Losses are per query, (B,). A score of -inf marks a document that is masked as a negative of the query.
+
+All shapes follow from the shapes of the arguments, so a GPU computes these functions without waiting for the host.
+torch.unique, nonzero and indexing with a boolean mask would make the host wait for the GPU.
 """
 
 from __future__ import annotations
@@ -106,20 +109,20 @@ def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
     keys: keys of each query, (B, K).
     document_keys: key of each document, (M,); may contain duplicates.
     """
-    distinct, column = torch.unique(document_keys, return_inverse=True)  # sorted (M',), (M,)
-    position = torch.searchsorted(distinct, keys).clamp(max=len(distinct) - 1)  # (B, K)
-    is_member = distinct[position] == keys
-    mask = torch.zeros(len(keys), len(distinct), dtype=torch.int8, device=document_keys.device)
-    mask.scatter_reduce_(1, position, is_member.to(torch.int8), reduce="amax")
-    return mask.bool()[:, column]
+    ordered, num_documents = document_keys.sort().values, len(document_keys)
+    position = torch.searchsorted(ordered, keys).clamp(max=num_documents - 1)  # (B, K) first of equal keys
+    position = torch.where(ordered[position] == keys, position, num_documents)  # a further column, for no document
+    mask = torch.zeros(len(keys), num_documents + 1, dtype=torch.bool, device=keys.device)
+    mask.scatter_(1, position, True)
+    return mask.gather(1, torch.searchsorted(ordered, document_keys).expand(len(keys), -1))
 
 
 def duplicate_mask(ids: Tensor) -> Tensor:
     """Return whether an id repeats an earlier one, (M,) bool. ids: (M,)."""
-    distinct, column = torch.unique(ids, return_inverse=True)
-    positions = torch.arange(len(ids), device=ids.device)
-    first = positions.new_full((len(distinct),), len(ids)).scatter_reduce_(0, column, positions, reduce="amin")
-    return positions != first[column]
+    ordered, order = ids.sort(stable=True)
+    repeats = torch.zeros_like(ordered, dtype=torch.bool)
+    repeats[1:] = ordered[1:] == ordered[:-1]
+    return torch.empty_like(repeats).scatter_(0, order, repeats)
 
 
 def guide_mask(scores: Tensor, positives: Tensor, margin: float = 0.0, kind: str = "absolute") -> Tensor:

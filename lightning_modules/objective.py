@@ -162,8 +162,7 @@ def document_to_query(
 
     A query that has the document among its known positives is not a negative.
     """
-    query, position = (batch.positives >= 0).nonzero(as_tuple=True)  # (R,) pairs of a query and a positive
-    document = batch.positives[query, position]  # (R,)
+    query, document = batch.pairs.unbind(1)  # (R,)
     queries, _, offset = gather_documents(vectors[batch.queries], batch.queries)
     positives = (query + offset)[:, None]
     masks: list[Mask] = []

@@ -15,12 +15,13 @@ Shapes
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -55,14 +56,16 @@ def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
     products: dot products of the gradients, (T, T).
     seed: seed of the order in which each gradient is projected.
     """
-    products, num_tasks = products.double().cpu(), len(products)
+    products, num_tasks = products.double(), len(products)
     generator = torch.Generator().manual_seed(seed)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64)  # row i: projected gradient i
-    for i, row in enumerate(coefficients):
-        for j in torch.randperm(num_tasks, generator=generator).tolist():
-            product = row @ products[j]
-            if j != i and product < 0:
-                row[j] -= product / products[j, j]
+    orders = torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])
+    orders = orders.to(products.device, non_blocking=True)  # (T, T) row i: order of the projections of gradient i
+    rows = torch.arange(num_tasks, device=products.device)
+    coefficients = torch.eye(num_tasks, dtype=torch.float64, device=products.device)  # row i: projected gradient i
+    for others in orders.unbind(1):  # all gradients at once
+        product = (coefficients * products[others]).sum(1)
+        step = torch.where((others != rows) & (product < 0), product / products[others, others], 0.0)
+        coefficients[rows, others] -= step
     return coefficients.sum(0)
 
 
@@ -100,13 +103,11 @@ class TaskGradients:
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
-        self.used = torch.zeros(
-            len(self.tasks), len(self.sizes), dtype=torch.bool
-        )  # whether a task has a gradient for a parameter
+        self.used = np.zeros((len(self.tasks), len(self.sizes)), dtype=bool)  # whether a task has a gradient
 
     def clear(self) -> None:
         self.values.zero_()
-        self.used.zero_()
+        self.used[:] = False
 
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
@@ -127,7 +128,7 @@ class TaskGradients:
             dist.all_reduce(self.values)
             self.values /= world_size()
 
-    def shared(self) -> Tensor:
+    def shared(self) -> np.ndarray:
         """Return whether all tasks have a gradient for a parameter. Raises UserError if they share no parameter."""
         shared = self.used.all(0)
         if not shared.any():
@@ -138,18 +139,17 @@ class TaskGradients:
 
     def products(self) -> Tensor:
         """Return the dot products of the tasks' gradients with respect to shared parameters, (T, T)."""
-        sizes = torch.tensor(self.sizes)
-        columns = self.shared().repeat_interleave(sizes).to(self.values.device)
-        return (self.values * columns) @ self.values.T
+        shared = itertools.compress(self.values.split(self.sizes, dim=1), self.shared())
+        return sum(gradients @ gradients.T for gradients in shared)
 
     def apply(self, coefficients: Coefficients) -> None:
         """Set the gradient of each parameter to a linear combination of the tasks' gradients."""
-        shared = self.shared()
-        gradients = self.values.split(self.sizes, dim=1)
+        shared, gradients = self.shared(), self.values.split(self.sizes, dim=1)
+        weights_of_shared, weights_of_others = coefficients.shared.to(self.values), coefficients.other.to(self.values)
         for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if self.used[:, i].any():
-                weights = coefficients.shared if shared[i] else coefficients.other
-                parameter.grad = (weights.to(gradient) @ gradient).view_as(parameter)
+                weights = weights_of_shared if shared[i] else weights_of_others
+                parameter.grad = (weights @ gradient).view_as(parameter)
 
 
 class GradientBalance(L.Callback):
@@ -166,7 +166,8 @@ class GradientBalance(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.gradients = TaskGradients(trained, self.tasks)
-        self.losses: dict[str, Tensor | float] = defaultdict(float)
+        device = self.gradients.values.device
+        self.losses = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)  # sums over batches
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False
 
@@ -174,20 +175,21 @@ class GradientBalance(L.Callback):
         self.task = batch.task
 
     def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
-        scaler = loss_scaler(trainer)  # Lightning has scaled the loss already
-        self.losses[self.task] += loss.detach() / (scaler.get_scale() if scaler else 1)
+        if scaler := loss_scaler(trainer):
+            loss = loss / scaler.scale(torch.ones_like(loss))  # Lightning has scaled it already
+        self.losses[self.tasks.index(self.task)] += loss.detach()
 
     def on_after_backward(self, *_: Any) -> None:
         self.gradients.take(self.task)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        losses = torch.stack([torch.as_tensor(self.losses[task]) for task in self.tasks])
+        losses = self.losses.clone()
         if world_size() > 1:
             dist.all_reduce(losses)
         self.gradients.average_over_ranks()
-        self.gradients.apply(self.coefficients(trainer, losses.double().cpu() / world_size()))
+        self.gradients.apply(self.coefficients(trainer, losses / world_size()))
         self.gradients.clear()
-        self.losses.clear()
+        self.losses.zero_()
 
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         """Return the coefficients of this step. losses: losses of the tasks, (T,)."""
@@ -220,10 +222,12 @@ class GradNorm(GradientBalance):
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         if self.weights is None:
             self.weights, self.first_losses = torch.ones_like(losses), losses
-        weights, step = self.weights, trainer.global_step + 1
-        norms = self.gradients.products().diagonal().double().cpu().sqrt()
-        if norms.isfinite().all():  # in fp16, gradients overflow now and then, and the optimizer skips the step
-            self.weights = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        self.first_losses = self.first_losses.to(losses.device)  # a checkpoint has them on the CPU
+        weights, step = self.weights.to(losses.device), trainer.global_step + 1
+        norms = self.gradients.products().diagonal().double().sqrt()
+        updated = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
+        # In fp16, gradients overflow now and then, and the optimizer skips the step.
+        self.weights = torch.where(norms.isfinite().all(), updated, weights)
         if step % self.every_n_steps == 0:
             values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
             for logger in trainer.loggers:
@@ -231,7 +235,9 @@ class GradNorm(GradientBalance):
         return Coefficients(shared=weights, other=weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.weights is None else {"weights": self.weights, "first_losses": self.first_losses}
+        if self.weights is None:
+            return {}
+        return {"weights": self.weights.cpu(), "first_losses": self.first_losses.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.weights, self.first_losses = state["weights"], state["first_losses"]

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,6 +61,12 @@ def toy_collection(num_queries: int = 12, num_documents: int = 10, papers: bool 
             f"d{(first + 2) % num_documents}": 0,
         }
     return Collection(corpus, queries, {"train": qrels, "dev": qrels, "test": qrels})
+
+
+def trainer_on(device: str = "cpu", global_rank: int = 0, world_size: int = 1) -> SimpleNamespace:
+    """Return what a data module reads of its trainer."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(global_rank=global_rank, world_size=world_size, num_devices=world_size, strategy=strategy)
 
 
 @pytest.fixture

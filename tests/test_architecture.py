@@ -1,10 +1,15 @@
 """Imports go one way, optional packages are imported where they are used, and names mean one thing."""
 
 import ast
+import configparser
+import importlib.metadata
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("datamodules", "lightning_modules", "experiments", "tests")
@@ -14,7 +19,9 @@ MAY_IMPORT = {
         "datamodules.files",
         "datamodules.options",
         "datamodules.records",
+        "datamodules.store",
         "datamodules.text",
+        "datamodules.tokens",
         "lightning_modules",
     },
     "experiments": {"datamodules", "lightning_modules", "experiments"},
@@ -99,3 +106,19 @@ def test_optional_packages_are_imported_where_they_are_used():
 def test_pure_modules_import_no_framework(path):
     top = {name.split(".")[0] for name in imports(ROOT / path)}
     assert not top & {"lightning", "omegaconf", "wandb", "transformers"}
+
+
+def test_imported_packages_are_declared():
+    """A package that another one brings along may go with a new version of it."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = config["options"]["install_requires"] + "".join(config["options.extras_require"].values())
+    declared = {canonicalize_name(re.split(r"[^\w.-]", line)[0]) for line in lines.split("\n") if line}
+    distributions = importlib.metadata.packages_distributions()
+    imported = {name.split(".")[0] for package in MAY_IMPORT for path in sources(package) for name in imports(path)} - {
+        *sys.stdlib_module_names,
+        *PACKAGES,
+    }
+    assert "huggingface_hub" in imported
+    providers = {name: {canonicalize_name(each) for each in distributions.get(name, [name])} for name in imported}
+    assert not sorted(name for name in imported if not providers[name] & declared)

@@ -20,7 +20,7 @@ from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.loading import load_encoder
-from lightning_modules.retrieval.embedding import embed_shard
+from lightning_modules.retrieval.embedding import embed_shards
 
 TASK = "search"
 
@@ -84,7 +84,8 @@ def _runs(
 
     def by_this_project(budget: int) -> np.ndarray:
         options = {"similarity": "cosine", "dtype": "float32", "token_budget": budget}
-        return embed_shard(encoder, documents, {TASK: TASK}, **options)[TASK]
+        ((_, _, vectors),) = embed_shards(encoder, [(0, documents)], {TASK: TASK}, **options)
+        return vectors[TASK]
 
     return {f"sentence-transformers, batch {size}": partial(by_sentence_transformers, size) for size in batch_sizes} | {
         f"this project, budget {budget}": partial(by_this_project, budget) for budget in token_budgets

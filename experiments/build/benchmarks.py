@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from experiments.build.data import build_data
 from experiments.build.suite import BenchmarkConfig, choose, load_suite
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
+from experiments.shared.output import name_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
 
 
 def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Benchmark:
-    folder, task, split = Path(os.path.abspath(options.beir)), options.task, options.split
+    folder, task, split = options.beir, options.task, options.split
     if not task:
         raise UserError(f"task: required, the task whose expert ranks {folder}, for instance task=search")
     collection = reader_class_of(folder)(str(folder)).read()
@@ -113,14 +113,14 @@ def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Bench
     else:  # ids are not enough: many collections number queries and documents alike
         exclude = all(collection.corpus.get(query) == document for query, document in queries.items())
     return Benchmark(
-        name=folder.name,
+        name=name_of(folder),
         task=task,
         split=split,
         corpus=collection.corpus,
         queries=queries,
         qrels=qrels,
         exclude_query=exclude,
-        protocol=plain_protocol(folder.name, split, exclude),
+        protocol=plain_protocol(name_of(folder), split, exclude),
     )
 
 

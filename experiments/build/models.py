@@ -16,7 +16,7 @@ from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
-from experiments.shared.output import shortened
+from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
@@ -214,4 +214,4 @@ def short_name(model: str) -> str:
 
 def stem(model: str) -> str:
     """Return the stem of a model's path, also for paths such as . and .."""
-    return shortened(Path(os.path.abspath(model)).stem)
+    return shortened(Path(name_of(model)).stem)

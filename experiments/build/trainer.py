@@ -27,6 +27,7 @@ from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpoin
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.callbacks.heartbeat import Heartbeat
+from lightning_modules.callbacks.negatives import NegativesReport
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.training_log import RankReport, TrainingBar, TrainingLog
 from lightning_modules.distributed import launch
@@ -67,7 +68,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
     callbacks += [instantiate(node) for node in config.callbacks.values()]
     last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
-    callbacks += [RankReport(), Heartbeat(config.trainer.timeout), last, Preemption(last)]
+    callbacks += [NegativesReport(), RankReport(), Heartbeat(config.trainer.timeout), last, Preemption(last)]
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks

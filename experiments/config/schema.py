@@ -61,7 +61,12 @@ class DataConfig:
     token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
-    num_workers: int = option(0, "processes that prepare batches; 0: the training process itself", minimum=0)
+    num_workers: int | None = option(
+        None,
+        "processes that prepare batches on each rank; 0: the training process itself; by default one for each "
+        "spare core, up to 4, on a GPU, and 0 on a CPU",
+        minimum=0,
+    )
     on_leak: Literal["ignore", "warn", "strip", "error"] = option(
         "warn",
         "if evaluation texts are in the training data, ignore, warn, train without them (strip), or fail (error)",

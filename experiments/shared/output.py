@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,11 @@ def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"output: {path} cannot be written ({error})") from error
         yield folder
+
+
+def name_of(path: Path | str) -> str:
+    """Return the name of a file or folder, also for paths such as . and .."""
+    return Path(os.path.abspath(path)).name
 
 
 def shortened(name: str, longest: int = 60) -> str:

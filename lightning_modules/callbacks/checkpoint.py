@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.records import UserError
-from lightning_modules.checkpoint_files import write_checkpoint
+from lightning_modules.checkpoint_files import first_not_finite, write_checkpoint
 from lightning_modules.distributed.collectives import from_first_rank
 
 log = logging.getLogger(__name__)
 
 
+class Failure(NamedTuple):
+    """Why a checkpoint was not written. diverged: whether its numbers are not finite."""
+
+    reason: str
+    diverged: bool = False
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically. All ranks read the checkpoint that the first rank chose.
 
-    Training continues if a checkpoint cannot be written. `error` is the reason, or None if the last save worked.
+    Training continues if a checkpoint cannot be written. `failure` says why, or is None if the last save worked. A
+    checkpoint with numbers that are not finite is not written, because it would replace a good one.
 
     last: path of the newest checkpoint. Earlier ones are kept for this path only.
     keep: number of checkpoints to keep.
@@ -27,33 +35,36 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, last: Path, keep: int):
         self.last, self.keep = last, keep
-        self.error: str | None = None
+        self.failure: Failure | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        try:
-            write_checkpoint(checkpoint, path, self.keep if path == self.last else 1)
-            self.error = None
-        except OSError as error:
-            self.error = error.strerror or str(error)
+        path, self.failure = Path(path), None
+        if name := first_not_finite(checkpoint):
+            self.failure = Failure(f"{name} contains numbers that are not finite", diverged=True)
+        else:
+            try:
+                write_checkpoint(checkpoint, path, self.keep if path == self.last else 1)
+            except OSError as error:
+                self.failure = Failure(error.strerror or str(error))
+        if self.failure:
             step = checkpoint["global_step"]
-            log.warning("%s: the checkpoint of step %d could not be written: %s", path, step, self.error)
+            log.warning("%s: the checkpoint of step %d could not be written: %s", path, step, self.failure.reason)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         return super().load_checkpoint(from_first_rank(str(path)), *arguments, **options)
 
 
-def save_checkpoint(trainer: L.Trainer, path: Path) -> str | None:
-    """Save a checkpoint. Return on all ranks None, or the reason why it could not be written."""
+def save_checkpoint(trainer: L.Trainer, path: Path) -> Failure | None:
+    """Save a checkpoint. Return on all ranks None, or why it was not written."""
     trainer.save_checkpoint(path)
-    return from_first_rank(getattr(trainer.strategy.checkpoint_io, "error", None))
+    return from_first_rank(getattr(trainer.strategy.checkpoint_io, "failure", None))
 
 
 class LastCheckpoint(L.Callback):
     """Saves a checkpoint every n optimizer steps, and after the last step.
 
     If writing fails, training continues, because the previous checkpoint still exists. After the last step, this is an
-    error.
+    error. If the weights are not finite, training ends, and the previous checkpoint stays.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -72,21 +83,24 @@ class LastCheckpoint(L.Callback):
     def save(self, trainer: L.Trainer, must: bool) -> None:
         """Save the current step, unless it is already saved.
 
-        must: whether a failed save raises UserError on all ranks.
+        must: whether a failed save raises UserError on all ranks. Weights that are not finite always do.
         """
         step = trainer.global_step
         if step == self.saved_at:
             return
-        error = save_checkpoint(trainer, self.path)
-        if error is None:
+        failure = save_checkpoint(trainer, self.path)
+        if failure is None:
             self.saved_at = step
             return
         last_good = (
             f"the last good checkpoint is step {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
         )
-        if must:
+        problem = f"{self.path}: the checkpoint of step {step} could not be written ({failure.reason}); {last_good}."
+        if failure.diverged:
             raise UserError(
-                f"{self.path}: the checkpoint of step {step} could not be written ({error}); {last_good}. Free some "
-                "disk space, and run the same command again to resume."
+                f"{problem} The training has diverged, and the same command would diverge again. Start another run "
+                "with a lower learning rate, a longer warm-up or gradient clipping; it may start from that checkpoint."
             )
+        if must:
+            raise UserError(f"{problem} Free some disk space, and run the same command again to resume.")
         log.warning("Training continues; %s. Free some disk space before the next checkpoint is due.", last_good)

@@ -83,7 +83,7 @@ class Evaluation(L.Callback):
         with trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
                 signal = noted()
-                if may_leave and on_any_rank(signal is not None, module.device):
+                if may_leave and on_any_rank(signal is not None):
                     raise Preempted(signal)
                 result = evaluate(
                     encoder,

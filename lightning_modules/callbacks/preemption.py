@@ -6,12 +6,10 @@ from signal import Signals
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.distributed import signals
-from lightning_modules.distributed.collectives import world_size
+from lightning_modules.distributed.collectives import largest
 
 
 class Preemption(L.Callback):
@@ -24,14 +22,11 @@ class Preemption(L.Callback):
     def __init__(self, last: LastCheckpoint):
         self.last = last
         self.asked: Signals | None = None
-        self._group: dist.ProcessGroup | None = None
         self._step = 0
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # Lightning's handler of SIGTERM runs a collective operation inside the handler, and exits in mid-step.
         trainer._signal_connector.register_signal_handlers = lambda: None
-        if world_size() > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # does not wait for pending work on the GPU
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signals.catch_interrupt()
@@ -51,8 +46,5 @@ class Preemption(L.Callback):
 
     def _signal_of_any_rank(self) -> Signals | None:
         own = signals.noted()
-        if world_size() == 1:
-            return own
-        number = torch.tensor(signals.ASKING.index(own) if own else -1)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        return signals.ASKING[int(number)] if number >= 0 else None
+        number = largest(signals.ASKING.index(own) if own else -1)
+        return signals.ASKING[number] if number >= 0 else None

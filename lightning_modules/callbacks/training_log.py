@@ -38,13 +38,10 @@ class TrainingLog(L.Callback):
     def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
         self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
         self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
-        self._clear()
-
-    def _clear(self) -> None:
         self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._clear()
+        self.means.clear()
         self.logged_at = trainer.global_step
         dtype = computing_dtype(str(trainer.precision))
         ceiling = 1e12 * self.peak_tflops or encoder_ceiling(module.encoder, dtype)
@@ -79,12 +76,13 @@ class TrainingLog(L.Callback):
         if due:
             self.logged_at = step
             self._log(trainer, batch, step)
-            self._clear()
+            for metric in (metric for means in self.means.values() for metric in means.values()):
+                metric.reset()  # a new metric would have to be copied to the GPU
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
         values, speed = self._values(trainer, batch), self.meter.read()
         values |= {f"train/{name}": value for name, value in dataclasses.asdict(speed).items()}
-        tasks = sorted(self.means)
+        tasks = self._tasks()
         for task in tasks:
             if not math.isfinite(values[f"train/{task}/loss"]):
                 raise UserError(
@@ -100,9 +98,13 @@ class TrainingLog(L.Callback):
             numbers = (step, trainer.max_steps, parts, values["train/lr"], speed.text())
             log.info("step %d/%d  loss: %s  lr %.1e  %s", *numbers)
 
+    def _tasks(self) -> list[str]:
+        """Return the tasks of the batches since the last log."""
+        return sorted(task for task, means in self.means.items() if means["loss"].update_count)
+
     def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
         """Return the values to log, computed in the same order on every rank."""
-        tasks = sorted(self.means)
+        tasks = self._tasks()
         # Undo Lightning's division of the loss by the number of accumulated batches.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
@@ -138,7 +140,7 @@ class RankLoad:
 
 
 class RankReport(L.Callback):
-    """Logs the load of each rank after the first batch, and the number of negatives per query.
+    """Logs the load of each rank after the first batch.
 
     Raises UserError at the start of training if ranks have different precisions, as they may on different hardware.
     """
@@ -167,9 +169,6 @@ class RankReport(L.Callback):
             dist.all_gather_object(loads, load)
         for load in loads:
             log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
-        negatives = sum(load.num_documents for load in loads) - 1
-        ranks = f"{len(loads)} rank{'s' if len(loads) > 1 else ''}"
-        log.info("in this batch (%s) a query has up to %d negatives, from %s", batch.task, negatives, ranks)
 
 
 def memory(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,20 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+_host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """Return a group of all ranks that exchanges tensors in host memory; None is the default group.
+
+    The host does not wait for pending work on the GPU to exchange such tensors. All ranks must make the first call.
+    """
+    default = dist.group.WORLD
+    if default not in _host_groups:
+        _host_groups[default] = None if "cpu:" in dist.get_backend_config() else dist.new_group(backend="gloo")
+    return _host_groups[default]
+
+
 def from_first_rank(value: Any) -> Any:
     """Return the first rank's value on all ranks."""
     if world_size() == 1:
@@ -33,18 +48,18 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
-def largest(number: int, device: torch.device | str = "cpu") -> int:
+def largest(number: int) -> int:
     """Return the largest number of any rank."""
     if world_size() == 1:
         return number
-    maximum = torch.tensor(number, device=device)
-    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    maximum = torch.tensor(number)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=host_group())
     return int(maximum)
 
 
-def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+def on_any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
-    return bool(largest(int(flag), device))
+    return bool(largest(int(flag)))
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -75,8 +90,8 @@ def together(work: Callable[[], Result]) -> Result:
 
 def _num_rows(rows: Tensor) -> list[int]:
     """Return the number of rows of each rank."""
-    counts = torch.empty(world_size(), dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
+    counts = torch.empty(world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)]), group=host_group())
     return counts.tolist()
 
 
@@ -99,9 +114,7 @@ def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
     """Return the lists (n, k) of all ranks, padded to the longest. n and k may differ by rank."""
     if world_size() == 1:
         return lists
-    longest = torch.tensor(lists.shape[1], device=lists.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    missing = int(longest) - lists.shape[1]
+    missing = largest(lists.shape[1]) - lists.shape[1]
     return gather_rows(torch.nn.functional.pad(lists, (0, missing), value=padding))
 
 

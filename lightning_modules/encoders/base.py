@@ -11,7 +11,7 @@ needed); D hidden size; n documents.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -23,14 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import Document, Tokens, UserError, check_name
-from datamodules.text import as_documents, input_text, length_sorted_chunks, token_ids
+from datamodules.store import Rows
+from datamodules.text import as_documents
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, family_of
+from lightning_modules.encoders.pipeline import encode_units, only
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean")
 Advance = Callable[[int], None]
-BLOCK = 8192  # number of texts tokenized and sorted by length at a time; a whole corpus may not fit in memory
 
 
 class Condition(NamedTuple):
@@ -295,7 +296,6 @@ class Encoder(nn.Module):
         """Return the number of positions at the start of a text that mean pooling leaves out."""
         return 0
 
-    @torch.inference_mode()
     def encode(
         self,
         documents: Sequence[Document | Mapping[str, Any] | str],
@@ -316,6 +316,23 @@ class Encoder(nn.Module):
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
         """
+        (vectors,) = self.encode_each([documents], task, tasks=tasks, token_budget=token_budget, advance=advance)
+        return vectors
+
+    def encode_each(
+        self,
+        groups: Iterable[Sequence[Document | Mapping[str, Any] | str]],
+        task: str | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        token_budget: int | None = None,
+        advance: Advance | None = None,
+    ) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Yield the result of encode for each group of documents, with the same bits.
+
+        The next groups are read and tokenised while the device computes, so this is faster than several calls. Close
+        the generator (contextlib.closing) if it may not be exhausted.
+        """
         if self.sharded:
             raise RuntimeError("a sharded encoder cannot encode; use sharding.replica(encoder)")
         if (task is None) == (tasks is None):
@@ -323,42 +340,23 @@ class Encoder(nn.Module):
         if task is None and (isinstance(tasks, str) or not tasks):
             raise TypeError(f"tasks: expected a list of tasks, got {tasks!r}")
         names = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
-        token_budget = token_budget or default_token_budget(self.device)
         for name in names:
             self.expert_of(name)
-        documents = as_documents(documents)
-        vectors = {}
+        units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
+        results = encode_units(self, units, names, token_budget or default_token_budget(self.device), advance)
+        return results if tasks is not None else only(results, task)
+
+    @contextmanager
+    def inferring(self) -> Iterator[None]:
+        """Compute without dropout and gradients, in the precision of autocast."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            for prompt in dict.fromkeys(self.prompts.get(name, "") for name in names):
-                same_prompt = [name for name in names if self.prompts.get(name, "") == prompt]
-                with self.casting():
-                    vectors |= self._encode(documents, prompt, same_prompt, token_budget, advance)
+            with torch.inference_mode(), self.casting():
+                yield
         finally:
             for module, training in modes:
                 module.training = training
-        return vectors[task] if tasks is None else {name: vectors[name] for name in names}
-
-    def _encode(
-        self, documents: list[Document], prompt: str, tasks: list[str], token_budget: int, advance: Advance | None
-    ) -> dict[str, Tensor]:
-        """Return task -> vectors (n, D), for tasks whose texts start with the same prompt."""
-        vectors = {task: torch.empty(len(documents), self.dimension) for task in tasks}
-        conditions = {task: self.condition(task) for task in tasks}
-        for start in range(0, len(documents), BLOCK):
-            texts = [prompt + input_text(d, self.tokenizer.sep_token) for d in documents[start : start + BLOCK]]
-            ids = token_ids(texts, self.tokenizer, self.max_length)
-            for rows in length_sorted_chunks([len(x) for x in ids], token_budget):
-                tokens = Tokens.pack(ids[row] for row in rows)
-                positions = torch.tensor(rows) + start
-                for task, pooled in self.forward_tasks(tokens.to(self.device), tasks, conditions).items():
-                    vectors[task][positions] = pooled.float().cpu()
-                self.encoded["texts"] += len(rows)
-                self.encoded["tokens"] += tokens.num_tokens
-                if advance is not None:
-                    advance(len(rows))
-        return vectors
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the encoder to a folder for from_pretrained, load_encoder and transformers.AutoModel."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -64,6 +65,7 @@ class InstructEncoder(Encoder):
             self.instruction_backbone.requires_grad_(False)
             self.instruction_backbone.embeddings.requires_grad_(True)
             self.instruction_family.layers[:-1].requires_grad_(True)
+        self._instruction_tokens: dict[tuple[str, torch.device], Tokens] = {}
         limit = self.family.max_positions
         for task, instruction in self.instructions.items():
             if (length := len(self._token_ids(instruction))) > limit:
@@ -81,9 +83,16 @@ class InstructEncoder(Encoder):
     def _token_ids(self, instruction: str) -> list[int]:
         return self.tokenizer(instruction)["input_ids"]
 
+    def _tokens(self, instruction: str) -> Tokens:
+        """Return the token ids of an instruction. They stay on the device, so that no step waits for a copy."""
+        key = instruction, self.device
+        if key not in self._instruction_tokens:
+            with torch.inference_mode(False):  # training may use them, too
+                self._instruction_tokens[key] = Tokens.pack([self._token_ids(instruction)]).to(self.device)
+        return self._instruction_tokens[key]
+
     def _prefixes(self, instruction: str) -> tuple[Prefix, ...]:
-        tokens = Tokens.pack([self._token_ids(instruction)]).to(self.device)
-        states, context = self.instruction_family.begin(tokens)
+        states, context = self.instruction_family.begin(self._tokens(instruction))
         prefixes = []
         for index in range(self.num_layers):
             prefix, states = self.instruction_layer(index, states, context)

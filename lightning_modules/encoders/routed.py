@@ -95,7 +95,8 @@ class RoutedEncoder(Encoder):
                 gate = self.gates[str(index) if self.gate_per_layer else "all"]
                 inputs = hidden if self.level == "token" else states[context.tokens.offsets[:-1]]
                 logits = gate(inputs).float()  # (L, E) or (B, E)
-                entropies.append(torch.distributions.Categorical(logits=logits).entropy().mean())
+                gates = torch.distributions.Categorical(logits=logits, validate_args=False)  # not reading the logits
+                entropies.append(gates.entropy().mean())
                 condition = self._route(self._choose(logits), len(hidden), context)
             states = self._compute_layer(index, hidden, states, context, condition)
         return states, entropies

@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,31 +38,43 @@ log = logging.getLogger(__name__)
 FORMER_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # names that earlier versions wrote
 
 
-def embed_shard(
+def embed_shards(
     encoder: Encoder,
-    documents: Sequence[Document],
+    shards: Iterable[tuple[int, Sequence[Document]]],
     tasks: Mapping[str, str],
     *,
     similarity: str,
     dtype: str,
-    token_budget: int,
+    token_budget: int | None = None,
     advance: Advance | None = None,
-) -> dict[str, np.ndarray]:
-    """Return the vectors (n, D) of a shard's texts for each task.
+) -> Iterator[tuple[int, Sequence[Document], dict[str, np.ndarray]]]:
+    """Yield each shard with its vectors (n, D) for each task. The next shard is read and tokenised meanwhile.
 
+    shards: number and texts of each shard.
     tasks: name in the result -> task of the encoder.
     similarity: "cosine" normalises the vectors.
     dtype: type of the result, "float32" or "float16".
     token_budget: maximum number of tokens per forward pass.
     Raises UserError for vectors that are not finite, or overflow in float16.
     """
-    encoded = encoder.encode(list(documents), tasks=list(tasks.values()), token_budget=token_budget, advance=advance)
-    arrays = {}
-    for name, task in tasks.items():
-        with np.errstate(over="ignore"):
-            arrays[name] = comparable(encoded[task], similarity).numpy().astype(dtype)
-        check_finite(arrays[name], f"{name} as {dtype}" + (f", shard of {documents[0].id!r}" if documents else ""))
-    return arrays
+    read: deque[tuple[int, Sequence[Document]]] = deque()
+
+    def texts() -> Iterator[Sequence[Document]]:
+        for shard in shards:
+            read.append(shard)
+            yield shard[1]
+
+    names = list(tasks.values())
+    with closing(encoder.encode_each(texts(), tasks=names, token_budget=token_budget, advance=advance)) as results:
+        for encoded in results:
+            number, documents = read.popleft()
+            arrays = {}
+            for name, task in tasks.items():
+                with np.errstate(over="ignore"):
+                    arrays[name] = comparable(encoded[task], similarity).numpy().astype(dtype)
+                where = f", shard of {documents[0].id!r}" if documents else ""
+                check_finite(arrays[name], f"{name} as {dtype}{where}")
+            yield number, documents, arrays
 
 
 class ShardFolder:

@@ -203,7 +203,9 @@ def _encode(
     The documents are the corpus, or the training papers of a probe.
     """
     task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
-    documents = vectors.vectors(list(benchmark.encoded_documents.values()), task, benchmark.name, advance)
+    texts = benchmark.encoded_documents.values()
+    texts = texts if isinstance(texts, Sequence) else list(texts)  # those of a stored collection are a sequence
+    documents = vectors.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
     return query_ids, queries, documents

@@ -12,8 +12,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,24 @@ class VectorCache:
         # With few texts, smaller shards give every rank a share. The size must not depend on the number of ranks,
         # because the exact bits of the vectors depend on it.
         size = min(self.shard_size, max(MIN_SHARD, -(-len(texts) // NUM_SHARDS)))
-        paths = []
+        paths: list[Path] = []
+        missing: deque[tuple[int, Path]] = deque()
 
-        def encode_missing() -> None:
+        def missing_shards() -> Iterator[Sequence[Document]]:
             for number, first in enumerate(range(0, len(texts), size)):
                 shard = texts[first : first + size]
                 path = folder / f"{text_hash(shard, task, self.similarity, active_precision(self.encoder.device))}.npy"
                 paths.append(path)
                 if number % world_size() == rank() and not path.is_file():
-                    vectors = self._encode(shard, task, name, first, advance)
+                    missing.append((first, path))
+                    yield shard
+
+        def encode_missing() -> None:
+            with closing(self._encode(missing_shards(), task, advance)) as encoded:
+                for vectors in encoded:
+                    first, path = missing.popleft()
                     with atomic_file(path) as file:
-                        np.save(file, vectors)
+                        np.save(file, self._checked(vectors, name, first))
 
         together(encode_missing)
         # Copy-on-write, because torch warns about arrays that are not writable.
@@ -136,11 +144,12 @@ class VectorCache:
         units = range(0, len(texts), UNIT)
 
         def encode_share() -> torch.Tensor:
-            encoded = [
-                torch.from_numpy(self._encode(texts[first : first + UNIT], task, name, first, advance))
-                for first in units[rank() :: size]
-            ]
-            return torch.cat(encoded or [self.encoder.encode([], task)])
+            firsts = units[rank() :: size]
+            groups = (texts[first : first + UNIT] for first in firsts)
+            with closing(self._encode(groups, task, advance)) as encoded:
+                pairs = zip(firsts, encoded, strict=True)
+                share = [torch.from_numpy(self._checked(vectors, name, first)) for first, vectors in pairs]
+            return torch.cat(share or [self.encoder.encode([], task)])
 
         share = together(encode_share)
         if size == 1:
@@ -152,18 +161,21 @@ class VectorCache:
         return vectors
 
     def _encode(
-        self, texts: Sequence[Document], task: str, name: str, first: int, advance: Advance | None
-    ) -> np.ndarray:
+        self, groups: Iterable[Sequence[Document]], task: str, advance: Advance | None
+    ) -> Generator[torch.Tensor]:
         def after_batch(count: int) -> None:
             if advance:
                 advance(count)
             if self._parent and world_size() == 1:  # complete shards are safe on disk
                 leave_if_asked()
 
-        encoded = self.encoder.encode(list(texts), task, token_budget=self.token_budget, advance=after_batch)
-        vectors = comparable(encoded, self.similarity).numpy()
-        check_finite(vectors, name, first)
-        return vectors
+        return self.encoder.encode_each(groups, task, token_budget=self.token_budget, advance=after_batch)
+
+    def _checked(self, vectors: torch.Tensor, name: str, first: int) -> np.ndarray:
+        """Return vectors as they are compared. Raises UserError if they are not finite. first: number of the first."""
+        compared = comparable(vectors, self.similarity).numpy()
+        check_finite(compared, name, first)
+        return compared
 
 
 def encoder_state(encoder: Encoder) -> tuple[Any, ...]:

@@ -1,19 +1,22 @@
 """Collation, the resumable loader, and several tasks together."""
 
+import dataclasses
 import itertools
 import math
+import os
 import random
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions, MultiTaskDataModule, sampled_by_grade
+from datamodules.batches import BatchOptions, MultiTaskDataModule, ResumableLoader, sampled_by_grade
+from datamodules.buffers import pack
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from datamodules.text import input_text
-from tests.conftest import text_of, toy_collection
+from tests.conftest import text_of, toy_collection, trainer_on
 
 
 def batches(data, steps=3):
@@ -250,6 +253,56 @@ def test_loader_resumes_at_the_exact_batch(make_task, num_workers):
     assert seen + fingerprints(second) == whole
 
 
+@pytest.mark.slow
+def test_workers_do_not_change_the_batches(make_task):
+    alone, prepared = (
+        list(make_task(SearchDataModule, num_batches=6, num_workers=workers).train_dataloader()) for workers in (0, 2)
+    )
+    for ours, theirs in zip(alone, prepared, strict=True):
+        assert ours.fingerprint == theirs.fingerprint
+        buffers = [pack(dataclasses.replace(batch))[0] for batch in (ours, theirs)]
+        assert torch.equal(*buffers)
+
+
+class SlowBatches(torch.utils.data.Dataset):
+    def __init__(self, batch, seconds):
+        self.batch, self.seconds = batch, seconds
+
+    def __getitem__(self, step):
+        time.sleep(self.seconds)
+        return dataclasses.replace(self.batch, step=step)
+
+
+@pytest.mark.slow
+def test_workers_prepare_batches_during_the_steps(make_task):
+    seconds, count = 0.05, 30
+    batch = make_task(SearchDataModule).train_dataloader().batches[0]
+    times = {}
+    for workers in (0, 1):
+        started = time.perf_counter()
+        for _ in ResumableLoader(SlowBatches(batch, seconds), count, {}, num_workers=workers):
+            time.sleep(seconds)  # the step
+        times[workers] = time.perf_counter() - started
+    assert times[0] >= 2 * seconds * count
+    assert times[1] < 1.5 * seconds * count
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "cores", "workers"),
+    [("cuda", 1, 16, 4), ("cuda", 8, 24, 2), ("cuda", 1, 1, 0), ("cpu", 1, 16, 0)],
+)
+def test_workers_and_pinned_memory_are_for_gpus(make_task, monkeypatch, caplog, device, ranks, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    task = make_task(SearchDataModule)
+    task.trainer = trainer_on(device, world_size=ranks)
+    with caplog.at_level("INFO"):
+        loader = task.train_dataloader()
+    assert (loader.num_workers, loader.pin_memory) == (workers, device == "cuda")
+    assert ("worker processes" in caplog.text) == (workers > 0)
+    task.options = task.options.override(num_workers=3)
+    assert task.train_dataloader().num_workers == 3
+
+
 def test_loader_state_is_a_position_and_a_signature(make_task):
     state = make_task(SearchDataModule).train_dataloader().state_dict()
     assert state["position"] == 0
@@ -280,7 +333,7 @@ def test_another_number_of_ranks_resumes_with_the_same_global_batches(make_task)
         rank_loaders = []
         for rank in range(world_size):
             task = make_task(SearchDataModule, batch_size=8 // world_size, num_batches=9)
-            task.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+            task.trainer = trainer_on(global_rank=rank, world_size=world_size)
             rank_loaders.append(task.train_dataloader())
         return rank_loaders
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from datamodules.examples import ragged
 from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import SearchDataModule
-from tests.conftest import toy_collection
+from tests.conftest import toy_collection, trainer_on
 
 META = {"miner": "any", "model": "aaaa", "step": 0, "k": 10}
 
@@ -170,7 +169,7 @@ def test_resuming_with_rounds_gives_the_same_batches_on_any_number_of_ranks(make
         rows_by_step, loaders = {}, []
         for rank in range(world_size):
             data = with_rounds(make_task, tmp_path, batch_size=8 // world_size, num_workers=num_workers)
-            data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+            data.trainer = trainer_on(global_rank=rank, world_size=world_size)
             loaders.append((data.train_dataloader(), data))
             if state:
                 loaders[-1][0].load_state_dict(state)

@@ -271,6 +271,20 @@ def test_few_texts_are_tokenised_without_threads(tokenizer, monkeypatch):
     assert threading.main_thread() not in threads[1:]
 
 
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_failure_to_read_texts_is_raised_after_the_tables_before_it(tokenizer, number):
+    def jobs():
+        for i in range(number):
+            yield Encoding(tokenizer), documents_of(3, i)
+        raise UserError("a bad line")
+
+    sizes = []
+    with pytest.raises(UserError, match="a bad line"):
+        sizes.extend(len(table) for table in tokenise_ahead(jobs()))
+    assert sizes == [3] * number
+    assert not tokenising_threads()
+
+
 def tokenising_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("tokenise")]
 

@@ -59,7 +59,7 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", recording_to)
     monkeypatch.setattr(torch.nn.Module, "cpu", recording_cpu)
-    monkeypatch.setattr(Encoder, "encode", recording(Encoder.encode, lambda encoder: encoder))
+    monkeypatch.setattr(Encoder, "encode_each", recording(Encoder.encode_each, lambda encoder: encoder))
     monkeypatch.setattr(ContrastiveModule, "embed", recording(ContrastiveModule.embed, lambda module: module.encoder))
     monkeypatch.setattr(trainer, "_strategy", lambda *_: SingleDeviceStrategy(device=REQUESTED))
     for module in (compute, models, processes):

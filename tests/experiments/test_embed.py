@@ -96,10 +96,14 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
 def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, papers, monkeypatch, caplog):
     output, made = embed("out"), []
     before = (output / "search.npy").read_bytes()
-    original = embed_entry.embed_shard
-    monkeypatch.setattr(
-        embed_entry, "embed_shard", lambda e, d, *a, **k: made.append(d[0].id) or original(e, d, *a, **k)
-    )
+    original = embed_entry.embed_shards
+
+    def recorded(encoder, shards, *arguments, **options):
+        for shard in original(encoder, shards, *arguments, **options):
+            made.append(shard[1][0].id)
+            yield shard
+
+    monkeypatch.setattr(embed_entry, "embed_shards", recorded)
     embed("out")
     assert made == []
     damaged = output / "shards" / "00001.search.npy"
@@ -195,3 +199,39 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     whole = embed("whole", "shard_size=50")
     assert (tmp_path / "parts" / "search.npy").read_bytes() == (whole / "search.npy").read_bytes()
     assert open_matrix(whole).ids == [paper["id"] for paper in many]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", ""])
+def test_settings_of_shards_that_are_no_object_raise_user_error(embed, content):
+    about = embed("out") / "shards" / "about.json"
+    about.write_text(content)
+    with pytest.raises(UserError, match=r"about.json: |other settings"):
+        embed("out")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{}", '{"ids": 3, "texts": "a", "vectors": {}}'])
+def test_damaged_record_of_a_shard_is_replaced(embed, content, caplog):
+    folder = embed("out")
+    before = (folder / "search.npy").read_bytes()
+    (folder / "shards" / "00001.json").write_text(content)
+    embed("out")
+    assert (folder / "search.npy").read_bytes() == before
+    assert "00001.json: " in caplog.text
+    assert "embedding its texts again" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_precision_of_the_encoder_is_used_and_recorded(embed, model, precision):
+    exact = open_matrix(embed("exact"), "search").vectors[0]
+    matrix = open_matrix(embed("rounded", f"precision={precision}"), "search")
+    assert matrix.metadata["precision"] == precision
+    error = np.abs(matrix.vectors[0] - exact).max()
+    assert 0 < error < (0.004 if precision == "fp16" else 0.03)
+
+
+def test_similarity_of_the_training_is_the_default(embed, model):
+    encoder = load_encoder(model)
+    for similarity in ("dot", "cosine"):
+        encoder.similarity = similarity
+        encoder.save_pretrained(model)
+        assert open_matrix(embed(similarity), "search").metadata["similarity"] == similarity

@@ -6,6 +6,7 @@ after each, must take longer than two attempts of three minutes.
 
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -132,6 +133,75 @@ def cluster(tmp_path_factory):
         ports = one.getsockname()[1], two.getsockname()[1]
     with slurm_loopback.slurm(tmp_path_factory.mktemp("slurm"), ports) as environment:
         yield environment
+
+
+HOSTILE = ("gpu --wrap=evil", "gpu # x", "a'b", 'a"b', "$(touch x)", "`touch x`", "gpu; touch x", "a|b&c", "a=", "=")
+
+
+@pytest.mark.parametrize("key", ["PARTITION", "ACCOUNT", "QOS", "CONSTRAINT", "MEM"])
+def test_values_cannot_add_options_to_the_script(key):
+    """shlex reads an option as sbatch does: with quotes, and # starts a comment."""
+    plain = slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}=value"]).read_text()
+    for value in HOSTILE:
+        text = slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}={value}"]).read_text()
+        options = [shlex.split(line[8:], comments=True) for line in text.splitlines() if line.startswith("#SBATCH")]
+        assert all(len(words) == 1 for words in options)
+        assert [f"--{key.lower()}={value}"] in options
+        changed = set(text.splitlines()) ^ set(plain.splitlines())
+        assert len(changed) == 2
+    for value in ("gpu\n#SBATCH --wrap=evil", "gpu\ntouch x", "gpu\rx", "gpu\x00"):
+        with pytest.raises(UserError, match=rf"^{key}: expected one line without control characters, got 'gpu\\"):
+            slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["LAUNCH", "PYTHON", "EXPS", "SEEDS", "SUBMIT", "SWEEP", "TIME"])
+def test_line_breaks_are_refused_in_every_option(key):
+    with pytest.raises(UserError, match=f"^{key}: "):
+        slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}=a\ntouch x"])
+
+
+@pytest.mark.slow
+def test_launch_and_python_are_words_not_shell(tmp_path):
+    launch = "apptainer exec '$IMAGES/a b.sif'; touch x $(touch x) $IMAGE"
+    script = slurm(["vanilla", "TIME=60", "GPUS=0", f"LAUNCH={launch}"])
+    line = next(line for line in script.read_text().splitlines() if "experiments.train" in line)
+    done = subprocess.run(
+        ["bash", "-c", "srun() { :; }; IMAGE=mine; printf '%s|' " + line.strip().removesuffix('"$@"')],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    words = ["apptainer", "exec", "$IMAGES/a b.sif;", "touch", "x", "$(touch", "x)", "mine", sys.executable]
+    assert done.stdout.split("|")[: len(words)] == words
+    assert not (tmp_path / "x").exists()
+
+
+def test_paths_that_sbatch_would_change_are_refused(tmp_path, monkeypatch):
+    for name in ("100%j", "a\nb", "a\\b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with pytest.raises(UserError, match="expected a path without"):
+            slurm(["vanilla", "TIME=60", "GPUS=0"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("..", "."):
+        assert slurm(["vanilla", "TIME=60", "GPUS=0", f"run.dir={tmp_path / name}"]).parent == tmp_path / "slurm"
+
+
+@pytest.mark.slow
+def test_sbatch_reads_the_paths_of_a_folder_with_blanks_and_quotes(tmp_path, monkeypatch, cluster):
+    folder = tmp_path / """a b # 'q' "d" $HOME `x` --wrap=y"""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    script = slurm(["vanilla", "TIME=60", "GPUS=0", "CPUS=1", "ACCOUNT=one two # --hold", "run.dir=runs/my run"])
+    submitted = ["sbatch", "--parsable", "--hold", str(script)]
+    number = subprocess.run(submitted, env=cluster, capture_output=True, text=True, check=True).stdout.strip()
+    shown = ["scontrol", "show", "job", number]
+    job = subprocess.run(shown, env=cluster, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["scancel", number], env=cluster, check=True)
+    assert f"StdOut={folder}/slurm/my run-{number}.out\n" in job
+    assert "Account=one two # --hold " in job
+    assert "JobName=my run\n" in job
 
 
 STEPS = 40

@@ -84,13 +84,53 @@ def test_full_disk_keeps_earlier_checkpoints_and_raises_nothing(tmp_path, caplog
         io.save_checkpoint(checkpoint(2), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert io.error == "File too large"
+    assert io.failure.reason == "File too large"
+    assert not io.failure.diverged
     assert "last.ckpt: the checkpoint of step 2 could not be written: File too large" in caplog.text
     assert steps(path) == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     io.save_checkpoint(checkpoint(3), path)
-    assert io.error is None
+    assert io.failure is None
     assert steps(path) == [3, 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_checkpoint_that_is_not_finite_never_replaces_a_good_one(tmp_path, caplog, value, part):
+    """After a divergence, all kept checkpoints contained NaN, and the same command failed forever."""
+    path, io = tmp_path / "last.ckpt", SafeCheckpointIO(tmp_path / "last.ckpt", 2)
+    io.save_checkpoint(checkpoint(1), path)
+    diverged = checkpoint(2)
+    if part == "state_dict":
+        diverged["state_dict"]["weight"][3, 7] = value
+    else:
+        diverged["optimizer_states"] = [{"state": {0: {"exp_avg": torch.tensor([0.0, value])}}}]
+    for file in (path, tmp_path / "best.ckpt"):
+        io.save_checkpoint(diverged, file)
+        assert io.failure.diverged
+    assert f"of step 2 could not be written: {part}" in caplog.text
+    assert steps(path) == [1]
+    assert not (tmp_path / "best.ckpt").exists()
+    write_checkpoint(diverged, path, 2)  # as an earlier version did
+    assert "contains numbers that are not finite" in damage(path)
+    assert newest_intact(path) == tmp_path / "last.1.ckpt"
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"global_step": "1"}, {"state_dict": []}, {"optimizer_states": None}, {"loops": [1]}]
+)
+def test_checkpoint_of_another_type_is_damaged(tmp_path, content):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(checkpoint(1), path, 2)
+    write_checkpoint(checkpoint(2) | content if isinstance(content, dict) else content, path, 2)
+    assert "must be a" in damage(path) or "expected a dict" in damage(path)
+    assert newest_intact(path).name == "last.1.ckpt"
+
+
+def test_folder_in_the_place_of_a_checkpoint_raises_user_error(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    with pytest.raises(UserError, match="last.ckpt: expected a checkpoint, got a folder"):
+        newest_intact(tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "other.ckpt"])

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datamodules.records import UserError
+from datamodules.tasks import SearchDataModule
 from lightning_modules.chunked import rows_per_block, sum_over_blocks
-from lightning_modules.objective import FrozenVectors, Objective, Temperature
+from lightning_modules.objective import FrozenEncoder, FrozenVectors, Objective, Temperature
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 from tests.lightning_modules.objective_reference import normalized, random_batch, reference
 
@@ -256,3 +257,9 @@ def test_temperature_per_task():
 def test_invalid_options_raise_user_error(options, message):
     with pytest.raises(UserError, match=message):
         Objective(ObjectiveOptions(**options), ["search"], 8)
+
+
+def test_frozen_encoder_without_texts_raises_user_error(make_encoder, make_task):
+    batch = make_task(SearchDataModule).train_dataloader().batches[0]
+    with pytest.raises(UserError, match="the batch has no texts.*carry_texts"):
+        FrozenEncoder(make_encoder("shared")).embed(batch)

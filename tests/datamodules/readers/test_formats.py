@@ -500,3 +500,12 @@ def test_doris_mae_grades_depend_on_the_view(view, expected, tmp_path):
     assert list(reader.read().qrels["test"]["test.2"]) == ["3", "9"]
     path.write_text(path.read_text().replace('"Annotation"', '"Annotations"'))
     assert f"{path}: the object has no Annotation" in error_of(reader)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [((0, 1, 0), "neg: '0'"), ((0, 0, 1), "pos: '0'"), ((0, 1, 1), "pos: '1'")]
+)
+def test_scirepeval_triplet_of_two_papers_raises_user_error(tmp_path, ids, message):
+    texts = [{"doc_id": d.id, "title": d.title, "abstract": d.text} for d in papers("", 3).values()]
+    put(tmp_path / "train.jsonl", dict(zip(("query", "pos", "neg"), (texts[i] for i in ids), strict=True)))
+    assert f"{message} is also the" in error_of(SciRepEvalReader("citations", folder=str(tmp_path)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from experiments import audit, compare, data, dry_run, find, index, mteb, reproduce, runs, sweep
+from experiments import audit, compare, data, dry_run, find, import_papers, index, mteb, reproduce, runs, sweep
 from experiments.build.suite import BenchmarkConfig
 from experiments.results import result_tables
 from experiments.results.cost import Cost
@@ -131,6 +131,9 @@ TABLES = {
     "dry_run._show_tasks": lambda t, _: dry_run._show_tasks(SimpleNamespace(experiment=t, scale=t), prediction(t)),
     "dry_run._show_memory": None,  # all text is ours
     "find._show": lambda t, folder: find._show(t, search_result(t, folder)),
+    "import_papers._report": lambda t, folder: import_papers._report(
+        Path(t), {"papers": 1, "records": 1, "left_out": {t: 1}}, {t: import_papers.Counts(1, t, {}, {}, {t: 1})}
+    ),
     "index._show": lambda t, folder: index._show(
         [{"nprobe": 1, "recall": 1.0}], 1, SimpleNamespace(kind=t, bits=t), folder
     ),

@@ -3,14 +3,17 @@
 import errno
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
+from datamodules.records import UserError
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.callbacks import checkpoint, evaluation
-from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
+from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.evaluation import Evaluation
-from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.checkpoint_files import newest_intact
+from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
@@ -58,3 +61,49 @@ def test_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, fu
     assert saved["global_step"] == best_step
     (state,) = (state for name, state in saved["callbacks"].items() if name == "Scripted")
     assert (state["best_step"], state["best"]) == (best_step, best)  # for a run that resumes from it
+
+
+class Diverging(L.Callback):
+    """Makes a weight NaN after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                next(module.parameters()).view(-1)[0] = float("nan")
+
+
+@pytest.fixture
+def trained(make_encoder, make_task, tmp_path):
+    """Train six steps with a checkpoint after every second one."""
+
+    def fit(*callbacks, encoder=None, resume=None):
+        data = make_task(ClassificationDataModule, "classification", num_batches=6)
+        plugins = [SafeCheckpointIO(tmp_path / "last.ckpt", 2)]
+        callbacks = [*callbacks, LastCheckpoint(tmp_path / "last.ckpt", 2)]
+        trainer = quiet_trainer(tmp_path, max_steps=6, callbacks=callbacks, plugins=plugins)
+        module = ContrastiveModule(encoder or make_encoder("shared"), total_steps=6)
+        trainer.fit(module, data, ckpt_path=resume)
+
+    return fit
+
+
+def test_divergence_ends_the_training_and_keeps_the_last_good_checkpoint(trained, tmp_path):
+    message = (
+        "step 4 could not be written .*not finite.*; the last good checkpoint is step 2. The training has diverged"
+    )
+    with pytest.raises(UserError, match=message):
+        trained(Diverging(3))
+    assert newest_intact(tmp_path / "last.ckpt") == tmp_path / "last.ckpt"
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_checkpoint_of_another_shape_is_named(trained, make_encoder, tmp_path):
+    trained()
+    for other in (make_encoder("attention"), make_encoder("shared", config={"intermediate_size": 32})):
+        with pytest.raises(
+            CheckpointMismatch, match=r"does not fit the encoder: \d+ weights differ \(encoder.backbone"
+        ):
+            trained(encoder=other, resume=tmp_path / "last.ckpt")

@@ -8,7 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from datamodules.records import Document, UserError
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.distributed.sharding import replica
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.export import average, save_dense
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.loading import build, describe, load_encoder, load_weights
 from lightning_modules.encoders.moe import MoEEncoder
@@ -123,3 +126,32 @@ def test_tasks_that_share_an_expert_are_computed_once(make_backbone):
     ids = torch.randint(5, 60, (2, 9))
     vectors = encoder.forward_tasks(packed(ids, torch.ones_like(ids)), ["a", "b"])
     assert vectors["a"] is vectors["b"]
+
+
+def test_similarity_of_the_training_is_stored_with_the_model(encoder, tmp_path):
+    assert load_encoder(encoder.save_pretrained(tmp_path / "untrained")).similarity is None
+    for similarity in ("cosine", "dot"):
+        if not isinstance(encoder, AdapterEncoder):
+            ContrastiveModule(encoder, similarity=similarity)
+        encoder.similarity = similarity
+        assert load_encoder(encoder.save_pretrained(tmp_path / similarity)).similarity == similarity
+        path = tmp_path / f"{similarity}.ckpt"
+        weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        checkpoint = {"encoder": describe(encoder), "state_dict": weights}
+        torch.save(checkpoint, path)
+        assert load_encoder(path).similarity == similarity
+        assert replica(load_encoder(path)).similarity == similarity
+        del checkpoint["encoder"]["similarity"]  # as earlier versions wrote it
+        torch.save(checkpoint, path)
+        assert load_encoder(path).similarity is None
+        checkpoint["encoder"]["similarity"] = ["l1"]
+        torch.save(checkpoint, path)
+        with pytest.raises(UserError, match=r"ckpt: similarity: expected one of dot, cosine, got \['l1'\]"):
+            load_encoder(path)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_similarity_survives_the_plain_export(make_encoder, tmp_path, similarity):
+    encoder = ContrastiveModule(make_encoder("attention"), similarity=similarity).encoder
+    assert load_encoder(save_dense(encoder, "search", tmp_path / "plain")).similarity == similarity
+    assert average(encoder).similarity == similarity

@@ -381,3 +381,21 @@ def test_mining_in_memory_equals_mining_with_a_folder(make_task, make_encoder, t
     assert lists_of(mined) == lists_of(from_folder)
     np.testing.assert_array_equal(mined.margins, from_folder.margins)
     assert mined.negatives.taken == from_folder.negatives.taken
+
+
+@pytest.mark.parametrize("field", ["corpus", "queries"])
+@pytest.mark.parametrize("miner", [DenseMiner(), RandomMiner(), BM25Miner()])
+def test_empty_pool_raises_user_error(make_task, make_encoder, field, miner):
+    pool = dataclasses.replace(make_task(SearchDataModule).pools()[0], **{field: []})
+    name = {"corpus": "documents"}.get(field, field)
+    with pytest.raises(UserError, match=f"nothing to mine, because it has no {name}"):
+        mine(make_encoder("shared"), pool, miner, MiningOptions(k=5))
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_similarity_of_the_training_is_the_default(make_task, make_encoder, similarity):
+    pool, encoder = make_task(SearchDataModule).pools()[0], make_encoder("shared")
+    encoder.similarity = similarity
+    options = MiningOptions(k=5, relative_margin=None)
+    mined, expected = (mine(encoder, pool, options=options, **o) for o in ({}, {"similarity": similarity}))
+    np.testing.assert_array_equal(mined.negatives.scores, expected.negatives.scores)

@@ -1,6 +1,7 @@
 """Ranking and measuring a benchmark, against loops and trec_eval."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -147,3 +148,41 @@ def test_ranking_depth_is_the_deepest_cut_off():
     assert ranking_depth(["recall@100"], benchmark) == ranking_depth(["ndcg"], benchmark) == 10
     assert ranking_depth(["r_precision"], benchmark) == 2  # the most relevant documents of a query
     assert ranking_depth(["ndcg"], replace(benchmark, candidates={"q": ["a", "b"]})) == 2
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["ndgc@10"]}, "metric 'ndgc@10': expected one of"),
+        ({"metrics": ["ndcg@10", "kendall_tau"]}, "metric 'kendall_tau': does not apply to a ranking"),
+        ({"metrics": []}, "toy: metrics is empty"),
+        ({"similarity": "l1"}, "similarity: expected one of dot, cosine, l2, got 'l1'"),
+    ],
+)
+def test_unknown_metric_or_similarity_raises_before_the_work(make_encoder, monkeypatch, options, message, k):
+    encoder, benchmark = make_encoder("shared"), benchmark_of(toy_collection())
+    monkeypatch.setattr(encoder, "encode", lambda *_, **__: pytest.fail("has encoded"))
+    monkeypatch.setattr("lightning_modules.retrieval.evaluation.rank_bm25", lambda *_: pytest.fail("has ranked"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate(encoder, benchmark, k=k, **options)
+    if "metrics" in options:
+        with pytest.raises(UserError, match=re.escape(message)):
+            evaluate_bm25(benchmark, options["metrics"], k=k)
+        if options["metrics"]:
+            with pytest.raises(UserError, match=re.escape(message)):
+                evaluate(encoder, replace(benchmark, metrics=tuple(options["metrics"])), k=k)
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            rank_benchmark(encoder, benchmark, 5, **options)
+
+
+@pytest.mark.parametrize("trained", ["dot", "cosine", None])
+def test_similarity_of_the_training_is_the_default(make_encoder, trained):
+    encoder, benchmark = make_encoder("shared"), benchmark_of(toy_collection())
+    if trained:
+        encoder.similarity = trained
+    assert evaluate(encoder, benchmark, ["ndcg@10"]).similarity == (trained or "dot")
+    assert evaluate(encoder, benchmark, ["ndcg@10"], similarity="l2").similarity == "l2"
+    run, expected = (rank_benchmark(encoder, benchmark, 5, **o) for o in ({}, {"similarity": trained or "dot"}))
+    np.testing.assert_array_equal(run.scores, expected.scores)

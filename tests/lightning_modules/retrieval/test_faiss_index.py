@@ -113,3 +113,21 @@ def test_another_model_or_damaged_files_raise(corpus, make_encoder):
     matrix.write_bytes(matrix.read_bytes()[:-4])
     with pytest.raises(UserError, match="search.npy: cannot be read"):
         find([f"embeddings={matrix}", "query=a"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_recall_of_a_tiny_corpus_is_one(count, kind):
+    shards = Shards([clustered(count)])
+    options = IndexOptions(kind=kind).resolved(count, 16)
+    lines = measure_recall(build_index(shards, options), shards, options)
+    assert [line["recall"] for line in lines] == [1.0] * len(lines)
+    assert lines[-1]["nprobe"] == options.nlist
+
+
+def test_ranking_of_one_query_is_shown_and_written(corpus, capsys):
+    find([f"embeddings={corpus / 'vectors'}", f"query={text_of(3, 4)}", f"output={corpus / 'run.trec'}", "k=3"])
+    rows = [line.split() for line in (corpus / "run.trec").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["query"] * 3
+    printed = capsys.readouterr().out.split()
+    assert [word for word in printed if word in {row[2] for row in rows}] == [row[2] for row in rows]

@@ -18,26 +18,27 @@ from tests.conftest import toy_collection
 
 def test_encoding_that_was_killed_continues_at_the_missing_shards(make_encoder, tmp_path, monkeypatch):
     encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
-    embedded = []
-    original = encoder.encode
+    embedded, most = [], 2
+    original = encoder.encode_each
 
-    def counted(documents, task, **options):
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        embedded.append(len(documents))
-        return original(documents, task, **options)
+    def counted(groups, task, **options):
+        for documents in groups:
+            if len(embedded) == most:
+                raise KeyboardInterrupt
+            embedded.append(len(documents))
+            yield from original([documents], task, **options)
 
-    monkeypatch.setattr(encoder, "encode", counted)
+    monkeypatch.setattr(encoder, "encode_each", counted)
     cache = VectorCache(encoder, tmp_path, shard_size=3)
     with pytest.raises(KeyboardInterrupt):
         cache.vectors(texts, "search", "documents")
     assert embedded == [3, 3]
     (cache.folder / ".half.npy.1").write_bytes(b"left by a killed process")
-    embedded[:] = [0]
-    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: embedded.append(len(d)) or original(d, t, **o))
+    embedded[:], most = [0], 9
     vectors = VectorCache(encoder, tmp_path, shard_size=3).vectors(texts, "search", "documents")
     assert embedded == [0, 3, 1]
-    np.testing.assert_allclose(np.concatenate(list(vectors)), original(texts, "search").numpy(), atol=1e-5)
+    monkeypatch.undo()
+    np.testing.assert_allclose(np.concatenate(list(vectors)), encoder.encode(texts, "search").numpy(), atol=1e-5)
     cache.remove()
     assert not cache.folder.exists()
 
@@ -160,13 +161,17 @@ def test_fingerprint_survives_saving_and_using_a_model(make_encoder, tmp_path):
 
 def test_the_last_two_results_stay_in_memory(make_encoder, monkeypatch):
     encoder, papers = make_encoder("attention"), list(toy_collection().corpus.values())
-    encoded, original = [], encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda d, t, **o: encoded.append(len(d)) or original(d, t, **o))
+    encoded, original, encode = [], encoder.encode_each, make_encoder("attention").encode
+
+    def counted(groups, task, **options):
+        return original((encoded.append(len(group)) or group for group in groups), task, **options)
+
+    monkeypatch.setattr(encoder, "encode_each", counted)
     cache = VectorCache(encoder, similarity="cosine")
     corpus, queries, others = papers[:6], papers[6:8], papers[8:9]
     for texts in (corpus, queries, corpus, queries, corpus, others, corpus):
         vectors = cache.vectors(texts, "search", "texts")[0]
-        expected = torch.nn.functional.normalize(original(texts, "search"), dim=-1).numpy()
+        expected = torch.nn.functional.normalize(encode(texts, "search"), dim=-1).numpy()
         np.testing.assert_array_equal(vectors, expected)
     assert encoded == [6, 2, 1]
     np.testing.assert_array_equal(

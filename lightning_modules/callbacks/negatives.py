@@ -1,0 +1,66 @@
+"""Count the negatives of each task's first batch, and warn if there is nothing to learn from."""
+
+from __future__ import annotations
+
+import logging
+from functools import reduce
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from datamodules.records import ContrastiveBatch
+from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.losses import fill_padding
+from lightning_modules.objective import Direction, document_to_query, query_to_document
+from lightning_modules.objective_options import ObjectiveOptions
+
+log = logging.getLogger(__name__)
+
+
+class NegativesReport(L.Callback):
+    """Logs how many negatives the queries of each task have in its first batch, without masked documents.
+
+    Logs a warning if none has any: the loss is then 0 whatever the vectors are, and the task learns nothing.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: set[str] = set()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch.task in self.tasks:
+            return
+        self.tasks.add(batch.task)
+        counts = count_negatives(batch, module.objective.options)
+        least, most, ranks = int(counts.min()), int(counts.max()), world_size()
+        source = f"{ranks} rank{'s' if ranks > 1 else ''}"
+        log.info("in the first batch of %s, a query has %d to %d negatives, from %s", batch.task, least, most, source)
+        if most == 0:
+            log.warning(
+                "the loss of %s is 0, and it learns nothing, because no query of the batch has a negative; use larger "
+                "batches, hard negatives, or more ranks",
+                batch.task,
+            )
+
+
+@torch.no_grad()
+def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tensor:
+    """Return the number of negatives of each query of a batch, on all ranks, (B,). All ranks call this.
+
+    With a symmetric loss, the negatives of positive documents follow. A guide model may mask more of them.
+    """
+    vectors = torch.zeros(sum(map(len, batch.chunks)), 1, device=batch.queries.device)
+    directions = [query_to_document(vectors, batch, options)]
+    if options.symmetric:
+        directions.append(document_to_query(vectors, batch, options))
+    return gather_rows(torch.cat([_negatives(direction) for direction in directions]))
+
+
+def _negatives(direction: Direction) -> Tensor:
+    """Return the number of candidates that are neither masked nor positive, (R,)."""
+    rows = slice(0, len(direction.queries))
+    none = direction.positives.new_zeros(len(direction.queries), len(direction.candidates), dtype=torch.bool)
+    masked = reduce(torch.logical_or, (mask(rows) for mask in direction.masks), none)
+    is_positive = none.scatter(1, fill_padding(direction.positives), True)
+    return (~masked & ~is_positive).sum(1)

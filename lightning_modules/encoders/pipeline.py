@@ -1,0 +1,167 @@
+"""From texts to vectors: tokenising, copying and computing at the same time.
+
+Threads tokenise ahead (datamodules/tokens.py). The ids of a block are copied to the device at once, and its vectors
+back at once, while the device computes the next block. The host waits for a block only when its vectors are needed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.records import Document, Tokens
+from datamodules.text import length_sorted_chunks
+from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
+
+if TYPE_CHECKING:
+    from lightning_modules.encoders.base import Encoder
+
+BLOCK = 8192  # number of texts that are sorted by length and copied together; a whole corpus may not fit in memory
+
+
+def encode_units(
+    encoder: Encoder,
+    units: Iterable[Sequence[Document]],
+    tasks: Sequence[str],
+    token_budget: int,
+    advance: Callable[[int], None] | None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield task -> vectors (n, D) of each unit's texts, in float32 on the CPU. No forward pass mixes units.
+
+    advance: function called after each forward pass is launched, with its number of texts.
+    """
+    blocks: deque[_Block] = deque()
+    launched: deque[_Block] = deque()
+    most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that may be computing
+    with closing(tokenise_ahead(_jobs(encoder, units, tasks, blocks))) as tables:
+        for table in tables:
+            launched.append(blocks.popleft())
+            launched[-1].launch(table, token_budget, advance)
+            yield from _finished(launched, most)
+    yield from _finished(launched, 0)
+
+
+def only(results: Iterator[dict[str, Tensor]], task: str) -> Iterator[Tensor]:
+    """Yield the vectors of one task."""
+    with closing(results):
+        for vectors in results:
+            yield vectors[task]
+
+
+def _jobs(
+    encoder: Encoder, units: Iterable[Sequence[Document]], tasks: Sequence[str], blocks: deque[_Block]
+) -> Iterator[tuple[Encoding, Sequence[Document]]]:
+    """Yield the texts of each block, once for each prompt, and append the block to `blocks`."""
+    tasks_of: dict[str, list[str]] = {}
+    for task in tasks:
+        tasks_of.setdefault(encoder.prompts.get(task, ""), []).append(task)
+    for documents in units:
+        vectors = {task: torch.empty(len(documents), encoder.dimension) for task in tasks}
+        starts = range(0, max(len(documents), 1), BLOCK)
+        for prompt, same_prompt in tasks_of.items():
+            encoding = Encoding(encoder.tokenizer, prompt, encoder.max_length)
+            for start in starts:
+                blocks.append(_Block(encoder, {task: vectors[task][start : start + BLOCK] for task in same_prompt}))
+                yield encoding, documents[start : start + BLOCK]
+        blocks[-1].unit = vectors
+
+
+def _finished(launched: deque[_Block], most: int) -> Iterator[dict[str, Tensor]]:
+    """Wait for the first blocks until `most` are left, and yield the vectors of complete units."""
+    while len(launched) > most:
+        block = launched.popleft()
+        block.finish()
+        if block.unit is not None:
+            yield block.unit
+
+
+class _Block:
+    """Texts that are encoded together.
+
+    vectors: task -> tensor (n, D) to fill.
+    unit: vectors of the unit, if this is its last block.
+    """
+
+    def __init__(self, encoder: Encoder, vectors: dict[str, Tensor]):
+        self.encoder, self.vectors = encoder, vectors
+        self.unit: dict[str, Tensor] | None = None
+        self.order = torch.zeros(0, dtype=torch.int64)
+        self.computed: dict[str, HostCopy] = {}
+
+    def launch(self, table: TokenTable, token_budget: int, advance: Callable[[int], None] | None) -> None:
+        """Compute the vectors, and start to copy them to the host."""
+        chunks = list(length_sorted_chunks(table.lengths().tolist(), token_budget))
+        if not chunks:
+            return
+        rows = np.concatenate(chunks)
+        encoder, tasks = self.encoder, list(self.vectors)
+        computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        with encoder.inferring():
+            conditions = {task: encoder.condition(task) for task in tasks}
+            for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
+                for task, vectors in encoder.forward_tasks(tokens, tasks, conditions).items():
+                    computed[task].append(vectors.float())
+                encoder.encoded["texts"] += len(tokens)
+                encoder.encoded["tokens"] += tokens.num_tokens
+                if advance is not None:
+                    advance(len(tokens))
+            self.order = torch.from_numpy(rows)
+            self.computed = {task: HostCopy(torch.cat(vectors)) for task, vectors in computed.items()}
+
+    def finish(self) -> None:
+        """Wait for the copies, and put the vectors into the order of the texts."""
+        for task, copy in self.computed.items():
+            self.vectors[task][self.order] = copy.wait()
+        self.computed = {}
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Return whether the host can prepare the next block while the device computes."""
+    return device.type == "cuda"
+
+
+def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int]) -> Iterator[Tokens]:
+    """Copy the ids of consecutive texts to the device at once, and yield them in batches of `counts` texts."""
+    ends = np.cumsum(counts)
+    all_lengths = table.lengths()
+    lengths = [all_lengths[end - count : end] for count, end in zip(counts, ends, strict=True)]
+    offsets = [np.cumsum([0, *batch]) for batch in lengths]
+    host = host_buffer(sum(map(len, offsets)) + len(table.ids), torch.int32, device)
+    np.concatenate([*offsets, table.ids], out=host.numpy(), casting="same_kind")
+    moved = host.to(device, non_blocking=True)
+    first, token = 0, len(moved) - len(table.ids)
+    for batch, count in zip(lengths, counts, strict=True):
+        size = int(batch.sum())
+        # Copies, because kernels assume the alignment of a tensor of its own.
+        ids, starts = moved[token : token + size].long(), moved[first : first + count + 1].clone()
+        yield Tokens(ids, starts, tuple(batch.tolist()))
+        first, token = first + count + 1, token + size
+
+
+class HostCopy:
+    """A copy of a tensor on the host, which is complete after wait()."""
+
+    def __init__(self, tensor: Tensor):
+        if not is_asynchronous(tensor.device):
+            self.copy, self.event = tensor.cpu(), None
+            return
+        self.copy = host_buffer(tensor.shape, tensor.dtype, tensor.device)
+        self.copy.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copy
+
+
+def host_buffer(shape: Sequence[int] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor on the host, in pinned memory if it is exchanged with a GPU."""
+    return torch.empty(shape, dtype=dtype, pin_memory=is_asynchronous(device))

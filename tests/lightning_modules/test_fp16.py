@@ -1,0 +1,97 @@
+"""Training in fp16 with a scaled loss takes the steps of training in fp32, up to the rounding of fp16."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from lightning_modules.callbacks.diagnostics import Diagnostics
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.optim import OptimOptions
+from lightning_modules.task_balance import GradNorm, PCGrad
+from tests.conftest import TASKS
+from tests.lightning_modules.quiet_trainer import quiet_trainer
+
+OPTIM = OptimOptions(warmup=0.0, weight_decay=0.0)
+
+
+def fitted(make_encoder, data, folder, fp16, steps=1, callbacks=(), scale=2.0**12, accumulate=1, **options):
+    """Train, and return the trainer, the module, and the mean gradient that Adam has recorded of each parameter."""
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if fp16 else []
+    module = ContrastiveModule(
+        make_encoder("both").eval(), similarity="cosine", temperature=0.1, optim=OPTIM, **options
+    )
+    trainer = quiet_trainer(
+        folder, max_steps=steps, plugins=plugins, callbacks=list(callbacks), accumulate_grad_batches=accumulate, **CLIP
+    )
+    trainer.fit(module, data)
+    means = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
+    return trainer, module, torch.cat([mean.flatten() for mean in means])
+
+
+CLIP = {"gradient_clip_val": 0.01}
+
+
+def close(one, other, tolerance=0.02):
+    return float((one - other).norm()) < tolerance * float(other.norm())
+
+
+@pytest.mark.parametrize("grad_cache", [False, True])
+def test_clipped_gradients_have_the_norm_asked_for(make_encoder, three_tasks, tmp_path, grad_cache):
+    options = {"total_steps": 4, "grad_cache": grad_cache}
+    _, _, expected = fitted(make_encoder, three_tasks, tmp_path, fp16=False, **options)
+    _, _, means = fitted(make_encoder, three_tasks, tmp_path, fp16=True, **options)
+    assert float(expected.norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)  # beta1 is 0.9
+    assert close(means, expected)
+    assert not torch.equal(means, expected)
+
+
+def test_balanced_gradients_and_losses_do_not_depend_on_the_scale(make_encoder, three_tasks, tmp_path):
+    for make in (lambda: PCGrad(list(TASKS)), lambda: GradNorm(list(TASKS))):
+        callbacks = [make() for _ in range(2)]
+        _, _, expected = fitted(make_encoder, three_tasks, tmp_path, False, callbacks=callbacks[:1], accumulate=3)
+        _, _, means = fitted(make_encoder, three_tasks, tmp_path, True, callbacks=callbacks[1:], accumulate=3)
+        assert close(means, expected)
+        if isinstance(callbacks[0], GradNorm):
+            torch.testing.assert_close(callbacks[1].first_losses, callbacks[0].first_losses, rtol=1e-2, atol=0)
+            torch.testing.assert_close(callbacks[1].weights, callbacks[0].weights, rtol=1e-2, atol=0)
+
+
+def test_gradient_norms_of_the_diagnostics_are_not_scaled(make_encoder, three_tasks, tmp_path):
+    diagnostics = [Diagnostics(every_n_steps=3) for _ in range(2)]
+    for fp16, callback in enumerate(diagnostics):
+        fitted(make_encoder, three_tasks, tmp_path, bool(fp16), steps=3, callbacks=[callback], total_steps=100)
+    expected, values = (callback.values for callback in diagnostics)
+    norms = [name for name in expected if name.endswith("gradient_norm")]
+    assert len(norms) == 3
+    for name in norms:
+        assert values[name] == pytest.approx(expected[name], rel=0.03)
+
+
+@pytest.mark.parametrize("balance", [None, GradNorm])
+def test_step_whose_gradients_overflow_changes_nothing(make_encoder, three_tasks, tmp_path, balance):
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            self.before = [p.detach().clone() for p in module.parameters()]
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 1 and not hasattr(self, "unchanged"):
+                pairs = zip(self.before, module.parameters(), strict=True)
+                self.unchanged = all(torch.equal(a, b) for a, b in pairs)
+                self.scale = trainer.precision_plugin.scaler.get_scale()
+
+    watch = Watch()
+    balancing = [balance(list(TASKS))] if balance else []
+    _, module, _ = fitted(
+        *(make_encoder, three_tasks, tmp_path, True),
+        callbacks=[*balancing, watch],
+        steps=3 if balance else 6,
+        accumulate=3 if balance else 1,
+        scale=2.0**40,
+        total_steps=100,
+    )
+    assert watch.unchanged
+    assert watch.scale == 2.0**39
+    assert all(p.isfinite().all() for p in module.parameters())
+    for callback in balancing:
+        assert callback.weights.isfinite().all()
