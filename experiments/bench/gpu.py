@@ -22,6 +22,7 @@ from experiments.bench import gpu_checks, gpu_parts
 from experiments.bench.gpu_checks import Check
 from experiments.bench.gpu_parts import Figure
 from experiments.bench.gpu_results import Results
+from experiments.bench.timing import DEVICES
 from experiments.bench.workload import SHAPES, Workload, synthetic_documents, synthetic_tokenizer
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
@@ -55,7 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class GpuOptions:
-    """Measure speed on a GPU or CPU, next to sentence-transformers in the same process, and check what only a GPU shows.
+    """Measure speed next to sentence-transformers in the same process, and check what only a GPU shows.
 
     The parts are: matrix products (gemm), the forward pass alone, encode from texts to vectors, training steps, checks
     (packed texts in bf16, batch-invariant vectors, waiting, recompilations), a real `make train`, GradCache, the shape
@@ -66,7 +67,7 @@ class GpuOptions:
     machine disturbs speeds; compare those of one run.
     """
 
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", DEVICES)
     shape: Literal["bert-base", "minilm", "tiny"] = option("bert-base", "shape of the encoder")
     pooling: Literal["mean", "cls"] = option("mean", "pooling of the encoder")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "precision; auto: bf16 where it is fast")

@@ -25,7 +25,7 @@ from lightning_modules.retrieval.compute import computing_in
 NUM_TEXTS = 48  # of the equality checks
 LOWEST_COSINE, HIGHEST_ERROR = 0.9999, 2e-2  # in bf16, compared with float32
 NUM_BATCHES = {"cuda": 500, "cpu": 40}  # in which recompilations are counted
-MAX_GRAPHS = 32
+MAX_GRAPHS = 16
 PROJECT = str(Path(__file__).parents[2])
 
 

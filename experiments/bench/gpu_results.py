@@ -40,7 +40,8 @@ PAGE = """{% from "charts.html.jinja" import charts %}
 <head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>Speed on {{ facts["device"] }}</title><link rel="icon" href="data:,"/><style>{{ style }}</style></head>
 <body><header><h1>Speed on {{ facts["device"] }}</h1>
-<p>{% for name, value in facts.items() %}{{ name }}: {{ value }}{% if not loop.last %}; {% endif %}{% endfor %}</p></header>
+<p>{% for name, value in facts.items() %}{{ name }}: {{ value }}{% if not loop.last %}; {% endif %}{% endfor %}</p>
+</header>
 <main>{% if chart %}{{ charts([chart]) }}{% endif %}
 {% for headings, rows in tables %}{% if rows %}<div class="scroll"><table>
 <thead><tr>{% for heading in headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>

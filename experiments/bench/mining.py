@@ -14,7 +14,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Document, MiningPool, Ragged
-from experiments.bench.timing import peak_memory
+from experiments.bench.timing import DEVICES, peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.mining.mine import MiningOptions, mine
@@ -41,7 +41,7 @@ class BenchOptions:
     k: int = option(100, "candidates per query", minimum=1)
     clusters: int = option(2000, "number of clusters", minimum=1)
     memory_mb: int = option(512, "memory for scores, in MB", minimum=1)
-    device: str = option("cpu", "device of the search: auto, cpu, cuda or cuda:N")
+    device: str = option("auto", DEVICES)
     threads: int = option(2, "number of threads", minimum=1)
     backend: Literal["auto", "faiss", "torch"] = option("auto", "library of the exact search")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.retrieval.compute import resolve_device
 
 VOCABULARY = 30_522
 M_MMAP_THRESHOLD = -3  # option of glibc's mallopt
@@ -49,6 +51,7 @@ class ShardingOptions:
     pairs: int = option(8, "pairs of texts on each rank", minimum=1)
     tokens: int = option(64, "tokens of a text", minimum=1)
     rounds: int = option(3, "number of steps to time", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: GPUs if there are any, one for each rank")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,7 +78,7 @@ def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:
 
 def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) -> dict[str, float]:
     """Return the size of one rank's tensors after a step, its peak memory, and the time of a step."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = resolve_device(options.device).type == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     address = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": options.ranks}
     dist.init_process_group("nccl" if on_gpu else "gloo", **address)
@@ -137,7 +140,7 @@ def make_batch(options: ShardingOptions, rank: int) -> ContrastiveBatch:
     texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, options.tokens))
     examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
     budget = pairs * options.tokens
-    collator = Collator("task0", examples, texts, 0, token_budget=budget, num_hard_negatives=0, seed=0)
+    collator = Collator("task0", examples, texts, token_budget=budget, num_hard_negatives=0, seed=0)
     return collator([(i, 0) for i in range(pairs)], 0)
 
 

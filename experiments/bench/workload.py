@@ -1,4 +1,4 @@
-"""What the benchmarks of a device measure: texts of realistic lengths, encoders of a given shape, and training batches."""
+"""What is measured: texts of realistic lengths, encoders of a given shape, and training batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import torch
 from transformers import BertTokenizer
 
 from datamodules.batches import Collator
-from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Document, Example, Tokens, UserError
 from datamodules.text import input_text, length_sorted_chunks, token_ids
 from lightning_modules.contrastive import ContrastiveModule
@@ -139,7 +138,10 @@ class Workload:
         module = ContrastiveModule(
             encoder, grad_cache=grad_cache, total_steps=10**6, similarity="cosine", temperature=0.05
         )
-        optimizer, rotation = module.to(self.device).train().configure_optimizers()["optimizer"], itertools.cycle(batches)
+        optimizer, rotation = (
+            module.to(self.device).train().configure_optimizers()["optimizer"],
+            itertools.cycle(batches),
+        )
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
@@ -203,7 +205,10 @@ def synthetic_documents(count: int, mean: float, max_length: int, tokenizer: Ber
     words = [word for word in vocabulary if word.isalpha() and len(word) > 1]
     suffixes = [piece[2:] for piece in vocabulary if piece.startswith("##") and len(piece) > 3]
     rng = np.random.default_rng(0)
-    return [_document(i, int(length), words, suffixes, rng) for i, length in enumerate(_lengths(count, mean, max_length, rng))]
+    return [
+        _document(i, int(length), words, suffixes, rng)
+        for i, length in enumerate(_lengths(count, mean, max_length, rng))
+    ]
 
 
 def _lengths(count: int, mean: float, max_length: int, rng: np.random.Generator) -> np.ndarray:
