@@ -21,7 +21,7 @@ from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, m
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # version of the store's layout; collections with another version are converted again
+VERSION = 5  # version of the store's layout; collections with another version are converted again
 LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -73,7 +73,6 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
     is_new = make_once(folder, lambda new: _convert(reader, new, description))
     collection = StoredCollection(folder)
     if not is_new:
-        collection.check_sizes()
         for warning in collection.meta["warnings"]:
             log.warning("%s (logged when it was converted into %s)", warning, folder)
     return collection
@@ -86,7 +85,6 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
         meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), folder)
     meta |= {"version": VERSION, "reader": description, "warnings": warnings}
     meta["sources"] = [str(source) for source in reader.sources()]
-    meta["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 

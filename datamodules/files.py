@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # unique among processes
     try:
-        with open(partial, "wb") as file:
+        with open_new(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,6 +39,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def open_new(path: Path, keep: bool = False, buffering: int = -1) -> BinaryIO:
+    """Open a file for writing, without writing to any other file that its name may lead to.
+
+    In a folder that others can write to, somebody may have put a link or a pipe there. It is deleted, not followed.
+    keep: append to the file if it is a regular one. Otherwise start with an empty file. buffering: as in open().
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not (keep and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+            path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_APPEND if keep else os.O_EXCL)
+    return open(path, "ab" if keep else "wb", buffering, opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class HardNegativeStore:
         except FileNotFoundError as error:
             problem = f"{Path(error.filename).name} is missing" if self.path.is_dir() else "no such folder"
             raise UserError(f"{path}: expected mined hard negatives, but {problem}; mine them first") from error
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: the mined hard negatives are damaged ({error}); mine again") from error
         if verify and (actual := hash_arrays(self.tasks)) != self.hash:
             raise UserError(

@@ -11,8 +11,11 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 from pathlib import Path
 from typing import IO
+
+from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +29,10 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
 
     A lock belongs to the file itself (its inode), so it holds under every name of the file: through links, bind mounts
     and other spellings. On a file system without locks, log a warning and return the file unlocked. Raises OSError if
-    the file cannot be written.
+    the file cannot be written, and UserError if the path is a link or not a regular file.
     """
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+        file = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -49,13 +52,27 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock on a file."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with _open(path, os.O_RDONLY, "r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no such file, or no locks on this file system
+    except (OSError, UserError):  # no such file, not a lock, or no locks on this file system
         pass
     return False
+
+
+def _open(path: Path, flags: int, mode: str) -> IO[str]:
+    """Open the file of a lock. Raises UserError if it is not a regular file: somebody may have put a link there."""
+    try:
+        number = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe must not block
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link, which a lock never follows; delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{path}: expected a file, which a lock needs; delete it")
+    return os.fdopen(number, mode, encoding="utf-8")
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -8,13 +8,16 @@ A training process keeps no Python object per document or judgement. conversion.
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
     FOLDER/SPLIT.{queries,documents,grades}.npy    rows of judgements; negative: outside the corpus
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
-    FOLDER/meta.json                       reader, counts, fingerprint, sizes of the files
+    FOLDER/meta.json                       reader, counts, fingerprint
+    FOLDER/files.json                      size and checksum of each file, written by make_once
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +26,14 @@ from typing import Any
 import numpy as np
 
 from datamodules.examples import ExampleTable, query_rows
-from datamodules.files import atomic_folder
+from datamodules.files import atomic_folder, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import Document, Qrels, UserError
 
+log = logging.getLogger(__name__)
+
+SEAL = "files.json"  # size and checksum of each file of a folder of the cache
+CHECKED = 1 << 28  # bytes of the largest file whose checksum is verified at every start
 ROWS = 1 << 15  # documents in one Arrow batch
 FIELDS = ("id", "title", "text")
 
@@ -116,19 +123,6 @@ class StoredCollection:
         self.corpus = StoredDocuments(folder / "corpus.arrow")
         self.queries = StoredDocuments(folder / "queries.arrow")
 
-    def check_sizes(self) -> None:
-        """Raise UserError if a file is missing or has another size than when it was written.
-
-        The fingerprint is not checked: every rank would read the whole corpus at every start.
-        """
-        for name, size in self.meta.get("files", {}).items():
-            path = self.folder / name
-            actual = f"{path.stat().st_size}" if path.is_file() else "no such file"
-            if actual != str(size):
-                raise UserError(
-                    f"{path}: expected {size} bytes, found {actual}; delete {self.folder} to convert the data again"
-                )
-
     def fingerprint(self) -> str:
         return self.meta["fingerprint"]
 
@@ -185,20 +179,56 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
-    """Make a folder of the cache unless it exists; `write` fills it. Return whether this process made it.
+    """Make a folder of the cache unless it exists and is intact; `write` fills it. Return whether this process made it.
 
     Raises UserError if the folder cannot be written.
     """
-    if folder.is_dir():
+    if folder.is_dir() and not damage(folder):
         return False
     with locked(folder):
-        if folder.is_dir():
+        if folder.is_dir() and not (problem := damage(folder)):  # another process has just made it
             return False
+        if folder.is_dir():
+            log.warning("cache: %s is damaged (%s); making it again", folder, problem)
         for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             with atomic_folder(folder) as new:
                 write(new)
+                _seal(new)
         except OSError as error:
             raise UserError(f"cache: cannot write to the folder {folder.parent} ({error})") from error
         return True
+
+
+def _seal(folder: Path) -> None:
+    """Record the size and the checksum of each file of a new folder."""
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / SEAL, files)
+
+
+def damage(folder: Path) -> str | None:
+    """Return how a folder of the cache differs from what was written, or None.
+
+    Of large files only the size is compared, because every rank would read the whole corpus at every start.
+    """
+    try:
+        for name, (size, expected) in read_json(folder / SEAL).items():
+            path = folder / name
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                return f"{name}: expected {size} bytes, found {actual or 'none'}"
+            if size <= CHECKED and checksum(path) != expected:
+                return f"{name} was altered"
+    except (UserError, OSError, ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

@@ -23,6 +23,7 @@ from datamodules.records import Collection, UserError
 from datamodules.tasks import Reader
 from experiments.config.arguments import parse
 from experiments.config.targets import accepted_arguments, check_target, instantiate
+from experiments.download.fetch import check_url
 from experiments.download.recipe import (
     COUNTS,
     OutputSpec,
@@ -87,10 +88,11 @@ def main(arguments: Sequence[str]) -> None:
 def _check(options: DataOptions) -> None:
     if not options.recipe:
         raise UserError(f"recipe: required, a name ({', '.join(recipes())}) or a YAML file")
-    if options.mirror and not options.mirror.startswith(("http://", "https://")):
-        raise UserError(
-            f"mirror: expected http:// or https://, got {options.mirror!r} (place local files in data.root/downloads)"
-        )
+    if options.mirror:
+        try:
+            check_url("mirror", options.mirror)
+        except UserError as error:
+            raise UserError(f"{error} (place local files in data.root/downloads)") from error
 
 
 @contextmanager
@@ -122,10 +124,16 @@ class Output:
         return needed_sources(self.spec, self.missing)
 
     def is_built(self) -> bool:
-        return (self.folder / STAMP).exists() and self.stamp()["fingerprint"] == self.fingerprint()
+        if not (self.folder / STAMP).exists():
+            return False
+        try:
+            return self.stamp()["fingerprint"] == self.fingerprint()
+        except UserError as error:
+            log.warning("%s: building the folder again", error)
+            return False
 
     def stamp(self) -> dict[str, Any]:
-        return read_json(self.folder / STAMP)
+        return read_json(self.folder / STAMP, {"fingerprint": str, "counts": dict, "without": list}, hint="")
 
     def fingerprint(self) -> str:
         """Return a hash of the sources and settings that the folder depends on."""

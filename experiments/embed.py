@@ -29,6 +29,7 @@ from lightning_modules.retrieval.compute import (
 )
 from lightning_modules.retrieval.embedding import ShardFolder, embed_shards
 from lightning_modules.retrieval.vector_cache import fingerprint
+from lightning_modules.throughput import computing_dtype, encoder_ceiling
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +172,15 @@ class EmbeddingJob:
         ):
             for number, documents, vectors in embedded:
                 shards.write(number, documents, vectors)
-        speed = progress.done / (time.monotonic() - progress.started)
+        seconds = time.monotonic() - progress.started
         complete = f"; {num_complete} shards were already complete" if num_complete else ""
-        log.info("%s texts embedded, %.1f per second%s", f"{progress.done:,}", speed, complete)
+        log.info("%s texts embedded, %s%s", f"{progress.done:,}", self._speed(encoder, seconds), complete)
+
+    def _speed(self, encoder: Encoder, seconds: float) -> str:
+        """Describe the mean speed of this process, with reading and writing."""
+        texts, tokens, flops = (encoder.encoded[unit] / seconds for unit in ("texts", "tokens", "flops"))
+        mfu = flops / encoder_ceiling(encoder, computing_dtype(self.precision))
+        return f"{texts:,.1f} texts/s, {tokens:,.0f} tokens/s, MFU {mfu:.0%}"
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ReportOptions, arguments)
     run = RunFiles(options.run)
     output = options.output or run.path / "report.html"
-    run.computed = compute(run, options.map, options.device)
+    try:
+        run.computed = compute(run, options.map, options.device)
+        page = render(run)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(COMPUTED), run.computed)
-        write_text(output, render(run))
+        write_text(output, page)
     except OSError as error:
         raise UserError(f"output: cannot write {output} ({error})") from error
     log.info("Report: %s", output)

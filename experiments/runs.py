@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
             continue
         try:
             rows.append(row(RunFiles(path.parent)))
-        except (UserError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
             problems.append(f"{path.parent}: not a run of this version ({error})")
     if not rows and not problems:
         raise UserError(f"root: there are no runs in {root}")

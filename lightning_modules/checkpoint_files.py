@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.files import open_new
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import reason
 
@@ -55,7 +56,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -
     partial = path.with_name(f"{path.name}.partial")  # a fixed name, so that killed runs leave at most one
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "wb") as file:
+        with open_new(partial) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

@@ -29,6 +29,7 @@ from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.pipeline import encode_on_device
 from lightning_modules.losses import (
     comparable,
     duplicate_mask,
@@ -291,10 +292,8 @@ class FrozenEncoder:
         if self.encoder.device != device:
             self.encoder.to(device)
         query_task, document_task = batch.task, self.encoder.document_task(batch.task)
-        vectors = self.encoder.encode(batch.texts, tasks=(query_task, document_task))
-        # Clones, because tensors made in inference mode cannot be saved for a backward pass.
-        queries = vectors[query_task].clone().to(device)[batch.queries]
-        documents = vectors[document_task].clone().to(device)[batch.documents]
+        vectors = encode_on_device(self.encoder, batch.texts, (query_task, document_task))
+        queries, documents = vectors[query_task][batch.queries], vectors[document_task][batch.documents]
         return FrozenVectors(comparable(queries, self.similarity), comparable(documents, self.similarity))
 
 

@@ -12,7 +12,7 @@ Useful are the operations that the vectors of real tokens need, whatever the imp
 Padding, the second forward pass of GradCache or of gradient checkpointing, further experts that routing tries in
 training, embeddings, LayerNorm, activations, the encoding of an instruction and the loss do not count.
 For BERT-base with mean pooling, a forward pass takes 170 MFLOP per token and 0.037 MFLOP per token and key; with "cls",
-5 % less at 200 tokens. The ceiling is the speed of one large matrix product of the encoder's own width.
+7 % less. The ceiling is the speed of one large matrix product of the encoder's own width.
 
 Shapes: n texts, D hidden size.
 """
@@ -23,7 +23,7 @@ import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,27 +45,30 @@ ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which 
 
 
 class LayerFlops(NamedTuple):
-    """Useful operations of one layer in a forward pass. trained: share of the products whose weights are trained."""
+    """Useful operations of one layer in a forward pass."""
 
     products: float
     attention: float
-    trained: float
 
 
-def forward_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
+def forward_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, *tasks: str) -> float:
     """Return the useful operations of a forward pass.
 
     lengths: number of tokens of each text, with special tokens and prompt, (n,).
-    task: task of the texts, which has an influence if texts attend to an instruction; by default any.
+    tasks: tasks for which each text is encoded, by default any one. Those with equal vectors count once, and so do
+        layers that the tasks share.
     """
-    return sum(layer.products + layer.attention for layer in _layers(encoder, lengths, task))
+    distinct = list({encoder.served_by(task): task for task in tasks}.values()) or [next(iter(encoder.tasks))]
+    num_shared = encoder.num_shared_layers if len(distinct) > 1 else 0
+    first, *others = ([layer.products + layer.attention for layer in _layers(encoder, lengths, t)] for t in distinct)
+    return sum(first) + sum(sum(layers[num_shared:]) for layers in others)
 
 
-def training_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> float:
-    """Return the useful operations of forward and backward pass. Arguments are those of forward_flops."""
+def training_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> float:
+    """Return the useful operations of forward and backward pass for one task. lengths: as in forward_flops."""
     total, has_gradient = 0.0, any(p.requires_grad for p in encoder.backbone.embeddings.parameters())
-    for index, (products, attention, trained) in enumerate(_layers(encoder, lengths, task)):
-        total += products * (1 + trained) + attention
+    for index, (products, attention) in enumerate(_layers(encoder, lengths, task)):
+        total += products * (1 + _trained_share(encoder, index, task)) + attention
         if has_gradient:
             total += products + 2 * attention
         modules = [*encoder.layer_modules(index), *_adapters(encoder, index)]
@@ -73,10 +76,9 @@ def training_flops(encoder: Encoder, lengths: np.ndarray, task: str = "") -> flo
     return total
 
 
-def _layers(encoder: Encoder, lengths: np.ndarray, task: str) -> Iterator[LayerFlops]:
+def _layers(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> Iterator[LayerFlops]:
     """Yield the operations of each layer."""
     config, lengths = encoder.backbone.config, np.asarray(lengths, dtype=np.int64)
-    task = task or next(iter(encoder.tasks))
     size, is_gated = encoder.dimension, config.model_type == "modernbert"
     feed_forward = (3 if is_gated else 2) * size * config.intermediate_size
     kinds = getattr(config, "layer_types", ["full_attention"] * encoder.num_layers)
@@ -92,7 +94,6 @@ def _layers(encoder: Encoder, lengths: np.ndarray, task: str) -> Iterator[LayerF
         yield LayerFlops(
             products=2.0 * (computed * weights + num_tokens * 2 * size**2),  # keys and values of all tokens
             attention=4.0 * size * (int(keys.sum()) + prefix * computed),
-            trained=_trained_share(encoder, index, task),
         )
 
 
@@ -208,7 +209,7 @@ class Speed:
     mfu: useful operations per second, as a share of the ceilings of all devices.
     padding_share: share of padding in the positions for which attention is computed; 0 where nothing is padded.
     data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
-    memory_mb: peak memory of the GPU or the process so far, on the rank with the most.
+    memory_mb: peak memory of the GPU or the process since training started, on the rank with the most.
     """
 
     tokens_per_second: float
@@ -240,6 +241,7 @@ class ThroughputMeter:
 
     def __init__(self, encoder: Encoder, ceiling: float, padded: bool = False):
         self.encoder, self.ceiling, self.padded, self.memory = encoder, ceiling, padded, Memory(encoder.device)
+        self.memory.reset_peak()  # measuring the ceiling may have taken more than a step does
         self._clear()
 
     def _clear(self) -> None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SURROGATES, BadLines, Record, Row
 from datamodules.records import UserError
@@ -23,6 +23,9 @@ from datamodules.records import UserError
 log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
+MAX_WHOLE = 2**28  # characters of a file that is read as a whole
+# Texts shrink to a fifth, and repetitive ones to a fiftieth. A file made to fill a disk expands a thousandfold.
+EXPANSION, MIN_EXPANSION = 200, 2**30  # ratio, and bytes up to which any ratio is accepted
 CHUNK = 2**20  # characters
 SUFFIXES = ("", ".gz", ".zst")
 
@@ -91,8 +94,36 @@ def open_text(path: Path) -> Iterator[TextIO]:
         import pyarrow
 
         file = pyarrow.input_stream(file, compression="zstd")
+    if path.suffix in SUFFIXES[1:]:
+        file = io.BufferedReader(_Decompressed(file, path), CHUNK)
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
         yield stream
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file. Raises UserError if it is many times larger than the file."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.size = file, path, 0
+        self.limit = max(MIN_EXPANSION, EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self.file.read(len(buffer))
+        self.size += len(content)
+        if self.size > self.limit:
+            raise UserError(
+                f"{self.path}: expands to more than {self.limit:,} bytes, {EXPANSION} times its size; if it is the "
+                "right file, decompress it"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: bool = False) -> str:
@@ -220,7 +251,9 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
 def read_whole_json(path: Path) -> Any:
     """Return the one JSON value of a small file. Raises UserError if it is invalid."""
     with open_text(path) as stream:
-        text = read_chunk(stream, path, 0, -1)
+        text = read_chunk(stream, path, 0, MAX_WHOLE + 1)
+    if len(text) > MAX_WHOLE:
+        raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
     try:
         return _parse(text)
     except UserError as error:

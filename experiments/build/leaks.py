@@ -200,9 +200,12 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
     path = Path(config.cache).expanduser() / f"leaks-{_data_key(config, tasks)}.json"
     with locked(path):  # the first rank compares, the others wait
         if path.is_file():
-            content = read_json(path)
-            sets = {name: EvaluatedSet(**evaluated) for name, evaluated in content["sets"].items()}
-            return Leaks(**content | {"sets": sets})
+            try:
+                content = read_json(path, {"sets": dict})
+                sets = {name: EvaluatedSet(**evaluated) for name, evaluated in content["sets"].items()}
+                return Leaks(**content | {"sets": sets})
+            except (UserError, TypeError) as error:
+                log.warning("data.cache: %s is damaged (%s); comparing again", path, error)
         log.info("comparing the training data with the evaluation (only once; data.on_leak=ignore skips it)")
         leaks = find_leaks(tasks, config.leaks_in)
         try:

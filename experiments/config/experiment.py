@@ -137,7 +137,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path / 'config.yaml'}: is empty or damaged")

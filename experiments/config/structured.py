@@ -25,7 +25,7 @@ def read_yaml(path: Path, name: str = "") -> DictConfig:
     name = name or str(path)
     try:
         node = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{name}: expected a YAML mapping (`key: value` lines)")

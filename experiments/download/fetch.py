@@ -14,11 +14,14 @@ import http.client
 import logging
 import lzma
 import os
+import re
 import shutil
 import ssl
+import stat
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from datamodules.files import write_text
+from datamodules.files import open_new, write_text
 from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 RETRIED_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+# Texts shrink to a fifth, and repetitive ones to a fiftieth. An archive made to fill a disk expands a thousandfold.
+EXPANSION, MIN_EXPANSION = 200, 1 << 30
+RESERVE = 1 << 28  # bytes that unpacking leaves free on the disk
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DAMAGED_ARCHIVE = (
     *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
@@ -75,19 +81,31 @@ def download(
     """
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
+    failures = most = 0
     while True:
-        before = _size(part)
+        most = max(most, _size(part))  # a server that sends less than it announces makes no progress
         try:
             _receive(url, part, size, has_checksum, report)
             return part
         except Interrupted as error:
-            failures = 1 if _size(part) > before else failures + 1
+            failures = 1 if _size(part) > most else failures + 1
             if failures > len(PAUSES):
                 raise UserError(f"{url}: {error}, {failures} times without progress. {manual_help(path)}") from error
             pause = max(error.seconds, PAUSES[failures - 1])
             log.info("%s: %s; trying again in %g s", url, error, pause)
             time.sleep(pause)
+
+
+def check_url(key: str, url: str) -> None:
+    """Raise UserError unless a text is an http or https URL. key: where it comes from."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.netloc.encode("idna")
+        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:
+        raise UserError(f"{key}: {url!r} is not a valid URL ({error})") from error
+    if not is_url or re.search(r"[\x00-\x20\x7f]", url):
+        raise UserError(f"{key}: expected http:// or https:// and a host, got {url!r}")
 
 
 def keep(part: Path) -> None:
@@ -117,18 +135,33 @@ def _version_file(part: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    """Return the size of a partial download; 0 for a link or anything else that is not ours to append to."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else 0
+
+
+def _read_version(part: Path) -> tuple[str, int | None]:
+    """Return the version of a partial download on the server ("" if unknown), and the size of the whole file."""
+    try:
+        version, _, total = _version_file(part).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return "", None
+    return version, int(total) if total.isdecimal() else None
 
 
 def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report: Report) -> None:
     """Download the rest of a file. Raises Interrupted and UserError."""
-    version_file = _version_file(part)
-    version = version_file.read_text(encoding="utf-8") if version_file.exists() else ""
+    version, whole = _read_version(part)
     start = _size(part) if version or has_checksum else 0
+    whole = whole if start and size is None else size
     headers = {"User-Agent": "scimult", "Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
     try:
+        check_url(url, url)
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
             if response.headers.get_content_type() == "text/html":
                 advice = manual_help(_final_path(part))
@@ -138,10 +171,18 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
             total = start + int(rest) if rest.isdecimal() else None
             if size is not None and total is not None and total != size:
                 raise UserError(f"{url}: expected a file of {size:,} bytes, but the server has {total:,}")
-            write_text(version_file, _version(response))
-            _append(response, part, start, size if total is None else total, report)
+            if start and None not in (whole, total) and total != whole:
+                part.unlink()
+                raise Interrupted(f"the server sent the size {whole:,}, and now {total:,}; starting from the beginning")
+            total = (whole if start else size) if total is None else total
+            write_text(_version_file(part), f"{_version(response)}\n{'' if total is None else total}")
+            _append(response, part, start, total, report)
     except urllib.error.HTTPError as error:
-        _handle_refusal(url, part, error, start, size)
+        _handle_refusal(url, part, error, start, whole)
+    except UserError:
+        raise
+    except ValueError as error:  # raised for a URL, or the target of a redirection, that cannot be parsed
+        raise UserError(f"{url}: not a valid URL ({error})") from error
     except RETRIED_ERRORS as error:
         raise Interrupted(f"cannot be reached ({getattr(error, 'reason', error)})") from error
     except OSError as error:
@@ -169,7 +210,7 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, total: i
     if total is not None and (free := shutil.disk_usage(part.parent).free) < total - start:
         raise UserError(f"{part}: {total - start:,} bytes are needed, but only {free:,} are free on the disk")
     done = start
-    with open(part, "ab" if start else "wb", buffering=0) as file:  # unbuffered, so that a kill loses nothing
+    with open_new(part, keep=start > 0, buffering=0) as file:  # unbuffered, so that a kill loses nothing
         while chunk := response.read1(CHUNK):
             file.write(chunk)
             done += len(chunk)
@@ -182,10 +223,10 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, total: i
 def _handle_refusal(url: str, part: Path, error: urllib.error.HTTPError, start: int, size: int | None) -> None:
     """Raise Interrupted or UserError, unless the partial download is already complete."""
     if error.code == 416 and start:  # the requested range starts at or after the end of the file
-        if size == start or error.headers.get("Content-Range") == f"bytes */{start}":
+        if size == start or (size is None and error.headers.get("Content-Range") == f"bytes */{start}"):
             return
         part.unlink()
-        raise Interrupted("the file on the server is shorter than the partial download; starting from the beginning")
+        raise Interrupted("the file on the server has another size than before; starting from the beginning")
     if error.code in RETRIED_STATUS:
         seconds = error.headers.get("Retry-After", "")
         raise Interrupted(f"the server answers {error.code} {error.reason}", int(seconds) if seconds.isdecimal() else 0)
@@ -214,15 +255,23 @@ def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, repor
     Raises UserError if the archive is damaged, or if nothing matches a pattern.
     """
     matched: set[str] = set()
+    limit, expanded = max(MIN_EXPANSION, EXPANSION * archive.stat().st_size), 0
     try:
         for member in _zip_members(archive) if kind == "zip" else _tar_members(archive):
+            expanded += member.size
+            if expanded > limit:
+                raise UserError(
+                    f"{archive}: expands to more than {limit:,} bytes, {EXPANSION} times its size, so the rest is not "
+                    f"unpacked. If it is the right file, unpack it yourself into {folder}"
+                )
             patterns = {pattern for pattern in members if fnmatch.fnmatchcase(member.name, pattern)}
             if not patterns:
                 continue
             matched |= patterns
             target = _target_path(archive, folder, member.name)
-            if not (target.is_file() and target.stat().st_size == member.size):
+            if target.is_symlink() or not (target.is_file() and target.stat().st_size == member.size):
                 report(member.name)
+                _check_space(archive, folder, member)
                 _write_member(member, target)
     except DAMAGED_ARCHIVE as error:
         raise UserError(f"{archive}: the archive is damaged ({error}). Delete it to download it again.") from error
@@ -251,14 +300,25 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
 def _target_path(archive: Path, folder: Path, name: str) -> Path:
     """Return the path of an unpacked member. Raises UserError if it is outside the folder."""
     target = Path(os.path.normpath(folder / name))
-    if "\\" in name or not target.is_relative_to(folder) or target == folder:
+    is_inside = target.is_relative_to(folder) and target.parent.resolve().is_relative_to(folder.resolve())
+    if "\\" in name or not is_inside or target == folder:
         raise UserError(f"{archive}: not unpacked, because its member {name!r} is outside the folder")
     return target
+
+
+def _check_space(archive: Path, folder: Path, member: _Member) -> None:
+    """Raise UserError if a member would fill the disk."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if member.size > (free := shutil.disk_usage(existing).free - RESERVE):
+        raise UserError(
+            f"{folder}: {member.name} of {archive.name} needs {member.size:,} bytes, but only {max(0, free):,} are "
+            "free on the disk; the same command unpacks the rest"
+        )
 
 
 def _write_member(member: _Member, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    with member.open() as source, open(partial, "wb") as file:
+    with member.open() as source, open_new(partial) as file:
         shutil.copyfileobj(source, file, CHUNK)  # at the end of a zip member, this verifies its checksum
     os.replace(partial, target)

@@ -17,6 +17,7 @@ from datamodules.tasks import Reader
 from experiments.config.experiment import names
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured
 from experiments.config.targets import check_target
+from experiments.download.fetch import check_url
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 COUNTS = ("documents", "queries", "pairs", "negatives")
@@ -92,8 +93,8 @@ def _check(path: Path, recipe: Recipe) -> None:
         _check_name(key, name)
         if not source.files:
             raise UserError(f"{key}.files: expected at least one file")
-        if source.url is not None and not re.match("https?://", source.url):
-            raise UserError(f"{key}.url: expected http:// or https://, got {source.url!r}")
+        if source.url is not None:
+            check_url(f"{key}.url", source.url)
         for file, spec in source.files.items():
             _check_file(f"{key}.files.{file}", file, spec)
     for name, output in recipe.outputs.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from datamodules.files import read_json, write_json
+from datamodules.files import RECREATED, read_json, write_json
 from datamodules.records import UserError
 from experiments.download.fetch import NotOnServer, discard, download, keep, manual_help, unpack
 from experiments.download.recipe import FileSpec, SourceSpec
@@ -41,7 +41,11 @@ class Sources:
     def __init__(self, root: Path, specs: Mapping[str, SourceSpec], mirror: str = ""):
         self.root, self.specs, self.mirror = root, specs, mirror.rstrip("/")
         self.checksum_file = root / "checksums.json"
-        self.known: dict[str, dict[str, Any]] = read_json(self.checksum_file) if self.checksum_file.exists() else {}
+        self.known: dict[str, dict[str, Any]] = {}
+        if self.checksum_file.exists():
+            self.known = read_json(self.checksum_file)
+            if not all(isinstance(entry, dict) for entry in self.known.values()):
+                raise UserError(f"{self.checksum_file}: expected the checksums of each file. {RECREATED}")
 
     def folder(self, name: str) -> Path:
         """Return the folder with the contents of a source."""
@@ -108,7 +112,7 @@ class Sources:
 
     def _is_unpacked(self, name: str) -> bool:
         stamp = self.folder(name) / ".unpacked.json"
-        return self.specs[name].unpack != "no" and stamp.exists() and read_json(stamp) == self._unpacking(name)
+        return self.specs[name].unpack != "no" and stamp.exists() and read_json(stamp, object) == self._unpacking(name)
 
     def _download(self, name: str, file: str) -> None:
         url, path, spec = self.url(name, file), self.path(name, file), self.specs[name].files[file]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.experiment import read_config, runs_there
 from experiments.results.results import Results, read_results
+from experiments.run.folder import read_manifest
+from experiments.run.trials import read_rows
 
 CONFIG = "config.yaml"
 COMPUTED = "report.json"  # the report's own calculations, stored next to the page
@@ -75,7 +76,8 @@ class RunFiles:
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        return self.json("manifest.json") or {}
+        path = self.path / "manifest.json"
+        return read_manifest(path) if path.is_file() else {}
 
     @cached_property
     def results(self) -> Results | None:
@@ -84,15 +86,11 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:
-        """Logged values by step. After a resume, the later value of a step counts. Truncated lines are skipped."""
+        """Logged values by step. After a resume, the later value of a step counts. Damaged lines are skipped."""
         metrics: dict[int, dict[str, Any]] = {}
-        path = self.path / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            metrics.setdefault(row["step"], {}).update(row)
+        for row in read_rows(self.path / "metrics.jsonl"):
+            if type(row.get("step")) is int:
+                metrics.setdefault(row["step"], {}).update(row)
         return dict(sorted(metrics.items()))
 
     def means(self) -> dict[str, float]:

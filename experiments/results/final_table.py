@@ -119,8 +119,12 @@ class FinalTable:
         """Return the baselines, if they were evaluated on the same data with the same metrics and protocols."""
         if not self.baselines_file.is_file():
             return {}
-        content = read_json(self.baselines_file)
-        tables = tables_from_json(content["benchmarks"])
+        try:
+            content = read_json(self.baselines_file, {"benchmarks": dict})
+            tables = tables_from_json(content["benchmarks"])
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged (%s), so the final table has no baselines", self.baselines_file, error)
+            return {}
         now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
         then = {name: (table.protocol, table.data) for name, table in tables.items()}
         if {key: content.get(key) for key in self._protocol()} != self._protocol() or then != now:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import read_json
 from experiments.config.experiment import read_config
 from experiments.results.results import Results, read_results
+from experiments.run.folder import read_manifest
 from lightning_modules.encoders.base import Encoder
 
 CARD = "README.md"
@@ -83,7 +83,7 @@ def _encoder(encoder: Encoder, source: str, similarity: str) -> str:
 def _training(run: Path, task: str) -> list[str]:
     """Return the sections on data, training and results of a run."""
     config, sections = read_config(run), []
-    manifest = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    manifest = read_manifest(run / "manifest.json") if (run / "manifest.json").is_file() else {}
     data = manifest.get("data", {})
     if task not in ("", "average") and data and task not in {entry["task"] for entry in data.values()}:
         extended = config.get("extend", {}).get("model")

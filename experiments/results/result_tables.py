@@ -93,7 +93,7 @@ def show_cost(benchmarks: Benchmarks) -> None:
     num_priced = {system: sum(r.cost.money is not None for r in group) for system, group in with_cost.items()}
     grid = Table(title="cost", title_justify="left")
     grid.add_column("system")
-    headings = ["devices", "texts", "tokens", "texts/s", "device seconds", "memory, MB"]
+    headings = ["devices", "texts", "tokens", "texts/s", "tokens/s", "MFU", "device seconds", "memory, MB"]
     for heading in [*headings, "money"] if any(num_priced.values()) else headings:
         grid.add_column(heading, justify="right")
     for system, group in with_cost.items():
@@ -108,6 +108,8 @@ def show_cost(benchmarks: Benchmarks) -> None:
             f"{cost.texts:,d}",
             f"{cost.tokens:,d}",
             "" if cost.texts_per_second is None else f"{cost.texts_per_second:,.1f}",
+            "" if cost.tokens_per_second is None else f"{cost.tokens_per_second:,.0f}",
+            "" if cost.mfu is None else f"{cost.mfu:.0%}",
             f"{cost.device_seconds:,.1f}",
             f"{cost.memory_mb:,d}",
             *([money] if any(num_priced.values()) else []),

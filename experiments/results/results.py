@@ -25,7 +25,15 @@ from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate
 log = logging.getLogger(__name__)
 
 STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
-OMITTED_IF_NONE = ("texts", "draws", "spread", "cost", "money")  # keys of an entry that are left out, not null
+OMITTED_IF_NONE = (
+    "texts",
+    "draws",
+    "spread",
+    "cost",
+    "tokens_per_second",
+    "mfu",
+    "money",
+)  # keys of an entry that are left out, not null
 
 
 @dataclass(kw_only=True)
@@ -128,12 +136,12 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
-    content = read_json(path)
+    content = read_json(path, {"benchmarks": dict, "metrics": list})
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo
         return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: expected the results of benchmarks") from error
 
 
@@ -156,6 +164,7 @@ def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
         check_name("benchmark", name)
         systems = {}
         for system, metrics in entry["systems"].items():
+            metrics = {name: float(value) for name, value in metrics.items()}
             check_name("system", system)
             measured = entry.get("measured", {}).get(system, {})
             cost = Cost(**_known(Cost, {"texts_per_second": None} | measured["cost"])) if "cost" in measured else None
@@ -205,9 +214,9 @@ def evaluate_system(
         origin = {"model": "bm25", "device": "cpu"}
     else:
         origin = _describe_encoder(system, benchmark)
-        meter = CostMeter(system.encoder)
         with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
             origin["precision"] = active_precision(system.encoder.device)
+            meter = CostMeter(system.encoder, origin["precision"])
             result = evaluate(
                 system.encoder,
                 benchmark,

@@ -32,4 +32,4 @@ def published_trials(folder: Path) -> Iterator[list[str]]:
             if (folder / END).exists() and not trial.exists():
                 return
             time.sleep(0.5)
-        yield read_json(trial)
+        yield read_json(trial, list)

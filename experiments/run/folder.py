@@ -28,13 +28,14 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.files import read_json, write_json, write_text
+from datamodules.files import RECREATED, read_json, write_json, write_text
 from datamodules.records import UserError
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
 from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
+from lightning_modules.encoders.backbone import reason
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class RunFolder:
 
     def recorded_precision(self) -> str | None:
         """Return the precision that a resumed run must keep, even on another machine; None for a new run."""
-        return read_json(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
+        return read_manifest(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
 
 
 def open_run(config: Config) -> RunFolder:
@@ -104,7 +105,7 @@ def _was_started_by_this_job(path: Path) -> bool:
     if job is None or not manifest.is_file():
         return False
     try:
-        return any(attempt.get("job") == job for attempt in read_json(manifest)["attempts"])
+        return any(attempt.get("job") == job for attempt in read_manifest(manifest)["attempts"])
     except UserError:
         return False
 
@@ -130,7 +131,8 @@ def _is_complete(path: Path, config: Config) -> bool:
     """Return whether the run has results for the number of steps, the split and the metrics of the configuration."""
     if not (path / "results.json").is_file():
         return False
-    results, evaluation = read_json(path / "results.json"), config.evaluation
+    results = read_json(path / "results.json", {"split": str, "metrics": list, "steps": int})
+    evaluation = config.evaluation
     same_protocol = results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
     return results["steps"] >= config.trainer.max_steps and same_protocol
 
@@ -170,13 +172,13 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
     """
     if not (folder.checkpoint or folder.complete) or not folder.manifest.is_file():
         return
-    then, now = read_json(folder.manifest).get("data", {}), describe_data(data)
+    then, now = read_manifest(folder.manifest)["data"], describe_data(data)
     # Collections in memory and in the cache have different fingerprints.
     was_cached = bool(read_config(folder.path).get("data", {}).get("cache"))
     keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
     differences = [
         f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
-        for name in dict.fromkeys((*then, *now))
+        for name in dict.fromkeys((*then, *now) if then else ())
         if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
     ]
     if differences:
@@ -231,7 +233,7 @@ def record_start(
 
     schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
     """
-    manifest = read_json(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
+    manifest = read_manifest(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
     if job := launch.slurm_job():
         attempt["job"] = job
@@ -252,9 +254,25 @@ def record_start(
 @rank_zero_only
 def record_end(folder: RunFolder, seconds: float) -> None:
     """Record in the manifest how long this attempt trained."""
-    manifest = read_json(folder.manifest)
+    if not folder.manifest.is_file():
+        raise UserError(f"run.dir: {folder.path} was deleted or moved during the training")
+    manifest = read_manifest(folder.manifest)
     manifest["attempts"][-1]["seconds"] = round(seconds, 1)
     write_json(folder.manifest, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a manifest.json. Raises UserError if it is damaged or has other types than record_start writes."""
+    manifest = {"attempts": [], "data": {}, "versions": {}, "parameters": 0} | read_json(path)
+    try:
+        for attempt in manifest["attempts"]:
+            float(attempt["seconds"] or 0), int(attempt.get("devices", 1))
+        for collection in manifest["data"].values():
+            collection["task"], int(collection["documents"]), collection["queries"].items(), collection["fingerprint"]
+        dict(manifest["versions"]), int(manifest["parameters"]), (manifest.get("git") or {}).items()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not a manifest of a run ({reason(error)}). {RECREATED}") from error
+    return manifest
 
 
 def versions() -> dict[str, str]:

@@ -124,7 +124,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSON lines file. Lines that a kill or a full disk has cut short are skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
                 rows.append(row)
@@ -155,7 +155,9 @@ class Controller:
 
     def states(self) -> dict[int, dict[str, Any]]:
         """Return the last row of trials.jsonl of each trial, by number."""
-        return {row["trial"]: row for row in read_rows(self.folder / "trials.jsonl") if "trial" in row}
+        types = {"trial": int, "state": str, "parameters": dict}
+        rows = read_rows(self.folder / "trials.jsonl")
+        return {row["trial"]: row for row in rows if all(isinstance(row.get(key), kind) for key, kind in types.items())}
 
     def run(self) -> None:
         """Run all trials that have not ended.

@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
         self.sharded = False  # whether distributed/sharding.py has split the parameters over ranks
         self._weights: Mapping[Tensor, Tensor] = {}  # what replaces the parameters at the moment
-        self.encoded = {"texts": 0, "tokens": 0}  # totals over all calls of encode, without padding
+        self.encoded = {"texts": 0, "tokens": 0, "flops": 0.0}  # totals over all calls of encode (see throughput.py)
 
     @property
     def config(self) -> dict[str, Any]:

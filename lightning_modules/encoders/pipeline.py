@@ -18,6 +18,8 @@ from torch import Tensor
 from datamodules.records import Document, Tokens
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
+from lightning_modules.retrieval.compute import default_token_budget
+from lightning_modules.throughput import forward_flops
 
 if TYPE_CHECKING:
     from lightning_modules.encoders.base import Encoder
@@ -47,6 +49,19 @@ def encode_units(
     yield from _finished(launched, 0)
 
 
+def encode_on_device(encoder: Encoder, documents: Sequence[Document], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return task -> vectors (n, D) of texts, in float32 on the encoder's device. The host does not wait for them."""
+    vectors: dict[str, Tensor] = {}
+    tasks_of, token_budget = _tasks_by_prompt(encoder, tasks), default_token_budget(encoder.device)
+    jobs = ((Encoding(encoder.tokenizer, prompt, encoder.max_length), documents) for prompt in tasks_of)
+    with closing(tokenise_ahead(jobs)) as tables:
+        for same_prompt, table in zip(tasks_of.values(), tables, strict=True):
+            rows, computed = _compute(encoder, table, same_prompt, token_budget, None)
+            position = torch.from_numpy(np.argsort(rows)).to(encoder.device, non_blocking=True)
+            vectors |= {task: in_chunks[position] for task, in_chunks in computed.items()}
+    return vectors
+
+
 def only(results: Iterator[dict[str, Tensor]], task: str) -> Iterator[Tensor]:
     """Yield the vectors of one task."""
     with closing(results):
@@ -58,9 +73,7 @@ def _jobs(
     encoder: Encoder, units: Iterable[Sequence[Document]], tasks: Sequence[str], blocks: deque[_Block]
 ) -> Iterator[tuple[Encoding, Sequence[Document]]]:
     """Yield the texts of each block, once for each prompt, and append the block to `blocks`."""
-    tasks_of: dict[str, list[str]] = {}
-    for task in tasks:
-        tasks_of.setdefault(encoder.prompts.get(task, ""), []).append(task)
+    tasks_of = _tasks_by_prompt(encoder, tasks)
     for documents in units:
         vectors = {task: torch.empty(len(documents), encoder.dimension) for task in tasks}
         starts = range(0, max(len(documents), 1), BLOCK)
@@ -70,6 +83,38 @@ def _jobs(
                 blocks.append(_Block(encoder, {task: vectors[task][start : start + BLOCK] for task in same_prompt}))
                 yield encoding, documents[start : start + BLOCK]
         blocks[-1].unit = vectors
+
+
+def _tasks_by_prompt(encoder: Encoder, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Return prompt -> the tasks whose texts start with it."""
+    tasks_of: dict[str, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        tasks_of.setdefault(encoder.prompts.get(task, ""), []).append(task)
+    return tasks_of
+
+
+def _compute(
+    encoder: Encoder,
+    table: TokenTable,
+    tasks: Sequence[str],
+    token_budget: int,
+    advance: Callable[[int], None] | None,
+) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Return task -> vectors of texts on the device, shortest text first, and the row of each text in the table."""
+    chunks = list(length_sorted_chunks(table.lengths().tolist(), token_budget))
+    rows = np.concatenate(chunks)
+    computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    with encoder.inferring():
+        conditions = {task: encoder.condition(task) for task in tasks}
+        for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
+            for task, vectors in encoder.forward_tasks(tokens, tasks, conditions).items():
+                computed[task].append(vectors.float())
+            encoder.encoded["texts"] += len(tokens)
+            encoder.encoded["tokens"] += tokens.num_tokens
+            if advance is not None:
+                advance(len(tokens))
+        encoder.encoded["flops"] += forward_flops(encoder, table.lengths(), *tasks)
+        return rows, {task: torch.cat(vectors) for task, vectors in computed.items()}
 
 
 def _finished(launched: deque[_Block], most: int) -> Iterator[dict[str, Tensor]]:
@@ -96,23 +141,11 @@ class _Block:
 
     def launch(self, table: TokenTable, token_budget: int, advance: Callable[[int], None] | None) -> None:
         """Compute the vectors, and start to copy them to the host."""
-        chunks = list(length_sorted_chunks(table.lengths().tolist(), token_budget))
-        if not chunks:
+        if not len(table):
             return
-        rows = np.concatenate(chunks)
-        encoder, tasks = self.encoder, list(self.vectors)
-        computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
-        with encoder.inferring():
-            conditions = {task: encoder.condition(task) for task in tasks}
-            for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
-                for task, vectors in encoder.forward_tasks(tokens, tasks, conditions).items():
-                    computed[task].append(vectors.float())
-                encoder.encoded["texts"] += len(tokens)
-                encoder.encoded["tokens"] += tokens.num_tokens
-                if advance is not None:
-                    advance(len(tokens))
-            self.order = torch.from_numpy(rows)
-            self.computed = {task: HostCopy(torch.cat(vectors)) for task, vectors in computed.items()}
+        rows, computed = _compute(self.encoder, table, list(self.vectors), token_budget, advance)
+        self.order = torch.from_numpy(rows)
+        self.computed = {task: HostCopy(vectors) for task, vectors in computed.items()}
 
     def finish(self) -> None:
         """Wait for the copies, and put the vectors into the order of the texts."""

@@ -278,7 +278,7 @@ def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str,
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict) or id not in record:
                     raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")

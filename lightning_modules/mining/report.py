@@ -148,7 +148,10 @@ def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) ->
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:
     """Return the figures of each task in a report.json."""
-    return {task: each["values"] for task, each in read_json(path).items()}
+    tasks = read_json(path)
+    if not all(isinstance(each, dict) and isinstance(each.get("values"), dict) for each in tasks.values()):
+        raise UserError(f"{path}: expected the values of each task")
+    return {task: each["values"] for task, each in tasks.items()}
 
 
 def svg(reports: Mapping[str, TaskReport], title: str) -> str:

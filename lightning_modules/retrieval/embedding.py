@@ -15,7 +15,6 @@ depend on how processes divide the work. Processes share nothing but the folder.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import atomic_file, write_json, write_text
+from datamodules.files import atomic_file, read_json, write_json, write_text
 from datamodules.records import Document, UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
@@ -91,7 +90,7 @@ class ShardFolder:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
                 _write_json(path, self.metadata)
-            stored = read_object(path)
+            stored = read_json(path, hint="")
         except OSError as error:
             raise UserError(f"{folder}: cannot be used as a folder of shards ({error})") from error
         stored["precision"] = FORMER_PRECISIONS.get(str(stored.get("precision")), stored.get("precision"))
@@ -125,7 +124,7 @@ class ShardFolder:
         path = self._record_path(number)
         if not path.is_file():
             return None
-        record = read_object(path)
+        record = read_json(path, hint="")
         for key, kind in (("ids", list), ("texts", str), ("vectors", dict)):
             if not isinstance(record.get(key), kind):
                 raise UserError(f"{path}: damaged ({key} is missing, or not a {kind.__name__})")
@@ -166,7 +165,7 @@ class ShardFolder:
     def merge(self, task: str, count: int, path: Path, source: Mapping[str, Any]) -> int:
         """Merge all `count` shards for a task into one matrix (M, D), and return M.
 
-        path: file of the matrix; left alone if it is up to date. source: further metadata of the matrix.
+        path: file of the matrix; left alone if it is up to date and intact. source: further metadata of the matrix.
         Only one shard is in memory at a time. Raises UserError for a shard that is missing or damaged.
         """
         records = [self.record(number) for number in range(count)]
@@ -175,8 +174,10 @@ class ShardFolder:
         ids = [id for record in records for id in record["ids"]]
         hashes = [record["vectors"].get(task) for record in records]
         metadata = self.metadata | dict(source) | {"task": task, "count": len(ids), "shards": hashes}
-        if path.is_file() and _sidecar(path, ".json").is_file() and read_metadata(path) == metadata:
-            return len(ids)
+        if path.is_file() and _sidecar(path, ".json").is_file():
+            if _is_merged(path, metadata, [(record["ids"], record["vectors"][task]) for record in records]):
+                return len(ids)
+            log.info("%s: merging the shards again", path)
         if repeated := len(ids) - len(set(ids)):
             log.warning("%s: %d ids occur more than once in the input; each occurrence has a row", path, repeated)
         try:
@@ -203,6 +204,29 @@ class ShardFolder:
 
 def _array_hash(array: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=12).hexdigest()
+
+
+def _is_merged(path: Path, metadata: Mapping[str, Any], shards: Sequence[tuple[list[str], str]]) -> bool:
+    """Return whether a matrix consists of these shards. Logs a warning if it says so, but a file is damaged.
+
+    shards: ids of each shard, and the hash of its vectors.
+    """
+    ids = [id for shard_ids, _ in shards for id in shard_ids]
+    try:
+        if read_metadata(path) != metadata:
+            return False
+        matrix, start = np.load(path, mmap_mode="r"), 0
+        intact = len(matrix) == len(ids) and path.stat().st_size == matrix.offset + matrix.nbytes
+        for shard_ids, vectors_hash in shards if intact else ():
+            intact = intact and _array_hash(matrix[start : start + len(shard_ids)]) == vectors_hash
+            start += len(shard_ids)
+        if intact and read_ids(path, len(ids)) == ids:
+            return True
+        problem = "its content differs from what was written"
+    except (UserError, OSError, ValueError, EOFError, TypeError) as error:
+        problem = str(error)
+    log.warning("%s: damaged (%s)", path, problem)
+    return False
 
 
 class Matrix:
@@ -245,18 +269,7 @@ def open_matrix(path: Path, task: str = "") -> Matrix:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a matrix or an index. Raises UserError if it is missing or damaged."""
-    return read_object(_sidecar(path, ".json"))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object. Raises UserError if it is missing, damaged or has something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(_sidecar(path, ".json"), hint="")
 
 
 def read_ids(path: Path, count: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections import OrderedDict, deque
@@ -29,6 +30,8 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
 from lightning_modules.retrieval.compute import active_precision
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
+
+log = logging.getLogger(__name__)
 
 SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
 MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
@@ -123,7 +126,7 @@ class VectorCache:
                 shard = texts[first : first + size]
                 path = folder / f"{text_hash(shard, task, self.similarity, active_precision(self.encoder.device))}.npy"
                 paths.append(path)
-                if number % world_size() == rank() and not path.is_file():
+                if number % world_size() == rank() and not _is_intact(path, len(shard)):
                     missing.append((first, path))
                     yield shard
 
@@ -133,6 +136,7 @@ class VectorCache:
                     first, path = missing.popleft()
                     with atomic_file(path) as file:
                         np.save(file, self._checked(vectors, name, first))
+                        file.write(_checksum(vectors))
 
         together(encode_missing)
         # Copy-on-write, because torch warns about arrays that are not writable.
@@ -188,6 +192,29 @@ def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
     with torch.no_grad():
         sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
     return repr(encoder.config), versions, tuple(sums)
+
+
+def _is_intact(path: Path, count: int) -> bool:
+    """Return whether a file has the vectors of `count` texts. Logs a warning if it is damaged."""
+    if not path.is_file():
+        return False
+    try:
+        vectors = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(vectors.offset + vectors.nbytes)
+            end = file.read()
+        # Files of earlier versions have no checksum.
+        problem = "" if len(vectors) == count and end in (b"", _checksum(vectors)) else "its content was altered"
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+        problem = str(error)
+    if problem:
+        log.warning("%s is damaged (%s); encoding its texts again", path, problem)
+    return not problem
+
+
+def _checksum(vectors: np.ndarray) -> bytes:
+    """Return the bytes that follow the vectors in a file. numpy does not read them."""
+    return hashlib.blake2b(np.ascontiguousarray(vectors).data, digest_size=8).digest()
 
 
 def fingerprint(encoder: Encoder) -> str:

@@ -1,10 +1,11 @@
 """Files and folders are replaced whole, or stay unchanged."""
 
 import contextlib
+import os
 
 import pytest
 
-from datamodules.files import atomic_file, atomic_folder, read_json, write_json, write_text
+from datamodules.files import atomic_file, atomic_folder, open_new, read_json, write_json, write_text
 from datamodules.records import UserError
 
 
@@ -21,6 +22,37 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         raise ZeroDivisionError
     assert (tmp_path / "a.txt").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe"])
+def test_planted_links_and_pipes_are_deleted_not_written_to(tmp_path, kind, keep):
+    victim, planted = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(planted)
+    elif kind == "hard link":
+        planted.hardlink_to(victim)
+    else:
+        planted.symlink_to(victim if kind == "link" else tmp_path / "new")
+    with open_new(planted, keep=keep) as file:
+        file.write(b"ours")
+    assert (planted.read_text(), victim.read_text()) == ("ours", "mine")
+    assert not (tmp_path / "new").exists()
+    with open_new(planted, keep=keep) as file:
+        file.write(b" too")
+    assert planted.read_text() == ("ours too" if keep else " too")
+
+
+def test_planted_link_at_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    """The name of a temporary file can be guessed."""
+    monkeypatch.setattr("socket.gethostname", lambda: "host")
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f".a.txt.host.{os.getpid()}").symlink_to(tmp_path / "victim")
+    write_text(tmp_path / "a.txt", "ours")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "a.txt").read_text() == "ours"
+    assert not (tmp_path / "a.txt").is_symlink()
 
 
 def test_folder_replaces_the_old_one_only_if_it_is_complete(tmp_path):

@@ -20,10 +20,12 @@ class Loopback:
     ranges: bool = True  # whether Range is supported
     tags: bool = True  # whether responses have an ETag
     lengths: bool = True  # whether responses have a Content-Length
+    missing: int = 0  # bytes that Content-Length announces and the server does not have
     dies_after: list[int] = field(default_factory=list)  # bytes before a response breaks off, one per request
     status: list[int] = field(default_factory=list)  # error status of a response, one per request
     waits: float = 0.0  # seconds to wait after each 64 KiB
     headers: dict[str, str] = field(default_factory=dict)  # further headers of every response
+    redirect: str = ""  # address that responses refer to
     url: str = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -43,13 +45,15 @@ class Loopback:
                 request.send_header("Content-Range", f"bytes */{len(content)}")
                 self._end_headers(request)
                 return
-        request.send_response(206 if start else 200)
+        request.send_response(302 if self.redirect else 206 if start else 200)
         if start:
             request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if self.tags:
             request.send_header("ETag", tag)
         if self.lengths:
-            request.send_header("Content-Length", str(len(content) - start))
+            request.send_header("Content-Length", str(len(content) - start + self.missing))
+        if self.redirect:
+            request.send_header("Location", self.redirect)
         self._end_headers(request)
         self._send(request, content[start:])
 

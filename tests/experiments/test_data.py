@@ -438,7 +438,7 @@ def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
             "unknown key 'root'; did you mean data.root? Expected one of recipe, data.root, mirror, only",
         ),
         (["scimult", "only=maple"], "only: expected one of maple_cs, maple_mesh"),
-        (["scimult", "mirror=/files"], "mirror: expected http:// or https://, got '/files'"),
+        (["scimult", "mirror=/files"], "mirror: expected http:// or https:// and a host, got '/files'"),
         (["scimult", "data.on_error=x"], "data.on_error: expected one of fail, skip, got 'x'"),
         (
             ["scimult", "outputs.maple_cs.readr=x"],
@@ -457,11 +457,14 @@ def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
             ["scimult", "outputs.maple_cs.splits.validation=[dev]"],
             "outputs.maple_cs.splits: unknown key 'validation'; expected one of train, dev, test",
         ),
-        (["scimult", "sources.mesh.url=ftp://x"], "sources.mesh.url: expected http:// or https://, got 'ftp://x'"),
+        (
+            ["scimult", "sources.mesh.url=ftp://x"],
+            "sources.mesh.url: expected http:// or https:// and a host, got 'ftp://x'",
+        ),
         (["scimult", "sources.mesh.unpack=rar"], "sources.mesh.unpack:"),
         (
             ["scimult", "sources.mesh.files={../x: {sha256: null}}"],
-            "expected the name of a file inside the source's folder",
+            "sources.mesh.files.../x: '..': cannot be part of a file's name",
         ),
         (
             ["scimult", "sources.mesh.files={x: {sha256: 12}}"],

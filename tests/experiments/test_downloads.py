@@ -2,10 +2,12 @@
 
 import errno
 import io
+import os
 import random
 import socket
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,24 @@ from experiments.download.fetch import NotOnServer, download, keep, unpack
 from tests.experiments.loopback import loopback
 
 CONTENT = random.Random(0).randbytes(3_000_000)
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+PACK = {"zip": write_zip, "tar": write_tar}
+kinds = pytest.mark.parametrize("kind", PACK)
 
 
 @pytest.fixture
@@ -157,22 +177,129 @@ def test_full_disk_raises_user_error(server, tmp_path, monkeypatch):
     assert fetched(server, tmp_path) == CONTENT
 
 
-def write_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+def test_file_shorter_than_announced_is_never_complete(server, tmp_path):
+    """A server that announces more than it has answered 416 to the request for the rest, which counted as complete."""
+    server.missing = 1000
+    with pytest.raises(UserError, match=r"ended after 3,000,000 of 3,001,000 bytes|has another size than before"):
+        fetched(server, tmp_path)
+    assert not (tmp_path / "file").exists()
+    server.missing = 0
+    assert fetched(server, tmp_path) == CONTENT
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+def test_size_that_changes_starts_again(server, tmp_path):
+    server.dies_after = [1_000_000]
+    server.missing = 7  # the first answer only
+    requests = server.requests
+
+    class Once(list):
+        def append(self, request):
+            server.missing = 7 if not self else 0
+            super().append(request)
+
+    server.requests = Once(requests)
+    assert fetched(server, tmp_path) == CONTENT
+    assert server.requests[-1][1] is None
 
 
-PACK = {"zip": write_zip, "tar": write_tar}
-kinds = pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("name", ["file.part", "file.part.sign"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe"])
+def test_links_at_the_files_of_a_download_are_not_followed(server, tmp_path, name, kind):
+    victim, folder = tmp_path / "victim", tmp_path / "data"
+    folder.mkdir()
+    victim.write_bytes(b"mine")
+    planted = folder / name
+    if kind == "link":
+        planted.symlink_to(victim)
+    elif kind == "hard link":
+        planted.hardlink_to(victim)
+    elif kind == "dangling link":
+        planted.symlink_to(tmp_path / "new")
+    elif name == "file.part.sign":
+        return  # a pipe blocks its reader; it is the own folder's business
+    else:
+        os.mkfifo(planted)
+    for has_checksum in (True, False):
+        assert fetched(server, folder, has_checksum=has_checksum) == CONTENT
+    assert victim.read_bytes() == b"mine"
+    assert not (tmp_path / "new").exists()
+    assert (folder / "file.part").stat().st_nlink == 1
+
+
+BAD_URLS = (
+    *("http://[::1", "http://", "https:///x", "http://host:port/x", "http://host:99999/x", "http://a b/x", "//host/x"),
+    *(
+        "ftp://host/x",
+        "file:///etc/passwd",
+        "http://ho\nst/x",
+        "http://host/\r\nX: y",
+        "x",
+        "http://.",
+        "http://a..b/x",
+    ),
+    *("http://" + "a" * 64 + ".org/x", "http://host:0/x", "HTTP", "http://\x00"),
+)
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_urls_that_cannot_be_parsed_raise_user_error(tmp_path, url):
+    with pytest.raises(UserError, match="is not a valid URL|expected http://"):
+        download(url, tmp_path / "file", None, False)
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_redirection_to_a_bad_url_raises_user_error(server, tmp_path, url):
+    if "\n" in url or "\x00" in url:
+        return  # cannot be in a header
+    server.redirect = url
+    with pytest.raises(UserError):
+        fetched(server, tmp_path)
+
+
+def bomb(path, kind, size):
+    """Write an archive whose only member has `size` zero bytes."""
+    PACK[kind](path, {"a/zeros": bytes(size)})
+
+
+@kinds
+def test_archive_that_expands_too_far_is_refused(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(fetch, "MIN_EXPANSION", 1_000_000)
+    bomb(tmp_path / "archive", kind, 20_000_000)
+    for members in (["*"], ["a/*"], ["other"]):
+        if (kind, members) != ("zip", ["other"]):  # a zip's other members are not read
+            with pytest.raises(UserError, match=r"archive: expands to more than [\d,]+ bytes, 200 times its size"):
+                unpack(tmp_path / "archive", kind, members, tmp_path / "out", lambda name: None)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    unpack(tmp_path / "archive", kind, ["*"], tmp_path / "out", lambda name: None)
+
+
+@kinds
+def test_unpacking_leaves_space_on_the_disk(tmp_path, kind, monkeypatch):
+    PACK[kind](tmp_path / "archive", {"a": b"1", "b": CONTENT})
+    free = fetch.RESERVE + 1_000_000
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=r"b of archive needs 3,000,000 bytes, but only 1,000,000 are free"):
+        unpack(tmp_path / "archive", kind, ["*"], tmp_path / "out", lambda name: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@kinds
+def test_links_in_the_folder_of_an_archive_are_not_followed(tmp_path, kind):
+    PACK[kind](tmp_path / "archive", {"a": b"new", "sub/b": b"new", "c": b"new"})
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    out.mkdir()
+    victim.mkdir()
+    for name in ("a", "c", "b"):
+        (victim / name).write_bytes(b"old")
+    (out / "a").symlink_to(victim / "a")
+    (out / "c.partial").symlink_to(victim / "c")
+    unpack(tmp_path / "archive", kind, ["a", "c"], out, lambda name: None)
+    assert (out / "a").read_bytes() == (out / "c").read_bytes() == b"new"
+    (out / "sub").symlink_to(victim)
+    with pytest.raises(UserError, match="'sub/b' is outside the folder"):
+        unpack(tmp_path / "archive", kind, ["*"], out, lambda name: None)
+    assert {path.name: path.read_bytes() for path in victim.iterdir()} == {"a": b"old", "b": b"old", "c": b"old"}
 
 
 @kinds

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from datamodules.readers.beir import write_beir
-from datamodules.records import UserError
+from datamodules.records import Document, UserError
 from experiments import embed as embed_entry
 from experiments.embed import main
 from lightning_modules.encoders.loading import load_encoder
@@ -91,6 +92,20 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
     for path in (parts, whole.with_name("array.npy")):
         assert path.read_bytes() == whole.read_bytes()
         assert path.with_name(f"{path.name}.ids.txt").read_text() == "".join(f"{p['id']}\n" for p in PAPERS)
+
+
+def test_speed_is_logged(embed, model, caplog):
+    """The tokens are those of the tokenizer, and both speeds are per the same seconds."""
+    with caplog.at_level("INFO"):
+        embed("out")
+    count, texts, tokens = re.search(
+        r"([\d,]+) texts embedded, ([\d,.]+) texts/s, ([\d,]+) tokens/s, MFU \d+%", caplog.text
+    ).groups()
+    assert int(count) == len(PAPERS)
+    encoder = load_encoder(model)
+    encoder.encode([Document(p["id"], p["title"], p["text"]) for p in PAPERS], "search")
+    ratio = float(tokens.replace(",", "")) / float(texts.replace(",", ""))
+    assert ratio == pytest.approx(encoder.encoded["tokens"] / len(PAPERS), rel=0.01)
 
 
 def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, papers, monkeypatch, caplog):
@@ -201,7 +216,56 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     assert open_matrix(whole).ids == [paper["id"] for paper in many]
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", ""])
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"\0" * 8)
+
+
+def alter(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(bytes(content))
+
+
+def swap_lines(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("search.npy", cut),
+        ("search.npy", lengthen),
+        ("search.npy", alter),
+        ("search.npy", lambda path: path.write_bytes(b"")),
+        ("search.npy.ids.txt", cut),
+        ("search.npy.ids.txt", swap_lines),
+        ("search.npy.ids.txt", lambda path: path.unlink()),
+        ("search.npy.ids.txt", lambda path: path.write_bytes(b"\xff\n" * 23)),
+        ("search.npy.json", cut),
+        ("search.npy.json", lambda path: path.write_text("[]")),
+        ("shards/00001.json", lambda path: path.write_text("[1]")),
+        ("shards/00001.json", lambda path: path.write_text('{"ids": 3, "texts": "x", "vectors": {}}')),
+    ],
+)
+def test_damaged_matrix_is_merged_again_by_the_same_command(embed, caplog, file, damage):
+    """A truncated or altered matrix was accepted as complete."""
+    folder = embed("out")
+    good = {path.name: path.read_bytes() for path in folder.glob("search.npy*")}
+    damage(folder / file)
+    embed("out")
+    assert {path.name: path.read_bytes() for path in folder.glob("search.npy*")} == good
+    assert "damaged" in caplog.text or "cannot be read" in caplog.text or "expected" in caplog.text
+    written = (folder / "search.npy").stat().st_mtime_ns
+    embed("out")  # intact: not written again
+    assert (folder / "search.npy").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", "", "[" * 100_000])
 def test_settings_of_shards_that_are_no_object_raise_user_error(embed, content):
     about = embed("out") / "shards" / "about.json"
     about.write_text(content)

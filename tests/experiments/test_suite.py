@@ -14,7 +14,9 @@ from experiments.build.suite import load_suite
 from experiments.evaluate import main
 from experiments.results.result_tables import show_cost
 from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
+from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.throughput import encoder_ceiling, forward_flops
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
@@ -126,9 +128,15 @@ def test_cost_counts_what_was_computed(root, tmp_path, make_backbone, capsys):
     tokens = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     assert first["cost"]["texts"] == len(texts) + 1
     assert first["cost"]["tokens"] == sum(tokens) + tokens[29]
-    assert first["cost"]["texts_per_second"] == pytest.approx(31 / first["seconds"]["encode"], rel=0.3)
+    seconds = first["seconds"]["encode"]
+    assert first["cost"]["texts_per_second"] == pytest.approx(31 / seconds, rel=0.3)
+    assert first["cost"]["tokens_per_second"] == pytest.approx(first["cost"]["tokens"] / seconds, rel=0.3)
+    encoder = SharedEncoder(backbone, tokenizer, {"all": "all"}, max_length=64)
+    flops = forward_flops(encoder, [*tokens, tokens[29]])
+    assert first["cost"]["mfu"] == pytest.approx(flops / seconds / encoder_ceiling(encoder, torch.float32), rel=0.5)
     assert (second["cost"]["texts"], second["cost"]["tokens"]) == (0, 0)
     assert second["cost"]["texts_per_second"] is None
+    assert "mfu" not in second["cost"]
     for measured in (first, second):
         cost = measured["cost"]
         assert cost["device_seconds"] == pytest.approx(sum(measured["seconds"].values()), abs=0.03)
@@ -151,7 +159,7 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
         show_cost(tables_from_json(dict(zip("abcd", results[:count], strict=False))))
         row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
         cells = [cell.strip() for cell in row.strip("│").split("│")]
-        assert f"{cells[0]} {cells[5]} {cells[7]}" == expected
+        assert f"{cells[0]} {cells[7]} {cells[9]}" == expected
 
 
 @pytest.mark.slow

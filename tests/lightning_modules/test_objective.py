@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
 from lightning_modules.chunked import rows_per_block, sum_over_blocks
+from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.objective import FrozenEncoder, FrozenVectors, Objective, Temperature
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 from tests.lightning_modules.objective_reference import normalized, random_batch, reference
@@ -263,3 +264,17 @@ def test_frozen_encoder_without_texts_raises_user_error(make_encoder, make_task)
     batch = make_task(SearchDataModule).train_dataloader().batches[0]
     with pytest.raises(UserError, match="the batch has no texts.*carry_texts"):
         FrozenEncoder(make_encoder("shared")).embed(batch)
+
+
+def test_frozen_encoder_gives_the_vectors_of_encode(make_backbone, make_task):
+    """Queries and documents of one task may have different adapters."""
+    tasks = {"search": "search", "documents": "documents"}
+    encoder = AdapterEncoder(*make_backbone(), tasks, document_tasks={"search": "documents"}, max_length=32)
+    torch.nn.init.normal_(encoder.adapters["documents"][0].up.weight)
+    batch = make_task(SearchDataModule, carry_texts=True).train_dataloader().batches[0]
+    frozen = FrozenEncoder(encoder, "dot").embed(batch)
+    queries, documents = encoder.encode(batch.texts, "search"), encoder.encode(batch.texts, "documents")
+    assert torch.equal(frozen.queries, queries[batch.queries])
+    assert torch.equal(frozen.documents, documents[batch.documents])
+    assert not torch.equal(queries, documents)
+    assert not frozen.queries.is_inference()  # so that it can be saved for a backward pass

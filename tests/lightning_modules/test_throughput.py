@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
 
-from datamodules.records import Tokens
+from datamodules.records import Document, Tokens
 from lightning_modules import throughput
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.extend import add_tasks
@@ -87,7 +87,11 @@ def test_forward_operations_equal_those_that_torch_counts(make, kind, backbone, 
 )
 def test_training_has_three_times_the_operations_of_a_forward_pass(make, kind, backbone, pooling):
     encoder, lengths = make(kind, backbone, pooling=pooling), [LENGTH] * TEXTS
-    assert training_flops(encoder, lengths) == 3 * forward_flops(encoder, lengths) == counted(encoder, backward=True)
+    assert (
+        training_flops(encoder, lengths, "search")
+        == 3 * forward_flops(encoder, lengths)
+        == counted(encoder, backward=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["adapters", "extend"])
@@ -110,6 +114,28 @@ def test_texts_of_different_lengths_add_up(make):
     separate = [forward_flops(encoder, [length]) for length in (3, 9, 31)]
     assert forward_flops(encoder, np.array([3, 9, 31])) == sum(separate)
     assert forward_flops(encoder, np.array([], dtype=np.int64)) == 0
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encode_counts_what_torch_counts_for_several_tasks(make, kind):
+    """Shared layers are computed once. In its last layer, an instruction needs only keys and values, hence 2 %."""
+    encoder, text = make(kind), "title text query " * 4
+    documents, tasks = [Document("", "", text) for _ in range(TEXTS)], ["classification", "search"]
+    if kind == "instruct":
+        encoder.instructions["search"] = "query"
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        encoder.encode(documents, tasks=tasks)
+    instructions = sum(
+        forward_flops(
+            SharedEncoder(encoder.backbone, encoder.tokenizer, TASKS, pooling="mean", max_length=32), [length]
+        )
+        for length in ([5, 3] if kind == "instruct" else [])
+    )
+    gates = 2 * 2 * 32 * 3 * TEXTS if kind == "routed" else 0
+    assert encoder.encoded["texts"] == TEXTS
+    expected, tolerance = counter.get_total_flops() - instructions - gates, 0.02 if instructions else 0
+    assert encoder.encoded["flops"] == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -137,11 +163,11 @@ def test_operations_of_bert_base(make_backbone):
     config = types.SimpleNamespace(model_type="bert", intermediate_size=3072)
     base = types.SimpleNamespace(backbone=types.SimpleNamespace(config=config), dimension=768, num_layers=12)
     base.pooling, base.tasks = "mean", {"search": "search"}
-    layer = torch.nn.Linear(1, 1)
-    base.family = types.SimpleNamespace(layers=[layer] * 12)
     short, long = (forward_flops(base, [length]) / length for length in (100, 200))
     assert (long - short) / 100 == pytest.approx(0.0369e6, rel=1e-2)
     assert short - 100 * (long - short) / 100 == pytest.approx(170e6, rel=1e-2)
+    base.pooling = "cls"
+    assert forward_flops(base, [200]) / 200 == pytest.approx(0.93 * long, rel=1e-2)
 
 
 def test_ceiling_is_the_median_of_warm_products(monkeypatch):

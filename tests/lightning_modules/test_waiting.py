@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
@@ -24,14 +25,14 @@ from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
-from lightning_modules.objective import FrozenVectors
+from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
 ROOT = Path(__file__).parents[2]
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+COPIES = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
 INSTRUCTIONS = {task: f"{task} text title" for task in TASKS}
 ENCODERS = {
     "shared": SharedEncoder,
@@ -84,9 +85,10 @@ class Operations(TorchDispatchMode):
 
     @staticmethod
     def _copies(function, args, kwargs, outputs):
-        if function not in COPIES:
+        if function.overloadpacket not in COPIES:
             return len(devices((args, kwargs, outputs), min_dim=1)) > 1  # numbers are arguments of a GPU's kernel
-        non_blocking = kwargs.get("non_blocking") or (function is COPIES[1] and args[2:] == (True,))
+        names = [argument.name for argument in function._schema.arguments]
+        non_blocking = (dict(zip(names, args, strict=False)) | kwargs).get("non_blocking")
         return len(devices((args, kwargs, outputs))) > 1 and not non_blocking
 
 
@@ -208,6 +210,17 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+    assert not waits  # in the second step; the first may move instructions to the GPU
+
+
+@pytest.mark.parametrize("kind", ["shared", "moe", "instruct", "prompt", "adapters"])
+def test_frozen_models_do_not_wait(kind, make_backbone, make_task, gpu):
+    frozen = FrozenEncoder(ENCODERS[kind](*make_backbone(), TASKS, max_length=32).to(gpu))
+    batches = make_task(SearchDataModule, carry_texts=True).train_dataloader().batches
+    for step in range(2):
+        with recorded_waits(gpu) as waits:
+            vectors = frozen.embed(batches[step].to(gpu))
+        assert vectors.queries.device == vectors.documents.device == gpu
     assert not waits  # in the second step; the first may move instructions to the GPU
 
 

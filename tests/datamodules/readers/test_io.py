@@ -284,6 +284,22 @@ def test_records_are_lines_or_entries_of_a_list(path):
         assert [as_object(row) for row in read_records(path, BadLines())] == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("content", [b"\0", b"word\n", b"x"])
+def test_compressed_file_that_expands_too_far_is_refused(tmp_path, monkeypatch, suffix, content):
+    monkeypatch.setattr(io, "MIN_EXPANSION", 2_000_000)
+    content *= 50_000_000 // len(content)
+    path = tmp_path / f"bomb{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".gz" else zstd(content))
+    for reader in (read_lines, read_records) if content[:1] == b"w" else (read_lines,):
+        assert "200 times its size; if it is the right file, decompress it" in error_of_reading(path, reader)
+    assert "200 times its size" in error_of(lambda: io.read_whole_json(path))
+    monkeypatch.undo()
+    assert io.MIN_EXPANSION == 2**30  # a gigabyte is accepted at any ratio
+    with io.open_text(path) as stream:
+        assert len(stream.read()) == len(content)
+
+
 # --- fields of records ---
 
 

@@ -5,14 +5,17 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from datamodules import locks
 from datamodules.records import UserError
 from datamodules.store import locked
+from experiments import data
 from experiments.run import lock as run_lock
 from experiments.run.lock import lock_run
+from experiments.run.trials import Trial
 
 
 def fork_holder(folder):
@@ -93,6 +96,53 @@ def test_the_lock_stays_with_the_folder_that_replaces_an_old_run(tmp_path, monke
         "run.1/config.yaml",
         "run/config.yaml",
     ]
+
+
+def take_trial_lock(folder):
+    trial = Trial(0, {}, folder / "t000")
+    with trial.lock(lambda: False) as lock:
+        assert lock
+
+
+# Each place that locks a file: a call with the folder, and the path of the lock in it.
+PLACES = {
+    "run": (lambda folder: lock_run(folder).__enter__(), ".lock"),
+    "cache": (lambda folder: locked(folder / "copy").__enter__(), ".copy.lock"),
+    "data": (lambda folder: data._locked(folder).__enter__(), ".lock"),
+    "trial": (take_trial_lock, "t000.lock"),
+    "trials": (lambda folder: locks.lock_file(folder / "trials.lock"), "trials.lock"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "device"])
+def test_links_and_pipes_planted_at_a_lock_are_refused(tmp_path, place, kind):
+    """The lock of a run was emptied, and with it the file that a link led to."""
+    take, name = PLACES[place]
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    folder.mkdir()
+    victim.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        targets = {"link": victim, "dangling link": tmp_path / "new", "device": Path("/dev/null")}
+        (folder / name).symlink_to(targets[kind])
+    with pytest.raises(UserError, match=f"{name}: (is a symbolic link|expected a file)"):
+        take(folder)
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    assert not locks.is_locked(folder / name)
+
+
+@pytest.mark.parametrize("number", locks.NO_LOCKS)
+@pytest.mark.parametrize("place", PLACES)
+def test_without_locks_on_the_file_system_every_place_goes_on(tmp_path, monkeypatch, caplog, place, number):
+    def missing(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    PLACES[place][0](tmp_path)
+    assert "no locks on this file system" in caplog.text
 
 
 def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):

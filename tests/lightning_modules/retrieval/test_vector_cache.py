@@ -177,3 +177,30 @@ def test_the_last_two_results_stay_in_memory(make_encoder, monkeypatch):
     np.testing.assert_array_equal(
         cache.vectors_of_rank(corpus, "search", "texts"), cache.vectors(corpus, "search", "")[0]
     )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: good[:-20],
+        lambda good: good[:60],
+        lambda good: b"",
+        lambda good: b"not numpy" * 50,
+        lambda good: good[:200] + bytes([good[200] ^ 4]) + good[201:],
+        lambda good: good + b"x",
+    ],
+)
+def test_damaged_vectors_are_encoded_again(make_encoder, tmp_path, caplog, damage):
+    """They ended in a traceback, or in other figures."""
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+    VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    (path,) = tmp_path.rglob("*.npy")
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    vectors = VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    assert path.read_bytes() == good
+    assert np.array_equal(np.concatenate(list(vectors)), encoder.encode(texts, "search").numpy())
+    assert f"{path} is damaged" in caplog.text
+    path.write_bytes(good[:-8])  # as earlier versions wrote it
+    VectorCache(encoder, tmp_path).vectors(texts, "search", "d")
+    assert path.read_bytes() == good[:-8]

@@ -1,0 +1,121 @@
+"""Damaged files of a run, a sweep or a build are named, left out or made again; they never end in a traceback."""
+
+import shutil
+
+import pytest
+
+from datamodules.files import read_json
+from datamodules.readers.beir import write_beir
+from datamodules.records import UserError
+from experiments import report, runs
+from experiments.download.sources import Sources
+from experiments.reporting.run_files import RunFiles
+from experiments.run.folder import read_manifest
+from experiments.run.trials import Controller, read_rows
+from experiments.train import train
+from tests.conftest import toy_collection
+from tests.experiments.test_changed_data import ARGUMENTS
+
+CONTENTS = [
+    *(b"", b"[]", b"3", b"null", b'"x"', b"{", b"{}", b"\xff\xfe\x00", b"[" * 100_000, b"NaN", b'{"a": 1}'),
+    *(b'{"attempts": 3}', b'{"attempts": [1]}', b'{"data": []}', b'{"data": {"set": 3}, "attempts": []}'),
+    *(b'{"benchmarks": []}', b'{"benchmarks": {"set": 3}, "metrics": ["ndcg@10"], "split": "test", "steps": 2}'),
+    *(b'{"split": "test", "metrics": 3, "steps": 2}', b'{"split": "test", "metrics": ["ndcg@10"], "steps": "2"}'),
+]
+
+
+def message_of(function, *arguments):
+    """Call a function, and return its message or "". Only a UserError is accepted."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("expected", [dict, list, {"a": int}, {"a": int, "b": dict}])
+def test_read_json_returns_the_expected_type_or_raises_user_error(tmp_path, content, expected):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    if message := message_of(read_json, path, expected):
+        assert message.startswith(f"{path}: ")
+        return
+    result = read_json(path, expected)
+    assert isinstance(result, expected if isinstance(expected, type) else dict)
+    assert isinstance(expected, type) or all(isinstance(result[key], kind) for key, kind in expected.items())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    write_beir(toy_collection(), root / "set")
+    arguments = [*ARGUMENTS, f"task.search.data={root / 'set'}", "data.cache=null", "trainer.max_steps=2"]
+    train("vanilla", [*arguments, f"run.dir={root / 'run'}"])
+    return root / "run", arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["results.json", "manifest.json", "config.yaml", "metrics.jsonl"])
+def test_damaged_files_of_a_run_are_named(run, tmp_path, name):
+    source, arguments = run
+    folder = tmp_path / "runs" / "run"
+    good = (source / name).read_bytes()
+    for content in [*CONTENTS, good[: len(good) // 2], good.decode().encode("utf-16")]:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        (folder / name).write_bytes(content)
+        message = message_of(train, "vanilla", [*arguments, f"run.dir={folder}"])
+        assert not message or name in message or "configuration" in message, message
+        message_of(runs.main, [f"root={tmp_path / 'runs'}"])
+        message_of(report.main, [f"RUN={folder}", f"output={tmp_path / 'page.html'}", "map=0"])
+
+
+@pytest.mark.slow
+def test_rows_of_metrics_that_are_no_rows_are_skipped(run, tmp_path):
+    source, _ = run
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    rows = [
+        b"[1, 2]",
+        b'{"loss": 1}',
+        b'{"step": "x"}',
+        b'{"step": [1]}',
+        b'{"step": 1',
+        b"\xff\xfe",
+        b"3",
+        b"[" * 9999,
+    ]
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join(rows) + b'\n{"step": 77, "train/search/loss": 0.5}\n')
+    assert 77 in RunFiles(folder).metrics
+    report.main([f"RUN={folder}", f"output={tmp_path / 'page.html'}", "map=0"])
+    runs.main([f"root={tmp_path}"])
+
+
+def test_torn_rows_of_trials_are_skipped(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(b'[1]\n{"trial": 0, "sta\n\xff\n' + b"[" * 100_000 + b'\n{"trial": 1}\n')
+    assert read_rows(path) == [{"trial": 1}]
+    rows = ['{"trial": [1]}', '{"trial": 0}', '{"trial": 0, "state": 3, "parameters": {}}']
+    good = {"trial": 2, "state": "failed", "parameters": {"a": 1}}
+    path.write_text("\n".join(rows) + '\n{"trial": 2, "state": "failed", "parameters": {"a": 1}}\n')
+    controller = Controller.__new__(Controller)
+    controller.folder = tmp_path
+    assert controller.states() == {2: good}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_damaged_manifest_raises_user_error(tmp_path, content):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    message = message_of(read_manifest, path)
+    is_manifest = content in (b"{}", b'{"a": 1}') or b'"split"' in content or b'"benchmarks": []' in content
+    assert message.startswith(str(path)) != is_manifest
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"", b'{"a": 1}', b'{"a": []}'])
+def test_checksums_of_another_type_raise_user_error(tmp_path, content):
+    (tmp_path / "checksums.json").write_bytes(content)
+    with pytest.raises(UserError, match="checksums.json"):
+        Sources(tmp_path, {})
