@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import resource
 import socket
 import statistics
 import time
@@ -28,6 +27,7 @@ from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
 
 VOCABULARY = 30_522
@@ -84,7 +84,8 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
     dist.init_process_group("nccl" if on_gpu else "gloo", **address)
     # Return freed memory to the system, so that it does not count. This is slow, so it is off for the timing below.
     _mallopt(M_MMAP_THRESHOLD, 128 << 10)
-    before = _peak()
+    memory = Memory(device)
+    before = 0 if on_gpu else memory.peak()
     module = make_module(options, grad_cache="GradCache" in strategy).to(device).train()
     step: nn.Module = _Step(module)
     if strategy == "ddp":
@@ -103,7 +104,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
             torch.cuda.synchronize()
 
     take(), take()
-    peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else 1e-3 * (_peak() - before)
+    peak = (memory.peak() - before) / 1e6
     _mallopt(M_MMAP_THRESHOLD, 32 << 20)
     take()
     times = [seconds(take) for _ in range(options.rounds)]
@@ -153,11 +154,6 @@ def _mallopt(option: int, value: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(option, value)
-
-
-def _peak() -> int:
-    """Return the peak memory of this process in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

