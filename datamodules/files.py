@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -89,7 +90,33 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 
+def expanded(path: str | Path, key: str, advice: str = "") -> Path:
+    """Return a path with ~ replaced by the home folder.
+
+    key: setting that the path comes from. advice: another way than to name a folder, for the error.
+    Raises UserError if there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with any user id
+        advice = f"name a folder{advice}"
+        raise UserError(f"{key}: there is no home folder for {path}; {advice}") from error
+
+
 RECREATED = "Delete it, and it will be created again."
+
+
+def read_regular(path: Path, longest: int | None = None) -> str:
+    """Return the text of a file. Raises OSError for a pipe or a device, which might never end, and for larger files.
+
+    longest: maximum number of bytes.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "expected a regular file", str(path))
+    if longest is not None and status.st_size > longest:
+        raise OSError(errno.EFBIG, f"expected at most {longest:,} bytes, got {status.st_size:,}", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str = RECREATED) -> Any:
@@ -101,7 +128,7 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
     """
     hint = f" {hint}" if hint else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}).{hint}") from error
     if problem := _type_problem(content, expected):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from datamodules.records import UserError
 
+MAX_NUMBER = 2**63 - 1
 REQUIRED: Any = dataclasses.MISSING
 
 
@@ -58,8 +59,15 @@ def check_options(options: Any, prefix: str = "") -> None:
                 check_options(item, path + ".")
             elif choices and item not in choices:
                 raise UserError(f"{path}: expected one of {', '.join(map(str, choices))}, got {item!r}")
+            elif isinstance(item, int) and abs(item) > MAX_NUMBER:
+                raise UserError(f"{path}: expected a number of at most 64 bits, got {_shortened(item)}")
             elif not _within(item, field.metadata.get("bounds", {})):
                 raise UserError(f"{path}: expected {describe_bounds(field)}, got {item!r}")
+
+
+def _shortened(number: int) -> str:
+    digits = str(number) if number.bit_length() < 10_000 else "one of thousands of digits"
+    return digits if len(digits) <= 40 else f"{digits[:20]}... ({len(digits)} digits)"
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
@@ -75,7 +83,9 @@ def describe_bounds(field: dataclasses.Field) -> str:
     """Return the range of a numeric field in words, such as "a number above 0"; "" without bounds."""
     bounds = field.metadata.get("bounds", {})
     words = {"minimum": "of at least", "above": "above", "maximum": "at most", "below": "below"}
-    limits = " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
+    limits = " and ".join(
+        f"{words[name]} {bound if isinstance(bound, int) else format(bound, 'g')}" for name, bound in bounds.items()
+    )
     return f"a number {limits}" if limits else ""
 
 

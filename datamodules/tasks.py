@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
 from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory, ragged
+from datamodules.files import expanded
 from datamodules.records import (
     Benchmark,
     Collection,
@@ -122,7 +122,7 @@ class TaskDataModule(ContrastiveDataModule):
             return reader
         with self._naming(name):
             if self.options.cache and isinstance(reader, FileReader) and reader.sources():
-                return stored(reader, Path(self.options.cache).expanduser())
+                return stored(reader, expanded(self.options.cache, "cache"))
             return reader.read()
 
     @contextmanager

@@ -39,6 +39,7 @@ PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, of 
 AHEAD = 16384  # texts that are tokenised before they are needed
 MAX_THREADS = 16
 CACHE_BYTES = 256 << 20  # for 600,000 abstracts
+MIN_CACHED = 512  # smallest number of texts that are kept; batches of a frozen model, for example, never come again
 
 
 class _Snapshot(NamedTuple):
@@ -256,8 +257,8 @@ def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Itera
     """Yield the token ids of each job's texts. Threads tokenise the next AHEAD texts meanwhile.
 
     Close the generator (contextlib.closing) if it may not be exhausted; this ends the threads. Ids that are in CACHE or
-    in a token file are not computed again. A single job of up to PIECE texts is done in the calling thread. An error of
-    `jobs` or of a job is raised after the tables of the jobs before it.
+    in a token file are not computed again, and those of large jobs are kept in CACHE. A single job of up to PIECE texts
+    is done in the calling thread. An error of `jobs` or of a job is raised after the tables of the jobs before it.
     """
     failures: list[Exception] = []
     started = _started(jobs, failures)
@@ -296,7 +297,7 @@ class _Job:
         self.starts = range(0, len(documents), PIECE)
         self.file = stored_tokens(documents, encoding)
         self.snapshot = encoding._snapshot()
-        self.fingerprint = encoding._fingerprint(self.snapshot)
+        self.fingerprint = encoding._fingerprint(self.snapshot) if len(documents) >= MIN_CACHED else None
 
     def piece(self, start: int) -> TokenTable:
         documents = self.documents[start : start + PIECE]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rich.table import Column, Table
 
-from datamodules.files import atomic_folder, read_json, write_json
+from datamodules.files import atomic_folder, expanded, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.options import option
 from datamodules.readers.beir import write_beir
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     _check(options)
     recipe = load_recipe(options.recipe, changes)
     names = check_choices("only", options.only, list(recipe.outputs)) or list(recipe.outputs)
-    root = options.root.expanduser().resolve()
+    root = expanded(options.root, "data.root").resolve()
     with _locked(root):
         sources = Sources(root, recipe.sources, options.mirror)
         outputs = []

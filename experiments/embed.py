@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -68,7 +67,6 @@ class EmbedOptions(EncodingOptions):
 
 
 def main(arguments: Sequence[str]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # safe, because this command never forks
     end_with_launcher()
     options = parse(EmbedOptions, arguments)
     share = share_of(options.part)

@@ -12,11 +12,11 @@ from typing import Literal
 
 from rich.table import Column, Table
 
-from datamodules.files import write_json
+from datamodules.files import expanded, write_json
 from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
-from datamodules.papers.library import Library, library_in
+from datamodules.papers.library import EmptyLibrary, Library, library_in
 from datamodules.papers.paper_record import KINDS, Paper
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
@@ -79,16 +79,16 @@ def main(arguments: Sequence[str]) -> None:
         with BadLines(options.on_error, str(quarantine)) as bad, library_in(folder) as library:
             with Progress("reading", "records", brief=True) as progress:
                 papers = read_papers(files, bad, options.format, columns)
-                library.read(_advancing(papers, progress), splits)
-            if bad.by_reason:
-                library.left_out[f"bad records, in {near(quarantine)}"] = bad.by_reason.total()
+                _read(library, _advancing(papers, progress), splits, options.input)
+            if num_bad := bad.by_reason.total():  # later ones are queries of a file
+                library.left_out[f"bad records, in {near(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
             library.write(folder / "papers.jsonl")
             summary = {
                 "input": [str(path) for path in files],
                 "formats": dict(formats),
                 "options": {key: value for key, value in asdict(options).items() if key not in ("input", "output")},
-                "records": library.num_records + bad.by_reason.total(),
+                "records": library.num_records + num_bad,
                 "papers": len(library),
                 "left_out": dict(library.left_out),
                 "tasks": {kind: asdict(count) for kind, count in counts.items()},
@@ -108,10 +108,17 @@ def _pairs(texts: Iterable[str]) -> dict[str, str]:
 def _files(text: str) -> list[Path]:
     sources = [text] if Path(text).exists() else text.split(",")  # the name of a file may have a comma
     try:
-        files = [path for source in sources for path in files_of(Path(source).expanduser())]
+        files = [path for source in sources for path in files_of(expanded(source, "papers"))]
     except UserError as error:
         raise UserError(f"input: {error}") from error
     return list(dict.fromkeys(files))
+
+
+def _read(library: Library, papers: Iterable[Paper | None], splits: Splits, source: str) -> None:
+    try:
+        library.read(papers, splits)
+    except EmptyLibrary as error:
+        raise UserError(f"input: {source}: {error}") from error
 
 
 def _advancing(papers: Iterable[Paper | None], progress: Progress) -> Iterator[Paper | None]:
@@ -157,7 +164,7 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:
-    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
 
 
 if __name__ == "__main__":

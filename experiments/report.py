@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import UndefinedError
+
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         run.computed = compute(run, options.map, options.device)
         page = render(run)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,10 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
             train_in_folder(config, overrides)
     except Preempted as preempted:
         sys.exit(exit_status(preempted, folder))
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise UserError(f"run.dir: {folder} was deleted or moved during the training") from error
     finally:
         signals.ignore()
 

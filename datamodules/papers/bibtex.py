@@ -26,12 +26,16 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
         text = read_chunk(stream, path, 0, MAX_SIZE + 1)
     if len(text) > MAX_SIZE:
         raise UserError(f"{path}: larger than {MAX_SIZE:,} characters; split it into several files")
-    stack = [middlewares.ResolveStringReferencesMiddleware(), middlewares.RemoveEnclosingMiddleware()]
-    library = bibtexparser.parse_string(text, parse_stack=stack)
-    count = 0
+    library = bibtexparser.parse_string(text, parse_stack=[])
+    strings = {key.lower(): string.value for key, string in library.strings_dict.items()}
+    enclosing, count = middlewares.RemoveEnclosingMiddleware(), 0
     for block in library.blocks:
-        if isinstance(block, model.DuplicateBlockKeyBlock):
+        if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
             block = block.ignore_error_block
+        if isinstance(block, model.Entry):
+            for each in block.fields:
+                each.value = strings.get(each.value.lower(), each.value)
+            block = enclosing.transform_entry(block, library)
         is_text = isinstance(block, model.ImplicitComment)
         if isinstance(block, model.String | model.Preamble | model.ExplicitComment):
             continue
@@ -90,8 +94,9 @@ def _without_latex(text: str) -> str:
         return text
     import pylatexenc.latex2text
 
-    # In BibTeX files, % and & are usually themselves, and not a comment or a column.
-    escaped = re.sub(r"(?<!\\)([%&#_])", r"\\\1", text)
+    # In BibTeX files, % and & are usually themselves, and not a comment or a column. So is a $ without its pair.
+    is_paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
+    escaped = re.sub(r"(?<!\\)([%&#_])" if is_paired else r"(?<!\\)([%&#_$])", r"\\\1", text)
     try:
         return _decoder().latex_to_text(escaped)
     except (pylatexenc.latexwalker.LatexWalkerError, RecursionError, ValueError, IndexError, TypeError) as error:

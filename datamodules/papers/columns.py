@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import logging
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from datamodules.readers.io import numbered_lines
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError
 from datamodules.text import TEXT_KEYS
+
+log = logging.getLogger(__name__)
 
 # Usual names of each column, in order of preference; case, spaces, dashes and underscores do not count. Among them are
 # the names in exports of Scopus, Web of Science, Dimensions and Zotero.
@@ -53,17 +57,31 @@ def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
     return {check_choice("columns", name, list(COLUMNS)): column for name, column in pairs.items()}
 
 
+def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
+    """Check the columns of a table by its first row.
+
+    Raises UserError if there is neither title nor abstract, or if a named column does not exist.
+    """
+    names = ", ".join(map(str, record))[:200]
+    if unknown := [column for column in columns.values() if column not in record]:
+        raise UserError(f"{path}: there is no column {unknown[0]!r} (columns here: {names})")
+    present = {plain_name(str(key)) for key in record}
+    missing = [name for name in ("title", "abstract") if name not in columns and present.isdisjoint(COLUMNS[name])]
+    if len(missing) == 2:
+        raise UserError(f"{path}: no column is called title or abstract (columns here: {names}); name yours in columns")
+    if missing:
+        log.warning("%s: no column is called %s; name yours in columns (columns here: %s)", path, missing[0], names)
+
+
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
     """Return the paper of a row. columns: names of columns that differ from the usual ones."""
-    if missing := [column for column in columns.values() if column not in record]:
-        raise UserError(f"there is no column {missing[0]!r}, only {', '.join(map(str, record))[:200]}")
     by_name: dict[str, Any] = {}
     for key, value in record.items():
         by_name.setdefault(plain_name(str(key)), value)
 
     def value(name: str) -> Any:
         if name in columns:
-            return record[columns[name]]
+            return record.get(columns[name])
         return next((by_name[each] for each in COLUMNS[name] if by_name.get(each) not in (None, "")), None)
 
     def text(name: str) -> str:
@@ -123,22 +141,23 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         header = next(csv.reader([header_line], **dialect), [])
     except csv.Error as error:
         raise UserError(f"{path}: the header is not valid CSV ({error})") from error
-    reader, count = csv.reader(lines, **dialect), 0
-    while True:
-        start, cells, problem = lines.number + 1, [], ""
+    count, cells = 0, []
+    while cells is not None:
+        lines.row.clear()
+        start, problem = lines.number + 1, ""
         try:
-            cells = next(reader)
-        except StopIteration:
-            break
+            cells = next(csv.reader(lines, **dialect), None)
         except csv.Error as error:
-            problem = f"not valid CSV ({error})"
-        if not problem and not any(cell.strip() for cell in cells):
+            cells, problem = [], f"not valid CSV ({error})"
+        if not problem and not any(cell.strip() for cell in cells or ()):
             continue
         count += 1
-        row = Row(bad, path, start, dialect["delimiter"].join(cells)[:QUARANTINED_TEXT], count)
+        row = Row(bad, path, start, "".join(lines.row)[:QUARANTINED_TEXT].rstrip("\r\n"), count)
         if not problem and len(cells) != len(header):
             problem = f"has {len(cells)} cells, but the header has {len(header)}"
         if problem:
+            lines.read_again_after_first()
+            row.text = lines.row[0][:QUARANTINED_TEXT].rstrip("\r\n")
             bad.report(row, problem)
         else:
             row.value = dict(zip(header, cells, strict=True))
@@ -147,17 +166,25 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file. number: number of the last line read."""
+    """The lines of a file. number: number of the last line read. row: lines of the current row, which a quote joins."""
 
     def __init__(self, path: Path):
-        self.number, self._lines = 0, numbered_lines(path)
+        self.number, self.row = 0, []
+        self._lines, self._again = numbered_lines(path), deque()
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        self.number, line = next(self._lines)
+        self.number, line = self._again.popleft() if self._again else next(self._lines)
+        self.row.append(line)
         return line
+
+    def read_again_after_first(self) -> None:
+        """Go back to the second line of the current row: a quote that is not closed joined it with rows below."""
+        start = self.number - len(self.row) + 1
+        self._again.extendleft(reversed(list(enumerate(self.row[1:], start=start + 1))))
+        self.number = start
 
 
 def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
@@ -173,13 +200,13 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         if size > MAX_EXCEL:
             raise UserError(f"{path}: expands to {size:,} bytes, more than {MAX_EXCEL:,}; save it as CSV")
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        cells = sheet.iter_rows(values_only=True)
-        while (values := next(cells, None)) is not None:
+        for values in sheet.iter_rows(values_only=True):
             if header is None:
-                header = [str(value) for value in values if value is not None]
+                header = values
             elif any(value is not None for value in values):
                 count += 1
-                value = dict(zip(header, map(_plain_cell, values), strict=False))
+                cells_by_name = zip(header, map(_plain_cell, values), strict=False)
+                value = {str(name): cell for name, cell in cells_by_name if name is not None}
                 yield Row(bad, path, count + 1, str(value)[:QUARANTINED_TEXT], count, value)
     except (UserError, GeneratorExit):
         raise

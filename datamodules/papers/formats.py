@@ -149,12 +149,16 @@ def read_papers(
     """
     for path in files:
         name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
-        paper = FORMATS[name].paper
+        make, is_first = FORMATS[name].paper, True
         if name in TABLES:
-            paper = functools.partial(paper, columns=names or {})
+            make = functools.partial(make, columns=names or {})
         for row in FORMATS[name].rows(path, bad):
-            made: list[Paper | None] = []
+            papers, record = [], None
             with row:
-                is_null = row.entry is not None and row.value is None  # for unknown ids in a batch of an API
-                made.append(None if is_null else paper(as_object(row)))
-            yield from made
+                is_null = row.entry is not None and row.value is None  # for an unknown id in a batch of an API
+                record = None if is_null else as_object(row)
+                papers.append(None if record is None else make(record))
+            if is_first and record is not None and name in TABLES:
+                columns.check_columns(path, record, names or {})
+            is_first = is_first and record is None
+            yield from papers

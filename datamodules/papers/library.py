@@ -32,6 +32,10 @@ CREATE TABLE parts (id TEXT PRIMARY KEY, abstract TEXT) WITHOUT ROWID;
 """
 
 
+class EmptyLibrary(UserError):
+    """The files have no papers."""
+
+
 class Library:
     """Papers of all files, without duplicates and without those that have no text.
 
@@ -52,7 +56,7 @@ class Library:
         self.splits = Splits()
 
     def read(self, papers: Iterable[Paper | None], splits: Splits) -> None:
-        """Store all papers. Raises UserError if none remains."""
+        """Store all papers. Raises EmptyLibrary if none remains."""
         self.splits = splits
         for paper in papers:
             self.num_records += 1
@@ -65,8 +69,8 @@ class Library:
         self._join_parts()
         self._drop_without_text()
         if not len(self):
-            reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
-            raise UserError(f"contains no papers{f' (left out: {reasons})' if reasons else ''}")
+            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
+            raise EmptyLibrary(f"contains no papers{f' ({reasons})' if reasons else ''}")
 
     def _add(self, paper: Paper) -> None:
         execute = self.database.execute

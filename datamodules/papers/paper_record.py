@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import SURROGATES, Record, check_id, content_id
+from datamodules.readers.checks import Record, check_id, check_text, content_id
 from datamodules.records import UserError
 
 KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
@@ -36,7 +36,7 @@ class Paper:
     year: year of publication, if known.
     labels: labels by kind, one of KINDS.
     references: ids or other names of the papers that it cites.
-    names: other names under which papers cite it, such as "doi:10.1/x".
+    names: other names under which papers cite it, such as "doi:10.1234/x".
     split: split that its file gives it: "train", "dev", "test", or "" for none.
     is_part: whether this is not a paper, but the abstract or references of the paper with this id.
     """
@@ -66,11 +66,7 @@ class Paper:
 
 def clean(text: str, key: str) -> str:
     """Return a text without control characters and repeated spaces. Raises UserError if it is not valid Unicode."""
-    if not text.isascii() and (match := SURROGATES.search(text)):
-        code = ord(match[0])
-        what = f"byte 0x{code & 0xFF:02x}" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
-        raise UserError(f"{key} is not UTF-8 ({what} at character {match.start() + 1})")
-    return BLANKS.sub(" ", text).strip()
+    return BLANKS.sub(" ", check_text(text, key)).strip()
 
 
 def without_blanks(id: str) -> str:
@@ -97,7 +93,7 @@ def year_of(value: Any) -> int | None:
 
 
 def doi_name(value: Any) -> list[str]:
-    """Return the name "doi:10.1/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
+    """Return the name "doi:10.1234/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
     match = DOI.search(value) if isinstance(value, str) else None
     return [f"doi:{match[0].lower()}"] if match else []
 

@@ -18,16 +18,19 @@ MAX_DEPTH = 200  # nested elements; PubMed has about 15
 
 
 def rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the articles as objects, one at a time. Raises UserError if the XML is damaged or defines entities."""
+    """Yield the articles as objects, and other elements such as books as None, one at a time.
+
+    Raises UserError if the XML is damaged or defines entities.
+    """
     count = 0
-    for article in _articles(path):
+    for element in _elements(path):
         count += 1
-        text = ElementTree.tostring(article, "unicode")[:QUARANTINED_TEXT]
-        yield Row(bad, path, count, text, count, _as_object(article))
+        text = ElementTree.tostring(element, "unicode")[:QUARANTINED_TEXT]
+        yield Row(bad, path, count, text, count, _as_object(element) if element.tag in RECORDS.values() else None)
     bad.end_of_file(path, count)
 
 
-def _articles(path: Path) -> Iterator[ElementTree.Element]:
+def _elements(path: Path) -> Iterator[ElementTree.Element]:
     parser = ElementTree.XMLPullParser(["start", "end"])
     root, prolog, depth = None, "", 0
     with open_text(path) as stream:
@@ -50,8 +53,7 @@ def _articles(path: Path) -> Iterator[ElementTree.Element]:
                     if depth > MAX_DEPTH:
                         raise UserError(f"{path}: more than {MAX_DEPTH} nested elements")
                     if event == "end" and depth == 1:
-                        if element.tag == RECORDS[root.tag]:
-                            yield element
+                        yield element
                         root.clear()
             parser.close()
         except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8

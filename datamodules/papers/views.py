@@ -83,7 +83,8 @@ class View:
         self.queries = self._by_split("count(DISTINCT query)")
         self.pairs = self._by_split("sum(grade > 0)")
         if not self.queries.get("train"):
-            raise EmptyView("; ".join([self.nothing, *(f"{n:,} {reason}" for reason, n in self.left_out.items())]))
+            reasons = (f"{reason}: {count:,}" for reason, count in self.left_out.items())
+            raise EmptyView("; ".join((self.nothing, *reasons)))
 
     def judge(self) -> None:
         """Fill the table of judgements."""

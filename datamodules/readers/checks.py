@@ -166,7 +166,10 @@ def check_choices(argument: str, values: Sequence[str], choices: Sequence[str]) 
 
 def check_text(value: str, key: str) -> str:
     """Return a string. Raises UserError unless it is valid Unicode. key: its key in the record, for the error."""
-    if not value.isascii() and SURROGATES.search(value):
+    if not value.isascii() and (match := SURROGATES.search(value)):
+        code = ord(match[0])
+        if 0xDC80 <= code <= 0xDCFF:
+            raise UserError(f"{key} is not UTF-8 (byte 0x{code & 0xFF:02x} at character {match.start() + 1})")
         raise UserError(f"{key} contains half of a surrogate pair, which is not valid text")
     return value
 

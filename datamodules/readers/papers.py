@@ -7,9 +7,9 @@ from pathlib import Path
 
 from datamodules.papers.columns import parse_columns
 from datamodules.papers.formats import FORMATS, files_of, read_papers
-from datamodules.papers.library import library_in
+from datamodules.papers.library import EmptyLibrary, library_in
 from datamodules.papers.splits import Splits
-from datamodules.papers.views import VIEWS, ViewOptions
+from datamodules.papers.views import VIEWS, EmptyView, ViewOptions
 from datamodules.readers.checks import BadLines, check_choice, read_into_memory
 from datamodules.records import Collection, Sink, UserError
 
@@ -66,9 +66,8 @@ class PapersReader:
             try:
                 library.read(read_papers(files_of(self.source), bad, self.format, self.columns), self._splits)
                 view = VIEWS[self.view](library, self._options, bad)
-            except UserError as error:
-                text = str(error)
-                raise error if text.startswith(str(self.source)) else UserError(f"{self.source}: {text}") from error
+            except (EmptyLibrary, EmptyView) as error:
+                raise UserError(f"{self.source}: {error}") from error
             for reason, count in (library.left_out + view.left_out).items():
-                log.warning("%s: left out %s %s", self.source, f"{count:,}", reason)
+                log.warning("%s: left out: %s: %s", self.source, reason, f"{count:,}")
             view.stream(sink)

@@ -64,7 +64,7 @@ def _read_parquet(path: Path, bad: BadLines) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _table_row(bad, path, number, record)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the parquet file is damaged after row {number} ({error})") from error
     bad.end_of_file(path, number)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.batches import BatchOptions, MultiTaskDataModule
+from datamodules.files import expanded
 from datamodules.records import Task, UserError
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
 from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
@@ -62,7 +63,7 @@ def batch_options(config: Config) -> BatchOptions:
         carry_texts=bool(config.objective.guide.model or config.objective.teacher.model),
         num_workers=settings.num_workers,
         seed=config.run.seed,
-        cache=settings.cache or "",
+        cache=str(expanded(settings.cache, "data.cache", ", or data.cache=null")) if settings.cache else "",
     )
 
 

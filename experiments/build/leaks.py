@@ -7,11 +7,10 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from datamodules.files import read_json, write_json
+from datamodules.files import expanded, read_json, write_json
 from datamodules.leakage import Index, Overlap
 from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
@@ -197,7 +196,7 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
     """Return the leaks, found once for the same data and then read from data.cache."""
     if config.cache is None:
         return find_leaks(tasks, config.leaks_in)
-    path = Path(config.cache).expanduser() / f"leaks-{_data_key(config, tasks)}.json"
+    path = expanded(config.cache, "data.cache", ", or data.cache=null") / f"leaks-{_data_key(config, tasks)}.json"
     with locked(path):  # the first rank compares, the others wait
         if path.is_file():
             try:

@@ -28,7 +28,7 @@ from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
 from experiments.config.schema import Config, TaskConfig, check_constraints
-from experiments.config.structured import describe, read_yaml, refuse_unknown_keys, unknown
+from experiments.config.structured import LOADER, describe, read_yaml, refuse_unknown_keys, unknown, yaml_text
 from experiments.config.targets import check_targets, is_library
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,10 @@ def folder_of(config: Config) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        text = yaml_text(path / "config.yaml")
+        if "${" in text:  # a saved configuration is resolved, and references can expand without end
+            raise yaml.YAMLError("contains a reference, ${...}")
+        settings = yaml.load(text, Loader=LOADER)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
@@ -307,6 +310,10 @@ def _check_override(text: str) -> None:
     key, equals, _ = text.partition("=")
     if not equals or not key:
         raise UserError(f"command line: expected key=value, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"command line: {text!r} is not UTF-8") from error
     if key == "experiment":
         raise UserError("command line: the experiment is the first argument, not a key (make train EXP=...)")
 
@@ -316,6 +323,8 @@ def _parse(text: str) -> DictConfig:
         return OmegaConf.create(_none_as_null(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"command line: {text!r} cannot be read ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise UserError(f"command line: {text[:60]!r}... is nested too deeply") from error
 
 
 def _none_as_null(node: Any) -> Any:

@@ -26,7 +26,7 @@ class RunConfig:
     """The folder of a run, and how the run starts."""
 
     dir: str = option("", "folder of the run; by default, runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
-    seed: int = option(0, "seed of all random numbers", minimum=0)
+    seed: int = option(0, "seed of all random numbers", minimum=0, maximum=2**32 - 1)
     resume: Literal["auto", "never"] = option(
         "auto", "auto: continue from the last checkpoint, if any; never: start over, and keep the old run"
     )
@@ -173,6 +173,9 @@ class DiagnosticsConfig:
     every_n_steps: int = option(0, "optimizer steps between two sets of statistics; 0: never", minimum=0)
 
 
+MAX_WANDB_NAME, MAX_WANDB_TAG = 128, 64  # characters
+
+
 @dataclass
 class WandbConfig:
     """Weights & Biases."""
@@ -247,6 +250,7 @@ def check_constraints(config: Config) -> None:
     _check_metrics(config)
     _check_balance(config)
     _check_devices(config)
+    _check_wandb(config.wandb)
     _check_sharding(config)
     _check_mining_times(config)
     _check_mined_negatives_are_used(config)
@@ -271,6 +275,20 @@ def _check_balance(config: Config) -> None:
             f"objective.balance: {balance} compares the gradients of all tasks in each optimizer step; "
             f"set data.schedule=together (got {schedule})"
         )
+
+
+def _check_wandb(wandb: WandbConfig) -> None:
+    """Check what W&B refuses, which it would only say when the first values are logged."""
+    limits = {"project": MAX_WANDB_NAME, "entity": MAX_WANDB_NAME, "name": MAX_WANDB_NAME, "group": MAX_WANDB_NAME}
+    texts = [(f"wandb.{key}", getattr(wandb, key), limit) for key, limit in limits.items()]
+    texts += [("wandb.tags", tag, MAX_WANDB_TAG) for tag in wandb.tags]
+    for key, text, limit in texts:
+        if text is None:
+            continue
+        if not 1 <= len(text) <= limit:
+            raise UserError(f"{key}: expected 1 to {limit} characters, got {len(text)} ({text[:40]!r})")
+        if not text.isprintable():
+            raise UserError(f"{key}: expected a text without control characters, got {text!r}")
 
 
 def _check_devices(config: Config) -> None:

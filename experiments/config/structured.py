@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +15,54 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.files import read_regular
 from datamodules.options import check_options
 from datamodules.records import UserError
 
 T = TypeVar("T")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes of a file, levels, and values with aliases expanded
 
 
 def read_yaml(path: Path, name: str = "") -> DictConfig:
     """Read a YAML file of keys and values. name: name of the file in errors. Raises UserError."""
     name = name or str(path)
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(io.StringIO(yaml_text(path)))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{name}: expected a YAML mapping (`key: value` lines)")
     return node
+
+
+def yaml_text(path: Path) -> str:
+    """Return the text of a YAML file, unless it is nested too deeply or its aliases expand too far.
+
+    Raises OSError, UnicodeError and yaml.YAMLError.
+    """
+    text = read_regular(path, MAX_YAML)
+    sizes, names, anchors = [0], [""], {}  # number of values in each open collection, its anchor, and all anchors
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = sizes.pop()
+            anchors[names.pop()] = size
+            sizes[-1] += size
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[-1] += 1
+            anchors[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in names:
+                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: *{event.anchor} contains itself")
+            sizes[-1] += anchors.get(event.anchor, 0)
+        if len(sizes) > MAX_DEPTH:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        if sizes[-1] > MAX_VALUES:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: more than {MAX_VALUES:,} values")
+    return text
 
 
 def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str = "") -> T:

@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from datamodules.records import UserError
 from experiments.shared.plain import PlainFormatter, plain, say
 from lightning_modules.distributed import launch
 
+# Messages of safetensors and other Rust libraries, and of numpy, whose errors have no number.
+FULL_DISK = re.compile(
+    r"No space left|Disk quota exceeded|File too large|os error (27|28|122)|\d+ requested and \d+ written"
+)
 UNCUT = 10_000  # width of tables in files and pipes, where nothing must be cut
 
 
@@ -60,14 +65,24 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         say(f"error: {error}", sys.stderr, line_break="\n  ")
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not (problem := full_disk(error)):
             raise
-        say(f"error: {error}. Free some space and run the same command again.", sys.stderr)
+        say(f"error: {problem}. Free some space and run the same command again.", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted", sys.stderr)
         sys.exit(130)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Return the message of an error that a full disk has caused, or None. Libraries wrap it in errors of their own."""
+    while error is not None:
+        is_system = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if is_system or FULL_DISK.search(str(error)):
+            return str(error).strip().splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class PlainConsole(Console):

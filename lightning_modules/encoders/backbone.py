@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,17 @@ from lightning_modules.encoders.families import FAMILIES
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
+# Far above every published encoder of text.
+MAX_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 10_000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 10_000_000,
+    "type_vocab_size": 100_000,
+}
+MAX_PARAMETERS = 20_000_000_000
 Tokenizer = transformers.PreTrainedTokenizerBase
 
 
@@ -47,11 +58,20 @@ class BackboneOptions:
 
 
 def package_folder(name: str) -> str | None:
-    """Return the model folder of an installed package, or None if it is not installed."""
+    """Return the model folder of an installed package, or None if it is not installed.
+
+    Raises UserError for a package that is not one of a model, and for a text that is not the name of a package.
+    """
+    module = name.removeprefix(PACKAGE)
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{name}: expected the name of an installed package, got {module!r}")
     try:
-        return str(importlib.import_module(name.removeprefix(PACKAGE)).get_model_path())
+        package = importlib.import_module(module)
     except ImportError:
         return None
+    if not callable(getattr(package, "get_model_path", None)):
+        raise UserError(f"{name}: the package {module} has no get_model_path(), so it is not a package of a model")
+    return str(package.get_model_path())
 
 
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:
@@ -81,12 +101,31 @@ def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = (
     return {token: i for i, token in enumerate((tokens + words)[:size])}
 
 
+def check_size(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a backbone that no machine could hold, before anything is allocated for it.
+
+    config: fields of config.json. A small file that asks for a billion layers must not fill the memory.
+    """
+    sizes = {name: config.get(name) or 0 for name in MAX_SIZES}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or not 0 <= size <= MAX_SIZES[name]:
+            raise UserError(f"{name}: expected a whole number up to {MAX_SIZES[name]:,}, got {str(size)[:60]}")
+    hidden, layers, inner = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+    rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
+    if (count := layers * (4 * hidden**2 + 2 * hidden * inner) + rows * hidden) > MAX_PARAMETERS:
+        raise UserError(f"expected at most {MAX_PARAMETERS:,} parameters, got about {count:,}")
+
+
 def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple[nn.Module, BertTokenizer]:
     """Return a randomly initialized BERT and its tokenizer. config: fields of transformers.BertConfig."""
     if config.get("num_hidden_layers") == 0:
         raise UserError("backbone config: num_hidden_layers must be at least 1, got 0")
     if unknown := sorted(set(config) - set(BertConfig().to_dict())):
         raise UserError(f"backbone config: transformers.BertConfig has no field {', '.join(unknown)}")
+    try:
+        check_size(config)
+    except UserError as error:
+        raise UserError(f"backbone config: {error}") from error
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
@@ -102,6 +141,10 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
     with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
     """
     with reading(name, key):
+        try:
+            check_size(PreTrainedConfig.get_config_dict(name)[0])
+        except UserError as error:
+            raise UserError(f"{key}: {name!r}: config.json: {error}") from error
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "dpr" and with_weights:

@@ -21,7 +21,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.records import UserError
 from lightning_modules.checkpoint_files import read_checkpoint
-from lightning_modules.encoders.backbone import load_backbone, meta_backbone, quiet_transformers, reading, reason
+from lightning_modules.encoders.backbone import (
+    check_size,
+    load_backbone,
+    meta_backbone,
+    quiet_transformers,
+    reading,
+    reason,
+)
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
@@ -75,6 +82,7 @@ def build(
                     (Path(folder) / Path(file).name).write_text(text, encoding="utf-8")
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         settings = dict(description["backbone"])
+        check_size(settings)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         encoder = kind(meta_backbone(config), tokenizer, **description["arguments"])
         encoder.similarity = _known_similarity(description.get("similarity"))  # older descriptions have none

@@ -22,6 +22,7 @@ from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Groups
 from lightning_modules.encoders.moe import add_experts, expert_layers
 
+MAX_EXPERTS = 1024
 LEVELS = ("sequence", "token")
 
 
@@ -54,8 +55,8 @@ class RoutedEncoder(Encoder):
         max_length: int = 256,
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
-        if num_experts < 2:
-            raise UserError(f"num_experts: expected at least 2, got {num_experts}")
+        if not 2 <= num_experts <= MAX_EXPERTS:
+            raise UserError(f"num_experts: expected 2 to {MAX_EXPERTS:,}, got {num_experts}")
         if level not in LEVELS:
             raise UserError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
         if not (attention or ffn):

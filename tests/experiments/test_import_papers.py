@@ -153,7 +153,7 @@ def test_reader_of_the_file_gives_the_collections_of_the_import(world: World, tm
         if (tmp_path / "out" / kind).exists():
             collection = BeirReader(str(tmp_path / "out" / kind)).read()
             assert PapersReader(str(tmp_path / world.file), view).read() == collection
-    assert "left out 1 papers with the id of an earlier one" in caplog.text
+    assert "left out: papers with the id of an earlier one: 1" in caplog.text
 
 
 def test_papers_file_can_be_imported_again(tmp_path):
@@ -214,6 +214,7 @@ def test_queries_of_a_file_find_papers(tmp_path):
         split: {collection.queries[q].text: g for q, g in qrels.items()} for split, qrels in collection.qrels.items()
     }
     assert texts == {"train": {"graphs": {"W1": 1, "W2": 1, "W3": 0}, "soil": {"W6": 1}}, "dev": {"cells": {"W4": 2}}}
+    assert summary["records"] == 50
     assert summary["tasks"]["search"]["left_out"] == {
         "ids of papers that are not in the files": 2,
         "queries without a positive in the files": 1,

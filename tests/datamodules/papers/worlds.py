@@ -61,9 +61,12 @@ def in_file(truths: list[Truth]) -> list[Truth]:
 class World:
     """A format.
 
-    file: name of the file. write: writes papers to a path. id: id of a paper, by number.
-    kind: kind of labels that the import chooses. labels: names of these labels of a paper. label_id: id of a label.
-    marker: bytes that every record has once. extra: number of records that are not papers.
+    file: name of the file.
+    write: writes papers to a path.
+    id: returns the id of a paper, by number.
+    kind: kind of labels that the import chooses.
+    marker: pattern at the start of a line, once in every record; empty for binary files.
+    extra: number of records that are not papers.
     """
 
     file: str
@@ -160,7 +163,7 @@ def semantic_scholar(path: Path, truths: list[Truth]) -> None:
         }
         for truth in truths
     ]
-    dump(path, {"total": len(records), "token": None, "data": [*records, None]})
+    dump(path, json.dumps({"total": len(records), "token": None, "data": [*records, None]}, indent=1))
 
 
 def pubmed(path: Path, truths: list[Truth]) -> None:
@@ -266,7 +269,8 @@ def crossref(path: Path, truths: list[Truth]) -> None:
         }
         for truth in truths
     ]
-    dump(path, {"status": "ok", "message-type": "work-list", "message": {"total-results": len(items), "items": items}})
+    message = {"total-results": len(items), "items": items}
+    dump(path, json.dumps({"status": "ok", "message-type": "work-list", "message": message}, indent=1))
 
 
 def csl(path: Path, truths: list[Truth]) -> None:
@@ -360,21 +364,21 @@ def json_table(path: Path, truths: list[Truth]) -> None:
 KEY = "key{}".format
 ROW = "p{}".format
 WORLDS = (
-    World("works.jsonl", openalex, "W{}".format, b'"https://openalex.org/W', "topics", True),
-    World("pages.json", openalex_pages, "W{}".format, b'"publication_year"', "topics", True),
-    World("papers.json", semantic_scholar, "{:040x}".format, b'"s2FieldsOfStudy"', "fields", True, extra=1),
-    World("pubmed.xml", pubmed, "{}".format, b"<PubmedArticle>", "mesh", True),
-    World("arxiv.json", arxiv, lambda number: f"{2000 + number}.00001", b'"submitter"', "topics"),
-    World("zotero.json", zotero, KEY, b'"citationKey"', has_references=True, extra=2),
-    World("crossref.json", crossref, "10.1234/x{}".format, b'"issued"', "fields", True),
-    World("csl.json", csl, KEY, b'"issued"'),
-    World("library.bib", bibtex, KEY, b"@"),
-    World("library.ris", ris, KEY, b"TY  -"),
-    World("papers.csv", comma, ROW, b"We study", has_references=True),
-    World("papers.tsv", tab, ROW, b"We study", has_references=True),
+    World("works.jsonl", openalex, "W{}".format, rb'^{"id": "https://openalex', "topics", True),
+    World("pages.json", openalex_pages, "W{}".format, rb'^   "publication_year"', "topics", True),
+    World("papers.json", semantic_scholar, "{:040x}".format, rb'^   "s2FieldsOfStudy"', "fields", True, extra=1),
+    World("pubmed.xml", pubmed, "{}".format, rb"^<PubmedArticle>", "mesh", True),
+    World("arxiv.json", arxiv, lambda number: f"{2000 + number}.00001", rb'^{"id": "2', "topics"),
+    World("zotero.json", zotero, KEY, rb'^   "citationKey"', has_references=True, extra=2),
+    World("crossref.json", crossref, "10.1234/x{}".format, rb'^    "issued"', "fields", True),
+    World("csl.json", csl, KEY, rb'^  "issued"'),
+    World("library.bib", bibtex, KEY, rb"^@(article|misc){key"),
+    World("library.ris", ris, KEY, rb"^TY  - JOUR"),
+    World("papers.csv", comma, ROW, rb"^p[0-9]+,T", has_references=True),
+    World("papers.tsv", tab, ROW, rb"^p[0-9]+\tT", has_references=True),
     World("papers.parquet", parquet, ROW, b"", has_references=True),
     World("papers.xlsx", excel, ROW, b"", has_references=True),
-    World("table.jsonl", json_table, ROW, b'"Author Keywords"', has_references=True),
+    World("table.jsonl", json_table, ROW, rb'^{"id": "p', has_references=True),
 )
 
 

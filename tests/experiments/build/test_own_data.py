@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.config.experiment import as_dict, from_dict, load_config
 from experiments.evaluate import main as evaluate
+from experiments.import_papers import main as import_papers
 from experiments.train import train
 from tests.conftest import toy_collection
 from tests.experiments.test_train import TINY
@@ -99,6 +101,36 @@ def test_folder_in_both_layouts_needs_a_named_reader(folders):
         data_of(folders, f"task.search.data={folders}/mine")
     named = f"task.search.data={{mine: {{_target_: jsonl.JsonlReader, folder: {folders}/mine}}}}"
     assert data_of(folders, named)["mine"]["_target_"] == JSONL
+
+
+def test_import_and_file_of_papers_serve_every_task(folders):
+    library = folders / "papers.csv"
+    rows = (f"p{i},T{i},Abstract {i},{'ab'[i % 2]},p{i - 1}" for i in range(40))
+    library.write_text("\n".join(["id,title,abstract,keywords,references", *rows]))
+    import_papers([str(library), f"output={folders / 'mylib'}"])
+    tasks = ("classification", "link_prediction", "search")
+    imported = load_config("moe", [f"task.{task}.data={folders / 'mylib'}" for task in tasks])
+    for task in tasks:
+        assert imported.task[task].data == {f"mylib_{task}": {"_target_": BEIR, "folder": f"{folders}/mylib/{task}"}}
+    direct = load_config("moe", [f"task.{task}.data={library}" for task in tasks])
+    views = {task: direct.task[task].data[f"papers_csv_{task}"] for task in tasks}
+    assert [node["view"] for node in views.values()] == ["labels", "citations", "searches"]
+    for config in (imported, direct):
+        config.data.cache = None
+    counts = [
+        [(task.examples_by_collection().popitem()[1]) for task in build_data(c).tasks] for c in (imported, direct)
+    ]
+    assert counts[0] == counts[1]
+    shutil.rmtree(folders / "mylib" / "search")
+    with pytest.raises(UserError, match="mylib has no data for search; .*import.json has the reason"):
+        data_of(folders, f"task.search.data={folders}/mylib")
+
+
+def test_collections_of_two_tasks_need_different_names(folders):
+    """Results are stored by the name of the collection, and one would replace the other."""
+    both = [f"task.{task}.data={folders}/mine" for task in ("classification", "search")]
+    with pytest.raises(UserError, match="task.search.data: classification has a collection called mine too"):
+        load_config("moe", ["tasks=[classification,search]", *both])
 
 
 def test_missing_folder_error_names_the_keys_that_set_it():

@@ -1,7 +1,6 @@
 """Encoding in groups: the same bits, texts tokenised ahead, and one wait for the device per block."""
 
 import threading
-import time
 from contextlib import closing
 
 import numpy as np
@@ -28,6 +27,7 @@ from tests.conftest import TASKS, text_of, toy_collection
 def cache(monkeypatch):
     cache = TokenCache(1 << 20)
     monkeypatch.setattr(datamodules.tokens, "CACHE", cache)
+    monkeypatch.setattr(datamodules.tokens, "MIN_CACHED", 9)
     return cache
 
 
@@ -131,29 +131,28 @@ def test_batches_are_slices_of_one_copy():
     assert {(batch.input_ids.dtype, batch.offsets.dtype) for batch in batches} == {(torch.int64, torch.int32)}
 
 
-def test_encoding_takes_the_longer_of_tokenising_and_computing(encoder, monkeypatch):
-    seconds, count = 0.05, 6
-    tokenise, forward = Encoding._tokenise, encoder.forward_tasks
+def test_each_forward_pass_runs_while_the_next_texts_are_tokenised(encoder, monkeypatch):
+    """Both wait for each other. Without overlap, the test would time out."""
+    count, meeting = 6, threading.Barrier(2, timeout=60)
+    tokenise, forward, calls = Encoding._tokenise, encoder.forward_tasks, {"tokenise": 0, "forward": 0}
 
-    def slow_tokenise(*given):
-        time.sleep(seconds)
+    def waiting_tokenise(*given):
+        calls["tokenise"] += 1
+        if calls["tokenise"] > 1:
+            meeting.wait()
         return tokenise(*given)
 
-    def slow_forward(*given):
-        time.sleep(seconds)
+    def waiting_forward(*given):
+        calls["forward"] += 1
+        if calls["forward"] < count:
+            meeting.wait()
         return forward(*given)
 
-    monkeypatch.setattr(Encoding, "_tokenise", slow_tokenise)
-    monkeypatch.setattr(encoder, "forward_tasks", slow_forward)
+    monkeypatch.setattr(Encoding, "_tokenise", waiting_tokenise)
+    monkeypatch.setattr(encoder, "forward_tasks", waiting_forward)
     monkeypatch.setattr(datamodules.tokens, "_num_threads", lambda: 1)
-
-    def elapsed(seed):
-        started = time.monotonic()
-        assert len(list(encoder.encode_each((documents_of(4, seed + i) for i in range(count)), "search"))) == count
-        return time.monotonic() - started
-
-    # One after the other takes 2 * count. The best of three, because the machine may do other things.
-    assert count + 1 <= min(elapsed(10 * attempt) for attempt in range(3)) / seconds < 0.8 * 2 * count
+    assert len(list(encoder.encode_each((documents_of(4, i) for i in range(count)), "search"))) == count
+    assert calls == {"tokenise": count, "forward": count}
 
 
 @pytest.mark.parametrize("ending", ["close", "interrupt", "failure of the caller"])

@@ -163,7 +163,7 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 1}, "num_experts: expected at least 2, got 1"),
+        ({"num_experts": 1}, "num_experts: expected 2 to 1,024, got 1"),
         ({"level": "word"}, "level: expected one of sequence, token, got 'word'"),
         ({"level": "token", "attention": True}, "set attention=false"),
         ({"ffn": False}, "experts in attention, ffn or both"),

@@ -293,10 +293,22 @@ def encode(documents, task, **options):
     rows = [np.random.default_rng(int(d.text)).standard_normal(8) for d in documents]
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
-encoder = SimpleNamespace(
-    config={}, tokenizer=SimpleNamespace(get_vocab=dict), backbone=SimpleNamespace(config=None), state_dict=dict,
-    device=torch.device("cpu"), encode=encode, document_task=lambda task: task,
-)
+class Numbers(torch.nn.Module):
+    config, backbone, device = {}, SimpleNamespace(config=SimpleNamespace(to_dict=dict)), torch.device("cpu")
+    tokenizer = SimpleNamespace(get_vocab=dict, init_kwargs={})
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.encode = torch.nn.Parameter(torch.ones(1)), encode
+
+    def document_task(self, task):
+        return task
+
+    def encode_each(self, groups, task, **options):
+        for documents in groups:
+            yield self.encode(documents, task)
+
+encoder = Numbers()
 empty = Ragged(np.zeros(31, dtype=np.int64), np.zeros(0, dtype=np.int32))
 pool = MiningPool(
     "search", "toy", [Document(f"d{i}", "", str(i)) for i in range(50)],

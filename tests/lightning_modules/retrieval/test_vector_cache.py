@@ -122,7 +122,7 @@ def without_separator(encoder):
 
 
 def with_half_the_heads(encoder):
-    encoder.backbone.config.num_attention_heads = 2
+    encoder.backbone.config.num_attention_heads = encoder.family.num_heads = 2
     for layer in encoder.family.layers:
         layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 2, 16
 

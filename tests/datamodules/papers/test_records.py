@@ -1,0 +1,257 @@
+"""What each format's parser makes of one record, and of the traps in it."""
+
+import gzip
+import json
+import sys
+import zipfile
+
+import pytest
+
+from datamodules.papers.columns import MAX_EXCEL
+from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
+from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
+from datamodules.papers.splits import Splits
+from datamodules.readers.checks import BadLines
+from datamodules.records import UserError
+
+
+def read(path, content, policy="fail", format=""):
+    """Write a file and return its papers."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with BadLines(policy, str(path.with_name("quarantine.jsonl"))) as bad:
+        return list(read_papers(files_of(path), bad, format))
+
+
+def error(path, content) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, content)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("H<sub>2</sub>O and CO<sub>2</sub>", "H2O and CO2"),
+        ("<jats:title>Abstract</jats:title><jats:p>We <jats:italic>do</jats:italic></jats:p>", "  We do "),
+        ("if a < b and c > d", "if a < b and c > d"),
+        ("p <b and c> q &amp; &lt;r&gt;", "p <b and c> q & <r>"),
+        ('a <a href="http://x">link</a>', "a  link "),
+    ],
+)
+def test_tags_are_removed_and_comparisons_are_kept(text, expected):
+    assert without_tags(text) == expected
+
+
+def test_years_are_found_in_dates():
+    dates = (2015, "2015", "2015-03-01", "c. 1999", "Mon, 2 Apr 2007 19:18:42 GMT", "12015", None, True, "n.d.", 3)
+    assert [year_of(date) for date in dates] == [2015, 2015, 2015, 1999, 2007, None, None, None, None, None]
+
+
+def test_dois_have_one_name():
+    for doi in ("10.1234/ABC", "https://doi.org/10.1234/abc", "doi: 10.1234/Abc"):
+        assert doi_name(doi) == ["doi:10.1234/abc"]
+    assert doi_name("none") == doi_name(None) == []
+
+
+def test_lists_are_split_at_the_first_separator_that_occurs():
+    assert split_list("a, b; c,d", ";|,") == ["a, b", "c,d"]
+    assert split_list("a, b", ";|,") == ["a", "b"]
+    assert split_list(" ", ";") == []
+
+
+def test_text_has_no_control_characters_and_ids_have_no_white_space():
+    paper = Paper("a\u2028b c", "x\x1b[31m\x00y", " a\n\tb ")
+    assert (paper.id, paper.title, paper.abstract) == ("a_b_c", "x [31m y", "a b")
+    assert Paper("", "T", "A", names=["doi:10.1/x"]).id == "10.1/x"
+    assert Paper("", "T", "A").id == Paper(" ", " T ", "A").id != Paper("", "T", "B").id
+    with pytest.raises(UserError, match="title contains half of a surrogate pair"):
+        Paper("a", "\ud800")
+
+
+def test_latex_becomes_plain_text(tmp_path):
+    entry = r"""@string{nlp = "language"}
+    @Article(k1,
+      TITLE = "A {B}ERT for {\"o}l: 50% of R\&D & $x^2$",
+      abstract = {Cost $5 -- or \emph{less}~now},
+      keywords = nlp,
+      date = {2019-05},
+      note = {a}, note = {b},
+    )
+    @article{k1, title = {the same key}}
+    Some text {with braces}.
+    """
+    first, second = read(tmp_path / "a.bib", entry)
+    assert first.title == "A BERT for öl: 50% of R&D & $x^2$"
+    assert first.abstract == "Cost $5 – or less now"
+    assert (first.id, first.year, first.labels) == ("k1", 2019, {"keywords": [Label("language", "language")]})
+    assert second.id == "k1"
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("@article{a, title = {x}\n\n@article{b, title = {y}}\n@article{c, title = {z}}", "not valid BibTeX"),
+        ("article{a, title = {x}}\n@article{b, title={y}}", "an entry that does not start with @"),
+    ],
+)
+def test_bad_entry_of_bibtex_is_reported_with_its_line(tmp_path, entry, reason):
+    message = error(tmp_path / "a.bib", entry)
+    assert message.startswith(f"{tmp_path / 'a.bib'}, line 1")
+    assert reason in message
+    papers = read(tmp_path / "a.bib", entry, policy="skip")
+    assert [paper.id for paper in papers][-1] == entry[entry.rindex("{", 0, entry.rindex(",")) + 1 :].partition(",")[0]
+
+
+def test_ris_reads_the_fields_of_databases(tmp_path):
+    start = "Provider: x\n\n"
+    record = (
+        f"{start}TY  - JOUR\nT1  - A\nN2  - one\n\ntwo\nY1  - 2001///\nKW  - a; b\nKW  - c\nDO  - 10.1234/X\nER  - "
+    )
+    (paper,) = read(tmp_path / "a.ris", record)
+    assert (paper.id, paper.title, paper.abstract, paper.year) == ("10.1234/x", "A", "one two", 2001)
+    assert [label.name for label in paper.labels["keywords"]] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("TY  - JOUR\nTI  - A\nTY  - JOUR\nTI  - B\nER  - ", "line 1, entry 1: the record does not end with ER"),
+        ("TI  - A\nER  - \n", "line 1, entry 1: expected TY as the first field"),
+    ],
+)
+def test_incomplete_record_of_ris_is_reported(tmp_path, content, message):
+    assert message in error(tmp_path / "a.ris", content)
+
+
+def test_medline_citations_and_books_of_pubmed(tmp_path):
+    citation = (
+        "<MedlineCitation><PMID>1</PMID><Article><ArticleTitle>A <i>b</i></ArticleTitle><Abstract>"
+        '<AbstractText Label="AIM">x</AbstractText><AbstractText>y</AbstractText></Abstract></Article>'
+        "</MedlineCitation>"
+    )
+    (paper,) = read(tmp_path / "a.xml", f"<MedlineCitationSet>{citation}</MedlineCitationSet>")
+    assert (paper.id, paper.title, paper.abstract) == ("1", "A b", "AIM: x y")
+    article = f"<PubmedArticle>{citation}</PubmedArticle>"
+    books = "<PubmedBookArticle/><DeleteCitation><PMID>3</PMID></DeleteCitation>"
+    assert read(
+        tmp_path / "b.xml.gz", gzip.compress(f"<PubmedArticleSet>{article}{books}</PubmedArticleSet>".encode())
+    ) == [
+        paper,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><PubmedArticleSet/>", "defines XML entities"),
+        ("<PubmedArticleSet>" + "<a>" * 1000, "more than 200 nested elements"),
+        ("<feed/>", "expected PubmedArticleSet or MedlineCitationSet, got feed"),
+        ("<PubmedArticleSet><PubmedArticle>", "the XML file is damaged"),
+        ("<PubmedArticleSet><PubmedArticle/></PubmedArticleSet>", "the article has no PMID"),
+    ],
+)
+def test_hostile_or_damaged_xml_raises_user_error(tmp_path, content, message):
+    assert message in error(tmp_path / "a.xml", content)
+
+
+def test_open_quote_costs_one_row(tmp_path):
+    content = 'title,abstract\na,"b\nc,d\ne,f\n"g\nh",i\n'
+    papers = read(tmp_path / "a.csv", content, policy="skip")
+    assert [(paper.title, paper.abstract) for paper in papers] == [("c", "d"), ("e", "f"), ("g h", "i")]
+    assert "line 2, entry 1: not valid CSV" in error(tmp_path / "b.csv", content)
+
+
+def test_separator_and_columns_of_a_table(tmp_path):
+    content = "Artikel;Abstract;Author Keywords;Publication Year\nA;x, y;b, c;2001\n"
+    path = tmp_path / "a.csv"
+    path.write_text(content, encoding="utf-8-sig")
+    with BadLines() as bad:
+        (paper,) = read_papers([path], bad, names={"title": "Artikel"})
+    assert (paper.title, paper.abstract, paper.year) == ("A", "x, y", 2001)
+    assert [label.name for label in paper.labels["keywords"]] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x,y\n1,2\n", "no column is called title or abstract (columns here: x, y)"),
+        ("title,abstract\na\n", "line 2, entry 1: has 1 cells, but the header has 2"),
+        ("title,abstract\na,b".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("title,abstract\ncaf\u00e9,b".encode("latin-1"), "title is not UTF-8 (byte 0xe9 at character 4)"),
+    ],
+)
+def test_wrong_table_raises_user_error(tmp_path, content, message):
+    assert message in error(tmp_path / "a.csv", content)
+
+
+def test_workbook_that_expands_without_end_is_refused(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "a.xlsx", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("xl/worksheets/sheet1.xml", "w", force_zip64=True) as member,
+    ):
+        for _ in range(MAX_EXCEL // 2**24 + 1):
+            member.write(bytes(2**24))
+    assert "expands to" in error(tmp_path / "a.xlsx", (tmp_path / "a.xlsx").read_bytes())
+
+
+def test_formats_of_json_are_recognised_by_their_records(tmp_path):
+    records = {
+        "openalex": {"id": "https://openalex.org/W1", "title": "T"},
+        "semantic_scholar": {"paperId": "a", "title": "T"},
+        "zotero": {"key": "K", "data": {"itemType": "book", "title": "T"}},
+        "crossref": {"DOI": "10.1/x", "title": ["T"]},
+        "arxiv": {"id": "2001.00001", "title": "T", "categories": "cs.CL", "update_date": "2020-01-01"},
+        "csl": {"id": "x", "type": "book", "title": "T"},
+        "json": {"id": "x", "title": "T"},
+    }
+    for name, record in records.items():
+        for number, content in enumerate(([record], record, {"results": [record]}, {"message": {"items": [record]}})):
+            path = tmp_path / f"{name}{number}.json"
+            for indent in (None, 1):
+                (paper,) = read(path, json.dumps(content, indent=indent))
+                assert format_of(path) == name
+                assert paper.title == "T"
+    path = tmp_path / "part_000.gz"
+    read(path, gzip.compress(json.dumps(records["openalex"]).encode()))
+    assert format_of(path) == "openalex"
+
+
+def test_position_in_an_inverted_index_needs_no_memory(tmp_path):
+    record = {"id": "https://openalex.org/W1", "abstract_inverted_index": {"b": [10**15], "a": [0, 3]}}
+    (paper,) = read(tmp_path / "a.jsonl", json.dumps(record))
+    assert paper.abstract == "a a b"
+
+
+@pytest.mark.parametrize(("package", "suffix"), [("bibtexparser", "bib"), ("rispy", "ris"), ("openpyxl", "xlsx")])
+def test_missing_package_is_named(tmp_path, monkeypatch, package, suffix):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"need the package {package}" in error(tmp_path / f"a.{suffix}", "x")
+
+
+def test_folder_without_papers_and_unknown_suffix_raise_user_error(tmp_path):
+    (tmp_path / "a.pdf").touch()
+    with pytest.raises(UserError, match="contains no files of papers"):
+        files_of(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        files_of(tmp_path / "nowhere")
+    assert "unknown format; expected one of .bib" in error(tmp_path / "a.pdf", "x")
+
+
+def test_splits_by_year_and_by_column():
+    by_year = [Splits("2010/2015").of(Paper("a", year=year)) for year in (2010, 2011, 2015, 2016, None)]
+    assert by_year == ["train", "dev", "dev", "test", ""]
+    assert [Splits("2010").of(Paper("a", year=year)) for year in (2010, 2011)] == ["train", "test"]
+    assert Splits("given").of(Paper("a", split="dev")) == "dev"
+    assert {Splits("100/0/0").of(Paper(str(i))) for i in range(100)} == {"train"}
+    for wrong in ("", "80/20", "0/50/50", "80/10/10/0", "x", "2015/2015", "-1", "given/2"):
+        with pytest.raises(UserError, match="split: expected"):
+            Splits(wrong)
+
+
+def test_every_format_is_in_the_documentation():
+    from tests.experiments.test_import_page import PAGE
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in FORMATS)
