@@ -105,7 +105,9 @@ def files_of(source: Path) -> list[Path]:
         raise UserError(f"{source}: no such file or folder")
     paths = sorted(path for path in source.rglob("*") if not path.name.startswith(".") and path.is_file())
     if not (
-        files := [path for path in paths if _suffix(path) in KNOWN_SUFFIXES or (_suffix(path) == "" and path.suffix)]
+        files := [
+            path for path in paths if suffix_of(path) in KNOWN_SUFFIXES or (suffix_of(path) == "" and path.suffix)
+        ]
     ):
         raise UserError(
             f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
@@ -113,7 +115,8 @@ def files_of(source: Path) -> list[Path]:
     return files
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file in lower case, without .gz or .zst."""
     return Path(path.stem).suffix.lower() if path.suffix in SUFFIXES[1:] else path.suffix.lower()
 
 
@@ -123,7 +126,7 @@ def format_of(path: Path) -> str:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if by_suffix := [name for name, each in FORMATS.items() if suffix in each.suffixes and each.recognises is None]:
         return by_suffix[0]
     if suffix and suffix not in JSON:

@@ -11,6 +11,7 @@ from datamodules.records import UserError
 
 LAYOUTS = "corpus.jsonl, queries.jsonl and qrels/ (BEIR), or corpus.jsonl and train.jsonl (JSON lines)"
 HINT = "To choose the format yourself, name the reader (docs/data.md)"
+IMPORT = "Libraries and dumps of papers are imported first (docs/import.md)"
 
 
 def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
@@ -19,6 +20,8 @@ def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
     Raises UserError if the folder does not exist, or has neither layout or both.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder with {LAYOUTS}. {IMPORT}")
     check_folder(folder, LAYOUTS)
     beir = (folder / "qrels").is_dir() or find_file(folder, "queries.jsonl", required=False)
     jsonl = next(iter(find_split_files(folder, "SPLIT.jsonl", "SPLIT.json").values()), None)
@@ -27,5 +30,5 @@ def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
             f"{folder}: has files of two layouts, {jsonl.name} (JSON lines) and queries.jsonl or qrels/ (BEIR). {HINT}"
         )
     if not (beir or jsonl):
-        raise UserError(f"{folder}: unknown layout; expected {LAYOUTS}. {HINT}")
+        raise UserError(f"{folder}: unknown layout; expected {LAYOUTS}. {HINT}. {IMPORT}")
     return BeirReader if beir else JsonlReader

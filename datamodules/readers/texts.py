@@ -10,11 +10,13 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from datamodules.papers.formats import JSON, KNOWN_SUFFIXES, suffix_of
 from datamodules.readers.checks import BadLines, Row
 from datamodules.readers.io import as_object, find_file
 from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
 
+LIBRARIES = KNOWN_SUFFIXES - {*JSON, ".parquet"}
 ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 
 
@@ -24,6 +26,10 @@ def text_file(source: Path) -> Path:
         return find_file(source, "corpus.jsonl", "corpus.json")
     if not source.is_file():
         raise UserError(f"input: {source} is neither a file nor a folder with a corpus.jsonl")
+    if suffix_of(source) in LIBRARIES:
+        raise UserError(
+            f"input: {source} is a library of papers; import it first, and use its papers.jsonl (docs/import.md)"
+        )
     return source
 
 

@@ -39,7 +39,7 @@ class ModelOptions:
     backbone: str | None = option(
         None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
-    pooling: Literal["cls", "mean"] | None = option(
+    pooling: Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = option(
         None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"
     )
     tower: Literal["query", "document"] | None = option(None, "tower of a DPR checkpoint")

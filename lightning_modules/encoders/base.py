@@ -30,7 +30,7 @@ from lightning_modules.encoders.families import Choice, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
 from lightning_modules.retrieval.compute import default_token_budget
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
 Advance = Callable[[int], None]
 
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
     backbone: model of one of the FAMILIES. Variants change it in place.
     tasks: task -> name of the expert that serves it.
-    pooling: "cls" (the last layer's first token, as in the paper) or "mean".
+    pooling: one of POOLINGS: "cls" (the last layer's first token, as in the paper), "mean", ...
     normalize: whether vectors are scaled to length 1.
     max_length: maximum number of tokens of a text, including special tokens.
 
@@ -109,6 +109,11 @@ class Encoder(nn.Module):
     def dimension(self) -> int:
         """Number of dimensions of a vector."""
         return self.backbone.config.hidden_size
+
+    @property
+    def pools_one_position(self) -> bool:
+        """Whether the last layer needs to compute only one position of each text."""
+        return self.pooling in ("cls", "lasttoken")
 
     @property
     def device(self) -> torch.device:
@@ -246,9 +251,10 @@ class Encoder(nn.Module):
 
     def _computed_positions(self, index: int, states: Tensor, context: AttentionContext) -> Tensor:
         """Return the positions that a layer computes, (L, D). With pooling "cls", the last one needs only [CLS]."""
-        if index < self.num_layers - 1 or self.pooling != "cls":
+        if index < self.num_layers - 1 or not self.pools_one_position:
             return states
-        return states[context.tokens.offsets[:-1]]
+        offsets = context.tokens.offsets
+        return states[offsets[:-1] if self.pooling == "cls" else offsets[1:] - 1]
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
@@ -281,20 +287,32 @@ class Encoder(nn.Module):
 
     def pool(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
         """Pool the states of the last layer, (L, D), to vectors (B, D)."""
-        pooled = hidden if self.pooling == "cls" else self._mean(hidden, context, task)
+        pooled = hidden if self.pools_one_position else self._reduce(hidden, context, task)
         return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
 
-    def _mean(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
-        """Return the mean of the positions of each text that pooling includes, (B, D)."""
-        skipped = self.skipped_positions(task)
+    def _reduce(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
+        """Reduce the positions of each text that pooling includes to one vector, (B, D)."""
+        skipped, offsets = self.skipped_positions(task), context.tokens.offsets
+        included = (context.positions >= skipped)[:, None]
+        if self.pooling == "max":
+            hidden = hidden.masked_fill(~included, float("-inf")) if skipped else hidden
+            return torch.segment_reduce(hidden, "max", offsets=offsets.long(), unsafe=True)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 sums of 200 tokens are 1 % off
+        if self.pooling == "weightedmean":  # weights 1, 2, ... from the start of the text
+            hidden = hidden * (context.positions + 1)[:, None]
         if skipped:
-            hidden = hidden * (context.positions >= skipped)[:, None]
-        sums = torch.segment_reduce(hidden, "sum", offsets=context.tokens.offsets.long(), unsafe=True)
-        return sums / (context.tokens.offsets.diff() - skipped)[:, None]
+            hidden = hidden * included
+        sums = torch.segment_reduce(hidden, "sum", offsets=offsets.long(), unsafe=True)
+        lengths = offsets.diff()
+        totals = {
+            "mean": lengths - skipped,
+            "mean_sqrt_len_tokens": (lengths - skipped).sqrt(),
+            "weightedmean": (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2,
+        }
+        return sums / totals[self.pooling][:, None].to(sums.dtype)
 
     def skipped_positions(self, task: str) -> int:
-        """Return the number of positions at the start of a text that mean pooling leaves out."""
+        """Return the number of positions at the start of a text that pooling leaves out."""
         return 0
 
     def encode(

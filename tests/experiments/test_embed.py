@@ -266,7 +266,7 @@ def test_damaged_matrix_is_merged_again_by_the_same_command(embed, caplog, file,
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', '{"precision": []}', "{", "", "[" * 100_000])
-def test_settings_of_shards_that_are_no_object_raise_user_error(embed, content):
+def test_settings_of_shards_that_are_not_an_object_raise_user_error(embed, content):
     about = embed("out") / "shards" / "about.json"
     about.write_text(content)
     with pytest.raises(UserError, match=r"about.json: |other settings"):

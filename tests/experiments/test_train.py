@@ -445,6 +445,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
         (["tasks=[classification]"], "task classification: the encoder already has it"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "checkpoint has .'ffn': False., but experiment moe asks for .'ffn': True."),
+        (["objective.similarity=dot"], "objective.similarity: extend.model was trained with cosine, .*; got dot"),
         (["extend.like=sarch"], "extend.like: expected one of nearest, classification"),
         (["extend.model=/no/where"], "extend.model: '/no/where' is not an existing file or folder"),
         (["task.search.expert=classification"], "task search: the expert classification already exists"),
@@ -452,6 +453,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
 )
 def test_impossible_extensions_are_refused(tmp_path, make_encoder, overrides, message):
     model = make_encoder("attention", tasks={"classification": "classification"}, pooling="mean")
+    model.similarity = "cosine"
     model = model.save_pretrained(tmp_path / "old")
     extension = [f"extend.model={model}", "tasks=[search]", *(text.format(model=model) for text in overrides)]
     task = "classification" if "tasks=[classification]" in overrides else "search"

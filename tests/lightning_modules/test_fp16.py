@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+from datamodules.tasks import ClassificationDataModule
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
@@ -95,3 +96,25 @@ def test_step_whose_gradients_overflow_changes_nothing(make_encoder, three_tasks
     assert all(p.isfinite().all() for p in module.parameters())
     for callback in balancing:
         assert callback.weights.isfinite().all()
+
+
+def test_resumed_training_keeps_the_scale_of_the_loss(make_encoder, make_task, tmp_path):
+    file = tmp_path / "two.ckpt"
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2 and not file.exists():
+                trainer.save_checkpoint(file)
+
+    def trained(checkpoint):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1)
+        module = ContrastiveModule(make_encoder("attention"), optim=OPTIM, total_steps=8)
+        trainer = quiet_trainer(
+            tmp_path, max_steps=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], callbacks=[Save()], **CLIP
+        )
+        trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
+        assert scaler.get_scale() == 2.0**8  # doubled in each step
+        return module.state_dict()
+
+    whole, resumed = trained(None), trained(file)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -201,6 +201,10 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["moe", "trainer.strategy=fsdp", "trainer.num_nodes=2", "objective.balance=uncertainty"],
             ["fsdp does not support objective.balance=uncertainty"],
         ),
+        (
+            ["moe", "trainer.strategy=fsdp", "trainer.devices=2", "trainer.precision=fp16"],
+            ["fsdp does not support trainer.precision=fp16; set ddp, or bf16"],
+        ),
         (["moe", "callbacks.mine.x=1"], ["callbacks.mine: expected a node with _target_"]),
         (["moe", "task.search.data.searches.view=[a]"], ["task.search.data.searches.view"]),
         (

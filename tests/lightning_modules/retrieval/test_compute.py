@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Return a function that pretends that there is a GPU of a compute capability."""
+    """Return a function that fakes a GPU of a compute capability."""
 
     def pretend(capability, bf16):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

@@ -137,6 +137,13 @@ def test_fingerprint_differs_if_equal_weights_give_other_vectors(make_encoder, c
     assert fingerprint(one) != fingerprint(other)
 
 
+@pytest.mark.parametrize("setting", [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}])
+def test_fingerprint_differs_for_another_backbone_of_equal_weights(make_encoder, setting):
+    one, other = make_encoder("shared"), make_encoder("shared", config=setting)
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
+
+
 def test_fingerprint_differs_for_other_rotary_positions(vocabulary):
     def make(theta, window):
         torch.manual_seed(0)
