@@ -65,6 +65,11 @@ class ModelOptions:
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
+        if self.model == "bm25":
+            raise UserError(
+                "model: bm25 has no encoder. make eval compares with it; make mine mines with it, without a model: "
+                "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"
+            )
         encoder = load_encoder(
             _resolve(self.model),
             {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,

@@ -9,7 +9,7 @@ from transformers import RobertaConfig, RobertaModel
 
 from datamodules.records import Document, Tokens, UserError
 from lightning_modules.encoders.attention import AttentionContext
-from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
+from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
@@ -164,7 +164,8 @@ def test_layernorm_of_attention_is_shared_and_that_of_the_ffn_is_not(make_encode
 def test_number_of_parameters_equals_that_of_the_paper():
     """BERT-base: 12 layers of 768 dimensions, with three experts in every second layer."""
     config = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    vocabulary = {f"t{i}": i for i in range(30522)}
+    tokens = [*SPECIAL_TOKENS, *(f"t{i}" for i in range(30517))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
 
     def count(**kind):
         with torch.device("meta"):
