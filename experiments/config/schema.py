@@ -139,6 +139,9 @@ class TrainerConfig:
     strategy: Literal["ddp", "fsdp"] = option(
         "ddp", "for several ranks: each holds all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
     )
+    compile: Literal["auto", "yes", "no"] = option(
+        "auto", "torch.compile for the layers; auto: on a GPU, in runs that are long enough to pay for it"
+    )
     timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
     peak_tflops: float = option(
@@ -310,6 +313,8 @@ def _check_sharding(config: Config) -> None:
         raise UserError(
             "trainer.strategy: fsdp shards weights over ranks, but there is only one; set trainer.devices=2"
         )
+    if config.trainer.compile == "yes":
+        raise UserError("trainer.strategy: fsdp does not support trainer.compile=yes; set ddp, or compile=no")
     if config.trainer.precision == "fp16":  # each rank would decide alone whether a step overflowed
         raise UserError("trainer.strategy: fsdp does not support trainer.precision=fp16; set ddp, or bf16")
     for key, value, required in (

@@ -102,6 +102,22 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
     return settings
 
 
+def restore_yes_and_no(hint: Any, node: Any) -> None:
+    """Turn booleans back into the words "yes" and "no", which YAML reads as booleans, where these are choices.
+
+    hint: type of the node; only dataclasses have choices.
+    """
+    if not (dataclasses.is_dataclass(hint) and isinstance(node, DictConfig)):
+        return
+    for key, child in typing.get_type_hints(hint).items():
+        if key not in node or OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        word = {True: "yes", False: "no"}.get(node[key]) if isinstance(node[key], bool) else None
+        if word in typing.get_args(child):
+            node[key] = word
+        restore_yes_and_no(child, node[key])
+
+
 @contextmanager
 def prefixed(prefix: str) -> Iterator[None]:
     """Put a key or a file before the messages of errors raised inside."""

@@ -46,7 +46,7 @@ CHANGEABLE = (
     # These change with the number of ranks; the loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
-    *("trainer.strategy", "trainer.timeout", "trainer.peak_tflops"),
+    *("trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
 )
 PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 

@@ -36,7 +36,7 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where the texts of a batch lie. It is computed once and used by all layers, and never waits for the device.
+    """Positions of the texts in a packed batch, computed once for all layers, without waiting for the device.
 
     tokens: the batch.
     positions: position of each token in its text, (T,).

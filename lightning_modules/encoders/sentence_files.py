@@ -55,7 +55,7 @@ PLAIN_VALUES = {
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """The settings of a model's files. None means that there is no such file or key.
+    """The settings of a model's files. None means that the file or the key does not exist.
 
     are_complete: whether the library wrote the folder, so that its own defaults hold, too.
     prompt: text at the start of every text, "" for none. pool_prompt: whether pooling includes it.
@@ -171,7 +171,7 @@ def _pooling(name: str, folder: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _default_prompt(name: str, settings: Mapping[str, Any]) -> str:
-    """Return the prompt that the library uses where none is named. Logs a warning if there are only others."""
+    """Return the prompt that the library uses by default. Logs a warning if there are only others."""
     prompts = _typed(name, settings, "prompts", dict, {})
     default = _typed(name, settings, "default_prompt_name", str, None)
     if not all(isinstance(prompt, str | None) for prompt in prompts.values()):

@@ -181,7 +181,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
         (["moe", "tasks=[search,search]"], ["tasks: each task may be named only once"]),
-        (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0, got -1"]),
+        (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0 and at most 4294967295, got -1"]),
         (["moe", "data.max_length=2"], ["data.max_length: expected a number of at least 3, got 2"]),
         (["moe", "evaluation.metrics=[]"], ["evaluation.metrics: name at least one"]),
         (["moe", "evaluation.metrics=[ndgc@10]"], ["evaluation.metrics: metric 'ndgc@10'"]),
