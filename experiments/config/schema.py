@@ -170,6 +170,9 @@ class EvaluationConfig:
     """Evaluation during training and in the final table."""
 
     every_n_steps: int = option(200, "optimizer steps between two evaluations on the dev splits; 0: never", minimum=0)
+    patience: int = option(
+        0, "evaluations in a row without a new best checkpoint after which training stops early; 0: never", minimum=0
+    )
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
     baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
@@ -272,6 +275,8 @@ def _check_metrics(config: Config) -> None:
     with prefixed("evaluation.metrics: "):
         for name in config.evaluation.metrics:
             check_metric(name)
+    if config.evaluation.patience and not config.evaluation.every_n_steps:
+        raise UserError("evaluation.patience: counts evaluations, but there are none; set evaluation.every_n_steps")
 
 
 def _check_balance(config: Config) -> None:

@@ -84,7 +84,10 @@ class BenchmarkTable:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """Where the results of a training run come from."""
+    """Where the results of a training run come from.
+
+    steps: planned number of optimizer steps. stopped_at: step at which training stopped early, or None.
+    """
 
     experiment: str
     scale: str
@@ -94,6 +97,7 @@ class RunInfo:
     checkpoint_step: int
     split: str
     metrics: list[str]
+    stopped_at: int | None = None
 
 
 @dataclass(kw_only=True)

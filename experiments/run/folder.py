@@ -136,11 +136,16 @@ def _is_complete(path: Path, config: Config) -> bool:
     results = read_json(path / "results.json", {"split": str, "metrics": list, "steps": int})
     evaluation = config.evaluation
     same_protocol = results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
+    recorded, trained_steps = read_config(path), results["steps"]
+    if isinstance(stopped_at := results.get("stopped_at"), int):
+        if recorded.get("evaluation", {}).get("patience") == evaluation.patience:
+            return same_protocol
+        trained_steps = stopped_at
     steps = config.trainer.max_steps
     if epochs := config.trainer.max_epochs:  # how many steps that are was found out when the run started
-        recorded = read_config(path).get("trainer", {})
-        steps = recorded["max_steps"] if recorded.get("max_epochs", 0) >= epochs else math.inf
-    return results["steps"] >= steps and same_protocol
+        trained = recorded.get("trainer", {})
+        steps = trained["max_steps"] if trained.get("max_epochs", 0) >= epochs else math.inf
+    return trained_steps >= steps and same_protocol
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:

@@ -248,6 +248,43 @@ def test_the_folder_of_a_run_by_epochs_does_not_depend_on_their_number_of_steps(
 
 
 @pytest.mark.slow
+def test_a_run_without_a_new_best_stops_early_and_stays_complete(tmp_path, caplog, capsys):
+    """With a learning rate near zero every evaluation equals the first one, at step 2, which stays the best."""
+    caplog.set_level("INFO")
+    settings = [*TINY, "tasks=[search]", "trainer.max_steps=20", "evaluation.every_n_steps=2", "optim.lr=1e-12"]
+    settings = [text for text in settings if not text.startswith(("task.cl", "task.li"))]
+    settings += [f"run.dir={tmp_path}", "trainer.log_every_n_steps=1", "backbone.dropout=0.3"]
+
+    def stopped(patience):
+        train("vanilla", [*settings, f"evaluation.patience={patience}"])
+        results = check_complete(tmp_path, steps=20, benchmarks=1)
+        assert (results["checkpoint"], results["checkpoint_step"]) == ("best.ckpt", 2)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == max(trained())
+        return results["stopped_at"]
+
+    def trained():
+        return [row["step"] for row in rows(tmp_path) if "train/lr" in row]
+
+    assert stopped(patience=2) == 6
+    assert "no new best mean in the last 2 evaluations (the best was at step 2)" in caplog.text
+    assert "stopped early at step 6" in " ".join(capsys.readouterr().out.split())
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    written = last.stat().st_mtime
+    assert stopped(patience=2) == 6  # shows the table
+    (tmp_path / "results.json").unlink()  # as after a kill
+    assert stopped(patience=2) == 6
+    assert last.stat().st_mtime == written
+    assert trained() == [1, 2, 3, 4, 5, 6]
+    assert stopped(patience=3) == 8
+    assert trained() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_early_stopping_needs_evaluations(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.patience: counts evaluations, but there are none"):
+        train("vanilla", two_steps(tmp_path, *TINY, "evaluation.patience=2", "evaluation.every_n_steps=0"))
+
+
+@pytest.mark.slow
 def test_results_of_another_split_or_metric_are_not_mixed(tmp_path, caplog):
     train("vanilla", two_steps(tmp_path, *TINY))
     train("vanilla", two_steps(tmp_path, *TINY, "evaluation.split=dev", "evaluation.metrics=[recall@5]"))
@@ -260,11 +297,13 @@ def test_results_of_another_split_or_metric_are_not_mixed(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_the_table_names_the_evaluated_checkpoint(tmp_path):
+def test_the_table_names_the_evaluated_checkpoint(tmp_path, capsys):
     train("vanilla", two_steps(tmp_path, *TINY))
+    assert "dev splits" not in capsys.readouterr().out
     train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=4", "evaluation.every_n_steps=0"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["checkpoint"], results["checkpoint_step"], results["steps"]) == ("last.ckpt", 4, 4)
+    assert "last.ckpt (the dev splits were not used)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
