@@ -16,7 +16,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
-from datamodules.readers.texts import read_shards, text_file
+from datamodules.readers.texts import read_shards, text_files
 from datamodules.records import UserError
 from experiments.bench import gpu_checks, gpu_parts
 from experiments.bench.gpu_checks import Check
@@ -102,7 +102,7 @@ def build_workload(options: GpuOptions, device: torch.device, folder: Path) -> W
     if options.input is None:
         documents = synthetic_documents(count, options.tokens, options.max_length, tokenizer)
     else:
-        shards = read_shards(text_file(options.input), 1024, range(10**9), BadLines())
+        shards = read_shards(text_files(options.input), 1024, range(10**9), BadLines())
         documents = list(itertools.islice(itertools.chain.from_iterable(shard for _, shard in shards), count))
         if len(documents) < 3:
             raise UserError(f"input: {options.input} has {len(documents)} texts; expected at least 3")
