@@ -256,7 +256,9 @@ def search(workload: Workload) -> Iterator[Figure]:
         seconds = workload.median_seconds(run, most=3)
         return Figure("search", system, f"{setting}: {size}", len(queries) / seconds, "queries/s", flops / seconds)
 
-    yield figure(OURS, f"top {K}, from vectors on the host", lambda: top_k(queries, documents, K, device=workload.device))
+    yield figure(
+        OURS, f"top {K}, from vectors on the host", lambda: top_k(queries, documents, K, device=workload.device)
+    )
     if peer_version():
         on_device = [torch.from_numpy(x).to(workload.device) for x in (queries, documents)]
         yield figure(PEER, f"top {K}, from vectors on the device", lambda: Peer(workload).search(*on_device, K))
