@@ -120,6 +120,12 @@ class TrainerConfig:
     """Length of the training, hardware, and precision."""
 
     max_steps: int = option(1000, "number of optimizer steps", minimum=1)
+    max_epochs: float = option(
+        0.0,
+        "number of passes over the examples of all tasks, instead of max_steps; 0: use max_steps",
+        minimum=0,
+        maximum=1e6,
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
     devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
     num_nodes: int = option(1, "number of machines", minimum=1)
