@@ -377,6 +377,22 @@ class Tokens:
         lengths = tuple(self.lengths[text] for text in texts)
         return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths)
 
+    def fill(self, num_texts: int, num_tokens: int, longest: int) -> Tokens:
+        """Append filler texts, one of them of `longest` tokens, so that all batches have the same shape.
+
+        num_texts, num_tokens: numbers of texts and tokens of the result, with room for fillers.
+        """
+        count, rest = num_texts - len(self), num_tokens - self.num_tokens
+        assert longest + count - 1 <= rest <= count * longest, "no fillers fit"
+        fillers = [longest] + [1] * (count - 1)
+        missing = rest - sum(fillers)
+        for i in range(1, count):
+            fillers[i] += (extra := min(missing, longest - 1))
+            missing -= extra
+        device, lengths = self.input_ids.device, (*self.lengths, *fillers)
+        ids = torch.cat([self.input_ids, self.input_ids.new_zeros(rest)])
+        return Tokens(ids, offsets_of(lengths).to(device), lengths)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
         ids, offsets = (x.to(device, non_blocking=non_blocking) for x in (self.input_ids, self.offsets))
         return Tokens(ids, offsets, self.lengths)

@@ -109,15 +109,17 @@ def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int
     return tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 
-def length_sorted_chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield chunks of text indices, shortest texts first, of at most token_budget tokens each.
+def length_sorted_chunks(
+    lengths: Sequence[int], token_budget: int, most_texts: int | None = None
+) -> Iterator[list[int]]:
+    """Yield chunks of text indices, shortest texts first, of at most token_budget tokens and most_texts texts each.
 
     A text longer than the budget is a chunk of its own. Texts of equal length keep their order.
     """
     chunk: list[int] = []
     size = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and size + lengths[index] > token_budget:
+        if chunk and (size + lengths[index] > token_budget or len(chunk) == most_texts):
             yield chunk
             chunk, size = [], 0
         chunk.append(index)

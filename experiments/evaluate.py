@@ -99,7 +99,8 @@ def main(arguments: Sequence[str]) -> None:
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     """Evaluate on all ranks. The first one writes and prints the results."""
     models = options.models
-    run = options.run or (run_of(options.model) if len(models) == 1 else None)
+    encoders = [model.model for model in models.values() if model.model != "bm25"]
+    run = options.run or (run_of(encoders[0]) if len(encoders) == 1 else None)
     config = config_of_run(run)
     systems = load_systems(
         models,

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module
-from experiments.build.trainer import build_callbacks, build_trainer, precision_of, warn_about_cores
+from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
 from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
@@ -37,6 +37,7 @@ from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.contrastive import CheckpointMismatch
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
+from lightning_modules.encoders.families import num_graphs
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.loggers import RunLogger
 from lightning_modules.retrieval.compute import describe_device, matrix_products_in
@@ -103,6 +104,8 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     precision = precision_of(config, folder.recorded_precision())
     trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
+    if compiles(config):
+        module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
     record_start(
         folder,
@@ -116,6 +119,8 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     with name_lost_ranks(trainer):
         with matrix_products_in(precision):
             fit(trainer, module, data, folder.checkpoint)
+        if compiles(config):
+            log.info("the layers were compiled %d times", num_graphs())
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
         checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
@@ -172,7 +177,13 @@ def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.
     default = precision_of(config)
     kept = "" if precision == default else f", as the run began (a new run would use {default} here)"
     where = describe_device(device)
-    log.info("training on %s: %s steps%s, in %s%s", where, config.trainer.max_steps, origin, precision, kept)
+    compiled = ", with compiled layers" if compiles(config) else ""
+    steps = config.trainer.max_steps
+    log.info("training on %s: %s steps%s, in %s%s%s", where, steps, origin, precision, kept, compiled)
+    if config.evaluation.baselines and not folder.checkpoint:
+        log.info(
+            "first, BM25 and the encoder before training are evaluated (evaluation.baselines=false leaves them out)"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import numpy as np
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.files import atomic_file
+
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,9 @@ class RunLogger(Logger):
         """Log histograms: name -> counts (n,) and edges (n + 1,)."""
 
     def log_model(self, files: Sequence[Path]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after an optimizer step, because training resumes there and logs them again."""
 
     def preempted(self) -> None:
         """Record that the run ends now and will be resumed later."""
@@ -57,14 +62,15 @@ def log_histograms(
 class JsonlLogger(RunLogger):
     """Appends rows {"step": ..., "time": ..., name: value, ...} to a JSON lines file, without buffering.
 
-    A resumed run repeats the steps since its last checkpoint and logs them again. If two rows have the same step and
-    names, the later one counts.
+    A resumed run repeats the steps since its last checkpoint and logs them again. `rewind` removes their rows.
     """
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
         self._unwritten: list[str] = []  # rows that could not be written yet
+        self._resumed_at: int | None = None
+        self._logged_there: set[frozenset[str]] = set()  # names in each row of the step where training resumed
 
     @property
     def name(self) -> str:
@@ -75,8 +81,20 @@ class JsonlLogger(RunLogger):
         return ""
 
     @rank_zero_only
+    def rewind(self, step: int) -> None:
+        rows = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        kept = [(row, content) for row in rows if (content := _row(row)) and content["step"] <= step]
+        if len(kept) < len(rows):
+            with atomic_file(self.path) as file:
+                file.write(b"".join(row.rstrip(b"\n") + b"\n" for row, _ in kept))
+        self._resumed_at = step
+        self._logged_there = {frozenset(content) for _, content in kept if content["step"] == step}
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {"step": step, "time": round(time.time(), 3), **metrics}
+        if step == self._resumed_at and frozenset(row) in self._logged_there:
+            return  # measured again with the same weights
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +108,15 @@ class JsonlLogger(RunLogger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Log nothing: the configuration is in the run's config.yaml."""
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return a row of the file, or None for a damaged one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _append(path: Path, content: bytes) -> None:

@@ -86,7 +86,7 @@ def _layers(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) ->
     num_texts, num_tokens = len(lengths), int(lengths.sum())
     for index, kind in enumerate(kinds):
         window = config.sliding_window if kind == "sliding_attention" else None
-        is_pooled = index == encoder.num_layers - 1 and encoder.pooling == "cls"
+        is_pooled = index == encoder.num_layers - 1 and encoder.pools_one_position
         computed = num_texts if is_pooled else num_tokens
         keys = _keys_of_first(lengths, window) if is_pooled else _keys_of_all(lengths, window)
         adapters = _adapters(encoder, index)

@@ -29,6 +29,7 @@ from datamodules.readers.io import (
 )
 from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 
+TAB_OR_BREAK = re.compile(r"[\t\n\r]")
 NUMBER = r"[+-]?[0-9.]+"
 
 
@@ -141,6 +142,8 @@ class BeirWriter:
         self._qrels[split].write(f"{query}\t{document}\t{grade}\n")
 
     def _write(self, name: str, document: Document) -> None:
+        if document.id != document.id.strip() or TAB_OR_BREAK.search(document.id):
+            raise UserError(f"id {document.id!r}: qrels/*.tsv cannot have tabs, line breaks, or spaces around an id")
         record = {"_id": document.id, "title": document.title, "text": document.text}
         self._texts[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 

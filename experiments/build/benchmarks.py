@@ -11,6 +11,7 @@ from typing import Literal
 
 from datamodules.options import option
 from datamodules.readers import reader_class_of
+from datamodules.readers.checks import SPLIT_NAMES
 from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
 from datamodules.tasks import Reader
 from datamodules.text import NameMatcher
@@ -88,7 +89,7 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
         return [_folder_benchmark(options, config)]
     if config is None:
         raise UserError("run, beir: no data to evaluate on; set run=FOLDER, or beir=FOLDER and task=NAME")
-    benchmarks = build_data(config).benchmarks(options.split)
+    benchmarks = build_data(config).benchmarks(SPLIT_NAMES.get(options.split, options.split))
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]
     if not benchmarks:
@@ -98,7 +99,7 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
 
 
 def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Benchmark:
-    folder, task, split = options.beir, options.task, options.split
+    folder, task, split = options.beir, options.task, SPLIT_NAMES.get(options.split, options.split)
     if not task:
         raise UserError(f"task: required, the task whose expert ranks {folder}, for instance task=search")
     collection = reader_class_of(folder)(str(folder)).read()

@@ -39,7 +39,7 @@ class ModelOptions:
     backbone: str | None = option(
         None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
-    pooling: Literal["cls", "mean"] | None = option(
+    pooling: Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = option(
         None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"
     )
     tower: Literal["query", "document"] | None = option(None, "tower of a DPR checkpoint")
@@ -65,6 +65,11 @@ class ModelOptions:
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
+        if self.model == "bm25":
+            raise UserError(
+                "model: bm25 has no encoder. make eval compares with it; make mine mines with it, without a model: "
+                "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"
+            )
         encoder = load_encoder(
             _resolve(self.model),
             {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,

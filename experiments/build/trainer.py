@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 # TF32 is a setting of matrix products (matrix_products_in), which Lightning does not know.
 LIGHTNING_PRECISIONS = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
+# Compiling takes about a minute. It saves 8 of 60 ms in a step of BERT-base with 64 pairs and a hard negative (H100).
+COMPILE_STEPS = 5000
+
 
 def on_a_terminal() -> bool:
     return sys.stdout.isatty() and "CI" not in os.environ and "SLURM_JOB_ID" not in os.environ
@@ -88,6 +91,15 @@ def precision_of(config: Config, recorded: str | None = None) -> str:
     recorded: the precision that a resumed run began with, and keeps.
     """
     return resolve_precision(recorded or config.trainer.precision, device_of(config))
+
+
+def compiles(config: Config) -> bool:
+    """Return whether the layers of a run are compiled."""
+    settings = config.trainer
+    if settings.compile != "auto":
+        return settings.compile == "yes"
+    is_long = settings.max_steps >= COMPILE_STEPS and settings.strategy != "fsdp"
+    return is_long and device_of(config).type == "cuda"
 
 
 def warn_about_cores(config: Config) -> None:

@@ -28,7 +28,15 @@ from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
 from experiments.config.schema import Config, TaskConfig, check_constraints
-from experiments.config.structured import LOADER, describe, read_yaml, refuse_unknown_keys, unknown, yaml_text
+from experiments.config.structured import (
+    LOADER,
+    describe,
+    read_yaml,
+    refuse_unknown_keys,
+    restore_yes_and_no,
+    unknown,
+    yaml_text,
+)
 from experiments.config.targets import check_targets, is_library
 
 log = logging.getLogger(__name__)
@@ -117,6 +125,8 @@ def digest(config: Config) -> str:
     """Return a hash of the configuration, six characters long. The run's folder and W&B settings do not count."""
     settings = as_dict(config)
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb")
+    if settings["trainer"]["max_epochs"]:
+        del settings["trainer"]["max_steps"]  # follows from the data
     text = with_first_paths(json.dumps(settings, sort_keys=True))
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
@@ -275,6 +285,7 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
     source: name of the layer, for errors. others: further words to suggest for an unknown key. Raises UserError.
     """
     refuse_unknown_keys(Config, layer, source, others=others)
+    restore_yes_and_no(Config, layer)
     _clear_replaced_targets(config, layer)
     try:
         return OmegaConf.merge(config, layer)

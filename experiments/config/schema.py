@@ -120,6 +120,12 @@ class TrainerConfig:
     """Length of the training, hardware, and precision."""
 
     max_steps: int = option(1000, "number of optimizer steps", minimum=1)
+    max_epochs: float = option(
+        0.0,
+        "number of passes over the examples of all tasks, instead of max_steps; 0: use max_steps",
+        minimum=0,
+        maximum=1e6,
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
     devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
     num_nodes: int = option(1, "number of machines", minimum=1)
@@ -138,6 +144,9 @@ class TrainerConfig:
     )
     strategy: Literal["ddp", "fsdp"] = option(
         "ddp", "for several ranks: each holds all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
+    )
+    compile: Literal["auto", "yes", "no"] = option(
+        "auto", "torch.compile for the layers; auto: on a GPU, in runs that are long enough to pay for it"
     )
     timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
@@ -310,6 +319,8 @@ def _check_sharding(config: Config) -> None:
         raise UserError(
             "trainer.strategy: fsdp shards weights over ranks, but there is only one; set trainer.devices=2"
         )
+    if config.trainer.compile == "yes":
+        raise UserError("trainer.strategy: fsdp does not support trainer.compile=yes; set ddp, or compile=no")
     if config.trainer.precision == "fp16":  # each rank would decide alone whether a step overflowed
         raise UserError("trainer.strategy: fsdp does not support trainer.precision=fp16; set ddp, or bf16")
     for key, value, required in (

@@ -21,6 +21,24 @@ from datamodules.records import UserError
 
 T = TypeVar("T")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Names of other trainers, and ours.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "adam_epsilon": "eps",
+    "wd": "weight_decay",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "steps": "max_steps",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "grad_clip": "gradient_clip_val",
+    "max_grad_norm": "gradient_clip_val",
+    "max_seq_length": "max_length",
+    "logging_steps": "log_every_n_steps",
+    "gpus": "devices",
+    "output_dir": "dir",
+}
 MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes of a file, levels, and values with aliases expanded
 
 
@@ -82,6 +100,22 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
     with prefixed(f"{source}: "):
         check_options(settings, prefix)
     return settings
+
+
+def restore_yes_and_no(hint: Any, node: Any) -> None:
+    """Turn booleans back into the words "yes" and "no", which YAML reads as booleans, where these are choices.
+
+    hint: type of the node; only dataclasses have choices.
+    """
+    if not (dataclasses.is_dataclass(hint) and isinstance(node, DictConfig)):
+        return
+    for key, child in typing.get_type_hints(hint).items():
+        if key not in node or OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        word = {True: "yes", False: "no"}.get(node[key]) if isinstance(node[key], bool) else None
+        if word in typing.get_args(child):
+            node[key] = word
+        restore_yes_and_no(child, node[key])
 
 
 @contextmanager
@@ -148,8 +182,10 @@ def did_you_mean(word: str, expected: Iterable[str], prefix: str = "") -> str:
     prefix: path to put before each suggestion.
     """
     expected, lower = list(dict.fromkeys(expected)), word.lower()
+    synonym = SYNONYMS.get(_last_part(lower))
     suggestions = (
         [name for name in expected if name.lower() == lower]
+        or [name for name in expected if synonym and _last_part(name) == synonym]
         or [name for name in expected if _last_part(name.lower()) == lower]
         or _most_similar(word, expected)
     )

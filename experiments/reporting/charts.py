@@ -6,7 +6,8 @@ A chart is as wide as a phone; several share a row if there is room. Coordinates
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from experiments.reporting.run_files import Source, format_number
 
 WIDTH, HEIGHT = 340, 190
+CHARACTER = 6.6  # width of a digit in the style sheet's font
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
 MAX_POINTS, MAX_MARKS, FEW_POINTS = 400, 60, 5
 NUM_COLOURS = 8  # in the style sheet
@@ -127,8 +129,10 @@ def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bo
     if not series:
         return None
     y = Axis(*value_range([v.value for line in series for v in line.values], zero), HEIGHT - BOTTOM, TOP)
-    x = Axis(0, max(1, *(line.steps[-1] for line in series)), LEFT, WIDTH - RIGHT)
-    rules, labels = _grid(x, y, form)
+    texts = {value: f"{tick_text(100 * value)}%" if form.endswith("%") else tick_text(value) for value in y.ticks(4)}
+    left = max(LEFT, 8 + CHARACTER * max(map(len, texts.values()), default=0))
+    x = Axis(0, max(1, *(line.steps[-1] for line in series)), left, WIDTH - RIGHT)
+    rules, labels = _grid(x, y, texts)
     if y.low < 0:
         rules.append(Rule(x.start, x.end, y(0), y(0), "axis"))
     curves, dots = [], []
@@ -207,13 +211,13 @@ def tick_text(value: float) -> str:
     """Format a number on an axis, with k for thousands."""
     if abs(value) >= 1000:
         return format_number(value / 1000, ".4g") + "k"
-    return format_number(0.0 if abs(value) < 1e-12 else value, ".4g")
+    text = format_number(0.0 if abs(value) < 1e-12 else value, ".4g")
+    return re.sub(r"e(.)0+(?=\d)", r"e\1", text)  # 1.5e-5
 
 
-def _grid(x: Axis, y: Axis, form: str) -> tuple[list[Rule], list[Label]]:
-    """Return horizontal lines with their values, and the steps below. form: format of the values."""
-    rules = [Rule(x.start, x.end, y(value), y(value)) for value in y.ticks(4)]
-    texts = {value: f"{tick_text(100 * value)}%" if form.endswith("%") else tick_text(value) for value in y.ticks(4)}
+def _grid(x: Axis, y: Axis, texts: Mapping[float, str]) -> tuple[list[Rule], list[Label]]:
+    """Return horizontal lines with their values, and the steps below. texts: the values and how to write them."""
+    rules = [Rule(x.start, x.end, y(value), y(value)) for value in texts]
     labels = [Label(text, x.start - 5, y(value) + 4, "end") for value, text in texts.items()]
     labels.append(Label("step", 0, y.start + 17, "start"))
     labels += [Label(tick_text(value), x(value), y.start + 17) for value in x.ticks(4)]

@@ -20,6 +20,7 @@ from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
 from experiments.config.experiment import runs_there
 from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
+from lightning_modules.retrieval.trec import decode_id
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class MeasuredSystem:
         try:
             with open(path, encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-            return {row["query"]: float(row[metric]) for row in rows}
+            return {decode_id(row["query"]): float(row[metric]) for row in rows}
         except KeyError as error:
             names = ", ".join(name for name in rows[0] if name != "query") or "no metric"
             raise UserError(f"{path}: has no {metric} per query, only {names}") from error
@@ -102,7 +103,7 @@ def _read_fields(path: Path, count: int) -> Iterator[list[str]]:
                 fields = line.split()
                 if len(fields) != count:
                     raise UserError(f"{path}:{number}: expected {count} fields, got {line.strip()!r}")
-                yield fields
+                yield [decode_id(field) if column in (0, 2) else field for column, field in enumerate(fields)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
 

@@ -39,16 +39,23 @@ class Evaluation(L.Callback):
         self.benchmarks, self.metrics = list(benchmarks), list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
         self.best, self.best_step = float("-inf"), 0
+        self.not_written = float("-inf"), 0  # the best mean whose checkpoint could not be written, and its step
         self.evaluated_at: int | None = None  # no evaluation is missing up to this step
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"best": self.best, "best_step": self.best_step, "measure": self._criterion()}
+        state = {
+            "best": self.best,
+            "best_step": self.best_step,
+            "measure": self._criterion(),
+            "not_written": list(self.not_written),
+        }
         return state | {"evaluated_at": self.evaluated_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluated_at = state.get("evaluated_at")
         if state["measure"] == self._criterion():
             self.best, self.best_step = state["best"], state["best_step"]
+            self.not_written = tuple(state.get("not_written", self.not_written))
         else:
             log.warning("another metric or benchmark chose the best checkpoint; the next evaluation replaces it")
 
@@ -63,6 +70,12 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
         self._evaluate_if_due(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        mean, step = self.not_written
+        if mean > self.best and trainer.is_global_zero:
+            instead = f"{self.path.name} is that of step {self.best_step}" if self.best_step else "there is none"
+            log.warning("the best checkpoint, of step %d (mean %.4f), could not be written; %s", step, mean, instead)
 
     def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
@@ -112,6 +125,7 @@ class Evaluation(L.Callback):
             self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them
             if save_checkpoint(trainer, self.path):
                 self.best, self.best_step = former  # not written: a later step may still become the best
+                self.not_written = max(self.not_written, (mean, step))
 
 
 class BeforeFirstStep(L.Callback):

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from datamodules.records import ContrastiveBatch, UserError
 from lightning_modules.distributed.collectives import rank, world_size
+from lightning_modules.loggers import RunLogger
 from lightning_modules.memory import Memory
 from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling, pads_attention
 
@@ -49,6 +50,9 @@ class TrainingLog(L.Callback):
         log.info("MFU is relative to %s GFLOP/s per device (%s)", f"{ceiling / 1e9:,.0f}", origin)
         self.meter = ThroughputMeter(module.encoder, ceiling, pads_attention(module.encoder, dtype))
         self.waited = self._waited(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.rewind(trainer.global_step)
 
     @staticmethod
     def _waited(trainer: L.Trainer) -> float:
@@ -120,6 +124,11 @@ class TrainingLog(L.Callback):
 
 class TrainingBar(RichProgressBar):
     """A progress bar with the last logged loss of each task, and the speed."""
+
+    @property
+    def total_train_batches(self) -> int:
+        """All batches of the run. Lightning counts the steps that are left, but resumes at the number of the batch."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"  # instead of the epoch: there is only one

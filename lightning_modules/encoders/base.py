@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import Document, Tokens, UserError, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
-from lightning_modules.encoders.attention import AttentionContext, Prefix
-from lightning_modules.encoders.families import Choice, family_of
+from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
+from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
 from lightning_modules.retrieval.compute import default_token_budget
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
 Advance = Callable[[int], None]
 
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
     backbone: model of one of the FAMILIES. Variants change it in place.
     tasks: task -> name of the expert that serves it.
-    pooling: "cls" (the last layer's first token, as in the paper) or "mean".
+    pooling: one of POOLINGS: "cls" (the last layer's first token, as in the paper), "mean", ...
     normalize: whether vectors are scaled to length 1.
     max_length: maximum number of tokens of a text, including special tokens.
 
@@ -109,6 +109,11 @@ class Encoder(nn.Module):
     def dimension(self) -> int:
         """Number of dimensions of a vector."""
         return self.backbone.config.hidden_size
+
+    @property
+    def pools_one_position(self) -> bool:
+        """Whether the last layer needs to compute only the first position of each text."""
+        return self.pooling == "cls"
 
     @property
     def device(self) -> torch.device:
@@ -199,19 +204,18 @@ class Encoder(nn.Module):
 
     @contextmanager
     def casting(self) -> Iterator[None]:
-        """Compute in the precision of autocast, with all weights cast once, instead of by autocast.
+        """Under autocast, cast the weights of linear layers once, and not in each layer of each chunk.
 
-        Autocast computes LayerNorm and the residual stream in float32, and without gradients it casts each weight again
-        in each chunk. Similarities and losses are outside, in float32. Sharded encoders keep autocast, because their
-        weights are not whole.
+        Embeddings and LayerNorm stay in float32. Sharded encoders keep autocast alone, as their weights are not whole.
         """
         device = self.device.type
-        if self.sharded or not torch.is_autocast_enabled(device):
+        if self.sharded or self._weights or not torch.is_autocast_enabled(device):
             yield
             return
         dtype = torch.get_autocast_dtype(device)
-        weights = {weight: weight.to(dtype) for weight in self.parameters() if weight.is_floating_point()}
-        with torch.autocast(device, enabled=False), self._with_weights(weights):
+        linear = (module for module in self.modules() if isinstance(module, nn.Linear))
+        weights = {weight: weight.to(dtype) for module in linear for weight in module.parameters()}
+        with self._with_weights(weights):
             yield
 
     @contextmanager
@@ -234,8 +238,10 @@ class Encoder(nn.Module):
                 module._parameters[name] = parameter
 
     def compile(self, *_: Any, **__: Any) -> None:
-        """Compile the parts of the layers. The first batches take longer, and later ones less time on most devices."""
-        self.family.compiled = True
+        """Compile the parts of the layers. It takes about a minute in the first batches, and later ones are faster."""
+        for value in vars(self).values():
+            if isinstance(value, RowFunctions):
+                value.compiled = True
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
         """Compute layers one after the other, from states (T, D)."""
@@ -246,7 +252,7 @@ class Encoder(nn.Module):
 
     def _computed_positions(self, index: int, states: Tensor, context: AttentionContext) -> Tensor:
         """Return the positions that a layer computes, (L, D). With pooling "cls", the last one needs only [CLS]."""
-        if index < self.num_layers - 1 or self.pooling != "cls":
+        if index < self.num_layers - 1 or not self.pools_one_position:
             return states
         return states[context.tokens.offsets[:-1]]
 
@@ -281,19 +287,34 @@ class Encoder(nn.Module):
 
     def pool(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
         """Pool the states of the last layer, (L, D), to vectors (B, D)."""
-        pooled = hidden if self.pooling == "cls" else self._mean(hidden, context, task)
+        pooled = hidden if self.pools_one_position else self._reduce(hidden, context, task)
         return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
 
-    def _mean(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
-        """Return the mean of the positions of each text that pooling includes, (B, D)."""
-        skipped = self.skipped_positions(task)
+    def _reduce(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
+        """Reduce the positions of each text that pooling includes to one vector, (B, D)."""
+        skipped, offsets = self.skipped_positions(task), context.tokens.offsets
+        if self.pooling == "lasttoken":
+            return hidden[offsets[1:] - 1]
+        included = (context.positions >= skipped)[:, None]
+        if self.pooling == "max":
+            hidden = hidden.masked_fill(~included, float("-inf")) if skipped else hidden
+            return torch.segment_reduce(hidden, "max", offsets=offsets.long(), unsafe=True)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 sums of 200 tokens are 1 % off
+        if self.pooling == "weightedmean":  # weights 1, 2, ... from the start of the text
+            hidden = hidden * (context.positions + 1)[:, None]
         if skipped:
-            hidden = hidden * (context.positions >= skipped)[:, None]
-        sums = torch.segment_reduce(hidden, "sum", offsets=context.tokens.offsets.long(), unsafe=True)
-        return sums / (context.tokens.offsets.diff() - skipped)[:, None]
+            hidden = hidden * included
+        sums = torch.segment_reduce(hidden, "sum", offsets=offsets.long(), unsafe=True)
+        lengths = offsets.diff()
+        totals = {
+            "mean": lengths - skipped,
+            "mean_sqrt_len_tokens": (lengths - skipped).sqrt(),
+            "weightedmean": (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2,
+        }
+        return sums / totals[self.pooling][:, None].to(sums.dtype)
 
     def skipped_positions(self, task: str) -> int:
-        """Return the number of positions at the start of a text that mean pooling leaves out."""
+        """Return the number of positions at the start of a text that pooling leaves out."""
         return 0
 
     def encode(
@@ -304,6 +325,7 @@ class Encoder(nn.Module):
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
+        batch_invariant: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the vectors (n, D) of documents, in float32 on the CPU.
 
@@ -315,8 +337,12 @@ class Encoder(nn.Module):
         tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
+        batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
+            device and with this token_budget. It takes a little longer. On GPUs, it needs torch 2.13.
         """
-        (vectors,) = self.encode_each([documents], task, tasks=tasks, token_budget=token_budget, advance=advance)
+        (vectors,) = self.encode_each(
+            [documents], task, tasks=tasks, token_budget=token_budget, advance=advance, batch_invariant=batch_invariant
+        )
         return vectors
 
     def encode_each(
@@ -327,6 +353,7 @@ class Encoder(nn.Module):
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
+        batch_invariant: bool = False,
     ) -> Iterator[Tensor | dict[str, Tensor]]:
         """Yield the result of encode for each group of documents, with the same bits.
 
@@ -343,7 +370,10 @@ class Encoder(nn.Module):
         for name in names:
             self.expert_of(name)
         units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
-        results = encode_units(self, units, names, token_budget or default_token_budget(self.device), advance)
+        if batch_invariant and self.device.type == "cuda" and not NUM_SPLITS:
+            raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
+        token_budget = token_budget or default_token_budget(self.device)
+        results = encode_units(self, units, names, token_budget, advance, batch_invariant)
         return results if tasks is not None else only(results, task)
 
     @contextmanager

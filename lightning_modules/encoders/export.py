@@ -28,6 +28,7 @@ from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.loading import dense_key, load_weights, similarity_of
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
+from lightning_modules.encoders.sentence_files import FORMER_MODES
 from lightning_modules.encoders.shared import SharedEncoder
 
 AVERAGE = "average"
@@ -107,10 +108,7 @@ def _sentence_transformers_files(plain: Encoder, task: str, similarity: str) -> 
         },
         "1_Pooling/config.json": {
             "word_embedding_dimension": plain.dimension,
-            "pooling_mode_cls_token": plain.pooling == "cls",
-            "pooling_mode_mean_tokens": plain.pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
+            **{key: mode == plain.pooling for key, mode in FORMER_MODES.items()},
             # Only mean pooling can exclude the prompt.
             "include_prompt": plain.pooling == "cls" or not isinstance(plain, PromptEncoder) or plain.pool_prompt,
         },
@@ -151,7 +149,9 @@ def save_onnx(folder: str | Path) -> Path:
     options = options_of(AutoConfig.from_pretrained(folder))
     # The masks of eager attention are plain arithmetic, which ONNX supports.
     model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options)
-    kind = "cls" if pooling["pooling_mode_cls_token"] else "mean"
+    kind = next(mode for key, mode in FORMER_MODES.items() if pooling[key])
+    if kind not in ("cls", "mean"):
+        raise UserError(f"onnx: pooling {kind} is not supported; expected cls or mean")
     module = _Pooled(model, kind, (folder / "2_Normalize").is_dir()).eval()
     ids = torch.ones((2, 8), dtype=torch.int64)
     mask = torch.ones_like(ids)

@@ -134,8 +134,17 @@ class Family(Protocol):
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of modules and rows. The number of rows is dynamic, so it is compiled a few times in all."""
+    """Compile a function of modules and rows.
+
+    It is compiled again only for another type, for inference, and for a single row: the number of rows is dynamic, and
+    modules of the same kind share the code. Attention, whose shapes differ in each batch, is not compiled.
+    """
     return torch.compile(function, dynamic=True)
+
+
+def num_graphs() -> int:
+    """Return how many times this process has compiled a function."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class RowFunctions:
@@ -168,7 +177,7 @@ class Bert(RowFunctions):
         positions = tokens.positions()
         embedded = positions if self.padding_id is None else self._roberta_positions(tokens)
         hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
-        return hidden, AttentionContext(tokens, positions, {})
+        return _in_autocast_type(hidden), AttentionContext(tokens, positions, {})
 
     def _roberta_positions(self, tokens: Tokens) -> Tensor:
         """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
@@ -203,12 +212,23 @@ class Bert(RowFunctions):
         return hidden
 
 
+def _in_autocast_type(x: Tensor) -> Tensor:
+    """Return a tensor in the type in which matrices are multiplied."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def _bert_output(dense: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
-    return output.LayerNorm(output.dropout(dense(attended)) + hidden)
+    return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
 
 
 def _bert_feed_forward(intermediate: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
-    return output(intermediate(hidden), hidden)
+    return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
+
+
+def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """Return LayerNorm(x + residual) in the type of x, computed in that of the norm (float32 under autocast)."""
+    return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
 
 
 class ModernBert(RowFunctions):
@@ -235,14 +255,19 @@ class ModernBert(RowFunctions):
 
     def attention(self, layer, hidden, states, context, choice=None, prefix=None):
         first_only, kind = len(hidden) < len(states), layer.attention_type
-        normalized = layer.attn_norm(states)
-        rows = normalized[context.tokens.offsets[:-1]] if first_only else normalized
-        query = self._heads(by_expert(_query, [layer.attn], choice, context, rows))
-        both = by_expert(_key_value, [layer.attn], choice, context, normalized)
-        key, value = (self._heads(x) for x in both.chunk(2, -1))
+        modules = [layer.attn_norm, layer.attn]
         cos, sin = context.rotations[kind]
-        key = self.run(rotated, key, cos, sin)
-        query = query if first_only else self.run(rotated, query, cos, sin)  # position 0 is not rotated
+        if first_only:
+            query = self._heads(by_expert(partial(self.run, _query), modules, choice, context, hidden))
+            key, value = by_expert(partial(self.run, _key_value), modules, choice, context, states).chunk(2, -1)
+            key, value = self.run(rotated, self._heads(key), cos, sin), self._heads(value)
+        else:
+            size = states.shape[-1]
+            both, value = by_expert(partial(self.run, _projected), modules, choice, context, states).split(
+                [2 * size, size], -1
+            )
+            query, key = self.run(rotated, self._heads(both), cos, sin).chunk(2, 1)
+            value = self._heads(value)
         window = self.backbone.config.sliding_window if kind == "sliding_attention" else None
         attn = any_expert(layer.attn)
         dropout = attn.attention_dropout if attn.training else 0.0
@@ -250,10 +275,10 @@ class ModernBert(RowFunctions):
         return by_expert(partial(self.run, _modernbert_output), [layer.attn], choice, context, attended, hidden)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+        return x.unflatten(-1, (-1, self.backbone.config.hidden_size // self.num_heads))
 
     def prefix(self, layer, states, context):
-        key, value = (self._heads(x) for x in _key_value(layer.attn, layer.attn_norm(states)).chunk(2, -1))
+        key, value = (self._heads(x) for x in _key_value(layer.attn_norm, layer.attn, states).chunk(2, -1))
         return Prefix(rotated(key, *context.rotations[layer.attention_type]), value)
 
     def feed_forward(self, layer, hidden, context, choice=None):
@@ -264,17 +289,24 @@ class ModernBert(RowFunctions):
         return self.backbone.final_norm(hidden)
 
 
-# One matrix projects to queries, keys and values, but queries are not needed for all rows.
-def _query(attn: nn.Module, rows: Tensor) -> Tensor:
-    weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
-    size = len(weight) // 3
-    return F.linear(rows, weight[:size], None if bias is None else bias[:size])
+def _projected(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+    """Return queries, keys and values, which one matrix projects to."""
+    return attn.Wqkv(norm(rows))
 
 
-def _key_value(attn: nn.Module, rows: Tensor) -> Tensor:
-    weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
-    size = len(weight) // 3
-    return F.linear(rows, weight[size:], None if bias is None else bias[size:])
+def _query(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+    size = rows.shape[-1]
+    return _projected_by(attn.Wqkv, slice(size), norm(rows))
+
+
+def _key_value(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+    size = rows.shape[-1]
+    return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
+
+
+def _projected_by(linear: nn.Linear, outputs: slice, rows: Tensor) -> Tensor:
+    """Compute some outputs of a linear layer."""
+    return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,24 +28,55 @@ if TYPE_CHECKING:
 BLOCK = 8192  # number of texts that are sorted by length and copied together; a whole corpus may not fit in memory
 
 
+@dataclass(frozen=True)
+class PassShape:
+    """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
+
+    Kernels for matrix products differ with the number of rows, and their results in the last bits. So a batch-invariant
+    pass always has the same number of tokens and of texts, and the same longest text: the rest are fillers.
+
+    token_budget, most_texts: maximum numbers of tokens and of texts.
+    filled: numbers of texts and of tokens, with fillers, and length of the longest.
+    """
+
+    token_budget: int
+    most_texts: int | None = None
+    filled: tuple[int, int, int] | None = None
+
+    @classmethod
+    def invariant(cls, token_budget: int, max_length: int) -> PassShape:
+        """Return a shape with room for fillers, however many texts and tokens there are."""
+        most_texts = max(token_budget // 8, 1)
+        num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
+        return cls(token_budget, most_texts, (num_texts, token_budget + max_length + num_texts, max_length))
+
+    def fill(self, tokens: Tokens) -> Tokens:
+        return tokens.fill(*self.filled) if self.filled else tokens
+
+
 def encode_units(
     encoder: Encoder,
     units: Iterable[Sequence[Document]],
     tasks: Sequence[str],
     token_budget: int,
     advance: Callable[[int], None] | None,
+    batch_invariant: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield task -> vectors (n, D) of each unit's texts, in float32 on the CPU. No forward pass mixes units.
 
+    batch_invariant: whether the bits of a vector must not depend on the other texts.
     advance: function called after each forward pass is launched, with its number of texts.
     """
+    shape = PassShape(token_budget)
+    if batch_invariant:
+        shape = PassShape.invariant(token_budget, encoder.max_length)
     blocks: deque[_Block] = deque()
     launched: deque[_Block] = deque()
     most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that may be computing
     with closing(tokenise_ahead(_jobs(encoder, units, tasks, blocks))) as tables:
         for table in tables:
             launched.append(blocks.popleft())
-            launched[-1].launch(table, token_budget, advance)
+            launched[-1].launch(table, shape, advance)
             yield from _finished(launched, most)
     yield from _finished(launched, 0)
 
@@ -52,11 +84,11 @@ def encode_units(
 def encode_on_device(encoder: Encoder, documents: Sequence[Document], tasks: Sequence[str]) -> dict[str, Tensor]:
     """Return task -> vectors (n, D) of texts, in float32 on the encoder's device. The host does not wait for them."""
     vectors: dict[str, Tensor] = {}
-    tasks_of, token_budget = _tasks_by_prompt(encoder, tasks), default_token_budget(encoder.device)
+    tasks_of, shape = _tasks_by_prompt(encoder, tasks), PassShape(default_token_budget(encoder.device))
     jobs = ((Encoding(encoder.tokenizer, prompt, encoder.max_length), documents) for prompt in tasks_of)
     with closing(tokenise_ahead(jobs)) as tables:
         for same_prompt, table in zip(tasks_of.values(), tables, strict=True):
-            rows, computed = _compute(encoder, table, same_prompt, token_budget, None)
+            rows, computed = _compute(encoder, table, same_prompt, shape, None)
             position = torch.from_numpy(np.argsort(rows)).to(encoder.device, non_blocking=True)
             vectors |= {task: in_chunks[position] for task, in_chunks in computed.items()}
     return vectors
@@ -97,18 +129,18 @@ def _compute(
     encoder: Encoder,
     table: TokenTable,
     tasks: Sequence[str],
-    token_budget: int,
+    shape: PassShape,
     advance: Callable[[int], None] | None,
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Return task -> vectors of texts on the device, shortest text first, and the row of each text in the table."""
-    chunks = list(length_sorted_chunks(table.lengths().tolist(), token_budget))
+    chunks = list(length_sorted_chunks(table.lengths().tolist(), shape.token_budget, shape.most_texts))
     rows = np.concatenate(chunks)
     computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
     with encoder.inferring():
         conditions = {task: encoder.condition(task) for task in tasks}
         for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
-            for task, vectors in encoder.forward_tasks(tokens, tasks, conditions).items():
-                computed[task].append(vectors.float())
+            for task, vectors in encoder.forward_tasks(shape.fill(tokens), tasks, conditions).items():
+                computed[task].append(vectors[: len(tokens)].float())
             encoder.encoded["texts"] += len(tokens)
             encoder.encoded["tokens"] += tokens.num_tokens
             if advance is not None:
@@ -139,11 +171,11 @@ class _Block:
         self.order = torch.zeros(0, dtype=torch.int64)
         self.computed: dict[str, HostCopy] = {}
 
-    def launch(self, table: TokenTable, token_budget: int, advance: Callable[[int], None] | None) -> None:
+    def launch(self, table: TokenTable, shape: PassShape, advance: Callable[[int], None] | None) -> None:
         """Compute the vectors, and start to copy them to the host."""
         if not len(table):
             return
-        rows, computed = _compute(self.encoder, table, list(self.vectors), token_budget, advance)
+        rows, computed = _compute(self.encoder, table, list(self.vectors), shape, advance)
         self.order = torch.from_numpy(rows)
         self.computed = {task: HostCopy(vectors) for task, vectors in computed.items()}
 

@@ -199,7 +199,7 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
     if type(encoder) not in (SharedEncoder, MoEEncoder) or encoder.backbone.config.model_type != "bert":
         kind = f"{type(encoder).__name__} over {encoder.backbone.config.model_type}"
         raise UserError(f"the authors' format supports only SharedEncoder and MoEEncoder over bert, not {kind}")
-    if (encoder.pooling == "mean") != encoder.normalize:
+    if encoder.pooling not in ("cls", "mean") or (encoder.pooling == "mean") != encoder.normalize:
         raise UserError(
             "the authors' format supports only pooling cls with normalize false, and pooling mean with normalize true, "
             f"not pooling {encoder.pooling} with normalize {str(encoder.normalize).lower()}"

@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from datamodules.files import read_json
 from datamodules.records import UserError
+from lightning_modules.encoders.base import POOLINGS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ FORMER_MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-POOLINGS = ("cls", "mean")
 SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot"}
 # Keys of the transformer's file that change the vectors, with the values that leave them as they are.
 PLAIN_VALUES = {
@@ -55,10 +55,10 @@ PLAIN_VALUES = {
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """The settings of a model's files. None means that there is no such file or key.
+    """The settings of a model's files. None means that the file or the key does not exist.
 
     are_complete: whether the library wrote the folder, so that its own defaults hold, too.
-    prompt: text at the start of every text, "" for none. pool_prompt: whether mean pooling includes it.
+    prompt: text at the start of every text, "" for none. pool_prompt: whether pooling includes it.
     similarity: "cosine" or "dot".
     """
 
@@ -91,8 +91,8 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
     pooling = pooling or _pooling(name, pooling_folder, pooling_config)
     prompt = _default_prompt(name, settings)
     pool_prompt = _typed(name, pooling_config, "include_prompt", bool, True)
-    if prompt and not pool_prompt and pooling != "mean":
-        _refuse(name, f"{pooling_folder}: include_prompt=false with pooling {pooling or 'cls'}", "expected mean")
+    if prompt and not pool_prompt and (pooling or "cls") == "cls":
+        _refuse(name, f"{pooling_folder}: include_prompt=false with pooling cls", "expected another pooling")
     return SentenceFiles(
         are_complete=modules is not None,
         pooling=pooling,
@@ -171,7 +171,7 @@ def _pooling(name: str, folder: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _default_prompt(name: str, settings: Mapping[str, Any]) -> str:
-    """Return the prompt that the library uses where none is named. Logs a warning if there are only others."""
+    """Return the prompt that the library uses by default. Logs a warning if there are only others."""
     prompts = _typed(name, settings, "prompts", dict, {})
     default = _typed(name, settings, "default_prompt_name", str, None)
     if not all(isinstance(prompt, str | None) for prompt in prompts.values()):

@@ -72,7 +72,7 @@ def test_damaged_files_of_a_run_are_named(run, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_rows_of_metrics_that_are_no_rows_are_skipped(run, tmp_path):
+def test_rows_of_lines_of_metrics_that_are_not_objects_are_skipped(run, tmp_path):
     source, _ = run
     folder = tmp_path / "run"
     shutil.copytree(source, folder)

@@ -7,7 +7,7 @@ import pytest
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
-from experiments import sample
+from experiments import embed, export, mine, sample
 from experiments.bench import data_scale, encoder_cost
 from experiments.evaluate import main
 from experiments.train import train
@@ -79,6 +79,29 @@ def test_pooling_option_changes_a_plain_bert(run, beir_root, make_backbone, tmp_
         main([*arguments, f"pooling={pooling}", f"output={tmp_path / pooling}"])
     cls, mean = (results(tmp_path / pooling)["scitldr"]["systems"] for pooling in ("cls", "mean"))
     assert cls != mean
+
+
+def test_run_next_to_bm25_is_evaluated_on_its_own_data(run, tmp_path):
+    main([f"model={run},bm25", f"output={tmp_path}/both", "metrics=ndcg@10"])
+    main([f"model={run}", f"output={tmp_path}/alone", "metrics=ndcg@10"])
+    both, alone = results(tmp_path / "both"), results(tmp_path / "alone")
+    assert {name: table["systems"]["run"] for name, table in both.items()} == {
+        name: table["systems"]["encoder"] for name, table in alone.items()
+    }
+    assert all("bm25" in table["systems"] for table in both.values())
+
+
+def test_bm25_is_named_where_an_encoder_is_needed(run, tmp_path, monkeypatch):
+    """The hub was asked for a model of this name, several times."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connects to the hub"))
+    for command, arguments in (
+        (mine.main, ["moe", f"output={tmp_path}/mined"]),
+        (embed.main, ["task=search", f"input={tmp_path}", f"output={tmp_path}/vectors"]),
+        (export.main, []),
+    ):
+        (tmp_path / "corpus.jsonl").write_text('{"_id": "1", "text": "a"}\n')
+        with pytest.raises(UserError, match=r"model: bm25 has no encoder. make eval compares with it"):
+            command([*arguments, "model=bm25"])
 
 
 def test_bm25_needs_no_encoder(beir_root, tmp_path):

@@ -22,6 +22,7 @@ from experiments.compare import main as compare
 from experiments.config.experiment import as_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.report import main
+from experiments.reporting.charts import Series, line_chart
 from experiments.reporting.computed import principal_components, same_label_share
 from experiments.reporting.page import figure, quote
 from experiments.reporting.run_files import Source
@@ -393,3 +394,18 @@ def test_page_is_readable_on_phones_and_desktops_in_both_colour_schemes(run, tmp
     assert {address for address in requested if not address.startswith("data:")} == {url}
     assert [event for event in events if event[0] in TROUBLE] == []
     assert backgrounds["light"] != backgrounds["dark"]
+
+
+@pytest.mark.parametrize("values", [[1.5e-5, 2e-5], [1.25e-7, 3e-5], [-1.5e-5, 1e-5], [0.1, 0.2], [12345.6, 99999.0]])
+def test_numbers_of_an_axis_are_inside_the_chart(values):
+    """1.5e-05 was cut to 5e-05."""
+    sources = [Source(value, "x") for value in values]
+    for form in (".2g", ".3f", ".1%") if max(values) < 10 else (".2g", ".3f"):
+        chart = line_chart("Learning rate", [Series("a", [1, 2], sources, 0)], form)
+        ends = [label for label in chart.labels if label.anchor == "end"]
+        assert ends
+        for label in ends:
+            assert label.x - 6.4 * len(label.text) >= 0
+            number = label.text.replace("\u2212", "-").rstrip("k%")
+            assert not re.search(r"e.0\d", label.text)
+            assert float(number) is not None

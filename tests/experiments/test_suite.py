@@ -7,8 +7,9 @@ import pytest
 import pytrec_eval
 import torch
 
+from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
-from experiments.build.benchmarks import CollectionReader, build_benchmark
+from experiments.build.benchmarks import BenchmarkOptions, CollectionReader, build_benchmark, collection_benchmarks
 from experiments.build.models import System
 from experiments.build.suite import load_suite
 from experiments.evaluate import main
@@ -17,6 +18,7 @@ from experiments.results.results import combine, evaluate_system, tables_from_js
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.vector_cache import VectorCache
 from lightning_modules.throughput import encoder_ceiling, forward_flops
+from tests.conftest import toy_collection
 from tests.experiments.benchmark_worlds import FIGURES, WORLDS, number_of, numbered
 
 SUITE = load_suite()
@@ -285,3 +287,11 @@ def test_results_of_other_data_are_not_combined():
     assert list(combine(one, one | {"more": other["set"]})) == ["set", "more"]
     with pytest.raises(UserError, match="set: results that differ in data cannot share a table"):
         combine(one, other)
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "val"])
+def test_split_of_a_folder_may_have_any_of_its_names(tmp_path, name):
+    collection = toy_collection()
+    write_beir(replace(collection, qrels={"validation": collection.qrels["dev"]}), tmp_path / "set")
+    (benchmark,) = collection_benchmarks(BenchmarkOptions(beir=tmp_path / "set", task="search", split=name), None)
+    assert (benchmark.split, benchmark.qrels) == ("dev", collection.qrels["dev"])

@@ -23,6 +23,7 @@ from datamodules.sample import SampleReader
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.config.experiment import experiments, folder_of, load_config
+from experiments.dry_run import dry_run
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
@@ -188,6 +189,18 @@ def test_a_folder_of_another_run_is_refused(finished):
 
 
 @pytest.mark.slow
+def test_a_run_without_a_newer_key_is_resumed_with_its_default(tmp_path):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["optim"]["schedule"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"optim\.schedule: linear then, cosine now"):
+        train("vanilla", two_steps(tmp_path, *TINY, "optim.schedule=cosine"))
+    train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=3"])
+    check_complete(tmp_path, steps=3)
+
+
+@pytest.mark.slow
 def test_starting_over_keeps_the_old_run(tmp_path):
     folder = tmp_path / "run"
     train("vanilla", two_steps(folder, *TINY))
@@ -201,6 +214,37 @@ def test_a_complete_run_can_be_made_longer(tmp_path):
     train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=5", "trainer.log_every_n_steps=1"])
     check_complete(tmp_path, steps=5)
     assert [row["step"] for row in rows(tmp_path) if "train/lr" in row] == [2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_epochs_are_passes_over_the_examples_of_all_tasks(tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = [*TINY[1:], "tasks=[link_prediction,search]", "trainer.max_steps=2", "optim.schedule=constant"]
+    settings += ["data.batch_size=150", "evaluation.every_n_steps=0", f"run.dir={tmp_path}"]
+    sizes = [len(task.examples) for task in build_data(load_config("vanilla", settings)).tasks]
+    batches = sum(-(-size // 150) for size in sizes)
+    assert batches > 3
+    train("vanilla", [*settings, "trainer.max_epochs=0.5"])
+    half = round(batches / 2)
+    assert check_complete(tmp_path, steps=half, benchmarks=2)["checkpoint_step"] == half
+    trainer = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]
+    assert (trainer["max_steps"], trainer["max_epochs"]) == (half, 0.5)
+    train("vanilla", [*settings, "trainer.max_epochs=0.5"])
+    assert "is complete" in caplog.text
+    prediction = dry_run("vanilla", [*settings, "trainer.max_epochs=1"])
+    assert sum(cost.batches for cost in prediction.tasks.values()) == batches
+    train("vanilla", [*settings, "trainer.max_epochs=1"])
+    check_complete(tmp_path, steps=batches, benchmarks=2)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == batches
+    assert f"from {tmp_path / 'checkpoints' / 'last.ckpt'}" in caplog.text
+
+
+def test_the_folder_of_a_run_by_epochs_does_not_depend_on_their_number_of_steps():
+    config = load_config("moe", [*TINY, "trainer.max_epochs=2"])
+    folder = folder_of(config)
+    config.trainer.max_steps = 1234  # as resolve_epochs does
+    assert folder_of(config) == folder != folder_of(load_config("moe", [*TINY, "trainer.max_epochs=3"]))
 
 
 @pytest.mark.slow

@@ -44,3 +44,38 @@ def test_rows_wait_until_the_disk_has_room(tmp_path, caplog):
     assert "cannot be written" in caplog.text
     logger.log_metrics({"loss": 3.0}, step=3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_rows_after_the_step_where_training_resumes_are_removed(tmp_path):
+    """A killed run logs until its end, and again from its last checkpoint on. Each row must be there once."""
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in range(1, 9):
+        logger.log_metrics({"loss": 1.0}, step=step)
+    logger.log_metrics({"val": 0.5}, step=6)
+    path.write_bytes(path.read_bytes() + b'[1]\n{"loss": 1}\nnot JSON\n{"step": 9, "lo')
+    logger = JsonlLogger(path)
+    logger.rewind(6)
+    assert sorted(row["step"] for row in readable_rows(path)) == [1, 2, 3, 4, 5, 6, 6]
+    logger.log_metrics({"val": 0.5}, step=6)  # measured again, because the checkpoint is older than the evaluation
+    logger.log_metrics({"other": 0.5}, step=6)
+    for step in (7, 8):
+        logger.log_metrics({"loss": 2.0}, step=step)
+    rows = readable_rows(path)
+    assert sorted((row["step"], *sorted(row.keys() - {"step", "time"})) for row in rows) == [
+        *((step, "loss") for step in range(1, 7)),
+        *((6, "other"), (6, "val"), (7, "loss"), (8, "loss")),
+    ]
+    assert [row["loss"] for row in rows if row["step"] > 6] == [2.0, 2.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_fresh_run_in_a_folder_with_rows_starts_with_none(tmp_path):
+    """The first attempt was killed before its first checkpoint."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (0, 1, 2):
+        JsonlLogger(path).log_metrics({"loss": 1.0}, step=step)
+    JsonlLogger(path).rewind(0)
+    assert [row["step"] for row in readable_rows(path)] == [0]
+    JsonlLogger(tmp_path / "new.jsonl").rewind(0)
+    assert not (tmp_path / "new.jsonl").exists()

@@ -162,11 +162,11 @@ def test_operations_of_bert_base(make_backbone):
     """170 MFLOP per token for the products, and 0.0369 MFLOP per token and key."""
     config = types.SimpleNamespace(model_type="bert", intermediate_size=3072)
     base = types.SimpleNamespace(backbone=types.SimpleNamespace(config=config), dimension=768, num_layers=12)
-    base.pooling, base.tasks = "mean", {"search": "search"}
+    base.pools_one_position, base.tasks = False, {"search": "search"}
     short, long = (forward_flops(base, [length]) / length for length in (100, 200))
     assert (long - short) / 100 == pytest.approx(0.0369e6, rel=1e-2)
     assert short - 100 * (long - short) / 100 == pytest.approx(170e6, rel=1e-2)
-    base.pooling = "cls"
+    base.pools_one_position = True
     assert forward_flops(base, [200]) / 200 == pytest.approx(0.93 * long, rel=1e-2)
 
 

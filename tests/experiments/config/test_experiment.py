@@ -181,7 +181,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
         (["moe", "tasks=[search,search]"], ["tasks: each task may be named only once"]),
-        (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0, got -1"]),
+        (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0 and at most 4294967295, got -1"]),
         (["moe", "data.max_length=2"], ["data.max_length: expected a number of at least 3, got 2"]),
         (["moe", "evaluation.metrics=[]"], ["evaluation.metrics: name at least one"]),
         (["moe", "evaluation.metrics=[ndgc@10]"], ["evaluation.metrics: metric 'ndgc@10'"]),
@@ -321,3 +321,17 @@ def test_null_removes_a_collection():
     assert list(config.task["search"].data) == ["mine"]
     with pytest.raises(UserError, match="task search has no data at scale sample"):
         load_config("moe", ["task.search.data.searches=null"])
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("trainer.gradient_accumulation_steps", "trainer.accumulate_grad_batches"),
+        ("trainer.gpus", "trainer.devices"),
+        ("data.max_seq_length", "data.max_length"),
+    ],
+)
+def test_names_of_other_trainers_are_translated(word, ours):
+    assert f"did you mean {ours}?" in error_of("moe", f"{word}=1")

@@ -136,7 +136,7 @@ def test_links_and_pipes_planted_at_a_lock_are_refused(tmp_path, place, kind):
 
 @pytest.mark.parametrize("number", locks.NO_LOCKS)
 @pytest.mark.parametrize("place", PLACES)
-def test_without_locks_on_the_file_system_every_place_goes_on(tmp_path, monkeypatch, caplog, place, number):
+def test_without_locks_on_the_file_system_every_folder_is_used(tmp_path, monkeypatch, caplog, place, number):
     def missing(*_):
         raise OSError(number, os.strerror(number))
 

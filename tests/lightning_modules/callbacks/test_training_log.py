@@ -10,7 +10,7 @@ import torch
 
 from datamodules.batches import MultiTaskBatches
 from lightning_modules import throughput
-from lightning_modules.callbacks.training_log import TrainingLog
+from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.loggers import RunLogger
 from lightning_modules.throughput import ThroughputMeter, training_flops
@@ -126,3 +126,39 @@ def test_ranks_add_up_and_the_slowest_one_counts(make_encoder, three_tasks, monk
     flops = sum(training_flops(encoder, x, task) for task, x in lengths)
     assert both.mfu == pytest.approx(flops / 10 / 4e9)
     assert both.tokens_per_second > alone[0].tokens_per_second
+
+
+class Rendered(L.Callback):
+    """Records what the bar shows after each batch."""
+
+    def __init__(self, bar):
+        self.bar, self.shown = bar, []
+
+    def on_train_batch_end(self, *_):
+        task = self.bar.progress.tasks[0]
+        self.shown.append((task.completed, task.total))
+
+
+def test_the_bar_counts_all_steps_also_after_a_resume(tmp_path, three_tasks, make_encoder):
+    """It counted absolute steps against the remaining ones: 12/7."""
+    shown = []
+    for steps in (5, 12):
+        bar = TrainingBar()
+        rendered = Rendered(bar)
+        trainer = quiet_trainer(
+            tmp_path, max_steps=12, max_epochs=-1, callbacks=[bar, rendered, StopAfter(steps)], enable_progress_bar=True
+        )
+        module = ContrastiveModule(make_encoder())
+        checkpoint = tmp_path / "last.ckpt"
+        trainer.fit(module, three_tasks, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+        trainer.save_checkpoint(checkpoint)
+        shown.append(rendered.shown)
+    assert shown == [[(i, 12) for i in range(1, 6)], [(i, 12) for i in range(6, 13)]]
+
+
+class StopAfter(L.Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= self.steps

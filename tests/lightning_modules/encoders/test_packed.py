@@ -1,0 +1,365 @@
+"""Packed texts: three kernels of attention, every family and variant, against Hugging Face's padded models."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
+
+from datamodules.records import Tokens
+from lightning_modules.encoders import attention
+from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.attention import AttentionContext, Prefix
+from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.routed import RoutedEncoder
+from lightning_modules.encoders.shared import SharedEncoder
+from tests.conftest import TASKS, text_of
+
+LENGTHS = [3, 5, 5, 5, 9, 21, 21, 40]
+WINDOW = 4
+SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 120}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+KERNELS = ["runs", "padded", "varlen"]
+FAMILIES = ["bert", "roberta", "modernbert"]
+
+
+def make_family(family):
+    torch.manual_seed(0)
+    if family == "modernbert":
+        config = ModernBertConfig(
+            **SHAPE, **SPECIAL, num_hidden_layers=4, local_attention=2 * WINDOW, max_position_embeddings=64
+        )
+        return ModernBertModel(config)
+    kinds = {"bert": (BertConfig, BertModel, 0), "roberta": (RobertaConfig, RobertaModel, 1)}
+    config_class, model, pad = kinds[family]
+    config = config_class(**SHAPE, pad_token_id=pad, num_hidden_layers=3, max_position_embeddings=64)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return model(config, add_pooling_layer=False)
+
+
+INSTRUCTIONS = {"classification": "bara beli", "link_prediction": "beli bomu bito", "search": "bomu"}
+VARIANTS = {
+    "shared": (SharedEncoder, {}),
+    "attention experts": (MoEEncoder, {"attention": True, "layers": "mod2"}),
+    "ffn experts": (MoEEncoder, {"attention": False, "ffn": True, "layers": "last2"}),
+    "instruction": (InstructEncoder, {"instructions": INSTRUCTIONS}),
+    "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
+    "prompt": (PromptEncoder, {"instructions": INSTRUCTIONS, "pool_prompt": False}),
+    "routed texts": (RoutedEncoder, {"attention": True}),
+    "routed tokens": (RoutedEncoder, {"level": "token"}),
+    "adapters": (AdapterEncoder, {"reduction_factor": 4}),
+}
+
+
+def softmax_attention(query, key, value, offsets, key_offsets, longest, longest_key, *, window_size=(-1, -1), **_):
+    """Attention as varlen_attn computes it, text by text. Like flash attention, it aligns windows at the end."""
+    assert longest == int(offsets.diff().max())
+    assert longest_key == int(key_offsets.diff().max())
+    outputs = []
+    for i in range(len(offsets) - 1):
+        q, k, v = (x.transpose(0, 1) for x in (query[offsets[i] : offsets[i + 1]], *(
+            x[key_offsets[i] : key_offsets[i + 1]] for x in (key, value)
+        )))  # fmt: skip
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        if window_size != (-1, -1):
+            rows, columns = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+            distance = columns - (rows + k.shape[1] - q.shape[1])
+            seen = (distance >= -window_size[0]) & (distance <= window_size[1])
+            scores = scores.masked_fill(~seen, float("-inf"))
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    """Make all attention use one kernel. On a GPU, choose_kernel does so; varlen_attn itself needs a GPU."""
+    monkeypatch.setattr(attention, "varlen_attn", softmax_attention)
+
+    def choose(query, context, window, dropout, prefix):
+        on_gpu = query.new_empty(0, dtype=torch.float32 if request.param == "padded" else torch.bfloat16)
+        on_gpu = _OnGpu(on_gpu.dtype, len(query))
+        return original(on_gpu, context, window, dropout, prefix)
+
+    original = attention.choose_kernel
+    if request.param != "runs":
+        monkeypatch.setattr(attention, "choose_kernel", choose)
+    return request.param
+
+
+class _OnGpu:
+    """Stands for a query on a GPU, of which choose_kernel asks only device, type and length."""
+
+    def __init__(self, dtype, length):
+        self.device, self.dtype, self.length = torch.device("cuda"), dtype, length
+
+    def __len__(self):
+        return self.length
+
+
+def make_tokens(pad, lengths=LENGTHS, seed=1):
+    """Return texts as Tokens, and as padded ids and mask. One text contains a padding token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((len(lengths), max(lengths)), pad)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, :length], mask[row, :length] = torch.randint(5, 60, (length,), generator=generator), 1
+    ids[4, 3] = pad
+    return Tokens.from_padded(ids, mask), ids, mask
+
+
+def pooled(states, mask, pooling):
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "lasttoken":
+        return states[range(len(mask)), mask.sum(1) - 1]
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@pytest.fixture
+def make(make_backbone):
+    def make(variant, family="bert", **options):
+        kind, arguments = VARIANTS[variant]
+        encoder = kind(make_family(family), make_backbone()[1], TASKS, **arguments, max_length=48, **options)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return encoder
+
+    return make
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_and_gradients_equal_those_of_transformers_in_float64(make, kernel, family, pooling):
+    encoder = make("shared", family, pooling=pooling).double()
+    backbone = copy.deepcopy(encoder.backbone)
+    tokens, ids, mask = make_tokens(backbone.config.pad_token_id)
+    expected = pooled(backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling)
+    vectors = encoder(tokens, "search")
+    # transformers rotates ModernBERT's queries and keys in float32
+    tolerance = 1e-6 if family == "modernbert" else 1e-12
+    torch.testing.assert_close(vectors, expected, atol=tolerance, rtol=0)
+    weights = torch.randn(vectors.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (vectors * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, ours), theirs in zip(encoder.backbone.named_parameters(), backbone.parameters(), strict=True):
+        largest = theirs.grad.abs().max()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=10 * tolerance * float(largest + 1), rtol=0, msg=name)
+
+
+def run(encoder, tokens, seed=0):
+    """Return the vectors of a training step and all gradients."""
+    torch.manual_seed(seed)
+    encoder.train().zero_grad()
+    vectors, penalty = encoder.forward_with_penalty(tokens, "search")
+    weights = torch.linspace(-1, 1, vectors.numel(), dtype=vectors.dtype).view(vectors.shape)
+    ((vectors * weights).sum() + penalty).backward()
+    return vectors.detach(), {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_all_kernels_agree_for_every_family_and_variant(make, monkeypatch, request, family, variant, dtype, tolerance):
+    if (variant, family) == ("adapters", "modernbert"):
+        pytest.skip("adapters need the LayerNorm of a BERT layer")
+    encoder = make(variant, family, pooling="mean" if variant == "prompt" else "cls").to(dtype)
+    tokens = make_tokens(encoder.backbone.config.pad_token_id)[0]
+    expected, expected_gradients = run(encoder, tokens)
+    monkeypatch.setattr(attention, "varlen_attn", softmax_attention)
+    original = attention.choose_kernel
+    for kind in (torch.float32, torch.bfloat16):  # padded, varlen
+        used = []
+
+        def choose(query, *rest, kind=kind, used=used):
+            used.append(original(_OnGpu(kind, len(query)), *rest))
+            return used[-1]
+
+        monkeypatch.setattr(attention, "choose_kernel", choose)
+        vectors, gradients = run(encoder, tokens)
+        assert (attention.attend_padded if kind == torch.float32 else attention.attend_varlen) in used
+        torch.testing.assert_close(vectors, expected, atol=tolerance, rtol=tolerance)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            limit = 10 * tolerance * (1 + float(expected_gradients[name].abs().max()))
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=limit, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_vectors_do_not_depend_on_the_other_texts(make, kernel, variant):
+    encoder = make(variant).double().eval()
+    tokens = make_tokens(0)[0]
+    together = encoder(tokens, "search")
+    order = [5, 2, 7, 0, 4]
+    torch.testing.assert_close(encoder(tokens.select(order), "search"), together[order], atol=1e-12, rtol=0)
+    for text in (0, 7):
+        torch.testing.assert_close(encoder(tokens.select([text]), "search")[0], together[text], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["shared", "attention experts", "ffn experts", "instruction"])
+def test_bfloat16_is_near_float32(make, family, variant):
+    encoder = make(variant, family)
+    tokens = make_tokens(encoder.backbone.config.pad_token_id)[0]
+    expected, expected_gradients = run(encoder, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors, gradients = run(encoder, tokens)
+    assert F.cosine_similarity(vectors.float(), expected).min() > 0.9995
+    assert gradients.keys() == expected_gradients.keys()
+    ours = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    theirs = torch.cat([expected_gradients[name].flatten() for name in gradients])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert (ours - theirs).norm() / theirs.norm() < 2e-2
+
+
+def test_positions_of_roberta_start_after_the_padding_id_in_every_packed_text(make):
+    """sentence-transformers issue 3879: packed texts of RoBERTa with the positions of BERT, or of one long text."""
+    encoder = make("shared", "roberta")
+    seen = []
+    encoder.backbone.embeddings.position_embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(Tokens.pack([[5, 6, 7], [5, 1, 7, 8], [9]]), "search")
+    assert seen[0].tolist() == [[2, 3, 4, 2, 1, 3, 4, 2]]
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_window_is_the_same_distance_in_every_kernel(kernel, first_only, with_prefix):
+    """A window of flash attention is aligned with the last key, and the first position sees only one side."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = Tokens.pack([list(range(length)) for length in LENGTHS])
+    query, key, value = torch.randn(3, tokens.num_tokens, 2, 4, generator=generator, dtype=torch.float64)
+    prefix = Prefix(*torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64)) if with_prefix else None
+    context = AttentionContext(tokens, tokens.positions(), {})
+    if first_only:
+        query = query[tokens.offsets[:-1]]
+    ours = attention.attend(query, key, value, context, window=WINDOW, prefix=prefix)
+    rows, start = [], 0
+    for length in LENGTHS:
+        k, v = key[start : start + length], value[start : start + length]
+        for position in range(1 if first_only else length):
+            near = slice(max(0, position - WINDOW), position + WINDOW + 1)
+            keys, values = k[near], v[near]
+            if prefix:
+                keys, values = torch.cat([prefix.keys, keys]), torch.cat([prefix.values, values])
+            q = query[len(rows)]
+            weights = (torch.einsum("hd,shd->hs", q, keys) / 4**0.5).softmax(-1)
+            rows.append(torch.einsum("hs,shd->hd", weights, values).flatten())
+        start += length
+    torch.testing.assert_close(ours, torch.stack(rows), atol=1e-12, rtol=0)
+
+
+def test_kernels_are_chosen_by_device_precision_dropout_and_window():
+    tokens = Tokens.pack([[1, 2, 3], [1, 2]])
+    context = AttentionContext(tokens, tokens.positions(), {})
+    prefix = Prefix(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+
+    def name(dtype, length=5, window=None, dropout=0.0, prefix=None):
+        return attention.choose_kernel(_OnGpu(dtype, length), context, window, dropout, prefix).__name__
+
+    assert attention.choose_kernel(torch.zeros(5, 1, 1), context, None, 0.1, None) is attention.attend_runs
+    assert name(torch.bfloat16) == name(torch.float16, 2) == name(torch.bfloat16, 2, prefix=prefix) == "attend_varlen"
+    assert name(torch.bfloat16, window=4) == "attend_varlen"
+    assert name(torch.float32) == name(torch.bfloat16, dropout=0.1) == "attend_padded"
+    assert name(torch.bfloat16, 2, window=4) == name(torch.bfloat16, window=4, prefix=prefix) == "attend_padded"
+
+
+def test_dropout_of_attention_keeps_the_mean(kernel):
+    """The kernel with dropout, on any device, keeps the expected value of the output."""
+    tokens = Tokens.pack([list(range(6))] * 2)
+    context = AttentionContext(tokens, tokens.positions(), {})
+    query, key, value = torch.randn(3, 12, 2, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    expected = attention.attend(query, key, value, context)
+    outputs = torch.stack([attention.attend(query, key, value, context, dropout=0.2) for _ in range(2000)])
+    assert outputs.std(0).min() > 0
+    torch.testing.assert_close(outputs.mean(0), expected, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["attention experts", "ffn experts", "adapters", "instruction", "prompt"])
+def test_batch_of_several_tasks_equals_one_task_at_a_time(make, kernel, variant):
+    encoder = make(variant).double().eval()
+    tokens = make_tokens(0)[0]
+    tasks = [list(TASKS)[i % 3] for i in (0, 1, 1, 2, 0, 2, 2, 1)]
+    mixed = encoder(tokens, tasks)
+    for row, task in enumerate(tasks):
+        torch.testing.assert_close(mixed[row], encoder(tokens, task)[row], atol=1e-12, rtol=0)
+
+
+def test_experts_of_a_mixed_batch_compute_views_and_no_module_without_experts_is_split(make):
+    encoder = make("attention experts").eval()
+    tokens = make_tokens(0)[0]
+    experts = [m for n, m in encoder.named_modules() if ".experts." in n and isinstance(m, nn.Linear)]
+    plain = [m for n, m in encoder.named_modules() if n.endswith("intermediate.dense")]
+    sizes = {}
+    for module in (*experts, *plain):
+        module.register_forward_pre_hook(lambda m, inputs: sizes.setdefault(m, []).append(inputs[0]))
+    encoder(tokens, ["search"] * 3 + ["classification"] * 5)
+    assert all(len(calls) == 1 for module, calls in sizes.items() if module in plain)
+    keys = [sizes[m][0] for n, m in encoder.named_modules() if ".experts." in n and n.endswith(".key") and m in sizes]
+    storages = {x.untyped_storage().data_ptr() for x in keys}
+    assert len(keys) == 2
+    assert len(storages) == 1  # both experts read the same tensor
+
+
+def test_gradient_checkpointing_recomputes_with_the_cast_weights(make):
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = make("attention experts")
+        encoder.gradient_checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients.append(run(encoder, make_tokens(0)[0])[1])
+        assert all(isinstance(p, nn.Parameter) for module in encoder.modules() for p in module._parameters.values())
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
+    encoder = make("shared").eval()
+    linear = [p for module in encoder.modules() if isinstance(module, nn.Linear) for p in module.parameters()]
+    casts = []
+    original = torch.Tensor.to
+
+    def to(tensor, *arguments, **options):
+        if torch.bfloat16 in arguments and isinstance(tensor, nn.Parameter):
+            casts.append(tensor)
+        return original(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder.encode(["bara beli"] * 9, "search", token_budget=8)
+    assert len(casts) == len(set(casts)) == len(linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("variant", ["shared", "attention experts", "instruction"])
+def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, variant, pooling, dtype):
+    encoder = make(variant, pooling=pooling).eval()
+    rng = random.Random(0)
+    texts = [text_of(*(rng.randrange(60) for _ in range(rng.choice((1, 2, rng.randint(1, 40)))))) for _ in range(60)]
+
+    def encode(texts, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return encoder.encode(texts, "search", token_budget=256, **options)
+
+    expected = encode(texts, batch_invariant=True)
+    torch.testing.assert_close(expected, encode(texts), atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    for size in (60, 17, 3, 1):
+        order = rng.sample(range(60), 60)
+        for start in range(0, 60, size):
+            rows = order[start : start + size]
+            assert torch.equal(encode([texts[row] for row in rows], batch_invariant=True), expected[rows])
+
+
+def test_fillers_give_a_batch_its_shape_and_leave_its_texts_alone():
+    tokens = Tokens.pack([[5, 6, 7], [8]])
+    filled = tokens.fill(5, 24, 9)
+    assert filled.lengths == (3, 1, 9, 9, 2)
+    assert filled.offsets.tolist() == [0, 3, 4, 13, 22, 24]
+    assert filled.input_ids.tolist()[:4] == [5, 6, 7, 8]
+    assert filled.num_tokens == 24
