@@ -20,7 +20,6 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.compute import resolve_device
 from lightning_modules.throughput import synchronize
 
-NUM_EXPERTS = (3, 8, 32)
 RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
 
 
@@ -37,6 +36,7 @@ class CostOptions:
     texts: int = option(8, "number of texts in a batch", minimum=1)
     tokens: int = option(256, "number of tokens of a text", minimum=1)
     instruction: int = option(16, "number of tokens of an instruction, including [CLS] and [SEP]", minimum=3)
+    experts: tuple[int, ...] = option((3, 8, 32), "numbers of experts", minimum=1)
     rounds: int = option(9, "number of measurements per comparison", minimum=1)
     backward: bool = option(False, "measure the forward and backward pass together")
     device: str = option("auto", DEVICES)
@@ -72,7 +72,7 @@ def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
     size = vars(options)
     yield "dense", SharedEncoder(*backbone_of(size), tasks_of(1))
     for name, ffn in (("MHA", False), ("FFN", True)):
-        for count in NUM_EXPERTS:
+        for count in options.experts:
             encoder = MoEEncoder(*backbone_of(size), tasks_of(count), attention=not ffn, ffn=ffn)
             yield f"{name}, {count} experts", encoder
     instructions = {"task0": " ".join(["t1"] * (options.instruction - 2))}  # without [CLS] and [SEP]

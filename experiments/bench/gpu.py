@@ -48,7 +48,7 @@ PARTS: dict[str, tuple[Callable[[Workload], Iterator[Figure | Check]], float]] =
 }
 # Sizes by kind of device, and with small=yes.
 SIZES: dict[str, dict[str, Any]] = {
-    "cuda": {"texts": 8192, "queries": 64, "cached_pairs": 4096, "vectors": 500_000, "seconds": 1.0},
+    "cuda": {"texts": 8192, "queries": 64, "cached_pairs": 4096, "vectors": 200_000, "seconds": 1.0},
     "cpu": {"texts": 64, "queries": 16, "cached_pairs": 64, "vectors": 20_000, "seconds": 1.0},
     "small": {"texts": 24, "queries": 2, "cached_pairs": 12, "vectors": 2000, "seconds": 0.0},
 }

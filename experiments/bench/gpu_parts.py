@@ -256,10 +256,12 @@ def search(workload: Workload) -> Iterator[Figure]:
         seconds = workload.median_seconds(run, most=3)
         return Figure("search", system, f"{setting}: {size}", len(queries) / seconds, "queries/s", flops / seconds)
 
-    yield figure(OURS, f"top {K}", lambda: top_k(queries, documents, K, device=workload.device))
+    yield figure(
+        OURS, f"top {K}, from vectors on the host", lambda: top_k(queries, documents, K, device=workload.device)
+    )
     if peer_version():
         on_device = [torch.from_numpy(x).to(workload.device) for x in (queries, documents)]
-        yield figure(PEER, f"top {K}", lambda: Peer(workload).search(*on_device, K))
+        yield figure(PEER, f"top {K}, from vectors on the device", lambda: Peer(workload).search(*on_device, K))
     clustered = mining.random_vectors(count, len(queries), dimension, max(1, count // 100), workload.device)
     options = MiningOptions(k=K)
     yield figure(OURS, "mining", lambda: mine(clustered.encoder, clustered.pool, options=options, vectors=clustered))

@@ -1,4 +1,4 @@
-"""What is measured: texts of realistic lengths, encoders of a given shape, and training batches."""
+"""Workload of the benchmarks: texts of realistic lengths, encoders of a given shape, and training batches."""
 
 from __future__ import annotations
 

@@ -140,7 +140,9 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
-    content = read_json(path, {"benchmarks": dict, "metrics": list})
+    content = read_json(path, {"benchmarks": dict})
+    if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
+        raise UserError(f"{path}: expected a list as metrics")
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo
