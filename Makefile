@@ -178,7 +178,7 @@ check: ## check formatting, lint, sweep files, and the wording of comments and m
 	@$(PY) -m experiments.sweep moe check=yes
 	@$(PY) -m tests.language -v
 
-bench: $(STAMP) ## measure speed: make bench BENCH=encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
+bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment

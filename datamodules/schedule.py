@@ -225,6 +225,12 @@ class Schedule:
         length = int(self.costs[task].sum()) if task in self.costs else self.sizes[task]
         return self.turns(steps, task) * self.batch_sizes[task] * world_size / length
 
+    def batches_per_pass(self, world_size: int = 1) -> int:
+        """Return the number of batches on each rank in a pass through the examples of all tasks."""
+        # Lengths have the unit of the batch sizes: tokens for tasks with costs, queries for others.
+        lengths = self.sizes | {task: int(costs.sum()) for task, costs in self.costs.items()}
+        return sum(-(-length // (self.batch_sizes[task] * world_size)) for task, length in lengths.items())
+
     def _positions(self, task: str, first: int, end: int) -> list[tuple[int, int]]:
         """Return (pass, position in the pass) of the examples between two points of a task's line."""
         if task not in self.costs:

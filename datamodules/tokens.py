@@ -219,6 +219,11 @@ class TokenCache:
             while self.size > self.limit:
                 self.size -= _num_bytes(self._tables.popitem(last=False)[1])
 
+    def clear(self) -> None:
+        with self._lock:
+            self._tables.clear()
+            self.size = 0
+
 
 def _num_bytes(table: TokenTable) -> int:
     return table.ids.nbytes + table.starts.nbytes + 500  # for the Python objects

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
-from datamodules.readers.texts import count_lines, read_shards, text_file
+from datamodules.readers.texts import count_lines, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
@@ -42,7 +42,8 @@ class EmbedOptions(EncodingOptions):
         "documents", "whether the texts are documents or queries, for models that encode these differently"
     )
     input: Path = option(
-        help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract), or a BEIR folder"
+        help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract); a BEIR folder; or "
+        "several files: a folder of shards, or a pattern such as 'part-*.jsonl.gz'"
     )
     output: Path = option(help="folder for TASK.npy, TASK.npy.ids.txt and TASK.npy.json; or a .npy file, for one task")
     part: str = option(
@@ -83,7 +84,8 @@ class EmbeddingJob:
     def __init__(self, options: EmbedOptions, share: Share):
         self.options, self.share = options, share
         self.device = share.device if options.device == "auto" else resolve_device(options.device)
-        self.source = text_file(options.input)
+        self.files = text_files(options.input)
+        self.source = self.files[0] if len(self.files) == 1 else options.input
         self.precision = resolve_precision(options.precision, self.device)
         self.token_budget = options.token_budget or default_token_budget(self.device)
         self.one_file = options.output.suffix == ".npy"
@@ -92,7 +94,7 @@ class EmbeddingJob:
     def run(self) -> None:
         """Embed this process's shards. The process that completes the last shard merges them all."""
         options = self.options
-        num_lines = count_lines(self.source, options.on_error)
+        num_lines = count_lines(self.files, options.on_error)
         if not num_lines:
             raise UserError(f"input: {self.source} contains no texts")
         num_shards = -(-num_lines // options.shard_size)
@@ -146,7 +148,7 @@ class EmbeddingJob:
 
         def missing() -> Iterator[tuple[int, list[Document]]]:
             nonlocal num_complete
-            for number, documents in read_shards(self.source, self.options.shard_size, numbers, bad_lines):
+            for number, documents in read_shards(self.files, self.options.shard_size, numbers, bad_lines):
                 if shards.has(number, documents):
                     progress.total, num_complete = progress.total - len(documents), num_complete + 1
                 else:

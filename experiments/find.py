@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from datamodules.options import option
 from datamodules.readers.checks import BadLines
-from datamodules.readers.texts import documents_at, read_shards, text_file
+from datamodules.readers.texts import documents_at, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions
 from experiments.config.arguments import parse
@@ -119,20 +120,21 @@ def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
 
 
 def _read_queries(source: Path) -> list[Document]:
-    path = text_file(source)
+    files = text_files(source)
     with BadLines() as bad_lines:
-        queries = [query for _, shard in read_shards(path, 2**16, range(2**31), bad_lines) for query in shard]
+        queries = [query for _, shard in read_shards(files, 2**16, range(2**31), bad_lines) for query in shard]
     if not queries:
-        raise UserError(f"queries: {path} contains no texts")
+        raise UserError(f"queries: {source} contains no texts")
     return queries
 
 
 def _show(query: str, result: SearchResult) -> None:
     """Print the best papers for the first query, with their titles if the input file is still there."""
     rows, scores, metadata = result.rows[0], result.scores[0], result.metadata
-    rows, titles, source = rows[rows >= 0], {}, Path(metadata["input"])
-    if source.is_file() and metadata["on_error"] == "fail":  # without skipped lines, row i is line i
-        titles = documents_at(source, rows.tolist())
+    rows, titles = rows[rows >= 0], {}
+    if metadata["on_error"] == "fail":  # without skipped lines, row i is line i
+        with suppress(UserError):  # the input may have moved, or changed
+            titles = documents_at(text_files(Path(metadata["input"])), rows.tolist())
     table = Table("", "score", "id", "title", title=query, title_justify="left")
     for number, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):
         paper = titles.get(row)

@@ -74,6 +74,10 @@ def main(arguments: Sequence[str]) -> None:
 def row(run: RunFiles) -> dict[str, str]:
     """Return the cells of a run by column."""
     max_steps, means = run.config["trainer"]["max_steps"], run.means()
+    steps = f"{run.last_step:,} of {max_steps:,}"
+    if run.results:
+        stopped_at = run.results.info.stopped_at
+        steps = f"{stopped_at:,} of {max_steps:,}, stopped early" if stopped_at else f"{max_steps:,}"
     experiment, scale, seed = run.config["experiment"], run.config["scale"], str(run.config["run"]["seed"])
     has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
     names = [] if has_default_name else [f"EXP={experiment}", f"SCALE={scale}", f"run.seed={seed}"]
@@ -81,7 +85,7 @@ def row(run: RunFiles) -> dict[str, str]:
     return {
         "run": str(run.path),
         "differs in": " ".join([*names, *differences(run.config)]),
-        "steps": f"{max_steps:,}" if run.results else f"{run.last_step:,} of {max_steps:,}",
+        "steps": steps,
         "mean": f"{means['trained']:.4f}" if "trained" in means else "",
         "metric": run.results.info.metrics[0] if run.results else "",
         "BM25": f"{means['bm25']:.4f}" if "bm25" in means else "",

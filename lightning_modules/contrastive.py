@@ -17,7 +17,7 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
-from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
+from lightning_modules.optim import OptimOptions, parameter_groups, schedule
 from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
 
 
@@ -101,9 +101,9 @@ class ContrastiveModule(L.LightningModule):
         )
         if temperatures:
             optimizer.register_step_post_hook(lambda *_: self.objective.temperature.clamp())
-        factor = linear_schedule(options.warmup, self._num_steps())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        factor = schedule(options.schedule, options.warmup, self._num_steps())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _num_steps(self) -> int:
         if self.total_steps is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from torch import nn
 
@@ -14,13 +16,16 @@ from datamodules.options import option
 
 @dataclass
 class OptimOptions:
-    """AdamW with a linear warm-up and a linear decay to 0."""
+    """AdamW and its learning rate: a linear warm-up, and then a schedule."""
 
     lr: float = option(3e-4, "peak learning rate", above=0)
     weight_decay: float = option(0.01, "weight decay, except on biases and LayerNorms", minimum=0)
     beta1: float = option(0.9, "decay rate of the mean of the gradients", minimum=0, below=1)
     beta2: float = option(0.999, "decay rate of the mean of the squared gradients", minimum=0, below=1)
     eps: float = option(1e-8, "term added to the denominator of an update", above=0)
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", "learning rate after the warm-up: a linear or cosine decay to 0, or constant"
+    )
     warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
 
@@ -44,15 +49,18 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
     return list(groups.values())
 
 
-def linear_schedule(warmup: float, total_steps: int) -> Callable[[int], float]:
-    """Return a function from the step to the factor of the peak learning rate: a linear warm-up, then a decay to 0.
+def schedule(name: str, warmup: float, total_steps: int) -> Callable[[int], float]:
+    """Return a function from the step to the factor of the peak learning rate: a linear warm-up, then a schedule.
 
-    warmup: share of all steps.
+    name: schedule of OptimOptions. warmup: share of all steps.
     """
-    return partial(_linear_factor, max(1, round(warmup * total_steps)), total_steps)
+    return partial(_factor, name, max(1, round(warmup * total_steps)), total_steps)
 
 
-def _linear_factor(warmup_steps: int, total_steps: int, step: int) -> float:
+def _factor(name: str, warmup_steps: int, total_steps: int, step: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if name == "cosine":
+        return (1 + math.cos(math.pi * share)) / 2  # arXiv 1608.03983, equation 5, without restarts
+    return 1 - share if name == "linear" else 1.0

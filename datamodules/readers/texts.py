@@ -1,12 +1,14 @@
-"""The texts of a file, in shards of a fixed number of lines, to be embedded.
+"""The texts of one or several files, in shards of a fixed number of lines, to be embedded.
 
 Shards are counted in lines and not in documents, so that unwanted shards need not be parsed.
 """
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Container, Iterable, Iterator
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,29 +19,46 @@ from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
 
 LIBRARIES = KNOWN_SUFFIXES - {*JSON, ".parquet"}
+TEXTS = re.compile(r"(?<!^queries)\.(jsonl(\.gz|\.zst)?|parquet)$")
+NUMBERS = re.compile(r"(\d+)")
 ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 
 
-def text_file(source: Path) -> Path:
-    """Return the file itself, or the corpus of a folder. Raises UserError if there is none."""
-    if source.is_dir():
-        return find_file(source, "corpus.jsonl", "corpus.json")
-    if not source.is_file():
-        raise UserError(f"input: {source} is neither a file nor a folder with a corpus.jsonl")
-    if suffix_of(source) in LIBRARIES:
+def text_files(source: Path) -> list[Path]:
+    """Return the file itself, the corpus or all shards of a folder, or the files of a pattern such as part-*.jsonl.gz.
+
+    Shards are ordered by name, with numbers by value. Raises UserError if there is none.
+    """
+    if source.is_file():
+        files, expected = [source], ""
+    elif source.is_dir():
+        if corpus := find_file(source, "corpus.jsonl", "corpus.json", required=False):
+            return [corpus]
+        files = [path for path in source.iterdir() if TEXTS.search(path.name) and path.is_file()]
+        expected = "a corpus.jsonl, or shards that end in .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+    else:
+        files = [Path(path) for path in glob.glob(str(source)) if Path(path).is_file()]
+        expected = "an existing file, a folder, or a pattern of files"
+    if not files:
+        raise UserError(f"input: {source}: expected {expected}")
+    if library := next((path for path in files if suffix_of(path) in LIBRARIES), None):
         raise UserError(
-            f"input: {source} is a library of papers; import it first, and use its papers.jsonl (docs/import.md)"
+            f"input: {library} is a library of papers; import it first, and use its papers.jsonl (docs/import.md)"
         )
-    return source
+    return sorted(
+        files, key=lambda path: [int(part) if part.isdecimal() else part for part in NUMBERS.split(path.name)]
+    )
 
 
-def count_lines(path: Path, on_error: str) -> int:
-    """Return the number of lines (rows of parquet, entries of a JSON list) in a file."""
+def count_lines(paths: Sequence[Path], on_error: str) -> int:
+    """Return the number of lines (rows of parquet, entries of a JSON list) in files."""
     bad = BadLines(on_error, os.devnull)  # bad lines are reported when their shard is read
-    return sum(1 for _ in read_tables([path], bad))
+    return sum(1 for _ in read_tables(paths, bad))
 
 
-def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) -> Iterator[tuple[int, list[Document]]]:
+def read_shards(
+    paths: Sequence[Path], size: int, wanted: Container[int], bad: BadLines
+) -> Iterator[tuple[int, list[Document]]]:
     """Yield the number and the documents of each wanted shard.
 
     A line is {"id": ..., "title": ..., "text" (or "abstract"): ...}. Raises UserError for a bad line, unless the policy
@@ -48,7 +67,7 @@ def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) ->
     size: number of lines per shard. Bad lines count, and the last shard may be shorter.
     """
     number, documents, line = 0, [], -1
-    for line, row in enumerate(read_tables([path], bad)):
+    for line, row in enumerate(read_tables(paths, bad)):
         if line // size != number:
             if number in wanted:
                 yield number, documents
@@ -60,10 +79,10 @@ def read_shards(path: Path, size: int, wanted: Container[int], bad: BadLines) ->
         yield number, documents
 
 
-def documents_at(path: Path, lines: Iterable[int]) -> dict[int, Document]:
+def documents_at(paths: Sequence[Path], lines: Iterable[int]) -> dict[int, Document]:
     """Return the documents of some lines, by line number from 0. Lines that hold no document are left out."""
     documents, wanted = {}, set(lines)
-    for line, row in enumerate(read_tables([path], BadLines())):
+    for line, row in enumerate(read_tables(paths, BadLines())):
         if line in wanted:
             with suppress(UserError):
                 documents[line] = _document(row)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from datamodules.batches import BatchOptions
@@ -18,9 +17,10 @@ from datamodules.files import atomic_folder
 from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Task
 from datamodules.tasks import SearchDataModule
-from experiments.bench.timing import in_new_process, memory
+from experiments.bench.timing import DEVICES, in_new_process, memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
+from lightning_modules.retrieval.compute import resolve_device
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -42,10 +42,12 @@ class DataScaleOptions:
     step: int = option(100_000, "late step to measure too", minimum=0)
     batches: int = option(50, "number of batches to time", minimum=1)
     workers: int = option(0, "processes that prepare batches", minimum=0)
+    device: str = option("auto", DEVICES)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(DataScaleOptions, arguments)
+    device = str(resolve_device(options.device))
     data, cache = options.folder / f"{options.documents}-{options.pairs}", options.folder / "cache"
     table = Table("", "", title=f"{options.documents:,} documents, {options.pairs:,} pairs")
     if not data.is_dir():
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str]) -> None:
     table.add_row("tokenisation (or finding the tokens), s", f"{seconds:.1f}")
     table.add_row("texts per second", f"{num_texts / seconds:,.0f}")
     for step in (0, options.step):
-        figures = in_new_process(measure_batches, data, cache, step, options.batches, options.workers, time.time())
+        settings = (data, cache, step, options.batches, options.workers, device)
+        figures = in_new_process(measure_batches, *settings, time.time())
         for name, figure in figures.items():
             table.add_row(f"step {step:,}: {name}", f"{figure:,.2f}")
     table_console().print(table)
@@ -115,7 +118,7 @@ def tokenizer():
 
 
 def measure_batches(
-    folder: Path, cache: Path, step: int, num_batches: int, workers: int, launched: float
+    folder: Path, cache: Path, step: int, num_batches: int, workers: int, device: str, launched: float
 ) -> dict[str, float]:
     """Measure the loader in this process, starting at a step. launched: time at which the process started."""
     text_tokenizer = tokenizer()
@@ -134,18 +137,17 @@ def measure_batches(
     rate = count / (time.perf_counter() - started)
     figures |= {"memory of the data, GB": memory() - before, "texts per second of the loader": rate}
     if step:
-        training = training_rate(kept, text_tokenizer.get_vocab())
+        training = training_rate(kept, text_tokenizer.get_vocab(), device)
         figures |= {"texts per second of training MiniLM": training, "loader over training": rate / training}
     return figures
 
 
-def training_rate(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int]) -> float:
+def training_rate(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int], device: str) -> float:
     """Return the texts per second of training on the batches. The first one is a warm-up."""
     from lightning_modules.contrastive import ContrastiveModule
     from lightning_modules.encoders.backbone import random_backbone
     from lightning_modules.encoders.shared import SharedEncoder
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = SharedEncoder(*random_backbone(MINILM, vocabulary), {"search": "search"}, pooling="mean")
     module = ContrastiveModule(encoder, total_steps=1000).to(device).train()
     optimizer, started = module.configure_optimizers()["optimizer"], 0.0

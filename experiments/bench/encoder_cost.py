@@ -10,15 +10,16 @@ from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import Tokens
-from experiments.bench.timing import Run, backbone_of, tasks_of, time_ratio
+from experiments.bench.timing import DEVICES, Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.retrieval.compute import resolve_device
+from lightning_modules.throughput import synchronize
 
-NUM_EXPERTS = (3, 8, 32)
 RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
 
 
@@ -35,8 +36,10 @@ class CostOptions:
     texts: int = option(8, "number of texts in a batch", minimum=1)
     tokens: int = option(256, "number of tokens of a text", minimum=1)
     instruction: int = option(16, "number of tokens of an instruction, including [CLS] and [SEP]", minimum=3)
+    experts: tuple[int, ...] = option((3, 8, 32), "numbers of experts", minimum=1)
     rounds: int = option(9, "number of measurements per comparison", minimum=1)
     backward: bool = option(False, "measure the forward and backward pass together")
+    device: str = option("auto", DEVICES)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,16 +53,16 @@ def compare_encoders(options: CostOptions) -> Table:
     """Compare each encoder with the dense one: on texts of one task, and on texts of different tasks."""
     ids = torch.randint(5, 1000, (options.texts, options.tokens))
     prompt = torch.randint(5, 1000, (options.texts, options.instruction - 1))
-    passes = "forward + backward" if options.backward else "forward"
-    sizes = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key != "backward")
-    table = Table("encoder", "one task", "mixed batch", title=f"{passes}, time relative to dense ({sizes})")
-    dense = make_run(SharedEncoder(*backbone_of(vars(options)), tasks_of(1)), ids, "task0", options.backward)
+    passes, device = "forward + backward" if options.backward else "forward", resolve_device(options.device)
+    sizes = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key not in ("backward", "device"))
+    table = Table("encoder", "one task", "mixed batch", title=f"{passes} on {device}, time relative to dense ({sizes})")
+    dense = make_run(SharedEncoder(*backbone_of(vars(options)), tasks_of(1)), ids, "task0", options.backward, device)
     for name, encoder in encoders(options):
         inputs = torch.cat([ids[:, :1], prompt, ids[:, 1:]], 1) if name == "Prompt" else ids
         batches = ["task0"]
         if isinstance(encoder, MoEEncoder):
             batches.append([list(encoder.tasks)[i % len(encoder.tasks)] for i in range(options.texts)])
-        runs = [make_run(encoder, inputs, tasks, options.backward) for tasks in batches]
+        runs = [make_run(encoder, inputs, tasks, options.backward, device) for tasks in batches]
         table.add_row(name, *(f"{time_ratio(run, dense, options.rounds):.3f}" for run in runs))
     return table
 
@@ -69,7 +72,7 @@ def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
     size = vars(options)
     yield "dense", SharedEncoder(*backbone_of(size), tasks_of(1))
     for name, ffn in (("MHA", False), ("FFN", True)):
-        for count in NUM_EXPERTS:
+        for count in options.experts:
             encoder = MoEEncoder(*backbone_of(size), tasks_of(count), attention=not ffn, ffn=ffn)
             yield f"{name}, {count} experts", encoder
     instructions = {"task0": " ".join(["t1"] * (options.instruction - 2))}  # without [CLS] and [SEP]
@@ -81,17 +84,20 @@ def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
 def compare_numbers_of_tasks(options: CostOptions) -> Table:
     """Compare encoding for three tasks with encoding for one, for each layer rule. Expected: the ratio of layers."""
     ids, tasks = torch.randint(5, 1000, (options.texts, options.tokens)), list(tasks_of(3))
+    device = resolve_device(options.device)
+    tokens = Tokens.from_padded(ids, torch.ones_like(ids)).to(device)
     table = Table("layers", "measured", "expected", title="time for the vectors of three tasks relative to one task")
     for rule in RULES:
         try:
             first = expert_layers(rule, options.layers)[0]
         except ValueError:  # the rule selects no layer of a backbone this small
             continue
-        encoder = MoEEncoder(*backbone_of(vars(options)), tasks_of(3), layers=rule, pooling="mean").eval()
+        encoder = MoEEncoder(*backbone_of(vars(options)), tasks_of(3), layers=rule, pooling="mean").to(device).eval()
 
         @torch.inference_mode()
-        def run(tasks: list[str], encoder: Encoder = encoder) -> None:
-            encoder.forward_tasks(Tokens.from_padded(ids, torch.ones_like(ids)), tasks)
+        def run(names: list[str], encoder: Encoder = encoder) -> None:
+            encoder.forward_tasks(tokens, names)
+            synchronize(device)
 
         ratio = time_ratio(lambda run=run: run(tasks), lambda run=run: run(tasks[:1]), options.rounds)
         expected = (first + 3 * (options.layers - first)) / options.layers
@@ -99,16 +105,18 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
     return table
 
 
-def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backward: bool) -> Run:
+def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backward: bool, device: torch.device) -> Run:
     """Return a function that computes the forward pass of a batch and, with backward, the backward pass."""
-    encoder.train(backward)
+    encoder.to(device).train(backward)
+    tokens = Tokens.from_padded(ids, torch.ones_like(ids)).to(device)
 
     def run() -> None:
         with torch.inference_mode(not backward):
-            vectors = encoder(Tokens.from_padded(ids, torch.ones_like(ids)), task)
+            vectors = encoder(tokens, task)
         if backward:
             encoder.zero_grad(set_to_none=True)
             vectors.square().mean().backward()
+        synchronize(device)
 
     return run
 

@@ -17,12 +17,13 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.timing import backbone_of
+from experiments.bench.timing import DEVICES, backbone_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.retrieval.compute import resolve_device
 from lightning_modules.retrieval.evaluation import evaluate, measure
 from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
@@ -57,6 +58,7 @@ class BenchOptions:
     hidden: int = option(384, "dimension of the encoder, for part=loop", minimum=1)
     sample: int = option(16, "queries to time the authors' encoding on, and four times as many labels", minimum=1)
     threads: int = option(2, "number of threads", minimum=1)
+    device: str = option("auto", DEVICES)
     folder: Path | None = option(None, "folder for the vectors of part=large, by default the system's")
 
 
@@ -77,6 +79,7 @@ def _loop(options: BenchOptions) -> None:
     benchmark = _labels_and_papers(options.queries, options.documents)
     shape = {"layers": options.layers, "hidden": options.hidden}
     encoder = SharedEncoder(*backbone_of(shape), {"task0": "expert0"}, max_length=AUTHORS_LENGTH).eval()
+    encoder.to(resolve_device(options.device))
     metrics = [f"recall@{k}" for k in CUT_OFFS]
     encoder.encode(list(benchmark.corpus.values())[:100], "task0")  # warm up
     started = _clock()
@@ -130,7 +133,7 @@ def _authors_program(
     def embed(documents: Sequence[Document]) -> torch.Tensor:
         texts = [input_text(document, encoder.tokenizer.sep_token) for document in documents]
         padding = {"padding": "max_length", "truncation": True, "max_length": AUTHORS_LENGTH}
-        tokens = encoder.tokenizer(texts, return_tensors="pt", **padding)
+        tokens = encoder.tokenizer(texts, return_tensors="pt", **padding).to(encoder.device)
         return encoder.backbone(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0][:, 0].cpu()
 
     sampled = queries[:: max(1, len(queries) // sample)][:sample]
@@ -181,7 +184,8 @@ def _large(options: BenchOptions, folder: Path) -> None:
     before = _peak_memory()
     started = time.perf_counter()
     with Progress("ranking", "pairs", count * len(ids)) as progress:
-        run = rank_vectors(benchmark, ids, queries, documents, options.k, advance=progress.advance)
+        device = resolve_device(options.device)
+        run = rank_vectors(benchmark, ids, queries, documents, options.k, device=device, advance=progress.advance)
     ranked = time.perf_counter() - started
     metrics = measure(run, benchmark, ["mrr@10000", "precision@10", "ndcg@10", "recall@1000"])
     log.info("ranking %.0f s, measuring %.0f s", ranked, time.perf_counter() - started - ranked)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +14,16 @@ from rich.table import Table
 from datamodules.batches import Collator
 from datamodules.options import option
 from datamodules.records import ContrastiveBatch, Example
-from experiments.bench.timing import backbone_of, seconds
+from experiments.bench.timing import DEVICES, backbone_of, in_new_process, seconds
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.memory import Memory
+from lightning_modules.retrieval.compute import resolve_device
+from lightning_modules.throughput import synchronize
 
 VOCABULARY = 30_522
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(kw_only=True)
@@ -43,12 +42,14 @@ class GradCacheOptions:
     layers: int = option(6, "layers of the encoder", minimum=1)
     hidden: int = option(384, "hidden size of the encoder", minimum=1)
     rounds: int = option(1, "number of large steps to time", minimum=1)
+    device: str = option("auto", DEVICES)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(GradCacheOptions, arguments)
-    shape = ", ".join(f"{key} {value}" for key, value in vars(options).items())
-    table = Table("", "small, plain", "large, GradCache", "ratio", title=f"GradCache on {DEVICE} ({shape})")
+    options.device = str(resolve_device(options.device))
+    shape = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key != "device")
+    table = Table("", "small, plain", "large, GradCache", "ratio", title=f"GradCache on {options.device} ({shape})")
     started = time.perf_counter()
     small = in_new_process(peak_memory, options, options.small, False)
     large = in_new_process(peak_memory, options, options.pairs, True)
@@ -58,22 +59,12 @@ def main(arguments: Sequence[str]) -> None:
     table_console().print(table, f"in {time.perf_counter() - started:.0f} s", sep="\n")
 
 
-def in_new_process(function: Callable[..., float], *arguments: object) -> float:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
     """Return the peak memory of two steps minus that of the model, in GB."""
-    step = training_step(options, pairs, cache)
-    if DEVICE == "cuda":
-        model = torch.cuda.memory_allocated()
-        step(), step()
-        return (torch.cuda.max_memory_allocated() - model) / 1e9
-    with open("/proc/self/status") as lines:
-        model = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    step, memory = training_step(options, pairs, cache), Memory(torch.device(options.device))
+    model = memory.now()
     step(), step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - model) / 1e6
+    return (memory.peak() - model) / 1e9
 
 
 def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
@@ -92,15 +83,14 @@ def training_step(options: GradCacheOptions, pairs: int, cache: bool) -> Callabl
     """Return a function that runs one training step."""
     encoder = SharedEncoder(*backbone_of(vars(options), VOCABULARY - 5), {"search": "search"}, pooling="mean")
     module = ContrastiveModule(encoder, grad_cache=cache, total_steps=1000, similarity="cosine", temperature=0.05)
-    module, batch = module.to(DEVICE), make_batch(options, pairs)
+    module, batch = module.to(options.device), make_batch(options, pairs)
     optimizer = module.configure_optimizers()["optimizer"]
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         module.training_step(batch, 0)["loss"].backward()
         optimizer.step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(options.device))
 
     return step
 
@@ -110,8 +100,8 @@ def make_batch(options: GradCacheOptions, pairs: int) -> ContrastiveBatch:
     texts = np.random.default_rng(0).integers(5, VOCABULARY, (2 * pairs, options.tokens))
     examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
     budget = 2 * options.small * options.tokens
-    collator = Collator("search", examples, texts, 0, token_budget=budget, num_hard_negatives=0, seed=0)
-    return collator([(i, 0) for i in range(pairs)], 0).to(DEVICE)
+    collator = Collator("search", examples, texts, token_budget=budget, num_hard_negatives=0, seed=0)
+    return collator([(i, 0) for i in range(pairs)], 0).to(options.device)
 
 
 if __name__ == "__main__":

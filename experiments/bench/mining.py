@@ -14,11 +14,12 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Document, MiningPool, Ragged
-from experiments.bench.timing import peak_memory
+from experiments.bench.timing import DEVICES, peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from lightning_modules.mining.mine import MiningOptions, mine
 from lightning_modules.mining.report import report, table
+from lightning_modules.retrieval.compute import describe_device, resolve_device
 from lightning_modules.retrieval.search import Shards
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class BenchOptions:
     k: int = option(100, "candidates per query", minimum=1)
     clusters: int = option(2000, "number of clusters", minimum=1)
     memory_mb: int = option(512, "memory for scores, in MB", minimum=1)
+    device: str = option("auto", DEVICES)
     threads: int = option(2, "number of threads", minimum=1)
     backend: Literal["auto", "faiss", "torch"] = option("auto", "library of the exact search")
 
@@ -47,8 +49,8 @@ class BenchOptions:
 class RandomVectors:
     """Fake VectorCache with given vectors of the pool's documents and queries."""
 
-    def __init__(self, pool: MiningPool, documents: Shards, queries: Shards):
-        self.encoder = SimpleNamespace(device=torch.device("cpu"), document_task=lambda task: task)
+    def __init__(self, pool: MiningPool, documents: Shards, queries: Shards, device: torch.device):
+        self.encoder = SimpleNamespace(device=device, document_task=lambda task: task)
         self.pool, self.documents, self.queries = pool, documents, queries
 
     def vectors(self, texts: Sequence[Document], task: str, name: str) -> Shards:
@@ -57,29 +59,37 @@ class RandomVectors:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(BenchOptions, arguments)
+    device = resolve_device(options.device)
     torch.set_num_threads(options.threads)
-    rng = np.random.default_rng(0)
-    centres = 2 * rng.standard_normal((options.clusters, options.dimension), dtype=np.float32)
-    document_clusters = rng.integers(0, options.clusters, options.documents)
-    query_clusters = document_clusters[rng.integers(0, options.documents, options.queries)]
-    documents = _vectors(centres, document_clusters, seed=1)
-    queries = _vectors(centres, query_clusters, seed=2)
-    pool = _pool(document_clusters, query_clusters)
-    vectors = RandomVectors(pool, documents, queries)
+    vectors = random_vectors(options.documents, options.queries, options.dimension, options.clusters, device)
     mining = MiningOptions(k=options.k, memory_mb=options.memory_mb, backend=options.backend)
     before, start, cpu_start = peak_memory(), time.perf_counter(), time.process_time()
-    mined = mine(vectors.encoder, pool, options=mining, vectors=vectors)
+    mined = mine(vectors.encoder, vectors.pool, options=mining, vectors=vectors)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     for line in table({"random": report(mined, step=0)}):
         log.info("%s", line)
     log.info(
-        "%s, %d threads: %.1f s (%.1f s of CPU time), %.2f GB in addition to the vectors",
+        "%s on %s, %d threads: %.1f s (%.1f s of CPU time), %.2f GB in addition to the vectors",
         options.backend,
+        describe_device(device),
         options.threads,
         seconds,
         cpu_seconds,
         peak_memory() - before,
     )
+
+
+def random_vectors(
+    num_documents: int, num_queries: int, dimension: int, clusters: int, device: torch.device
+) -> RandomVectors:
+    """Return vectors in clusters, with a pool to mine."""
+    rng = np.random.default_rng(0)
+    centres = 2 * rng.standard_normal((clusters, dimension), dtype=np.float32)
+    document_clusters = rng.integers(0, clusters, num_documents)
+    query_clusters = document_clusters[rng.integers(0, num_documents, num_queries)]
+    documents = _vectors(centres, document_clusters, seed=1)
+    queries = _vectors(centres, query_clusters, seed=2)
+    return RandomVectors(_pool(document_clusters, query_clusters), documents, queries, device)
 
 
 def _vectors(centres: np.ndarray, clusters: np.ndarray, seed: int) -> Shards:

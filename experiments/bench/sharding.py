@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import resource
 import socket
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.memory import Memory
+from lightning_modules.retrieval.compute import resolve_device
 
 VOCABULARY = 30_522
 M_MMAP_THRESHOLD = -3  # option of glibc's mallopt
@@ -49,6 +51,7 @@ class ShardingOptions:
     pairs: int = option(8, "pairs of texts on each rank", minimum=1)
     tokens: int = option(64, "tokens of a text", minimum=1)
     rounds: int = option(3, "number of steps to time", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: GPUs if there are any, one for each rank")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,13 +78,14 @@ def measure_ranks(strategy: str, options: ShardingOptions) -> dict[str, float]:
 
 def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) -> dict[str, float]:
     """Return the size of one rank's tensors after a step, its peak memory, and the time of a step."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = resolve_device(options.device).type == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     address = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": options.ranks}
     dist.init_process_group("nccl" if on_gpu else "gloo", **address)
     # Return freed memory to the system, so that it does not count. This is slow, so it is off for the timing below.
     _mallopt(M_MMAP_THRESHOLD, 128 << 10)
-    before = _peak()
+    memory = Memory(device)
+    before = 0 if on_gpu else memory.peak()
     module = make_module(options, grad_cache="GradCache" in strategy).to(device).train()
     step: nn.Module = _Step(module)
     if strategy == "ddp":
@@ -100,7 +104,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
             torch.cuda.synchronize()
 
     take(), take()
-    peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else 1e-3 * (_peak() - before)
+    peak = (memory.peak() - before) / 1e6
     _mallopt(M_MMAP_THRESHOLD, 32 << 20)
     take()
     times = [seconds(take) for _ in range(options.rounds)]
@@ -137,7 +141,7 @@ def make_batch(options: ShardingOptions, rank: int) -> ContrastiveBatch:
     texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, options.tokens))
     examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
     budget = pairs * options.tokens
-    collator = Collator("task0", examples, texts, 0, token_budget=budget, num_hard_negatives=0, seed=0)
+    collator = Collator("task0", examples, texts, token_budget=budget, num_hard_negatives=0, seed=0)
     return collator([(i, 0) for i in range(pairs)], 0)
 
 
@@ -150,11 +154,6 @@ def _mallopt(option: int, value: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(option, value)
-
-
-def _peak() -> int:
-    """Return the peak memory of this process in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

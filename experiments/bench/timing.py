@@ -16,6 +16,7 @@ from transformers import BertTokenizer
 
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
 
+DEVICES = "auto (a GPU if there is one), cpu, cuda or cuda:N"  # help of the option device
 T = TypeVar("T")
 Run = Callable[[], object]
 

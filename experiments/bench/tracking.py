@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from datamodules.options import option
+from experiments.bench.timing import DEVICES
 from experiments.build.data import build_data
 from experiments.build.module import build_module
 from experiments.config.arguments import parse
@@ -26,6 +27,7 @@ from experiments.config.experiment import load_config
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.loggers import RunLogger
+from lightning_modules.retrieval.compute import resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class TrackingOptions:
     rounds: int = option(10, "number of rounds; a ratio is their median", minimum=1)
     steps: int = option(100, "steps of each setup in a round", minimum=1)
     every: int = option(20, "steps between two logged rows", minimum=1)
+    device: str = option("auto", DEVICES)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     listener = socket.create_server(("127.0.0.1", 0))  # accepts connections, but never answers
     urls = {"silent server": f"http://127.0.0.1:{listener.getsockname()[1]}"}
     os.environ["WANDB_API_KEY"] = "0" * 40
-    training, loggers = Training(), {}
+    training, loggers = Training(resolve_device(options.device)), {}
     with tempfile.TemporaryDirectory() as root:
         for setup, overrides in SETUPS.items():
             folder = Path(root, setup.replace(" ", "-"))
@@ -74,18 +77,19 @@ def main(arguments: Sequence[str]) -> None:
 class Training:
     """Training on the sample data, step by step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         config = load_config("moe", ["trainer.accelerator=cpu", "trainer.max_steps=1000000"])
         torch.manual_seed(0)
         data = build_data(config, training=True)
         self.module = build_module(config, data)
-        self.module.train()
+        self.module.to(device).train()
+        self.device = device
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
         self.batches = iter(data.train_dataloader())
 
     def step(self) -> dict[str, float]:
         """Take an optimizer step, and return the values to log."""
-        batch = next(self.batches)
+        batch = next(self.batches).to(self.device)
         loss = self.module.training_step(batch, 0)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

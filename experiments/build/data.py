@@ -79,6 +79,22 @@ def ranks_of(config: Config) -> int:
     return devices * config.trainer.num_nodes
 
 
+def resolve_epochs(config: Config, data: MultiTaskDataModule) -> None:
+    """Set trainer.max_steps to the number of optimizer steps in trainer.max_epochs, if the latter is set.
+
+    data: data with the tokenizer, because the number of batches in tokens depends on it.
+    """
+    settings = config.trainer
+    if not settings.max_epochs:
+        return
+    per_step, batches = batches_per_step(config), data.schedule().batches_per_pass(ranks_of(config))
+    settings.max_steps = max(1, round(settings.max_epochs * batches / per_step))
+    data.options = dataclasses.replace(data.options, num_batches=settings.max_steps * per_step)
+    num_examples = sum(len(task.examples) for task in data.tasks)
+    message = "trainer.max_epochs=%g: passes over %d examples, in %d optimizer steps"
+    log.info(message, settings.max_epochs, num_examples, settings.max_steps)
+
+
 def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptions) -> TaskDataModule:
     for key, node in task.data.items():
         check_folder(config, name, key, node)

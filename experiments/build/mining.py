@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import lightning as L
@@ -41,10 +40,7 @@ def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: i
     if not config.mining.every_n_epochs:
         return config.mining.every_n_steps
     devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
-    num_ranks, schedule = devices * config.trainer.num_nodes, data.schedule()
-    # Lengths have the unit of the batch sizes: tokens for tasks with batch_tokens, queries for others.
-    lengths = schedule.sizes | {task: int(costs.sum()) for task, costs in schedule.costs.items()}
-    batches = sum(math.ceil(length / (schedule.batch_sizes[task] * num_ranks)) for task, length in lengths.items())
+    batches = data.schedule().batches_per_pass(devices * config.trainer.num_nodes)
     return max(1, round(config.mining.every_n_epochs * batches / batches_per_step))
 
 

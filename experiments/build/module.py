@@ -12,6 +12,7 @@ from datamodules.batches import MultiTaskDataModule
 from datamodules.records import ContrastiveBatch, Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
+from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
 from experiments.config.targets import accepted_arguments, instantiate
@@ -38,7 +39,7 @@ NEAREST_BATCHES = 8  # batches that decide which expert a new task starts from
 
 
 def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
-    """Build the encoder and its training module. Set the tokenizer and prompts of the data."""
+    """Build the encoder and its training module. Set the tokenizer and prompts of the data, and trainer.max_steps."""
     if config.trainer.accumulate_grad_batches > 1:
         log.warning(
             "trainer.accumulate_grad_batches=%d does not add negatives: they come from a single batch. For more "
@@ -50,6 +51,7 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
     encoder = build_encoder(config, data.texts())
     check_lengths(config, encoder)
     data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
+    resolve_epochs(config, data)
     return _training_module(config, encoder)
 
 
@@ -111,6 +113,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     check_new_tasks(encoder, tasks)
     check_lengths(config, encoder)
     data.tokenizer = encoder.tokenizer
+    resolve_epochs(config, data)
     like = config.extend.like
     if like != "nearest" and like not in encoder.tasks:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")

@@ -79,10 +79,19 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -> Evaluation:
     benchmarks = data.benchmarks("dev")
+    if config.evaluation.patience and not benchmarks:
+        raise UserError("evaluation.patience: early stopping needs a dev split, and no task has one; set it to 0")
     if not benchmarks:
         log.warning("no task has a dev split: no evaluation during training (evaluation.every_n_steps=0 hides this)")
     settings = config.evaluation
-    return Evaluation(benchmarks, settings.metrics, settings.every_n_steps, config.data.token_budget, folder / BEST)
+    return Evaluation(
+        benchmarks,
+        settings.metrics,
+        settings.every_n_steps,
+        config.data.token_budget,
+        folder / BEST,
+        settings.patience,
+    )
 
 
 def precision_of(config: Config, recorded: str | None = None) -> str:

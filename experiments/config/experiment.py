@@ -138,6 +138,8 @@ def digest(config: Config) -> str:
     """Return a hash of the configuration, six characters long. The run's folder and W&B settings do not count."""
     settings = as_dict(config)
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb")
+    if settings["trainer"]["max_epochs"]:
+        del settings["trainer"]["max_steps"]  # follows from the data
     text = with_first_paths(json.dumps(settings, sort_keys=True))
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 

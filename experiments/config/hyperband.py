@@ -82,6 +82,8 @@ class Hyperband:
             "diag": config.diagnostics.every_n_steps,
         }.get(metric.partition("/")[0])
         first = self.brackets()[0]
+        if config.trainer.max_epochs:  # the number of steps is known once the data are read
+            return
         if every_n_steps and (count := math.ceil(config.trainer.max_steps / every_n_steps)) <= first:
             raise UserError(
                 f"early_terminate: would never stop a trial: the first comparison is after {first} values of {metric}, "

@@ -120,6 +120,12 @@ class TrainerConfig:
     """Length of the training, hardware, and precision."""
 
     max_steps: int = option(1000, "number of optimizer steps", minimum=1)
+    max_epochs: float = option(
+        0.0,
+        "number of passes over the examples of all tasks, instead of max_steps; 0: use max_steps",
+        minimum=0,
+        maximum=1e6,
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
     devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
     num_nodes: int = option(1, "number of machines", minimum=1)
@@ -164,6 +170,9 @@ class EvaluationConfig:
     """Evaluation during training and in the final table."""
 
     every_n_steps: int = option(200, "optimizer steps between two evaluations on the dev splits; 0: never", minimum=0)
+    patience: int = option(
+        0, "evaluations in a row without a new best checkpoint after which training stops early; 0: never", minimum=0
+    )
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
     baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
@@ -266,6 +275,8 @@ def _check_metrics(config: Config) -> None:
     with prefixed("evaluation.metrics: "):
         for name in config.evaluation.metrics:
             check_metric(name)
+    if config.evaluation.patience and not config.evaluation.every_n_steps:
+        raise UserError("evaluation.patience: counts evaluations, but there are none; set evaluation.every_n_steps")
 
 
 def _check_balance(config: Config) -> None:

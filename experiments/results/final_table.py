@@ -9,6 +9,7 @@ from typing import Any
 from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
+from experiments.config.experiment import BEST
 from experiments.config.schema import Config
 from experiments.results.result_tables import show
 from experiments.results.results import (
@@ -56,10 +57,11 @@ class FinalTable:
         if rank() == 0:
             write_json(self.baselines_file, self._protocol() | {"benchmarks": tables_to_json(tables)})
 
-    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int) -> None:
+    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int, last_step: int) -> None:
         """Evaluate the trained encoder and write results.json.
 
         checkpoint: name of the file that the encoder was loaded from. checkpoint_step: optimizer step of that file.
+        last_step: optimizer step at which training ended.
         """
         log.info("final table on %s", describe_device(encoder.device))
         info = RunInfo(
@@ -69,6 +71,7 @@ class FinalTable:
             steps=self.config.trainer.max_steps,
             checkpoint=checkpoint,
             checkpoint_step=checkpoint_step,
+            stopped_at=last_step if last_step < self.config.trainer.max_steps else None,
             **self._protocol(),
         )
         tables = combine(self._read_baselines(), self._evaluate_encoder("trained", encoder))
@@ -98,9 +101,11 @@ class FinalTable:
     def show(results: Results) -> None:
         """Print the results of a run."""
         info = results.info
+        chosen = "" if info.checkpoint == BEST.name else " (the dev splits were not used)"
+        stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
         title = (
-            f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint} of step "
-            f"{info.checkpoint_step} of {info.steps}, {info.split} split"
+            f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint}{chosen} of step "
+            f"{info.checkpoint_step} of {info.steps}{stopped}, {info.split} split"
         )
         show(results.benchmarks, info.metrics, title)
 

@@ -84,7 +84,10 @@ class BenchmarkTable:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """Where the results of a training run come from."""
+    """Where the results of a training run come from.
+
+    steps: planned number of optimizer steps. stopped_at: step at which training stopped early, or None.
+    """
 
     experiment: str
     scale: str
@@ -94,6 +97,7 @@ class RunInfo:
     checkpoint_step: int
     split: str
     metrics: list[str]
+    stopped_at: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -136,7 +140,9 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
-    content = read_json(path, {"benchmarks": dict, "metrics": list})
+    content = read_json(path, {"benchmarks": dict})
+    if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
+        raise UserError(f"{path}: expected a list as metrics")
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.files import RECREATED, read_json, write_json, write_text
@@ -45,8 +47,8 @@ CHANGEABLE = (
     *("data.cache", "mining.memory_mb", "mining.store"),
     # These change with the number of ranks; the loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
-    *("trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
-    *("trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.log_every_n_steps", "trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
 )
 PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 
@@ -128,17 +130,28 @@ def _prepare(config: Config, path: Path, starts_over: bool) -> None:
 
 
 def _is_complete(path: Path, config: Config) -> bool:
-    """Return whether the run has results for the number of steps, the split and the metrics of the configuration."""
+    """Return whether the run has results for the length, the split and the metrics of the configuration."""
     if not (path / "results.json").is_file():
         return False
     results = read_json(path / "results.json", {"split": str, "metrics": list, "steps": int})
     evaluation = config.evaluation
     same_protocol = results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
-    return results["steps"] >= config.trainer.max_steps and same_protocol
+    recorded, trained_steps = read_config(path), results["steps"]
+    if isinstance(stopped_at := results.get("stopped_at"), int):
+        if recorded.get("evaluation", {}).get("patience") == evaluation.patience:
+            return same_protocol
+        trained_steps = stopped_at
+    steps = config.trainer.max_steps
+    if epochs := config.trainer.max_epochs:  # how many steps that are was found out when the run started
+        trained = recorded.get("trainer", {})
+        steps = trained["max_steps"] if trained.get("max_epochs", 0) >= epochs else math.inf
+    return trained_steps >= steps and same_protocol
 
 
 def _refuse_other_run(config: Config, path: Path) -> None:
+    defaults = dict(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
     then, now = dict(flat(read_config(path))), dict(flat(as_dict(config)))
+    then = {key: defaults.get(key) for key in now.keys() - then.keys()} | then  # keys that are newer than the run
     changed = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted(then.keys() | now.keys())

@@ -67,7 +67,8 @@ class Progress:
         else:
             rate = done / (time.monotonic() - self.started)
             remaining = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
-            self._log_sometimes(f"{done:,} of {total or 0:,} {self.unit}, {rate:,.1f}/s{remaining}")
+            of_total = f" of {total:,}" if total else ""
+            self._log_sometimes(f"{done:,}{of_total} {self.unit}, {rate:,.1f}/s{remaining}")
 
     def say(self, activity: str) -> None:
         """Show the current activity, such as the file being unpacked."""

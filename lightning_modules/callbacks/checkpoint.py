@@ -61,7 +61,7 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> Failure | None:
 
 
 class LastCheckpoint(L.Callback):
-    """Saves a checkpoint every n optimizer steps, and after the last step.
+    """Saves a checkpoint every n optimizer steps, and after the last step, which may come early (trainer.should_stop).
 
     If writing fails, training continues, because the previous checkpoint still exists. After the last step, this is an
     error. If the weights are not finite, training ends, and the previous checkpoint stays.
@@ -76,7 +76,7 @@ class LastCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        is_last = step == trainer.max_steps
+        is_last = step == trainer.max_steps or trainer.should_stop
         if (is_last or step % self.every_n_steps == 0) and step > self.saved_at:
             self.save(trainer, must=is_last)
 

@@ -31,13 +31,21 @@ class Evaluation(L.Callback):
     every_n_steps: number of optimizer steps between evaluations.
     token_budget: maximum number of tokens per forward pass.
     path: file of the best checkpoint.
+    patience: number of evaluations in a row without a new best mean after which training stops; 0: never.
     """
 
     def __init__(
-        self, benchmarks: Sequence[Benchmark], metrics: Sequence[str], every_n_steps: int, token_budget: int, path: Path
+        self,
+        benchmarks: Sequence[Benchmark],
+        metrics: Sequence[str],
+        every_n_steps: int,
+        token_budget: int,
+        path: Path,
+        patience: int = 0,
     ):
         self.benchmarks, self.metrics = list(benchmarks), list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
+        self.patience, self.num_without_best = patience, 0
         self.best, self.best_step = float("-inf"), 0
         self.not_written = float("-inf"), 0  # the best mean whose checkpoint could not be written, and its step
         self.evaluated_at: int | None = None  # no evaluation is missing up to this step
@@ -49,13 +57,14 @@ class Evaluation(L.Callback):
             "measure": self._criterion(),
             "not_written": list(self.not_written),
         }
-        return state | {"evaluated_at": self.evaluated_at}
+        return state | {"evaluated_at": self.evaluated_at, "num_without_best": self.num_without_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluated_at = state.get("evaluated_at")
         if state["measure"] == self._criterion():
             self.best, self.best_step = state["best"], state["best_step"]
             self.not_written = tuple(state.get("not_written", self.not_written))
+            self.num_without_best = state.get("num_without_best", 0)
         else:
             log.warning("another metric or benchmark chose the best checkpoint; the next evaluation replaces it")
 
@@ -67,6 +76,7 @@ class Evaluation(L.Callback):
         if self.evaluated_at is None:
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
+        self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
         self._evaluate_if_due(trainer, module)
@@ -85,6 +95,14 @@ class Evaluation(L.Callback):
                 values = self._evaluate(trainer, module, may_leave=step < trainer.max_steps)
                 self._report(trainer, values, step)
                 self.evaluated_at = step
+                self._stop_if_out_of_patience(trainer)
+
+    def _stop_if_out_of_patience(self, trainer: L.Trainer) -> None:
+        if 0 < self.patience <= self.num_without_best and trainer.global_step < trainer.max_steps:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                message = "training stops early: no new best mean in the last %d evaluations (the best was at step %d)"
+                log.info(message, self.num_without_best, self.best_step)
 
     def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, may_leave: bool) -> dict[str, float]:
         """Return the metrics of all benchmarks and the mean of the first one, by their names in the log.
@@ -120,6 +138,7 @@ class Evaluation(L.Callback):
         if trainer.is_global_zero:
             parts = "  ".join(f"{b.name} {values[f'val/{b.name}/{first}']:.4f}" for b in self.benchmarks)
             log.info("step %d/%d  dev %s: %s  mean %.4f", step, trainer.max_steps, first, parts, mean)
+        self.num_without_best = 0 if mean > max(self.best, self.not_written[0]) else self.num_without_best + 1
         if mean > self.best:
             former = self.best, self.best_step
             self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them

@@ -23,8 +23,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from datamodules.records import Tokens
 
-# With one split, the vector of a text does not depend on the texts around it (torch 2.13).
-NUM_SPLITS = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters  # torch 2.10 has neither windows nor splits
+# With one split, the vector of a text does not depend on the texts around it.
+NUM_SPLITS = {"num_splits": 1} if "num_splits" in VARLEN_ARGUMENTS else {}
 
 
 class Prefix(NamedTuple):
@@ -109,10 +110,13 @@ def choose_kernel(
     """Return the fastest function that can compute this attention, (L, H, d)."""
     if query.device.type == "cpu":
         return attend_runs
+    if query.dtype not in (torch.bfloat16, torch.float16) or dropout:
+        return attend_padded
+    if window is None:
+        return attend_varlen
     # varlen_attn aligns a window with the last key, so queries and keys must be the same positions.
     same_positions = prefix is None and len(query) == context.tokens.num_tokens
-    can_use_varlen = query.dtype in (torch.bfloat16, torch.float16) and not dropout
-    return attend_varlen if can_use_varlen and (window is None or same_positions) else attend_padded
+    return attend_varlen if same_positions and "window_size" in VARLEN_ARGUMENTS else attend_padded
 
 
 def attend_varlen(
@@ -138,8 +142,8 @@ def attend_varlen(
         key_offsets, key_length = offsets + shift, length + size
     if len(query) < context.tokens.num_tokens:
         offsets, length = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device), 1
-    size = (-1, -1) if window is None else (window, window)
-    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, window_size=size, **NUM_SPLITS)
+    limits = {} if window is None else {"window_size": (window, window)}
+    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, **limits, **NUM_SPLITS)
 
 
 def attend_runs(

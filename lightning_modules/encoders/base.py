@@ -112,8 +112,8 @@ class Encoder(nn.Module):
 
     @property
     def pools_one_position(self) -> bool:
-        """Whether the last layer needs to compute only one position of each text."""
-        return self.pooling in ("cls", "lasttoken")
+        """Whether the last layer needs to compute only the first position of each text."""
+        return self.pooling == "cls"
 
     @property
     def device(self) -> torch.device:
@@ -254,8 +254,7 @@ class Encoder(nn.Module):
         """Return the positions that a layer computes, (L, D). With pooling "cls", the last one needs only [CLS]."""
         if index < self.num_layers - 1 or not self.pools_one_position:
             return states
-        offsets = context.tokens.offsets
-        return states[offsets[:-1] if self.pooling == "cls" else offsets[1:] - 1]
+        return states[context.tokens.offsets[:-1]]
 
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
@@ -294,10 +293,13 @@ class Encoder(nn.Module):
     def _reduce(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
         """Reduce the positions of each text that pooling includes to one vector, (B, D)."""
         skipped, offsets = self.skipped_positions(task), context.tokens.offsets
+        if self.pooling == "lasttoken":
+            return hidden[offsets[1:] - 1]
         included = (context.positions >= skipped)[:, None]
         if self.pooling == "max":
             hidden = hidden.masked_fill(~included, float("-inf")) if skipped else hidden
             return torch.segment_reduce(hidden, "max", offsets=offsets.long(), unsafe=True)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 sums of 200 tokens are 1 % off
         if self.pooling == "weightedmean":  # weights 1, 2, ... from the start of the text
             hidden = hidden * (context.positions + 1)[:, None]
         if skipped:

@@ -242,3 +242,23 @@ def test_batches_are_from_one_collection_and_passes_cover_all(tokens):
         its = [(index, epoch) for index, epoch in drawn if begin <= index < end]
         for epoch in range(max(epoch for _, epoch in its)):
             assert sorted(index for index, e in its if e == epoch) == list(range(begin, end))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_batches_of_a_pass_are_the_fewest_that_draw_every_example(world_size):
+    num_batches = 0
+    for task, size in SIZES.items():
+        alone, seen, step = make(sizes={task: size}), set(), 0
+        while len(seen) < size:
+            draws = (draw for rank in range(world_size) for draw in alone.draws(step, rank, world_size))
+            seen |= {draw.example for draw in draws}
+            step += 1
+        num_batches += step
+    assert make().batches_per_pass(world_size) == num_batches
+
+
+def test_the_batches_of_a_pass_in_tokens_cover_all_tokens():
+    costs = {"search": np.array([3, 9, 4, 7, 2])}
+    schedule = Schedule({"search": 5}, {"search": 10}, 0, costs=costs)
+    assert schedule.batches_per_pass() == 3  # 25 tokens
+    assert {draw.example for step in range(3) for draw in schedule.draws(step)} == set(range(5))

@@ -16,6 +16,7 @@ import torch
 from datamodules.readers.beir import write_beir
 from datamodules.records import Document, UserError
 from experiments import embed as embed_entry
+from experiments import find as find_entry
 from experiments.embed import main
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.embedding import open_matrix
@@ -55,6 +56,38 @@ def expected(model, task="search"):
     with torch.inference_mode():
         tokens = [encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in texts]
         return torch.cat([encoder.eval()(packed(t.input_ids, t.attention_mask), task) for t in tokens]).numpy()
+
+
+@pytest.mark.parametrize("by", ["folder", "pattern"])
+def test_shards_of_a_corpus_are_one_corpus(embed, papers, tmp_path, by, caplog, capsys):
+    """A folder or a pattern of files gives the vectors of their concatenation, ordered by number."""
+    lines = papers.read_text().splitlines(keepends=True)
+    folder = tmp_path / "shards of a corpus"
+    folder.mkdir()
+    for number, start in enumerate(range(0, len(lines), 2)):
+        text = "".join(lines[start : start + 2])
+        if number % 2:
+            (folder / f"part-{number}.jsonl").write_text(text)
+        else:
+            (folder / f"part-{number}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "about.json").write_text("{}")
+    (folder / "README.md").write_text("shards")
+    whole = open_matrix(embed("whole"))
+    shards = open_matrix(embed("parts", source=folder if by == "folder" else folder / "part-*"))
+    assert shards.ids == whole.ids
+    np.testing.assert_array_equal(np.load(shards.path), np.load(whole.path))
+    find_entry.main([f"embeddings={tmp_path / 'parts'}", "query=some words", "k=3"])
+    shown = capsys.readouterr().out
+    assert sum(paper["title"] in shown for paper in PAPERS if paper["title"]) >= 3
+
+
+@pytest.mark.parametrize("name", ["nothing-*.jsonl", "empty", "missing", "queries"])
+def test_input_without_texts_says_what_is_expected(embed, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "queries").mkdir()
+    (tmp_path / "queries" / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
+    with pytest.raises(UserError, match="^input: .*expected"):
+        embed("out", source=tmp_path / name)
 
 
 def test_matrix_rows_are_the_vectors_of_the_texts_in_file_order(embed, model):

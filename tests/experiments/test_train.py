@@ -23,6 +23,7 @@ from datamodules.sample import SampleReader
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.config.experiment import experiments, folder_of, load_config
+from experiments.dry_run import dry_run
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
@@ -188,6 +189,18 @@ def test_a_folder_of_another_run_is_refused(finished):
 
 
 @pytest.mark.slow
+def test_a_run_without_a_newer_key_is_resumed_with_its_default(tmp_path):
+    train("vanilla", two_steps(tmp_path, *TINY))
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["optim"]["schedule"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"optim\.schedule: linear then, cosine now"):
+        train("vanilla", two_steps(tmp_path, *TINY, "optim.schedule=cosine"))
+    train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=3"])
+    check_complete(tmp_path, steps=3)
+
+
+@pytest.mark.slow
 def test_starting_over_keeps_the_old_run(tmp_path):
     folder = tmp_path / "run"
     train("vanilla", two_steps(folder, *TINY))
@@ -204,6 +217,74 @@ def test_a_complete_run_can_be_made_longer(tmp_path):
 
 
 @pytest.mark.slow
+def test_epochs_are_passes_over_the_examples_of_all_tasks(tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = [*TINY[1:], "tasks=[link_prediction,search]", "trainer.max_steps=2", "optim.schedule=constant"]
+    settings += ["data.batch_size=150", "evaluation.every_n_steps=0", f"run.dir={tmp_path}"]
+    sizes = [len(task.examples) for task in build_data(load_config("vanilla", settings)).tasks]
+    batches = sum(-(-size // 150) for size in sizes)
+    assert batches > 3
+    train("vanilla", [*settings, "trainer.max_epochs=0.5"])
+    half = round(batches / 2)
+    assert check_complete(tmp_path, steps=half, benchmarks=2)["checkpoint_step"] == half
+    trainer = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]
+    assert (trainer["max_steps"], trainer["max_epochs"]) == (half, 0.5)
+    train("vanilla", [*settings, "trainer.max_epochs=0.5"])
+    assert "is complete" in caplog.text
+    prediction = dry_run("vanilla", [*settings, "trainer.max_epochs=1"])
+    assert sum(cost.batches for cost in prediction.tasks.values()) == batches
+    train("vanilla", [*settings, "trainer.max_epochs=1"])
+    check_complete(tmp_path, steps=batches, benchmarks=2)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == batches
+    assert f"from {tmp_path / 'checkpoints' / 'last.ckpt'}" in caplog.text
+
+
+def test_the_folder_of_a_run_by_epochs_does_not_depend_on_their_number_of_steps():
+    config = load_config("moe", [*TINY, "trainer.max_epochs=2"])
+    folder = folder_of(config)
+    config.trainer.max_steps = 1234  # as resolve_epochs does
+    assert folder_of(config) == folder != folder_of(load_config("moe", [*TINY, "trainer.max_epochs=3"]))
+
+
+@pytest.mark.slow
+def test_a_run_without_a_new_best_stops_early_and_stays_complete(tmp_path, caplog, capsys):
+    """With a learning rate near zero every evaluation equals the first one, at step 2, which stays the best."""
+    caplog.set_level("INFO")
+    settings = [*TINY, "tasks=[search]", "trainer.max_steps=20", "evaluation.every_n_steps=2", "optim.lr=1e-12"]
+    settings = [text for text in settings if not text.startswith(("task.cl", "task.li"))]
+    settings += [f"run.dir={tmp_path}", "trainer.log_every_n_steps=1", "backbone.dropout=0.3"]
+
+    def stopped(patience):
+        train("vanilla", [*settings, f"evaluation.patience={patience}"])
+        results = check_complete(tmp_path, steps=20, benchmarks=1)
+        assert (results["checkpoint"], results["checkpoint_step"]) == ("best.ckpt", 2)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == max(trained())
+        return results["stopped_at"]
+
+    def trained():
+        return [row["step"] for row in rows(tmp_path) if "train/lr" in row]
+
+    assert stopped(patience=2) == 6
+    assert "no new best mean in the last 2 evaluations (the best was at step 2)" in caplog.text
+    assert "stopped early at step 6" in " ".join(capsys.readouterr().out.split())
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    written = last.stat().st_mtime
+    assert stopped(patience=2) == 6  # shows the table
+    (tmp_path / "results.json").unlink()  # as after a kill
+    assert stopped(patience=2) == 6
+    assert last.stat().st_mtime == written
+    assert trained() == [1, 2, 3, 4, 5, 6]
+    assert stopped(patience=3) == 8
+    assert trained() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_early_stopping_needs_evaluations(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.patience: counts evaluations, but there are none"):
+        train("vanilla", two_steps(tmp_path, *TINY, "evaluation.patience=2", "evaluation.every_n_steps=0"))
+
+
+@pytest.mark.slow
 def test_results_of_another_split_or_metric_are_not_mixed(tmp_path, caplog):
     train("vanilla", two_steps(tmp_path, *TINY))
     train("vanilla", two_steps(tmp_path, *TINY, "evaluation.split=dev", "evaluation.metrics=[recall@5]"))
@@ -216,11 +297,13 @@ def test_results_of_another_split_or_metric_are_not_mixed(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_the_table_names_the_evaluated_checkpoint(tmp_path):
+def test_the_table_names_the_evaluated_checkpoint(tmp_path, capsys):
     train("vanilla", two_steps(tmp_path, *TINY))
+    assert "dev splits" not in capsys.readouterr().out
     train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=4", "evaluation.every_n_steps=0"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["checkpoint"], results["checkpoint_step"], results["steps"]) == ("last.ckpt", 4, 4)
+    assert "last.ckpt (the dev splits were not used)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
 """Parameter groups and the learning-rate schedule."""
 
-import pytest
+import typing
 
-from lightning_modules.optim import OptimOptions, linear_schedule, parameter_groups
+import pytest
+import torch
+import transformers
+
+from lightning_modules.optim import OptimOptions, parameter_groups, schedule
 
 
 def test_every_parameter_is_in_one_group_and_biases_have_no_weight_decay(make_encoder):
@@ -34,9 +38,27 @@ def test_frozen_parameters_are_in_no_group(make_encoder):
 
 
 def test_schedule_rises_and_falls():
-    factor = linear_schedule(0.1, 100)
+    factor = schedule("linear", 0.1, 100)
     assert factor(0) == pytest.approx(0.1)
     assert factor(9) == factor(10) == 1.0
     assert factor(55) == pytest.approx(0.5)
     assert factor(100) == factor(200) == 0.0
-    assert linear_schedule(0.0, 10)(0) == 1.0
+    assert schedule("linear", 0.0, 10)(0) == 1.0
+
+
+SCHEDULES = {
+    "linear": transformers.get_linear_schedule_with_warmup,
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, _: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+def test_schedules_equal_those_of_transformers():
+    """Ours rises one step earlier, because a first step with a learning rate of 0 would be wasted."""
+    assert set(SCHEDULES) == set(typing.get_args(typing.get_type_hints(OptimOptions)["schedule"]))
+    for name, scheduler in SCHEDULES.items():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        (theirs,) = scheduler(optimizer, 20, 100).lr_lambdas
+        ours = schedule(name, 0.2, 100)
+        assert [ours(step) for step in range(19)] == pytest.approx([theirs(step + 1) for step in range(19)])
+        assert [ours(step) for step in range(20, 101)] == pytest.approx([theirs(step) for step in range(20, 101)])

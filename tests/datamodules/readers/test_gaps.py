@@ -65,8 +65,8 @@ def through_hub(folder, paper, monkeypatch):
 
 def through_file_of_texts(folder, paper):
     put(folder / "papers.jsonl", {"id": "p"} | paper)
-    (_, embedded), *_ = read_shards(folder / "papers.jsonl", 10, {0}, BadLines())
-    return [*embedded, documents_at(folder / "papers.jsonl", [0])[0]]
+    (_, embedded), *_ = read_shards([folder / "papers.jsonl"], 10, {0}, BadLines())
+    return [*embedded, documents_at([folder / "papers.jsonl"], [0])[0]]
 
 
 def through_scirepeval(folder, paper):

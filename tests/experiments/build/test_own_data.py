@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from datamodules.readers.beir import write_beir
-from datamodules.readers.texts import text_file
+from datamodules.readers.texts import text_files
 from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.config.experiment import as_dict, from_dict, load_config
@@ -132,7 +132,7 @@ def test_file_where_a_folder_is_expected_says_what_to_do(folders):
     with pytest.raises(UserError, match="library.bib: is a file; expected a folder .* imported first"):
         evaluate(["model=bm25", f"beir={folders / 'library.bib'}", "task=search", f"output={folders / 'out'}"])
     with pytest.raises(UserError, match="library.bib is a library of papers; import it first"):
-        text_file(folders / "library.bib")
+        text_files(folders / "library.bib")
 
 
 def test_collections_of_two_tasks_need_different_names(folders):

@@ -97,7 +97,7 @@ def search_result(name: str, folder: Path) -> find.SearchResult:
 
 def prediction(name: str):
     cost = SimpleNamespace(batches=1, seconds=1, tokens=1, queries=1, documents=1, flops=1)
-    return SimpleNamespace(tasks={name: cost})
+    return SimpleNamespace(tasks={name: cost}, ceiling=1)
 
 
 def trial_row(name: str) -> dict:

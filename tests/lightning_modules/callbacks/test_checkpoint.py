@@ -33,7 +33,7 @@ class Scripted(Evaluation):
 def fitted(make_encoder, make_task, tmp_path, monkeypatch):
     """Train three steps with an evaluation after each, on a disk that is full at some of them."""
 
-    def fit(*full_at):
+    def fit(*full_at, patience=0):
         write = checkpoint.write_checkpoint
 
         def write_if_there_is_room(content, path, keep):
@@ -42,7 +42,7 @@ def fitted(make_encoder, make_task, tmp_path, monkeypatch):
             write(content, path, keep)
 
         data = make_task(ClassificationDataModule, "classification", num_batches=3)
-        callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
+        callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt", patience)
         monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: scripted_result(callback.step))
         monkeypatch.setattr(checkpoint, "write_checkpoint", write_if_there_is_room)
         plugins = [SafeCheckpointIO(tmp_path / "last.ckpt", 1)]
@@ -63,6 +63,13 @@ def test_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, fu
     assert saved["global_step"] == best_step
     (state,) = (state for name, state in saved["callbacks"].items() if name == "Scripted")
     assert (state["best_step"], state["best"]) == (best_step, best)  # for a run that resumes from it
+
+
+@pytest.mark.parametrize(("full_at", "patience", "last_step"), [((), 1, 2), ((), 2, 3), ((1,), 1, 2), ((1, 2), 1, 2)])
+def test_training_stops_after_evaluations_without_a_new_best(fitted, full_at, patience, last_step):
+    """A new best mean whose checkpoint could not be saved is an improvement, too. Later ones are compared with it."""
+    callback = fitted(*full_at, patience=patience)
+    assert callback.step == last_step
 
 
 class Diverging(L.Callback):

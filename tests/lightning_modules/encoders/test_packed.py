@@ -114,6 +114,8 @@ def make_tokens(pad, lengths=LENGTHS, seed=1):
 def pooled(states, mask, pooling):
     if pooling == "cls":
         return states[:, 0]
+    if pooling == "lasttoken":
+        return states[range(len(mask)), mask.sum(1) - 1]
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -131,7 +133,7 @@ def make(make_backbone):
     return make
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vectors_and_gradients_equal_those_of_transformers_in_float64(make, kernel, family, pooling):
     encoder = make("shared", family, pooling=pooling).double()
