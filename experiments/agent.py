@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import parse
-from experiments.config.experiment import FOLDER
+from experiments.config.experiment import ROOT
 from experiments.run.agent_trials import END, VARIABLE, published_trials
 from experiments.shared.console import entry_point
 from lightning_modules.distributed import launch
@@ -45,7 +45,7 @@ def run_agent(sweep_id: str, count: int | None) -> int:
     """Run W&B's agent on the first rank, and its trials on the others. Returns the exit status."""
     is_shared = launch.under_srun() and launch.num_tasks() > 1
     attempt = f"{launch.slurm_job()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    folder = FOLDER.parent / "runs" / ".agents" / attempt
+    folder = ROOT / "runs" / ".agents" / attempt
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
     if launch.rank() > 0:
         for trial in published_trials(folder):
@@ -64,7 +64,7 @@ def run_agent(sweep_id: str, count: int | None) -> int:
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a process, and forward signals that ask the current process to end."""
-    process = subprocess.Popen(command, cwd=FOLDER.parent, env=environment)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     for number in ASKING:
         signal.signal(number, lambda number, _: process.send_signal(number))
     return process.wait()

@@ -45,6 +45,9 @@ class Line(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Print the report, and return the exit status."""
+    if {"--help", "-h"}.intersection(arguments):
+        say(__doc__.strip())
+        return 0
     if any(argument != "network=yes" for argument in arguments):
         say(f"error: command line: expected network=yes or nothing, got {' '.join(arguments)}", sys.stderr)
         return 2

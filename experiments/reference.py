@@ -19,8 +19,20 @@ import experiments
 import experiments.bench
 from datamodules.files import write_text
 from datamodules.options import REQUIRED, describe_bounds, option
-from experiments.config.arguments import as_argument, default_of, option_key, parse, type_name
+from experiments.__main__ import MODULES, commands
+from experiments.config.arguments import (
+    as_argument,
+    default_of,
+    nested_options,
+    option_key,
+    option_keys,
+    parse,
+    type_name,
+)
+from experiments.config.experiment import ExperimentOptions
+from experiments.config.experiment import experiments as experiment_names
 from experiments.config.schema import Config
+from experiments.config.structured import keys
 from experiments.shared.console import entry_point
 from experiments.shared.plain import say
 
@@ -32,7 +44,21 @@ Written by `python -m experiments.reference` from the dataclasses in the code. D
 Settings come from files in a fixed order, and the last one wins: `experiments/base.yaml`, `scale/<SCALE>.yaml`,
 `tasks/*.yaml`, `<EXPERIMENT>.yaml`, and `key=value` on the command line.
 """
-TARGETS = {"dry_run": "dry-run", "evaluate": "eval"}  # make targets that are not named after their module
+NAMES = {module: name for name, module in MODULES.items()}  # of make targets, too
+COMPLETION = """# Completes the command scimult in bash and zsh. Written by scimult --completion.
+[ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
+_scimult() {{
+  local cur="${{COMP_WORDS[COMP_CWORD]}}" words=""
+  local experiments="{experiments}" keys="{keys}"
+  case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  [ "$COMP_CWORD" = 1 ] && words="{commands}"
+  [[ "$cur" == "=" || "${{COMP_WORDS[COMP_CWORD-1]}}" == "=" ]] && return  # a value, perhaps a file
+  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+  [[ "${{COMPREPLY[0]}}" == *= ]] && type compopt > /dev/null 2>&1 && compopt -o nospace
+}}
+complete -o default -F _scimult scimult"""
 TABLE = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
 
 
@@ -60,7 +86,7 @@ def _sections(schema: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(schema)
     rows, inner = [], []
     for field in dataclasses.fields(schema):
-        nested, suffix = _nested(hints[field.name])
+        nested, suffix = nested_options(hints[field.name])
         if nested:
             inner.append((nested, f"{prefix}{field.name}{suffix}."))
         if nested is None or suffix:
@@ -69,16 +95,6 @@ def _sections(schema: type, prefix: str = "") -> Iterator[str]:
     yield "\n\n".join(filter(None, (title, inspect.getdoc(schema), "\n".join([TABLE, *rows]) if rows else "")))
     for nested, path in inner:
         yield from _sections(nested, path)
-
-
-def _nested(hint: Any) -> tuple[type | None, str]:
-    """Return the dataclass in a field, if any, and the suffix of its keys: "", ".NAME" in a dict, "[i]" in a list."""
-    if dataclasses.is_dataclass(hint):
-        return hint, ""
-    item = get_args(hint)[-1] if get_args(hint) else None
-    if dataclasses.is_dataclass(item):
-        return item, ".NAME" if get_origin(hint) is dict else "[i]"
-    return None, ""
 
 
 def _row(key: str, field: dataclasses.Field, hint: Any) -> str:
@@ -123,16 +139,35 @@ def _commands() -> Iterator[str]:
 
 def options_of(module: ModuleType) -> type | None:
     """Return the options of a command, the dataclass NAMEOptions in its module."""
-    for name, value in vars(module).items():
+    for name, value in reversed(vars(module).items()):  # the last one: earlier ones may be its bases
         if name.endswith("Options") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
             return value
     return None
 
 
+def completion() -> str:
+    """Return a script for bash and zsh that completes commands, experiments and keys."""
+    sections = list(keys(Config))
+    leaves = [key for key in sections[1:] if not any(other.startswith(f"{key}.") for other in sections)]
+    cases = []
+    for name in commands():
+        options = options_of(importlib.import_module(f"experiments.{MODULES.get(name, name)}"))
+        words = [f"{key}=" for key in option_keys(options)] if options else []
+        if options and issubclass(options, ExperimentOptions):
+            words = ["$experiments", "$keys", "--cfg", *(word for word in words if word != "experiment=")]
+        cases.append(f'    {name}) words="{" ".join([*words, "--help"])}" ;;')
+    return COMPLETION.format(
+        commands=" ".join([*commands(), "--help", "--version"]),
+        experiments=" ".join(experiment_names()),
+        keys=" ".join(f"{key}=" for key in leaves),  # all but the experiment, which is an argument
+        cases="\n".join(cases),
+    )
+
+
 def _command(module: str, options: type) -> str:
     hints = get_type_hints(options)
     name = module.rpartition(".")[2]
-    target = f"make bench BENCH={name}" if ".bench." in module else f"make {TARGETS.get(name, name)}"
+    target = f"make bench BENCH={name}" if ".bench." in module else f"make {NAMES.get(name, name)}"
     rows = [_row(option_key(field), field, hints[field.name]) for field in dataclasses.fields(options)]
     parts = (f"### `{module}`", f"`{target}`", inspect.getdoc(options), "\n".join([TABLE, *rows]) if rows else "")
     return "\n\n".join(filter(None, parts))

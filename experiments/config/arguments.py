@@ -8,9 +8,11 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
 
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
@@ -38,9 +40,12 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
     return parsed
 
 
-def parse_known(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Return the options, and the arguments that are not options, such as keys of an experiment."""
-    _print_help(options, arguments, "Further key=value arguments are keys of the experiment: see docs/reference.md.")
+def parse_known(options: type[T], arguments: Sequence[str], further: type | None = None) -> tuple[T, list[str]]:
+    """Return the options, and the arguments that are not options, such as keys of an experiment.
+
+    further: dataclass of the keys that the other arguments set, for --help.
+    """
+    _print_help(options, arguments, further)
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {option_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
@@ -66,35 +71,56 @@ def option_keys(options: type) -> list[str]:
     return [option_key(field) for field in dataclasses.fields(options)]
 
 
-def _print_help(options: type, arguments: Sequence[str], note: str = "") -> None:
+def _print_help(options: type, arguments: Sequence[str], further: type | None = None) -> None:
     if {"--help", "-h"}.intersection(arguments):
-        say("\n\n".join(filter(None, (usage(options), note))))
+        say(usage(options))
+        if further:
+            lines = option_lines(further)
+            say("\n".join(["", "keys of the experiment (--cfg prints their values, and stops):", "", *lines]))
         sys.exit(0)
 
 
 def usage(options: type) -> str:
     """Return the text of --help: what the command does, and each option with its type, default and meaning."""
-    hints = get_type_hints(options)
-    fields = dataclasses.fields(options)
-    positional = "".join(f" {option_key(field).upper()}" for field in fields if field.metadata.get("positional"))
+    positional = "".join(
+        f" {option_key(field).upper()}" for field in dataclasses.fields(options) if field.metadata.get("positional")
+    )
     usage_line = f"usage: {command_of(options)}{positional} [key=value ...]"
-    lines = [inspect.getdoc(options) or "", "", usage_line, ""]
-    width = min(shutil.get_terminal_size().columns, 120)
-    for field in fields:
-        key = option_key(field)
-        head = key.upper() if field.metadata.get("positional") else f"{key}={type_name(hints[field.name])}"
-        text = as_argument(default_of(field))
-        default = "required" if default_of(field) is REQUIRED else f"default: {text}" if text else ""
-        text = "; ".join(filter(None, (field.metadata.get("help", ""), describe_bounds(field), default)))
-        lines.append(f"  {head}")
-        lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines)
+    return "\n".join([inspect.getdoc(options) or "", "", usage_line, "", *option_lines(options)])
+
+
+def option_lines(options: type, prefix: str = "") -> Iterator[str]:
+    """Yield two lines for each option of a dataclass, at any depth. prefix: path of the options, such as "optim."."""
+    hints, width = get_type_hints(options), min(shutil.get_terminal_size().columns, 120)
+    for field in dataclasses.fields(options):
+        key, hint, default = prefix + option_key(field), hints[field.name], default_of(field)
+        nested, suffix = nested_options(hint)
+        if nested is None:
+            yield f"  {key.upper() if field.metadata.get('positional') else f'{key}={type_name(hint)}'}"
+            shown = "required" if default in (REQUIRED, MISSING) else f"default: {as_argument(default)}"
+            shown = "" if default in (None, "", (), [], {}) else shown
+            text = "; ".join(filter(None, (field.metadata.get("help", ""), describe_bounds(field), shown)))
+            yield textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        else:
+            yield from option_lines(nested, f"{key}{suffix}.")
+
+
+def nested_options(hint: Any) -> tuple[type | None, str]:
+    """Return the dataclass in a field, if any, and the suffix of its keys: "", ".NAME" in a dict, "[i]" in a list."""
+    if dataclasses.is_dataclass(hint):
+        return hint, ""
+    item = get_args(hint)[-1] if get_args(hint) else None
+    if dataclasses.is_dataclass(item):
+        return item, ".NAME" if get_origin(hint) is dict else "[i]"
+    return None, ""
 
 
 def command_of(options: type) -> str:
-    """Return how to start the running command, such as python -m experiments.train."""
-    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None)
-    return f"python -m {name or options.__module__}"
+    """Return how to start the running command: scimult train, or python -m experiments.train."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or options.__module__
+    if len(sys.orig_argv) > 2 and Path(sys.orig_argv[1]).stem == "scimult":
+        return f"scimult {sys.orig_argv[2]}"
+    return f"python -m {name}"
 
 
 def as_argument(value: Any) -> str:
@@ -125,6 +151,8 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) in (tuple, list):
         name = type_name(get_args(hint)[0])
         return f"{name},{name},..."
+    if get_origin(hint) is dict:
+        return "{NAME: VALUE, ...}"
     return {bool: "yes|no", int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,13 @@ from experiments.config.structured import (
     yaml_text,
 )
 from experiments.config.targets import check_targets, is_library
+from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[1]
+# Folder with the Makefile. Outside the source tree there is none, and commands work in the current folder.
+ROOT = FOLDER.parent if (FOLDER.parent / "Makefile").is_file() else Path.cwd()
 RESERVED = ("base",)  # YAML files next to the experiments that are not experiments
 MAKE_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target that takes an experiment
 
@@ -69,11 +73,20 @@ def parse_experiment(options: type[T], arguments: Sequence[str]) -> tuple[T, Con
 
 
 def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Return a command's options, and the other arguments. These are keys of the experiment, not checked yet."""
+    """Return a command's options, and the other arguments. These are keys of the experiment, not checked yet.
+
+    With --cfg, print the resolved configuration and exit.
+    """
+    only_shows, arguments = "--cfg" in arguments, [argument for argument in arguments if argument != "--cfg"]
     if not {"--help", "-h"}.intersection(arguments) and (not arguments or "=" in arguments[0]):
         example = f"{command_of(options)} moe"
         raise UserError(f"experiment: expected one of {', '.join(experiments())} as first argument ({example})")
-    return parse_known(options, arguments)
+    parsed, overrides = parse_known(options, arguments, Config)
+    if only_shows:
+        config = load_config(parsed.experiment, overrides, option_keys(options))
+        say(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True).rstrip())
+        sys.exit(0)
+    return parsed, overrides
 
 
 def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from datamodules.locks import lock_file
 from datamodules.records import UserError
-from experiments.config.experiment import FOLDER
+from experiments.config.experiment import ROOT
 from experiments.config.sweep_file import Sweep, as_override
 from experiments.config.sweep_parameters import suggest_trial
 from experiments.run.endings import PREEMPTED
@@ -248,12 +248,14 @@ class Controller:
 
     def _run_process(self, trial: Trial, slot: int, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
-        if command[0] == "make":
+        if command[0] == "make" and (ROOT / "Makefile").is_file():
             command += _make_variables()
+        elif command[0] == "make":  # installed as a package
+            command[0:1] = [sys.executable, "-m", "experiments"]
         with open(trial.log, "a", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command,
-                cwd=FOLDER.parent,
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -57,14 +57,19 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 lacks most characters
-        logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.ERROR, stream=sys.stdout, force=True)
+        arguments, level = _verbosity(sys.argv[1:])
+        logging.basicConfig(level=level if launch.rank() == 0 else logging.ERROR, stream=sys.stdout, force=True)
         logging.getLogger().handlers[0].setFormatter(PlainFormatter())
         logging.captureWarnings(True)
-        quiet_libraries()
-        main(sys.argv[1:])
+        if level > logging.DEBUG:
+            quiet_libraries()
+        main(arguments)
     except UserError as error:
         say(f"error: {error}", sys.stderr, line_break="\n  ")
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        sys.exit(141)  # as after SIGPIPE
     except Exception as error:
         if not (problem := full_disk(error)):
             raise
@@ -73,6 +78,13 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted", sys.stderr)
         sys.exit(130)
+
+
+def _verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
+    """Return the arguments without -v and -q, and the level of messages to show."""
+    levels = {"-q": logging.WARNING, "--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
+    chosen = [levels[argument] for argument in arguments if argument in levels]
+    return [argument for argument in arguments if argument not in levels], [logging.INFO, *chosen][-1]
 
 
 def full_disk(error: BaseException | None) -> str | None:

@@ -1,0 +1,107 @@
+"""The command scimult: each of its commands is a module of experiments, which runs as with `python -m`.
+
+No command is imported before it runs: most take seconds to import, and training catches signals before that.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.shared.plain import say
+
+FOLDER = Path(__file__).parent
+MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}  # commands named unlike their module
+INTERNAL = {"reference"}  # commands that only work inside the source tree
+FIRST = ("EXP", "RECIPE", "BENCH")  # variables of make for the first argument
+LOWER = ("SCALE", "PARALLEL", "TRIAL", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
+HELP = """usage: scimult COMMAND [key=value ...]
+
+{commands}
+
+  scimult COMMAND --help    all options of a command; for an experiment, also all of its keys
+  scimult train moe --cfg   print the resolved configuration, and stop
+  -v, -q                    show more or fewer messages
+  --version                 print the version
+  --completion              print a script that completes commands and keys in bash or zsh:
+                            scimult --completion > ~/.scimult-completion, then source this file in ~/.bashrc
+
+`make NAME key=value` in a message is `scimult NAME key=value`; EXP=, SCALE= and the like work here, too."""
+
+
+def main() -> None:
+    """Run a command. Exits with status 2 if there is no such command."""
+    name, arguments = (sys.argv[1] if sys.argv[1:] else "--help"), sys.argv[2:]
+    if name in ("--help", "-h", "help"):
+        width = max(map(len, commands()))
+        say(HELP.format(commands="\n".join(f"  {key:{width}}  {text}" for key, text in commands().items())))
+    elif name == "--version":
+        import scimult
+
+        say(f"scimult {scimult.__version__}")
+    elif name == "--completion":
+        from experiments.reference import completion
+
+        say(completion())
+    elif name not in commands():
+        close = difflib.get_close_matches(name, commands(), 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(commands())}"
+        say(f"error: unknown command {name!r}{hint}", sys.stderr)
+        sys.exit(2)
+    else:
+        run(name, arguments)
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command in this process, as `python -m` would. arguments: its arguments, also in the form for make."""
+    module = f"experiments.{MODULES.get(name, name)}"
+    arguments = from_make(name, arguments)
+    if name == "bench":
+        benches = {path.stem for path in (FOLDER / "bench").glob("*.py")} - {"__init__", "timing"}
+        if not arguments or arguments[0] not in benches:
+            wants_help = arguments[:1] in (["--help"], ["-h"])
+            text = f"expected one of {', '.join(sorted(benches))} as first argument (scimult bench encoder_cost)"
+            say(text if wants_help else f"error: bench: {text}", sys.stdout if wants_help else sys.stderr)
+            sys.exit(0 if wants_help else 2)
+        module = f"{module}.{arguments.pop(0)}"
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def from_make(name: str, arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the variables of make as the first argument or as keys. make slurm has keys like them."""
+    first, rest = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in FIRST:
+            first.append(value)
+        elif equals and key in LOWER and (name != "slurm" or key == "SCALE"):
+            rest.append(f"{key.lower()}={value}")
+        else:
+            rest.append(argument)
+    return first + rest
+
+
+def commands() -> dict[str, str]:
+    """Return command -> what it does, in one line."""
+    modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__", *INTERNAL}
+    names = {module: name for name, module in MODULES.items()}
+    lines = {names.get(module, module): _summary(FOLDER / f"{module}.py") for module in modules}
+    return dict(sorted((lines | {"bench": "Measure speed: scimult bench NAME"}).items()))
+
+
+def _summary(path: Path) -> str:
+    """Return the first sentence of the docstring of a command's options, or of its module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Options")]
+    text = ast.get_docstring(classes[-1] if classes else tree) or ""
+    return re.split(r"(?<=\.)\s|\n\n|: python", " ".join(text.partition("\n\n")[0].split()), maxsplit=1)[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""import scimult, in the tree and from a wheel that is installed elsewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import datamodules
+import lightning_modules
+import scimult
+from experiments.__main__ import commands
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("datamodules", "lightning_modules", "experiments")
+
+
+def test_every_public_name_is_that_of_its_package():
+    for package in (datamodules, lightning_modules):
+        for name in package.__all__:
+            assert getattr(scimult, name) is getattr(package, name)
+    assert set(scimult.__all__) == {*datamodules.__all__, *lightning_modules.__all__} <= set(dir(scimult))
+    with pytest.raises(AttributeError, match="has no attribute 'load_encodr'"):
+        scimult.load_encodr  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build a wheel from a copy of the tree, so that nothing is left in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "tree").mkdir()
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("scimult.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "tree"]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def scimult_in(wheel, tmp_path_factory):
+    """Install the wheel into a folder. Return a function that runs the command scimult in another, empty one."""
+    target = tmp_path_factory.mktemp("target")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(target)}
+
+    def run(folder, *arguments, program=None):
+        command = [sys.executable, program or target / "bin" / "scimult", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.mark.slow
+def test_wheel_contains_every_file_of_the_packages(wheel):
+    files = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert files | {"scimult.py"} == {name for name in names if ".dist-info/" not in name}
+    metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert f"\nVersion: {scimult.__version__}\n" in text
+    assert re.search(r"^Requires-Dist: lightning<2.7,>=2.6.6$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_training_in_an_empty_folder(scimult_in, tmp_path):
+    done = scimult_in(tmp_path, "train", "moe", "trainer.max_steps=2", "data.cache=null", "evaluation.baselines=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").glob("moe-sample-*")
+    assert "ndcg@10" in done.stdout
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import scimult\nencoder = scimult.load_encoder(__import__('sys').argv[1])\n"
+        "print(scimult.__file__, tuple(encoder.encode(['a paper'], 'search').shape))\n"
+    )
+    done = scimult_in(tmp_path, str(run), program=script)
+    assert re.search(r"\(1, \d+\)$", done.stdout.strip()), done.stderr
+    assert str(ROOT) not in done.stdout
+    (tmp_path / "sweep").mkdir()
+    done = scimult_in(tmp_path / "sweep", "sweep", "moe", "sweep=seeds", "run_cap=1", "trainer.max_steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} <= {"runs", "sweeps"}
+
+
+@pytest.mark.slow
+def test_help_of_every_command(scimult_in, tmp_path):
+    """All in one process, because most commands take seconds to import."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import sys
+from experiments.__main__ import commands, main
+for name in commands():
+    sys.argv = ["scimult", name, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (name, end.code)
+    print("shown", name)
+""")
+    done = scimult_in(tmp_path, program=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("usage: ") == len(commands()) - 2  # bench and doctor have no options
+    for name in commands():
+        assert f"shown {name}\n" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+    assert "usage: scimult audit EXPERIMENT" in scimult_in(tmp_path, "audit", "--help").stdout
