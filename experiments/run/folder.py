@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 # Prefixes of keys that may change between the attempts of a run.
 CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
+    "extend.packages",
     *("data.cache", "mining.memory_mb", "mining.store"),
     # These change with the number of ranks; the loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
