@@ -37,7 +37,7 @@ OPTIONAL_COLUMNS = (
     *("last logged", "BM25", "metric", "steps", "mean"),
 )
 SETTINGS_WIDTH = 24  # minimum number of characters of the column "differs in", whose text is folded
-IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.")  # prefixes of keys
+IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.", "loggers")  # prefixes of keys
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""The logger of metrics.jsonl, and the interface of loggers that accept more than metrics."""
+"""The logger of metrics.jsonl, Lightning's own loggers, and the interface of loggers that accept more than metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.files import atomic_file
@@ -108,6 +108,69 @@ class JsonlLogger(RunLogger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Log nothing: the configuration is in the run's config.yaml."""
+
+
+def tensorboard_logger(folder: Path, step: int) -> Logger:
+    """Return Lightning's logger that writes into folder/tensorboard. TensorBoard hides older values after the step."""
+    return TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, purge_step=step + 1)
+
+
+def csv_logger(folder: Path, step: int) -> Logger:
+    """Return Lightning's logger that writes folder/csv/version_N/metrics.csv, with an N for each start of the run."""
+    return CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)
+
+
+LIGHTNING_LOGGERS: dict[str, Callable[[Path, int], Logger]] = {"tensorboard": tensorboard_logger, "csv": csv_logger}
+
+
+class LightningLogger(RunLogger):
+    """Passes the numbers of each row to one of Lightning's loggers. If that fails, the run continues without it.
+
+    name: key of LIGHTNING_LOGGERS. folder: folder of the run.
+    """
+
+    def __init__(self, name: str, folder: Path):
+        super().__init__()
+        self._name, self.folder = name, folder
+        self._step = 0  # where this start of the run begins
+        self._logger: Logger | None = None
+        self._has_failed = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def rewind(self, step: int) -> None:
+        self._step = step
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        if self._has_failed or not numbers:
+            return
+        try:
+            if self._logger is None:  # before the first row, only `rewind` knows where the run starts
+                self._logger = LIGHTNING_LOGGERS[self._name](self.folder, self._step)
+            self._logger.log_metrics(numbers, step=step)
+            self._logger.save()
+        except Exception as error:  # a full disk, for instance
+            self._has_failed = True
+            log.warning("%s cannot be written (%s): from now on, metrics do not go there", self._name, error)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log nothing: the configuration is in the run's config.yaml."""
+
+    @rank_zero_only
+    def close(self) -> None:
+        if self._logger is not None and not self._has_failed:
+            self._logger.finalize("success")
+
+    def preempted(self) -> None:
+        self.close()
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -151,10 +151,10 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return a hash of the configuration, six characters long. The run's folder and W&B settings do not count."""
+    """Return a hash of the configuration, six characters long. The run's folder and loggers do not count."""
     settings = as_dict(config)
     settings["extend"].pop("packages")  # permission, not a setting
-    settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb")
+    settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb"), settings.pop("loggers")
     if settings["trainer"]["max_epochs"]:
         del settings["trainer"]["max_steps"]  # follows from the data
     text = with_first_paths(json.dumps(settings, sort_keys=True))

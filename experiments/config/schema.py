@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.structured import prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
+from lightning_modules.loggers import LIGHTNING_LOGGERS
 from lightning_modules.mining.mine import MiningOptions
 from lightning_modules.objective_options import ObjectiveOptions, check_objective
 from lightning_modules.optim import OptimOptions
@@ -241,9 +243,7 @@ class ExtendConfig:
 class Config:
     """All keys of an experiment."""
 
-    experiment: str = option(
-        MISSING, "name of a file in experiments, or of your own (the first argument of a command)"
-    )
+    experiment: str = option(MISSING, "name of a file in experiments, or of your own (the first argument of a command)")
     scale: str = option("sample", "name of a file in experiments/scale")
     tasks: list[str] = option(MISSING, "names of the tasks to train (files in experiments/tasks)")
     init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights training starts from")
@@ -260,6 +260,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    loggers: list[str] = option([], "further loggers, which write into the run's folder: tensorboard, csv")
     callbacks: dict[str, Any] = option({}, "further Lightning callbacks: name -> _target_ node")
     task: dict[str, TaskConfig] = option({}, "settings of each task, from experiments/tasks/<task>.yaml")
 
@@ -270,6 +271,7 @@ def check_constraints(config: Config) -> None:
     _check_balance(config)
     _check_devices(config)
     _check_wandb(config.wandb)
+    _check_loggers(config.loggers)
     _check_sharding(config)
     _check_mining_times(config)
     _check_mined_negatives_are_used(config)
@@ -310,6 +312,14 @@ def _check_wandb(wandb: WandbConfig) -> None:
             raise UserError(f"{key}: expected 1 to {limit} characters, got {len(text)} ({text[:40]!r})")
         if not text.isprintable():
             raise UserError(f"{key}: expected a text without control characters, got {text!r}")
+
+
+def _check_loggers(names: list[str]) -> None:
+    for name in names:
+        if name not in LIGHTNING_LOGGERS or names.count(name) > 1:
+            raise UserError(f"loggers: expected some of {', '.join(LIGHTNING_LOGGERS)}, each once, got {name!r}")
+    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("loggers: tensorboard is not installed (pip install tensorboard)")
 
 
 def _check_devices(config: Config) -> None:

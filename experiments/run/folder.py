@@ -9,6 +9,8 @@ results.json      final table; a run that has it is complete
 negatives/        mined hard negatives: one folder per mining, with its report
 runs/             TREC run files of the final table
 wandb/            W&B's own files
+tensorboard/      TensorBoard's files, with loggers=[tensorboard]
+csv/              a table for each start of the run, with loggers=[csv]
 """
 
 from __future__ import annotations
@@ -43,7 +45,16 @@ log = logging.getLogger(__name__)
 
 # Prefixes of keys that may change between the attempts of a run.
 CHANGEABLE = (
-    *("run.dir", "run.resume", "wandb.", "evaluation.", "checkpoint.", "data.num_workers", "data.token_budget"),
+    *(
+        "run.dir",
+        "run.resume",
+        "wandb.",
+        "loggers",
+        "evaluation.",
+        "checkpoint.",
+        "data.num_workers",
+        "data.token_budget",
+    ),
     "extend.packages",
     *("data.cache", "mining.memory_mb", "mining.store"),
     # These change with the number of ranks; the loader checks that the global batch stays the same.

@@ -1,4 +1,4 @@
-"""The loggers of a run: metrics.jsonl, and Weights & Biases."""
+"""The loggers of a run: metrics.jsonl, those of Lightning, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
 from experiments.run.endings import PREEMPTED
 from experiments.run.wandb_sender import is_sent
-from lightning_modules.loggers import JsonlLogger, RunLogger
+from lightning_modules.loggers import JsonlLogger, LightningLogger, RunLogger
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ STEP = "trainer/global_step"  # the x-axis of every curve, as in Lightning's own
 def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
     """Return the loggers of a run. W&B is left out if it is disabled or not installed."""
     loggers: list[RunLogger] = [JsonlLogger(folder / "metrics.jsonl")]
+    loggers += [LightningLogger(name, folder) for name in config.loggers]
     mode = os.environ.get("WANDB_MODE", config.wandb.mode)
     if mode == "disabled":
         return loggers

@@ -1,5 +1,6 @@
 """Whole runs: every experiment takes two steps, results can be recomputed, and killed runs lose nothing."""
 
+import csv
 import itertools
 import json
 import os
@@ -277,6 +278,27 @@ def test_a_run_without_a_new_best_stops_early_and_stays_complete(tmp_path, caplo
     assert trained() == [1, 2, 3, 4, 5, 6]
     assert stopped(patience=3) == 8
     assert trained() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_the_loggers_of_lightning_get_the_rows_of_a_run(tmp_path):
+    overrides = ["loggers=[csv]", "trainer.log_every_n_steps=1", "evaluation.every_n_steps=1"]
+    train("vanilla", two_steps(tmp_path, *TINY, *overrides, "evaluation.baselines=false"))
+    (path,) = tmp_path.glob("csv/version_0/metrics.csv")
+    with path.open() as file:
+        logged = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    expected = [
+        {key: value for key, value in row.items() if isinstance(value, int | float) and key != "time"}
+        for row in rows(tmp_path)
+    ]
+    assert logged == expected
+    train("vanilla", two_steps(tmp_path, *TINY, "loggers=[]"))  # the run is the same
+
+
+def test_unknown_loggers_are_refused():
+    for name in ("[tensorbord]", "[csv,csv]"):
+        with pytest.raises(UserError, match="loggers: expected some of tensorboard, csv, each once"):
+            load_config("moe", [f"loggers={name}"])
 
 
 def test_early_stopping_needs_evaluations(tmp_path):

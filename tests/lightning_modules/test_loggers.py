@@ -1,11 +1,12 @@
-"""metrics.jsonl: each row is on a line of its own, even after a kill or a full disk."""
+"""metrics.jsonl: each row is on a line of its own, even after a kill or a full disk. And Lightning's own loggers."""
 
+import csv
 import json
 import resource
 
 import pytest
 
-from lightning_modules.loggers import JsonlLogger
+from lightning_modules.loggers import LIGHTNING_LOGGERS, JsonlLogger, LightningLogger
 
 
 def readable_rows(path):
@@ -79,3 +80,46 @@ def test_a_fresh_run_in_a_folder_with_rows_starts_with_none(tmp_path):
     assert [row["step"] for row in readable_rows(path)] == [0]
     JsonlLogger(tmp_path / "new.jsonl").rewind(0)
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def log_twice(name, folder):
+    """Log steps 1 to 4, and after a kill 3 to 5 from the checkpoint of step 2."""
+    for start, steps in ((0, range(1, 5)), (2, range(3, 6))):
+        logger = LightningLogger(name, folder)
+        logger.rewind(start)
+        for step in steps:
+            logger.log_metrics({"train/loss": start + step / 10, "train/batch": "a1"}, step=step)
+    logger.log_metrics({"test/mean/ndcg@10": 0.5}, step=5)
+    logger.close()
+
+
+def test_tensorboard_shows_each_step_of_a_killed_run_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log_twice("tensorboard", tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "test/mean/ndcg@10"}
+    shown = [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4), (5, 2.5)]
+
+
+def test_each_start_of_a_run_writes_a_csv_file(tmp_path):
+    log_twice("csv", tmp_path)
+    tables = [list(csv.DictReader(path.open())) for path in sorted(tmp_path.glob("csv/version_*/metrics.csv"))]
+    assert [[(row["step"], row["train/loss"]) for row in table if row["train/loss"]] for table in tables] == [
+        [("1", "0.1"), ("2", "0.2"), ("3", "0.3"), ("4", "0.4")],
+        [("3", "2.3"), ("4", "2.4"), ("5", "2.5")],
+    ]
+    assert tables[1][-1]["test/mean/ndcg@10"] == "0.5"
+
+
+@pytest.mark.parametrize("name", LIGHTNING_LOGGERS)
+def test_a_logger_that_cannot_write_does_not_end_the_run(tmp_path, caplog, name):
+    if name == "tensorboard":
+        pytest.importorskip("tensorboard")
+    (tmp_path / name).write_text("a file where the folder should be")
+    logger = LightningLogger(name, tmp_path)
+    for step in (1, 2):
+        logger.log_metrics({"loss": 1.0}, step=step)
+    logger.close()
+    assert caplog.text.count(f"{name} cannot be written") == 1

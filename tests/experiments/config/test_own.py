@@ -19,7 +19,8 @@ from lightning_modules import SharedEncoder, load_encoder
 EXPERIMENT = """
 tasks: [mine]
 encoder: {_target_: mylab.models.MyEncoder}
-mining: {miner: {_target_: mylab.models.MyMiner, words: 3}, first_step: 0, every_n_steps: 1, k: 10, relative_margin: null}
+mining:
+  {miner: {_target_: mylab.models.MyMiner, words: 3}, first_step: 0, every_n_steps: 1, k: 10, relative_margin: null}
 callbacks:
   counter: {_target_: mylab.models.Counter, file: FILE}
   lr: {_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: step}
@@ -73,7 +74,8 @@ class MyReader:
 
     def read(self):
         words = ["alpha", "beta", "gamma", "delta", "omega", "kappa"]
-        corpus = {f"d{i}": Document(f"d{i}", words[i % 6], f"{words[i % 5]} {words[i % 4]} {i}") for i in range(self.size)}
+        texts = [f"{words[i % 5]} {words[i % 4]} {i}" for i in range(self.size)]
+        corpus = {f"d{i}": Document(f"d{i}", words[i % 6], text) for i, text in enumerate(texts)}
         queries = {f"q{i}": Document(f"q{i}", "", words[i % 6] + f" {i}") for i in range(self.size)}
         qrels = {}
         for i in range(self.size):
