@@ -101,7 +101,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     models = options.models
     encoders = [model.model for model in models.values() if model.model != "bm25"]
     run = options.run or (run_of(encoders[0]) if len(encoders) == 1 else None)
-    config = config_of_run(run)
+    config = config_of_run(run, options.packages)
     systems = load_systems(
         models,
         config,

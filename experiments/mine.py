@@ -37,7 +37,7 @@ class MineOptions(EncodingOptions):
     mining.miner, ... set how to mine.
     """
 
-    experiment: str = option(help="name of the experiment, such as moe", positional=True)
+    experiment: str = option(help="name of the experiment, such as moe, or path of your own", positional=True)
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
     vectors: Path | None = option(
         None, "folder for cached vectors, by default OUTPUT.vectors; you can delete it afterwards"
@@ -47,6 +47,8 @@ class MineOptions(EncodingOptions):
 
 def main(arguments: Sequence[str]) -> None:
     options, overrides = parse_known(MineOptions, arguments)
+    if options.packages:
+        overrides.append(f"extend.packages=[{','.join(options.packages)}]")
     config = load_config(options.experiment, overrides, option_keys(MineOptions))
     vectors = options.vectors or Path(f"{options.output}.vectors")
     with (

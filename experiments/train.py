@@ -126,7 +126,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
         step = read_checkpoint(checkpoint)["global_step"]
         # Not module.device: Lightning has moved the module to the CPU by now.
-        encoder = load_encoder(checkpoint).to(trainer.strategy.root_device)
+        encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
         table.finish(encoder, checkpoint.name, step, trainer.global_step)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])

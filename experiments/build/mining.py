@@ -52,7 +52,8 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
         raise UserError("mining.miners: null for every task, so there is nothing to mine; set a miner for one of them")
     guide = None
     if settings.guide:
-        guide = load_encoder(settings.guide, {task: task for task in config.task}, key="mining.guide")
+        tasks, allowed = {task: task for task in config.task}, config.extend.packages
+        guide = load_encoder(settings.guide, tasks, key="mining.guide", packages=allowed)
         if missing := [task for task, node in nodes.items() if node and task not in guide.tasks]:
             raise UserError(
                 f"mining.guide: the model has no task {', '.join(missing)} (it has {', '.join(guide.tasks)})"

@@ -49,13 +49,19 @@ class ModelOptions:
         "documents use a different adapter from queries",
     )
 
+    packages: tuple[str, ...] = option(
+        (),
+        "packages whose encoders and readers may be loaded; importing a package runs its code",
+        key="extend.packages",
+    )
+
     def run_folder(self) -> Path | None:
         """Return the folder of the run that the model belongs to, if any."""
         return run_of(self.model)
 
     def run_config(self) -> Config | None:
         """Return the configuration of the run that the model belongs to, if any."""
-        return config_of_run(self.run_folder())
+        return config_of_run(self.run_folder(), self.packages)
 
     def load(self, config: Config | None = None, *, task: str = "") -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
@@ -77,6 +83,7 @@ class ModelOptions:
             pooling=self.pooling or (config.encoder.get("pooling") if config else None),
             tower=self.tower,
             adapters=self._adapter_folders() or None,
+            packages=self.packages,
         )
         if self.pooling and encoder.pooling != self.pooling:
             raise UserError(f"pooling: only plain models take it; {self.model} has its own, {encoder.pooling}")
@@ -142,9 +149,9 @@ def run_of(model: str) -> Path | None:
     return None
 
 
-def config_of_run(run: Path | None) -> Config | None:
-    """Return the configuration of a run, or None without a run."""
-    return from_dict(read_config(run), str(run / "config.yaml")) if run else None
+def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | None:
+    """Return the configuration of a run, or None without a run. packages: packages that the user allows."""
+    return from_dict(read_config(run), str(run / "config.yaml"), packages) if run else None
 
 
 @dataclass(frozen=True, slots=True)

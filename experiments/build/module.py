@@ -57,7 +57,8 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     """Build the encoder of the experiment. texts: training texts, from which a random backbone takes its vocabulary."""
-    source = load_encoder(config.init_from, key="init_from") if config.init_from else None
+    allowed = config.extend.packages
+    source = load_encoder(config.init_from, key="init_from", packages=allowed) if config.init_from else None
     if source is not None:
         log.info("init_from provides backbone and tokenizer; backbone.name, .config and .vocab_size are ignored")
         shape, tokenizer = source.backbone.config, source.tokenizer
@@ -105,7 +106,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     """Add the experiment's tasks to a trained encoder. Their experts start as copies, chosen by extend.like."""
     if config.init_from:
         raise UserError("extend.model and init_from: set only one of them")
-    encoder = load_encoder(config.extend.model, key="extend.model")
+    encoder = load_encoder(config.extend.model, key="extend.model", packages=config.extend.packages)
     check_same_encoder(config, encoder)
     set_dropout(encoder.backbone, config.backbone.dropout, config.backbone.attention_dropout)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
@@ -193,7 +194,7 @@ def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
 def _load_frozen(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
     """Load the guide or teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
-    encoder = load_encoder(options.model, tasks=tasks, key=key)
+    encoder = load_encoder(options.model, tasks=tasks, key=key, packages=config.extend.packages)
     missing = [task for task in tasks if task not in encoder.tasks]
     if missing:
         raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")

@@ -164,7 +164,8 @@ def _convert(key: str, hint: Any, text: str) -> Any:
             return None
         return _convert(key, next(each for each in get_args(hint) if each is not type(None)), text)
     if origin in (tuple, list):
-        return origin(_convert(key, get_args(hint)[0], item) for item in text.split(",") if item)
+        text = text[1:-1] if text[:1] + text[-1:] == "[]" else text  # as in keys of an experiment
+        return origin(_convert(key, get_args(hint)[0], item.strip()) for item in text.split(",") if item)
     if hint is bool:
         if text.lower() not in SWITCH:
             raise UserError(f"{key}: expected yes or no, got {text!r}")

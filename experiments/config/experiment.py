@@ -60,7 +60,7 @@ NEGATIVES = "negatives"  # mined hard negatives
 class ExperimentOptions:
     """Options of a command that takes an experiment."""
 
-    experiment: str = option(help="name of a file in experiments/, such as moe", positional=True)
+    experiment: str = option(help="name of a file in experiments/, such as moe, or path of your own", positional=True)
 
 
 T = TypeVar("T", bound=ExperimentOptions)
@@ -97,18 +97,18 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
     """
     for text in overrides:
         _check_override(text)
+    path, folders = experiment_file(experiment), folders_of(experiment)
     scale = ([Config.scale] + [text.partition("=")[2] for text in overrides if text.startswith("scale=")])[-1]
-    _check_name("experiment", experiment, experiments())
-    _check_name("scale", scale, scales())
+    _check_name("scale", scale, scales(folders))
 
     config = OmegaConf.structured(Config)
-    config = _merge(config, OmegaConf.create({"experiment": experiment, "scale": scale}), "schema")
-    for path in (FOLDER / "base.yaml", FOLDER / "scale" / f"{scale}.yaml"):
-        config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
-    tasks, broken = _read_tasks(scale)
+    config = _merge(config, OmegaConf.create({"experiment": path.stem, "scale": scale}), "schema")
+    scale_files = [file for each in folders if (file := each / "scale" / f"{scale}.yaml").exists()]
+    for file in (FOLDER / "base.yaml", *scale_files):
+        config = _merge(config, read_yaml(file, _shown(file)), _shown(file))
+    tasks, broken = _read_tasks(scale, folders)
     for source, layer in tasks:
         config = _merge(config, layer, source)
-    path = FOLDER / f"{experiment}.yaml"
     config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
     known_tasks = sorted(config.task)
     config = _merge_overrides(config, overrides, (*others, *MAKE_VARIABLES))
@@ -118,15 +118,31 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
             raise error
         log.warning("task %s is ignored: %s", name, error)
     new_tasks = set(config.task) - {*known_tasks, *broken}
-    finished = _finish(config)
+    finished = _finish(config, packages_in(overrides))
     for name in new_tasks - set(finished.tasks):  # a misspelt task in task.NAME.key=value
         _check_name("task", name, known_tasks)
     return finished
 
 
-def from_dict(settings: Mapping[str, Any], source: str) -> Config:
-    """Rebuild a configuration from the output of as_dict. source: name of its file, for errors."""
-    return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source))
+def from_dict(settings: Mapping[str, Any], source: str, packages: Sequence[str] = ()) -> Config:
+    """Rebuild a configuration from the output of as_dict.
+
+    source: name of its file, for errors. packages: packages that the user allows now; those in the file do not count.
+    """
+    extend = settings.get("extend", {})
+    if isinstance(extend, Mapping):
+        settings = dict(settings) | {"extend": dict(extend) | {"packages": list(packages)}}
+    return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source), packages)
+
+
+def packages_in(overrides: Sequence[str]) -> list[str]:
+    """Return the extend.packages of overrides."""
+    allowed: Any = []
+    for text in overrides:
+        extend = OmegaConf.to_container(_parse(text)).get("extend") if text.startswith("extend") else None
+        if isinstance(extend, dict) and "packages" in extend:
+            allowed = extend["packages"]
+    return [name for name in allowed if isinstance(name, str)] if isinstance(allowed, list) else []
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -137,6 +153,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 def digest(config: Config) -> str:
     """Return a hash of the configuration, six characters long. The run's folder and loggers do not count."""
     settings = as_dict(config)
+    settings["extend"].pop("packages")  # permission, not a setting
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb"), settings.pop("loggers")
     if settings["trainer"]["max_epochs"]:
         del settings["trainer"]["max_steps"]  # follows from the data
@@ -194,12 +211,30 @@ def experiments() -> list[str]:
     return names(FOLDER, RESERVED)
 
 
-def scales() -> list[str]:
-    return names(FOLDER / "scale")
+def scales(folders: Sequence[Path] = (FOLDER,)) -> list[str]:
+    return sorted({name for folder in folders for name in names(folder / "scale")})
+
+
+def experiment_file(experiment: str) -> Path:
+    """Return the file of an experiment, a name or a path. Raises UserError if there is none."""
+    path = Path(experiment)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.exists():
+            raise UserError(f"experiment: {experiment} does not exist")
+        check_name("experiment", path.stem)
+        return path
+    _check_name("experiment", experiment, experiments())
+    return FOLDER / f"{experiment}.yaml"
+
+
+def folders_of(experiment: str) -> list[Path]:
+    """Return the folders with scale/, tasks/ and sweeps/ for an experiment: ours, then that of the user's own file."""
+    folder = experiment_file(experiment).parent
+    return list(dict.fromkeys([FOLDER, folder]))
 
 
 def _shown(path: Path) -> str:
-    return str(path.relative_to(FOLDER.parent))
+    return str(path.relative_to(FOLDER.parent) if path.is_relative_to(FOLDER) else path)
 
 
 def _check_name(what: str, name: str, expected: Sequence[str]) -> None:
@@ -207,14 +242,14 @@ def _check_name(what: str, name: str, expected: Sequence[str]) -> None:
         raise unknown(what, name, expected)
 
 
-def _read_tasks(scale: str) -> tuple[list[tuple[str, DictConfig]], dict[str, UserError]]:
+def _read_tasks(scale: str, folders: Sequence[Path]) -> tuple[list[tuple[str, DictConfig]], dict[str, UserError]]:
     """Read all task files. Return (file, layer) of each, and the errors of broken files by task.
 
     A broken file only stops experiments that name its task.
     """
     layers, broken = [], {}
-    for name in names(FOLDER / "tasks"):
-        path = FOLDER / "tasks" / f"{name}.yaml"
+    for path in [folder / "tasks" / f"{name}.yaml" for folder in folders for name in names(folder / "tasks")]:
+        name = path.stem
         try:
             layers.append((_shown(path), OmegaConf.create({"task": {name: _read_task(path, scale)}})))
         except UserError as error:
@@ -239,8 +274,11 @@ def _read_task(path: Path, scale: str) -> DictConfig:
     return task
 
 
-def _finish(config: DictConfig) -> Config:
-    """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked."""
+def _finish(config: DictConfig, packages: Sequence[str]) -> Config:
+    """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked.
+
+    packages: packages that the user allows.
+    """
     known_tasks = sorted(config.task)
     try:
         for name in [] if OmegaConf.is_missing(config, "tasks") else set(known_tasks) - set(config.tasks):
@@ -251,6 +289,11 @@ def _finish(config: DictConfig) -> Config:
         finished: Config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from error
+    if sorted(finished.extend.packages) != sorted(packages):
+        raise UserError(
+            f"extend.packages: got {finished.extend.packages}; only the command line may allow packages, because "
+            "importing them runs their code"
+        )
     _check_tasks(finished, known_tasks)
     finished.task = {name: finished.task[name] for name in finished.tasks}
     check_options(finished)

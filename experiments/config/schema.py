@@ -226,9 +226,14 @@ class TaskConfig:
 
 @dataclass
 class ExtendConfig:
-    """New tasks for a trained encoder: only their experts are trained."""
+    """New tasks for a trained encoder, of which only the experts are trained; and classes of other packages."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
+    packages: list[str] = option(
+        [],
+        "packages whose classes `_target_` may name, such as [mylab, lightning.pytorch.callbacks]; only from the "
+        "command line, because importing a package runs its code",
+    )
     like: str = option(
         "nearest", "task whose expert the new ones are copied from; nearest: the one with the lowest loss"
     )
@@ -238,7 +243,7 @@ class ExtendConfig:
 class Config:
     """All keys of an experiment."""
 
-    experiment: str = option(MISSING, "name of a file in experiments (the first argument of a command)")
+    experiment: str = option(MISSING, "name of a file in experiments, or of your own (the first argument of a command)")
     scale: str = option("sample", "name of a file in experiments/scale")
     tasks: list[str] = option(MISSING, "names of the tasks to train (files in experiments/tasks)")
     init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights training starts from")

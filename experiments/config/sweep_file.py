@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.config.experiment import FOLDER, load_config, names
+from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, names
 from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
@@ -114,11 +114,14 @@ def sweeps() -> list[str]:
 def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_cap: int | None = None) -> Sweep:
     """Read a sweep file. Raises UserError naming file and key.
 
-    name: name of a file in experiments/sweeps, or a path."""
+    name: name of a file in experiments/sweeps or in sweeps/ next to your own experiment, or a path."""
     is_path = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else FOLDER / "sweeps" / f"{name}.yaml"
-    if not is_path and not path.is_file():
+    files = [folder / "sweeps" / f"{name}.yaml" for folder in reversed(folders_of(experiment))]
+    path = Path(name) if is_path else next((file for file in files if file.is_file()), None)
+    if path is None:
         raise unknown("sweep", name, [*sweeps(), "a path"])
+    if Path(experiment).suffix:  # trials may run in another folder
+        experiment = str(experiment_file(experiment).absolute())
     content = OmegaConf.to_container(read_yaml(path), resolve=False)
     try:
         _check_types(content)

@@ -1,4 +1,7 @@
-"""Check and build the nodes of a configuration: `_target_`, a class of this project, and its arguments."""
+"""Check and build the nodes of a configuration: `_target_`, a class, and its arguments.
+
+The class is one of this project, or of a package that the user allows on the command line (extend.packages).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
@@ -25,43 +29,54 @@ from experiments.config.moved import current_path
 from experiments.config.schema import Config
 from experiments.config.structured import describe, did_you_mean, expected_one_of, unknown
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.loading import is_in
 from lightning_modules.mining.miners import Miner
 
-PACKAGES = ("datamodules.", "lightning_modules.")
+PACKAGES = ("datamodules", "lightning_modules")
 READERS = "datamodules.readers."
 EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 IMPORTED = "import.json"  # file in the folder of an import
+VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
 
 
 def check_targets(config: Config) -> None:
     """Check all nodes of a configuration, and convert their arguments."""
-    config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS)
+    allowed = config.extend.packages
+    config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS, packages=allowed)
     for name, node in config.callbacks.items():
-        config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback)
-    config.mining.miner = check_target("mining.miner", config.mining.miner, Miner)
+        config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback, packages=allowed)
+    config.mining.miner = check_target("mining.miner", config.mining.miner, Miner, packages=allowed)
     for name, node in config.mining.miners.items():
         if name not in config.tasks:
             raise unknown("task in mining.miners", name, config.tasks)
-        config.mining.miners[name] = check_target(f"mining.miners.{name}", node, Miner) if node else None
+        key = f"mining.miners.{name}"
+        config.mining.miners[name] = check_target(key, node, Miner, packages=allowed) if node else None
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
-            settings.data[name] = check_target(key, with_reader(key, node, settings.kind), Reader, package=READERS)
+            node = with_reader(key, node, settings.kind)
+            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=allowed)
 
 
 def check_target(
-    key: str, node: Any, base: type = object, provided: Sequence[str] = (), package: str = ""
+    key: str,
+    node: Any,
+    base: type = object,
+    provided: Sequence[str] = (),
+    package: str = "",
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check a node against the signature of its class. Return it with its arguments converted to their types.
 
     key: path of the node, for errors. base: required base class. provided: arguments that the project passes itself.
-    package: package that may be left out of `_target_` (jsonl.JsonlReader). Raises UserError.
+    package: package that may be left out of `_target_` (jsonl.JsonlReader).
+    packages: further packages that the user allows. Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         example = f", such as {{_target_: {EXAMPLES[package]}}}" if package in EXAMPLES else ""
         raise UserError(f"{key}: expected a node with _target_{example}, got {node!r}")
-    cls = _import_class(key, node["_target_"], package)
+    cls = _import_class(key, node["_target_"], package, packages)
     path = f"{cls.__module__}.{cls.__name__}"
     if not issubclass(cls, base):
         raise UserError(f"{key}._target_: expected a subclass of {base.__name__}, got {path!r}")
@@ -75,18 +90,22 @@ def _full_path(path: str, package: str) -> str:
     return current_path(package + path) if package and path.partition(".")[0] in _modules(package) else path
 
 
-def _import_class(key: str, path: str, package: str) -> type:
+def _import_class(key: str, path: str, package: str, packages: Sequence[str]) -> type:
     path = _full_path(path, package)
-    if not path.startswith(PACKAGES):
-        hint = did_you_mean(path.partition(".")[0], _modules(package)) if package else ""
-        packages = " or ".join(name.removesuffix(".") for name in PACKAGES)
-        start = "Expected" if hint else "expected"
-        raise UserError(f"{key}._target_: {hint}{start} a class of {packages}, got {path!r}")
     module_name, _, name = path.rpartition(".")
+    if not is_in(module_name, [*PACKAGES, *packages]):
+        first = path.partition(".")[0]
+        hint = did_you_mean(first, _modules(package)) if package else ""
+        start = "Expected" if hint else "expected"
+        message = f"{key}._target_: {hint}{start} a class of {' or '.join([*PACKAGES, *packages])}, got {path!r}"
+        if module_name and not hint:
+            message += f"; if you trust the package, allow it on the command line: extend.packages=[{first}]"
+        raise UserError(message)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{key}._target_: module {module_name!r} does not exist ({error})") from error
+    except (ImportError, SyntaxError) as error:
+        installed = "" if is_in(module_name, PACKAGES) else "; install the package, or add its folder to PYTHONPATH"
+        raise UserError(f"{key}._target_: cannot import {module_name!r} ({error}){installed}") from error
     if not inspect.isclass(getattr(module, name, None)):
         classes = [n for n, o in inspect.getmembers(module, inspect.isclass) if o.__module__ == module_name]
         raise UserError(f"{key}._target_: {module_name} has no class {name!r}; {expected_one_of(classes)}")
@@ -100,11 +119,13 @@ def _modules(package: str) -> list[str]:
 
 def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided: Sequence[str]) -> dict[str, Any]:
     """Return the arguments, converted to the types in the class's signature."""
-    hints = typing.get_type_hints(cls.__init__)
     signature = list(inspect.signature(cls.__init__).parameters.values())[1:]  # without self
+    signature = [] if cls.__init__ is object.__init__ else signature
+    variadic = {parameter.kind for parameter in signature} & {VAR_POSITIONAL, VAR_KEYWORD}
+    signature = [each for each in signature if each.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
     parameters = {parameter.name: parameter for parameter in signature if parameter.name not in provided}
     for name in arguments:
-        if name not in parameters:
+        if name not in parameters and VAR_KEYWORD not in variadic:
             hint = did_you_mean(str(name), parameters)
             raise UserError(
                 f"{key}: {cls.__name__} has no argument {name!r}; {hint}{expected_one_of(parameters, hint)}"
@@ -112,13 +133,28 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments:
             raise UserError(f"{key}: {cls.__name__} needs the argument {name!r}")
-    fields = [(name, hints.get(name, Any), field(default=MISSING)) for name in parameters]
+    fields = [(name, hint, field(default=MISSING)) for name, hint in _hints(cls, parameters | dict(arguments)).items()]
     try:
         schema = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields))
         converted = OmegaConf.to_container(OmegaConf.merge(schema, dict(arguments)))
     except OmegaConfBaseException as error:
         raise UserError(f"{key}.{describe(error)}") from error
     return {name: converted[name] for name in arguments}
+
+
+def _hints(cls: type, names: Iterable[str]) -> dict[str, Any]:
+    """Return the type of each argument; Any for types that OmegaConf does not know, as in classes of other packages."""
+    annotations, scope = getattr(cls.__init__, "__annotations__", {}), getattr(cls.__init__, "__globals__", {})
+    known = {}
+    for name in names:
+        try:
+            argument = types.SimpleNamespace(__annotations__={name: annotations.get(name, Any)})
+            hint = typing.get_type_hints(argument, scope)[name]
+            OmegaConf.structured(dataclasses.make_dataclass("Argument", [(name, hint, field(default=MISSING))]))
+        except (OmegaConfBaseException, NameError, TypeError, ValueError):  # NameError: imported under TYPE_CHECKING
+            hint = Any
+        known[name] = hint
+    return known
 
 
 def with_reader(key: str, node: Any, kind: str) -> Any:

@@ -55,6 +55,7 @@ CHANGEABLE = (
         "data.num_workers",
         "data.token_budget",
     ),
+    "extend.packages",
     *("data.cache", "mining.memory_mb", "mining.store"),
     # These change with the number of ranks; the loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),

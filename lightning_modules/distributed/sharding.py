@@ -98,7 +98,7 @@ def replica(encoder: Encoder) -> Encoder:
     """
     if not encoder.sharded:
         return encoder
-    copy = build(describe_architecture(encoder), encoder.tokenizer)
+    copy = build(describe_architecture(encoder), encoder.tokenizer, packages=[type(encoder).__module__])
     copy.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
     return copy.to(encoder.device).eval()
 

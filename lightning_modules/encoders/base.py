@@ -399,7 +399,7 @@ class Encoder(nn.Module):
         """Load an encoder from a folder written by save_pretrained, or the hub. Raises UserError for other classes."""
         from lightning_modules.encoders.pretrained import load_pretrained
 
-        encoder = load_pretrained(name)
+        encoder = load_pretrained(name, packages=[cls.__module__])  # the caller has imported it already
         if not isinstance(encoder, cls):
             raise UserError(f"{name}: contains a {type(encoder).__name__}, not a {cls.__name__}")
         return encoder

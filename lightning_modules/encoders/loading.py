@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,18 @@ def similarity_of(encoder: Encoder) -> str | None:
 
 
 def build(
-    description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, source: str = "the encoder"
+    description: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: str = "the encoder",
+    packages: Sequence[str] = (),
 ) -> Encoder:
     """Build an encoder from its description, without weights. Raises UserError if the description is damaged.
 
     tokenizer: by default that of the description.
     source: name of the file that is loaded, for error messages.
+    packages: other packages whose encoders may be built, as in load_encoder.
     """
-    kind = _encoder_class(description.get("kind"))
+    kind = _encoder_class(description.get("kind"), packages)
     quiet_transformers()
     try:
         if tokenizer is None:
@@ -99,15 +103,27 @@ def _known_similarity(similarity: object) -> str | None:
     return similarity
 
 
-def _encoder_class(path: object) -> type[Encoder]:
-    """Import an encoder's class. Classes of other packages are refused, because importing them would run their code."""
+def is_in(module: str, packages: Sequence[str]) -> bool:
+    """Return whether a module is one of the packages, or inside one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages if package)
+
+
+def _encoder_class(path: object, packages: Sequence[str]) -> type[Encoder]:
+    """Import an encoder's class. Other packages are refused, because importing them would run their code."""
     module, _, name = str(path).rpartition(".")
-    if not module.startswith("lightning_modules.encoders."):
-        raise UserError(f"encoder {path!r}: only classes of lightning_modules.encoders can be loaded")
+    packages = [packages] if isinstance(packages, str) else packages
+    if not is_in(module, ["lightning_modules.encoders", *packages]):
+        raise UserError(
+            f"encoder {path!r}: only classes of lightning_modules.encoders and of the packages that you allow can be "
+            f"loaded; if you trust the package {module.partition('.')[0]!r}, name it in packages (extend.packages of a "
+            "command)"
+        )
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"encoder {path}: this version of the project has no such class") from error
+        ours = is_in(module, ["lightning_modules"])
+        problem = "this version of the project has no such class" if ours else f"it cannot be imported ({error})"
+        raise UserError(f"encoder {path}: {problem}") from error
     if not (isinstance(kind, type) and issubclass(kind, Encoder)):
         raise UserError(f"encoder {path}: not a subclass of Encoder")
     return kind
@@ -121,6 +137,7 @@ def load_encoder(
     tower: str | None = None,
     adapters: Mapping[str, str] | None = None,
     key: str = "model",
+    packages: Sequence[str] = (),
 ) -> Encoder:
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
@@ -132,6 +149,8 @@ def load_encoder(
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
     key: argument that the model comes from, for error messages.
+    packages: importable packages or modules whose encoders may be loaded, too. Importing them runs their code, so name
+        only those that you trust.
     """
     from lightning_modules.encoders.adapters import with_adapters
     from lightning_modules.encoders.pretrained import is_pretrained, load_pretrained
@@ -140,9 +159,9 @@ def load_encoder(
     if (path / "checkpoints").is_dir():
         path = checkpoint_of(path)
     if path.is_file():
-        encoder = _load_checkpoint(path, backbone, tower)
+        encoder = _load_checkpoint(path, backbone, tower, packages)
     elif is_pretrained(model, key):
-        encoder = load_pretrained(model)
+        encoder = load_pretrained(model, packages=packages)
     else:
         encoder = _load_plain(str(model), tasks or DEFAULT_TASKS, pooling, key)
     if adapters:
@@ -184,7 +203,9 @@ def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: s
     return encoder
 
 
-def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None) -> Encoder:
+def _load_checkpoint(
+    path: Path, backbone: str | Path | None, tower: str | None, packages: Sequence[str] = ()
+) -> Encoder:
     """Load a checkpoint of this project, of SciMult's authors, or of DPR."""
     checkpoint = read_checkpoint(path)
     if is_reference(checkpoint):
@@ -200,7 +221,7 @@ def _load_checkpoint(path: Path, backbone: str | Path | None, tower: str | None)
             raise UserError(f"{path}: the entries encoder and state_dict must be mappings; the file is damaged")
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        encoder = build(checkpoint["encoder"], source=str(path))
+        encoder = build(checkpoint["encoder"], source=str(path), packages=packages)
     else:
         raise UserError(f"{path}: not a checkpoint of this project (it has no description of an encoder)")
     load_weights(encoder, weights, str(path))

@@ -46,6 +46,7 @@ class PassShape:
     @classmethod
     def invariant(cls, token_budget: int, max_length: int) -> PassShape:
         """Return a shape with room for fillers, however many texts and tokens there are."""
+        token_budget = max(token_budget, max_length)
         most_texts = max(token_budget // 8, 1)
         num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
         return cls(token_budget, most_texts, (num_texts, token_budget + max_length + num_texts, max_length))

@@ -8,6 +8,7 @@ AutoModel knows this model type once this module has been imported.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,15 +100,18 @@ def is_pretrained(name: str | Path, key: str) -> bool:
         return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == "scimult"
 
 
-def load_pretrained(name: str | Path, revision: str | None = None) -> Encoder:
-    """Load an encoder in eval mode, from a folder written by save_encoder or from the hub."""
+def load_pretrained(name: str | Path, revision: str | None = None, packages: Sequence[str] = ()) -> Encoder:
+    """Load an encoder in eval mode, from a folder written by save_encoder or from the hub.
+
+    packages: other packages whose encoders may be loaded, as in load_encoder.
+    """
     with reading(str(name), "model"):
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), revision=revision))
         description, _ = PreTrainedConfig.get_config_dict(folder)
         if description.get("model_type") != "scimult" or not {"kind", "arguments", "backbone"} <= set(description):
             raise UserError(f"{folder / CONFIG}: does not describe an encoder of this project")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encoder = build(description, tokenizer, str(folder / CONFIG))
+    encoder = build(description, tokenizer, str(folder / CONFIG), packages)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

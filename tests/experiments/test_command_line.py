@@ -17,7 +17,7 @@ from experiments.train import main as train
 
 ROOT = Path(__file__).parents[2]
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-OF_THE_TREE = {"check", "clean", "docs", "help", "install", "test", "test-fast"}  # targets that are no commands
+OF_THE_TREE = {"check", "clean", "docs", "help", "install", "test", "test-fast"}  # targets without a command
 
 
 def called(monkeypatch, *arguments):

@@ -169,7 +169,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["encoder._target_: expected a class of datamodules or lightning_modules, got 'os.system'"],
         ),
         (["moe", "encoder._target_=lightning_modules.encoders.moe.MOE"], ["has no class 'MOE'", "MoEEncoder"]),
-        (["moe", "encoder._target_=lightning_modules.mo.X"], ["module 'lightning_modules.mo' does not exist"]),
+        (["moe", "encoder._target_=lightning_modules.mo.X"], ["cannot import 'lightning_modules.mo'"]),
         (["moe", "encoder=moe"], ["encoder"]),
         (
             ["moe", "encoder._target_=lightning_modules.optim.OptimOptions"],

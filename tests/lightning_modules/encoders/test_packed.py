@@ -356,6 +356,14 @@ def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, varia
             assert torch.equal(encode([texts[row] for row in rows], batch_invariant=True), expected[rows])
 
 
+@pytest.mark.parametrize("token_budget", [1, 27, 49, 2048])
+@pytest.mark.parametrize("words", [1, 60])
+def test_any_token_budget_has_room_for_fillers(make, token_budget, words):
+    encoder = make("shared")
+    vectors = encoder.encode([text_of(*range(words))] * 9, "search", token_budget=token_budget, batch_invariant=True)
+    assert (vectors == vectors[0]).all()
+
+
 def test_fillers_give_a_batch_its_shape_and_leave_its_texts_alone():
     tokens = Tokens.pack([[5, 6, 7], [8]])
     filled = tokens.fill(5, 24, 9)
