@@ -36,7 +36,7 @@ def test_commands_of_the_page_run(tmp_path):
     assert [line.split()[1] for line in lines] == ["import", "train", "eval", "embed", "find"]
     outputs = []
     for line in lines:
-        line = line.replace("trainer.max_steps=300", "trainer.max_steps=5")
+        line = line.replace("trainer.max_steps=150", "trainer.max_steps=5")
         environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
             command_of(line, tmp_path), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
