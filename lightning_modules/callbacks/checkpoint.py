@@ -70,13 +70,16 @@ class LastCheckpoint(L.Callback):
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
         self.saved_at = 0
+        self._step = 0  # of the previous batch
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.saved_at = trainer.global_step
+        self.saved_at = self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        is_last = step == trainer.max_steps or trainer.should_stop
+        # A callback may stop the training between the batches of an optimizer step. That step is not saved.
+        is_last = step == trainer.max_steps or (trainer.should_stop and step > self._step)
+        self._step = step
         if (is_last or step % self.every_n_steps == 0) and step > self.saved_at:
             self.save(trainer, must=is_last)
 

@@ -1,5 +1,6 @@
 """A signal in the middle of an evaluation, a mining or the final table: the resumed run repeats it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from experiments.train import train
 from lightning_modules.callbacks import evaluation
 from lightning_modules.distributed import signals
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.throughput import Speed
 from tests.experiments.kills import figures
 from tests.experiments.test_train import TINY, rows
 
@@ -73,11 +75,10 @@ def finish_as(folder, whole):
     signals.catch()
     train("moe", [f"run.dir={folder}", *SETTINGS])
 
+    measured = {"time", *(f"train/{field.name}" for field in dataclasses.fields(Speed))}
+
     def logged(folder):
-        return [
-            {k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k and k != "time"}
-            for row in rows(folder)
-        ]
+        return [{k: v for k, v in row.items() if "seconds" not in k and k not in measured} for row in rows(folder)]
 
     assert sorted(map(json.dumps, logged(folder))) == sorted(map(json.dumps, logged(whole)))
     one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (whole, folder))

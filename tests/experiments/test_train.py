@@ -13,14 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
+from experiments import train as train_command
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.config.experiment import experiments, folder_of, load_config
@@ -299,6 +302,36 @@ def test_unknown_loggers_are_refused():
     for name in ("[tensorbord]", "[csv,csv]"):
         with pytest.raises(UserError, match="loggers: expected some of tensorboard, csv, each once"):
             load_config("moe", [f"loggers={name}"])
+
+
+class StopAt(L.Callback):
+    """Stops the training after a batch, as Lightning's Timer does."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx + 1 == self.batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "saved"), [(6, 3), (7, 2)], ids=["after a step", "within a step"])
+def test_callbacks_of_lightning_may_log_and_stop_the_training(tmp_path, monkeypatch, caplog, batch, saved):
+    """Steps have two batches. A step that is not complete is not saved."""
+    build = train_command.build_callbacks
+    callbacks = [StopAt(batch), LearningRateMonitor()]
+    monkeypatch.setattr(train_command, "build_callbacks", lambda *arguments: [*callbacks, *build(*arguments)])
+    overrides = ["trainer.max_steps=9", "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=2"]
+    quick = ["evaluation.every_n_steps=0", "trainer.log_every_n_steps=1", f"run.dir={tmp_path}"]
+    caplog.set_level("INFO")
+    train("vanilla", [*TINY, *overrides, *quick])
+    results = check_complete(tmp_path, steps=9)
+    assert (results["checkpoint_step"], results["stopped_at"]) == (saved, 3)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == saved
+    assert any(name.startswith("lr-AdamW") for row in rows(tmp_path) for name in row)
+    train("vanilla", [*TINY, *overrides, *quick])
+    assert "is complete" in caplog.text
 
 
 def test_early_stopping_needs_evaluations(tmp_path):
