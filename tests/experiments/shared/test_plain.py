@@ -22,9 +22,9 @@ from experiments.shared.progress import Progress
 ROOT = Path(__file__).parents[3]
 HOSTILE = (
     "[/INST] [bmim] [red]x[/red] :smile: [link=file:///etc]y[/link] \x1b[31mred\x1b[0m \x1b]0;window\x07"
-    "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\ \x9b2Jc1 \x1b(Bset\x00\x08\r\u202eleft \udc80 two\nlines"
+    "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\ \x9b2Jc1 \x1b(Bset\x00\x08\r\u202eleft two\nlines"
 )
-PRINTED = "[/INST] [bmim] [red]x[/red] :smile: [link=file:///etc]y[/link] red here c1 set left \\udc80 two lines"
+PRINTED = "[/INST] [bmim] [red]x[/red] :smile: [link=file:///etc]y[/link] red here c1 set left two lines"
 
 
 def is_safe(text: str) -> bool:
@@ -34,6 +34,7 @@ def is_safe(text: str) -> bool:
 
 def test_plain_text_keeps_what_is_printable():
     assert plain(HOSTILE) == PRINTED
+    assert plain("half \udc80 a character") == "half \\udc80 a character"  # not logged, as xdist cannot send it
     assert plain("Größe 中文 👩‍🔬 a\tb") == "Größe 中文 👩‍🔬 a b"
     for line_break in ("\n", "\r\n", "\r", "\v", "\f", "\x85", "\u2028", "\u2029"):
         assert plain(f"a{line_break}b") == "a b"
