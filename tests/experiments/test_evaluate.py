@@ -119,7 +119,7 @@ def test_bm25_needs_no_encoder(beir_root, tmp_path):
         (["model=bm25"], "run, beir: no data to evaluate on"),
         (["model=runs/nope", "beir={beir}/scitldr", "task=search"], "model: runs/nope does not exist. In runs/"),
         (["model=bm25", "beir={beir}/scitldr"], "task=search"),
-        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=val"], "no 'val'; expected one of train, dev"),
+        (["model=bm25", "beir={beir}/scitldr", "task=search", "split=other"], "no 'other'; expected one of train, dev"),
         (["model=bm25", "beir={beir}/nothing", "task=search"], "no such folder"),
         (["model=m", "exclude=maybe"], "exclude: expected one of auto, yes, no, got 'maybe'"),
         (["model=m", "similarity=l1"], "similarity: expected one of dot, cosine, l2, got 'l1'"),
