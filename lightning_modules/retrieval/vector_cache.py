@@ -132,10 +132,11 @@ class VectorCache:
 
         def encode_missing() -> None:
             with closing(self._encode(missing_shards(), task, advance)) as encoded:
-                for vectors in encoded:
+                for raw in encoded:
                     first, path = missing.popleft()
+                    vectors = self._checked(raw, name, first)
                     with atomic_file(path) as file:
-                        np.save(file, self._checked(vectors, name, first))
+                        np.save(file, vectors)
                         file.write(_checksum(vectors))
 
         together(encode_missing)

@@ -48,7 +48,8 @@ def test_two_nodes_with_one_rank_train_like_one_node_with_two(tmp_path, free_por
     output = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], output
     assert "rank 1 (cpu on" in output[0]
-    assert "a query has up to" in output[0]
+    assert "a query has" in output[0]
+    assert "negatives, from 2 ranks" in output[0]
     assert "step 6/6" in output[0]
     assert "step 6/6" not in output[1]  # only the first node reports
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (one, two)]

@@ -55,6 +55,7 @@ RUN = {
     "steps": 9,
     "checkpoint": "best.ckpt",
     "checkpoint_step": 6,
+    "stopped_at": None,
     "split": "test",
     "metrics": ["ndcg@10"],
 }

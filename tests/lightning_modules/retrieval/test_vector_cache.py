@@ -43,6 +43,20 @@ def test_encoding_that_was_killed_continues_at_the_missing_shards(make_encoder, 
     assert not cache.folder.exists()
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_files_are_not_written_again(make_encoder, tmp_path, caplog, similarity):
+    encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
+
+    def files():
+        return {path: path.stat().st_ino for path in tmp_path.rglob("*.npy")}
+
+    VectorCache(encoder, tmp_path, similarity=similarity).vectors(texts, "search", "d")
+    seen = files()
+    VectorCache(encoder, tmp_path, similarity=similarity).vectors(texts, "search", "d")
+    assert files() == seen
+    assert "damaged" not in caplog.text
+
+
 def test_vectors_are_reused_for_the_same_encoder_task_texts_and_similarity(make_encoder, tmp_path):
     encoder, texts = make_encoder("attention"), list(toy_collection().corpus.values())
 
