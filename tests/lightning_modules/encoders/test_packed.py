@@ -372,7 +372,8 @@ def test_batch_invariant_passes_on_gpus_have_one_shape(token_budget, longest):
         filled = shape.fill(tokens)
         assert filled.lengths[: len(tokens)] == tokens.lengths
         passes.append((len(filled), filled.num_tokens, max(filled.lengths)))
-    assert len(passes) > 1 and set(passes) == {shape.filled}
+    assert len(passes) > 1
+    assert set(passes) == {shape.filled}
 
 
 def test_fillers_give_a_batch_its_shape_and_leave_its_texts_alone():
