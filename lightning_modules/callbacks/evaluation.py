@@ -86,7 +86,9 @@ class Evaluation(L.Callback):
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
         self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
-        if any(isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in trainer.callbacks):
+        if any(
+            isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in trainer.callbacks
+        ):
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:

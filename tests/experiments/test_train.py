@@ -321,7 +321,10 @@ def test_callbacks_of_lightning_see_the_dev_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["callbacks.stop.monitor=val/loss"], r"stop\.monitor: unknown metric 'val/loss'; expected one of val/topics/ndcg"),
+        (
+            ["callbacks.stop.monitor=val/loss"],
+            r"stop\.monitor: unknown metric 'val/loss'; expected one of val/topics/ndcg",
+        ),
         (["callbacks.stop.mode=min"], r"stop\.mode: val/mean/ndcg@10 is best at 1; set mode to max \(got min\)"),
         (["evaluation.every_n_steps=0"], r"stop\.monitor: needs evaluations on a dev split; set evaluation.every"),
     ],
