@@ -99,7 +99,7 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
 
 
 def _check_monitor(key: str, callback: L.Callback, evaluation: Evaluation | None) -> None:
-    """Raise UserError for a callback of Lightning that waits for a metric that is never evaluated, or for a lower one."""
+    """Raise UserError for a callback of Lightning that waits for an unknown metric, or for a lower one."""
     monitor = getattr(callback, "monitor", None)
     if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
         return

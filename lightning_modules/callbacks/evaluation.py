@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Evaluation(L.Callback):
     """Evaluate on all benchmarks every n optimizer steps and after the last step.
 
-    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then the other
-    callbacks get on_validation_end, with all metrics in trainer.callback_metrics, as after a validation of Lightning's.
+    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then the
+    other callbacks get on_validation_end, with all metrics in trainer.callback_metrics.
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.

@@ -289,7 +289,10 @@ encoder: {_target_: lightning_modules.encoders.shared.SharedEncoder}
 callbacks:
   stop: {_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/mean/ndcg@10, mode: max, patience: 2}
   keep:
-    {_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/searches/recall@20, mode: max, dirpath: DIRPATH}
+    _target_: lightning.pytorch.callbacks.ModelCheckpoint
+    monitor: val/searches/recall@20
+    mode: max
+    dirpath: DIRPATH
 """
 
 
