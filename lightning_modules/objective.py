@@ -285,6 +285,9 @@ class FrozenEncoder:
     def __init__(self, encoder: Encoder, similarity: str = "cosine"):
         self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
 
+    def __deepcopy__(self, memo: dict) -> FrozenEncoder:
+        return self  # so that an average of the module's weights needs no second copy
+
     def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
         if not batch.texts:
             raise UserError("the batch has no texts, which a guide or teacher needs: set BatchOptions.carry_texts")
