@@ -129,7 +129,12 @@ def _tiles(run: RunFiles) -> list[Tile]:
     computed, tiles = run.source(COMPUTED), []
     if "mean" in computed:
         metric = run.results.info.metrics[0]
-        labels = {"trained": f"mean {metric}", "bm25": f"mean {metric} of BM25", "untrained": "untrained", "start": "start"}
+        labels = {
+            "trained": f"mean {metric}",
+            "bm25": f"mean {metric} of BM25",
+            "untrained": "untrained",
+            "start": "start",
+        }
         means = computed["mean"]
         tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]
     if computed["time"].value["value"]:

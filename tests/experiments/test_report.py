@@ -407,7 +407,9 @@ def test_page_is_readable_on_phones_and_desktops_in_both_colour_schemes(run, tmp
     assert backgrounds["light"] != backgrounds["dark"]
 
 
-@pytest.mark.parametrize("values", [[1.5e-5, 2e-5], [1.25e-7, 3e-5], [-1.5e-5, 1e-5], [0.1, 0.2], [0.91, 0.99], [12345.6, 99999.0]])
+@pytest.mark.parametrize(
+    "values", [[1.5e-5, 2e-5], [1.25e-7, 3e-5], [-1.5e-5, 1e-5], [0.1, 0.2], [0.91, 0.99], [12345.6, 99999.0]]
+)
 def test_numbers_of_an_axis_are_inside_the_chart(values):
     """1.5e-05 was cut to 5e-05."""
     sources = [Source(value, "x") for value in values]
