@@ -139,6 +139,7 @@ class Evaluation(L.Callback):
                     self.metrics,
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
+                    document_vectors=module.document_vectors,
                     advance=leave_if_asked if may_leave and world_size() == 1 else None,
                 )
                 values |= {f"val/{benchmark.name}/{name}": value for name, value in result.metrics.items()}
