@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import atomic_folder
+from datamodules.files import atomic_folder, load_array, read_regular
 from datamodules.records import Example, MinedNegatives, UserError, check_name
 
 VERSION = 1  # of the layout
@@ -84,7 +84,7 @@ class HardNegativeStore:
     def __init__(self, path: Path, verify: bool = True):
         self.path = Path(path)
         try:
-            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            self.meta = json.loads(read_regular(self.path / "meta.json"))
             if self.meta["version"] != VERSION:
                 raise UserError(f"{path}: expected layout {VERSION}, got {self.meta['version']}; mine again")
             self.hash: str = self.meta["hash"]
@@ -104,7 +104,7 @@ class HardNegativeStore:
 
     def _load(self, task: str) -> MinedNegatives:
         check_name("task", task)
-        arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
+        arrays = (load_array(self.path / f"{task}.{name}.npy") for name in ARRAYS)
         return MinedNegatives(*arrays, self.meta["tasks"][task]["taken"])
 
     def __getstate__(self) -> Path:  # workers map the files themselves

@@ -23,7 +23,7 @@ from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
-from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
+from lightning_modules.mining.report import check_false_negatives, read_values, reports_of, table, write_report
 from lightning_modules.retrieval.compute import resolve_device
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     }
     if from_first_rank(options.output.exists()):
         _check_same(options.output, meta)
-        log.info("%s: these hard negatives were already mined", options.output)
-        return
+        if from_first_rank(_has_report(options.output)):
+            log.info("%s: these hard negatives were already mined", options.output)
+            return
     mined = mining.run(vectors, data.pools())
     reports = reports_of(mined, step=0)
     for line in table(reports):
@@ -94,6 +95,15 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
     write_report(path, reports, f"hard negatives mined by {options.model or 'no model'}")
     log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
+
+
+def _has_report(output: Path) -> bool:
+    """Return whether a mining has finished. One that was killed, or whose report is damaged, is repeated."""
+    try:
+        return bool(read_values(output / "report.json"))
+    except UserError as error:
+        log.warning("%s; mining again", error)
+        return False
 
 
 def _check_same(output: Path, meta: dict[str, Any]) -> None:
