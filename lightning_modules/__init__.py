@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.contrastive import ContrastiveModule as ContrastiveModule
     from lightning_modules.encoders.adapters import AdapterEncoder as AdapterEncoder
     from lightning_modules.encoders.backbone import load_backbone as load_backbone
+    from lightning_modules.encoders.backbone import random_backbone as random_backbone
+    from lightning_modules.encoders.backbone import word_vocabulary as word_vocabulary
     from lightning_modules.encoders.base import Encoder as Encoder
     from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
     from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
@@ -47,6 +49,8 @@ _MODULES = {
     "load_backbone": "encoders.backbone",
     "load_encoder": "encoders.loading",
     "mine": "mining.mine",
+    "random_backbone": "encoders.backbone",
+    "word_vocabulary": "encoders.backbone",
 }
 __all__ = list(_MODULES)
 
