@@ -39,7 +39,7 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check docs bench clean
+override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -138,6 +138,9 @@ harness: $(STAMP) ## write files for other evaluation programs: make harness for
 
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
+
+merge: $(STAMP) ## merge models into one: make merge model=runs/RUN,package:NAME choose=sweep output=FOLDER
+	@$(PY) -m experiments.merge $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.moe import MoEEncoder as MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder as RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
+    from lightning_modules.merging import Weights as Weights
+    from lightning_modules.merging import merge as merge
     from lightning_modules.mining.mine import MiningOptions as MiningOptions
     from lightning_modules.mining.mine import mine as mine
     from lightning_modules.objective import FrozenEncoder as FrozenEncoder
@@ -45,9 +47,11 @@ _MODULES = {
     "PromptEncoder": "encoders.instruct",
     "RoutedEncoder": "encoders.routed",
     "SharedEncoder": "encoders.shared",
+    "Weights": "merging",
     "evaluate": "retrieval.evaluation",
     "load_backbone": "encoders.backbone",
     "load_encoder": "encoders.loading",
+    "merge": "merging",
     "mine": "mining.mine",
     "random_backbone": "encoders.backbone",
     "word_vocabulary": "encoders.backbone",

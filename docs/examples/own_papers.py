@@ -11,8 +11,6 @@ from torch.nn.functional import normalize
 
 import scimult
 
-L.seed_everything(0)
-
 # 600 papers: 20 subjects times 6 methods times 5. The title names the subject; the abstract only paraphrases it.
 SUBJECTS = {
     "proteins": "enzymes, amino acids, folding",
@@ -37,53 +35,60 @@ SUBJECTS = {
     "engines": "fuel, combustion, emissions",
 }
 METHODS = ["a survey", "simulations", "statistics", "experiments", "deep learning", "theory"]
-papers = [
-    {
-        "title": f"{method} on {subject} {number}".capitalize(),
-        "abstract": f"We report on {words}, based on {method}. Series {number}.",
-        "keywords": f"{subject}; {method}",
-    }
-    for subject, words in SUBJECTS.items()
-    for method in METHODS
-    for number in range(5)
-]
-with open("papers.csv", "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, papers[0])
-    writer.writeheader()
-    writer.writerows(papers)
 
-# Two tasks: find the keywords of a paper, and find an abstract by its title. A hash splits the papers into train, dev
-# and test.
-data = scimult.MultiTaskDataModule(
-    [
-        scimult.ClassificationDataModule("classification", scimult.PapersReader("papers.csv", view="labels")),
-        scimult.SearchDataModule("search", scimult.PapersReader("papers.csv", view="searches")),
-    ],
-    batch_size=32,
-    max_length=48,
-)
 
-# A small BERT with random weights, and an expert for each task in every second layer.
-vocabulary = scimult.word_vocabulary((text for paper in papers for text in paper.values()), size=2000)
-shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-backbone, tokenizer = scimult.random_backbone(shape, vocabulary)
-experts = {"classification": "classification", "search": "search"}
-encoder = scimult.MoEEncoder(backbone, tokenizer, experts, pooling="mean", max_length=48)
+def main() -> None:
+    L.seed_everything(0)
+    papers = [
+        {
+            "title": f"{method} on {subject} {number}".capitalize(),
+            "abstract": f"We report on {words}, based on {method}. Series {number}.",
+            "keywords": f"{subject}; {method}",
+        }
+        for subject, words in SUBJECTS.items()
+        for method in METHODS
+        for number in range(5)
+    ]
+    with open("papers.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, papers[0])
+        writer.writeheader()
+        writer.writerows(papers)
 
-# Train it, and measure it on the papers of the test split.
-optim = scimult.OptimOptions(lr=2e-3)
-module = scimult.ContrastiveModule(encoder, similarity="cosine", temperature=0.05, optim=optim)
-trainer = L.Trainer(max_steps=300, accelerator="cpu", logger=False, enable_checkpointing=False)
-trainer.fit(module, data)
-for benchmark in data.benchmarks("test"):
-    print(benchmark.name, scimult.evaluate(encoder, benchmark, ["ndcg@10", "recall@10"]).metrics)
+    # Two tasks: find the keywords of a paper, and find an abstract by its title.
+    data = scimult.MultiTaskDataModule(
+        [
+            scimult.ClassificationDataModule("classification", scimult.PapersReader("papers.csv", view="labels")),
+            scimult.SearchDataModule("search", scimult.PapersReader("papers.csv", view="searches")),
+        ],
+        batch_size=32,
+        max_length=48,
+    )
 
-# Search the titles for words that no title has. The encoder was trained for cosine similarity, so normalise vectors.
-titles = [paper["title"] for paper in papers]
-vectors = normalize(encoder.encode(titles, task="search"))
-query = normalize(encoder.encode(["stars and dark matter, seen by telescopes"], task="search"))
-for row in (query @ vectors.T)[0].topk(3).indices.tolist():
-    print(titles[row])
+    # A small BERT with random weights, and an expert for each task in every second layer.
+    vocabulary = scimult.word_vocabulary((text for paper in papers for text in paper.values()), size=2000)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    backbone, tokenizer = scimult.random_backbone(shape, vocabulary)
+    experts = {"classification": "classification", "search": "search"}
+    encoder = scimult.MoEEncoder(backbone, tokenizer, experts, pooling="mean", max_length=48)
 
-# Save it for load_encoder, and for the commands eval, embed and export.
-encoder.save_pretrained("encoder")
+    # Train it, and measure it on the papers of the test split.
+    optim = scimult.OptimOptions(lr=2e-3)
+    module = scimult.ContrastiveModule(encoder, similarity="cosine", temperature=0.05, optim=optim)
+    trainer = L.Trainer(max_steps=300, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module, data)
+    for benchmark in data.benchmarks("test"):
+        print(benchmark.name, scimult.evaluate(encoder, benchmark, ["ndcg@10", "recall@10"]).metrics)
+
+    # Search the titles for words that no title has. The encoder was trained for cosine, so normalise vectors.
+    titles = [paper["title"] for paper in papers]
+    vectors = normalize(encoder.encode(titles, task="search"))
+    query = normalize(encoder.encode(["stars and dark matter, seen by telescopes"], task="search"))
+    for row in (query @ vectors.T)[0].topk(3).indices.tolist():
+        print(titles[row])
+
+    # Save it for load_encoder, and for the commands eval, embed and export.
+    encoder.save_pretrained("encoder")
+
+
+if __name__ == "__main__":
+    main()
