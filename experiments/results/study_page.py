@@ -43,8 +43,9 @@ def collect(study: Study) -> dict[str, Any]:
         for name, table in tables.items()
     }
     everything = [system for seeds in systems.values() for system in seeds]
-    if reasons := list(filter(None, (incomparable(everything, name) for name in benchmarks))):
-        raise UserError(f"arms cannot be compared: {'; '.join(reasons)}")
+    for name in benchmarks:
+        if reason := incomparable([system for system in everything if name in system.benchmarks], name):
+            raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
     start = study.settings.start
     gains = [(arm, start) for arm in systems if arm != start] if start in systems else []
     pairs = [tuple(pair) for pair in study.settings.compare if set(pair) <= set(systems)]
@@ -83,6 +84,7 @@ def _arm(study: Study, arm: str, systems: Sequence[MeasuredSystem], benchmarks: 
                 "values": {
                     name: metrics[name].systems[system.system].metrics[each["metric"]]
                     for name, each in benchmarks.items()
+                    if name in metrics
                 },
                 "seconds": seconds_of(study.folder, job),
                 "devices": sorted(filter(None, devices)),
@@ -111,10 +113,16 @@ def groups_of(benchmarks: Content) -> dict[tuple[str, str], list[str]]:
 def difference(
     a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], name_a: str, name_b: str, benchmarks: Content
 ) -> list[dict[str, Any]]:
-    """Compare two arms on the mean of each group of benchmarks: difference with its interval and p."""
-    values = {name: aligned_values(a, b, name, each["metric"])[:2] for name, each in benchmarks.items()}
+    """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p."""
+    values = {
+        name: aligned_values(a, b, name, each["metric"])[:2]
+        for name, each in benchmarks.items()
+        if all(name in system.benchmarks for system in (*a, *b))
+    }
     rows = []
     for (group, task), inside in groups_of(benchmarks).items():
+        if not values.keys() >= set(inside):
+            continue
         pairs = [values[name] for name in inside]
         low, high = bootstrap_interval(pairs)
         mean = statistics.fmean(float(x.mean() - y.mean()) for x, y in pairs)
@@ -179,18 +187,24 @@ def _benchmark_rows(content: Content) -> Iterator[list[str]]:
 
 def _value_rows(content: Content, columns: Sequence[Sequence[str]]) -> Iterator[list[str]]:
     """Yield a row for each arm: the mean over the benchmarks of each column, the best of a column in bold."""
-    values = {
-        arm: [[statistics.fmean(run["values"][name] for name in inside) for run in each["runs"]] for inside in columns]
-        for arm, each in content["arms"].items()
+    means = {
+        arm: [_means_of_seeds(each["runs"], inside) for inside in columns] for arm, each in content["arms"].items()
     }
-    shown = {arm: [f"{100 * statistics.fmean(seeds):.1f}" for seeds in row] for arm, row in values.items()}
-    best = [max(float(row[column]) for row in shown.values()) for column in range(len(columns))]
-    for arm, row in values.items():
+    shown = {arm: [f"{statistics.fmean(seeds):.1f}" if seeds else "" for seeds in row] for arm, row in means.items()}
+    best = [max(float(row[column] or 0) for row in shown.values()) for column in range(len(columns))]
+    for arm, row in means.items():
         cells = []
         for mean, seeds, highest in zip(shown[arm], row, best, strict=True):
-            spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
-            cells.append((f"**{mean}**" if float(mean) == highest else mean) + spread)
+            spread = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
+            cells.append((f"**{mean}**" if mean and float(mean) == highest else mean) + spread)
         yield [arm, *cells]
+
+
+def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[float]:
+    """Return the mean over benchmarks of each seed, in points; [] if the arm lacks one of them."""
+    if not all(name in run["values"] for run in runs for name in inside):
+        return []
+    return [100 * statistics.fmean(run["values"][name] for name in inside) for run in runs]
 
 
 def _difference_rows(rows: Sequence[Content]) -> Iterator[list[str]]:
@@ -229,7 +243,9 @@ def plot_of(content: Content) -> str:
         zero = LABEL - low * scale
         elements.append(box(zero, top + 28, 1, ROW * len(arms) + 4, GREY))
         for place, arm in enumerate(arms):
-            row = next(r for r in rows if (r["a"], r["group"], r["task"]) == (arm, group, task))
+            row = next((r for r in rows if (r["a"], r["group"], r["task"]) == (arm, group, task)), None)
+            if row is None:
+                continue
             y = top + 32 + ROW * place
             start, end, at = (LABEL + (row[key] - low) * scale for key in ("low", "high", "difference"))
             colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else GREY

@@ -11,16 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
+from experiments.config.arguments import parse
 from experiments.config.experiment import load_config
 from experiments.config.study_file import read_study, studies
+from experiments.evaluate import EvaluateOptions
+from experiments.merge import MergeOptions
 from experiments.results.study_page import collect, page, plot_of
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.study import StudyOptions, _chosen, main
+from tests.conftest import toy_collection
 
 ROOT = Path(__file__).parents[2]
+SUITES = ROOT / "experiments" / "studies" / "benchmarks"
 FILE = """
 title: A study
 seeds: [0, 1]
@@ -238,27 +245,32 @@ def test_arms_measured_on_other_data_are_refused(make_study):
     JobRunner(study.folder, study.jobs).run()
     path = study.jobs[1].output / "results.json"
     path.write_text(path.read_text().replace('"data": "0"', '"data": "1"', 1))
-    with pytest.raises(UserError, match="arms cannot be compared: different data"):
+    with pytest.raises(UserError, match="questions: arms cannot be compared \\(different data: 0 and 1\\)"):
         collect(study)
 
 
 @pytest.mark.parametrize("name", studies())
-def test_training_commands_of_every_study_load(name):
-    study = read_study(name)
-    trainings = [command for job in study.jobs for command in job.commands if command[0] == "train"]
+def test_training_commands_of_every_study_load(name, tmp_path):
+    """With folders in place of the collections that it needs."""
+    values = [f"data={tmp_path}"] if "data" in read_study(name).values else []
+    for collection in yaml.safe_load((SUITES / "papers.yaml").read_text())["benchmarks"] if values else ():
+        write_beir(toy_collection(), tmp_path / collection)
+    study = read_study(name, values=values)
+    trainings = {command for job in study.jobs for command in job.commands if command[0] == "train"}
     assert trainings
-    for _, experiment, *overrides in {command for command in trainings}:
-        load_config(experiment, overrides)
+    for _, experiment, *overrides in trainings:
+        config = load_config(experiment, overrides)
+        assert all(task.data for task in config.task.values())
+    others = {command for job in study.jobs for command in job.commands if command[0] != "train"}
+    options = {"eval": EvaluateOptions, "merge": MergeOptions}
+    for command, *arguments in others:
+        parse(options[command], arguments)
 
 
 @pytest.mark.slow
 def test_a_small_study_trains_evaluates_and_writes_its_page(tmp_path):
     tiny = "backbone.config.hidden_size=32 backbone.config.intermediate_size=32 data.batch_size=8 trainer.max_steps=2"
-    papers = [
-        f"task.{task}.data.{name}.num_papers=300"
-        for task, name in (("classification", "topics"), ("link_prediction", "citations"), ("search", "searches"))
-    ]
-    values = f"values=train=evaluation.every_n_steps=0 evaluation.baselines=no {tiny} {' '.join(papers)}"
+    values = f"values=train=evaluation.every_n_steps=0 evaluation.baselines=no {tiny} {{papers}}"
     main(["study=sample", values, f"output={tmp_path / 'study'}"])
     content = json.loads((tmp_path / "study" / "sample.json").read_text())
     assert set(content["arms"]) == {"vanilla", "moe"}
