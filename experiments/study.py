@@ -36,7 +36,9 @@ class StudyOptions:
     values: tuple[str, ...] = option((), "NAME=TEXT for each value of the file to replace, such as values=data=../data")
     arms: tuple[str, ...] = option((), "arms to run, with those they need; by default all")
     seeds: tuple[int, ...] = option((), "seeds to run, by default all")
-    parallel: int = option(1, "number of jobs to run at a time; they take turns on the GPUs, if there are any", minimum=1)
+    parallel: int = option(
+        1, "number of jobs to run at a time; they take turns on the GPUs, if there are any", minimum=1
+    )
     minutes: float | None = option(None, "minutes after which running commands save and end", above=0)
     output: Path | None = option(None, "folder of the study, by default runs/study-NAME")
     page: Path | None = option(None, "folder for the page, study.json and the plot, by default the study's folder")
@@ -61,12 +63,16 @@ def main(arguments: Sequence[str]) -> None:
         if any(is_complete(study.folder, job) for job in study.jobs):
             write_page(study, options.page or study.folder)
     if runner.failed:
-        raise UserError(f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {near(study.folder)}")
+        raise UserError(
+            f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {near(study.folder)}"
+        )
 
 
 def _run(runner: JobRunner, study: Study) -> None:
     missing = [job for job in runner.jobs if not is_complete(study.folder, job)]
-    log.info("%s: %d of %s to run, in %s", study.name, len(missing), counted(len(runner.jobs), "job"), near(study.folder))
+    log.info(
+        "%s: %d of %s to run, in %s", study.name, len(missing), counted(len(runner.jobs), "job"), near(study.folder)
+    )
     try:
         runner.run()
     except Preempted as preempted:

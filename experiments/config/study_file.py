@@ -19,9 +19,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from datamodules.options import option
 from datamodules.records import UserError
@@ -51,7 +48,7 @@ class StudySettings:
     """A study's file."""
 
     title: str = option(help="heading of the page")
-    arms: dict[str, Any] = option(help="arm -> model or commands (see Arm)")
+    arms: dict[str, Arm] = option(help="arm -> model or commands")
     evaluate: str = option(help="command that evaluates {model} and writes results.json into {output}")
     seeds: list[int] = option([0], "seeds of all arms with commands", minimum=0)
     values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
@@ -83,10 +80,13 @@ class Study:
 
     name: str
     settings: StudySettings
-    arms: Mapping[str, Arm]
     values: Mapping[str, list[str]]
     folder: Path
     jobs: list[Job] = field(default_factory=list)
+
+    @property
+    def arms(self) -> Mapping[str, Arm]:
+        return self.settings.arms
 
     def jobs_of(self, arm: str) -> list[Job]:
         return [job for job in self.jobs if job.arm == arm]
@@ -113,13 +113,9 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
         if not equals or key not in settings.values:
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
         settings.values[key] = value
-    arms = {
-        arm: structured(Arm, [OmegaConf.create(content or {})], str(path), f"arms.{arm}.")
-        for arm, content in settings.arms.items()
-    }
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
     try:
-        study = Study(path.stem, settings, arms, _values(settings), folder)
+        study = Study(path.stem, settings, _values(settings), folder)
         _check(study)
         study.jobs.extend(_in_order(list(_jobs(study))))
     except UserError as error:
@@ -178,7 +174,9 @@ def _jobs(study: Study) -> Iterator[Job]:
             folder, output = study.folder / own, study.folder / f"{own}.results"
             model = str(folder) if arm.commands else " ".join(_inserted(arm.model, study.values, f"arms.{name}.model"))
             words = {key: [path] for key, (path, _) in models.items()} | dict(study.values)
-            making = [(f"arms.{name}", command, {"folder": [str(folder)], "seed": [str(seed)]}) for command in arm.commands]
+            making = [
+                (f"arms.{name}", command, {"folder": [str(folder)], "seed": [str(seed)]}) for command in arm.commands
+            ]
             evaluating = ("evaluate", study.settings.evaluate, {"model": [model], "output": [str(output)]})
             commands, needs = [], set()
             for key, command, known in (*making, evaluating):
@@ -222,6 +220,8 @@ def _in_order(jobs: Sequence[Job]) -> Iterator[Job]:
     while len(done) < len(jobs):
         ready = [job for job in jobs if job.name not in done and job.needs <= done]
         if not ready:
-            raise UserError(f"arms: {', '.join(sorted({job.arm for job in jobs if job.name not in done}))} need each other")
+            raise UserError(
+                f"arms: {', '.join(sorted({job.arm for job in jobs if job.name not in done}))} need each other"
+            )
         yield from ready
         done.update(job.name for job in ready)

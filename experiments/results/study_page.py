@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.study_file import Job, Study
+from experiments.config.study_file import Study
 from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
 from experiments.run.jobs import is_complete, seconds_of
 from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
@@ -32,7 +32,9 @@ def collect(study: Study) -> dict[str, Any]:
         raise UserError("no job of the study is complete, so there is nothing to show")
     tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
     if unknown := set(study.settings.held_out) - set(tables):
-        raise UserError(f"held_out: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}")
+        raise UserError(
+            f"held_out: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
+        )
     benchmarks = {
         name: {
             "task": table.task,
@@ -150,7 +152,9 @@ def page(content: Content, plot: str) -> str:
     return "\n".join(lines)
 
 
-INTERVALS = "The 95 % intervals are from a paired bootstrap over queries and seeds, with each benchmark weighing the same."
+INTERVALS = (
+    "The 95 % intervals are from a paired bootstrap over queries and seeds, with each benchmark weighing the same."
+)
 TESTS = (
     "p is from a paired randomisation test over queries, corrected for the number of rows (Holm); * marks p below 0.05."
 )
@@ -170,7 +174,14 @@ def _arm_rows(content: Content) -> Iterator[list[str]]:
         minutes = statistics.fmean(sum(run["seconds"]) for run in arm["runs"]) / 60
         devices = dict.fromkeys(device for run in arm["runs"] for device in run["devices"])
         commands = "<br>".join(f"`{_cell(command)}`" for command in arm["commands"])
-        yield [name, _cell(arm["about"]), commands, " ".join(seeds) or "none", f"{minutes:.1f}", _cell(", ".join(devices))]
+        yield [
+            name,
+            _cell(arm["about"]),
+            commands,
+            " ".join(seeds) or "none",
+            f"{minutes:.1f}",
+            _cell(", ".join(devices)),
+        ]
 
 
 def _mean_rows(content: Content) -> Iterator[list[str]]:
@@ -181,7 +192,10 @@ def _mean_rows(content: Content) -> Iterator[list[str]]:
 
 def _benchmark_rows(content: Content) -> Iterator[list[str]]:
     benchmarks = content["benchmarks"]
-    yield ["arm", *(f"{_cell(name)} ({each['task']}, {each['queries']:,} queries)" for name, each in benchmarks.items())]
+    yield [
+        "arm",
+        *(f"{_cell(name)} ({each['task']}, {each['queries']:,} queries)" for name, each in benchmarks.items()),
+    ]
     yield from _value_rows(content, [[name] for name in benchmarks])
 
 

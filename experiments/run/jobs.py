@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = (sys.executable, "-m", "experiments")
 
+
 class JobRunner:
     """Runs jobs that are not complete.
 

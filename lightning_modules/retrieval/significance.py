@@ -95,9 +95,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_difference_p(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, draws: int = 10_000, seed: int = 0
-) -> float:
+def mean_difference_p(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, draws: int = 10_000, seed: int = 0) -> float:
     """Return sign_flip_p for the mean of mean(a) - mean(b) over benchmarks. pairs: as for bootstrap_interval."""
     return sign_flip_p(np.concatenate([_differences(a, b) / a.shape[1] for a, b in pairs]), draws=draws, seed=seed)
 

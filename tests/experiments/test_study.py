@@ -60,11 +60,14 @@ if command == "eval":
     for name, task in (("questions", "search"), ("links", "link_prediction")):
         values = [zlib.crc32(f"{words[0]}{name}{query}".encode()) % 1000 / 1000 for query in range(30)]
         lines = [f"q{query}" + chr(9) + str(value) for query, value in enumerate(values)]
-        (output / "runs" / f"{name}.encoder.queries.tsv").write_text(chr(10).join(["query" + chr(9) + "ndcg@10", *lines]))
-        keys = {"task": task, "split": "test", "queries": 30, "documents": 9, "protocol": name, "data": "0", "metrics": ["ndcg@10"]}
+        lines.insert(0, "query" + chr(9) + "ndcg@10")
+        (output / "runs" / f"{name}.encoder.queries.tsv").write_text(chr(10).join(lines))
+        keys = {"task": task, "split": "test", "protocol": name, "data": "0", "metrics": ["ndcg@10"]}
+        keys |= {"queries": 30, "documents": 9}
         systems = {"systems": {"encoder": {"ndcg@10": sum(values) / 30}}, "measured": {"encoder": {"device": "a CPU"}}}
         benchmarks[name] = keys | systems
-    (output / "results.json").write_text(json.dumps({"model": words[0], "metrics": ["ndcg@10"], "benchmarks": benchmarks}))
+    content = {"model": words[0], "metrics": ["ndcg@10"], "benchmarks": benchmarks}
+    (output / "results.json").write_text(json.dumps(content))
 """
 
 
@@ -114,15 +117,15 @@ def test_commands_of_each_job(make_study):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("commands: [\"merge", "model: x, commands: [\"merge", "arms.both: expected model or commands, got both"),
-        ("model: \"package:start\"", "about: nothing", "arms.start: expected model or commands, got neither"),
+        ('commands: ["merge', 'model: x, commands: ["merge', "arms.both: expected model or commands, got both"),
+        ('model: "package:start"', "about: nothing", "arms.start: expected model or commands, got neither"),
         ("{one},{start}", "{on},{start}", "arms.both: unknown placeholder 'on'"),
         ("seeds: [1]", "seeds: [2]", "arms.both: unknown placeholder 'one'"),
         ("seeds: [1]", "seeds: [1, 1]", "arms.both: expected different seeds"),
         ("  start:", "  ../start:", "arms.../start: expected a name"),
         ("start: start", "start: none", "start: unknown arm 'none'"),
         ("[[one, start]]", "[[one]]", "compare: expected pairs of arms"),
-        ("steps: \"3\"", "seed: \"3\", steps: \"3\"", "values.seed: this name has a meaning of its own"),
+        ('steps: "3"', 'seed: "3", steps: "3"', "values.seed: this name has a meaning of its own"),
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
         ("title:", "titel:", "titel"),
@@ -166,7 +169,7 @@ def test_a_failed_job_stops_only_those_that_need_it_and_runs_again(make_study, c
 
 
 def test_running_commands_end_when_the_time_is_up_and_continue_later(make_study, calls, tmp_path):
-    study = make_study(FILE.replace("mine {folder}", "mine {folder} {seed}").replace("{train}\"", "sleep\""))
+    study = make_study(FILE.replace("mine {folder}", "mine {folder} {seed}").replace('{train}"', 'sleep"'))
     started = time.monotonic()
     with pytest.raises(jobs_module.Preempted):
         JobRunner(study.folder, study.jobs, parallel=2, minutes=2 / 60).run()
