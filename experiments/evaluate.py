@@ -18,12 +18,13 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
-from experiments.results.result_tables import show, show_cost, show_suite
+from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import name_of, shortened, writable_folder
+from experiments.shared.table_formats import TableOptions, print_tables
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -40,7 +41,9 @@ FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "e
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the options of the last base first
+class EvaluateOptions(
+    TableOptions, BenchmarkOptions, EncodingOptions
+):  # --help lists the options of the last base first
     """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
     model: str = option(
@@ -89,8 +92,11 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOptions, arguments)
+    options.reserve_stdout()
     if options.benchmarks == ("list",):
-        show_suite(load_suite([options.suite] if options.suite else ()))
+        suite = load_suite([options.suite] if options.suite else ())
+        records = [{"benchmark": name} | dataclasses.asdict(config) for name, config in suite.items()]
+        print_tables(options.format, [suite_table(suite)], records)
         return
     _check(options)
     run_on_ranks(lambda: _evaluate(options, arguments), "experiments.evaluate", arguments, options.devices)
@@ -129,8 +135,9 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        show(tables, info.metrics, f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}")
-        show_cost(tables)
+        title = f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}"
+        shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
+        print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
 
 

@@ -12,6 +12,7 @@ from jinja2 import UndefinedError
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
+from experiments.build.models import PackageOptions
 from experiments.config.arguments import parse
 from experiments.reporting.computed import compute
 from experiments.reporting.page import render
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class ReportOptions:
+class ReportOptions(PackageOptions):
     """Show a run as one HTML page: results, curves, experts, mined negatives, a map of papers, and failures.
 
     Each figure on the page says which file it comes from, and where in the file. Incomplete runs get a report too.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     run = RunFiles(options.run)
     output = options.output or run.path / "report.html"
     try:
-        run.computed = compute(run, options.map, options.device)
+        run.computed = compute(run, options.map, options.device, options.packages)
         page = render(run)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error

@@ -28,7 +28,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class ModelOptions:
+class PackageOptions:
+    """Packages whose classes a command may load, in addition to ours."""
+
+    packages: tuple[str, ...] = option(
+        (),
+        "packages whose encoders and readers may be loaded; importing a package runs its code",
+        key="extend.packages",
+    )
+
+
+@dataclass(kw_only=True)
+class ModelOptions(PackageOptions):
     """Which model to load, and how."""
 
     model: str = option(
@@ -47,12 +58,6 @@ class ModelOptions:
         (),
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
         "documents use a different adapter from queries",
-    )
-
-    packages: tuple[str, ...] = option(
-        (),
-        "packages whose encoders and readers may be loaded; importing a package runs its code",
-        key="extend.packages",
     )
 
     def run_folder(self) -> Path | None:
@@ -118,6 +123,14 @@ class EncodingOptions(ModelOptions):
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
     """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
     return similarity_of(encoder) or (config.objective.similarity if config else "cosine")
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if Path(name).exists() else name
 
 
 def device_of(config: Config) -> torch.device:

@@ -104,9 +104,12 @@ class Tile:
 
 @dataclass
 class ResultRow:
+    """A system's metrics. style: "paper" for a row of the paper. best: metrics in which no other row is better."""
+
     system: str
     values: Source
     style: str = ""
+    best: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -124,7 +127,8 @@ def _tiles(run: RunFiles) -> list[Tile]:
     computed, tiles = run.source(COMPUTED), []
     if "mean" in computed:
         metric = run.results.info.metrics[0]
-        labels = {"trained": f"mean {metric}", "bm25": f"mean {metric} of BM25", "untrained": "untrained"}
+        labels = {"trained": f"mean {metric}", "bm25": f"mean {metric} of BM25"}
+        labels |= {"untrained": "untrained", "start": "before training"}
         means = computed["mean"]
         tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]
     if computed["time"].value["value"]:
@@ -148,7 +152,7 @@ def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[st
         protocol = result.value.get("protocol") or f"{result.value['task']}, {result.value['split']}"
         block = ResultBlock(name, protocol, result)
         for system, values in result["systems"]:
-            block.rows.append(ResultRow(system, values, "best" if system in ("trained", "encoder") else ""))
+            block.rows.append(ResultRow(system, values))
         if paper and name in paper:
             if "systems" in paper[name]:
                 for system, values in paper[name]["systems"]:
@@ -156,6 +160,12 @@ def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[st
                         block.rows.append(ResultRow(system, values, "paper"))
             else:
                 block.paper_sizes = paper[name]["sizes"]
+        for metric in metrics_of(result, results):
+            values = {i: row.values.value.get(metric) for i, row in enumerate(block.rows)}
+            rounded = {i: round(value, 4) for i, value in values.items() if isinstance(value, int | float)}
+            for i, value in rounded.items():
+                if len(rounded) > 1 and value == max(rounded.values()):
+                    block.rows[i].best.append(metric)
         tables.setdefault(tuple(metrics_of(result, results)), []).append(block)
     return tables
 
