@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 # Options that change the results. The name of the default folder ends in a hash of the ones that are set.
 HASHED_OPTIONS = (
     *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
-    *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
+    *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root", "document_model"),
 )
-PATHS = ("model", "run", "suite", "data.root", "backbone")
+PATHS = ("model", "document_model", "run", "suite", "data.root", "backbone")
 FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "exclude")
 
 
@@ -50,6 +50,9 @@ class EvaluateOptions(
         "",
         "model to evaluate: run folder, checkpoint, exported folder, plain BERT (folder, hub name, or package:NAME for "
         "an installed package), or bm25; separate several by commas to get them in one table",
+    )
+    document_model: str = option(
+        "", "model that encodes the documents, for models that were trained for queries alone (a teacher of vectors)"
     )
     output: Path | None = option(
         None,
@@ -108,6 +111,9 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     encoders = [model.model for model in models.values() if model.model != "bm25"]
     run = options.run or (run_of(encoders[0]) if len(encoders) == 1 else None)
     config = config_of_run(run, options.packages)
+    document_model = None
+    if options.document_model:
+        document_model = EncodingOptions(model=options.document_model, device=options.device, packages=options.packages)
     systems = load_systems(
         models,
         config,
@@ -116,6 +122,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         max_length=options.max_length,
         token_budget=options.token_budget,
         vectors_folder=options.vectors,
+        document_model=document_model,
     )
     if options.benchmarks:
         benchmarks, read = suite_benchmarks(options), []

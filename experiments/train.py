@@ -129,7 +129,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         step = read_checkpoint(checkpoint)["global_step"]
         # Not module.device: Lightning has moved the module to the CPU by now.
         encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
-        table.finish(encoder, checkpoint.name, step, trainer.global_step)
+        table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
         table.show(table.results)

@@ -68,11 +68,12 @@ class ModelOptions(PackageOptions):
         """Return the configuration of the run that the model belongs to, if any."""
         return config_of_run(self.run_folder(), self.packages)
 
-    def load(self, config: Config | None = None, *, task: str = "") -> Encoder:
+    def load(self, config: Config | None = None, *, task: str = "", tasks: Mapping[str, str] | None = None) -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
 
         config: configuration of the model's run, whose pooling is the default of a plain model.
         task: the only task of a plain model; by default it has the paper's three.
+        tasks: task -> expert of a plain model.
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
@@ -83,7 +84,7 @@ class ModelOptions(PackageOptions):
             )
         encoder = load_encoder(
             _resolve(self.model),
-            {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,
+            tasks or ({task: task} if task and task not in ("all", "average") else DEFAULT_TASKS),
             backbone=self.backbone,
             pooling=self.pooling or (config.encoder.get("pooling") if config else None),
             tower=self.tower,
@@ -173,6 +174,7 @@ class System:
 
     name: its name in tables and file names. model: path or name that it was loaded from.
     encoder, vectors: None for BM25. similarity: "dot", "cosine" or "l2", for benchmarks without their own.
+    document_vectors: vectors of the documents, if another model encodes them.
     """
 
     name: str
@@ -180,6 +182,7 @@ class System:
     encoder: Encoder | None
     similarity: str
     vectors: VectorCache | None = None
+    document_vectors: VectorCache | None = None
 
     def __post_init__(self) -> None:
         check_name("system", self.name)
@@ -203,6 +206,7 @@ def load_systems(
     max_length: int | None = None,
     token_budget: int | None = None,
     vectors_folder: Path | None = None,
+    document_model: EncodingOptions | None = None,
 ) -> list[System]:
     """Load the models, on their devices. Each becomes a system under every similarity.
 
@@ -211,8 +215,12 @@ def load_systems(
     task: the only task of a plain model, which by default has the paper's three.
     max_length: maximum number of tokens of a text, by default the model's.
     vectors_folder: folder in which vectors are kept.
+    document_model: model that encodes the documents, for encoders of queries.
     """
-    systems = []
+    systems, document_vectors = [], None
+    if document_model is not None:
+        encoder = document_model.load_on_device(task=task)
+        document_vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
     for name, options in models.items():
         if options.model == "bm25":
             systems.append(System("bm25", "bm25", None, "bm25"))
@@ -225,7 +233,7 @@ def load_systems(
         vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
         for similarity in similarities or [default_similarity(encoder, config)]:
             full_name = f"{name}-{similarity}" if len(similarities) > 1 else name
-            systems.append(System(full_name, options.model, encoder, similarity, vectors))
+            systems.append(System(full_name, options.model, encoder, similarity, vectors, document_vectors))
     return systems
 
 

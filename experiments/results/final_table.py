@@ -59,11 +59,19 @@ class FinalTable:
         if rank() == 0:
             write_json(self.baselines_file, self._protocol() | {"benchmarks": tables_to_json(tables)})
 
-    def finish(self, encoder: Encoder, checkpoint: str, checkpoint_step: int, last_step: int) -> None:
+    def finish(
+        self,
+        encoder: Encoder,
+        checkpoint: str,
+        checkpoint_step: int,
+        last_step: int,
+        document_vectors: VectorCache | None = None,
+    ) -> None:
         """Evaluate the trained encoder and write results.json.
 
         checkpoint: name of the file that the encoder was loaded from. checkpoint_step: optimizer step of that file.
         last_step: optimizer step at which training ended.
+        document_vectors: vectors of documents, for an encoder that was trained for queries alone.
         """
         log.info("final table on %s", describe_device(encoder.device))
         info = RunInfo(
@@ -76,7 +84,9 @@ class FinalTable:
             stopped_at=last_step if last_step < self.config.trainer.max_steps else None,
             **self._protocol(),
         )
-        tables = combine(self._read_baselines(), self._evaluate_encoder("trained", encoder))
+        tables = combine(
+            self._read_baselines(), self._evaluate_encoder("trained", encoder, document_vectors=document_vectors)
+        )
         self.results = Results(info=info, benchmarks=tables)
         if rank() == 0:
             self.results.write(self.folder.results)
@@ -113,9 +123,12 @@ class FinalTable:
         )
         print_tables("table", result_tables(results.benchmarks, info.metrics, title), [])
 
-    def _evaluate_encoder(self, name: str, encoder: Encoder, model: str | None = None) -> Benchmarks:
+    def _evaluate_encoder(
+        self, name: str, encoder: Encoder, model: str | None = None, document_vectors: VectorCache | None = None
+    ) -> Benchmarks:
         vectors = VectorCache(encoder, token_budget=self.config.data.token_budget)
-        return self._evaluate(System(name, model or name, encoder, self.config.objective.similarity, vectors))
+        similarity = self.config.objective.similarity
+        return self._evaluate(System(name, model or name, encoder, similarity, vectors, document_vectors))
 
     def _evaluate(self, system: System) -> Benchmarks:
         metrics, folder = self.config.evaluation.metrics, self.folder.path / "runs"

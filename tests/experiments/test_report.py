@@ -129,6 +129,17 @@ def test_every_figure_equals_the_value_at_its_data_source(run):
 
 
 @pytest.mark.slow
+def test_bold_figures_are_the_best_of_their_column(run):
+    page = (run / "report.html").read_text(encoding="utf-8")
+    cells = re.findall(r'<td( class="best")?><data value="[^"]*" data-source="(results.json#/benchmarks/[^"]+)"', page)
+    assert cells
+    for bold, source in cells:
+        name, system, metric = re.fullmatch(r"results.json#/benchmarks/(.+)/systems/(.+)/(.+)", source).groups()
+        systems = json.loads((run / "results.json").read_text())["benchmarks"][name]["systems"]
+        assert bool(bold) == (systems[system][metric] == max(values[metric] for values in systems.values())), source
+
+
+@pytest.mark.slow
 def test_rounding_check_rejects_a_changed_figure(run):
     value, _ = resolve(run, "results.json#/benchmarks/topics/systems/trained/ndcg@10")
     assert is_rounded(f"{value:.4f}", value)
@@ -374,14 +385,16 @@ def test_page_is_readable_on_phones_and_desktops_in_both_colour_schemes(run, tmp
     assert backgrounds["light"] != backgrounds["dark"]
 
 
-@pytest.mark.parametrize("values", [[1.5e-5, 2e-5], [1.25e-7, 3e-5], [-1.5e-5, 1e-5], [0.1, 0.2], [12345.6, 99999.0]])
+@pytest.mark.parametrize(
+    "values", [[1.5e-5, 2e-5], [1.25e-7, 3e-5], [-1.5e-5, 1e-5], [0.1, 0.2], [0.91, 0.99], [12345.6, 99999.0]]
+)
 def test_numbers_of_an_axis_are_inside_the_chart(values):
     """1.5e-05 was cut to 5e-05."""
     sources = [Source(value, "x") for value in values]
     for form in (".2g", ".3f", ".1%") if max(values) < 10 else (".2g", ".3f"):
         chart = line_chart("Learning rate", [Series("a", [1, 2], sources, 0)], form)
         ends = [label for label in chart.labels if label.anchor == "end"]
-        assert ends
+        assert len(ends) > 1
         for label in ends:
             assert label.x - 6.4 * len(label.text) >= 0
             number = label.text.replace("\u2212", "-").rstrip("k%")
