@@ -13,7 +13,7 @@ from typing import Any
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.build.models import PackageOptions
+from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.results.comparison import (
     MeasuredSystem,
@@ -24,7 +24,7 @@ from experiments.results.comparison import (
 )
 from experiments.shared.console import PlainConsole, entry_point, table_console
 from experiments.shared.output import shortened
-from experiments.shared.table_formats import Column, Format, Table, TableOptions, print_tables
+from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
 from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ EXAMPLES = 3
 
 
 @dataclass(kw_only=True)
-class CompareOptions(TableOptions, PackageOptions):
+class CompareOptions:
     """Compare two systems query by query.
 
     The interval is from a paired bootstrap over queries, and with several seeds over queries and seeds. p is from a
@@ -57,11 +57,13 @@ class CompareOptions(TableOptions, PackageOptions):
         f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
         minimum=0,
     )
+    format: Format = format_option()
+    packages: tuple[str, ...] = packages_option()
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(CompareOptions, arguments)
-    options.reserve_stdout()
+    reserve_stdout(options.format)
     a, b = (open_systems(key, getattr(options, key), options.packages) for key in ("A", "B"))
     content = _compare(a, b, options)
     if not content["benchmarks"]:

@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
-from experiments.build.models import PackageOptions
+from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.reporting.computed import compute
 from experiments.reporting.page import render
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class ReportOptions(PackageOptions):
+class ReportOptions:
     """Show a run as one HTML page: results, curves, experts, mined negatives, a map of papers, and failures.
 
     Each figure on the page says which file it comes from, and where in the file. Incomplete runs get a report too.
@@ -33,6 +33,7 @@ class ReportOptions(PackageOptions):
     output: Path | None = option(None, "HTML file; by default report.html in the run's folder")
     map: int = option(400, "number of papers on the map, 0 for no map", minimum=0)
     device: str = option("auto", "device that encodes the papers on the map: cpu, cuda or cuda:N; auto: a GPU if any")
+    packages: tuple[str, ...] = packages_option()
 
 
 def main(arguments: Sequence[str]) -> None:

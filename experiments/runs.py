@@ -19,7 +19,15 @@ from experiments.config.experiment import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
 from experiments.run.folder import flat
 from experiments.shared.console import counted, entry_point
-from experiments.shared.table_formats import PIPE_WIDTH, Column, Table, TableOptions, print_tables
+from experiments.shared.table_formats import (
+    PIPE_WIDTH,
+    Column,
+    Format,
+    Table,
+    format_option,
+    print_tables,
+    reserve_stdout,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ TARGET = "._target_"
 
 
 @dataclass(kw_only=True)
-class RunsOptions(TableOptions):
+class RunsOptions:
     """List runs, the latest first.
 
     A row shows the settings that are not those of its experiment, under names as short as they stay unique. Those that
@@ -50,6 +58,7 @@ class RunsOptions(TableOptions):
     """
 
     root: Path = option(Path("runs"), "folder with runs at any depth")
+    format: Format = format_option()
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class ListedRun:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(RunsOptions, arguments)
-    options.reserve_stdout()
+    reserve_stdout(options.format)
     runs, problems = [], []
     for path in sorted(options.root.rglob("config.yaml")):
         if not (path.parent / "checkpoints").is_dir():  # a file of another tool

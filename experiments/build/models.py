@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,11 +27,9 @@ from lightning_modules.retrieval.vector_cache import VectorCache
 log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class PackageOptions:
-    """Packages whose classes a command may load, in addition to ours."""
-
-    packages: tuple[str, ...] = option(
+def packages_option() -> Any:
+    """Return the field for the packages whose classes a command may load, in addition to ours."""
+    return option(
         (),
         "packages whose encoders and readers may be loaded; importing a package runs its code",
         key="extend.packages",
@@ -39,7 +37,7 @@ class PackageOptions:
 
 
 @dataclass(kw_only=True)
-class ModelOptions(PackageOptions):
+class ModelOptions:
     """Which model to load, and how."""
 
     model: str = option(
@@ -59,6 +57,7 @@ class ModelOptions(PackageOptions):
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
         "documents use a different adapter from queries",
     )
+    packages: tuple[str, ...] = packages_option()
 
     def run_folder(self) -> Path | None:
         """Return the folder of the run that the model belongs to, if any."""
