@@ -20,7 +20,7 @@ from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder, similarity_of
+from lightning_modules.encoders.loading import DEFAULT_TASKS, is_plain, load_encoder
 from lightning_modules.retrieval.compute import default_device, describe_device, resolve_device
 from lightning_modules.retrieval.vector_cache import VectorCache
 
@@ -81,18 +81,16 @@ class ModelOptions:
                 "model: bm25 has no encoder. make eval compares with it; make mine mines with it, without a model: "
                 "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"
             )
-        encoder = load_encoder(
-            _resolve(self.model),
+        model = _resolve(self.model)
+        return load_encoder(
+            model,
             tasks or ({task: task} if task and task not in ("all", "average") else DEFAULT_TASKS),
             backbone=self.backbone,
-            pooling=self.pooling or (config.encoder.get("pooling") if config else None),
+            pooling=self.pooling or (config.encoder.get("pooling") if config and is_plain(model) else None),
             tower=self.tower,
             adapters=self._adapter_folders() or None,
             packages=self.packages,
         )
-        if self.pooling and encoder.pooling != self.pooling:
-            raise UserError(f"pooling: only plain models take it; {self.model} has its own, {encoder.pooling}")
-        return encoder
 
     def _adapter_folders(self) -> dict[str, str]:
         folders = {}
@@ -122,7 +120,7 @@ class EncodingOptions(ModelOptions):
 
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
     """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
-    return similarity_of(encoder) or (config.objective.similarity if config else "cosine")
+    return encoder.similarity or (config.objective.similarity if config else "cosine")
 
 
 def start_of(config: Config) -> str | None:

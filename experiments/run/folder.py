@@ -195,22 +195,28 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
 
     Called before the model is built, because the vocabulary of a random backbone is made from the texts.
     """
-    if not (folder.checkpoint or folder.complete) or not folder.manifest.is_file():
+    if not (folder.checkpoint or folder.complete):
         return
-    then, now = read_manifest(folder.manifest)["data"], describe_data(data)
-    # Collections in memory and in the cache have different fingerprints.
-    was_cached = bool(read_config(folder.path).get("data", {}).get("cache"))
-    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
-    differences = [
-        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
-        for name in dict.fromkeys((*then, *now) if then else ())
-        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
-    ]
-    if differences:
+    if differences := data_differences(folder.path, config, data):
         raise UserError(
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
+
+
+def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
+    """Return how the data differ from those that a run was started with. path: folder of the run."""
+    if not (path / "manifest.json").is_file():
+        return []
+    then, now = read_manifest(path / "manifest.json")["data"], describe_data(data)
+    # Collections in memory and in the cache have different fingerprints.
+    was_cached = bool(read_config(path).get("data", {}).get("cache"))
+    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
+    return [
+        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
+        for name in dict.fromkeys((*then, *now) if then else ())
+        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
+    ]
 
 
 def _part(data: Mapping[str, Any], collection: str, key: str) -> Any:
