@@ -24,7 +24,7 @@ from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import name_of, shortened, writable_folder
-from experiments.shared.table_formats import TableOptions, print_tables
+from experiments.shared.table_formats import Format, format_option, print_tables, reserve_stdout
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -41,9 +41,7 @@ FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "e
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(
-    TableOptions, BenchmarkOptions, EncodingOptions
-):  # --help lists the options of the last base first
+class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the options of the last base first
     """Evaluate models: on benchmarks, on a folder of your own, or on the collections of a run."""
 
     model: str = option(
@@ -77,6 +75,7 @@ class EvaluateOptions(
         1, "number of processes on this machine, one per GPU; torchrun and srun start their own", minimum=1
     )
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
+    format: Format = format_option()
 
     @property
     def models(self) -> dict[str, EncodingOptions]:
@@ -95,7 +94,7 @@ class EvaluateOptions(
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOptions, arguments)
-    options.reserve_stdout()
+    reserve_stdout(options.format)
     if options.benchmarks == ("list",):
         suite = load_suite([options.suite] if options.suite else ())
         records = [{"benchmark": name} | dataclasses.asdict(config) for name, config in suite.items()]

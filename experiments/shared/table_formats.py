@@ -33,20 +33,19 @@ LATEX = str.maketrans(
 )
 
 
-@dataclass(kw_only=True)
-class TableOptions:
-    """How a command prints its tables."""
-
-    format: Format = option(
+def format_option() -> Any:
+    """Return the field for the format of a command's tables."""
+    return option(
         "table",
-        "how to print: table for a screen; markdown, latex, csv or json print nothing else on stdout, and the log goes "
-        "to stderr. csv and json have one row per result, all columns and all digits",
+        "format of the tables: table for the screen; markdown, latex, csv or json, which alone go to stdout. csv and "
+        "json have one row per result, all columns and all digits",
     )
 
-    def reserve_stdout(self) -> None:
-        """Send log lines to stderr, unless the format is for a screen."""
-        if self.format != "table":
-            log_to_stderr()
+
+def reserve_stdout(format: Format) -> None:
+    """Send log lines to stderr, unless the tables are for the screen."""
+    if format != "table":
+        log_to_stderr()
 
 
 @dataclass(frozen=True)
