@@ -137,6 +137,13 @@ class TrainerConfig:
         "auto: bf16 on hardware made for it (GPUs, CPUs with AMX), else fp32; fp16 is for GPUs without bf16, tf32 is "
         "fp32 with faster products on GPUs; a resumed run keeps its precision",
     )
+    ema: float = option(
+        0.0,
+        "decay of an exponential moving average of the weights, such as 0.999, which is evaluated and saved in place "
+        "of the trained weights; 0: none",
+        minimum=0,
+        below=1,
+    )
     gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     accumulate_grad_batches: int = option(
         1, "batches per optimizer step (per task with data.schedule=together)", minimum=1
@@ -351,6 +358,7 @@ def _check_sharding(config: Config) -> None:
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),
+        ("trainer.ema", config.trainer.ema, 0),
     ):
         if value != required:
             raise UserError(f"trainer.strategy: fsdp does not support {key}={value}; set ddp, or {key}={required}")
