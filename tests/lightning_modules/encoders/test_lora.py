@@ -120,9 +120,7 @@ def test_plain_exports_have_the_merged_weights(make, name, tmp_path):
     layers = {} if name == "shared" else {"layers": "mod2"}
     encoder = make(name, pooling="mean", **layers)
     reference = load_encoder(save_reference(encoder, tmp_path / "their.ckpt"), backbone=tmp_path / "plain")
-    torch.testing.assert_close(
-        reference.encode(TEXTS, "search"), encoder.encode(TEXTS, "search"), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(reference.encode(TEXTS, "search"), encoder.encode(TEXTS, "search"), atol=1e-6, rtol=0)
     if name != "shared":
         assert not any(map(is_matrix, average(encoder).state_dict()))
 
@@ -149,9 +147,13 @@ def test_targets(make):
     assert layers("shared", "dense") == {"attention.output.dense", "intermediate.dense", "output.dense"}
     experts = layers("attention", "value")
     assert experts == {f"attention.self.experts.{task}.value" for task in TASKS}
-    with pytest.raises(UserError, match=r"lora\.targets: unknown linear layer 'q'; expected one of attention\.output\."):
+    with pytest.raises(
+        UserError, match=r"lora\.targets: unknown linear layer 'q'; expected one of attention\.output\."
+    ):
         layers("shared", "query", "q")
-    with pytest.raises(UserError, match=r"the experts would stay equal; add one of .* \(intermediate\.dense, output\.d"):
+    with pytest.raises(
+        UserError, match=r"the experts would stay equal; add one of .* \(intermediate\.dense, output\.d"
+    ):
         layers("ffn", "query")
 
 
