@@ -92,7 +92,7 @@ help: ## show this page
 
 # One stamp per set of extras, so that nothing is installed twice.
 override STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, sentence-transformers, svm, dev)
+install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, peft, sentence-transformers, svm, tensorboard, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(call shell-word,PYTHON) -m venv $(VENV)
@@ -167,7 +167,7 @@ compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RU
 report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 	@$(PY) -m experiments.report $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-runs: $(STAMP) ## list all runs with their results
+runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,15 @@ from lightning_modules.retrieval.compute import default_device, describe_device,
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
+
+
+def packages_option() -> Any:
+    """Return the field for the packages whose classes a command may load, in addition to ours."""
+    return option(
+        (),
+        "packages whose encoders and readers may be loaded; importing a package runs its code",
+        key="extend.packages",
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,12 +57,7 @@ class ModelOptions:
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
         "documents use a different adapter from queries",
     )
-
-    packages: tuple[str, ...] = option(
-        (),
-        "packages whose encoders and readers may be loaded; importing a package runs its code",
-        key="extend.packages",
-    )
+    packages: tuple[str, ...] = packages_option()
 
     def run_folder(self) -> Path | None:
         """Return the folder of the run that the model belongs to, if any."""
@@ -117,6 +121,14 @@ class EncodingOptions(ModelOptions):
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
     """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
     return encoder.similarity or (config.objective.similarity if config else "cosine")
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if Path(name).exists() else name
 
 
 def device_of(config: Config) -> torch.device:

@@ -471,7 +471,10 @@ def test_the_second_stage_starts_from_a_trained_encoder(tmp_path):
     texts = ["samples of something", "a study"]
     for task in one.tasks:
         torch.testing.assert_close(two.encode(texts, task), one.encode(texts, task), atol=1e-5, rtol=1e-5)
-    systems = json.loads((tmp_path / "two" / "results.json").read_text())["benchmarks"]["topics"]["systems"]
+    topics = json.loads((tmp_path / "two" / "results.json").read_text())["benchmarks"]["topics"]
+    systems, source = topics["systems"], str(tmp_path / "one")
+    assert topics["measured"]["start"]["model"] == source
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["start"] == source
     assert systems["start"]["ndcg@10"] == pytest.approx(systems["trained"]["ndcg@10"], abs=1e-3)
 
 
