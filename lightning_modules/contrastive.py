@@ -37,7 +37,7 @@ class CheckpointMismatch(UserError):
 class ContrastiveModule(L.LightningModule):
     """An encoder with its objective and optimizer.
 
-    L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
+        L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
 
     tasks: names of the tasks in training, by default all tasks of the encoder.
     guide_model, teacher_model, vector_teacher_model: frozen models, required if the options of the objective name them.
