@@ -12,7 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -86,6 +86,13 @@ def text_key(ids: np.ndarray) -> int:
     return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
 
 
+class StoredVectors(Protocol):
+    """Vectors of the rows of a task's document table."""
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors (n, G) of rows (n,), in float32."""
+
+
 class Collator:
     """Make batches of one task's examples.
 
@@ -94,6 +101,7 @@ class Collator:
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
     negatives_of: rows from which an example's hard negatives are sampled.
     texts: documents of all rows, if batches contain their texts.
+    teacher_vectors: vectors of all rows, if batches contain those of a teacher.
     """
 
     def __init__(
@@ -108,9 +116,10 @@ class Collator:
         num_positives: int = 1,
         negatives_of: NegativesOf = negatives_of_data,
         texts: Sequence[Document] | None = None,
+        teacher_vectors: StoredVectors | None = None,
     ):
         self.task, self.examples, self.tokens = task, examples, tokens
-        self.token_budget, self.seed, self.texts = token_budget, seed, texts
+        self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
         self.negatives_of = negatives_of
 
@@ -142,7 +151,11 @@ class Collator:
             known_positives=padded([self.examples[index].not_negatives for index, _ in draws]),
             text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
+            teacher_vectors=self._teacher_vectors(list(text_index)),
         )
+
+    def _teacher_vectors(self, rows: list[int]) -> Tensor | None:
+        return None if self.teacher_vectors is None else torch.from_numpy(self.teacher_vectors.gather(np.array(rows)))
 
     def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
@@ -166,6 +179,15 @@ class MultiTaskBatches(Dataset):
         draws = self.schedule.draws(step, self.rank, self.world_size)
         weight = self.schedule.share(step, self.rank, self.world_size)
         return dataclasses.replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
+
+    def last_of_each_task(self, end: int) -> dict[str, ContrastiveBatch]:
+        """Return the last batch of each task before a step."""
+        steps: dict[str, int] = {}
+        for step in range(end - 1, -1, -1):
+            steps.setdefault(self.schedule.task(step), step)
+            if len(steps) == len(self.collators):
+                break
+        return {task: self[step] for task, step in steps.items()}
 
 
 def _ignore_signals(worker: int) -> None:
@@ -284,12 +306,14 @@ class ContrastiveDataModule(L.LightningDataModule):
     tokenizer: tokenizer of the encoder; by default the trained module's.
     prompts: text that precedes the inputs of each task.
     rounds: mined hard negatives.
+    teacher_vectors: task -> vectors of a teacher, which its batches then contain.
     """
 
     options: BatchOptions
     tokenizer: Any = None
     prompts: Mapping[str, str] = {}
     rounds: Rounds | None = None
+    teacher_vectors: Mapping[str, StoredVectors] = {}
 
     @property
     @abstractmethod
@@ -375,6 +399,7 @@ class ContrastiveDataModule(L.LightningDataModule):
             num_positives=task.options.num_positives,
             num_hard_negatives=task.options.num_hard_negatives,
             texts=task.documents if self.options.carry_texts else None,
+            teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
             negatives_of=self.rounds.negatives_for(task.task.name) if self.rounds else negatives_of_data,
         )
@@ -386,6 +411,11 @@ class ContrastiveDataModule(L.LightningDataModule):
             | {"examples": task.examples_fingerprint()}
             for task in self.tasks
         }
+
+    def texts_of_rows(self) -> dict[str, list[tuple[Sequence[Document], bool]]]:
+        """Return the texts of each task's document table, in parts, and whether each part is a corpus."""
+        parts = {task.task.name: task.documents.sequences for task in self.tasks}  # corpus and queries in turns
+        return {task: [(texts, i % 2 == 0) for i, texts in enumerate(each)] for task, each in parts.items()}
 
     def texts(self) -> Iterator[Document]:
         """Yield the documents and training queries of all tasks."""

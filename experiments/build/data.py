@@ -22,6 +22,7 @@ from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
+from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,17 @@ def batch_options(config: Config) -> BatchOptions:
         token_budget=settings.token_budget,
         num_positives=settings.num_positives,
         num_hard_negatives=settings.num_hard_negatives,
-        carry_texts=bool(config.objective.guide.model or config.objective.teacher.model),
+        carry_texts=_needs_texts(config.objective),
         num_workers=settings.num_workers,
         seed=config.run.seed,
         cache=str(expanded(settings.cache, "data.cache", ", or data.cache=null")) if settings.cache else "",
     )
+
+
+def _needs_texts(objective: ObjectiveOptions) -> bool:
+    """Return whether a frozen model encodes the texts of each batch."""
+    encodes_batches = objective.vector_teacher.model and not objective.vector_teacher.cached
+    return bool(objective.guide.model or objective.teacher.model or encodes_batches)
 
 
 def batches_per_step(config: Config) -> int:
