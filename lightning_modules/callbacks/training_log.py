@@ -117,7 +117,9 @@ class TrainingLog(L.Callback):
             for name in sorted(self.means[task])
         }
         values |= {f"train/{task}/batches": self.means[task]["loss"].update_count for task in tasks}
-        values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        options, scheduler = trainer.lightning_module.optim, trainer.lr_scheduler_configs[0].scheduler
+        values["train/lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        values |= {f"train/lr/{part}": values["train/lr"] * scale for part, scale in options.lr_scale.items()}
         values["train/batch"] = batch.fingerprint
         return values
 
