@@ -160,7 +160,7 @@ compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RU
 report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 	@$(PY) -m experiments.report $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-runs: $(STAMP) ## list all runs with their results
+runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]

@@ -187,6 +187,15 @@ class MultiTaskBatches(Dataset):
         weight = self.schedule.share(step, self.rank, self.world_size)
         return dataclasses.replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
 
+    def last_of_each_task(self, end: int) -> dict[str, ContrastiveBatch]:
+        """Return the last batch of each task before a step."""
+        steps: dict[str, int] = {}
+        for step in range(end - 1, -1, -1):
+            steps.setdefault(self.schedule.task(step), step)
+            if len(steps) == len(self.collators):
+                break
+        return {task: self[step] for task, step in steps.items()}
+
 
 def _ignore_signals(worker: int) -> None:
     """Let a worker ignore signals to its process group, so that the training process can finish its last step.

@@ -28,7 +28,7 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
-from lightning_modules.encoders.loading import continue_from, load_encoder, similarity_of
+from lightning_modules.encoders.loading import continue_from, load_encoder
 from lightning_modules.objective import FrozenEncoder
 from lightning_modules.objective_options import (
     GuideOptions,
@@ -161,7 +161,7 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
     """Raise UserError if the experiment describes a different encoder than extend.model, or another similarity."""
-    similarity = similarity_of(encoder)
+    similarity = encoder.similarity
     if similarity not in (None, config.objective.similarity):
         raise UserError(
             f"objective.similarity: extend.model was trained with {similarity}, and its old tasks need it; got "

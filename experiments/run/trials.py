@@ -159,6 +159,16 @@ class Controller:
         rows = read_rows(self.folder / "trials.jsonl")
         return {row["trial"]: row for row in rows if all(isinstance(row.get(key), kind) for key, kind in types.items())}
 
+    def ended(self) -> list[Trial]:
+        """Return the trials that have ended, with their values."""
+        states = self.states()
+        recorded = [(trial, states.get(trial.number, {})) for trial in self.trials]
+        return [
+            dataclasses.replace(trial, values=row.get("parameters", trial.values))
+            for trial, row in recorded
+            if trial.has_results or row.get("state") in ENDED
+        ]
+
     def run(self) -> None:
         """Run all trials that have not ended.
 

@@ -68,8 +68,12 @@ class Diagnostics(L.Callback):
         self.batches: dict[str, ContrastiveBatch] = {}  # last batch of each task
         self.values: dict[str, float] = {}
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self.logged_at = self.drawn_at = trainer.global_step
+        source = getattr(trainer.train_dataloader, "batches", None)  # a loader of the user may have none
+        if source is not None:  # a resumed run measures the batches that an undisturbed one would have
+            batches = source.last_of_each_task(trainer.global_step * trainer.accumulate_grad_batches)
+            self.batches = {task: batch.to(module.device) for task, batch in batches.items()}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: ContrastiveModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int

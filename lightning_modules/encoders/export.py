@@ -25,7 +25,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
-from lightning_modules.encoders.loading import dense_key, load_weights, similarity_of
+from lightning_modules.encoders.loading import dense_key, load_weights
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.sentence_files import FORMER_MODES
@@ -58,7 +58,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     backbone = meta_backbone(copy.deepcopy(encoder.backbone.config))
     plain = kind(backbone, encoder.tokenizer, {task: expert or task}, **arguments)
     load_weights(plain, {key: torch.stack(t).mean(0) if t[1:] else t[0] for key, t in tensors.items()}, task)
-    plain.similarity = similarity_of(encoder)
+    plain.similarity = encoder.similarity
     return plain.eval()
 
 

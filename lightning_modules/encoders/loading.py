@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from lightning_modules.encoders.sentence_files import check_prompt, lower_cased,
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.losses import SIMILARITIES
 
+log = logging.getLogger(__name__)
+
 DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
 DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 
@@ -56,13 +59,8 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
         "kind": f"{kind.__module__}.{kind.__name__}",
         "arguments": encoder.config,
         "backbone": json.loads(encoder.backbone.config.to_json_string(use_diff=False)),
-        "similarity": similarity_of(encoder),
+        "similarity": encoder.similarity,
     }
-
-
-def similarity_of(encoder: Encoder) -> str | None:
-    """Return the similarity that an encoder was trained with, or None if its files do not say."""
-    return getattr(encoder, "similarity", None)
 
 
 def build(
@@ -145,7 +143,8 @@ def load_encoder(
         DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
-    pooling: "cls" or "mean", for a plain model; by default that of its sentence-transformers files, or else "cls".
+    pooling: one of POOLINGS, for a plain model; by default that of its sentence-transformers files, or else "cls".
+        Raises UserError if another model has another one.
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
     key: argument that the model comes from, for error messages.
@@ -153,22 +152,37 @@ def load_encoder(
         only those that you trust.
     """
     from lightning_modules.encoders.adapters import with_adapters
-    from lightning_modules.encoders.pretrained import is_pretrained, load_pretrained
+    from lightning_modules.encoders.pretrained import load_pretrained
 
     path = Path(model)
     if (path / "checkpoints").is_dir():
         path = checkpoint_of(path)
-    if path.is_file():
-        encoder = _load_checkpoint(path, backbone, tower, packages)
-    elif is_pretrained(model, key):
-        encoder = load_pretrained(model, packages=packages)
-    else:
+    if is_plain(model, key):
         encoder = _load_plain(str(model), tasks or DEFAULT_TASKS, pooling, key)
+    elif path.is_file():
+        encoder = _load_checkpoint(path, backbone, tower, packages)
+    else:
+        encoder = load_pretrained(model, packages=packages)
+    if pooling and encoder.pooling != pooling:
+        raise UserError(f"pooling: only plain models take it; {model} has its own, {encoder.pooling}")
+    if not path.is_file():
+        _warn_of_unused(model, backbone, tower)
     if adapters:
-        similarity = similarity_of(encoder)
+        similarity = encoder.similarity
         encoder = with_adapters(encoder, adapters)
         encoder.similarity = similarity
     return encoder.eval()
+
+
+def is_plain(model: str | Path, key: str = "model") -> bool:
+    """Return whether a model is a plain one, and not an encoder of this project or a checkpoint.
+
+    Raises UserError if there is no such model. key: argument that the model comes from, for error messages.
+    """
+    from lightning_modules.encoders.pretrained import is_pretrained
+
+    path = Path(model)
+    return not ((path / "checkpoints").is_dir() or path.is_file() or is_pretrained(model, key))
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -222,10 +236,18 @@ def _load_checkpoint(
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         encoder = build(checkpoint["encoder"], source=str(path), packages=packages)
+        _warn_of_unused(path, backbone, tower)
     else:
         raise UserError(f"{path}: not a checkpoint of this project (it has no description of an encoder)")
     load_weights(encoder, weights, str(path))
     return encoder
+
+
+def _warn_of_unused(model: str | Path, backbone: str | Path | None, tower: str | None) -> None:
+    for name, value in (("backbone", backbone), ("tower", tower)):
+        if value is not None:
+            message = "%s=%s is not used: %s has its own, unlike checkpoints of SciMult's authors and of DPR"
+            log.warning(message, name, value, model)
 
 
 def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:

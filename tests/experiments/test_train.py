@@ -32,6 +32,7 @@ from experiments.dry_run import dry_run
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from tests.lightning_modules.callbacks.test_training_log import curve
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -470,7 +471,10 @@ def test_the_second_stage_starts_from_a_trained_encoder(tmp_path):
     texts = ["samples of something", "a study"]
     for task in one.tasks:
         torch.testing.assert_close(two.encode(texts, task), one.encode(texts, task), atol=1e-5, rtol=1e-5)
-    systems = json.loads((tmp_path / "two" / "results.json").read_text())["benchmarks"]["topics"]["systems"]
+    topics = json.loads((tmp_path / "two" / "results.json").read_text())["benchmarks"]["topics"]
+    systems, source = topics["systems"], str(tmp_path / "one")
+    assert topics["measured"]["start"]["model"] == source
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["start"] == source
     assert systems["start"]["ndcg@10"] == pytest.approx(systems["trained"]["ndcg@10"], abs=1e-3)
 
 
@@ -527,11 +531,15 @@ LONG = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["data.num_workers=2", "trainer.ema=0.9"], ["data.batch_tokens=700", "data.schedule=proportional"]],
-    ids=["workers and average", "tokens"],
+    [
+        ["data.num_workers=2", "trainer.ema=0.9"],
+        ["data.batch_tokens=700", "data.schedule=proportional"],
+        ["trainer.log_every_n_steps=2", "diagnostics.every_n_steps=3"],
+    ],
+    ids=["workers and average", "tokens", "means"],
 )
 def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
-    """Kill -9 twice at random steps: the batches are the same and the weights are bit-equal, even with dropout."""
+    """Kill -9 twice at random steps: the curve is the same and the weights are bit-equal, even with dropout."""
     overrides = [*LONG, *settings]
     whole = tmp_path / "whole"
     subprocess.run(command(whole, *overrides), check=True, capture_output=True, cwd=ROOT)
@@ -545,8 +553,8 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
             time.sleep(0.01)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     subprocess.run(command(killed, *overrides), check=True, capture_output=True, cwd=ROOT)
-    assert len(batches(whole)) == 24
-    assert dict(batches(killed)) == dict(batches(whole))
+    assert len(batches(whole)) == (12 if "trainer.log_every_n_steps=2" in settings else 24)
+    assert curve(killed / "metrics.jsonl") == curve(whole / "metrics.jsonl")
     check_same_state(whole, killed)
 
 
