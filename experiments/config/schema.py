@@ -13,6 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.structured import prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
+from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS
 from lightning_modules.mining.mine import MiningOptions
 from lightning_modules.objective_options import ObjectiveOptions, check_objective
@@ -286,10 +287,9 @@ class Config:
 
 
 def check_constraints(config: Config) -> None:
-    """Raise UserError for settings that contradict each other, or that this machine cannot run."""
+    """Raise UserError for settings that contradict each other."""
     _check_metrics(config)
     _check_balance(config)
-    _check_devices(config)
     _check_wandb(config.wandb)
     _check_loggers(config.loggers)
     _check_sharding(config)
@@ -338,12 +338,15 @@ def _check_loggers(names: list[str]) -> None:
     for name in names:
         if name not in LIGHTNING_LOGGERS or names.count(name) > 1:
             raise UserError(f"loggers: expected some of {', '.join(LIGHTNING_LOGGERS)}, each once, got {name!r}")
-    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
+
+
+def check_machine(config: Config) -> None:
+    """Raise UserError if this machine lacks the hardware or the packages to train."""
+    if "tensorboard" in config.loggers and importlib.util.find_spec("tensorboard") is None:
         raise UserError("loggers: tensorboard is not installed (pip install tensorboard)")
-
-
-def _check_devices(config: Config) -> None:
-    """Check that this machine has the hardware."""
+    if config.backbone.lora.rank:
+        with prefixed("backbone."):
+            check_peft()
     trainer = config.trainer
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")

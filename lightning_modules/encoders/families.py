@@ -304,8 +304,10 @@ def _key_value(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
     return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
 
 
-def _projected_by(linear: nn.Linear, outputs: slice, rows: Tensor) -> Tensor:
+def _projected_by(linear: nn.Module, outputs: slice, rows: Tensor) -> Tensor:
     """Compute some outputs of a linear layer."""
+    if not isinstance(linear, nn.Linear):  # with LoRA, its weight is not all of it
+        return linear(rows)[:, outputs]
     return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 
 

@@ -20,6 +20,7 @@ from lightning_modules.distributed.sharding import gathered, replica, shard, sli
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.instruct import InstructEncoder
+from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
@@ -35,6 +36,7 @@ ENCODERS = {
     "instruct": (InstructEncoder, INSTRUCTIONS),
     "prefix": (InstructEncoder, INSTRUCTIONS | {"separate": True}),
     "adapters": (AdapterEncoder, {"reduction_factor": 4}),
+    "lora": (MoEEncoder, {"ffn": True}),
 }
 CASES = [  # encoder, GradCache, gradient checkpointing
     ("moe", False, False),
@@ -44,6 +46,7 @@ CASES = [  # encoder, GradCache, gradient checkpointing
     ("instruct", False, False),
     ("prefix", True, False),
     ("adapters", False, False),
+    ("lora", True, True),
 ]
 PLAN = (["search"], ["classification", "search"])  # tasks of the batches of two optimizer steps
 
@@ -59,6 +62,8 @@ def module_of(kind, cached, checkpointing):
     of_class, own = ENCODERS[kind]
     encoder = of_class(backbone, tokenizer, TASKS, pooling="mean", max_length=32, **own)
     set_dropout(encoder, 0.1, 0.1)
+    if kind == "lora":
+        add_lora(encoder, LoraOptions(rank=3, dropout=0.1))
     encoder.gradient_checkpointing = checkpointing
     options = {
         "optim": OptimOptions(lr=1e-3, eps=1e-4),

@@ -15,6 +15,7 @@ from lightning_modules.encoders import attention
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.pipeline import PassShape
 from lightning_modules.encoders.routed import RoutedEncoder
@@ -54,6 +55,9 @@ VARIANTS = {
     "routed texts": (RoutedEncoder, {"attention": True}),
     "routed tokens": (RoutedEncoder, {"level": "token"}),
     "adapters": (AdapterEncoder, {"reduction_factor": 4}),
+    "lora": (SharedEncoder, {}),
+    "lora experts": (MoEEncoder, {"attention": True, "ffn": True, "layers": "last2"}),
+    "lora prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
 }
 
 
@@ -126,6 +130,8 @@ def make(make_backbone):
     def make(variant, family="bert", **options):
         kind, arguments = VARIANTS[variant]
         encoder = kind(make_family(family), make_backbone()[1], TASKS, **arguments, max_length=48, **options)
+        if variant.startswith("lora"):
+            add_lora(encoder, LoraOptions(rank=4))
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in encoder.parameters():
@@ -340,7 +346,7 @@ def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("variant", ["shared", "attention experts", "instruction"])
+@pytest.mark.parametrize("variant", ["shared", "attention experts", "instruction", "lora"])
 def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, variant, pooling, dtype, threads):
     torch.set_num_threads(threads)
     encoder = make(variant, pooling=pooling).eval()
