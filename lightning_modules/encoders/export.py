@@ -1,6 +1,6 @@
 """Export encoders to formats that other tools load without this project.
 
-save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
+save_dense       one task as a plain BERT, RoBERTa, MPNet or ModernBERT folder with the files of sentence-transformers
 save_onnx        an ONNX model in such a folder
 average          a general model, whose weights are the mean of all experts
 save_reference   a checkpoint in the layout of SciMult's authors

@@ -141,7 +141,7 @@ def load_encoder(
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
     model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
-        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa or ModernBERT, or a DPR encoder.
+        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
     pooling: one of POOLINGS, for a plain model; by default that of its sentence-transformers files, or else "cls".

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel
 
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import largest
@@ -32,6 +32,7 @@ INSTRUCTIONS = {"instructions": {task: text_of(i, i + 1) for i, task in enumerat
 ENCODERS = {
     "moe": (MoEEncoder, {"attention": True, "ffn": True}),
     "modernbert": (MoEEncoder, {"attention": True, "ffn": True}),
+    "mpnet": (InstructEncoder, INSTRUCTIONS),
     "routed": (RoutedEncoder, {"attention": True, "entropy_weight": 0.1}),
     "instruct": (InstructEncoder, INSTRUCTIONS),
     "prefix": (InstructEncoder, INSTRUCTIONS | {"separate": True}),
@@ -42,6 +43,7 @@ CASES = [  # encoder, GradCache, gradient checkpointing
     ("moe", False, False),
     ("moe", True, True),
     ("modernbert", False, True),
+    ("mpnet", False, True),
     ("routed", True, False),
     ("instruct", False, False),
     ("prefix", True, False),
@@ -59,6 +61,8 @@ def module_of(kind, cached, checkpointing):
     if kind == "modernbert":
         own = {"vocab_size": 400, "pad_token_id": 0, "local_attention": 8}
         backbone = ModernBertModel(ModernBertConfig(**shape, **own))
+    if kind == "mpnet":
+        backbone = MPNetModel(MPNetConfig(**shape, vocab_size=400), add_pooling_layer=False)
     of_class, own = ENCODERS[kind]
     encoder = of_class(backbone, tokenizer, TASKS, pooling="mean", max_length=32, **own)
     set_dropout(encoder, 0.1, 0.1)
