@@ -22,7 +22,7 @@ from experiments.results.hub_metadata import (
 from experiments.results.results import BenchmarkTable, Results, read_results
 from experiments.run.folder import read_manifest
 from experiments.shared.plain import plain
-from experiments.shared.table_formats import Column, Table, escape_markdown, markdown_table, to_markdown
+from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown, markdown_table
 from lightning_modules.encoders.base import Encoder
 
 RECIPE = "merge.json"  # members, weights and dev scores of a merged model, in its folder
@@ -242,4 +242,4 @@ def _results(results: Results, measured: Mapping[str, BenchmarkTable], task: str
         for system, result in benchmark.systems.items():
             table.add(name, system, *(result.metrics.get(metric) for metric in info.metrics), group=name)
     text = f"{info.split} split, {info.checkpoint} of step {info.checkpoint_step}."
-    return f"## Results\n\n{escape_markdown(text)} Bold is the best of each benchmark.\n\n{to_markdown(table)}"
+    return f"## Results\n\n{escape_markdown(text)} Bold is the best of each benchmark.\n\n{as_markdown(table)}"

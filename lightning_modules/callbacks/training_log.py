@@ -137,7 +137,9 @@ class TrainingLog(L.Callback):
             for name, total in totals.items()
         }
         values |= {f"train/{task}/batches": self.num_batches[task] for task in sorted(self.num_batches)}
-        values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        options, scheduler = trainer.lightning_module.optim, trainer.lr_scheduler_configs[0].scheduler
+        values["train/lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        values |= {f"train/lr/{part}": values["train/lr"] * factor for part, factor in options.lr_scale.items()}
         values["train/batch"] = batch.fingerprint
         return values
 

@@ -692,6 +692,11 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
         "task.search.batch_size=5",
         "task.search.max_length=9",
         "task.classification.batch_size=3",
+        "data.mixed_batches=true",
+        "task.search.mixed_batches=false",
+        "task.search.collection_temperature=3",
+        "optim.lr_scale={embeddings: 0.5, search: 2}",
+        "optim.expert_decay=1",
         "trainer.log_every_n_steps=1",
     ]
     train("moe", [*two_steps(tmp_path, *TINY, *overrides), "trainer.max_steps=4"])
@@ -703,6 +708,12 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     first = list(itertools.islice(data.train_dataloader(), 4))
     assert [(batch.task, len(batch.queries)) for batch in first] == [("search", 5)] * 2 + [("classification", 3)] * 2
     assert max(chunk.max_length for chunk in first[0].chunks) == 9
+    schedule = data.schedule()
+    assert schedule.mixed == {"classification", "link_prediction"}
+    assert schedule.temperatures == {"classification": 1, "link_prediction": 1, "search": 3}
+    for row in rows(tmp_path):
+        if "train/lr" in row:
+            assert (row["train/lr/embeddings"], row["train/lr/search"]) == (row["train/lr"] / 2, row["train/lr"] * 2)
 
 
 @pytest.mark.parametrize(
@@ -715,6 +726,9 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
             r"data.curriculum\[0\].weights: expected a weight",
         ),
         (["data.curriculum=[{weights: {search: 1}}]"], "no value for data.curriculum"),
+        (["optim.lr_scale={serach: 1}"], "optim.lr_scale: unknown part 'serach'; the parts of this encoder are"),
+        (["optim.lr_scale={search: -1}"], "optim.lr_scale.search: expected a number of at least 0, got -1"),
+        (["task.search.collection_temperature=0"], r"task\.search\.collection_temperature: expected .* got 0"),
         (["task.search.batch_size=0"], r"task\.search\.batch_size: expected .* got 0"),
         (["task.search.max_length=2"], r"task\.search\.max_length: expected .* got 2"),
         (["task.search.max_length=65"], r"task\.search\.max_length: got 65 tokens, .* positions for 64"),
