@@ -20,7 +20,7 @@ from experiments.config.experiment import load_config
 from experiments.config.study_file import read_study, studies
 from experiments.evaluate import EvaluateOptions
 from experiments.merge import MergeOptions
-from experiments.results.study_page import collect, page, plot_of
+from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.study import StudyOptions, _chosen, main
@@ -241,6 +241,9 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
     assert content["incomplete"] == []
     plot = plot_of(content)
     assert all(f"{100 * row['difference']:+.1f}" in plot for row in content["gains"])
+    for record in records(content):
+        job = record["arm"] if record["seed"] is None else f"{record['arm']}-seed{record['seed']}"
+        assert record["value"] == pytest.approx(values[job, record["benchmark"]].mean(), abs=1e-12)
 
 
 def test_arms_measured_on_other_data_are_refused(make_study):
