@@ -65,6 +65,7 @@ class HardNegativeMining(L.Callback):
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        meta |= self.mining.judging
         report_file = data.rounds.folder / name / "report.json"
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
         finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
