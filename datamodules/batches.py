@@ -37,7 +37,7 @@ DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no m
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """How batches are made. Tasks may have their own batch_size, batch_tokens, max_length and numbers of documents."""
+    """How batches are made. Tasks may have options of their own."""
 
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
@@ -50,6 +50,13 @@ class BatchOptions:
     num_workers: int | None = option(
         None, "processes that prepare batches; 0: the training process; by default up to 4 for a GPU", minimum=0
     )
+    collection_temperature: float = option(
+        1.0,
+        "temperature of the collections of a task: their shares are their numbers of examples to the power 1 / "
+        "collection_temperature",
+        minimum=0.1,
+    )
+    mixed_batches: bool = option(False, "whether a batch mixes the collections of its task")
     seed: int = option(0, "seed of the schedule and of everything that is sampled")
     phases: tuple[Phase, ...] = option((Phase(0),), "phases of the schedule; by default tasks take turns throughout")
     cache: str = option("", "folder of converted collections; empty keeps collections in memory")
@@ -181,6 +188,15 @@ class MultiTaskBatches(Dataset):
         draws = self.schedule.draws(step, self.rank, self.world_size)
         weight = self.schedule.share(step, self.rank, self.world_size)
         return dataclasses.replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
+
+    def last_of_each_task(self, end: int) -> dict[str, ContrastiveBatch]:
+        """Return the last batch of each task before a step."""
+        steps: dict[str, int] = {}
+        for step in range(end - 1, -1, -1):
+            steps.setdefault(self.schedule.task(step), step)
+            if len(steps) == len(self.collators):
+                break
+        return {task: self[step] for task, step in steps.items()}
 
 
 def _ignore_signals(worker: int) -> None:
@@ -325,7 +341,16 @@ class ContrastiveDataModule(L.LightningDataModule):
         sizes = {task.task.name: len(task.examples) for task in self.tasks}
         batch_sizes = {t.task.name: t.options.batch_tokens or t.options.batch_size for t in self.tasks}
         costs = {task.task.name: self._costs(task) for task in self.tasks if task.options.batch_tokens}
-        return Schedule(sizes, batch_sizes, self.options.seed, self.options.phases, costs, self._several_collections())
+        return Schedule(
+            sizes,
+            batch_sizes,
+            self.options.seed,
+            self.options.phases,
+            costs,
+            self._several_collections(),
+            temperatures={task.task.name: task.options.collection_temperature for task in self.tasks},
+            mixed=[task.task.name for task in self.tasks if task.options.mixed_batches],
+        )
 
     def _several_collections(self) -> dict[str, dict[str, int]]:
         """Return the number of examples of each collection, for tasks that have several."""
@@ -375,12 +400,18 @@ class ContrastiveDataModule(L.LightningDataModule):
             "data": {name: c.fingerprint() for task in self.tasks for name, c in task.collections.items()},
         }
         if several := self._several_collections():
-            signature["collections"] = several
+            signature["collections"] = {task: self._shares(schedule, task, sizes) for task, sizes in several.items()}
         if any(task.is_stripped for task in self.tasks):
             signature["examples that are left"] = {t.task.name: t.examples_fingerprint() for t in self.tasks}
         if schedule.costs:
             signature["tokens"] = {task: int(tokens.sum()) for task, tokens in schedule.costs.items()}
         return signature
+
+    @staticmethod
+    def _shares(schedule: Schedule, task: str, sizes: Mapping[str, int]) -> Mapping[str, Any]:
+        """Return what determines the shares of a task's collections: by default, as in old checkpoints, their sizes."""
+        temperature, mixed = schedule.temperatures[task], task in schedule.mixed
+        return {"sizes": sizes, "temperature": temperature, "mixed": mixed} if mixed or temperature != 1 else sizes
 
     def _collator(self, task: TaskDataModule) -> Collator:
         tokens = task.tokens(self._encoding(task))

@@ -38,6 +38,9 @@ class FrozenEncoder:
     def __init__(self, encoder: Encoder, similarity: str = "cosine"):
         self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
 
+    def __deepcopy__(self, memo: dict) -> FrozenEncoder:
+        return self  # so that an average of the module's weights needs no second copy
+
     @property
     def dimension(self) -> int:
         """Size of the vectors, G."""

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.records import UserError
+
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")
 
@@ -31,7 +33,7 @@ def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
     Raw dot products are large, so half precision is too coarse for them.
     """
     if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
     return F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors

@@ -15,6 +15,7 @@ from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
+from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import START, ContrastiveModule
 from lightning_modules.encoders.backbone import (
@@ -28,7 +29,8 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
-from lightning_modules.encoders.loading import continue_from, load_encoder, similarity_of
+from lightning_modules.encoders.loading import continue_from, load_encoder
+from lightning_modules.encoders.lora import add_lora
 from lightning_modules.objective import FrozenEncoder
 from lightning_modules.objective_options import (
     GuideOptions,
@@ -37,6 +39,7 @@ from lightning_modules.objective_options import (
     VectorTeacherOptions,
     check_objective,
 )
+from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
@@ -83,8 +86,15 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     encoder = instantiate(config.encoder, **{name: arguments[name] for name in accepted})
     if source is not None:
         continue_from(source, encoder, config.init_from)
+    _add_lora(config, encoder)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
     return encoder
+
+
+def _add_lora(config: Config, encoder: Encoder) -> None:
+    if config.backbone.lora.rank:
+        with prefixed("backbone."):
+            add_lora(encoder, config.backbone.lora)
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -126,6 +136,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
     add_tasks(encoder, tasks, nearest)
+    _add_lora(config, encoder)
     return _training_module(config, encoder)
 
 
@@ -160,7 +171,7 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
     """Raise UserError if the experiment describes a different encoder than extend.model, or another similarity."""
-    similarity = similarity_of(encoder)
+    similarity = encoder.similarity
     if similarity not in (None, config.objective.similarity):
         raise UserError(
             f"objective.similarity: extend.model was trained with {similarity}, and its old tasks need it; got "
@@ -188,6 +199,7 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
     """Build the module. objective: by default that of the experiment."""
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
+    check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
     vector_teacher = objective.vector_teacher
     has_file = vector_teacher.model not in (None, START)
     module = ContrastiveModule(
@@ -207,6 +219,13 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
             f"trainer.strategy=ddp, or choose a teacher with {encoder.dimension} dimensions"
         )
     return module
+
+
+def describe_parameters(module: ContrastiveModule) -> str:
+    """Return a line about the number of parameters that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
 def _load_frozen(

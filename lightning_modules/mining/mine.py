@@ -23,7 +23,6 @@ from datamodules.options import option
 from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, Ragged, UserError
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.mining import filters
 from lightning_modules.mining.filters import Sieve, text_numbers
 from lightning_modules.mining.mined import Mined, joined, joined_pools
@@ -120,7 +119,7 @@ def mine(
                 f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
                 "absolute_margin to null"
             )
-        similarity = similarity or similarity_of(encoder) or "dot"
+        similarity = similarity or encoder.similarity or "dot"
         queries, documents = vectors_of_pool(vectors or VectorCache(encoder, similarity=similarity), pool)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:

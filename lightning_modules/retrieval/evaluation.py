@@ -20,7 +20,6 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
@@ -142,7 +141,7 @@ def evaluate(
     """
     benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
-    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
+    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or (lambda *_: None)
     k = k or ranking_depth(metrics, benchmark)
@@ -181,7 +180,7 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     benchmark = benchmark.without_blank()
-    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
+    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
