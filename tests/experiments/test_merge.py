@@ -49,7 +49,7 @@ def test_fixed_weights_with_a_pretrained_start(models):
     expected = 0.7 * theirs[f"{name}.experts.classification.weight"] + 0.3 * plain
     torch.testing.assert_close(ours[f"{name}.experts.classification.weight"], expected)
     card = (models / "new" / "README.md").read_text()
-    assert f"| {models / 'a'} | 0.7 |" in card
+    assert "| a | 0.7 |" in card
     assert "search: 1.0 0.0" in card
     assert recipe_of(models / "new")["parts"] == {"search": [1.0, 0.0]}
 
@@ -84,7 +84,7 @@ def test_weights_are_chosen_by_the_mean_over_dev_sets(models, capsys):
     printed = capsys.readouterr().out
     assert f"{best['weights']} *" in printed
     card = (models / "swept" / "README.md").read_text()
-    assert "other (link_prediction, dev)" in card
+    assert r"other (link\_prediction, dev)" in card
     assert all(f"| {trial['weights']} | {trial['mean']:.4f} |" in card for trial in recipe["tried"])
 
 

@@ -647,7 +647,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
     assert set(results["benchmarks"]["searches"]["systems"]) == {"bm25", "start", "trained"}
     export([f"model={tmp_path / 'new'}"])
     card = (tmp_path / "new" / "export" / "tasks" / "classification" / "README.md").read_text()
-    assert f"Its vectors are those of {tmp_path / 'old'}" in card
+    assert "Its vectors are those of old." in card
     texts = ["some words", "and others"]
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)
