@@ -147,7 +147,7 @@ class Collator:
     def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
         ids = [self.tokens[row] for row in rows]
-        chunks, text_index = [], {}
+        chunks, text_index = list[Tokens](), dict[int, int]()
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
             chunks.append(Tokens.pack(ids[i] for i in indices))
             for i in indices:

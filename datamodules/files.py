@@ -137,12 +137,12 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
 
 
 def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:
-    kind = expected if isinstance(expected, type) else dict
+    kind: Any = expected if isinstance(expected, type) else dict
     if not isinstance(content, kind):
         return f"expected {JSON_TYPES[kind]}, got {_shown(content)}"
     for key, kind in {} if isinstance(expected, type) else expected.items():
-        if not isinstance(content.get(key), kind):
-            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(content.get(key))}"
+        if not isinstance(value := content.get(key), kind):
+            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(value)}"
     return None
 
 

@@ -69,7 +69,7 @@ def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
         for name in ARRAYS:
             array = np.ascontiguousarray(getattr(negatives, name))
             digest.update(repr((task, name, array.dtype.str, array.shape)).encode())
-            digest.update(array)
+            digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -104,14 +104,14 @@ class HardNegativeStore:
 
     def _load(self, task: str) -> MinedNegatives:
         check_name("task", task)
-        arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
-        return MinedNegatives(*arrays, self.meta["tasks"][task]["taken"])
+        arrays = {name: np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS}
+        return MinedNegatives(**arrays, taken=self.meta["tasks"][task]["taken"])
 
     def __getstate__(self) -> Path:  # workers map the files themselves
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path, verify=False)  # verified before the worker started
+        HardNegativeStore.__init__(self, path, verify=False)  # verified before the worker started
 
     def negatives_of(self, task: str, example: int) -> list[int]:
         """Return the rows of an example's hard negatives, best first. A task that was not mined has none."""

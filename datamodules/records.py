@@ -37,7 +37,7 @@ def check_name(what: str, name: object) -> None:
     them is always inside the folder that it is written to. what: kind of the name, for the error.
     """
     is_name = isinstance(name, str) and name.isprintable() and not NO_NAME.search(name)
-    if not is_name or len(name.encode()) > LONGEST_NAME:
+    if not is_name or len(str(name).encode()) > LONGEST_NAME:
         raise UserError(
             f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
             "or control characters, and not starting with a dot"
@@ -127,10 +127,21 @@ class Collection:
         return digest.hexdigest()
 
 
-class Sink(Protocol):
-    """Receiver of the documents and judgements of a streaming reader, one at a time.
+class CollectionWriter(Protocol):
+    """Receiver of documents and judgements, one at a time.
 
     All documents come before the first query, and a query comes before its judgements.
+    """
+
+    def add_document(self, document: Document) -> None: ...
+
+    def add_query(self, query: Document) -> None: ...
+
+    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None: ...
+
+
+class Sink(CollectionWriter, Protocol):
+    """Receiver of the documents and judgements of a streaming reader, which may ask for them.
 
     documents, queries: ids received so far.
     keep_first: whether the first of two conflicting grades of a pair counts; otherwise the second raises UserError.
@@ -139,14 +150,11 @@ class Sink(Protocol):
 
     keep_first: bool
 
-    documents: Container[str]
-    queries: Container[str]
+    @property
+    def documents(self) -> Container[str]: ...
 
-    def add_document(self, document: Document) -> None: ...
-
-    def add_query(self, query: Document) -> None: ...
-
-    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None: ...
+    @property
+    def queries(self) -> Container[str]: ...
 
     def document(self, id: str) -> Document:
         """Return a document of the corpus. Call this only after the last document."""
@@ -250,8 +258,8 @@ class Benchmark:
             for document in documents.values():
                 digest.update(repr((document.id, document.title, document.text)).encode())
         for documents_by_query in (self.qrels, self.candidates or {}, self.first or {}, classes):
-            for query, documents in documents_by_query.items():
-                digest.update(repr((query, list(documents))).encode())
+            for query, ids in documents_by_query.items():
+                digest.update(repr((query, list(ids))).encode())
         for grades in (*self.qrels.values(), *classes.values()):
             digest.update(repr(list(grades.values())).encode())
         return digest.hexdigest()
@@ -372,8 +380,8 @@ class Tokens:
     def select(self, texts: Sequence[int]) -> Tokens:
         """Return some of the texts, in this order."""
         starts = np.cumsum((0, *self.lengths))
-        rows = [np.arange(starts[text], starts[text + 1]) for text in texts]
-        rows = torch.from_numpy(np.concatenate(rows)).to(self.input_ids.device)
+        ranges = [np.arange(starts[text], starts[text + 1]) for text in texts]
+        rows = torch.from_numpy(np.concatenate(ranges)).to(self.input_ids.device)
         lengths = tuple(self.lengths[text] for text in texts)
         return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths)
 
@@ -443,7 +451,7 @@ class ContrastiveBatch:
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
     text_keys: Tensor | None = None
-    pairs: Tensor | None = None
+    pairs: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.pairs is None:  # computed on the host, because the number of pairs determines shapes

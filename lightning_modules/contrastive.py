@@ -67,7 +67,7 @@ class ContrastiveModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already."""
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
 

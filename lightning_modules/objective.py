@@ -98,7 +98,8 @@ class Objective(nn.Module):
         """Average the loss over directions. Accuracy and distillation use only query to document."""
         weight = 1 / len(directions)
         terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
-        loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
+        loss = reduce(torch.add, (x.loss for x in terms))
+        contrastive = reduce(torch.add, (x.contrastive for x in terms))
         return LossTerms(loss, terms[0].accuracy, contrastive, terms[0].distillation)
 
 
@@ -173,8 +174,8 @@ def document_to_query(
         masks.append(lambda rows: membership_mask(known_positives, ids[rows]).T)
     if options.mask_same_text and batch.text_keys is not None:
         keys = [batch.text_keys[batch.queries[query]], batch.text_keys[batch.documents[document]]]
-        keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
-        masks.append(lambda rows: membership_mask(keys[rows], query_keys))
+        pair_keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
+        masks.append(lambda rows: membership_mask(pair_keys[rows], query_keys))
     if guide is not None:
         scores = FrozenScores(guide.documents[document], gather_rows(guide.queries))
         masks.append(lambda rows: guide_mask(scores.block(rows), positives[rows], margin, kind))
@@ -191,6 +192,7 @@ def document_to_query(
 
 def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
     """Return the hashes of each query's text and those of its positives, (B, P + 1)."""
+    assert batch.text_keys is not None
     positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
     return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
 
@@ -249,6 +251,7 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     scores: similarities, (r, C).
     logits: scores divided by the temperature, with -inf for masked candidates, (r, C).
     """
+    assert direction.teacher is not None
     positives = direction.positives[rows]
     if options.candidates == "batch":
         teacher_scores, candidates = direction.teacher.block(rows), logits > -math.inf

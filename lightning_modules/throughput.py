@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ def forward_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, *tasks:
 
 def training_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> float:
     """Return the useful operations of forward and backward pass for one task. lengths: as in forward_flops."""
-    total, has_gradient = 0.0, any(p.requires_grad for p in encoder.backbone.embeddings.parameters())
+    total, embeddings = 0.0, encoder.backbone.get_submodule("embeddings")
+    has_gradient = any(p.requires_grad for p in embeddings.parameters())
     for index, (products, attention) in enumerate(_layers(encoder, lengths, task)):
         total += products * (1 + _trained_share(encoder, index, task)) + attention
         if has_gradient:
@@ -114,7 +115,8 @@ def _prefix_length(encoder: Encoder, task: str) -> int:
     """Return the number of tokens of an instruction that texts attend to."""
     if not hasattr(encoder, "instruction_family"):
         return 0
-    return len(encoder.tokenizer(encoder.instructions[task])["input_ids"])
+    instructions: Any = encoder.instructions
+    return len(encoder.tokenizer(instructions[task])["input_ids"])
 
 
 def _adapters(encoder: Encoder, index: int) -> list[torch.nn.Module]:

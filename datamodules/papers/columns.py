@@ -76,8 +76,8 @@ def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> Non
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
     """Return the paper of a row. columns: names of columns that differ from the usual ones."""
     by_name: dict[str, Any] = {}
-    for key, value in record.items():
-        by_name.setdefault(plain_name(str(key)), value)
+    for key, cell in record.items():
+        by_name.setdefault(plain_name(str(key)), cell)
 
     def value(name: str) -> Any:
         if name in columns:
@@ -136,12 +136,13 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     lines = _Lines(path)
     header_line = next((line for line in lines if line.strip()), "")
     # strict: otherwise an open quote swallows the rows up to the next one.
-    dialect = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
+    dialect: dict[str, Any] = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
     try:
         header = next(csv.reader([header_line], **dialect), [])
     except csv.Error as error:
         raise UserError(f"{path}: the header is not valid CSV ({error})") from error
-    count, cells = 0, []
+    count = 0
+    cells: list[str] | None = []
     while cells is not None:
         lines.row.clear()
         start, problem = lines.number + 1, ""
@@ -149,7 +150,7 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
             cells = next(csv.reader(lines, **dialect), None)
         except csv.Error as error:
             cells, problem = [], f"not valid CSV ({error})"
-        if not problem and not any(cell.strip() for cell in cells or ()):
+        if cells is None or (not problem and not any(cell.strip() for cell in cells)):
             continue
         count += 1
         row = Row(bad, path, start, "".join(lines.row)[:QUARANTINED_TEXT].rstrip("\r\n"), count)
@@ -169,8 +170,8 @@ class _Lines:
     """The lines of a file. number: number of the last line read. row: lines of the current row, which a quote joins."""
 
     def __init__(self, path: Path):
-        self.number, self.row = 0, []
-        self._lines, self._again = numbered_lines(path), deque()
+        self.number, self.row = 0, list[str]()
+        self._lines, self._again = numbered_lines(path), deque[tuple[int, str]]()
 
     def __iter__(self) -> _Lines:
         return self

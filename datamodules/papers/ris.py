@@ -35,7 +35,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     Lines outside of records that have no tag, such as the header of some databases, are skipped.
     """
-    number, lines = 0, []
+    number, lines = 0, list[str]()
     for line_number, line in numbered_lines(path):
         line = line.rstrip("\r\n")
         if lines and (line.startswith("TY  -") or len(lines) >= MAX_LINES):

@@ -29,7 +29,7 @@ def paper(record: Record) -> Paper | None:
     id, corpus_id = optional_id(record, "paperId"), _corpus_id(record)
     if not id and not corpus_id and "paperId" in record:
         return None  # the API returns papers that it does not know as {"paperId": null, "title": ...}
-    external = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
+    external: dict[str, Any] = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
     if not isinstance(external, dict):
         raise UserError(f"externalIds must be an object, got {str(external)[:60]!r}")
     return Paper(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from datamodules.readers.gaps import Gaps
-from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
+from datamodules.records import Collection, CollectionWriter, Document, Qrels, Sink, UserError, check_name
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
@@ -283,7 +283,8 @@ class Record(dict[str, Any]):
 
     def judged(self, documents: Sequence[str], corpus: Container[str]) -> None:
         """Count judged documents, and those that are not in the corpus."""
-        self.row.bad.gaps.add_judgements(self.row.path, documents, corpus)
+        if self.row is not None:
+            self.row.bad.gaps.add_judgements(self.row.path, documents, corpus)
 
     def missing(self, key: str) -> UserError:
         """Return the error for a missing key."""
@@ -317,7 +318,7 @@ def split_of(
     train_until: last year of the training papers. Later papers form the test split, and test_percent is ignored.
     """
     percent = stable_hash(id) % 100
-    if train_until is not None and year > train_until:
+    if train_until is not None and year is not None and year > train_until:
         return "test"
     if percent < dev_percent:
         return "dev"
@@ -449,16 +450,16 @@ def read_into_memory(stream: Callable[[Sink], None]) -> Collection:
     return Collection(sink.documents, sink.queries, sink.qrels)
 
 
-def stream_collection(collection: Collection, sink: Sink) -> None:
+def stream_collection(collection: Collection, sink: CollectionWriter) -> None:
     """Write a collection to a sink."""
     for document in collection.corpus.values():
         sink.add_document(document)
     for query in collection.queries.values():
         sink.add_query(query)
     for split, qrels in collection.qrels.items():
-        for query, grades in qrels.items():
-            for document, grade in grades.items():
-                sink.add_judgement(split, query, document, grade)
+        for query_id, grades in qrels.items():
+            for document_id, grade in grades.items():
+                sink.add_judgement(split, query_id, document_id, grade)
 
 
 def check_collection(collection: Collection, source: Path | str) -> Collection:

@@ -38,17 +38,16 @@ def check_folder(folder: Path, expected: str) -> None:
         raise UserError(f"{folder}: no such folder (expected {expected} in it)")
 
 
-def find_file(folder: Path, *names: str, required: bool = True) -> Path | None:
-    """Return the path of the first of the names that exists in the folder, plain or compressed.
+def find_optional_file(folder: Path, *names: str) -> Path | None:
+    """Return the path of the first of the names that exists in the folder, plain or compressed, or None."""
+    paths = (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
 
-    Raises UserError if a required file is missing.
-    """
-    for name in names:
-        for suffix in SUFFIXES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
-    if not required:
-        return None
+
+def find_file(folder: Path, *names: str) -> Path:
+    """Return the path of the first of the names that exists in the folder. Raises UserError if none of them does."""
+    if path := find_optional_file(folder, *names):
+        return path
     check_folder(folder, names[0])
     others = "".join(f", nor {name}" for name in names[1:])
     raise UserError(f"{folder / names[0]}: no such file{others} (also not as .gz or .zst)")
@@ -62,8 +61,7 @@ def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SP
     """
     files: dict[str, Path] = {}
     for name, split in names.items():
-        path = find_file(folder, *(pattern.replace("SPLIT", name) for pattern in patterns), required=False)
-        if path:
+        if path := find_optional_file(folder, *(pattern.replace("SPLIT", name) for pattern in patterns)):
             files.setdefault(split, path)
     return files
 
@@ -85,7 +83,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Raises UserError if it cannot be opened.
     """
     try:
-        file = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115 (closed below)
+        file: Any = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
     if path.suffix == ".zst":
@@ -110,7 +108,7 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         content = self.file.read(len(buffer))
         self.size += len(content)
         if self.size > self.limit:
@@ -223,7 +221,7 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
     Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
     missing.
     """
-    num_entries, seen = 0, set()
+    num_entries, seen = 0, set[str]()
     with open_text(path) as stream:
         window = _JsonWindow(stream, path)
         window.expect("{", "a JSON object")
@@ -315,7 +313,7 @@ def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[
 
     bad: policy for bad entries. If it is None, entries are only counted, not yielded.
     """
-    opening, closing = {"list": "[]", "object": "{}"}[kind]
+    opening, closing = {"list": ("[", "]"), "object": ("{", "}")}[kind]
     count = 0
     window.expect(opening, f"a JSON {kind}")
     while window.peek() != closing or count:
@@ -345,11 +343,11 @@ class _JsonWindow:
     """
 
     DECODER = json.JSONDecoder()
-    SPACE = re.compile(r"[ \t\r\n]*")
+    SPACE: Any = re.compile(r"[ \t\r\n]*")  # this and WORD always match
     # A bracket, or a string up to its end or the end of the window. The quantifiers are possessive, so that an
     # unterminated string costs linear time.
     BRACKET = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<end>"|\\?\Z)', re.DOTALL)
-    WORD = re.compile(r"[^,:\[\]{}\"\s]*")
+    WORD: Any = re.compile(r"[^,:\[\]{}\"\s]*")
 
     def __init__(self, stream: TextIO, path: Path):
         self.stream, self.path = stream, path

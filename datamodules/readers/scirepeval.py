@@ -103,7 +103,7 @@ class SciRepEvalReader:
             for split, paths in files_by_split(Path(self.folder)).items():
                 yield split, read_tables(paths, bad)
         else:
-            for split, records in load_hub_splits(self.dataset, self.config).items():
+            for split, records in load_hub_splits(self.dataset or "", self.config).items():
                 yield split, read_hub_table(f"{self.dataset}/{self.config}/{split}", records, bad)
 
     def _add_labelled_paper(
@@ -173,7 +173,7 @@ def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents,
 
 def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
     query = _read_query(record, id)
-    papers, grades = [], {}
+    papers, grades = list[Document](), dict[str, int]()
     for number, candidate in enumerate(_candidates(record), start=1):
         try:
             papers.append(candidate.document(*ID_KEYS, may_be_blank=True))

@@ -90,7 +90,7 @@ class Evaluation(L.Callback):
     def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and step > self.evaluated_at and self.benchmarks:
+        if due and step > (self.evaluated_at or 0) and self.benchmarks:
             with contextlib.suppress(Preempted):
                 values = self._evaluate(trainer, module, may_leave=step < trainer.max_steps)
                 self._report(trainer, values, step)

@@ -43,7 +43,7 @@ class HardNegativeMining(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         batches = trainer.accumulate_grad_batches
-        trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)
+        trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self._mine_if_due(trainer, module)
@@ -54,14 +54,14 @@ class HardNegativeMining(L.Callback):
     def _mine_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
         batch = step * trainer.accumulate_grad_batches
-        rounds = trainer.datamodule.rounds
+        rounds = trainer.datamodule.rounds  # type: ignore[attr-defined]
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
             # After a preemption, the resumed run mines. It reuses the vectors that are already embedded.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
     def _mine(self, trainer: L.Trainer, module: ContrastiveModule, step: int, batch: int) -> None:
-        data, started = trainer.datamodule, time.perf_counter()
+        data, started = trainer.datamodule, time.perf_counter()  # type: ignore[attr-defined]
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import ContrastiveBatch
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.losses import fill_padding
 from lightning_modules.objective import Direction, document_to_query, query_to_document
@@ -28,7 +29,7 @@ class NegativesReport(L.Callback):
     def __init__(self) -> None:
         self.tasks: set[str] = set()
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ContrastiveModule, batch: Any, batch_idx: int) -> None:
         if batch.task in self.tasks:
             return
         self.tasks.add(batch.task)

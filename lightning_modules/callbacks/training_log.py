@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torchmetrics import MeanMetric
 
 from datamodules.records import ContrastiveBatch, UserError
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.loggers import RunLogger
 from lightning_modules.memory import Memory
@@ -41,7 +42,7 @@ class TrainingLog(L.Callback):
         self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
         self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self.means.clear()
         self.logged_at = trainer.global_step
         dtype = computing_dtype(str(trainer.precision))
@@ -134,7 +135,7 @@ class TrainingBar(RichProgressBar):
         return "training"  # instead of the epoch: there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-        logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
+        logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))  # type: ignore[attr-defined]
         return {name: text for log in logs for name, text in log.latest.items()}
 
 

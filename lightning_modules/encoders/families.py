@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from datamodules.records import Tokens, UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
@@ -36,12 +37,12 @@ class Experts(nn.Module):
         self.experts = nn.ModuleDict({name: copy.deepcopy(module) for name in names})
 
 
-def pick(module: nn.Module, expert: str | None) -> nn.Module:
+def pick(module: nn.Module, expert: Any) -> Any:
     """Return an expert's copy of a module, or the module itself if it has no experts."""
     return module.experts[expert] if isinstance(module, Experts) else module
 
 
-def any_expert(module: nn.Module) -> nn.Module:
+def any_expert(module: nn.Module) -> Any:
     """Return one of the experts of a module, whose settings are all equal, or the module itself."""
     return next(iter(module.experts.values())) if isinstance(module, Experts) else module
 
@@ -84,9 +85,8 @@ def by_expert(
         return compute(*(pick(module, choice) for module in modules), *inputs)
     groups = choice.tokens if len(inputs[0]) == context.tokens.num_tokens else choice.texts
     outputs = [compute(*(pick(m, expert) for m in modules), *(x[rows] for x in inputs)) for expert, rows in groups]
-    if isinstance(groups[0][1], slice):
-        return torch.cat(outputs)
-    return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
+    indices = [rows for _, rows in groups if isinstance(rows, Tensor)]
+    return torch.cat(outputs)[torch.cat(indices).argsort()] if indices else torch.cat(outputs)
 
 
 class Family(Protocol):
@@ -159,32 +159,34 @@ class RowFunctions:
 class Bert(RowFunctions):
     """BERT and RoBERTa."""
 
-    attention_modules = ("attention.self", "attention.output.dense")  # LayerNorm stays shared (paper, section 3.2)
-    ffn_modules = ("intermediate", "output")  # including LayerNorm
+    attention_modules: tuple[str, ...] = (
+        "attention.self",
+        "attention.output.dense",
+    )  # LayerNorm stays shared (paper, section 3.2)
+    ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
         self.layers = backbone.encoder.layer
         config = backbone.config
         self.num_heads = config.num_attention_heads
         # RoBERTa reserves the first positions for padding.
-        self.padding_id = None if config.model_type == "bert" else config.pad_token_id
-        self.max_positions = config.max_position_embeddings - (
-            0 if config.model_type == "bert" else self.padding_id + 1
-        )
+        self.padding_id: int | None = None if config.model_type == "bert" else config.pad_token_id
+        reserved = 0 if self.padding_id is None else self.padding_id + 1
+        self.max_positions = config.max_position_embeddings - reserved
 
     def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
         positions = tokens.positions()
-        embedded = positions if self.padding_id is None else self._roberta_positions(tokens)
+        embedded = positions if self.padding_id is None else self._roberta_positions(tokens, self.padding_id)
         hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
         return _in_autocast_type(hidden), AttentionContext(tokens, positions, {})
 
-    def _roberta_positions(self, tokens: Tokens) -> Tensor:
+    def _roberta_positions(self, tokens: Tokens, padding_id: int) -> Tensor:
         """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
-        counted = (tokens.input_ids != self.padding_id).long()
+        counted = (tokens.input_ids != padding_id).long()
         total = F.pad(counted.cumsum(0), (1, 0))
         before = total[tokens.offsets[:-1]]
-        return (total[1:] - tokens.spread(before)) * counted + self.padding_id
+        return (total[1:] - tokens.spread(before)) * counted + padding_id
 
     def attention(self, layer, hidden, states, context, choice=None, prefix=None):
         projections, output = layer.attention.self, layer.attention.output
@@ -218,11 +220,11 @@ def _in_autocast_type(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _bert_output(dense: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _bert_output(dense: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
 
 
-def _bert_feed_forward(intermediate: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
+def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor:
     return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
 
 
@@ -234,10 +236,10 @@ def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tenso
 class ModernBert(RowFunctions):
     """ModernBERT."""
 
-    attention_modules = ("attn",)  # the LayerNorm before it stays shared
-    ffn_modules = ("mlp",)
+    attention_modules: tuple[str, ...] = ("attn",)  # the LayerNorm before it stays shared
+    ffn_modules: tuple[str, ...] = ("mlp",)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
         self.layers = backbone.layers
         self.num_heads = backbone.config.num_attention_heads
@@ -289,17 +291,17 @@ class ModernBert(RowFunctions):
         return self.backbone.final_norm(hidden)
 
 
-def _projected(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _projected(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     """Return queries, keys and values, which one matrix projects to."""
     return attn.Wqkv(norm(rows))
 
 
-def _query(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _query(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size), norm(rows))
 
 
-def _key_value(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
 
@@ -316,11 +318,11 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (heads * cos[:, None] + turned * sin[:, None]).to(heads.dtype)
 
 
-def _modernbert_output(attn: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _modernbert_output(attn: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return hidden + attn.out_drop(attn.Wo(attended))
 
 
-def _modernbert_feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor) -> Tensor:
+def _modernbert_feed_forward(norm: Any, mlp: Any, hidden: Tensor) -> Tensor:
     return hidden + mlp(norm(hidden))
 
 
@@ -333,7 +335,7 @@ FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {
 }
 
 
-def family_of(backbone: nn.Module) -> Family:
+def family_of(backbone: PreTrainedModel) -> Family:
     """Return the family of a backbone. Raises UserError if it belongs to none of them."""
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type not in FAMILIES:

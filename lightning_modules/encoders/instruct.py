@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.records import Tokens, UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix
@@ -44,7 +44,7 @@ class InstructEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         instructions: Mapping[str, str],
@@ -124,7 +124,7 @@ class PromptEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         instructions: Mapping[str, str],

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.records import Tokens, UserError
 from lightning_modules.encoders.base import Condition, Encoder
@@ -66,7 +66,7 @@ class MoEEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         attention: bool = True,

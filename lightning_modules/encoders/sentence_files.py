@@ -82,7 +82,8 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
     pooling_folder, normalize = "1_Pooling", False
     if modules is not None:
         pooling_folder, normalize = _check_modules(name, modules)
-    transformer = next((found for file in TRANSFORMER_FILES if (found := _read(name, file)) is not None), {})
+    files = (_read(name, file) for file in TRANSFORMER_FILES)
+    transformer: dict[str, Any] = next((content for content in files if content is not None), {})
     for key, values in PLAIN_VALUES.items():
         if transformer.get(key) not in values:
             _refuse(name, f"{TRANSFORMER_FILES[0]}: {key}={transformer[key]!r}", f"expected {values[-1]!r}")

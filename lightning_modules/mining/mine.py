@@ -146,7 +146,7 @@ def mine(
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
-    block_miner = _BlockMiner(pool, miner, options, context, guide and _vectors_of(guide, pool), seeds)
+    block_miner = _BlockMiner(pool, miner, options, context, _vectors_of(guide, pool) if guide else None, seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
     if world_size() > 1:
@@ -301,7 +301,7 @@ class _BlockMiner:
         self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
         """Apply the margins to the encoder's scores, and return the score differences to the positives (Q, k)."""
-        if self.context.queries is None:
+        if self.context.queries is None or self.context.documents is None:
             return np.full(rows.shape, np.nan)
         vectors = (self.context.queries, self.context.documents)
         positive, scores = self._compare(vectors, block, rows, positives, scores if self.miner.needs_vectors else None)
@@ -358,7 +358,7 @@ def _joined_pools(pools: Sequence[Mined]) -> Mined:
 
 def _joined(parts: Sequence[Mined]) -> Mined:
     """Join the results of consecutive blocks of queries, without changing text numbers."""
-    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
+    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter[str]()
     for part in parts:
         starts.append(part.negatives.starts[1:] + total)
         total += len(part.negatives.documents)
