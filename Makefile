@@ -39,7 +39,7 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine audit compare report runs embed index find export test test-fast check bench clean
+override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -139,6 +139,9 @@ harness: $(STAMP) ## write files for other evaluation programs: make harness for
 mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
 	@$(PY) -m experiments.mine $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
+merge: $(STAMP) ## merge models into one: make merge model=runs/RUN,package:NAME choose=sweep output=FOLDER
+	@$(PY) -m experiments.merge $(OVERRIDES) $(call shell-words,$(value ARGS))
+
 audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
 	@$(PY) -m experiments.audit $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
@@ -171,12 +174,17 @@ test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
-check: ## check formatting, lint, sweep files, and the wording of comments and messages
+check: docs ## check formatting, lint, sweep files, wording and the site of the documentation
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(PY) -m experiments.sweep moe check=yes
 	@$(PY) -m tests.language -v
+
+docs: ## build the documentation as a site, with the Python API: site/index.html
+	@$(MAKE) --no-print-directory install EXTRAS=cpu,docs MAKEOVERRIDES=
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "built site/index.html"
 
 bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
 	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from datamodules.batches import MultiTaskDataModule as MultiTaskDataModule
     from datamodules.readers.beir import BeirReader as BeirReader
     from datamodules.readers.jsonl import JsonlReader as JsonlReader
+    from datamodules.readers.papers import PapersReader as PapersReader
     from datamodules.records import Collection as Collection
     from datamodules.records import Document as Document
     from datamodules.records import Task as Task
@@ -35,6 +36,7 @@ _MODULES = {
     "JsonlReader": "readers.jsonl",
     "LinkPredictionDataModule": "tasks",
     "MultiTaskDataModule": "batches",
+    "PapersReader": "readers.papers",
     "Phase": "schedule",
     "SampleReader": "sample",
     "SearchDataModule": "tasks",

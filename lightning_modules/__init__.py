@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.contrastive import ContrastiveModule as ContrastiveModule
     from lightning_modules.encoders.adapters import AdapterEncoder as AdapterEncoder
     from lightning_modules.encoders.backbone import load_backbone as load_backbone
+    from lightning_modules.encoders.backbone import random_backbone as random_backbone
+    from lightning_modules.encoders.backbone import word_vocabulary as word_vocabulary
     from lightning_modules.encoders.base import Encoder as Encoder
     from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
     from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.moe import MoEEncoder as MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder as RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
+    from lightning_modules.merging import Weights as Weights
+    from lightning_modules.merging import merge as merge
     from lightning_modules.mining.mine import MiningOptions as MiningOptions
     from lightning_modules.mining.mine import mine as mine
     from lightning_modules.objective import FrozenEncoder as FrozenEncoder
@@ -43,10 +47,14 @@ _MODULES = {
     "PromptEncoder": "encoders.instruct",
     "RoutedEncoder": "encoders.routed",
     "SharedEncoder": "encoders.shared",
+    "Weights": "merging",
     "evaluate": "retrieval.evaluation",
     "load_backbone": "encoders.backbone",
     "load_encoder": "encoders.loading",
+    "merge": "merging",
     "mine": "mining.mine",
+    "random_backbone": "encoders.backbone",
+    "word_vocabulary": "encoders.backbone",
 }
 __all__ = list(_MODULES)
 

@@ -31,6 +31,13 @@ WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito",
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums differ in their last bits with the number of threads, so no test may leave more to the next."""
+    yield
+    torch.set_num_threads(1)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HOME"], ignore_errors=True)
 

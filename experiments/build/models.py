@@ -63,11 +63,12 @@ class ModelOptions:
         """Return the configuration of the run that the model belongs to, if any."""
         return config_of_run(self.run_folder(), self.packages)
 
-    def load(self, config: Config | None = None, *, task: str = "") -> Encoder:
+    def load(self, config: Config | None = None, *, task: str = "", tasks: Mapping[str, str] | None = None) -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
 
         config: configuration of the model's run, whose pooling is the default of a plain model.
         task: the only task of a plain model; by default it has the paper's three.
+        tasks: task -> expert of a plain model.
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
@@ -78,7 +79,7 @@ class ModelOptions:
             )
         encoder = load_encoder(
             _resolve(self.model),
-            {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS,
+            tasks or ({task: task} if task and task not in ("all", "average") else DEFAULT_TASKS),
             backbone=self.backbone,
             pooling=self.pooling or (config.encoder.get("pooling") if config else None),
             tower=self.tower,

@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -66,10 +67,13 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     if config.diagnostics.every_n_steps:
         steps, picture_steps = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
         callbacks.append(Diagnostics(steps, picture_steps, folder / EXPERTS))
-    if config.evaluation.every_n_steps:
-        callbacks.append(_build_evaluation(config, data, folder))
+    evaluation = _build_evaluation(config, data, folder) if config.evaluation.every_n_steps else None
+    callbacks += [evaluation] if evaluation else []
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
-    callbacks += [instantiate(node) for node in config.callbacks.values()]
+    own = {name: instantiate(node) for name, node in config.callbacks.items()}
+    for name, callback in own.items():
+        _check_monitor(f"callbacks.{name}", callback, evaluation)
+    callbacks += own.values()
     last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
     callbacks += [NegativesReport(), RankReport(), Heartbeat(config.trainer.timeout), last, Preemption(last)]
     if on_a_terminal():
@@ -92,6 +96,21 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
         folder / BEST,
         settings.patience,
     )
+
+
+def _check_monitor(key: str, callback: L.Callback, evaluation: Evaluation | None) -> None:
+    """Raise UserError for a callback of Lightning that waits for an unknown metric, or for a lower one."""
+    monitor = getattr(callback, "monitor", None)
+    if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
+        return
+    if monitor in ("epoch", "step") and isinstance(callback, ModelCheckpoint):
+        return
+    if evaluation is None or not evaluation.benchmarks:
+        raise UserError(f"{key}.monitor: needs evaluations on a dev split; set evaluation.every_n_steps")
+    if monitor not in evaluation.names:
+        raise UserError(f"{key}.monitor: unknown metric {monitor!r}; expected one of {', '.join(evaluation.names)}")
+    if callback.mode != "max":
+        raise UserError(f"{key}.mode: {monitor} is best at 1; set mode to max (got {callback.mode})")
 
 
 def precision_of(config: Config, recorded: str | None = None) -> str:
@@ -150,11 +169,13 @@ def build_trainer(
             callbacks=callbacks,
             logger=loggers,
             plugins=plugins,
-            enable_checkpointing=False,  # LastCheckpoint and Evaluation write the checkpoints
+            # LastCheckpoint and Evaluation write the checkpoints; Lightning would add a callback of its own.
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=on_a_terminal(),
             enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
+            check_val_every_n_epoch=2,  # with 1, EarlyStopping and ModelCheckpoint would not wait for Evaluation
             log_every_n_steps=settings.log_every_n_steps,
         )
 

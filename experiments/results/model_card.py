@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import read_json
 from experiments.config.experiment import read_config
 from experiments.results.results import Results, read_results
 from experiments.run.folder import read_manifest
 from lightning_modules.encoders.base import Encoder
 
 CARD = "README.md"
+RECIPE = "merge.json"  # members, weights and dev scores of a merged model, in its folder
 INTRODUCTION = "contrastive multi-task training as in SciMult ([arXiv 2305.14232](https://arxiv.org/abs/2305.14232))"
 
 
@@ -25,6 +27,8 @@ def write_card(folder: Path, encoder: Encoder, source: str, run: Path | None, si
     sections = [_introduction(encoder, task), _usage(encoder, similarity, task), _encoder(encoder, source, similarity)]
     if run is not None:
         sections += _training(run, task)
+    if recipe := next((path for path in (folder / RECIPE, Path(source) / RECIPE) if path.is_file()), None):
+        sections.append(_merge(recipe))
     path = folder / CARD
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
@@ -121,6 +125,26 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     git = manifest.get("git") or {}
     commit = f"\n\nCommit {git['commit']}{' with changes' if git['changed'] else ''}." if git else ""
     return f"## Training\n\n{text}\n\n{block}\n\nWith {versions}.{commit}"
+
+
+def _merge(path: Path) -> str:
+    """Return the section on how a merged model was made. path: its recipe."""
+    recipe = read_json(path, {"members": list, "parts": dict, "tried": list, "dev": list})
+    parts = [f"{name}: {' '.join(map(str, weights))}" for name, weights in recipe["parts"].items()]
+    text = f"The parameters are the {recipe['method']} average of these models."
+    if parts:
+        text += f" Parts with other weights: {'; '.join(parts)}."
+    rows = [(member["model"], f"{member['weight']:.4g}", member["fingerprint"]) for member in recipe["members"]]
+    section = f"## Merge\n\n{text}\n\n{_table(['model', 'weight', 'fingerprint'], rows)}"
+    if not recipe["tried"]:
+        return section
+    sets = [f"{entry['name']} ({entry['task']}, {entry['split']})" for entry in recipe["dev"]]
+    tried = [
+        (trial["weights"], *(f"{score:.4f}" for score in (trial["mean"], *trial["scores"].values())))
+        for trial in recipe["tried"]
+    ]
+    note = f"{recipe['metric']} with the weights that were tried; {recipe['chosen']} was chosen."
+    return f"{section}\n\n{note}\n\n{_table(['weights', 'mean', *sets], tried)}"
 
 
 def _results(results: Results, task: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 
 from datamodules.records import Benchmark
 from lightning_modules.callbacks.checkpoint import save_checkpoint
@@ -25,7 +27,8 @@ log = logging.getLogger(__name__)
 class Evaluation(L.Callback):
     """Evaluate on all benchmarks every n optimizer steps and after the last step.
 
-    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one.
+    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then the
+    other callbacks get on_validation_end, with all metrics in trainer.callback_metrics.
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
@@ -68,6 +71,12 @@ class Evaluation(L.Callback):
         else:
             log.warning("another metric or benchmark chose the best checkpoint; the next evaluation replaces it")
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the metrics in logs and in trainer.callback_metrics."""
+        names = [f"val/{benchmark.name}/{metric}" for benchmark in self.benchmarks for metric in self.metrics]
+        return [*names, f"val/mean/{self.metrics[0]}"]
+
     def _criterion(self) -> list[str]:
         """Return the metric and benchmarks that choose the best checkpoint. Values of other ones cannot be compared."""
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
@@ -77,6 +86,10 @@ class Evaluation(L.Callback):
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
         self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
+        if any(
+            isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in trainer.callbacks
+        ):
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
         self._evaluate_if_due(trainer, module)
@@ -96,6 +109,10 @@ class Evaluation(L.Callback):
                 self._report(trainer, values, step)
                 self.evaluated_at = step
                 self._stop_if_out_of_patience(trainer)
+                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+                for callback in trainer.callbacks:
+                    if not isinstance(callback, ProgressBar):  # Lightning's has a bar for batches of a validation
+                        callback.on_validation_end(trainer, module)
 
     def _stop_if_out_of_patience(self, trainer: L.Trainer) -> None:
         if 0 < self.patience <= self.num_without_best and trainer.global_step < trainer.max_steps:

@@ -354,7 +354,7 @@ class Encoder(nn.Module):
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
         batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
-            device and with this token_budget. It takes a little longer. On GPUs, it needs torch 2.13.
+            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
         (vectors,) = self.encode_each([documents], task, tasks=tasks, **options)

@@ -267,13 +267,23 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 
     name: name of the source, for error messages.
     """
-    weights = source.state_dict()
+    weights = weights_for(source, target)
     if isinstance(source, SharedEncoder):
-        copied = {key: origin for key in target.state_dict() if (origin := dense_key(key)).startswith("backbone.")}
-        initial = {key: tensor for key, tensor in target.state_dict().items() if key not in copied}
-        unexpected = {key: tensor for key, tensor in weights.items() if key not in set(copied.values())}
-        weights = {key: weights[origin] for key, origin in copied.items() if origin in weights} | initial | unexpected
+        weights = {k: v for k, v in target.state_dict().items() if not dense_key(k).startswith("backbone.")} | weights
     load_weights(target, weights, name)
+
+
+def weights_for(source: Encoder, target: Encoder) -> dict[str, Tensor]:
+    """Return the weights of an encoder under the names that they have in another.
+
+    From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights in its place.
+    """
+    weights = source.state_dict()
+    if not isinstance(source, SharedEncoder):
+        return weights
+    origins = {key: origin for key in target.state_dict() if (origin := dense_key(key)).startswith("backbone.")}
+    unexpected = {key: tensor for key, tensor in weights.items() if key not in set(origins.values())}
+    return {key: weights[origin] for key, origin in origins.items() if origin in weights} | unexpected
 
 
 def dense_key(key: str) -> str:

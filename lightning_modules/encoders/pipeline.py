@@ -32,8 +32,9 @@ BLOCK = 8192  # number of texts that are sorted by length and copied together; a
 class PassShape:
     """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
 
-    Kernels for matrix products differ with the number of rows, and their results in the last bits. So a batch-invariant
-    pass always has the same number of tokens and of texts, and the same longest text: the rest are fillers.
+    Kernels for matrix products differ with the number of rows, and their results in the last bits. So on a GPU, a
+    batch-invariant pass always has the same number of tokens and of texts, and the same longest text: the rest are
+    fillers. On a CPU, threads divide the rows, and the bits depend on where a text is; so it gets a pass of its own.
 
     token_budget, most_texts: maximum numbers of tokens and of texts.
     filled: numbers of texts and of tokens, with fillers, and length of the longest.
@@ -44,8 +45,10 @@ class PassShape:
     filled: tuple[int, int, int] | None = None
 
     @classmethod
-    def invariant(cls, token_budget: int, max_length: int) -> PassShape:
-        """Return a shape with room for fillers, however many texts and tokens there are."""
+    def invariant(cls, token_budget: int, max_length: int, device: torch.device) -> PassShape:
+        """Return a shape with which vectors do not depend on other texts."""
+        if device.type == "cpu":
+            return cls(token_budget, most_texts=1)
         token_budget = max(token_budget, max_length)
         most_texts = max(token_budget // 8, 1)
         num_texts = most_texts + -(-(token_budget + max_length + most_texts) // (max_length - 1))
@@ -70,7 +73,7 @@ def encode_units(
     """
     shape = PassShape(token_budget)
     if batch_invariant:
-        shape = PassShape.invariant(token_budget, encoder.max_length)
+        shape = PassShape.invariant(token_budget, encoder.max_length, encoder.device)
     blocks: deque[_Block] = deque()
     launched: deque[_Block] = deque()
     most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that may be computing

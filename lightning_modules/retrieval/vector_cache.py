@@ -36,8 +36,7 @@ log = logging.getLogger(__name__)
 SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
 MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
 UNIT = 1024  # number of texts that a rank encodes at a time in memory
-# Settings of a backbone that change its vectors, and that the shapes of its weights do not determine. The names are
-# listed, because new versions of transformers add others.
+# Names of the settings of backbone_settings. They are listed, because new versions of transformers add others.
 SETTINGS = re.compile(
     "model_type|hidden_act|eps$|rope|window|local_attention|global_attn|layer_types|heads|^pad_token_id"
 )
@@ -225,8 +224,7 @@ def fingerprint(encoder: Encoder) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     arguments = {name: str(value) for name, value in encoder.config.items()}
-    backbone = {name: value for name, value in encoder.backbone.config.to_dict().items() if SETTINGS.search(name)}
-    parts = [type(encoder).__name__, arguments, backbone, _tokenization(encoder.tokenizer)]
+    parts = [type(encoder).__name__, arguments, backbone_settings(encoder), tokenization(encoder.tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -234,7 +232,12 @@ def fingerprint(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def _tokenization(tokenizer: Any) -> dict[str, Any]:
+def backbone_settings(encoder: Encoder) -> dict[str, Any]:
+    """Return the settings of a backbone that change its vectors, and that its weights do not determine."""
+    return {name: value for name, value in encoder.backbone.config.to_dict().items() if SETTINGS.search(name)}
+
+
+def tokenization(tokenizer: Any) -> dict[str, Any]:
     """Return what determines the tokens of a text: vocabulary, normalisation, and how words and sequences are split."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

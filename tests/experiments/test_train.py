@@ -26,6 +26,7 @@ from datamodules.sample import SampleReader
 from experiments import train as train_command
 from experiments.build import module as build_module
 from experiments.build.data import build_data
+from experiments.build.trainer import build_callbacks
 from experiments.config.experiment import experiments, folder_of, load_config
 from experiments.dry_run import dry_run
 from experiments.export import main as export
@@ -281,6 +282,63 @@ def test_a_run_without_a_new_best_stops_early_and_stays_complete(tmp_path, caplo
     assert trained() == [1, 2, 3, 4, 5, 6]
     assert stopped(patience=3) == 8
     assert trained() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+CALLBACKS = """
+encoder: {_target_: lightning_modules.encoders.shared.SharedEncoder}
+callbacks:
+  stop: {_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/mean/ndcg@10, mode: max, patience: 2}
+  keep:
+    _target_: lightning.pytorch.callbacks.ModelCheckpoint
+    monitor: val/searches/recall@20
+    mode: max
+    dirpath: DIRPATH
+"""
+
+
+@pytest.mark.slow
+def test_callbacks_of_lightning_see_the_dev_metrics(tmp_path):
+    """With a learning rate near zero every evaluation equals the first one, at step 2."""
+    folder, kept, own = tmp_path / "run", tmp_path / "kept", tmp_path / "own.yaml"
+    own.write_text(CALLBACKS.replace("DIRPATH", str(kept)))
+    settings = [f"run.dir={folder}", "trainer.max_steps=20", "evaluation.every_n_steps=2", "evaluation.baselines=false"]
+    settings += ["optim.lr=1e-12", "extend.packages=[lightning.pytorch.callbacks]", "trainer.log_every_n_steps=1"]
+
+    def stopped():
+        train(str(own), [*TINY, *settings])
+        return json.loads((folder / "results.json").read_text())["stopped_at"]
+
+    assert stopped() == 6
+    (folder / "results.json").unlink()  # as after a kill
+    assert stopped() == 6
+    assert [row["step"] for row in rows(folder) if "train/lr" in row] == [1, 2, 3, 4, 5, 6]
+    (best,) = kept.iterdir()
+    checkpoint = torch.load(best, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    (state,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    values = [row["val/searches/recall@20"] for row in rows(folder) if "val/searches/recall@20" in row]
+    assert values == pytest.approx([float(state["best_model_score"])] * 3)
+    assert len(load_encoder(best).tasks) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["callbacks.stop.monitor=val/loss"],
+            r"stop\.monitor: unknown metric 'val/loss'; expected one of val/topics/ndcg",
+        ),
+        (["callbacks.stop.mode=min"], r"stop\.mode: val/mean/ndcg@10 is best at 1; set mode to max \(got min\)"),
+        (["evaluation.every_n_steps=0"], r"stop\.monitor: needs evaluations on a dev split; set evaluation.every"),
+    ],
+)
+def test_monitors_that_cannot_work_are_refused(tmp_path, overrides, message):
+    own = tmp_path / "own.yaml"
+    own.write_text(CALLBACKS.replace("DIRPATH", str(tmp_path)))
+    allowed = "extend.packages=[lightning.pytorch.callbacks]"
+    config = load_config(str(own), [*TINY, f"run.dir={tmp_path}", allowed, *overrides])
+    with pytest.raises(UserError, match=message):
+        build_callbacks(config, build_data(config, training=True), tmp_path)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from experiments import audit, compare, data, dry_run, find, import_papers, index, mteb, reproduce, runs, sweep
+from experiments import audit, compare, data, dry_run, find, import_papers, index, merge, mteb, reproduce, runs, sweep
 from experiments.build.suite import BenchmarkConfig
 from experiments.results import result_tables
 from experiments.results.cost import Cost
@@ -137,6 +137,9 @@ TABLES = {
     ),
     "index._show": lambda t, folder: index._show(
         [{"nprobe": 1, "recall": 1.0}], 1, SimpleNamespace(kind=t, bits=t), folder
+    ),
+    "merge._show": lambda t, _: merge._show(
+        {"metric": t, "dev": [{"name": t}], "tried": [{"weights": t, "mean": 0.5, "scores": {t: 0.5}}], "chosen": t}
     ),
     "mteb._show": lambda t, _: mteb._show(
         SimpleNamespace(task_of=lambda data: t),

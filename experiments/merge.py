@@ -1,0 +1,232 @@
+"""Merge models into one: python -m experiments.merge --help"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from datamodules.files import write_json
+from datamodules.options import option
+from datamodules.records import Benchmark, UserError
+from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
+from experiments.build.models import EncodingOptions, config_of_run, default_similarity, run_of
+from experiments.config.arguments import parse
+from experiments.config.schema import Config
+from experiments.results.model_card import RECIPE, write_card
+from experiments.shared.console import entry_point, table_console
+from experiments.shared.output import whole_folder
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.merging import Method, Weights, check_members, greedy_soup, merge, narrowest_parts, sweep
+from lightning_modules.retrieval.compute import describe_device, resolve_device
+from lightning_modules.retrieval.evaluation import evaluate
+from lightning_modules.retrieval.metrics import check_metric
+from lightning_modules.retrieval.vector_cache import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class MergeOptions(EncodingOptions):
+    """Merge models into one, by weighted averages of their parameters.
+
+    With equal weights, the result is a uniform soup. choose= searches the weights on dev data: a greedy soup of several
+    models, or the best mixture of a trained model and the model that it started from.
+    """
+
+    model: str = option(
+        help="models to merge, separated by commas: folders of runs, checkpoints, exported folders, or pretrained "
+        "models (folder, name on the hub, or package:NAME of an installed package). The first one determines class "
+        "and tasks"
+    )
+    output: Path = option(help="new folder of the merged model")
+    method: Method = option("linear", "linear, or slerp (along the arc between the tensors of two models)")
+    weights: tuple[float, ...] = option((), "weight of each model, by default equal; they are scaled to the sum 1")
+    parts: tuple[str, ...] = option(
+        (),
+        "weights for a part, as PART:WEIGHT:WEIGHT with one weight per model; parts are embeddings, shared, experts, "
+        "and the name of each expert",
+    )
+    choose: Literal["no", "greedy", "sweep", "parts"] = option(
+        "no",
+        "choose weights on the dev data: greedy (add each model to the mean if the score does not fall), sweep (try "
+        "the weights of sweep= for the first of two models), or parts (the same, and then for one part after another)",
+    )
+    sweep: tuple[float, ...] = option(
+        tuple(i / 10 for i in range(11)), "weights of the first model to try", minimum=0, maximum=1
+    )
+    dev: tuple[str, ...] = option(
+        (),
+        "dev data: run (the collections of the first model's run, the default of choose=) and TASK:FOLDER for any "
+        "folder in BEIR layout or of JSON lines. The score is the mean over all of them",
+    )
+    split: str = option("dev", "split of the dev data")
+    benchmarks: tuple[str, ...] = option((), "further dev data: benchmarks of make eval")
+    data_root: Path | None = option(None, "folder that holds the data of the benchmarks", key="data.root")
+    suite: Path | None = option(None, "file of your own benchmarks, instead of experiments/benchmarks")
+    metric: str = option("ndcg@10", "metric of the score, on data that define none")
+    token_budget: int | None = option(None, "maximum number of tokens per forward pass", minimum=1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(MergeOptions, arguments)
+    _check(options)
+    names = [name for name in options.model.split(",") if name]
+    run = next(filter(None, map(run_of, names)), None)
+    config = config_of_run(run, options.packages)
+    with whole_folder(options.output) as folder:  # first, because the search takes long
+        members = _load(options, names, config)
+        first = members[names[0]]
+        first.similarity = default_similarity(first, config)
+        search = Search(options, members, _dev_sets(options, config))
+        weights = search.best()
+        merged = merge(members, weights, options.method)
+        recipe = search.recipe(weights)
+        merged.save_pretrained(folder)
+        write_json(folder / RECIPE, recipe, indent=2)
+        write_card(folder, merged, options.model, None, merged.similarity)
+    if search.trials:
+        _show(recipe)
+    log.info("weights %s: load_encoder(%r)", weights, str(options.output))
+
+
+def _check(options: MergeOptions) -> None:
+    """Check the options, before any model is loaded."""
+    check_metric(options.metric)
+    if options.choose != "no" and (options.weights or options.parts):
+        raise UserError(f"weights, parts: cannot be set with choose={options.choose}, which chooses them")
+    if bool(options.benchmarks) != bool(options.data_root):
+        raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
+    names = [name for name in options.model.split(",") if name]
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"model: expected two or more different models, separated by commas, got {options.model!r}")
+    if options.choose in ("sweep", "parts") and len(names) != 2:
+        raise UserError(f"choose: {options.choose} needs two models, got {len(names)}; use greedy")
+    if options.choose in ("sweep", "parts") and not options.sweep:
+        raise UserError("sweep: expected at least one weight, such as 0,0.5,1")
+    if options.choose == "greedy" and options.method == "slerp":
+        raise UserError("method: greedy soups are linear; remove method=slerp")
+
+
+def _load(options: MergeOptions, names: Sequence[str], config: Config | None) -> dict[str, Encoder]:
+    """Load the models. Pretrained models get the tasks of the first one."""
+    members: dict[str, Encoder] = {}
+    device, tasks = resolve_device(options.device), None
+    for name in names:
+        members[name] = replace(options, model=name).load(config, tasks=tasks).to(device)
+        tasks = tasks or members[name].tasks
+    check_members(members)
+    log.info("%d models on %s", len(members), describe_device(device))
+    return members
+
+
+def _parse_parts(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return part -> weights from texts such as search:0.8:0.2."""
+    parts = {}
+    for text in texts:
+        part, *weights = text.split(":")
+        try:
+            parts[part] = tuple(map(float, weights))
+        except ValueError:
+            raise UserError(f"parts: expected PART:WEIGHT:WEIGHT, such as search:0.8:0.2, got {text!r}") from None
+    return parts
+
+
+def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
+    """Return the dev data of a merge. config: configuration of the first model's run, if any."""
+    named = options.dev or (("run",) if options.choose != "no" and not options.benchmarks else ())
+    sets: list[Benchmark] = []
+    for name in named:
+        task, colon, folder = name.partition(":")
+        if not colon and name != "run":
+            raise UserError(f"dev: expected run or TASK:FOLDER, with commas between several, got {name!r}")
+        if not colon and config is None:
+            raise UserError("dev: none of the models belongs to a run, so there are no dev data; set dev=TASK:FOLDER")
+        chosen = BenchmarkOptions(split=options.split, **({"beir": Path(folder), "task": task} if colon else {}))
+        sets += collection_benchmarks(chosen, config)
+    if options.benchmarks:
+        suite = BenchmarkOptions(benchmarks=options.benchmarks, data_root=options.data_root, suite=options.suite)
+        sets += suite_benchmarks(suite)
+    names = [benchmark.name for benchmark in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"dev: two sets have the name {twice}; rename one, because scores are stored by name")
+    return sets
+
+
+class Search:
+    """Finds the weights of a merge, and remembers what was tried.
+
+    trials: weights in words -> mean and scores, in the order in which they were tried.
+    """
+
+    def __init__(self, options: MergeOptions, members: Mapping[str, Encoder], sets: Sequence[Benchmark]):
+        self.options, self.members, self.sets = options, members, sets
+        self.trials: dict[str, dict[str, Any]] = {}
+
+    def best(self) -> Weights:
+        """Return the weights of the options, or the best ones that were tried."""
+        options, count = self.options, len(self.members)
+        if options.choose == "greedy":
+            return greedy_soup(count, self.score)
+        if options.choose != "no":
+            parts = narrowest_parts(next(iter(self.members.values()))) if options.choose == "parts" else ()
+            return sweep(options.sweep, self.score, parts)
+        weights = Weights(options.weights or (1.0,) * count, _parse_parts(options.parts))
+        if self.sets:
+            self.score(weights)
+        return weights
+
+    def score(self, weights: Weights) -> float:
+        """Return the mean metric over the dev sets with these weights. The same weights are evaluated once."""
+        key = str(weights)
+        if key not in self.trials:
+            encoder = merge(self.members, weights, self.options.method)
+            scores = {benchmark.name: self._score_on(encoder, benchmark) for benchmark in self.sets}
+            mean = sum(scores.values()) / len(scores)
+            log.info("weights %s: %s %.4f", key, self.options.metric, mean)
+            self.trials[key] = {"weights": key, "mean": mean, "scores": scores}
+        return self.trials[key]["mean"]
+
+    def _score_on(self, encoder: Encoder, benchmark: Benchmark) -> float:
+        metrics = benchmark.metrics[:1] or (self.options.metric,)
+        similarity, budget = encoder.similarity, self.options.token_budget
+        result = evaluate(encoder, replace(benchmark, metrics=()), metrics, similarity=similarity, token_budget=budget)
+        return result.metrics[metrics[0]]
+
+    def recipe(self, weights: Weights) -> dict[str, Any]:
+        """Return the content of merge.json."""
+        return {
+            "members": [
+                {"model": name, "fingerprint": fingerprint(encoder), "weight": weight / sum(weights.members)}
+                for (name, encoder), weight in zip(self.members.items(), weights.members, strict=True)
+            ],
+            "parts": dict(weights.parts),
+            "method": self.options.method,
+            "choose": self.options.choose,
+            "metric": self.options.metric,
+            "dev": [{"name": b.name, "task": b.task, "split": b.split, "data": b.fingerprint()} for b in self.sets],
+            "chosen": str(weights),
+            "tried": list(self.trials.values()),
+        }
+
+
+def _show(recipe: Mapping[str, Any]) -> None:
+    """Print the weights that were tried, with their scores."""
+    sets = [entry["name"] for entry in recipe["dev"]]
+    table = Table(title=f"{recipe['metric']} on dev data, with weights in the order of model=")
+    table.add_column("weights", overflow="fold")
+    for name in ("mean", *sets):
+        table.add_column(name, justify="right")
+    for trial in recipe["tried"]:
+        chosen = " *" if trial["weights"] == recipe["chosen"] else ""
+        scores = (trial["mean"], *trial["scores"].values())
+        table.add_row(trial["weights"] + chosen, *(f"{score:.4f}" for score in scores))
+    table_console().print(table)
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,35 @@
+"""The parts of an encoder, by which learning rates and the weights of a merge are set.
+
+embeddings   the embeddings of the backbone
+shared       all other parameters that serve every task
+experts      the experts and adapters of all tasks; the name of an expert stands for that one alone
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from datamodules.records import UserError
+
+T = TypeVar("T")
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the parts that a parameter of an encoder belongs to, the narrowest first."""
+    if expert := re.search(r"(?:\.experts|^adapters)\.(\w+)\.", name):
+        return expert[1], "experts"
+    return ("embeddings",) if ".embeddings." in name else ("shared",)
+
+
+def value_of(name: str, values: Mapping[str, T], default: T) -> T:
+    """Return the value of the narrowest part that a parameter belongs to. values: part -> value."""
+    return next((values[part] for part in parts_of(name) if part in values), default)
+
+
+def check_parts(parts: Iterable[str], names: Iterable[str]) -> None:
+    """Raise UserError for a part that none of an encoder's parameters belongs to. names: names of the parameters."""
+    existing = {part for name in names for part in parts_of(name)}
+    if unknown := [part for part in parts if part not in existing]:
+        raise UserError(f"unknown part {unknown[0]!r}; the parts of this encoder are {', '.join(sorted(existing))}")
