@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -278,7 +278,7 @@ class ResumableLoader:
             self.rounds.load(state.get("rounds", ()), self.position)
 
 
-class ContrastiveDataModule(L.LightningDataModule):
+class ContrastiveDataModule(L.LightningDataModule, ABC):
     """Base class for the data of one or several tasks, with a loader that follows the schedule.
 
     tokenizer: tokenizer of the encoder; by default the trained module's.

@@ -16,6 +16,7 @@ Shapes
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -100,7 +101,7 @@ class Coefficients:
 class TaskGradients:
     """The gradients of one optimizer step for each task. parameters: trained parameters."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], tasks: Sequence[str]):
+    def __init__(self, parameters: Sequence[Tensor], tasks: Sequence[str]):
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
@@ -154,7 +155,7 @@ class TaskGradients:
                 parameter.grad = (weights @ gradient).view_as(parameter)
 
 
-class GradientBalance(L.Callback):
+class GradientBalance(L.Callback, ABC):
     """Combines the gradients of the tasks in an optimizer step with coefficients.
 
     Every optimizer step needs a batch of every task. The callback stores one gradient per task. On several ranks, it
@@ -193,9 +194,9 @@ class GradientBalance(L.Callback):
         self.gradients.clear()
         self.losses.zero_()
 
+    @abstractmethod
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         """Return the coefficients of this step. losses: losses of the tasks, (T,)."""
-        raise NotImplementedError
 
 
 class PCGrad(GradientBalance):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,20 +53,20 @@ class ViewOptions:
             raise UserError(f"definitions: {self.definitions} is not a file")
 
 
-class View:
+class View(ABC):
     """A collection made from a library: documents, and queries with their relevant documents.
 
     num_documents: size of the corpus. kind: what its documents are, such as "labels".
     queries, pairs: number of queries, and of pairs with a grade above 0, in each split.
     left_out: number of things that are not in the collection, by reason.
 
-    Raises EmptyView if there is no query for training.
+    Raises EmptyView without a query for training.
     """
 
     kind = "papers"
     documents_sql = "SELECT id, title, abstract FROM papers ORDER BY number"
     queries_sql = "SELECT id, title, abstract FROM papers WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
-    nothing = "there is no query for training"
+    nothing = "no query for training"
 
     def __init__(self, library: Library, options: ViewOptions, bad: BadLines):
         self.library, self.options, self.bad = library, options, bad
@@ -86,9 +87,9 @@ class View:
             reasons = (f"{reason}: {count:,}" for reason, count in self.left_out.items())
             raise EmptyView("; ".join((self.nothing, *reasons)))
 
+    @abstractmethod
     def judge(self) -> None:
         """Fill the table of judgements."""
-        raise NotImplementedError
 
     def _by_split(self, counted: str) -> dict[str, int]:
         counts = dict(self.database.execute(f"SELECT split, {counted} FROM {self.judged} GROUP BY split"))

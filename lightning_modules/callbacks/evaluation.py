@@ -86,9 +86,8 @@ class Evaluation(L.Callback):
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
         self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
-        if any(
-            isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in trainer.callbacks
-        ):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, EarlyStopping) and each.stopping_reason.value for each in callbacks):
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
@@ -110,7 +109,7 @@ class Evaluation(L.Callback):
                 self.evaluated_at = step
                 self._stop_if_out_of_patience(trainer)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-                for callback in trainer.callbacks:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if not isinstance(callback, ProgressBar):  # Lightning's has a bar for batches of a validation
                         callback.on_validation_end(trainer, module)
 

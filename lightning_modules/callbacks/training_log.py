@@ -135,7 +135,8 @@ class TrainingBar(RichProgressBar):
         return "training"  # instead of the epoch: there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-        logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        logs = (callback for callback in callbacks if isinstance(callback, TrainingLog))
         return {name: text for log in logs for name, text in log.latest.items()}
 
 

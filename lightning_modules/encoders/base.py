@@ -357,7 +357,7 @@ class Encoder(nn.Module):
             device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
-        (vectors,) = self.encode_each([documents], task, tasks=tasks, **options)
+        (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
         return vectors
 
     @overload

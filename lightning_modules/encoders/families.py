@@ -159,10 +159,8 @@ class RowFunctions:
 class Bert(RowFunctions):
     """BERT and RoBERTa."""
 
-    attention_modules: tuple[str, ...] = (
-        "attention.self",
-        "attention.output.dense",
-    )  # LayerNorm stays shared (paper, section 3.2)
+    # LayerNorm after attention stays shared (paper, section 3.2).
+    attention_modules: tuple[str, ...] = ("attention.self", "attention.output.dense")
     ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
 
     def __init__(self, backbone: Any):
