@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
-from datamodules.readers.checks import add_id, stream_collection
+from datamodules.readers.collecting import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError, check_name
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 

@@ -21,7 +21,8 @@ from datamodules.papers.paper_record import KINDS, Paper
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
 from datamodules.readers.beir import BeirWriter
-from datamodules.readers.checks import SPLITS, BadLines
+from datamodules.readers.checks import SPLITS
+from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, near, table_console

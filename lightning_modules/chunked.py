@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from datamodules.records import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 

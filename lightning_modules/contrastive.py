@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from datamodules.options import check_options
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.chunked import Embedded, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe

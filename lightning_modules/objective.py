@@ -25,7 +25,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.encoders.base import Encoder

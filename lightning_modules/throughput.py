@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.encoders.attention import AttentionContext, attend_padded, choose_kernel
 from lightning_modules.memory import Memory

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
-from datamodules.readers.checks import BadLines, Record, Row
 from datamodules.readers.io import open_text, read_chunk
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory

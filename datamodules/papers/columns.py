@@ -22,8 +22,9 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row, check_choice, check_id
+from datamodules.readers.checks import check_choice, check_id
 from datamodules.readers.io import numbered_lines
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError
 from datamodules.text import TEXT_KEYS

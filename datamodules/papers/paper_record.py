@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import Record, check_id, check_text, content_id
+from datamodules.readers.checks import check_id, check_text, content_id
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, year_of
-from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
 from datamodules.records import UserError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
-from datamodules.readers.checks import BadLines, Record, Row
 from datamodules.readers.io import numbered_lines
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
 TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")

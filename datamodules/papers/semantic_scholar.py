@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, objects, optional_id, year_of
-from datamodules.readers.checks import Record
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 WRAPPERS = ("citedPaper", "citingPaper")  # entries of the endpoints "references" and "citations"

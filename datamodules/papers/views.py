@@ -13,9 +13,10 @@ from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
 from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
-from datamodules.readers.checks import SPLITS, BadLines, Record, check_choices
-from datamodules.readers.io import as_object
+from datamodules.readers.checks import SPLITS, check_choices
+from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Document, Sink, UserError
 
 SEARCHES = ("title", "keywords")

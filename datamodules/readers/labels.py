@@ -5,8 +5,10 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Record, Row, add_document
-from datamodules.readers.io import SUFFIXES, as_object, read_lines, read_records
+from datamodules.readers.collecting import add_document
+from datamodules.readers.io import SUFFIXES, read_lines
+from datamodules.readers.json_files import as_object, read_records
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
 from datamodules.records import Document, UserError
 

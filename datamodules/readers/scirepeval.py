@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    Record,
-    Row,
-    add_grades,
-    add_repeated,
-    check_choice,
-    check_collection,
-    check_id,
-)
-from datamodules.readers.io import as_object, find_file
+from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.collecting import add_grades, add_repeated, check_collection
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
 from datamodules.records import Collection, Document, UserError
 from datamodules.text import TEXT_KEYS

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from datamodules.papers.formats import JSON, KNOWN_SUFFIXES, suffix_of
-from datamodules.readers.checks import BadLines, Row
-from datamodules.readers.io import as_object, find_optional_file
+from datamodules.readers.io import find_optional_file
+from datamodules.readers.json_files import as_object
+from datamodules.readers.rows import BadLines, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.records import ContrastiveBatch, Document, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs

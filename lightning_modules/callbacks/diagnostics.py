@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size

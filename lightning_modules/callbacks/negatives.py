@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.losses import fill_padding

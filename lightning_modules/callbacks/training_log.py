@@ -17,7 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from torchmetrics import MeanMetric
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.loggers import RunLogger

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 
 VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters  # torch 2.10 has neither windows nor splits
 # With one split, the vector of a text does not depend on the texts around it.

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Document, Tokens, UserError, check_name
+from datamodules.packed import Tokens
+from datamodules.records import Document, UserError, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix

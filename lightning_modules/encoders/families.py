@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
 
 

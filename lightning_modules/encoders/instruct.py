@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import family_of

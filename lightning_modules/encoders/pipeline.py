@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import Document, Tokens
+from datamodules.packed import Tokens
+from datamodules.records import Document
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
 from lightning_modules.retrieval.compute import default_token_budget

@@ -11,7 +11,7 @@ from datamodules.papers.columns import MAX_EXCEL
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
 from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
 from datamodules.papers.splits import Splits
-from datamodules.readers.checks import BadLines
+from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from datamodules.readers import io
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.checks import BadLines, Record, check_grade
-from datamodules.readers.io import as_object, read_entries, read_lines, read_members, read_records
+from datamodules.readers.checks import check_grade
+from datamodules.readers.io import read_lines
+from datamodules.readers.json_files import as_object, read_entries, read_members, read_records
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import UserError
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from datamodules.text import length_sorted_chunks
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.adapters import AdapterEncoder
