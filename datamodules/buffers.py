@@ -51,7 +51,7 @@ def unpack(buffer: Tensor, value: Value) -> Value:
 
 
 def _shared_memory(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return the memory that all tensors are in, as bytes, or None if there is more than one."""
+    """Return the memory that all tensors share, as bytes, or None if they are in several."""
     storage = tensors[0].untyped_storage()
     if storage.nbytes() % ALIGNMENT or any(x.untyped_storage()._cdata != storage._cdata for x in tensors):
         return None
@@ -68,7 +68,7 @@ def _copy(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _replace(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
-    """Return a value with replacements of everything of some kind in it; None leaves it unchanged."""
+    """Replace everything of one kind inside a value. A replacement of None leaves it unchanged."""
     if isinstance(value, kind):
         new = replacement(value)
         return value if new is None else new

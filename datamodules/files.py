@@ -94,13 +94,13 @@ def expanded(path: str | Path, key: str, advice: str = "") -> Path:
     """Return a path with ~ replaced by the home folder.
 
     key: setting that the path comes from. advice: another way than to name a folder, for the error.
-    Raises UserError if there is no home folder.
+    Raises UserError if the user has no home folder.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with any user id
         advice = f"name a folder{advice}"
-        raise UserError(f"{key}: there is no home folder for {path}; {advice}") from error
+        raise UserError(f"{key}: {path} needs a home folder, and this user has none; {advice}") from error
 
 
 RECREATED = "Delete it, and it will be created again."

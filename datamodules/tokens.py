@@ -195,7 +195,7 @@ class TokenFile(TokenTable):
 
 
 class TokenCache:
-    """Token ids of texts that were tokenised lately, in memory. If it is full, the least recently used are dropped.
+    """Token ids of recently tokenised texts, in memory. If it is full, the least recently used are dropped.
 
     limit: number of bytes.
     """
@@ -245,7 +245,7 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the token file of the stored collection that documents are Rows of, if there is one."""
+    """Return the token file of the stored collection that the documents belong to, or None."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path

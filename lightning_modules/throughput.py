@@ -190,7 +190,7 @@ def num_positions(batch: ContrastiveBatch, padded: bool) -> int:
 
 
 def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
-    """Return whether training pads the texts of a chunk to compute attention. Everything else is never padded."""
+    """Return whether training pads the texts of a chunk to compute attention. Nothing else is ever padded."""
     config, token = encoder.backbone.config, Tokens.pack([[0]])
     dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
     query = torch.empty(1, dtype=dtype, device=encoder.device)
@@ -198,7 +198,7 @@ def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
+    """Return the type in which matrix products are computed. precision: a name such as "bf16-mixed" or "bf16"."""
     return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
 
 

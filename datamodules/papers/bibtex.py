@@ -47,7 +47,7 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
             if isinstance(block, model.ParsingFailedBlock):
                 raise UserError(f"not valid BibTeX ({block.error})")
             if is_text:
-                raise UserError("an entry that does not start with @")
+                raise UserError("expected an entry that starts with @")
             row.value = {"id": block.key} | {field.key.lower(): field.value for field in reversed(block.fields)}
         if row.value is not None:
             yield row

@@ -61,11 +61,11 @@ def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
 def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
     """Check the columns of a table by its first row.
 
-    Raises UserError if there is neither title nor abstract, or if a named column does not exist.
+    Raises UserError if the table has neither a title nor an abstract, or lacks a column that the user named.
     """
     names = ", ".join(map(str, record))[:200]
     if unknown := [column for column in columns.values() if column not in record]:
-        raise UserError(f"{path}: there is no column {unknown[0]!r} (columns here: {names})")
+        raise UserError(f"columns: {path} has no column {unknown[0]!r}; expected one of {names}")
     present = {plain_name(str(key)) for key in record}
     missing = [name for name in ("title", "abstract") if name not in columns and present.isdisjoint(COLUMNS[name])]
     if len(missing) == 2:
@@ -107,7 +107,7 @@ def paper(record: Record, columns: Mapping[str, str]) -> Paper:
 
 
 def _items(name: str, value: Any, separators: str) -> list[str]:
-    """Return the items of a list, of JSON's text of a list, or of a text with separators."""
+    """Return the items of a list, which is given as a list, as JSON, or as a text with separators."""
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):  # a text may start with a bracket
             value = json.loads(value)
@@ -168,7 +168,7 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file. number: number of the last line read. row: lines of the current row, which a quote joins."""
+    """The lines of a file. number: number of the last line read. row: lines of the current row."""
 
     def __init__(self, path: Path):
         self.number, self.row = 0, list[str]()
@@ -183,7 +183,7 @@ class _Lines:
         return line
 
     def read_again_after_first(self) -> None:
-        """Go back to the second line of the current row: a quote that is not closed joined it with rows below."""
+        """Go back to the second line of the current row, which an open quote joined with the rows below."""
         start = self.number - len(self.row) + 1
         self._again.extendleft(reversed(list(enumerate(self.row[1:], start=start + 1))))
         self.number = start

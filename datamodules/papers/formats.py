@@ -97,7 +97,7 @@ KNOWN_SUFFIXES = {suffix for each in FORMATS.values() for suffix in each.suffixe
 
 
 def files_of(source: Path) -> list[Path]:
-    """Return a file, or all files of a folder and its folders that may have papers. Raises UserError if there are none.
+    """Return a file, or all files below a folder that may have papers. Raises UserError if none may.
 
     Files without a suffix count if they are compressed: those of OpenAlex's snapshot are called part_000.gz.
     """

@@ -59,7 +59,7 @@ class View(ABC):
 
     num_documents: size of the corpus. kind: what its documents are, such as "labels".
     queries, pairs: number of queries, and of pairs with a grade above 0, in each split.
-    left_out: number of things that are not in the collection, by reason.
+    left_out: number of papers, labels or queries that are left out, by reason.
 
     Raises EmptyView without a query for training.
     """
@@ -196,7 +196,7 @@ class Citations(View):
 
 
 class Searches(View):
-    """Queries are titles, keywords, or those of a file; the corpus is papers, or only their abstracts for titles."""
+    """Queries are titles, keywords or those of a file. The corpus is the papers; for titles, their abstracts."""
 
     queries_sql = "SELECT id, '', text FROM queries WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
 
@@ -214,7 +214,7 @@ class Searches(View):
             self._from_file(Path(self.options.search))
 
     def _from_papers(self, name: str) -> None:
-        """Make a query of each paper. Papers with the same title or keywords share one, and so its split."""
+        """Make a query of each paper. Papers with the same title or keywords share a query and its split."""
         execute, count = self.database.execute, self.library.count
         if name == "title":
             texts = "SELECT number, title AS text FROM papers WHERE title <> '' AND abstract <> ''"

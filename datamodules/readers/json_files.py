@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from datamodules.readers.io import CHUNK, MAX_LINE, not_text, open_text, read_chunk, read_lines
+from datamodules.readers import io
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
@@ -21,7 +21,7 @@ MAX_WHOLE = 2**28  # characters of a file that is read as a whole
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
-    with open_text(path) as stream:
+    with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         while window.peek():
             number = window.line
@@ -36,9 +36,9 @@ def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
 
     Raises UserError as `read_entries` does.
     """
-    with open_text(path) as stream:
+    with io.open_text(path) as stream:
         is_list = _JsonWindow(stream, path).peek() == "["
-    return read_entries(path, bad) if is_list else read_lines(path, bad)
+    return read_entries(path, bad) if is_list else io.read_lines(path, bad)
 
 
 def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
@@ -47,7 +47,7 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
     An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
     start of the next entry is then unknown.
     """
-    with open_text(path) as stream:
+    with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         count = yield from _entries(window, bad, kind)
         if window.peek():
@@ -62,7 +62,7 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
     missing.
     """
     num_entries, seen = 0, set[str]()
-    with open_text(path) as stream:
+    with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         window.expect("{", "a JSON object")
         while window.peek() != "}" or seen:
@@ -88,8 +88,8 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
 
 def read_whole_json(path: Path) -> Any:
     """Return the one JSON value of a small file. Raises UserError if it is invalid."""
-    with open_text(path) as stream:
-        text = read_chunk(stream, path, 0, MAX_WHOLE + 1)
+    with io.open_text(path) as stream:
+        text = io.read_chunk(stream, path, 0, MAX_WHOLE + 1)
     if len(text) > MAX_WHOLE:
         raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
     try:
@@ -150,7 +150,7 @@ def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[
         value, text, reason = window.next_value(f"entry {count}")
         if bad is not None:
             row = Row(bad, window.path, number, text, count, value)
-            if reason := not_text(text) or reason:
+            if reason := io.not_text(text) or reason:
                 bad.report(row, reason)
             else:
                 yield row
@@ -210,14 +210,14 @@ class _JsonWindow:
                 return value, text, reason
             if self.ended:
                 raise UserError(f"{self.path}, line {self.line}: the file ends inside {what}")
-            if len(self.text) - self.position > MAX_LINE:
-                raise UserError(f"{self.path}, line {self.line}: {what} does not end within {MAX_LINE:,} characters")
+            if len(self.text) - self.position > io.MAX_LINE:
+                raise UserError(f"{self.path}, line {self.line}: {what} does not end within {io.MAX_LINE:,} characters")
             self._slide()
 
     def _slide(self) -> None:
         """Drop the text before the position, and at least double the rest. So long entries take linear time."""
         rest = self.text[self.position :]
-        chunk = read_chunk(self.stream, self.path, self.line, max(CHUNK, len(rest)))
+        chunk = io.read_chunk(self.stream, self.path, self.line, max(io.CHUNK, len(rest)))
         self.text, self.position, self.ended = rest + chunk, 0, not chunk
 
     def _move(self, end: int) -> None:

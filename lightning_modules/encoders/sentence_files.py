@@ -178,7 +178,7 @@ def _default_prompt(name: str, settings: Mapping[str, Any]) -> str:
     if not all(isinstance(prompt, str | None) for prompt in prompts.values()):
         raise UserError(f"{name}: {SETTINGS}: prompts must be texts, got {str(prompts)[:80]}")
     if default is not None and default not in prompts:
-        raise UserError(f"{name}: {SETTINGS}: there is no prompt {default!r}, which default_prompt_name names")
+        raise UserError(f"{name}: {SETTINGS}: default_prompt_name is {default!r}, which is not one of the prompts")
     if default is None and (others := sorted(key for key, prompt in prompts.items() if prompt)):
         log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(others))
     return prompts.get(default) or ""

@@ -91,7 +91,7 @@ def test_latex_becomes_plain_text(tmp_path):
     ("entry", "reason"),
     [
         ("@article{a, title = {x}\n\n@article{b, title = {y}}\n@article{c, title = {z}}", "not valid BibTeX"),
-        ("article{a, title = {x}}\n@article{b, title={y}}", "an entry that does not start with @"),
+        ("article{a, title = {x}}\n@article{b, title={y}}", "expected an entry that starts with @"),
     ],
 )
 def test_bad_entry_of_bibtex_is_reported_with_its_line(tmp_path, entry, reason):

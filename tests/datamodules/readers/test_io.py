@@ -12,7 +12,7 @@ from datamodules.readers import io
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.checks import check_grade
 from datamodules.readers.io import read_lines
-from datamodules.readers.json_files import as_object, read_entries, read_members, read_records
+from datamodules.readers.json_files import as_object, read_entries, read_members, read_records, read_whole_json
 from datamodules.readers.rows import BadLines, Record
 from datamodules.records import UserError
 
@@ -295,7 +295,7 @@ def test_compressed_file_that_expands_too_far_is_refused(tmp_path, monkeypatch, 
     path.write_bytes(gzip.compress(content) if suffix == ".gz" else zstd(content))
     for reader in (read_lines, read_records) if content[:1] == b"w" else (read_lines,):
         assert "200 times its size; if it is the right file, decompress it" in error_of_reading(path, reader)
-    assert "200 times its size" in error_of(lambda: io.read_whole_json(path))
+    assert "200 times its size" in error_of(lambda: read_whole_json(path))
     monkeypatch.undo()
     assert io.MIN_EXPANSION == 2**30  # a gigabyte is accepted at any ratio
     with io.open_text(path) as stream:
