@@ -9,7 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -35,7 +35,7 @@ DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no m
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """How batches are made. Tasks may have their own batch_size, batch_tokens, max_length and numbers of documents."""
+    """How batches are made. Tasks may have options of their own."""
 
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
@@ -48,6 +48,13 @@ class BatchOptions:
     num_workers: int | None = option(
         None, "processes that prepare batches; 0: the training process; by default up to 4 for a GPU", minimum=0
     )
+    collection_temperature: float = option(
+        1.0,
+        "temperature of the collections of a task: their shares are their numbers of examples to the power 1 / "
+        "collection_temperature",
+        minimum=0.1,
+    )
+    mixed_batches: bool = option(False, "whether a batch mixes the collections of its task")
     seed: int = option(0, "seed of the schedule and of everything that is sampled")
     phases: tuple[Phase, ...] = option((Phase(0),), "phases of the schedule; by default tasks take turns throughout")
     cache: str = option("", "folder of converted collections; empty keeps collections in memory")
@@ -84,6 +91,13 @@ def text_key(ids: np.ndarray) -> int:
     return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
 
 
+class StoredVectors(Protocol):
+    """Vectors of the rows of a task's document table."""
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors (n, G) of rows (n,), in float32."""
+
+
 class Collator:
     """Make batches of one task's examples.
 
@@ -92,6 +106,7 @@ class Collator:
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
     negatives_of: rows from which an example's hard negatives are sampled.
     texts: documents of all rows, if batches contain their texts.
+    teacher_vectors: vectors of all rows, if batches contain those of a teacher.
     """
 
     def __init__(
@@ -106,9 +121,10 @@ class Collator:
         num_positives: int = 1,
         negatives_of: NegativesOf = negatives_of_data,
         texts: Sequence[Document] | None = None,
+        teacher_vectors: StoredVectors | None = None,
     ):
         self.task, self.examples, self.tokens = task, examples, tokens
-        self.token_budget, self.seed, self.texts = token_budget, seed, texts
+        self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
         self.negatives_of = negatives_of
 
@@ -140,7 +156,11 @@ class Collator:
             known_positives=padded([self.examples[index].not_negatives for index, _ in draws]),
             text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
+            teacher_vectors=self._teacher_vectors(list(text_index)),
         )
+
+    def _teacher_vectors(self, rows: list[int]) -> Tensor | None:
+        return None if self.teacher_vectors is None else torch.from_numpy(self.teacher_vectors.gather(np.array(rows)))
 
     def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
@@ -165,6 +185,15 @@ class MultiTaskBatches(Dataset):
         weight = self.schedule.share(step, self.rank, self.world_size)
         return dataclasses.replace(self.collators[self.schedule.task(step)](draws, step), weight=weight)
 
+    def last_of_each_task(self, end: int) -> dict[str, ContrastiveBatch]:
+        """Return the last batch of each task before a step."""
+        steps: dict[str, int] = {}
+        for step in range(end - 1, -1, -1):
+            steps.setdefault(self.schedule.task(step), step)
+            if len(steps) == len(self.collators):
+                break
+        return {task: self[step] for task, step in steps.items()}
+
 
 class ContrastiveDataModule(L.LightningDataModule, ABC):
     """Base class for the data of one or several tasks, with a loader that follows the schedule.
@@ -172,12 +201,14 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     tokenizer: tokenizer of the encoder; by default the trained module's.
     prompts: text that precedes the inputs of each task.
     rounds: mined hard negatives.
+    teacher_vectors: task -> vectors of a teacher, which its batches then contain.
     """
 
     options: BatchOptions
     tokenizer: Any = None
     prompts: Mapping[str, str] = {}
     rounds: Rounds | None = None
+    teacher_vectors: Mapping[str, StoredVectors] = {}
 
     @property
     @abstractmethod
@@ -196,7 +227,16 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         sizes = {task.task.name: len(task.examples) for task in self.tasks}
         batch_sizes = {t.task.name: t.options.batch_tokens or t.options.batch_size for t in self.tasks}
         costs = {task.task.name: self._costs(task) for task in self.tasks if task.options.batch_tokens}
-        return Schedule(sizes, batch_sizes, self.options.seed, self.options.phases, costs, self._several_collections())
+        return Schedule(
+            sizes,
+            batch_sizes,
+            self.options.seed,
+            self.options.phases,
+            costs,
+            self._several_collections(),
+            temperatures={task.task.name: task.options.collection_temperature for task in self.tasks},
+            mixed=[task.task.name for task in self.tasks if task.options.mixed_batches],
+        )
 
     def _several_collections(self) -> dict[str, dict[str, int]]:
         """Return the number of examples of each collection, for tasks that have several."""
@@ -246,12 +286,18 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             "data": {name: c.fingerprint() for task in self.tasks for name, c in task.collections.items()},
         }
         if several := self._several_collections():
-            signature["collections"] = several
+            signature["collections"] = {task: self._shares(schedule, task, sizes) for task, sizes in several.items()}
         if any(task.is_stripped for task in self.tasks):
             signature["examples that are left"] = {t.task.name: t.examples_fingerprint() for t in self.tasks}
         if schedule.costs:
             signature["tokens"] = {task: int(tokens.sum()) for task, tokens in schedule.costs.items()}
         return signature
+
+    @staticmethod
+    def _shares(schedule: Schedule, task: str, sizes: Mapping[str, int]) -> Mapping[str, Any]:
+        """Return what determines the shares of a task's collections: by default, as in old checkpoints, their sizes."""
+        temperature, mixed = schedule.temperatures[task], task in schedule.mixed
+        return {"sizes": sizes, "temperature": temperature, "mixed": mixed} if mixed or temperature != 1 else sizes
 
     def _collator(self, task: TaskDataModule) -> Collator:
         tokens = task.tokens(self._encoding(task))
@@ -263,6 +309,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             num_positives=task.options.num_positives,
             num_hard_negatives=task.options.num_hard_negatives,
             texts=task.documents if self.options.carry_texts else None,
+            teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
             negatives_of=self.rounds.negatives_for(task.task.name) if self.rounds else negatives_of_data,
         )
@@ -274,6 +321,11 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             | {"examples": task.examples_fingerprint()}
             for task in self.tasks
         }
+
+    def texts_of_rows(self) -> dict[str, list[tuple[Sequence[Document], bool]]]:
+        """Return the texts of each task's document table, in parts, and whether each part is a corpus."""
+        parts = {task.task.name: task.documents.sequences for task in self.tasks}  # corpus and queries in turns
+        return {task: [(texts, i % 2 == 0) for i, texts in enumerate(each)] for task, each in parts.items()}
 
     def texts(self) -> Iterator[Document]:
         """Yield the documents and training queries of all tasks."""

@@ -200,6 +200,11 @@ class Joined(Sequence[Item]):
         self._parts.append(part)
         self._ends.append(len(self) + len(part))
 
+    @property
+    def sequences(self) -> Sequence[Sequence[Item]]:
+        """The joined sequences."""
+        return self._parts
+
     def concatenated(self, function: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Apply a function to each sequence and concatenate the resulting arrays."""
         return np.concatenate([function(part) for part in self._parts])

@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ JSON_TYPES: dict[type, str] = {
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # unique among processes
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}")
     try:
         with open_new(partial) as file:
             yield file
@@ -70,7 +71,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         if path.is_dir() and any(path.iterdir()):
             path.replace(old := partial.with_name(f"{partial.name}.old"))
-            partial.replace(path)
+            try:
+                partial.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
             shutil.rmtree(old)
         else:
             partial.replace(path)

@@ -124,6 +124,7 @@ class ContrastiveBatch:
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
     pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
+    teacher_vectors  (U, G) stored vectors of a frozen model, if one is distilled
     """
 
     step: int
@@ -142,6 +143,7 @@ class ContrastiveBatch:
     weight: float = 1.0
     text_keys: Tensor | None = None
     pairs: Tensor = None  # type: ignore[assignment]
+    teacher_vectors: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.pairs is None:  # computed on the host, because the number of pairs determines shapes

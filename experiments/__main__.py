@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}  # commands named unlike their module
 INTERNAL = {"reference"}  # commands that only work inside the source tree
 FIRST = ("EXP", "RECIPE", "BENCH")  # variables of make for the first argument
-LOWER = ("SCALE", "PARALLEL", "TRIAL", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
+LOWER = ("SCALE", "PARALLEL", "TRIAL", "STUDY", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
 HELP = """usage: scimult COMMAND [key=value ...]
 
 {commands}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import lightning as L
+import numpy as np
 import torch
 from rich.table import Table
 from torch import nn
@@ -21,7 +22,7 @@ from datamodules.records import Benchmark
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
 from experiments.build.models import device_of
-from experiments.build.module import build_module, first_batches
+from experiments.build.module import build_module, describe_parameters, first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -115,6 +116,16 @@ class Prediction:
         return sum(cost.batches * getattr(cost, name) for cost in self.tasks.values())
 
 
+@dataclass
+class ZeroVectors:
+    """Vectors in place of a teacher's, because its time does not belong to the steps. dimension: their size, G."""
+
+    dimension: int
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), self.dimension), dtype=np.float32)
+
+
 def main(arguments: Sequence[str]) -> None:
     options, overrides = parse_overrides(DryRunOptions, arguments)
     dry_run(options.experiment, overrides)
@@ -129,7 +140,11 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
         module = build_module(config, data)
+        if module.objective.vector_teacher is not None and config.objective.vector_teacher.cached:
+            for task in data.tasks:
+                task.teacher_vectors = {task.task.name: ZeroVectors(module.objective.vector_teacher.dimension)}
         describe_schedule(config, data)
+        log.info("%s", describe_parameters(module))
         prediction = predict(config, data, module, time.perf_counter() - started)
     _show_tasks(config, prediction)
     _show_memory(prediction)
@@ -373,6 +388,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         "objective.balance": config.objective.balance in ("gradnorm", "pcgrad"),
         "mining": config.mining.every_n_steps or config.mining.every_n_epochs,
         "diagnostics": config.diagnostics.every_n_steps,
+        "encoding all texts with objective.vector_teacher": config.objective.vector_teacher.model,
     }
     if any(unmeasured.values()):
         log.info("not measured: %s", ", ".join(name for name, used in unmeasured.items() if used))

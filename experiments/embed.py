@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from datamodules.options import option
 from datamodules.readers.rows import BadLines
-from datamodules.readers.texts import count_lines, read_shards, text_files
+from datamodules.readers.texts import check_ids, count_lines, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
@@ -97,6 +97,8 @@ class EmbeddingJob:
         num_lines = count_lines(self.files, options.on_error)
         if not num_lines:
             raise UserError(f"input: {self.source} contains no texts")
+        if self.share.index == 0:
+            check_ids(self.files, options.on_error)
         num_shards = -(-num_lines // options.shard_size)
         encoder, tasks, similarity = self._load()
         shards = ShardFolder(self.folder, self._metadata(encoder, tasks, similarity))

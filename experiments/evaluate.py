@@ -18,12 +18,13 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
-from experiments.results.result_tables import show, show_cost, show_suite
+from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import name_of, shortened, writable_folder
+from experiments.shared.table_formats import Format, format_option, print_tables, reserve_stdout
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -33,9 +34,9 @@ log = logging.getLogger(__name__)
 # Options that change the results. The name of the default folder ends in a hash of the ones that are set.
 HASHED_OPTIONS = (
     *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
-    *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root"),
+    *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root", "document_model"),
 )
-PATHS = ("model", "run", "suite", "data.root", "backbone")
+PATHS = ("model", "document_model", "run", "suite", "data.root", "backbone")
 FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "exclude")
 
 
@@ -47,6 +48,9 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         "",
         "model to evaluate: run folder, checkpoint, exported folder, plain BERT (folder, hub name, or package:NAME for "
         "an installed package), or bm25; separate several by commas to get them in one table",
+    )
+    document_model: str = option(
+        "", "model that encodes the documents, for models that were trained for queries alone (a teacher of vectors)"
     )
     output: Path | None = option(
         None,
@@ -71,6 +75,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         1, "number of processes on this machine, one per GPU; torchrun and srun start their own", minimum=1
     )
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
+    format: Format = format_option()
 
     @property
     def models(self) -> dict[str, EncodingOptions]:
@@ -89,8 +94,11 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOptions, arguments)
+    reserve_stdout(options.format)
     if options.benchmarks == ("list",):
-        show_suite(load_suite([options.suite] if options.suite else ()))
+        suite = load_suite([options.suite] if options.suite else ())
+        records = [{"benchmark": name} | dataclasses.asdict(config) for name, config in suite.items()]
+        print_tables(options.format, [suite_table(suite)], records)
         return
     _check(options)
     run_on_ranks(lambda: _evaluate(options, arguments), "experiments.evaluate", arguments, options.devices)
@@ -102,6 +110,9 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     encoders = [model.model for model in models.values() if model.model != "bm25"]
     run = options.run or (run_of(encoders[0]) if len(encoders) == 1 else None)
     config = config_of_run(run, options.packages)
+    document_model = None
+    if options.document_model:
+        document_model = EncodingOptions(model=options.document_model, device=options.device, packages=options.packages)
     systems = load_systems(
         models,
         config,
@@ -110,6 +121,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         max_length=options.max_length,
         token_budget=options.token_budget,
         vectors_folder=options.vectors,
+        document_model=document_model,
     )
     if options.benchmarks:
         benchmarks, read = suite_benchmarks(options), []
@@ -129,8 +141,9 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        show(tables, info.metrics, f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}")
-        show_cost(tables)
+        title = f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}"
+        shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
+        print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
 
 

@@ -18,7 +18,7 @@ from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import option_keys
-from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
+from experiments.config.experiment import ExperimentOptions, as_dict, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.endings import PREEMPTED
@@ -90,6 +90,7 @@ def run_all(controller: Controller) -> None:
     """Run all trials, print their table, and name the best one."""
     sweep, folder = controller.sweep, controller.folder
     log.info("%s: %d trials of %s, in %s", sweep.name, len(controller.trials), sweep.experiment, near(folder))
+    check_data(controller)
     try:
         controller.run()
     except Preempted as preempted:
@@ -111,6 +112,27 @@ def run_all(controller: Controller) -> None:
     settings = " ".join(starmap(as_override, best["parameters"].items()))
     log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
     log.info("Its run is in %s. Next: make eval model=%s split=dev", near(best["run"]), near(best["run"]))
+
+
+def check_data(controller: Controller) -> None:
+    """Raise UserError if a trial has ended whose data have changed since: its result is not that of this command."""
+    ended = [trial for trial in controller.ended() if (trial.folder / "manifest.json").is_file()]
+    if not ended:
+        return
+    from experiments.build.data import build_data  # imports torch, which a new sweep does not need
+    from experiments.run.folder import data_differences
+
+    sweep, loaded = controller.sweep, {}
+    for trial in ended:
+        config = load_config(sweep.experiment, [*sweep.overrides, *trial.arguments(sweep)])
+        settings = as_dict(config)
+        key = repr([settings[name] for name in ("tasks", "task", "data")])  # the same for most trials
+        loaded[key] = loaded.get(key) or build_data(config)
+        if differences := data_differences(trial.folder, config, loaded[key]):
+            raise UserError(
+                f"output: trial {trial.number} in {near(controller.folder)} was trained on other data "
+                f"({'; '.join(differences)}). Restore the data, or choose another output for a new sweep."
+            )
 
 
 def run_one(controller: Controller, number: int) -> None:

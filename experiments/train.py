@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
-from experiments.build.module import build_module
+from experiments.build.models import start_of
+from experiments.build.module import build_module, describe_parameters
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
 from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -107,6 +108,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     if compiles(config):
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
+    log.info("%s", describe_parameters(module))
     record_start(
         folder,
         data,
@@ -114,6 +116,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         schedule=describe_schedule(config, data),
         devices=trainer.world_size,
         precision=precision,
+        start=start_of(config),
     )
     start = time.perf_counter()
     with name_lost_ranks(trainer):
@@ -127,7 +130,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         step = read_checkpoint(checkpoint)["global_step"]
         # Not module.device: Lightning has moved the module to the CPU by now.
         encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
-        table.finish(encoder, checkpoint.name, step, trainer.global_step)
+        table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
         table.show(table.results)

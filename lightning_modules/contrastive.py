@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,8 +21,14 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
-from lightning_modules.optim import OptimOptions, parameter_groups, schedule
+from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
+from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
 from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
+
+log = logging.getLogger(__name__)
+
+START = "start"  # the vector teacher that is the encoder before training
+VECTORS = "teacher-vectors"  # folder in that of converted collections
 
 
 class CheckpointMismatch(UserError):
@@ -29,10 +38,11 @@ class CheckpointMismatch(UserError):
 class ContrastiveModule(L.LightningModule):
     """An encoder with its objective and optimizer.
 
-    L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
+        L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
 
     tasks: names of the tasks in training, by default all tasks of the encoder.
-    guide_model, teacher_model: frozen models, required if the options of the objective name them.
+    guide_model, teacher_model, vector_teacher_model: frozen models, required if the options of the objective name them.
+        The vector teacher "start" is a copy of the encoder.
     grad_cache: whether to keep the graph of only one chunk of texts in memory at a time (see chunked.py).
     optim: options of the optimizer.
     total_steps: optimizer steps of the learning-rate schedule, by default those of the trainer.
@@ -46,6 +56,7 @@ class ContrastiveModule(L.LightningModule):
         tasks: Sequence[str] | None = None,
         guide_model: FrozenEncoder | None = None,
         teacher_model: FrozenEncoder | None = None,
+        vector_teacher_model: FrozenEncoder | None = None,
         grad_cache: bool = False,
         optim: OptimOptions | None = None,
         total_steps: int | None = None,
@@ -57,20 +68,48 @@ class ContrastiveModule(L.LightningModule):
         options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
         self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
         check_options(self.optim)
-        frozen_models = (("guide", options.guide.model, guide_model), ("teacher", options.teacher.model, teacher_model))
-        for role, name, model in frozen_models:
+        if options.vector_teacher.model == START and vector_teacher_model is None:
+            vector_teacher_model = FrozenEncoder(copy.deepcopy(encoder))
+        frozen_models = {"guide": guide_model, "teacher": teacher_model, "vector_teacher": vector_teacher_model}
+        for role, model in frozen_models.items():
+            name = getattr(options, role).model
             if name and model is None:
                 raise UserError(f"{role}.model: {name!r} is not loaded here; pass a FrozenEncoder as {role}_model")
         self.encoder = encoder
         encoder.similarity = options.similarity  # part of its description in checkpoints
-        self.objective = Objective(options, tasks, encoder.dimension, guide_model, teacher_model)
+        self.objective = Objective(options, tasks, encoder.dimension, *frozen_models.values())
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
+        self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
     def setup(self, stage: str) -> None:
-        """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already."""
+        """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already.
+
+        Also give it the vectors of the vector teacher. All ranks encode them together.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
+        if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
+            self._store_teacher_vectors(data, teacher.encoder)
+
+    def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
+        """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
+        options = self.objective.options.vector_teacher
+        folder = Path(data.options.cache) / VECTORS if data.options.cache else None
+        cache = VectorCache(teacher, folder, similarity="cosine", token_budget=data.options.token_budget)
+        teacher.to(self.trainer.strategy.root_device)
+        if options.cached:
+            log.info("encoding all texts with the vector teacher, except those whose vectors are stored")
+            with self.trainer.precision_plugin.forward_context():
+                data.teacher_vectors = {
+                    task: vectors_of_parts(cache, parts, task)
+                    for task, parts in data.texts_of_rows().items()
+                    if options.is_used_for(task)
+                }
+        if options.asymmetric:
+            self.document_vectors = cache
+        elif options.cached:
+            teacher.to("cpu")  # it is not needed any more
 
     def on_fit_start(self) -> None:
         self.train()  # pretrained backbones are in eval mode, and Lightning leaves them there
@@ -90,8 +129,9 @@ class ContrastiveModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.optim
         groups = parameter_groups(self.encoder, options, self.encoder.num_layers)
-        temperatures = list(self.objective.parameters())
-        # Other parameters come first, because the learning rate of the last group is logged.
+        temperatures = list(self.objective.temperature.parameters())
+        if self.objective.projection is not None:
+            groups.insert(0, {"params": [self.objective.projection], "weight_decay": options.weight_decay})
         if temperatures:
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
@@ -100,6 +140,8 @@ class ContrastiveModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
         )
+        if options.expert_decay:
+            optimizer.register_step_post_hook(ExpertDecay(self.encoder, options.expert_decay))
         if temperatures:
             optimizer.register_step_post_hook(lambda *_: self.objective.temperature.clamp())
         factor = schedule(options.schedule, options.warmup, self._num_steps())

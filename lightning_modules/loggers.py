@@ -110,9 +110,15 @@ class JsonlLogger(RunLogger):
         """Log nothing: the configuration is in the run's config.yaml."""
 
 
+class _TensorBoardLogger(TensorBoardLogger):
+    @property
+    def log_dir(self) -> str:
+        return self.root_dir  # Lightning expands $NAME in it
+
+
 def tensorboard_logger(folder: Path, step: int) -> Logger:
     """Return Lightning's logger that writes into folder/tensorboard. TensorBoard hides older values after the step."""
-    return TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, purge_step=step + 1)
+    return _TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, purge_step=step + 1)
 
 
 def csv_logger(folder: Path, step: int) -> Logger:
@@ -154,7 +160,7 @@ class LightningLogger(RunLogger):
             return
         try:
             if self._logger is None:  # before the first row, only `rewind` knows where the run starts
-                self._logger = LIGHTNING_LOGGERS[self._name](self.folder, self._step)
+                self._logger = LIGHTNING_LOGGERS[self._name](self.folder.absolute(), self._step)  # ~ stays as it is
             self._logger.log_metrics(numbers, step=step)
             self._logger.save()
         except Exception as error:  # a full disk, for instance

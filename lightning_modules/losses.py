@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.records import UserError
+
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")
 
@@ -31,7 +33,7 @@ def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
     Raw dot products are large, so half precision is too coarse for them.
     """
     if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
     return F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors
@@ -98,6 +100,30 @@ def margin_mse(student: Tensor, teacher: Tensor, positives: Tensor, candidates: 
     pairs = present[:, :, None] & negatives[:, None, :]  # (B, P, M)
     squares = (error.gather(1, columns)[:, :, None] - error[:, None, :]).square() * pairs
     return squares.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def vector_distance(vectors: Tensor, targets: Tensor, kind: str = "l2") -> Tensor:
+    """Return the distance of each vector from its target, (n,): its squared L2 norm, or 1 - cosine.
+
+    vectors, targets: (n, D).
+    """
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(vectors, targets, dim=-1)
+    return (vectors - targets).square().sum(-1)
+
+
+def mean_over_texts(of_queries: Tensor, of_documents: Tensor, columns: Tensor) -> Tensor:
+    """Return the mean over queries of the mean value of a query and its own documents, a scalar.
+
+    So every query counts once, and a document that several queries share counts for each: on several ranks, the mean
+    is that of one process.
+
+    of_queries, of_documents: values, (B,) and (M,).
+    columns: the documents of each query, (B, K), padded with -1.
+    """
+    present = columns >= 0
+    totals = of_queries + (of_documents[columns.clamp(min=0)] * present).sum(1)  # (B,)
+    return (totals / (1 + present.sum(1))).mean()
 
 
 # Masks: documents that must not serve as negatives

@@ -126,7 +126,7 @@ def _difference(first: Encoder, other: Encoder) -> str:
 
 
 def _check_weights(weights: Weights, num_members: int, method: str, encoder: Encoder) -> None:
-    check_parts(weights.parts, encoder.state_dict())
+    check_parts("parts", weights.parts, encoder.state_dict())
     for name, values in {"weights": weights.members, **weights.parts}.items():
         if len(values) != num_members:
             raise UserError(f"{name}: expected {num_members} weights, one per model, got {len(values)}")

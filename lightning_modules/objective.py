@@ -39,8 +39,10 @@ from lightning_modules.losses import (
     info_nce,
     kl_divergence,
     margin_mse,
+    mean_over_texts,
     membership_mask,
     unmask_positives,
+    vector_distance,
 )
 from lightning_modules.objective_options import ObjectiveOptions, TeacherOptions, check_objective
 
@@ -49,11 +51,14 @@ Mask = Callable[[slice], Tensor]
 
 
 class Objective(nn.Module):
-    """The loss of a batch, as a function of its vectors. The only parameters are those of a learned temperature.
+    """The loss of a batch, as a function of its vectors.
+
+    The only parameters are those of a learned temperature, and a projection (G, D) to the vectors of a vector teacher
+    of another size.
 
     tasks: names of the tasks in training.
     dimension: size of the vectors, D.
-    guide, teacher: frozen models, if the options use them.
+    guide, teacher, vector_teacher: frozen models, if the options use them.
     """
 
     def __init__(
@@ -63,10 +68,15 @@ class Objective(nn.Module):
         dimension: int,
         guide: FrozenEncoder | None = None,
         teacher: FrozenEncoder | None = None,
+        vector_teacher: FrozenEncoder | None = None,
     ):
         super().__init__()
         check_objective(options, tasks, dimension=dimension)
         self.options, self.guide, self.teacher = options, guide, teacher
+        self.vector_teacher = vector_teacher if any(map(options.vector_teacher.is_used_for, tasks)) else None
+        self.projection: nn.Parameter | None = None
+        if self.vector_teacher is not None and self.vector_teacher.dimension != dimension:
+            self.projection = _projection(dimension, self.vector_teacher.dimension, options.vector_teacher.asymmetric)
         self.temperature = Temperature(options.temperature, options.learn_temperature, tasks, options.temperature_range)
 
     def forward(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
@@ -78,20 +88,56 @@ class Objective(nn.Module):
         guide = None if self.guide is None else self.guide.embed(batch)
         teacher = None if self.teacher is None else self.teacher.embed(batch)
         weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
+        targets = self._targets(batch)
+        queries, documents = vectors[batch.queries], vectors[batch.documents]
         with torch.autocast(vectors.device.type, enabled=False):
-            directions = [query_to_document(vectors, batch, options, guide, teacher)]
+            if targets is not None and options.vector_teacher.asymmetric:
+                documents = targets.documents.to(queries.dtype)
+            directions = [query_to_document(queries, documents, batch, options, guide, teacher)]
             if options.symmetric:
-                directions.append(document_to_query(vectors, batch, options, guide))
+                directions.append(document_to_query(queries, documents, batch, options, guide))
             terms = self._terms(directions, temperature)
             loss = terms.loss
             for prefix, weight in zip(options.matryoshka, weights, strict=True):
                 loss = loss + weight * self._terms(directions, temperature, prefix).loss
+            if distance_weight := options.vector_teacher.weight_of(batch.task):
+                assert targets is not None
+                distance = self._vector_distance(queries, documents, targets, batch)
+                loss = loss + distance_weight * distance
+            elif self.projection is not None:  # DDP needs a gradient for each parameter
+                loss = loss + 0.0 * self.projection.sum()
         outputs = {"loss": options.task_weights.get(batch.task, 1.0) * loss * batch.weight, "accuracy": terms.accuracy}
         if teacher is not None:
             outputs |= {"contrastive": terms.contrastive, "distillation": terms.distillation}
+        if distance_weight:
+            outputs |= {"contrastive": terms.contrastive, "vector_distance": distance.detach()}
         if isinstance(temperature, Tensor):
             outputs["temperature"] = temperature.detach()
         return outputs
+
+    def _targets(self, batch: ContrastiveBatch) -> FrozenVectors | None:
+        """Return the vector teacher's vectors, stored or computed now; None for a task that does not need them."""
+        if self.vector_teacher is None or not self.options.vector_teacher.is_used_for(batch.task):
+            return None
+        if batch.teacher_vectors is None:
+            return self.vector_teacher.embed(batch)
+        return FrozenVectors(batch.teacher_vectors[batch.queries], batch.teacher_vectors[batch.documents])
+
+    def _vector_distance(
+        self, queries: Tensor, documents: Tensor, targets: FrozenVectors, batch: ContrastiveBatch
+    ) -> Tensor:
+        """Return the mean distance of queries (B, D) and their documents (m, D) from the teacher's vectors."""
+        columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
+        if self.options.vector_teacher.asymmetric:
+            columns = columns[:, :0]
+
+        def distance(vectors: Tensor, target: Tensor) -> Tensor:
+            vectors = comparable(vectors, self.options.similarity)
+            if self.projection is not None:
+                vectors = vectors @ self.projection.T  # (n, G)
+            return vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss)
+
+        return mean_over_texts(distance(queries, targets.queries), distance(documents, targets.documents), columns)
 
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
@@ -121,17 +167,17 @@ class Direction:
 
 
 def query_to_document(
-    vectors: Tensor,
+    queries: Tensor,
+    documents: Tensor,
     batch: ContrastiveBatch,
     options: ObjectiveOptions,
     guide: FrozenVectors | None = None,
     teacher: FrozenVectors | None = None,
 ) -> Direction:
-    """Return the direction from queries to the documents of all ranks.
+    """Return the direction from queries (B, D) to the documents of all ranks; those of this rank are (m, D).
 
     If several ranks drew the same document, only one copy counts: that of this rank, or else the first.
     """
-    queries, documents = vectors[batch.queries], vectors[batch.documents]
     documents, ids, offset = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
     positives = _shift_columns(batch.positives, offset)
     masks: list[Mask] = []
@@ -159,14 +205,18 @@ def query_to_document(
 
 
 def document_to_query(
-    vectors: Tensor, batch: ContrastiveBatch, options: ObjectiveOptions, guide: FrozenVectors | None = None
+    queries: Tensor,
+    documents: Tensor,
+    batch: ContrastiveBatch,
+    options: ObjectiveOptions,
+    guide: FrozenVectors | None = None,
 ) -> Direction:
-    """Return the direction from each positive document of this rank to the queries of all ranks.
+    """Return the direction from each positive among this rank's documents (m, D) to the queries of all ranks.
 
     A query that has the document among its known positives is not a negative.
     """
     query, document = batch.pairs.unbind(1)  # (R,)
-    queries, _, offset = gather_documents(vectors[batch.queries], batch.queries)
+    queries, _, offset = gather_documents(queries, batch.queries)
     positives = (query + offset)[:, None]
     masks: list[Mask] = []
     margin, kind = options.guide.margin, options.guide.kind
@@ -182,7 +232,7 @@ def document_to_query(
         masks.append(lambda rows: guide_mask(scores.block(rows), positives[rows], margin, kind))
     positives_of_query = (batch.positives >= 0).sum(1)[query]
     return Direction(
-        vectors[batch.documents[document]],
+        documents[document],
         queries,
         positives,
         hard_negatives=positives[:, :0],
@@ -269,7 +319,7 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     return margin_mse(scores, teacher_scores, positives, candidates)
 
 
-# Frozen models: the guide, which finds false negatives, and the teacher, whose scores are distilled
+# Frozen models: the guide, which finds false negatives, and teachers, whose scores or vectors are distilled
 
 
 @dataclass(frozen=True)
@@ -288,6 +338,14 @@ class FrozenEncoder:
 
     def __init__(self, encoder: Encoder, similarity: str = "cosine"):
         self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
+
+    def __deepcopy__(self, memo: dict) -> FrozenEncoder:
+        return self  # so that an average of the module's weights needs no second copy
+
+    @property
+    def dimension(self) -> int:
+        """Size of the vectors, G."""
+        return self.encoder.dimension
 
     def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
         if not batch.texts:
@@ -314,6 +372,17 @@ class FrozenScores:
     def of_columns(self, rows: slice, columns: Tensor) -> Tensor:
         """Return the scores of a few candidates per query. columns: (r, k)."""
         return torch.einsum("rg,rcg->rc", self.queries[rows], self.candidates[columns])  # (r, k)
+
+
+def _projection(dimension: int, teacher_dimension: int, asymmetric: bool) -> nn.Parameter:
+    """Return a projection (G, D) that starts orthogonal. It draws from a generator of its own."""
+    if asymmetric:
+        raise UserError(
+            f"vector_teacher.asymmetric: the teacher's vectors have {teacher_dimension} dimensions, and the encoder's "
+            f"{dimension}; queries and documents are compared, so choose a teacher with {dimension}"
+        )
+    weight = torch.empty(teacher_dimension, dimension)
+    return nn.Parameter(nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(0)))
 
 
 class Temperature(nn.Module):

@@ -44,6 +44,35 @@ class TeacherOptions:
 
 
 @dataclass
+class VectorTeacherOptions:
+    """A frozen model whose vectors the encoder learns to reproduce (LEAF, arXiv 2509.12539)."""
+
+    model: str | None = option(
+        None,
+        "frozen model whose vectors the encoder learns to reproduce: start (the encoder before training, against "
+        "forgetting), or a run, checkpoint, folder or hub name",
+    )
+    weight: Any = option(
+        1.0, "weight of the distance from the teacher's vectors, or one per task; InfoNCE has weight 1"
+    )
+    loss: Literal["l2", "cosine"] = option("l2", "distance: the squared L2 distance, or 1 - cosine")
+    asymmetric: bool = option(
+        False, "use the teacher's vectors of documents, and train the encoder only for queries, in the teacher's space"
+    )
+    cached: bool = option(
+        True, "encode all texts once, before training, and keep the vectors in data.cache; false: encode each batch"
+    )
+
+    def weight_of(self, task: str) -> float:
+        """Return the weight of a task, 0 without a teacher."""
+        return 0.0 if not self.model else self.weight[task] if isinstance(self.weight, Mapping) else self.weight
+
+    def is_used_for(self, task: str) -> bool:
+        """Return whether batches of a task need the teacher's vectors."""
+        return self.weight_of(task) > 0 or bool(self.model and self.asymmetric)
+
+
+@dataclass
 class ObjectiveOptions:
     """The loss that the encoder is trained with."""
 
@@ -65,6 +94,7 @@ class ObjectiveOptions:
     matryoshka_weights: list[float] = option([], "weight of the loss of each shorter dimension; by default 1", above=0)
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)
     balance: Literal["none", "uncertainty", "gradnorm", "pcgrad"] = option(
         "none", "balance tasks by learned weights, by gradient norms, or by projecting conflicting gradients"
     )
@@ -84,6 +114,7 @@ def check_objective(
     """
     check_options(options, prefix)
     _check_temperature(options, tasks, prefix)
+    _check_vector_teacher(options, tasks, prefix)
     guide, limit = options.guide, 1.0 if options.guide.kind == "relative" else 2.0
     if guide.margin >= limit:
         raise UserError(f"{prefix}guide.margin: expected a number below {limit:g} ({guide.kind}), got {guide.margin}")
@@ -102,14 +133,9 @@ def check_objective(
 
 def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
     key, temperature, bounds = f"{prefix}temperature", options.temperature, options.temperature_range
-    values = {key: temperature}
-    if isinstance(temperature, Mapping):
-        if set(temperature) != set(tasks):
-            names = ", ".join(map(str, temperature)) or "no task"
-            raise UserError(f"{key}: expected a number, or one for each of {', '.join(tasks)}; got one for {names}")
-        if options.learn_temperature == "one":
-            raise UserError(f"{prefix}learn_temperature: expected per_task with a temperature per task, got one")
-        values = {f"{key}.{task}": value for task, value in temperature.items()}
+    values = _values_by_key(key, temperature, tasks)
+    if isinstance(temperature, Mapping) and options.learn_temperature == "one":
+        raise UserError(f"{prefix}learn_temperature: expected per_task with a temperature per task, got one")
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise UserError(f"{key}_range: expected a lower and a higher number, got {bounds}")
     for key, value in values.items():
@@ -117,3 +143,22 @@ def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: 
             raise UserError(f"{key}: expected a number above 0, got {value!r}")
         if options.learn_temperature != "no" and not bounds[0] <= value <= bounds[1]:
             raise UserError(f"{key}: expected a number in {prefix}temperature_range {bounds}, got {value}")
+
+
+def _check_vector_teacher(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
+    teacher, prefix = options.vector_teacher, f"{prefix}vector_teacher."
+    for key, value in _values_by_key(f"{prefix}weight", teacher.weight, tasks).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UserError(f"{key}: expected a number of at least 0, got {value!r}")
+    if teacher.model and teacher.asymmetric and options.similarity != "cosine":
+        raise UserError(f"{prefix}asymmetric: needs similarity=cosine, because the teacher's vectors are normalised")
+
+
+def _values_by_key(key: str, value: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return key -> value of a setting that has one value, or one for each task."""
+    if not isinstance(value, Mapping):
+        return {key: value}
+    if set(value) != set(tasks):
+        names = ", ".join(map(str, value)) or "no task"
+        raise UserError(f"{key}: expected a number, or one for each of {', '.join(tasks)}; got one for {names}")
+    return {f"{key}.{task}": number for task, number in value.items()}

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from datamodules.packed import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
-from lightning_modules.encoders.attention import AttentionContext, attend_padded, choose_kernel
+from lightning_modules.encoders.attention import AttentionContext, Settings, attend_padded, choose_kernel
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import default_token_budget
 
@@ -194,7 +194,9 @@ def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
     config, token = encoder.backbone.config, Tokens.pack([[0]])
     dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
     query = torch.empty(1, dtype=dtype, device=encoder.device)
-    return choose_kernel(query, AttentionContext(token, token.input_ids, {}), None, dropout, None) is attend_padded
+    bias = query if encoder.family.distance_bias else None  # only whether there is one matters here
+    context = AttentionContext(token, token.input_ids, {}, bias)
+    return choose_kernel(query, context, Settings(dropout=dropout)) is attend_padded
 
 
 def computing_dtype(precision: str) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,30 @@ from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
+MAX_VALUE = 2**20  # characters after strings are replaced, which could double it again and again
 KEYWORDS = ("keywords", "keyword", "mendeley-tags")
+YEARS = ("year", "date")
 ENTRY_WITHOUT_AT = re.compile(r"\{[^{}]*=")  # in text between entries, which BibTeX ignores
 
 
 def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the entries as objects of their fields. Entries with wrong syntax are reported as bad."""
-    bibtexparser, model, middlewares = _package()
+    bibtexparser, model = _package()
     with open_text(path) as stream:
         text = read_chunk(stream, path, 0, MAX_SIZE + 1)
     if len(text) > MAX_SIZE:
         raise UserError(f"{path}: larger than {MAX_SIZE:,} characters; split it into several files")
     library = bibtexparser.parse_string(text, parse_stack=[])
-    strings = {key.lower(): string.value for key, string in library.strings_dict.items()}
-    enclosing, count = middlewares.RemoveEnclosingMiddleware(), 0
+    strings: dict[str, str] = {}
+    for string in library.strings:  # each may contain earlier ones
+        try:
+            strings[string.key.lower()] = _text_of(string.value, strings)
+        except UserError as error:
+            raise UserError(f"{path}, line {(string.start_line or 0) + 1}: {error}") from error
+    parents, count = {entry.key.lower(): entry for entry in library.entries}, 0
     for block in library.blocks:
         if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
             block = block.ignore_error_block
-        if isinstance(block, model.Entry):
-            for each in block.fields:
-                each.value = strings.get(each.value.lower(), each.value)
-            block = enclosing.transform_entry(block, library)
         is_text = isinstance(block, model.ImplicitComment)
         if isinstance(block, model.String | model.Preamble | model.ExplicitComment):
             continue
@@ -48,22 +51,65 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
                 raise UserError(f"not valid BibTeX ({block.error})")
             if is_text:
                 raise UserError("expected an entry that starts with @")
-            row.value = {"id": block.key} | {field.key.lower(): field.value for field in reversed(block.fields)}
+            fields = _fields(block, strings)
+            if parent := parents.get(fields.get("crossref", "").lower()):
+                fields = _inherited(fields, _fields(parent, strings)) | fields
+            row.value = {"id": block.key} | fields
         if row.value is not None:
             yield row
     bad.end_of_file(path, count)
 
 
-def _package() -> tuple[Any, Any, Any]:
+def _fields(entry: Any, strings: Mapping[str, str]) -> dict[str, str]:
+    return {field.key.lower(): _text_of(field.value, strings) for field in reversed(entry.fields)}
+
+
+def _inherited(fields: Mapping[str, str], parent: Mapping[str, str]) -> dict[str, str]:
+    """Return what a paper takes over from the volume that its crossref names: the year, and its keywords.
+
+    Title, abstract and DOI of a volume are not those of the paper.
+    """
+    missing = [name for names in (YEARS, KEYWORDS) if not any(name in fields for name in names) for name in names]
+    return {name: parent[name] for name in missing if name in parent}
+
+
+def _text_of(value: str, strings: Mapping[str, str]) -> str:
+    """Return a value without its braces or quotes. Names of strings are replaced, and the parts of a # b are joined."""
+    parts = [_text_of_part(part.strip(), strings) for part in _parts(value)]
+    if sum(map(len, parts)) > max(len(value), MAX_VALUE):
+        raise UserError(f"a value expands to more than {MAX_VALUE:,} characters")
+    return "".join(parts)
+
+
+def _text_of_part(part: str, strings: Mapping[str, str]) -> str:
+    if len(part) > 1 and part[0] + part[-1] in ("{}", '""'):
+        return part[1:-1]
+    return strings.get(part.lower(), part)  # other words are numbers and names of months
+
+
+def _parts(value: str) -> list[str]:
+    """Split a value at each # outside braces and quotes."""
+    parts, depth, is_quoted = [""], 0, False
+    for character in value if "#" in value else ():
+        depth += (character == "{") - (character == "}")
+        is_quoted ^= character == '"' and depth == 0
+        if character == "#" and depth == 0 and not is_quoted:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts if len(parts) > 1 and all(map(str.strip, parts)) else [value]
+
+
+def _package() -> tuple[Any, Any]:
     try:
         import bibtexparser
-        from bibtexparser import middlewares, model
+        from bibtexparser import model
     except ModuleNotFoundError as error:
         raise missing_package("BibTeX files", "bibtexparser>=2") from error
     if not hasattr(bibtexparser, "parse_string"):
         raise missing_package("BibTeX files", "bibtexparser>=2")
     logging.getLogger("bibtexparser").setLevel(logging.CRITICAL)  # bad entries are reported here
-    return bibtexparser, model, middlewares
+    return bibtexparser, model
 
 
 def paper(record: Record) -> Paper:

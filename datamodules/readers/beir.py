@@ -23,9 +23,9 @@ NUMBER = r"[+-]?[0-9.]+"
 class BeirReader:
     """Reader of a folder in BEIR layout.
 
-    folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
-    folder/queries.jsonl   the same, title optional
-    folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
+        folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
+        folder/queries.jsonl   the same, title optional
+        folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
 
     Every file may be compressed as .gz or .zst. "abstract" is read where "text" is missing or blank. The dev split may
     also be named validation, valid or val; a warning names other files in qrels/.

@@ -16,10 +16,10 @@ from datamodules.records import Collection, Document, Sink, UserError
 class JsonlReader:
     """Reader of a folder with a corpus, and for each split a file of queries with their documents.
 
-    folder/corpus.jsonl   {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
-    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
-    folder/dev.jsonl      the same
-    folder/test.jsonl     the same; at least one of the three files must exist
+        folder/corpus.jsonl  {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
+        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
+        folder/dev.jsonl     the same
+        folder/test.jsonl    the same; at least one of the three files must exist
 
     "abstract" is read where "text" is missing or blank. The dev split may also be named validation, valid or val.
 

@@ -57,6 +57,23 @@ def count_lines(paths: Sequence[Path], on_error: str) -> int:
     return sum(1 for _ in read_tables(paths, bad))
 
 
+def check_ids(paths: Sequence[Path], on_error: str) -> None:
+    """Raise UserError, with both places, if two lines have the same id: results could not tell their texts apart."""
+    seen: set[str] = set()
+    for row, id in _ids(paths, on_error):
+        if id in seen:
+            first = next(earlier for earlier, other in _ids(paths, on_error) if other == id)
+            raise UserError(f"{row}: the id {id!r} is also in {first}; remove one of the two lines, or change its id")
+        seen.add(id)
+
+
+def _ids(paths: Sequence[Path], on_error: str) -> Iterator[tuple[Row, str]]:
+    bad = BadLines(on_error, os.devnull)
+    for row in read_tables(paths, bad):
+        with row:
+            yield row, _document(row).id
+
+
 def read_shards(
     paths: Sequence[Path], size: int, wanted: Container[int], bad: BadLines
 ) -> Iterator[tuple[int, list[Document]]]:

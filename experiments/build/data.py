@@ -22,6 +22,7 @@ from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
+from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,19 @@ def batch_options(config: Config) -> BatchOptions:
         token_budget=settings.token_budget,
         num_positives=settings.num_positives,
         num_hard_negatives=settings.num_hard_negatives,
-        carry_texts=bool(config.objective.guide.model or config.objective.teacher.model),
+        collection_temperature=settings.collection_temperature,
+        mixed_batches=settings.mixed_batches,
+        carry_texts=_needs_texts(config.objective),
         num_workers=settings.num_workers,
         seed=config.run.seed,
         cache=str(expanded(settings.cache, "data.cache", ", or data.cache=null")) if settings.cache else "",
     )
+
+
+def _needs_texts(objective: ObjectiveOptions) -> bool:
+    """Return whether a frozen model encodes the texts of each batch."""
+    encodes_batches = objective.vector_teacher.model and not objective.vector_teacher.cached
+    return bool(objective.guide.model or objective.teacher.model or encodes_batches)
 
 
 def batches_per_step(config: Config) -> int:
@@ -101,7 +110,10 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
     readers = {key: _build_reader(config, node) for key, node in task.data.items()}
     overrides = {
         key: value
-        for key in ("batch_size", "max_length", "num_positives", "num_hard_negatives")
+        for key in (
+            *("batch_size", "max_length", "num_positives", "num_hard_negatives"),
+            *("collection_temperature", "mixed_batches"),
+        )
         if (value := getattr(task, key)) is not None
     }
     return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options.override(**overrides))

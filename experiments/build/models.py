@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,11 +20,20 @@ from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import DEFAULT_TASKS, load_encoder, similarity_of
+from lightning_modules.encoders.loading import DEFAULT_TASKS, is_plain, load_encoder
 from lightning_modules.retrieval.compute import default_device, describe_device, resolve_device
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
+
+
+def packages_option() -> Any:
+    """Return the field for the packages whose classes a command may load, in addition to ours."""
+    return option(
+        (),
+        "packages whose encoders and readers may be loaded; importing a package runs its code",
+        key="extend.packages",
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,12 +57,7 @@ class ModelOptions:
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
         "documents use a different adapter from queries",
     )
-
-    packages: tuple[str, ...] = option(
-        (),
-        "packages whose encoders and readers may be loaded; importing a package runs its code",
-        key="extend.packages",
-    )
+    packages: tuple[str, ...] = packages_option()
 
     def run_folder(self) -> Path | None:
         """Return the folder of the run that the model belongs to, if any."""
@@ -63,12 +67,12 @@ class ModelOptions:
         """Return the configuration of the run that the model belongs to, if any."""
         return config_of_run(self.run_folder(), self.packages)
 
-    def load(self, config: Config | None = None, *, task: str = "", tasks: Mapping[str, str] | None = None) -> Encoder:
+    def load(self, config: Config | None = None, *, task: str = "", like: Encoder | None = None) -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
 
         config: configuration of the model's run, whose pooling is the default of a plain model.
         task: the only task of a plain model; by default it has the paper's three.
-        tasks: task -> expert of a plain model.
+        like: encoder from which a plain model takes its tasks and pooling.
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
@@ -77,18 +81,18 @@ class ModelOptions:
                 "model: bm25 has no encoder. make eval compares with it; make mine mines with it, without a model: "
                 "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"
             )
-        encoder = load_encoder(
-            _resolve(self.model),
-            tasks or ({task: task} if task and task not in ("all", "average") else DEFAULT_TASKS),
+        model = _resolve(self.model)
+        tasks = {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS
+        pooling = like.pooling if like else config.encoder.get("pooling") if config else None
+        return load_encoder(
+            model,
+            like.tasks if like else tasks,
             backbone=self.backbone,
-            pooling=self.pooling or (config.encoder.get("pooling") if config else None),
+            pooling=self.pooling or (pooling if pooling and is_plain(model) else None),
             tower=self.tower,
             adapters=self._adapter_folders() or None,
             packages=self.packages,
         )
-        if self.pooling and encoder.pooling != self.pooling:
-            raise UserError(f"pooling: only plain models take it; {self.model} has its own, {encoder.pooling}")
-        return encoder
 
     def _adapter_folders(self) -> dict[str, str]:
         folders = {}
@@ -118,7 +122,15 @@ class EncodingOptions(ModelOptions):
 
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
     """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
-    return similarity_of(encoder) or (config.objective.similarity if config else "cosine")
+    return encoder.similarity or (config.objective.similarity if config else "cosine")
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if Path(name).exists() else name
 
 
 def device_of(config: Config) -> torch.device:
@@ -161,6 +173,7 @@ class System:
 
     name: its name in tables and file names. model: path or name that it was loaded from.
     encoder, vectors: None for BM25. similarity: "dot", "cosine" or "l2", for benchmarks without their own.
+    document_vectors: vectors of the documents, if another model encodes them.
     """
 
     name: str
@@ -168,6 +181,7 @@ class System:
     encoder: Encoder | None
     similarity: str
     vectors: VectorCache | None = None
+    document_vectors: VectorCache | None = None
 
     def __post_init__(self) -> None:
         check_name("system", self.name)
@@ -191,6 +205,7 @@ def load_systems(
     max_length: int | None = None,
     token_budget: int | None = None,
     vectors_folder: Path | None = None,
+    document_model: EncodingOptions | None = None,
 ) -> list[System]:
     """Load the models, on their devices. Each becomes a system under every similarity.
 
@@ -199,8 +214,12 @@ def load_systems(
     task: the only task of a plain model, which by default has the paper's three.
     max_length: maximum number of tokens of a text, by default the model's.
     vectors_folder: folder in which vectors are kept.
+    document_model: model that encodes the documents, for encoders of queries.
     """
-    systems = []
+    systems, document_vectors = [], None
+    if document_model is not None:
+        encoder = document_model.load_on_device(task=task)
+        document_vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
     for name, options in models.items():
         if options.model == "bm25":
             systems.append(System("bm25", "bm25", None, "bm25"))
@@ -213,7 +232,7 @@ def load_systems(
         vectors = VectorCache(encoder, token_budget=token_budget, folder=vectors_folder)
         for similarity in similarities or [default_similarity(encoder, config)]:
             full_name = f"{name}-{similarity}" if len(similarities) > 1 else name
-            systems.append(System(full_name, options.model, encoder, similarity, vectors))
+            systems.append(System(full_name, options.model, encoder, similarity, vectors, document_vectors))
     return systems
 
 

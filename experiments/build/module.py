@@ -16,8 +16,9 @@ from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
+from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
-from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.contrastive import START, ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
     load_backbone,
@@ -29,9 +30,17 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
-from lightning_modules.encoders.loading import continue_from, load_encoder, similarity_of
+from lightning_modules.encoders.loading import continue_from, load_encoder
+from lightning_modules.encoders.lora import add_lora
 from lightning_modules.objective import FrozenEncoder
-from lightning_modules.objective_options import GuideOptions, TeacherOptions, check_objective
+from lightning_modules.objective_options import (
+    GuideOptions,
+    ObjectiveOptions,
+    TeacherOptions,
+    VectorTeacherOptions,
+    check_objective,
+)
+from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
@@ -78,8 +87,15 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     encoder = instantiate(config.encoder, **{name: arguments[name] for name in accepted})
     if source is not None:
         continue_from(source, encoder, config.init_from)
+    _add_lora(config, encoder)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
     return encoder
+
+
+def _add_lora(config: Config, encoder: Encoder) -> None:
+    if config.backbone.lora.rank:
+        with prefixed("backbone."):
+            add_lora(encoder, config.backbone.lora)
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -121,12 +137,15 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
     add_tasks(encoder, tasks, nearest)
+    _add_lora(config, encoder)
     return _training_module(config, encoder)
 
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
     """Return the nearest task of the encoder for each new task: the one with the lowest loss on its first batches."""
-    module, nearest, experts = _training_module(config, encoder).to(device_of(config)), {}, set()
+    without_teacher = dataclasses.replace(config.objective, vector_teacher=VectorTeacherOptions())
+    module = _training_module(config, encoder, without_teacher).to(device_of(config))
+    nearest, experts = {}, set()
     log.info("finding the nearest tasks on %s", describe_device(encoder.device))
     for task in data.tasks:
         name, expert = task.task.name, task.task.expert
@@ -153,7 +172,7 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
     """Raise UserError if the experiment describes a different encoder than extend.model, or another similarity."""
-    similarity = similarity_of(encoder)
+    similarity = encoder.similarity
     if similarity not in (None, config.objective.similarity):
         raise UserError(
             f"objective.similarity: extend.model was trained with {similarity}, and its old tasks need it; got "
@@ -177,26 +196,47 @@ def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, coun
     return batches
 
 
-def _training_module(config: Config, encoder: Encoder) -> ContrastiveModule:
-    objective = config.objective
+def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptions | None = None) -> ContrastiveModule:
+    """Build the module. objective: by default that of the experiment."""
+    objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
-    return ContrastiveModule(
+    check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
+    vector_teacher = objective.vector_teacher
+    has_file = vector_teacher.model not in (None, START)
+    module = ContrastiveModule(
         encoder,
         tasks=list(config.task),
         guide_model=_load_frozen(config, "guide", objective.guide) if objective.guide.model else None,
         teacher_model=_load_frozen(config, "teacher", objective.teacher) if objective.teacher.model else None,
+        vector_teacher_model=_load_frozen(config, "vector_teacher", vector_teacher) if has_file else None,
         grad_cache=config.trainer.grad_cache,
         optim=config.optim,
         total_steps=config.trainer.max_steps,
         **vars(objective),
     )
+    if module.objective.projection is not None and config.trainer.strategy == "fsdp":
+        raise UserError(
+            "objective.vector_teacher: fsdp does not support the projection to vectors of another size; set "
+            f"trainer.strategy=ddp, or choose a teacher with {encoder.dimension} dimensions"
+        )
+    return module
 
 
-def _load_frozen(config: Config, name: str, options: GuideOptions | TeacherOptions) -> FrozenEncoder:
-    """Load the guide or teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
+def describe_parameters(module: ContrastiveModule) -> str:
+    """Return a line about the number of parameters that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+def _load_frozen(
+    config: Config, name: str, options: GuideOptions | TeacherOptions | VectorTeacherOptions
+) -> FrozenEncoder:
+    """Load the guide or a teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
-    encoder = load_encoder(options.model, tasks=tasks, key=key, packages=config.extend.packages)
+    model = package_folder(options.model) if options.model.startswith(PACKAGE) else options.model
+    encoder = load_encoder(model or options.model, tasks=tasks, key=key, packages=config.extend.packages)
     missing = [task for task in tasks if task not in encoder.tasks]
     if missing:
         raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")
-    return FrozenEncoder(encoder, options.similarity)
+    return FrozenEncoder(encoder, getattr(options, "similarity", "cosine"))

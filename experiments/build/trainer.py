@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -53,12 +53,16 @@ def on_a_terminal() -> bool:
 def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
     """Create the callbacks of a run.
 
-    The checkpoint comes after the evaluation and the user's callbacks, so that it contains their state.
+    The average of the weights comes first, so that the others use it with the current step. The checkpoint comes after
+    the evaluation and the user's callbacks, so that it contains their state.
     """
     settings = config.trainer
     callbacks: list[L.Callback] = [
         TrainingLog(settings.log_every_n_steps, plain=not on_a_terminal(), peak_tflops=settings.peak_tflops)
     ]
+    if settings.ema:
+        # Without a device, Lightning keeps the average on the CPU, and each step waits for a copy.
+        callbacks.append(EMAWeightAveraging(device_of(config), decay=settings.ema))
     if config.objective.balance == "pcgrad":
         callbacks.append(PCGrad(config.tasks))
     if config.objective.balance == "gradnorm":

@@ -28,7 +28,7 @@ from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
 from experiments.config.overrides import check_override, packages_in, parse_override, replacement_of
-from experiments.config.schema import Config, TaskConfig, check_constraints
+from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
     LOADER,
     describe,
@@ -119,6 +119,7 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
         log.warning("task %s is ignored: %s", name, error)
     new_tasks = set(config.task) - {*known_tasks, *broken}
     finished = _finish(config, packages_in(overrides))
+    check_machine(finished)
     for name in new_tasks - set(finished.tasks):  # a misspelt task in task.NAME.key=value
         _check_name("task", name, known_tasks)
     return finished

@@ -44,12 +44,13 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Return round values along the axis, at most about `most` of them."""
+        """Return round values along the axis: at least two, and at most about `most`."""
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)
-        return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        ticks = [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return ticks if len(ticks) > 1 else self.ticks(2 * most)
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,22 @@ class ResultBlock:
     rows: list[ResultRow] = field(default_factory=list)
     paper_sizes: Source | None = None
 
+    def is_best(self, row: ResultRow, metric: str) -> bool:
+        """Return whether a row has the highest value of several systems that we measured."""
+        values = [each.values[metric].value for each in self.rows if each.style != "paper" and metric in each.values]
+        return len(values) > 1 and row.style != "paper" and row.values[metric].value == max(values)
+
 
 def _tiles(run: RunFiles) -> list[Tile]:
     computed, tiles = run.source(COMPUTED), []
     if "mean" in computed:
         metric = run.results.info.metrics[0]
-        labels = {"trained": f"mean {metric}", "bm25": f"mean {metric} of BM25", "untrained": "untrained"}
+        labels = {
+            "trained": f"mean {metric}",
+            "bm25": f"mean {metric} of BM25",
+            "untrained": "untrained",
+            "start": "before training",
+        }
         means = computed["mean"]
         tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]
     if computed["time"].value["value"]:
@@ -148,7 +158,7 @@ def result_tables(results: Source, paper: Source | None = None) -> dict[tuple[st
         protocol = result.value.get("protocol") or f"{result.value['task']}, {result.value['split']}"
         block = ResultBlock(name, protocol, result)
         for system, values in result["systems"]:
-            block.rows.append(ResultRow(system, values, "best" if system in ("trained", "encoder") else ""))
+            block.rows.append(ResultRow(system, values, "ours" if system in ("trained", "encoder") else ""))
         if paper and name in paper:
             if "systems" in paper[name]:
                 for system, values in paper[name]["systems"]:
@@ -197,7 +207,7 @@ def _curves(run: RunFiles) -> list[Chart | None]:
         line_chart(f"{metric} on dev", dev_series),
         line_chart("Temperature", _by_task(run, "train", "temperature"), ".4f"),
         line_chart("Task weight", _by_task(run, "train", "weight")),
-        line_chart("Learning rate", [_series(run, "train/lr", "last group", 0)], ".2g", zero=True),
+        line_chart("Learning rate", [_series(run, "train/lr", "last parameter group", 0)], ".2g", zero=True),
         line_chart("Tokens per second", [_series(run, "train/tokens_per_second", "all ranks", 5)], ",.0f", zero=True),
         line_chart("Pairs per second", [_series(run, "train/pairs_per_second", "all ranks", 5)], ",.1f", zero=True),
         line_chart("Use of the hardware", shares, ".1%", zero=True),

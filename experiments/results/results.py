@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
 OMITTED_IF_NONE = (
+    "document_fingerprint",
     "texts",
     "draws",
     "spread",
@@ -42,6 +43,7 @@ class SystemResult:
 
     metrics: name -> value, 1 is best.
     model: path or name of the model. fingerprint: hash of its weights, arguments and vocabulary.
+    document_fingerprint: that of the model that encoded the documents, if it is another one.
     max_length: maximum number of tokens of a text.
     texts: number of encoded documents and queries. seconds: stage -> seconds.
     draws, spread: number of draws in few-shot learning, and standard deviation of each metric over them.
@@ -50,6 +52,7 @@ class SystemResult:
     metrics: dict[str, float]
     model: str | None = None
     fingerprint: str | None = None
+    document_fingerprint: str | None = None
     max_length: int | None = None
     similarity: str | None = None
     expert: str | None = None
@@ -230,6 +233,7 @@ def evaluate_system(
                 similarity=system.similarity,
                 token_budget=token_budget,
                 vectors=system.vectors,
+                document_vectors=system.document_vectors,
                 advance=advance,
             )
         origin["texts"] = result.num_texts
@@ -252,6 +256,7 @@ def _describe_encoder(system: System, benchmark: Benchmark) -> dict[str, Any]:
     return {
         "model": system.model or system.name,
         "fingerprint": system.vectors.fingerprint,
+        "document_fingerprint": system.document_vectors.fingerprint if system.document_vectors else None,
         "max_length": encoder.max_length,
         "expert": encoder.expert_of(benchmark.task),
         "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),

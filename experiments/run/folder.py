@@ -195,22 +195,28 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
 
     Called before the model is built, because the vocabulary of a random backbone is made from the texts.
     """
-    if not (folder.checkpoint or folder.complete) or not folder.manifest.is_file():
+    if not (folder.checkpoint or folder.complete):
         return
-    then, now = read_manifest(folder.manifest)["data"], describe_data(data)
-    # Collections in memory and in the cache have different fingerprints.
-    was_cached = bool(read_config(folder.path).get("data", {}).get("cache"))
-    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
-    differences = [
-        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
-        for name in dict.fromkeys((*then, *now) if then else ())
-        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
-    ]
-    if differences:
+    if differences := data_differences(folder.path, config, data):
         raise UserError(
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
+
+
+def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
+    """Return how the data differ from those that a run was started with. path: folder of the run."""
+    if not (path / "manifest.json").is_file():
+        return []
+    then, now = read_manifest(path / "manifest.json")["data"], describe_data(data)
+    # Collections in memory and in the cache have different fingerprints.
+    was_cached = bool(read_config(path).get("data", {}).get("cache"))
+    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
+    return [
+        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
+        for name in dict.fromkeys((*then, *now) if then else ())
+        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
+    ]
 
 
 def _part(data: Mapping[str, Any], collection: str, key: str) -> Any:
@@ -253,16 +259,19 @@ def record_start(
     schedule: Mapping[str, Any],
     devices: int,
     precision: str,
+    start: str | None,
 ) -> None:
     """Record the start of an attempt in the manifest, with what is needed to understand and repeat the run.
 
     schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
+    start: model that the run started from, None for random weights.
     """
     manifest = read_manifest(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
     if job := launch.slurm_job():
         attempt["job"] = job
     manifest["attempts"].append(attempt)
+    manifest = {"start": start} | manifest  # at a resume, the one of the first attempt
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),

@@ -30,6 +30,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.loading import merged
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
@@ -68,8 +69,12 @@ class Diagnostics(L.Callback):
         self.batches: dict[str, ContrastiveBatch] = {}  # last batch of each task
         self.values: dict[str, float] = {}
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self.logged_at = self.drawn_at = trainer.global_step
+        source = getattr(trainer.train_dataloader, "batches", None)  # a loader of the user may have none
+        if source is not None:  # a resumed run measures the batches that an undisturbed one would have
+            batches = source.last_of_each_task(trainer.global_step * trainer.accumulate_grad_batches)
+            self.batches = {task: batch.to(module.device) for task, batch in batches.items()}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: ContrastiveModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
@@ -83,7 +88,7 @@ class Diagnostics(L.Callback):
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-            encoder = replica(module.encoder)
+            encoder = merged(replica(module.encoder))
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         if world_size() > 1:
             means = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, WeightAveraging
 
 from datamodules.records import Benchmark
 from lightning_modules.callbacks.checkpoint import save_checkpoint
@@ -127,7 +127,7 @@ class Evaluation(L.Callback):
         """
         values: dict[str, float] = {}
         encoder = replica(module.encoder)
-        with trainer.precision_plugin.forward_context():
+        with averaged_weights(trainer, module), trainer.precision_plugin.forward_context():
             for benchmark in self.benchmarks:
                 signal = noted()
                 if may_leave and on_any_rank(signal is not None):
@@ -138,6 +138,7 @@ class Evaluation(L.Callback):
                     self.metrics,
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
+                    document_vectors=module.document_vectors,
                     advance=leave_if_asked if may_leave and world_size() == 1 else None,
                 )
                 values |= {f"val/{benchmark.name}/{name}": value for name, value in result.metrics.items()}
@@ -161,6 +162,24 @@ class Evaluation(L.Callback):
             if save_checkpoint(trainer, self.path):
                 self.best, self.best_step = former  # not written: a later step may still become the best
                 self.not_written = max(self.not_written, (mean, step))
+
+
+@contextlib.contextmanager
+def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Exchange the weights for their average, if the trainer has a WeightAveraging callback.
+
+    Lightning does this only in its validation loop, which is not used here. Without it, the trained weights would
+    choose the best checkpoint, which contains the average.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    for callback in averages:
+        callback.on_validation_epoch_start(trainer, module)
+    try:
+        yield
+    finally:
+        for callback in averages:
+            callback.on_validation_epoch_end(trainer, module)
 
 
 class BeforeFirstStep(L.Callback):

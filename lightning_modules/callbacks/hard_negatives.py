@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 
-from datamodules.records import MiningPool
+from datamodules.records import MiningPool, UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
@@ -24,6 +25,7 @@ from lightning_modules.mining.report import (
     table,
     write_report,
 )
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -65,22 +67,28 @@ class HardNegativeMining(L.Callback):
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
-        report_file = data.rounds.folder / name / "report.json"
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
-        finished = trainer.is_global_zero and report_file.is_file() and data.rounds.has_made(name, meta)
-        if trainer.strategy.broadcast(finished):
+        values: Any = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
+        if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
-            check_false_negatives(read_values(report_file), self.stop_at)
-            data.rounds.begin(batch, name)
-            return
+        else:
+            values = self._mine_anew(trainer, cache, name, meta)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics(values) | {"mine/seconds": time.perf_counter() - started}, step=step)
+        check_false_negatives(values, self.stop_at)
+        data.rounds.begin(batch, name)
+
+    def _mine_anew(
+        self, trainer: L.Trainer, cache: VectorCache, name: str, meta: Mapping[str, Any]
+    ) -> dict[str, Mapping[str, float]]:
+        """Mine, write the store and its report, and return the figures of each task."""
+        data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
         self._pools = self._pools or data.pools()
-        former = data.rounds.at(batch)
+        former = data.rounds.at(step * trainer.accumulate_grad_batches)
         mined = self.mining.run(cache, self._pools, step)
         reports = reports_of(mined, step, former)
         for line in table(reports):
             log.info("%s", line)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics(reports) | {"mine/seconds": time.perf_counter() - started}, step=step)
         log_histograms(trainer.loggers, histograms(reports), step)
         trainer.strategy.barrier()  # another rank may still read the vectors, which are removed below
         if trainer.is_global_zero:
@@ -89,5 +97,12 @@ class HardNegativeMining(L.Callback):
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
             cache.remove()
         trainer.strategy.barrier()
-        check_false_negatives({task: task_report.values for task, task_report in reports.items()}, self.stop_at)
-        data.rounds.begin(batch, name)
+        return {task: each.values for task, each in reports.items()}
+
+
+def _finished(rounds: Any, name: str, meta: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Return the figures of a mining that has finished and is intact, else None."""
+    if rounds.has_made(name, meta):
+        with contextlib.suppress(UserError):
+            return read_values(rounds.folder / name / "report.json")
+    return None

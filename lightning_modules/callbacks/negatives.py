@@ -51,10 +51,10 @@ def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tenso
 
     With a symmetric loss, the negatives of positive documents follow. A guide model may mask more of them.
     """
-    vectors = torch.zeros(sum(map(len, batch.chunks)), 1, device=batch.queries.device)
-    directions = [query_to_document(vectors, batch, options)]
+    queries, documents = (torch.zeros(len(rows), 1, device=rows.device) for rows in (batch.queries, batch.documents))
+    directions = [query_to_document(queries, documents, batch, options)]
     if options.symmetric:
-        directions.append(document_to_query(vectors, batch, options))
+        directions.append(document_to_query(queries, documents, batch, options))
     return gather_rows(torch.cat([_negatives(direction) for direction in directions]))
 
 

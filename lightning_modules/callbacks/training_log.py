@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
@@ -41,10 +41,22 @@ class TrainingLog(L.Callback):
     def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
         self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
         self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
-        self.means: dict[str, dict[str, MeanMetric]] = defaultdict(dict)  # task -> name -> mean over batches and ranks
+        # Since the last row: sum of each output over the batches of a task, and their number.
+        self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self.num_batches: Counter[str] = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last row, so that the next row of a resumed run is that of an undisturbed one."""
+        return {"sums": self._totals(), "num_batches": dict(self.num_batches)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_batches.update(state["num_batches"])
+        for task, sums in state["sums"].items():
+            self.sums[task] = {name: torch.tensor(total) for name, total in sums.items()}
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
-        self.means.clear()
+        for sums in self.sums.values():
+            sums |= {name: total.to(module.device) for name, total in sums.items()}
         self.logged_at = trainer.global_step
         dtype = computing_dtype(str(trainer.precision))
         ceiling = 1e12 * self.peak_tflops or encoder_ceiling(module.encoder, dtype)
@@ -67,11 +79,10 @@ class TrainingLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
     ) -> None:
-        means = self.means[batch.task]
+        sums = self.sums[batch.task]
         for name, value in outputs.items():
-            if name not in means:
-                means[name] = MeanMetric(nan_strategy="disable").to(value.device)  # show a loss that is NaN
-            means[name].update(value.detach())
+            sums[name] = sums.get(name, 0) + value.detach().float()
+        self.num_batches[batch.task] += 1
         step = trainer.global_step
         due = step > self.logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps)
         if due:
@@ -82,13 +93,13 @@ class TrainingLog(L.Callback):
         if due:
             self.logged_at = step
             self._log(trainer, batch, step)
-            for metric in (metric for means in self.means.values() for metric in means.values()):
-                metric.reset()  # a new metric would have to be copied to the GPU
+            self.sums.clear()
+            self.num_batches.clear()
 
     def _log(self, trainer: L.Trainer, batch: ContrastiveBatch, step: int) -> None:
         values, speed = self._values(trainer, batch), self.meter.read()
         values |= {f"train/{name}": value for name, value in dataclasses.asdict(speed).items()}
-        tasks = self._tasks()
+        tasks = sorted(self.num_batches)
         for task in tasks:
             if not math.isfinite(values[f"train/{task}/loss"]):
                 raise UserError(
@@ -104,22 +115,34 @@ class TrainingLog(L.Callback):
             numbers = (step, trainer.max_steps, parts, values["train/lr"], speed.text())
             log.info("step %d/%d  loss: %s  lr %.1e  %s", *numbers)
 
-    def _tasks(self) -> list[str]:
-        """Return the tasks of the batches since the last log."""
-        return sorted(task for task, means in self.means.items() if means["loss"].update_count)
+    def _totals(self) -> dict[str, dict[str, float]]:
+        """Return the sums, as means over ranks."""
+        names = [(task, name) for task in sorted(self.sums) for name in sorted(self.sums[task])]
+        if not names:
+            return {}
+        sums = torch.stack([self.sums[task][name] for task, name in names])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+            sums /= world_size()
+        totals: dict[str, dict[str, float]] = defaultdict(dict)
+        for (task, name), total in zip(names, sums.tolist(), strict=True):
+            totals[task][name] = total
+        return dict(totals)
 
     def _values(self, trainer: L.Trainer, batch: ContrastiveBatch) -> dict[str, Any]:
-        """Return the values to log, computed in the same order on every rank."""
-        tasks = self._tasks()
+        """Return the values to log."""
         # Undo Lightning's division of the loss by the number of accumulated batches.
         scale = {"loss": trainer.accumulate_grad_batches}
         values: dict[str, Any] = {
-            f"train/{task}/{name}": scale.get(name, 1) * float(self.means[task][name].compute())
-            for task in tasks
-            for name in sorted(self.means[task])
+            f"train/{task}/{name}": scale.get(name, 1) * total / self.num_batches[task]
+            for task, totals in self._totals().items()
+            for name, total in totals.items()
         }
-        values |= {f"train/{task}/batches": self.means[task]["loss"].update_count for task in tasks}
-        values["train/lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        values |= {f"train/{task}/batches": self.num_batches[task] for task in sorted(self.num_batches)}
+        options: Any = trainer.lightning_module.optim
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        values["train/lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        values |= {f"train/lr/{part}": values["train/lr"] * factor for part, factor in options.lr_scale.items()}
         values["train/batch"] = batch.fingerprint
         return values
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import build, describe_architecture
+from lightning_modules.encoders.loading import with_weights
 
 
 class ShardedStrategy(DDPStrategy):
@@ -99,9 +99,7 @@ def replica(encoder: Encoder) -> Encoder:
     """
     if not encoder.sharded:
         return encoder
-    copy = build(describe_architecture(encoder), encoder.tokenizer, packages=[type(encoder).__module__])
-    copy.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
-    return copy.to(encoder.device).eval()
+    return with_weights(encoder, {name: whole(tensor) for name, tensor in encoder.state_dict().items()})
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from datamodules.options import option
 from datamodules.records import UserError
 from lightning_modules.encoders.families import FAMILIES
+from lightning_modules.encoders.lora import LoraOptions
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
@@ -64,6 +65,7 @@ class BackboneOptions:
     attention_dropout: float | None = option(
         None, "dropout of attention weights, by default the backbone's", minimum=0, below=1
     )
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 def package_folder(name: str) -> str | None:
@@ -165,6 +167,9 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
             return meta_backbone(config), tokenizer
         options = options_of(config) | {"trust_remote_code": False}
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        if (Path(name) / "adapter_config.json").exists() or getattr(model, "_hf_peft_config_loaded", False):
+            problem = "contains an adapter of peft (adapter_config.json), which is not supported"
+            raise UserError(f"{key}: {name!r} {problem}; save the model after merge_and_unload()")
         check_complete(name, info)
         return model, tokenizer
 
@@ -269,7 +274,8 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
 
 def set_dropout(backbone: PreTrainedModel, dropout: float | None, attention_dropout: float | None) -> None:
     """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
-    attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
+    queries = ("query", "q")  # names of the projection in self-attention of BERT and MPNet
+    attention = {id(m.dropout) for m in backbone.modules() if any(hasattr(m, name) for name in queries)}
     module: Any
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):

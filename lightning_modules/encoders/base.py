@@ -75,7 +75,8 @@ class Encoder(nn.Module):
     has_idle_parameters: ClassVar[bool] = False
     # Names of the methods that compute one layer. Their first argument is its index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
-    # Similarity that the encoder was trained with, if known.
+    lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
+    # Similarity that the encoder was trained with, "dot" or "cosine"; None if its files do not say.
     similarity: str | None = None
 
     def __init__(

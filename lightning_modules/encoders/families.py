@@ -1,6 +1,7 @@
 """Families of backbones. Each computes one Transformer layer of a Hugging Face model, sub-layer by sub-layer.
 
     Bert         BERT, RoBERTa, XLM-RoBERTa, CamemBERT: LayerNorm after each sub-layer, positions in the embeddings
+    MPNet        MPNet: the same, and a bias of the scores by the distance of query and key, which all layers share
     ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
 Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore compute texts that
@@ -94,15 +95,19 @@ class Family(Protocol):
     """Interface of all families.
 
     attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
+    inputs: modules that begin uses.
     max_positions: maximum number of tokens of a text.
     compiled: whether the functions of rows are compiled.
+    distance_bias: function that returns the bias of an AttentionContext, or None if the family has none.
     """
 
     attention_modules: tuple[str, ...]
     ffn_modules: tuple[str, ...]
+    inputs: Sequence[nn.Module]
     layers: nn.ModuleList
     max_positions: int
     compiled: bool
+    distance_bias: Callable[[], Tensor] | None
 
     def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
         """Return the embeddings (T, D) and the AttentionContext of a batch."""
@@ -152,65 +157,10 @@ class RowFunctions:
     """Calls functions of modules and rows, compiled or not. The base class of all families."""
 
     compiled = False
+    distance_bias: Callable[[], Tensor] | None = None
 
     def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         return (compiled(function) if self.compiled else function)(*arguments)
-
-
-class Bert(RowFunctions):
-    """BERT and RoBERTa."""
-
-    # LayerNorm after attention stays shared (paper, section 3.2).
-    attention_modules: tuple[str, ...] = ("attention.self", "attention.output.dense")
-    ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
-
-    def __init__(self, backbone: Any):
-        self.backbone = backbone
-        self.layers = backbone.encoder.layer
-        config = backbone.config
-        self.num_heads = config.num_attention_heads
-        # RoBERTa reserves the first positions for padding.
-        self.padding_id: int | None = None if config.model_type == "bert" else config.pad_token_id
-        reserved = 0 if self.padding_id is None else self.padding_id + 1
-        self.max_positions = config.max_position_embeddings - reserved
-
-    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
-        positions = tokens.positions()
-        embedded = positions if self.padding_id is None else self._roberta_positions(tokens, self.padding_id)
-        hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
-        return _in_autocast_type(hidden), AttentionContext(tokens, positions, {})
-
-    def _roberta_positions(self, tokens: Tokens, padding_id: int) -> Tensor:
-        """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
-        counted = (tokens.input_ids != padding_id).long()
-        total = F.pad(counted.cumsum(0), (1, 0))
-        before = total[tokens.offsets[:-1]]
-        return (total[1:] - tokens.spread(before)) * counted + padding_id
-
-    def attention(self, layer, hidden, states, context, choice=None, prefix=None):
-        projections, output = layer.attention.self, layer.attention.output
-
-        def heads(name: str, rows: Tensor) -> Tensor:
-            projected = by_expert(lambda module, x: getattr(module, name)(x), [projections], choice, context, rows)
-            return projected.unflatten(-1, (self.num_heads, -1))
-
-        dropout = active_rate(any_expert(projections).dropout)
-        query, key, value = heads("query", hidden), heads("key", states), heads("value", states)
-        attended = attend(query, key, value, context, dropout=dropout, prefix=prefix)
-        compute = partial(self.run, _bert_output)
-        return by_expert(compute, [output.dense, output], choice, context, attended, hidden)
-
-    def prefix(self, layer, states, context):
-        projections = layer.attention.self
-        keys, values = projections.key(states), projections.value(states)
-        return Prefix(keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1)))
-
-    def feed_forward(self, layer, hidden, context, choice=None):
-        compute = partial(self.run, _bert_feed_forward)
-        return by_expert(compute, [layer.intermediate, layer.output], choice, context, hidden)
-
-    def end(self, hidden: Tensor) -> Tensor:
-        return hidden
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
@@ -223,6 +173,10 @@ def _bert_output(dense: Any, output: Any, attended: Tensor, hidden: Tensor) -> T
     return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
 
 
+def _mpnet_output(attn: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
+    return _bert_output(attn.o, output, attended, hidden)
+
+
 def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor:
     return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
 
@@ -230,6 +184,91 @@ def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor
 def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
     """Return LayerNorm(x + residual) in the type of x, computed in that of the norm (float32 under autocast)."""
     return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
+
+
+class Bert(RowFunctions):
+    """BERT and RoBERTa."""
+
+    # LayerNorm after attention stays shared (paper, section 3.2).
+    attention_modules: tuple[str, ...] = ("attention.self", "attention.output.dense")
+    ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
+    projections = ("query", "key", "value")
+    attention_output: Callable[..., Tensor] = staticmethod(_bert_output)
+
+    def __init__(self, backbone: Any):
+        self.backbone = backbone
+        self.inputs = [backbone.embeddings]
+        self.layers = backbone.encoder.layer
+        self.num_heads = backbone.config.num_attention_heads
+        # RoBERTa reserves the first positions for padding.
+        self.padding_id: Any = getattr(backbone.embeddings, "padding_idx", None)
+        reserved = 0 if self.padding_id is None else self.padding_id + 1
+        self.max_positions = backbone.config.max_position_embeddings - reserved
+
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        positions = tokens.positions()
+        embedded = positions if self.padding_id is None else self._roberta_positions(tokens)
+        hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
+        bias = self.distance_bias() if self.distance_bias else None
+        return _in_autocast_type(hidden), AttentionContext(tokens, positions, {}, bias)
+
+    def _roberta_positions(self, tokens: Tokens) -> Tensor:
+        """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
+        counted = (tokens.input_ids != self.padding_id).long()
+        total = F.pad(counted.cumsum(0), (1, 0))
+        before = total[tokens.offsets[:-1]]
+        return (total[1:] - tokens.spread(before)) * counted + self.padding_id
+
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
+        """Return the modules with the projections, with the output projection, and with dropout and LayerNorm."""
+        attention = layer.attention
+        return attention.self, attention.output.dense, attention.output
+
+    def attention(self, layer, hidden, states, context, choice=None, prefix=None):
+        inputs, output, norm = self.attention_parts(layer)
+
+        def heads(name: str, rows: Tensor) -> Tensor:
+            projected = by_expert(lambda module, x: getattr(module, name)(x), [inputs], choice, context, rows)
+            return projected.unflatten(-1, (self.num_heads, -1))
+
+        query, key, value = map(heads, self.projections, (hidden, states, states))
+        dropout = active_rate(any_expert(inputs).dropout)
+        attended = attend(query, key, value, context, dropout=dropout, prefix=prefix)
+        compute = partial(self.run, self.attention_output)
+        return by_expert(compute, [output, norm], choice, context, attended, hidden)
+
+    def prefix(self, layer, states, context):
+        inputs, (_, key, value) = self.attention_parts(layer)[0], self.projections
+        keys, values = (getattr(inputs, name)(states).unflatten(-1, (self.num_heads, -1)) for name in (key, value))
+        return Prefix(keys, values)
+
+    def feed_forward(self, layer, hidden, context, choice=None):
+        compute = partial(self.run, _bert_feed_forward)
+        return by_expert(compute, [layer.intermediate, layer.output], choice, context, hidden)
+
+    def end(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class MPNet(Bert):
+    """MPNet (Song et al., 2020)."""
+
+    attention_modules = ("attention.attn",)
+    projections = ("q", "k", "v")
+    attention_output = staticmethod(_mpnet_output)
+
+    def __init__(self, backbone: Any):
+        super().__init__(backbone)
+        self.inputs = [backbone.embeddings, backbone.encoder.relative_attention_bias]
+
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
+        return layer.attention.attn, layer.attention.attn, layer.attention
+
+    def distance_bias(self) -> Tensor:
+        encoder, longest = self.backbone.encoder, self.max_positions
+        table = encoder.relative_attention_bias  # (buckets, H)
+        distances = torch.arange(1 - longest, longest, device=table.weight.device)
+        return table(encoder.relative_position_bucket(distances)).T
 
 
 class ModernBert(RowFunctions):
@@ -240,6 +279,7 @@ class ModernBert(RowFunctions):
 
     def __init__(self, backbone: Any):
         self.backbone = backbone
+        self.inputs = [backbone.embeddings]
         self.layers = backbone.layers
         self.num_heads = backbone.config.num_attention_heads
         self.max_positions = backbone.config.max_position_embeddings
@@ -305,8 +345,10 @@ def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
 
 
-def _projected_by(linear: nn.Linear, outputs: slice, rows: Tensor) -> Tensor:
+def _projected_by(linear: nn.Module, outputs: slice, rows: Tensor) -> Tensor:
     """Compute some outputs of a linear layer."""
+    if not isinstance(linear, nn.Linear):  # with LoRA, its weight is not all of it
+        return linear(rows)[:, outputs]
     return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 
 
@@ -330,6 +372,7 @@ FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {
     "roberta": Bert,
     "xlm-roberta": Bert,
     "camembert": Bert,
+    "mpnet": MPNet,
     "modernbert": ModernBert,
 }
 
@@ -340,4 +383,4 @@ def family_of(backbone: PreTrainedModel) -> Family:
     if model_type not in FAMILIES:
         kind = type(backbone).__name__ + (f" ({model_type})" if model_type else "")
         raise UserError(f"backbone: {kind} is not supported; expected a model of type {', '.join(FAMILIES)}")
-    return FAMILIES[model_type](backbone)
+    return FAMILIES[model_type](backbone)  # type: ignore[return-value]

@@ -64,8 +64,8 @@ class InstructEncoder(Encoder):
             backbone.requires_grad_(False)
             # The last layer stays frozen. It would get no gradient, because the states after it are not used.
             self.instruction_backbone.requires_grad_(False)
-            self.instruction_backbone.embeddings.requires_grad_(True)
-            self.instruction_family.layers[:-1].requires_grad_(True)
+            for module in (*self.instruction_family.inputs, *self.instruction_family.layers[:-1]):
+                module.requires_grad_(True)
         self._instruction_tokens: dict[tuple[str, torch.device], Tokens] = {}
         limit = self.family.max_positions
         for task, instruction in self.instructions.items():

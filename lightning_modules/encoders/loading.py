@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,21 +33,24 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
+from lightning_modules.encoders.lora import merge_lora
 from lightning_modules.encoders.scimult_format import from_reference, is_reference
 from lightning_modules.encoders.sentence_files import check_prompt, lower_cased, read_sentence_files
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.losses import SIMILARITIES
+
+log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
 DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """Return the description from which build makes the same encoder."""
+    """Return the description from which build makes the same encoder, without LoRA."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
-    return describe_architecture(encoder) | {"tokenizer": files}
+    return describe_architecture(encoder) | {"tokenizer": files, "lora_scale": encoder.lora_scale}
 
 
 def describe_architecture(encoder: Encoder) -> dict[str, Any]:
@@ -56,13 +60,8 @@ def describe_architecture(encoder: Encoder) -> dict[str, Any]:
         "kind": f"{kind.__module__}.{kind.__name__}",
         "arguments": encoder.config,
         "backbone": json.loads(encoder.backbone.config.to_json_string(use_diff=False)),
-        "similarity": similarity_of(encoder),
+        "similarity": encoder.similarity,
     }
-
-
-def similarity_of(encoder: Encoder) -> str | None:
-    """Return the similarity that an encoder was trained with, or None if its files do not say."""
-    return getattr(encoder, "similarity", None)
 
 
 def build(
@@ -142,10 +141,11 @@ def load_encoder(
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
     model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
-        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa or ModernBERT, or a DPR encoder.
+        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
-    pooling: "cls" or "mean", for a plain model; by default that of its sentence-transformers files, or else "cls".
+    pooling: one of POOLINGS, for a plain model; by default that of its sentence-transformers files, or else "cls".
+        Raises UserError if another model has another one.
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
     key: argument that the model comes from, for error messages.
@@ -153,22 +153,37 @@ def load_encoder(
         only those that you trust.
     """
     from lightning_modules.encoders.adapters import with_adapters
-    from lightning_modules.encoders.pretrained import is_pretrained, load_pretrained
+    from lightning_modules.encoders.pretrained import load_pretrained
 
     path = Path(model)
     if (path / "checkpoints").is_dir():
         path = checkpoint_of(path)
-    if path.is_file():
-        encoder = _load_checkpoint(path, backbone, tower, packages)
-    elif is_pretrained(model, key):
-        encoder = load_pretrained(model, packages=packages)
-    else:
+    if is_plain(model, key):
         encoder = _load_plain(str(model), tasks or DEFAULT_TASKS, pooling, key)
+    elif path.is_file():
+        encoder = _load_checkpoint(path, backbone, tower, packages)
+    else:
+        encoder = load_pretrained(model, packages=packages)
+    if pooling and encoder.pooling != pooling:
+        raise UserError(f"pooling: only plain models take it; {model} has its own, {encoder.pooling}")
+    if not path.is_file():
+        _warn_of_unused(model, backbone, tower)
     if adapters:
-        similarity = similarity_of(encoder)
+        similarity = encoder.similarity
         encoder = with_adapters(encoder, adapters)
         encoder.similarity = similarity
     return encoder.eval()
+
+
+def is_plain(model: str | Path, key: str = "model") -> bool:
+    """Return whether a model is a plain one, and not an encoder of this project or a checkpoint.
+
+    Raises UserError if there is no such model. key: argument that the model comes from, for error messages.
+    """
+    from lightning_modules.encoders.pretrained import is_pretrained
+
+    path = Path(model)
+    return not ((path / "checkpoints").is_dir() or path.is_file() or is_pretrained(model, key))
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -221,11 +236,20 @@ def _load_checkpoint(
             raise UserError(f"{path}: the entries encoder and state_dict must be mappings; the file is damaged")
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        weights = merge_lora(weights, checkpoint["encoder"].get("lora_scale"), str(path))
         encoder = build(checkpoint["encoder"], source=str(path), packages=packages)
+        _warn_of_unused(path, backbone, tower)
     else:
         raise UserError(f"{path}: not a checkpoint of this project (it has no description of an encoder)")
     load_weights(encoder, weights, str(path))
     return encoder
+
+
+def _warn_of_unused(model: str | Path, backbone: str | Path | None, tower: str | None) -> None:
+    for name, value in (("backbone", backbone), ("tower", tower)):
+        if value is not None:
+            message = "%s=%s is not used: %s has its own, unlike checkpoints of SciMult's authors and of DPR"
+            log.warning(message, name, value, model)
 
 
 def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:
@@ -257,6 +281,19 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
         else:
             with torch.no_grad():
                 tensor.copy_(weights[name])
+
+
+def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:
+    """Return another encoder with the arguments of this one, and other weights. If it has LoRA, they are merged."""
+    copy = build(describe_architecture(encoder), encoder.tokenizer, packages=[type(encoder).__module__])
+    name = type(encoder).__name__
+    load_weights(copy, merge_lora(weights, encoder.lora_scale, name), name)
+    return copy.to(encoder.device).eval()
+
+
+def merged(encoder: Encoder) -> Encoder:
+    """Return a copy of an encoder with its LoRA merged, or the encoder itself if it has none."""
+    return encoder if encoder.lora_scale is None else with_weights(encoder, encoder.state_dict())
 
 
 def continue_from(source: Encoder, target: Encoder, name: str) -> None:

@@ -26,7 +26,6 @@ from datamodules.records import Document, MinedNegatives, MiningPool, Ragged, Us
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.mining import filters
 from lightning_modules.mining.filters import Sieve
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
@@ -141,7 +140,7 @@ def mine(
                 f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
                 "absolute_margin to null"
             )
-        similarity = similarity or similarity_of(encoder) or "dot"
+        similarity = similarity or encoder.similarity or "dot"
         queries, documents = _vectors_of(vectors or VectorCache(encoder, similarity=similarity), pool)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:

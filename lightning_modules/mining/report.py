@@ -12,6 +12,7 @@ import numpy as np
 
 from datamodules.files import read_json, write_json
 from datamodules.records import MinedNegatives, Ragged, UserError
+from lightning_modules.encoders.backbone import reason
 from lightning_modules.mining.filters import query_of_values
 from lightning_modules.mining.mine import Mined
 from lightning_modules.pictures import box, document, text
@@ -122,9 +123,9 @@ def _format(value: float) -> str:
     return "<0.0001" if 0 < value < 5e-5 else f"{round(value, 4) + 0.0:.4f}".rstrip("0").rstrip(".")
 
 
-def metrics(reports: Mapping[str, TaskReport]) -> dict[str, float]:
-    """Return all figures under their log keys."""
-    return {f"mine/{task}/{name}": value for task, each in reports.items() for name, value in each.values.items()}
+def metrics(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the figures of each task under their log keys."""
+    return {f"mine/{task}/{name}": value for task, each in values.items() for name, value in each.items()}
 
 
 def histograms(reports: Mapping[str, TaskReport]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -149,9 +150,13 @@ def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) ->
 def read_values(path: Path) -> dict[str, dict[str, float]]:
     """Return the figures of each task in a report.json."""
     tasks = read_json(path)
-    if not all(isinstance(each, dict) and isinstance(each.get("values"), dict) for each in tasks.values()):
-        raise UserError(f"{path}: expected the values of each task")
-    return {task: each["values"] for task, each in tasks.items()}
+    try:
+        values = {task: {name: float(value) for name, value in each["values"].items()} for task, each in tasks.items()}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, expected the figures of each task ({reason(error)})") from error
+    if not all(values.values()):
+        raise UserError(f"{path}: damaged, a task has no figures")
+    return values
 
 
 def svg(reports: Mapping[str, TaskReport], title: str) -> str:

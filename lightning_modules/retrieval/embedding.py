@@ -180,8 +180,6 @@ class ShardFolder:
             if _is_merged(path, metadata, [(record["ids"], record["vectors"][task]) for record in records]):
                 return len(ids)
             log.info("%s: merging the shards again", path)
-        if repeated := len(ids) - len(set(ids)):
-            log.warning("%s: %d ids occur more than once in the input; each occurrence has a row", path, repeated)
         try:
             delete_metadata(path)  # it describes the old vectors
             with atomic_file(path) as file:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from datamodules.records import Benchmark, UserError
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import similarity_of
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
@@ -123,6 +122,7 @@ def evaluate(
     similarity: str | None = None,
     token_budget: int | None = None,
     vectors: VectorCache | None = None,
+    document_vectors: VectorCache | None = None,
     k: int | None = None,
     advance: StageAdvance | None = None,
 ) -> BenchmarkResult:
@@ -132,6 +132,8 @@ def evaluate(
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, dot if unknown.
     token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
+    document_vectors: source of the documents' vectors, for an encoder of queries that was trained for them; by default
+    that of the queries. Probes do not use it.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
     a query-document pair to rank, or a draw of training papers to learn from.
@@ -140,7 +142,7 @@ def evaluate(
     """
     benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
-    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
+    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or (lambda *_: None)
     k = k or ranking_depth(metrics, benchmark)
@@ -149,7 +151,7 @@ def evaluate(
     num_texts = len(benchmark.encoded_documents) + len(benchmark.queries)
     step = _counter(advance, "encode", num_texts // world_size())
     started = time.monotonic()
-    encoded = _encode(encoder, benchmark, vectors, step)
+    encoded = _encode(encoder, benchmark, vectors, step, document_vectors)
     encode_seconds = time.monotonic() - started
     runs = _rank(encoder, benchmark, encoded, k, similarity, advance)
     return _measure_runs(runs, benchmark, metrics, similarity, num_texts, encode_seconds)
@@ -179,7 +181,7 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     benchmark = benchmark.without_blank()
-    similarity = checked_similarity(benchmark.similarity or similarity or similarity_of(encoder) or "dot")
+    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
@@ -197,18 +199,28 @@ def _checked_metrics(benchmark: Benchmark, metrics: Sequence[str]) -> tuple[str,
 
 
 def _encode(
-    encoder: Encoder, benchmark: Benchmark, vectors: VectorCache, advance: Callable[[int], None] | None
+    encoder: Encoder,
+    benchmark: Benchmark,
+    vectors: VectorCache,
+    advance: Callable[[int], None] | None,
+    document_vectors: VectorCache | None = None,
 ) -> tuple[list[str], np.ndarray, Shards]:
     """Return the ids of this rank's queries, their vectors, (q, D), and the vectors of the documents, (M, D).
 
     The documents are the corpus, or the training papers of a probe.
     """
-    task = encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
+    source = vectors if document_vectors is None or benchmark.training is not None else document_vectors
+    task = source.encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     values = benchmark.encoded_documents.values()
     texts = values if isinstance(values, Sequence) else list(values)  # those of a stored collection are a sequence
-    documents = vectors.vectors(texts, task, benchmark.name, advance)
+    documents = source.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
+    sizes = queries.shape[1], documents[0].shape[1]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"document_vectors: expected {sizes[0]} dimensions, those of the queries' vectors, got {sizes[1]}"
+        )
     return query_ids, queries, documents
 
 

@@ -182,6 +182,17 @@ class VectorCache:
         return compared
 
 
+def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document], bool]], task: str) -> Shards:
+    """Return the vectors (n, D) of the texts of several parts, one after the other. All ranks call this together.
+
+    parts: texts, and whether they are documents of the task (or else queries).
+    """
+    document_task = cache.encoder.document_task(task)
+    tasks = [document_task if are_documents else task for _, are_documents in parts]
+    vectors = [cache.vectors(texts, each, f"texts of {task}") for (texts, _), each in zip(parts, tasks, strict=True)]
+    return Shards([array for shards in vectors for array in shards])
+
+
 def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
     """Return a key that changes with an encoder's weights and arguments. It takes milliseconds, unlike a fingerprint.
 

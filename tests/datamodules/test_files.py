@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_planted_link_at_a_temporary_file_is_not_followed(tmp_path, monkeypatch)
     """The name of a temporary file can be guessed."""
     monkeypatch.setattr("socket.gethostname", lambda: "host")
     (tmp_path / "victim").write_text("mine")
-    (tmp_path / f".a.txt.host.{os.getpid()}").symlink_to(tmp_path / "victim")
+    (tmp_path / f".a.txt.host.{os.getpid()}.{threading.get_native_id()}").symlink_to(tmp_path / "victim")
     write_text(tmp_path / "a.txt", "ours")
     assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "a.txt").read_text() == "ours"
@@ -67,6 +69,46 @@ def test_folder_replaces_the_old_one_only_if_it_is_complete(tmp_path):
         (folder / "new").touch()
     assert [file.name for file in path.iterdir()] == ["new"]
     assert len(list(path.parent.iterdir())) == 1
+
+
+def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    """They shared a temporary file: one deleted that of the other, which failed or wrote a mixture."""
+    barrier, errors = threading.Barrier(2), []
+
+    def write(text):
+        try:
+            with atomic_file(tmp_path / "a") as file:
+                barrier.wait(10)  # both have opened their files
+                file.write(text)
+                barrier.wait(10)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter * 9999,)) for letter in (b"x", b"y")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert (tmp_path / "a").read_bytes() in (b"x" * 9999, b"y" * 9999)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    """The old folder stayed under a hidden name if it was interrupted between two renames."""
+    path, replace = tmp_path / "folder", Path.replace
+    path.mkdir()
+    (path / "old").touch()
+
+    def interrupted(source, target):
+        if target == path and not source.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as folder:
+        (folder / "new").touch()
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["folder", "folder/old"]
 
 
 def test_damaged_json_raises_user_error(tmp_path):

@@ -36,6 +36,7 @@ from experiments.train import train
 from lightning_modules import checkpoint_files
 from lightning_modules.distributed import signals
 from tests.experiments.test_train import TINY, check_same_state
+from tests.lightning_modules.callbacks.test_training_log import curve
 
 EVERY = 6  # steps between two checkpoints
 STEPS = 8  # maximum number of steps of an attempt before it is killed
@@ -216,6 +217,7 @@ def kill_repeatedly(folder: Path, number: int) -> Counter:
     for row in rows(killed):
         assert row["train/batch"] == batches[row["step"]], f"step {row['step']}"
     check_same_state(whole, killed)
+    assert curve(whole / "metrics.jsonl") == curve(killed / "metrics.jsonl")
     assert figures(whole) == figures(killed)
     print(f"{number} kills, {dict(kinds)}: no more than {lost} steps lost at once, equal after {steps} steps")
     return kinds

@@ -7,6 +7,7 @@ import pytest
 
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
+from experiments.sweep import main as sweep
 from experiments.train import train
 from tests.conftest import toy_collection
 
@@ -74,3 +75,27 @@ def test_another_cache_setting_or_removed_data_still_show_the_results(tmp_path, 
     train("vanilla", [*arguments, "data.cache=null"])
     assert "trained" in capsys.readouterr().out
     assert "The data cannot be compared with those of the run" in caplog.text
+
+
+@pytest.mark.slow
+def test_trials_on_data_that_have_changed_are_not_shown_as_results_of_a_sweep(tmp_path, capsys):
+    """The table of a sweep mixed them with new trials, or showed them alone."""
+    write_beir(toy_collection(), folder := tmp_path / "set")
+    file, output = tmp_path / "one.yaml", tmp_path / "out"
+    parameters = "method: grid\nparameters: {optim.lr: {values: [0.1, 0.2]}}\n"
+    metric = "metric: {name: val/mean/ndcg@10, goal: maximize}\n"
+    file.write_text(f'{parameters}{metric}command: [make, train, "${{args_no_hyphens}}"]')
+    arguments = [*ARGUMENTS, f"task.search.data={folder}", "data.cache=null", "trainer.max_steps=2"]
+    arguments.append("evaluation.every_n_steps=1")
+    train("vanilla", [*arguments, "optim.lr=0.1", f"run.dir={output / 't000'}", "wandb.group=out"])
+    train("vanilla", [*arguments, "optim.lr=0.2", f"run.dir={output / 't001'}", "wandb.group=out"])
+    command = ["vanilla", f"sweep={file}", f"output={output}", *arguments]
+    sweep(command)
+    before = (output / "results.json").read_text()
+    capsys.readouterr()
+    change_corpus(folder)
+    message = "output: trial 0 in .* was trained on other data .set: fingerprint .* then, .* now.*choose another output"
+    with pytest.raises(UserError, match=message):
+        sweep(command)
+    assert not capsys.readouterr().out
+    assert (output / "results.json").read_text() == before

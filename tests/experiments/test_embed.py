@@ -166,12 +166,26 @@ def test_only_missing_damaged_and_changed_shards_are_embedded_again(embed, paper
     assert "00001.search.npy: damaged" in caplog.text
     assert (output / "search.npy").read_bytes() == before
     lines = papers.read_text().splitlines()
-    papers.write_text("\n".join([*lines[:6], lines[6].replace("p6", "new"), *lines[7:], lines[0]]))
+    papers.write_text(
+        "\n".join([*lines[:6], lines[6].replace("p6", "new"), *lines[7:], lines[0].replace("p0", "last")])
+    )
     embed("out")
     assert made[3:] == ["p5", "p20"]
     assert open_matrix(output).ids[6] == "new"
     assert len(open_matrix(output).ids) == 24
-    assert "1 ids occur more than once" in caplog.text
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_an_id_on_two_lines_is_refused_before_anything_is_embedded(embed, papers, tmp_path, on_error):
+    """It was only a warning, after hours, and `make find` showed the same id twice. The lines may be in two files."""
+    lines = papers.read_text().splitlines()
+    folder = tmp_path / "shards_of_texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(lines[:9]))
+    (folder / "b.jsonl").write_text("\n".join([*lines[9:], lines[7]]))
+    with pytest.raises(UserError, match=r"b.jsonl, line \d+: the id 'p7' is also in \S+a.jsonl, line 8; remove one"):
+        embed("out", f"on_error={on_error}", source=folder)
+    assert not list((tmp_path / "out").glob("shards/*.npy"))
 
 
 def test_shards_with_other_settings_raise_user_errors(embed, model, make_encoder, monkeypatch):

@@ -10,9 +10,13 @@ import torch
 
 from datamodules.records import UserError
 from experiments.config.experiment import load_config
+from experiments.dry_run import dry_run
+from experiments.evaluate import main as evaluate
 from experiments.export import main as export
+from experiments.results.results import read_results
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.experiments.test_train import ROOT, TINY
 
 QUICK = [
@@ -70,6 +74,46 @@ def test_all_options_together(plain, tmp_path):
     export([f"model={tmp_path}", "task=search"])
     card = (tmp_path / "export" / "search" / "README.md").read_text()
     assert "The first 8, 16 dimensions of a vector can be used alone" in card
+
+
+@pytest.mark.slow
+def test_vector_teacher_from_configuration_to_evaluation(plain, tmp_path):
+    """An asymmetric student's tables use the teacher's documents, as make eval document_model= does."""
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    options = [f"objective.vector_teacher.model={plain}", "objective.vector_teacher.asymmetric=true"]
+    options += ["objective.similarity=cosine", "objective.temperature=0.1", f"data.cache={cache}"]
+    dry_run("vanilla", [*QUICK, *options, "trainer.max_steps=3"])
+    train("vanilla", [f"run.dir={folder}", "trainer.max_steps=3", *QUICK, *options, "evaluation.every_n_steps=3"])
+    assert logged(folder)[-1]["train/search/vector_distance"] > 0
+    assert list(cache.glob("teacher-vectors/*/*.npy"))
+    table = read_results(folder / "results.json").benchmarks["searches"].systems["trained"]
+    fingerprint = VectorCache(load_encoder(plain)).fingerprint
+    assert table.document_fingerprint == fingerprint
+    command = [f"model={folder}", "metrics=ndcg@10,recall@20", "task=search"]
+    evaluate([*command, f"document_model={plain}", f"output={tmp_path / 'with'}"])
+    evaluate([*command, f"output={tmp_path / 'without'}"])
+    again, without = (
+        read_results(tmp_path / name / "results.json").benchmarks["searches"].systems["encoder"]
+        for name in ("with", "without")
+    )
+    assert again.document_fingerprint == fingerprint
+    assert again.metrics == pytest.approx(table.metrics, abs=1e-9)
+    assert without.document_fingerprint is None
+    with pytest.raises(UserError, match="document_model: none there, .*run now"):
+        evaluate([*command, f"document_model={plain}", f"output={tmp_path / 'without'}"])
+
+
+def test_start_is_the_encoder_before_training(plain, tmp_path):
+    from experiments.build.data import build_data
+    from experiments.build.module import build_module
+
+    weight = "objective.vector_teacher.weight={classification: 1, link_prediction: 0, search: 2}"
+    options = [f"init_from={plain}", "objective.vector_teacher.model=start", weight]
+    config = load_config("vanilla", [f"run.dir={tmp_path}", *QUICK, *options])
+    module = build_module(config, build_data(config))
+    teacher, encoder = module.objective.vector_teacher.encoder, load_encoder(plain)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), encoder.parameters(), strict=True))
+    assert [module.objective.options.vector_teacher.weight_of(task) for task in config.tasks] == [1, 0, 2]
 
 
 def test_each_task_samples_its_number_of_positives(tmp_path):

@@ -82,13 +82,36 @@ def distillation_loss(student, teacher, positives, candidates, temperature, opti
     return np.mean(errors) if errors else 0.0
 
 
-def reference(vectors, batch, options, temperature, guide=None, teacher=None):
-    """Return the loss of vectors (U, D). guide, teacher: vectors of queries and of documents."""
+def reference(vectors, batch, options, temperature, guide=None, teacher=None, vector_teacher=None, projection=None):
+    """Return the loss of vectors (U, D). guide, teacher, vector_teacher: vectors of queries and of documents."""
     total = 0.0
+    if vector_teacher is not None:
+        total += options.vector_teacher.weight * _vector_distance(vectors, batch, options, vector_teacher, projection)
+        if options.vector_teacher.asymmetric:
+            vectors = vectors.copy()
+            vectors[batch.documents.numpy()] = vector_teacher[1]
     weights = [1.0, *(options.matryoshka_weights or [1.0] * len(options.matryoshka))]
     for prefix, weight in zip([None, *options.matryoshka], weights, strict=True):
         total += weight * _loss_of_prefix(vectors[:, :prefix], batch, options, temperature, guide, teacher)
     return options.task_weights.get(batch.task, 1.0) * total
+
+
+def _vector_distance(vectors, batch, options, targets, projection):
+    distances = []
+    for b, (positives, negatives) in enumerate(zip(batch.positives, batch.hard_negatives, strict=True)):
+        documents = [c for c in positives.tolist() + negatives.tolist() if c >= 0]
+        pairs = [(vectors[batch.queries[b]], targets[0][b])]
+        if not options.vector_teacher.asymmetric:
+            pairs += [(vectors[batch.documents[c]], targets[1][c]) for c in documents]
+        values = []
+        for vector, target in pairs:
+            vector = normalized(vector) if options.similarity == "cosine" else vector
+            vector = vector if projection is None else projection @ vector
+            l2 = ((vector - target) ** 2).sum()
+            cosine = 1 - normalized(vector) @ normalized(target)
+            values.append(l2 if options.vector_teacher.loss == "l2" else cosine)
+        distances.append(np.mean(values))
+    return np.mean(distances)
 
 
 def _loss_of_prefix(vectors, batch, options, temperature, guide, teacher):

@@ -3,6 +3,7 @@
 import csv
 import json
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,20 @@ def test_each_start_of_a_run_writes_a_csv_file(tmp_path):
         [("3", "2.3"), ("4", "2.4"), ("5", "2.5")],
     ]
     assert tables[1][-1]["test/mean/ndcg@10"] == "0.5"
+
+
+@pytest.mark.parametrize("folder", ["$HOME", "${HOME}/run", "~", "~root"])
+@pytest.mark.parametrize("name", LIGHTNING_LOGGERS)
+def test_names_of_folders_are_never_expanded(tmp_path, monkeypatch, name, folder):
+    """TensorBoard's files of a run in "runs/$HOME" were written to the home folder."""
+    if name == "tensorboard":
+        pytest.importorskip("tensorboard")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    log_twice(name, Path(folder))
+    assert list((tmp_path / folder / name).iterdir())
+    assert not list((tmp_path / "home").iterdir())
 
 
 @pytest.mark.parametrize("name", LIGHTNING_LOGGERS)

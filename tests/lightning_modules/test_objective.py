@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from datamodules.tasks import SearchDataModule
 from lightning_modules.chunked import rows_per_block, sum_over_blocks
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.objective import FrozenEncoder, FrozenVectors, Objective, Temperature
-from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
+from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions, VectorTeacherOptions
 from tests.lightning_modules.objective_reference import normalized, random_batch, reference
 
 COSINE = {"similarity": "cosine", "temperature": 0.1}
@@ -39,15 +40,21 @@ CASES = {
     "guided_kl_own": COSINE
     | {"guide": GuideOptions("x", 0.3), "teacher": dataclasses.replace(TEACHER, candidates="own")},
     "weighted": COSINE | {"task_weights": {"search": 3.0}},
+    "l2": COSINE | {"vector_teacher": VectorTeacherOptions("x", 0.7)},
+    "l2_of_dot": {"vector_teacher": VectorTeacherOptions("x", 0.7), "task_weights": {"search": 3.0}},
+    "cosine_distance": {"vector_teacher": VectorTeacherOptions("x", 0.7, "cosine"), "symmetric": True},
+    "asymmetric": COSINE | {"vector_teacher": VectorTeacherOptions("same size", 0.7, asymmetric=True)},
+    "asymmetric_both": COSINE
+    | {"vector_teacher": VectorTeacherOptions("same size", 0.7, asymmetric=True), "symmetric": True, "matryoshka": [5]},
 }
 
 
 class FrozenModel:
     """A frozen model with random vectors."""
 
-    def __init__(self, rng, batch):
-        sizes = (len(batch.queries), len(batch.documents))
-        self.arrays = tuple(normalized(rng.normal(size=(size, 5))) for size in sizes)
+    def __init__(self, rng, batch, dimension=5):
+        sizes, self.dimension = (len(batch.queries), len(batch.documents)), dimension
+        self.arrays = tuple(normalized(rng.normal(size=(size, dimension))) for size in sizes)
 
     def embed(self, batch):
         return FrozenVectors(*(torch.tensor(array) for array in self.arrays))
@@ -55,8 +62,8 @@ class FrozenModel:
 
 def frozen_models(options, rng, batch):
     """Return a frozen model for each that the options name."""
-    models = {"guide": options.guide.model, "teacher": options.teacher.model}
-    return {name: FrozenModel(rng, batch) for name, model in models.items() if model}
+    models = {name: getattr(options, name).model for name in ("guide", "teacher", "vector_teacher")}
+    return {name: FrozenModel(rng, batch, 8 if model == "same size" else 5) for name, model in models.items() if model}
 
 
 def world(seed, case, num_positives=3, **more):
@@ -74,8 +81,10 @@ def world(seed, case, num_positives=3, **more):
 def test_equals_numpy(case, num_positives):
     for seed in range(5):
         objective, vectors, batch = world(seed, case, num_positives)
-        models = {"guide": objective.guide, "teacher": objective.teacher}
+        models = {name: getattr(objective, name) for name in ("guide", "teacher", "vector_teacher")}
         arrays = {name: model.arrays for name, model in models.items() if model}
+        if objective.projection is not None:
+            arrays["projection"] = objective.projection.detach().numpy().copy()
         options = objective.options
         expected = reference(vectors.detach().numpy(), batch, options, options.temperature, **arrays)
         assert abs(objective(vectors, batch)["loss"].item() - expected) < 1e-12 * max(1, abs(expected))
@@ -207,6 +216,66 @@ def test_distillation_is_logged_separately():
     assert outputs["loss"].item() == pytest.approx((outputs["contrastive"] + 0.7 * outputs["distillation"]).item())
 
 
+def test_vector_distance_of_three_texts_in_closed_form():
+    """A query (3, 4), its positive (0, 1) and its negative (1, 0); the teacher has (1, 0), (0, 1) and (0, 1)."""
+    batch = random_batch(np.random.default_rng(0), num_queries=1, num_documents=2, num_positives=1, num_negatives=0)
+    batch = dataclasses.replace(
+        batch,
+        documents=torch.tensor([1, 2]),
+        positives=torch.tensor([[0]]),
+        hard_negatives=torch.tensor([[1]]),
+        pairs=None,
+        teacher_vectors=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64),
+    )
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = SimpleNamespace(dimension=2)  # not asked, because the batch has the vectors
+    expected = {
+        ("cosine", "l2"): ((0.6 - 1) ** 2 + 0.8**2 + 0 + 2) / 3,
+        ("cosine", "cosine"): (1 - 0.6 + 0 + 1) / 3,
+        ("dot", "l2"): (2**2 + 4**2 + 0 + 2) / 3,
+        ("dot", "cosine"): (1 - 0.6 + 0 + 1) / 3,
+    }
+    for (similarity, loss), value in expected.items():
+        options = ObjectiveOptions(similarity=similarity, vector_teacher=VectorTeacherOptions("x", 2.0, loss))
+        objective = Objective(options, ["search"], 2, vector_teacher=teacher).double()
+        assert objective.projection is None
+        outputs = objective(vectors, batch)
+        assert outputs["vector_distance"].item() == pytest.approx(value, rel=1e-15)
+        assert outputs["loss"].item() == pytest.approx((outputs["contrastive"] + 2 * value).item(), rel=1e-15)
+        plain = Objective(ObjectiveOptions(similarity=similarity), ["search"], 2).double()
+        distance = (objective(vectors, batch)["loss"] - plain(vectors, batch)["loss"]) / 2
+        (gradient,) = torch.autograd.grad(distance, vectors)
+        if (similarity, loss) == ("dot", "l2"):  # 2 (v - t) / 3
+            torch.testing.assert_close(gradient, torch.tensor([[4.0, 8], [0, 0], [2, -2]]).double() / 3)
+        assert torch.autograd.gradcheck(lambda x, objective=objective: objective(x, batch)["loss"], (vectors,))
+
+
+def test_projection_has_the_gradient_of_finite_differences():
+    objective, vectors, batch = world(2, "l2")
+    weight = objective.projection
+    assert torch.allclose(weight @ weight.T, torch.eye(5).double(), atol=1e-6)  # it starts orthogonal
+
+    def loss(projection):
+        return torch.func.functional_call(objective, {"projection": projection}, (vectors, batch))["loss"]
+
+    assert torch.autograd.gradcheck(loss, (weight,))
+
+
+def test_weight_0_of_a_task_leaves_loss_and_gradient_unchanged_to_the_bit():
+    for weight in (0.0, {"search": 0.0, "other": 1.0}):
+        results = []
+        for teacher in (None, "x"):
+            options = ObjectiveOptions(**COSINE, vector_teacher=VectorTeacherOptions(teacher, weight))
+            objective = Objective(options, ["search", "other"], 8, vector_teacher=SimpleNamespace(dimension=5))
+            assert (objective.projection is not None) == (teacher is not None and weight != 0)
+            _, vectors, batch = world(3, "cosine")
+            outputs = objective(vectors, batch)
+            outputs["loss"].backward()
+            results.append((outputs, vectors.grad))
+        assert results[0][0] == results[1][0]
+        assert torch.equal(results[0][1], results[1][1])
+
+
 def test_learned_temperature_has_a_gradient_and_stays_in_its_range():
     objective, vectors, batch = world(0, "cosine", learn_temperature="one", temperature_range=[0.05, 0.2])
     assert objective(vectors, batch)["temperature"].item() == pytest.approx(0.1)
@@ -252,6 +321,19 @@ def test_temperature_per_task():
         ),
         ({"guide": GuideOptions("x", 1.5, "relative")}, "guide.margin: expected a number below 1"),
         ({"task_weights": {"serach": 2.0}}, "task_weights: expected one of search, got 'serach'"),
+        (
+            {"vector_teacher": VectorTeacherOptions("x", -1)},
+            "vector_teacher.weight: expected a number of at least 0, got",
+        ),
+        (
+            {"vector_teacher": VectorTeacherOptions("x", {"serach": 1})},
+            "vector_teacher.weight: expected .* got one for se",
+        ),
+        (
+            {"vector_teacher": VectorTeacherOptions("x", {"search": "much"})},
+            "vector_teacher.weight.search: expected a number of at least 0, got 'much'",
+        ),
+        ({"vector_teacher": VectorTeacherOptions("x", asymmetric=True)}, "asymmetric: needs similarity=cosine"),
         ({"positives": "median"}, "positives: expected one of mean_log, log_mean, got 'median'"),
     ],
 )

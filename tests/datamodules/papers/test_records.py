@@ -87,6 +87,33 @@ def test_latex_becomes_plain_text(tmp_path):
     assert second.id == "k1"
 
 
+def test_parts_of_bibtex_values_are_joined(tmp_path):
+    """They became text such as 'pre # " networks"'. A # inside braces or quotes is text."""
+    entry = """@string{pre = "Deep"} @string{both = pre # { neural}}
+    @article{a, title = both # " networks" # {: a # b}, abstract = "1 # 2", keywords = "x" # {, } # PRE, year = 20 # 19}
+    """
+    (paper,) = read(tmp_path / "a.bib", entry)
+    assert (paper.title, paper.abstract, paper.year) == ("Deep neural networks: a # b", "1 # 2", 2019)
+    assert [label.name for label in paper.labels["keywords"]] == ["x", "Deep"]
+    bomb = "@string{s0 = {ten chars.}}" + "".join(f"@string{{s{i + 1} = s{i} # s{i}}}\n" for i in range(64))
+    assert "a value expands to more than 1,048,576 characters" in error(tmp_path / "b.bib", bomb)
+
+
+def test_papers_of_a_bibtex_volume_inherit_its_year_and_keywords(tmp_path):
+    """Title and abstract of a volume are not those of its papers. The volume may come later, or not at all."""
+    entries = """@inproceedings{a, title = {A}, crossref = {VOL}}
+    @inproceedings{b, title = {B}, date = {2001-02}, keywords = {own}, crossref = {vol}}
+    @inproceedings{c, title = {C}, crossref = {nowhere}}
+    @proceedings{vol, title = {Proceedings}, abstract = {About}, year = 1999, keywords = {all}, doi = {10.1/v}}"""
+    papers = {paper.id: paper for paper in read(tmp_path / "a.bib", entries)}
+    labels = {id: [label.name for label in paper.labels["keywords"]] for id, paper in papers.items()}
+    assert [(papers[id].title, papers[id].abstract, papers[id].year, labels[id]) for id in "abc"] == [
+        ("A", "", 1999, ["all"]),
+        ("B", "", 2001, ["own"]),
+        ("C", "", None, []),
+    ]
+
+
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [

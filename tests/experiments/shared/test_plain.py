@@ -18,6 +18,7 @@ from experiments.results.results import BenchmarkTable, SystemResult
 from experiments.shared import console
 from experiments.shared.plain import PlainFormatter, plain
 from experiments.shared.progress import Progress
+from experiments.shared.table_formats import print_tables
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = (
@@ -122,12 +123,18 @@ def cell(name: str):
     return SimpleNamespace(table=name, column=column, paper=paper, ours=None, verdict=name, remark=name, difference=0.0)
 
 
+def listed_run(name: str) -> runs.ListedRun:
+    record = dict.fromkeys(("run", "mean", "metric", "BM25", "device hours", *runs.SPEED_COLUMNS, "last logged"), name)
+    record |= {"steps": 1, "max_steps": 2, "complete": False}
+    return runs.ListedRun({name: {"x": 1}}, {f"{name}.x": name}, record, name)
+
+
 # For each function that makes a table: a call that puts the text into all cells, headings and titles that are not ours.
 TABLES = {
     "audit._show": lambda t, _: audit._show(
         {"evaluated": {t: {"documents": 1, "overlaps": {}, "examples": [t]}}},
     ),
-    "compare._show": lambda t, _: compare._show(comparison(t), always_examples=True),
+    "compare._table": lambda t, _: compare._show(comparison(t), "table", always_examples=True),
     "data._report": lambda t, _: data._report(Path(t), SimpleNamespace(then=t), [recipe_output(t)]),
     "dry_run._show_tasks": lambda t, _: dry_run._show_tasks(SimpleNamespace(experiment=t, scale=t), prediction(t)),
     "dry_run._show_memory": None,  # all text is ours
@@ -148,14 +155,15 @@ TABLES = {
         t,
     ),
     "reproduce._show": lambda t, _: reproduce._show([cell(t)], t),
-    "results.result_tables._table": lambda t, _: result_tables.show(result(t), [t], t),
-    "results.result_tables.show_cost": lambda t, _: result_tables.show_cost(result(t)),
-    "results.result_tables.show_suite": lambda t, _: result_tables.show_suite(
-        {t: BenchmarkConfig(protocol=t, metrics=[t], note=t)}
+    "results.result_tables._result_table": lambda t, _: print_tables(
+        "table", result_tables.result_tables(result(t), [t], t), []
     ),
-    "runs.table_of": lambda t, _: console.table_console().print(
-        runs.table_of([dict.fromkeys(("run", "differs in", *runs.OPTIONAL_COLUMNS), t)], t, 10_000)
+    "results.result_tables.cost_tables": lambda t, _: print_tables("table", result_tables.cost_tables(result(t)), []),
+    "results.result_tables.suite_table": lambda t, _: print_tables(
+        "table", [result_tables.suite_table({t: BenchmarkConfig(protocol=t, metrics=[t], note=t)})], []
     ),
+    "runs.table_of": lambda t, _: print_tables("table", [runs.table_of([listed_run(t)], t)], []),
+    "shared.table_formats.markdown_table": None,  # escapes the text: test_table_formats.py
     "sweep._show": lambda t, _: sweep._show(a_sweep(t), [trial_row(t)]),
 }
 
@@ -199,15 +207,15 @@ def test_tables_on_a_terminal_hold_no_sequence_of_the_data(monkeypatch, capsys, 
     assert hostile == capsys.readouterr().out
 
 
-def test_settings_are_shown_as_they_were_typed():
+def test_settings_are_shown_as_they_were_typed(capsys):
     """`tasks=[search]` is a style tag in Rich's markup."""
     config = {"experiment": "no such experiment", "scale": "sample", "tasks": ["search"]}
-    assert "tasks=[search]" in list(runs.differences(config))
-    rows = [dict.fromkeys(("run", "differs in"), "tasks=[search]")]
-    with (terminal := console.PlainConsole(width=200)).capture() as capture:
-        terminal.print(runs.table_of(rows, "runs/[v2]", 200))
-    assert capture.get().count("tasks=[search]") == 2
-    assert "runs/[v2]" in capture.get()
+    record = listed_run("x").record | {"run": "runs/[v2]"}
+    listed = runs.ListedRun(config, runs.differences(config), record, None)
+    print_tables("table", [runs.table_of([listed], "a title")], [])
+    printed = capsys.readouterr().out
+    assert " tasks=[search] " in printed
+    assert " runs/[v2] " in printed
 
 
 def test_only_these_modules_print():

@@ -1,11 +1,13 @@
 """The best checkpoint is the best of those that could be saved."""
 
+import copy
 import errno
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from datamodules.records import UserError
 from datamodules.tasks import ClassificationDataModule
@@ -14,6 +16,7 @@ from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpoin
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.checkpoint_files import newest_intact
 from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
+from lightning_modules.encoders.loading import load_encoder
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
@@ -97,6 +100,70 @@ def trained(make_encoder, make_task, tmp_path):
         trainer.fit(module, data, ckpt_path=resume)
 
     return fit
+
+
+class Weights(L.Callback):
+    """Remembers the weights after each step."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.after[trainer.global_step] = copy.deepcopy(module.state_dict())
+
+
+def test_resumed_average_equals_an_undisturbed_one(trained, make_encoder, tmp_path):
+    """A checkpoint has the average as its weights, equal to a few lines of torch, and training resumes from both."""
+    dropout = {"hidden_dropout_prob": 0.3}
+    weights = Weights()
+    trained(EMAWeightAveraging(decay=0.75), weights, encoder=make_encoder("shared", config=dropout))
+    whole = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    average = weights.after[1]
+    for step in range(2, 7):
+        average = {name: 0.75 * average[name] + 0.25 * tensor for name, tensor in weights.after[step].items()}
+    for name, tensor in average.items():
+        torch.testing.assert_close(whole["state_dict"][name], tensor, atol=1e-6, rtol=1e-5)
+        assert torch.equal(whole["current_model_state"][name], weights.after[6][name])
+    encoder = load_encoder(tmp_path / "last.ckpt").state_dict()
+    assert all(torch.equal(whole["state_dict"][f"encoder.{name}"], tensor) for name, tensor in encoder.items())
+
+    (tmp_path / "last.1.ckpt").rename(tmp_path / "middle.ckpt")
+    assert torch.load(tmp_path / "middle.ckpt", weights_only=True)["global_step"] == 4
+    (tmp_path / "last.ckpt").unlink()
+    other = make_encoder("shared", 1, config=dropout)  # its weights are replaced
+    trained(EMAWeightAveraging(decay=0.75), encoder=other, resume=tmp_path / "middle.ckpt")
+    resumed = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert whole[key].keys() == resumed[key].keys()
+        assert all(torch.equal(tensor, resumed[key][name]) for name, tensor in whole[key].items())
+
+
+def test_the_average_is_evaluated_and_the_training_is_the_same_as_without_it(
+    make_encoder, make_task, tmp_path, monkeypatch
+):
+    def fit(*averages):
+        evaluated, weights = {}, Weights()
+
+        def evaluate(encoder, *_, **__):
+            evaluated[callback.step] = copy.deepcopy(encoder.state_dict())
+            return SimpleNamespace(metrics={"ndcg@10": callback.step})
+
+        data = make_task(ClassificationDataModule, "classification", num_batches=3)
+        callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
+        monkeypatch.setattr(evaluation, "evaluate", evaluate)
+        trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[*averages, callback, weights])
+        trainer.fit(ContrastiveModule(make_encoder("shared"), total_steps=3), data)
+        return evaluated, weights.after
+
+    evaluated, trained = fit(EMAWeightAveraging(decay=0.5))
+    best = load_encoder(tmp_path / "best.ckpt").state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in evaluated[3].items())
+    for name, tensor in evaluated[2].items():
+        expected = (trained[1][f"encoder.{name}"] + trained[2][f"encoder.{name}"]) / 2
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
+    _, without = fit()
+    for step in (1, 2, 3):
+        assert all(torch.equal(tensor, trained[step][name]) for name, tensor in without[step].items())
 
 
 def test_divergence_ends_the_training_and_keeps_the_last_good_checkpoint(trained, tmp_path):

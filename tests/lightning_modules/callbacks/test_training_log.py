@@ -1,5 +1,7 @@
 """The figures of the training log equal those of numpy and of a clock that only the test moves."""
 
+import dataclasses
+import json
 import threading
 import time
 
@@ -10,10 +12,13 @@ import torch
 
 from datamodules.batches import MultiTaskBatches
 from lightning_modules import throughput
+from lightning_modules.callbacks.checkpoint import LastCheckpoint
+from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.loggers import RunLogger
-from lightning_modules.throughput import ThroughputMeter, training_flops
+from lightning_modules.loggers import JsonlLogger, RunLogger
+from lightning_modules.optim import OptimOptions
+from lightning_modules.throughput import Speed, ThroughputMeter, training_flops
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 LOADING, STEP, EVALUATION = 3.0, 2.0, 100.0  # seconds
@@ -65,16 +70,26 @@ class Clock:
 
 @pytest.fixture
 def train(tmp_path, three_tasks, make_encoder, monkeypatch):
-    def run(every, **options):
+    def run(every, optim=None, **options):
         clock, rows = Clock(monkeypatch), Rows()
         callbacks = [TrainingLog(every, plain=True, peak_tflops=CEILING), SlowEvaluation(clock)]
         steps = 12 // options.get("accumulate_grad_batches", 1)
-        module = ContrastiveModule(make_encoder("attention"))
+        module = ContrastiveModule(make_encoder("attention"), optim=optim)
         trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=callbacks, logger=rows, **options)
         trainer.fit(module, three_tasks)
         return rows.rows, clock.batches, module.encoder
 
     return run
+
+
+def test_learning_rates_of_parts_are_logged(train):
+    """The rate rises in 6 of 12 steps, and then falls to 0 in the other 6. A part has its factor of it."""
+    options = OptimOptions(lr=0.6, warmup=0.5, lr_scale={"embeddings": 0.0, "search": 2.0})
+    logged, *_ = train(3, optim=options)
+    for step, rate in {3: 0.4, 6: 0.6, 9: 0.3, 12: 0.0}.items():  # of the next step
+        assert logged[step]["train/lr"] == pytest.approx(rate)
+        assert logged[step]["train/lr/search"] == pytest.approx(2 * rate)
+        assert logged[step]["train/lr/embeddings"] == 0
 
 
 def test_speeds_equal_those_of_numpy_and_leave_out_evaluations(train, caplog):
@@ -162,3 +177,43 @@ class StopAfter(L.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         trainer.should_stop = trainer.global_step >= self.steps
+
+
+class Killed(BaseException): ...
+
+
+class KillAt(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def curve(path):
+    """Return the rows of metrics.jsonl without times, speeds and memory."""
+    measured = {"time", "diag/seconds", "mine/seconds", *(f"train/{field.name}" for field in dataclasses.fields(Speed))}
+    rows = map(json.loads, path.read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in measured} for row in rows]
+
+
+def test_the_curve_of_a_killed_run_equals_that_of_an_undisturbed_one(tmp_path, three_tasks, make_encoder):
+    """The first row after a resume covered only the steps since the checkpoint, and diagnostics only their tasks."""
+
+    def attempt(name, kill_at=0):
+        path, last = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.ckpt"
+        callbacks = [TrainingLog(5, plain=False, peak_tflops=CEILING), Diagnostics(4), KillAt(kill_at)]
+        callbacks.append(LastCheckpoint(last, every_n_steps=3))
+        torch.manual_seed(0)
+        trainer = quiet_trainer(tmp_path, max_steps=12, callbacks=callbacks, logger=JsonlLogger(path))
+        module = ContrastiveModule(make_encoder("attention"))
+        trainer.fit(module, three_tasks, ckpt_path=last if last.exists() else None, weights_only=True)
+        return curve(path)
+
+    undisturbed = attempt("whole")
+    assert [row["step"] for row in undisturbed] == [4, 5, 8, 10, 12, 12]
+    for step in range(1, 12):
+        with pytest.raises(Killed):
+            attempt(f"killed{step}", kill_at=step)
+        assert attempt(f"killed{step}") == undisturbed

@@ -4,13 +4,16 @@
 
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
-other ranks' queries, a learned temperature, and both directions of the loss.
+other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
+compared through a projection.
 """
 
 import contextlib
 import dataclasses
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +24,7 @@ from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.objective_options import VectorTeacherOptions
 from lightning_modules.task_balance import TaskGradients
 from tests.conftest import TASKS, WORDS, text_of
 
@@ -41,6 +45,17 @@ class Step(nn.Module):
 
     def forward(self, batch):
         return self.module.training_step(batch, 0)["loss"]
+
+
+class TeacherVectors:
+    """Random vectors (n, 24) of each row."""
+
+    def __init__(self, count):
+        self.vectors = np.random.default_rng(0).normal(size=(count, 24))
+        self.vectors /= np.linalg.norm(self.vectors, axis=1, keepdims=True)
+
+    def gather(self, rows):
+        return self.vectors[rows]
 
 
 def collection():
@@ -75,6 +90,7 @@ def batches(tokenizer, tasks, rank, world_size, token_budget):
         options = BatchOptions(batch_size=size, num_positives=2, max_length=32, token_budget=token_budget)
         data = KINDS[task](Task(task, task), {"toy": collection()}, options, tokenizer)
         data.setup()
+        data.teacher_vectors = {task: TeacherVectors(len(data.documents))}
         source = data.train_dataloader().batches
         source.rank, source.world_size = rank, world_size
         batch = source[step]
@@ -126,7 +142,10 @@ def check(ours, whole, used):
 def main(rank, world_size, port):
     encoder = encoder_and_tokenizer()
     options = {"similarity": "cosine", "temperature": 0.1, "learn_temperature": "one", "symmetric": True}
-    module = ContrastiveModule(encoder, **options).double()
+    options["vector_teacher"] = VectorTeacherOptions(
+        "random", {"classification": 0.0, "link_prediction": 2, "search": 1}
+    )
+    module = ContrastiveModule(encoder, **options, vector_teacher_model=SimpleNamespace(dimension=24)).double()
     plans = (["search"], ["search", "classification"], ["link_prediction", "search", "link_prediction"])
     wholes = [
         accumulated(Step(module), batches(encoder.tokenizer, plan, 0, 1, 100_000), synchronised=False) for plan in plans

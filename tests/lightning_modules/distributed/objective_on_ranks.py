@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from datamodules.batches import padded
 from lightning_modules.objective import FrozenVectors, Objective
-from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
+from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions, VectorTeacherOptions
 from tests.lightning_modules.objective_reference import batch_without_texts
 
 SIZES, IDS = [4, 3, 5, 2], 14  # queries of each rank
@@ -28,6 +28,9 @@ CASES = [
     COSINE | {"symmetric": True, "guide": GuideOptions("x", 0.1), "score_memory": 1e-6},
     COSINE | {"teacher": TeacherOptions("x", "kl", "batch"), "positives_in_denominator": True},
     COSINE | {"teacher": TeacherOptions("x", "margin_mse", "own"), "guide": GuideOptions("x", 0.1)},
+    COSINE | {"vector_teacher": VectorTeacherOptions("x", 0.7)},
+    {"vector_teacher": VectorTeacherOptions("x", 0.7, "cosine"), "symmetric": True},
+    COSINE | {"vector_teacher": VectorTeacherOptions("6", asymmetric=True), "symmetric": True},
 ]
 
 
@@ -62,7 +65,7 @@ def batch_of(examples, weight=1.0):
 
 class FrozenModel:
     def __init__(self, features):
-        self.vectors = torch.nn.functional.normalize(features, dim=1)
+        self.vectors, self.dimension = torch.nn.functional.normalize(features, dim=1), features.shape[1]
 
     def embed(self, batch):
         vectors = self.vectors[list(batch.texts)]
@@ -82,11 +85,15 @@ def main(rank, world, port):
     torch.manual_seed(0)
     features = torch.randn(IDS + len(everything), 6, dtype=torch.float64)
     weight = (torch.eye(6) + 0.1 * torch.randn(6, 6)).double().requires_grad_()
-    models = {name: FrozenModel(torch.randn(len(features), 5).double()) for name in ("guide", "teacher")}
+    names = ("guide", "teacher", "vector_teacher")
+    models = {name: FrozenModel(torch.randn(len(features), 5).double()) for name in names}
+    same_size = FrozenModel(torch.randn(len(features), 6).double())
     objectives = []
     for case in CASES:
         options = ObjectiveOptions(**case)
         used = {name: models[name] for name in models if getattr(options, name).model}
+        if options.vector_teacher.asymmetric:
+            used["vector_teacher"] = same_size
         objectives.append(Objective(options, ["search"], 6, **used).double())
     expected = [gradient(objective, features, weight, batch_of(everything)) for objective in objectives]
 

@@ -59,6 +59,20 @@ def test_plain_bert_folder_gets_the_given_tasks(make_backbone, tmp_path):
     torch.testing.assert_close(encoder.encode(["bara beli"], "mine"), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_arguments_that_do_not_apply_to_a_model_are_named(make_encoder, make_backbone, tmp_path, caplog):
+    """They were ignored: another pooling than the one asked for gave other vectors without a word."""
+    folder, bert = save_encoder(make_encoder(), tmp_path / "encoder"), tmp_path / "bert"
+    for part in make_backbone():
+        part.save_pretrained(bert)
+    with pytest.raises(UserError, match=f"pooling: only plain models take it; {folder} has its own, cls"):
+        load_encoder(folder, pooling="mean")
+    assert load_encoder(folder, pooling="cls").pooling == "cls"
+    for model in (folder, bert):
+        load_encoder(model, backbone=bert, tower="query")
+        for argument in (f"backbone={bert}", "tower=query"):
+            assert f"{argument} is not used: {model} has its own" in caplog.text
+
+
 def test_unknown_model_name_raises_user_error():
     with pytest.raises(UserError, match="model: 'no/such-model' cannot be loaded from a folder or the hub"):
         load_encoder("no/such-model")

@@ -27,7 +27,7 @@ def test_random_backbones_are_bounded(vocabulary):
         random_backbone(TOGETHER, vocabulary)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "dpr", "scimult"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "mpnet", "dpr", "scimult"])
 def test_folders_of_models_are_bounded(tmp_path, make_encoder, family):
     encoder = make_encoder("shared")
     folder = encoder.save_pretrained(tmp_path / "model")

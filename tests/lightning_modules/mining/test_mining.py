@@ -213,7 +213,7 @@ def test_report_figures_match_their_definitions():
     first_report = report(mined, 60)
     assert "age" not in first_report.values
     assert first_report.histogram[0].sum() == 4
-    assert metrics({"search": first_report})["mine/search/duplicates"] == 0.25
+    assert metrics({"search": first_report.values})["mine/search/duplicates"] == 0.25
     text = "\n".join(table({"search": first_report, "classification": first_report}))
     assert "false_negative_rate" in text
     assert "  known positives" in text
@@ -294,7 +294,8 @@ def encode(documents, task, **options):
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
 class Numbers(torch.nn.Module):
-    config, backbone, device = {}, SimpleNamespace(config=SimpleNamespace(to_dict=dict)), torch.device("cpu")
+    config, similarity, device = {}, None, torch.device("cpu")
+    backbone = SimpleNamespace(config=SimpleNamespace(to_dict=dict))
     tokenizer = SimpleNamespace(get_vocab=dict, init_kwargs={})
 
     def __init__(self):
