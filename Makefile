@@ -173,7 +173,7 @@ report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
+export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
 	@$(PY) -m experiments.export $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 test: ## run all tests (TESTS=path for some of them)

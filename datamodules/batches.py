@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.hard_negatives import NegativesOf, Rounds, negatives_of_data
+from datamodules.hard_negatives import ExampleAt, Rounds, example_of_data
 from datamodules.loader import ResumableLoader, default_num_workers
 from datamodules.options import check_options, option
 from datamodules.packed import ContrastiveBatch, Tokens
@@ -104,7 +104,7 @@ class Collator:
     tokens: token ids of each row of the document table.
     token_budget: maximum number of tokens in a chunk.
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
-    negatives_of: rows from which an example's hard negatives are sampled.
+    example_at: positives and hard negatives of an example in each step.
     texts: documents of all rows, if batches contain their texts.
     teacher_vectors: vectors of all rows, if batches contain those of a teacher.
     """
@@ -119,23 +119,25 @@ class Collator:
         num_hard_negatives: int,
         seed: int,
         num_positives: int = 1,
-        negatives_of: NegativesOf = negatives_of_data,
+        example_at: ExampleAt = example_of_data,
         texts: Sequence[Document] | None = None,
         teacher_vectors: StoredVectors | None = None,
     ):
         self.task, self.examples, self.tokens = task, examples, tokens
         self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
-        self.negatives_of = negatives_of
+        self.example_at = example_at
 
     def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
-        queries, positives, negatives = [], [], []
+        queries, positives, negatives, known = [], [], [], []
         for index, epoch in draws:
-            example, rng = self.examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
+            example = self.example_at(index, self.examples[index], step)
+            rng = random.Random(mix(self.seed, "draw", self.task, index, epoch))
             queries.append(example.query)
             positives.append(sampled_by_grade(example, self.num_positives, rng))
-            candidates = self.negatives_of(index, example, step)
+            candidates = example.hard_negatives
             negatives.append(rng.sample(candidates, min(self.num_hard_negatives, len(candidates))))
+            known.append(example.not_negatives)
 
         sampled = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
         document_rows = list(dict.fromkeys(sampled[0] + sampled[1]))  # distinct, in order of appearance
@@ -153,7 +155,7 @@ class Collator:
             document_ids=torch.tensor(document_rows),
             positives=padded([[column[row] for row in rows] for rows in positives]),
             hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
-            known_positives=padded([self.examples[index].not_negatives for index, _ in draws]),
+            known_positives=padded(known),
             text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
             teacher_vectors=self._teacher_vectors(list(text_index)),
@@ -311,7 +313,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             texts=task.documents if self.options.carry_texts else None,
             teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
-            negatives_of=self.rounds.negatives_for(task.task.name) if self.rounds else negatives_of_data,
+            example_at=self.rounds.examples_for(task.task.name) if self.rounds else example_of_data,
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:

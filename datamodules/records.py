@@ -299,6 +299,11 @@ class MiningPool:
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
+# Decisions of a judge on a mined document. A dropped one is never a negative of the query.
+LABELS = ("keep", "drop", "positive")
+KEEP, DROP, POSITIVE = range(3)
+
+
 @dataclass(frozen=True)
 class MinedNegatives:
     """Mined hard negatives of n examples. Example i has negatives starts[i] to starts[i + 1], best first.
@@ -308,6 +313,7 @@ class MinedNegatives:
     ranks: position of each document in the miner's ranking, from 0, (j,) int32.
     scores: score that the miner gave each document, (j,) float32.
     taken: number of candidates that each filter removed.
+    labels: decision of a judge on each document, an index of LABELS, (j,) int8; None keeps all as negatives.
     """
 
     starts: np.ndarray
@@ -315,6 +321,7 @@ class MinedNegatives:
     ranks: np.ndarray
     scores: np.ndarray
     taken: Mapping[str, int] = field(default_factory=dict)
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1

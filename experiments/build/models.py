@@ -130,7 +130,7 @@ def start_of(config: Config) -> str | None:
     name = config.extend.model or config.init_from or config.backbone.name
     if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
         return None
-    return os.path.abspath(name) if Path(name).exists() else name
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def device_of(config: Config) -> torch.device:

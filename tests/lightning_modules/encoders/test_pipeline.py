@@ -17,9 +17,8 @@ from datamodules.tokens import Encoding, TokenTable
 from lightning_modules.encoders import pipeline
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.pipeline import copied_to
-from lightning_modules.mining.mine import _vectors_of
 from lightning_modules.retrieval.evaluation import evaluate
-from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
 from tests.conftest import TASKS, text_of, toy_collection
 
 
@@ -203,7 +202,7 @@ def test_mining_and_evaluation_read_the_ids_that_training_has_stored(encoder, tm
     data.train_dataloader()  # stores the ids
     assert any((tmp_path / "cache").rglob("corpus.ids"))
     del tokenised[:]
-    for shards, vectors in zip(_vectors_of(VectorCache(encoder), pool), expected, strict=True):
+    for shards, vectors in zip(vectors_of_pool(VectorCache(encoder), pool), expected, strict=True):
         np.testing.assert_array_equal(np.concatenate(list(shards)), vectors)
     assert not tokenised
     evaluate(encoder, benchmark, ["ndcg@10"])
