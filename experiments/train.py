@@ -20,8 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
-from experiments.build.models import start_of
-from experiments.build.module import build_module, describe_parameters
+from experiments.build.module import build_module, describe_parameters, start_of
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
 from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
