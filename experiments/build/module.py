@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable
 
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.records import ContrastiveBatch, Document, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
@@ -96,6 +98,14 @@ def _add_lora(config: Config, encoder: Encoder) -> None:
     if config.backbone.lora.rank:
         with prefixed("backbone."):
             add_lora(encoder, config.backbone.lora)
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
