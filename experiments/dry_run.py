@@ -15,12 +15,14 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from datamodules.batches import MultiTaskDataModule, default_num_workers
-from datamodules.records import Benchmark, ContrastiveBatch
+from datamodules.batches import MultiTaskDataModule
+from datamodules.loader import default_num_workers
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Benchmark
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
 from experiments.build.models import device_of
-from experiments.build.module import build_module, first_batches
+from experiments.build.module import build_module, describe_parameters, first_batches
 from experiments.build.trainer import precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -142,6 +144,7 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
             for task in data.tasks:
                 task.teacher_vectors = {task.task.name: ZeroVectors(module.objective.vector_teacher.dimension)}
         describe_schedule(config, data)
+        log.info("%s", describe_parameters(module))
         prediction = predict(config, data, module, time.perf_counter() - started)
     _show_tasks(config, prediction)
     _show_memory(prediction)

@@ -18,12 +18,13 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
-from experiments.results.result_tables import show, show_cost, show_suite
+from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import name_of, shortened, writable_folder
+from experiments.shared.table_formats import Format, format_option, print_tables, reserve_stdout
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
 from lightning_modules.retrieval.metrics import check_metric
@@ -74,6 +75,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         1, "number of processes on this machine, one per GPU; torchrun and srun start their own", minimum=1
     )
     cost_per_hour: float | None = option(None, "price of one device per hour, in any currency", minimum=0)
+    format: Format = format_option()
 
     @property
     def models(self) -> dict[str, EncodingOptions]:
@@ -92,8 +94,11 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOptions, arguments)
+    reserve_stdout(options.format)
     if options.benchmarks == ("list",):
-        show_suite(load_suite([options.suite] if options.suite else ()))
+        suite = load_suite([options.suite] if options.suite else ())
+        records = [{"benchmark": name} | dataclasses.asdict(config) for name, config in suite.items()]
+        print_tables(options.format, [suite_table(suite)], records)
         return
     _check(options)
     run_on_ranks(lambda: _evaluate(options, arguments), "experiments.evaluate", arguments, options.devices)
@@ -136,8 +141,9 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        show(tables, info.metrics, f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}")
-        show_cost(tables)
+        title = f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}"
+        shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
+        print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
@@ -18,8 +16,9 @@ from experiments.build.models import EncodingOptions, config_of_run, default_sim
 from experiments.config.arguments import parse
 from experiments.config.schema import Config
 from experiments.results.model_card import RECIPE, write_card
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
+from experiments.shared.table_formats import Column, Table, print_tables
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.merging import Method, Weights, check_members, greedy_soup, merge, narrowest_parts, sweep
 from lightning_modules.retrieval.compute import describe_device, resolve_device
@@ -61,7 +60,7 @@ class MergeOptions(EncodingOptions):
     )
     dev: tuple[str, ...] = option(
         (),
-        "dev data: run (the collections of the first model's run, the default of choose=) and TASK:FOLDER for any "
+        "dev data: run (the collections of a model's run, the default of choose=) and TASK:FOLDER for any "
         "folder in BEIR layout or of JSON lines. The score is the mean over all of them",
     )
     split: str = option("dev", "split of the dev data")
@@ -113,12 +112,12 @@ def _check(options: MergeOptions) -> None:
 
 
 def _load(options: MergeOptions, names: Sequence[str], config: Config | None) -> dict[str, Encoder]:
-    """Load the models. Pretrained models get the tasks of the first one."""
+    """Load the models. Pretrained models get the tasks and the pooling of the first one."""
     members: dict[str, Encoder] = {}
-    device, tasks = resolve_device(options.device), None
+    device, first = resolve_device(options.device), None
     for name in names:
-        members[name] = replace(options, model=name).load(config, tasks=tasks).to(device)
-        tasks = tasks or members[name].tasks
+        members[name] = replace(options, model=name).load(config, like=first).to(device)
+        first = first or members[name]
     check_members(members)
     log.info("%d models on %s", len(members), describe_device(device))
     return members
@@ -137,7 +136,7 @@ def _parse_parts(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
-    """Return the dev data of a merge. config: configuration of the first model's run, if any."""
+    """Return the dev data of a merge. config: configuration of a model's run, if any."""
     named = options.dev or (("run",) if options.choose != "no" and not options.benchmarks else ())
     sets: list[Benchmark] = []
     for name in named:
@@ -217,15 +216,13 @@ class Search:
 def _show(recipe: Mapping[str, Any]) -> None:
     """Print the weights that were tried, with their scores."""
     sets = [entry["name"] for entry in recipe["dev"]]
-    table = Table(title=f"{recipe['metric']} on dev data, with weights in the order of model=")
-    table.add_column("weights", overflow="fold")
-    for name in ("mean", *sets):
-        table.add_column(name, justify="right")
+    columns = [Column(name, ".4f", best="highest") for name in ("mean", *sets)]
+    title = f"{recipe['metric']} on dev data, with weights in the order of model="
+    table = Table([Column("weights", folds=True), *columns], title)
     for trial in recipe["tried"]:
         chosen = " *" if trial["weights"] == recipe["chosen"] else ""
-        scores = (trial["mean"], *trial["scores"].values())
-        table.add_row(trial["weights"] + chosen, *(f"{score:.4f}" for score in scores))
-    table_console().print(table)
+        table.add(trial["weights"] + chosen, trial["mean"], *trial["scores"].values())
+    print_tables("table", [table], [])
 
 
 if __name__ == "__main__":

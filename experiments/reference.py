@@ -33,6 +33,7 @@ from experiments.config.experiment import ExperimentOptions
 from experiments.config.experiment import experiments as experiment_names
 from experiments.config.schema import Config
 from experiments.config.structured import keys
+from experiments.config.study_file import StudySettings
 from experiments.shared.console import entry_point
 from experiments.shared.plain import say
 
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def reference() -> str:
     """Return the whole page."""
-    lines = [HEAD, "## Keys of an experiment", *_sections(Config), "## Options of commands", *_commands()]
+    lines = [HEAD, "## Keys of an experiment", *_sections(Config), "## Studies", *_sections(StudySettings)]
+    lines += ["## Options of commands", *_commands()]
     return "\n\n".join(line.strip() for line in lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from jinja2 import UndefinedError
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
+from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.reporting.computed import compute
 from experiments.reporting.page import render
@@ -32,6 +33,7 @@ class ReportOptions:
     output: Path | None = option(None, "HTML file; by default report.html in the run's folder")
     map: int = option(400, "number of papers on the map, 0 for no map", minimum=0)
     device: str = option("auto", "device that encodes the papers on the map: cpu, cuda or cuda:N; auto: a GPU if any")
+    packages: tuple[str, ...] = packages_option()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     run = RunFiles(options.run)
     output = options.output or run.path / "report.html"
     try:
-        run.computed = compute(run, options.map, options.device)
+        run.computed = compute(run, options.map, options.device, options.packages)
         page = render(run)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import UserError
@@ -18,7 +19,16 @@ from experiments.config.arguments import parse
 from experiments.config.experiment import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
 from experiments.run.folder import flat
-from experiments.shared.console import counted, entry_point, table_console
+from experiments.shared.console import counted, entry_point
+from experiments.shared.table_formats import (
+    PIPE_WIDTH,
+    Column,
+    Format,
+    Table,
+    format_option,
+    print_tables,
+    reserve_stdout,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,92 +40,113 @@ SPEED_COLUMNS = {  # heading -> key in metrics.jsonl, and format
     "waiting": ("train/data_share", ".0%"),
     "MB": ("train/memory_mb", ",.0f"),
 }
-RIGHT_ALIGNED = ("steps", "mean", "BM25", "seed", "device hours", *SPEED_COLUMNS)
-# Columns that are left out on a narrow terminal, in this order.
+# Columns that are left out on a narrow screen, in this order.
 OPTIONAL_COLUMNS = (
-    *("padding", "pairs/s", "MB", "waiting", "seed", "scale", "experiment", "device hours", "tokens/s", "MFU"),
+    *("padding", "pairs/s", "MB", "waiting", "device hours", "tokens/s", "MFU"),
     *("last logged", "BM25", "metric", "steps", "mean"),
 )
-SETTINGS_WIDTH = 24  # minimum number of characters of the column "differs in", whose text is folded
-IN_OTHER_COLUMNS = ("experiment", "scale", "run.", "wandb.", "loggers")  # prefixes of keys
+NOT_SETTINGS = ("run.", "wandb.", "loggers", "experiment", "scale")  # prefixes of keys
+TARGET = "._target_"
+DATA_NODE = re.compile(r"task\.(?P<task>[^.]+)\.data\.(?P<name>[^.]+)(?=\.)")
 
 
 @dataclass(kw_only=True)
 class RunsOptions:
     """List runs, the latest first.
 
-    A row shows how a run differs from the current settings of its experiment, its progress, its mean over the
-    benchmarks in the first metric, next to BM25's, its device hours, and the medians of its logged speeds. On a narrow
-    terminal, some columns are left out.
+    A row shows the settings that are not those of its experiment, under names as short as they stay unique. Those that
+    all runs share are above the table. It also shows the progress, the mean over the benchmarks in the first metric and
+    that of BM25, the device hours, and the medians of the logged speeds. A narrow terminal shows fewer columns.
     """
 
     root: Path = option(Path("runs"), "folder with runs at any depth")
+    format: Format = format_option()
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run in the list.
+
+    settings: dotted key -> value of the settings that are not those of its experiment, and of those in its name.
+    record: what is shown of it, under the keys of the machine formats. data: what its mean was measured on.
+    """
+
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    record: Mapping[str, Any]
+    data: Hashable
 
 
 def main(arguments: Sequence[str]) -> None:
-    root = parse(RunsOptions, arguments).root
-    rows, problems = [], []
-    for path in sorted(root.rglob("config.yaml")):
+    options = parse(RunsOptions, arguments)
+    reserve_stdout(options.format)
+    runs, problems = [], []
+    for path in sorted(options.root.rglob("config.yaml")):
         if not (path.parent / "checkpoints").is_dir():  # a file of another tool
             continue
         try:
-            rows.append(row(RunFiles(path.parent)))
+            runs.append(list_run(RunFiles(path.parent)))
         except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
             problems.append(f"{path.parent}: not a run of this version ({error})")
-    if not rows and not problems:
-        raise UserError(f"root: there are no runs in {root}")
-    rows.sort(key=lambda cells: cells["last logged"], reverse=True)
-    console = table_console()
-    console.print(table_of(rows, f"{counted(len(rows), 'run')} in {root}", console.width))
+    if not runs and not problems:
+        raise UserError(f"root: there are no runs in {options.root}")
+    runs.sort(key=lambda run: run.record["last logged"] or "", reverse=True)
+    print_tables(options.format, [table_of(runs, f"{counted(len(runs), 'run')} in {options.root}")], records_of(runs))
     for problem in problems:
         log.warning("%s", problem)
 
 
-def row(run: RunFiles) -> dict[str, str]:
-    """Return the cells of a run by column."""
-    max_steps, means = run.config["trainer"]["max_steps"], run.means()
-    steps = f"{run.last_step:,} of {max_steps:,}"
-    if run.results:
-        stopped_at = run.results.info.stopped_at
-        steps = f"{stopped_at:,} of {max_steps:,}, stopped early" if stopped_at else f"{max_steps:,}"
-    experiment, scale, seed = run.config["experiment"], run.config["scale"], str(run.config["run"]["seed"])
-    has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
-    names = [] if has_default_name else [f"EXP={experiment}", f"SCALE={scale}", f"run.seed={seed}"]
+def list_run(run: RunFiles) -> ListedRun:
+    """Read what the list shows of a run."""
+    max_steps, means, results = run.config["trainer"]["max_steps"], run.means(), run.results
+    experiment, scale, seed = run.config["experiment"], run.config["scale"], run.config["run"]["seed"]
     logged = max((values["time"] for values in run.metrics.values() if "time" in values), default=None)
-    return {
+    record = {
         "run": str(run.path),
-        "differs in": " ".join([*names, *differences(run.config)]),
-        "steps": steps,
-        "mean": f"{means['trained']:.4f}" if "trained" in means else "",
-        "metric": run.results.info.metrics[0] if run.results else "",
-        "BM25": f"{means['bm25']:.4f}" if "bm25" in means else "",
-        "experiment": experiment,
-        "scale": scale,
-        "seed": seed,
-        "device hours": f"{device_hours(run):.2f}",
-        **{heading: _median(run, key, form) for heading, (key, form) in SPEED_COLUMNS.items()},
-        "last logged": time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else "",
+        **{"experiment": experiment, "scale": scale, "seed": seed},
+        "steps": (results.info.stopped_at or max_steps) if results else run.last_step,
+        "max_steps": max_steps,
+        "complete": results is not None,
+        "mean": means.get("trained"),
+        "metric": results.info.metrics[0] if results else None,
+        "BM25": means.get("bm25"),
+        "device hours": device_hours(run),
+        **{heading: run.typical(key) for heading, (key, _) in SPEED_COLUMNS.items()},
+        "last logged": time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else None,
     }
+    has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")
+    named = {} if has_default_name else {"experiment": experiment, "scale": scale, "run.seed": seed}
+    data = [(name, table.protocol, table.data) for name, table in results.benchmarks.items()] if results else []
+    return ListedRun(run.config, named | differences(run.config), record, (record["metric"], *data))
 
 
-def _median(run: RunFiles, key: str, form: str) -> str:
-    value = run.typical(key)
-    return "" if value is None else format(value, form)
-
-
-def differences(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield key=value where a run differs from its experiment, except for tasks that the experiment does not have."""
+def differences(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that are not those of its experiment, without tasks that the experiment lacks."""
     current = _current_settings(config["experiment"], config["scale"])
+    changed = {}
     for key, value in flat(config):
         is_of_other_task = key.startswith("task.") and key.split(".")[1] not in current.get("tasks", ())
-        if not key.startswith(IN_OTHER_COLUMNS) and not is_of_other_task and current.get(key) != value:
-            yield f"{key}={_as_text(value)}"
+        if not key.startswith(NOT_SETTINGS) and not is_of_other_task and current.get(key) != value:
+            changed[key] = value
+    return changed
 
 
-def _as_text(value: Any) -> str:
+def _as_text(key: str, value: Any) -> str:
+    """Return a value as it is typed; of a class only its name."""
     if isinstance(value, list):
-        return f"[{','.join(map(_as_text, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return f"[{','.join(_as_text('', item) for item in value)}]"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text.rpartition(".")[2] if key.endswith(TARGET) else text
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return the shortest last parts of each dotted key that no other key ends in. A node is named like its class."""
+    paths = {key: key.removesuffix(TARGET).split(".") for key in keys}
+    counts = Counter(tuple(path[i:]) for path in paths.values() for i in range(len(path)))
+    return {
+        key: ".".join(next((path[i:] for i in reversed(range(len(path))) if counts[tuple(path[i:])] == 1), path))
+        for key, path in paths.items()
+    }
 
 
 @functools.cache
@@ -133,29 +164,76 @@ def device_hours(run: RunFiles) -> float:
     return sum((attempt["seconds"] or 0) * attempt.get("devices", 1) for attempt in attempts) / 3600
 
 
-def table_of(rows: Sequence[Mapping[str, str]], title: str, width: int) -> Table:
-    """Return a table with as many columns as fit. Folder names are never cut, so that they can be copied."""
-    table = Table(title=title, title_justify="left")
-    if not rows:
-        return table
-    longest = {heading: max(map(len, (heading, *(cells[heading] for cells in rows)))) for heading in rows[0]}
-    least = longest | {"differs in": min(longest["differs in"], SETTINGS_WIDTH)}
-    shown = list(longest)
-    for heading in OPTIONAL_COLUMNS:
-        if sum(least[name] + 3 for name in shown) + 1 > width:
-            shown.remove(heading)
-    for heading in shown:
-        folds = heading == "differs in"
-        table.add_column(
-            heading,
-            justify="right" if heading in RIGHT_ALIGNED else "left",
-            no_wrap=not folds,
-            overflow="fold" if folds else "ignore",
-            min_width=None if folds else longest[heading],
-        )
-    for cells in rows:
-        table.add_row(*(cells[heading] for heading in shown))
+def table_of(runs: Sequence[ListedRun], title: str) -> Table:
+    """Return the table of runs. Folder names are never cut, so that they can be copied."""
+    short = short_keys({key for run in runs for key, _ in flat(run.config)})
+    shared = _shared_settings(runs)
+    if shared:
+        title += f", all with {_settings_text(shared, short)}"
+    metrics = {run.record["metric"] for run in runs} - {None}
+    mean = f"mean {metrics.pop()}" if len(metrics) == 1 else "mean"
+    texts = [_cells(run, {k: v for k, v in run.settings.items() if k not in shared}, short) for run in runs]
+    columns = {
+        "run": Column("run"),
+        "differs in": Column("differs in", folds=True),
+        "steps": Column("steps", ""),
+        "mean": Column(mean, ".4f", "highest"),
+        "metric": Column("metric"),
+        "BM25": Column("BM25", ".4f"),
+        "device hours": Column("device hours", ".2f"),
+        **{heading: Column(heading, form) for heading, (_, form) in SPEED_COLUMNS.items()},
+        "last logged": Column("last logged"),
+    }
+    if mean != "mean":
+        del columns["metric"]
+    shown = [key for key in columns if any(cells[key] not in (None, "") for cells in texts)]
+    ranks = {key: rank for rank, key in enumerate(reversed(OPTIONAL_COLUMNS), start=1)}
+    ranked = [dataclasses.replace(columns[key], rank=ranks.get(key, 0)) for key in shown]
+    table = Table(ranked, title, pipe_width=PIPE_WIDTH)
+    for run, cells in zip(runs, texts, strict=True):
+        table.add(*(cells[key] for key in shown), group=run.data)
     return table
+
+
+def _shared_settings(runs: Sequence[ListedRun]) -> dict[str, Any]:
+    """Return the settings that several runs have in common; {} for a single run."""
+    first, *others = runs or [None]
+    return (
+        {k: v for k, v in first.settings.items() if all((k, v) in run.settings.items() for run in others)}
+        if others
+        else {}
+    )
+
+
+def _cells(run: ListedRun, settings: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    """Return the cells of a run by column."""
+    steps, max_steps = run.record["steps"], run.record["max_steps"]
+    text = f"{steps:,}" if steps == max_steps and run.record["complete"] else f"{steps:,} of {max_steps:,}"
+    early = ", stopped early" if run.record["complete"] and steps < max_steps else ""
+    return {**run.record, "differs in": _settings_text(settings, short), "steps": text + early}
+
+
+def _settings_text(settings: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """Return settings as key=value. Of data sets that the experiment does not have, only the names are shown."""
+    texts: dict[str, Any] = {}
+    for key, value in settings.items():
+        node = DATA_NODE.match(key)
+        if node and node[0] + TARGET in settings:
+            names = texts.setdefault(f"{node['task']}.data", [])
+            names += [node["name"]] if node["name"] not in names else []
+        else:
+            texts[short[key]] = _as_text(key, value)
+    return " ".join(f"{key}={_as_text('', value)}" for key, value in texts.items())
+
+
+def records_of(runs: Sequence[ListedRun]) -> list[dict[str, Any]]:
+    """Return the record of each run, with its value of each setting in which some run differs from its experiment."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    settings = [dict(flat(run.config)) for run in runs]
+    return [
+        {**run.record, **{key: values.get(key) for key in keys if key not in ("experiment", "scale", "run.seed")}}
+        for run, values in zip(runs, settings, strict=True)
+    ]
 
 
 if __name__ == "__main__":

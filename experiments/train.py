@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
-from experiments.build.module import build_module
+from experiments.build.module import build_module, describe_parameters, start_of
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
 from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -107,6 +107,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     if compiles(config):
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
+    log.info("%s", describe_parameters(module))
     record_start(
         folder,
         data,
@@ -114,6 +115,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         schedule=describe_schedule(config, data),
         devices=trainer.world_size,
         precision=precision,
+        start=start_of(config),
     )
     start = time.perf_counter()
     with name_lost_ranks(trainer):
@@ -136,7 +138,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
-    """Raise UserError if the data are no longer those of a complete run, whose table then is not theirs."""
+    """Raise UserError if the data have changed since the run was completed: its table is about the old data."""
     try:
         data = build_data(config)
     except UserError as error:

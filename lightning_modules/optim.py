@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from datamodules.options import option
+from datamodules.records import UserError
+from lightning_modules.parts import check_parts, parts_of, value_of
 
 
 @dataclass
@@ -27,26 +32,66 @@ class OptimOptions:
         "linear", "learning rate after the warm-up: a linear or cosine decay to 0, or constant"
     )
     warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
+    lr_scale: dict[str, float] = option(
+        {},
+        "factor of the learning rate of a part: embeddings, shared, experts, or the name of one expert; 0 freezes it",
+        minimum=0,
+    )
+    expert_decay: float = option(
+        0.0,
+        "pull of the experts towards their mean: each step removes the share lr * expert_decay of their distance to it",
+        minimum=0,
+    )
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:
     """Group the trained parameters by learning rate and weight decay.
 
-    With layer_decay, layer i of n has the learning rate lr * layer_decay ** (n - 1 - i), and the embeddings have
+    lr_scale multiplies the learning rate of a part (parts.py). Raises UserError for a part that the model does not
+    have. With layer_decay, layer i of n has the learning rate lr * layer_decay ** (n - 1 - i), and the embeddings have
     lr * layer_decay ** n. The parameters of layer i have "layer.<i>." or "layers.<i>." in their names.
     """
+    check_parts("lr_scale", options.lr_scale, dict(model.named_parameters()))
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = re.search(r"\.layers?\.(\d+)\.", name)
         layers_above = num_layers - 1 - int(layer[1]) if layer else num_layers if ".embeddings." in name else 0
-        scale = options.layer_decay**layers_above
+        scale = options.layer_decay**layers_above * value_of(name, options.lr_scale, 1.0)
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "lr": options.lr * scale, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+class ExpertDecay:
+    """Pull experts towards their mean after each step of an optimizer, by the share lr * strength of their distance.
+
+    It is decoupled from the gradient, as AdamW's weight decay is (arXiv 1711.05101), which pulls towards 0. Raises
+    UserError if the encoder has no experts.
+    """
+
+    def __init__(self, encoder: nn.Module, strength: float):
+        self.strength = strength
+        places: dict[str, list[nn.Parameter]] = defaultdict(list)  # name without the expert -> a parameter per expert
+        for name, parameter in encoder.named_parameters():
+            expert, *is_expert = parts_of(name)
+            if is_expert:
+                places[name.replace(f".{expert}.", ".", 1)].append(parameter)
+        if not places:
+            raise UserError("expert_decay: this encoder has no experts; set it to 0")
+        self.counterparts = list(places.values())
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        for experts in self.counterparts:
+            mean = torch.stack(list[Tensor](experts)).mean(0)
+            for expert in experts:
+                if lr := rates.get(expert):  # frozen ones have none
+                    expert.lerp_(mean, min(1.0, lr * self.strength))
 
 
 def schedule(name: str, warmup: float, total_steps: int) -> Callable[[int], float]:

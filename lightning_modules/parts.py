@@ -28,8 +28,11 @@ def value_of(name: str, values: Mapping[str, T], default: T) -> T:
     return next((values[part] for part in parts_of(name) if part in values), default)
 
 
-def check_parts(parts: Iterable[str], names: Iterable[str]) -> None:
-    """Raise UserError for a part that none of an encoder's parameters belongs to. names: names of the parameters."""
-    existing = {part for name in names for part in parts_of(name)}
+def check_parts(key: str, parts: Iterable[str], names: Iterable[str]) -> None:
+    """Raise UserError for a part that none of an encoder's parameters belongs to.
+
+    key: argument that the parts come from, for the message. names: names of the parameters.
+    """
+    existing = sorted({part for name in names for part in parts_of(name)})
     if unknown := [part for part in parts if part not in existing]:
-        raise UserError(f"unknown part {unknown[0]!r}; the parts of this encoder are {', '.join(sorted(existing))}")
+        raise UserError(f"{key}: unknown part {unknown[0]!r}; the parts of this encoder are {', '.join(existing)}")

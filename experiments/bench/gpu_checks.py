@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import AutoModel, ModernBertConfig, RobertaConfig
+from transformers import AutoModel, ModernBertConfig, MPNetConfig, RobertaConfig
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from experiments.bench.workload import KINDS, OTHER_TASKS, SHAPES, TASK, Workload, wrapped
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.base import Encoder
@@ -72,15 +73,16 @@ def equality(workload: Workload) -> Iterator[Check]:
         )
 
 
-FAMILIES = ("RoBERTa", "ModernBERT")
+FAMILIES = ("RoBERTa", "MPNet", "ModernBERT")
 
 
 def _other_family(family: str, workload: Workload) -> Encoder:
     """Return a random encoder of another family, with windows shorter than the texts in ModernBERT."""
     sizes = {"vocab_size": 30_522, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
-    if family == "RoBERTa":
-        config = RobertaConfig(**sizes, intermediate_size=512, max_position_embeddings=514, pad_token_id=1)
+    if family in ("RoBERTa", "MPNet"):
+        of_family = RobertaConfig if family == "RoBERTa" else MPNetConfig
+        config = of_family(**sizes, intermediate_size=512, max_position_embeddings=514, pad_token_id=1)
     else:
         config = ModernBertConfig(
             **sizes, intermediate_size=256, local_attention=64, global_attn_every_n_layers=2, pad_token_id=0

@@ -61,6 +61,8 @@ def batch_options(config: Config) -> BatchOptions:
         token_budget=settings.token_budget,
         num_positives=settings.num_positives,
         num_hard_negatives=settings.num_hard_negatives,
+        collection_temperature=settings.collection_temperature,
+        mixed_batches=settings.mixed_batches,
         carry_texts=_needs_texts(config.objective),
         num_workers=settings.num_workers,
         seed=config.run.seed,
@@ -108,7 +110,10 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
     readers = {key: _build_reader(config, node) for key, node in task.data.items()}
     overrides = {
         key: value
-        for key in ("batch_size", "max_length", "num_positives", "num_hard_negatives")
+        for key in (
+            *("batch_size", "max_length", "num_positives", "num_hard_negatives"),
+            *("collection_temperature", "mixed_batches"),
+        )
         if (value := getattr(task, key)) is not None
     }
     return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options.override(**overrides))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,15 @@ from lightning_modules.retrieval.compute import default_device, describe_device,
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
+
+
+def packages_option() -> Any:
+    """Return the field for the packages whose classes a command may load, in addition to ours."""
+    return option(
+        (),
+        "packages whose encoders and readers may be loaded; importing a package runs its code",
+        key="extend.packages",
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,12 +57,7 @@ class ModelOptions:
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
         "documents use a different adapter from queries",
     )
-
-    packages: tuple[str, ...] = option(
-        (),
-        "packages whose encoders and readers may be loaded; importing a package runs its code",
-        key="extend.packages",
-    )
+    packages: tuple[str, ...] = packages_option()
 
     def run_folder(self) -> Path | None:
         """Return the folder of the run that the model belongs to, if any."""
@@ -63,12 +67,12 @@ class ModelOptions:
         """Return the configuration of the run that the model belongs to, if any."""
         return config_of_run(self.run_folder(), self.packages)
 
-    def load(self, config: Config | None = None, *, task: str = "", tasks: Mapping[str, str] | None = None) -> Encoder:
+    def load(self, config: Config | None = None, *, task: str = "", like: Encoder | None = None) -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
 
         config: configuration of the model's run, whose pooling is the default of a plain model.
         task: the only task of a plain model; by default it has the paper's three.
-        tasks: task -> expert of a plain model.
+        like: encoder from which a plain model takes its tasks and pooling.
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
@@ -78,11 +82,13 @@ class ModelOptions:
                 "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"
             )
         model = _resolve(self.model)
+        tasks = {task: task} if task and task not in ("all", "average") else DEFAULT_TASKS
+        pooling = like.pooling if like else config.encoder.get("pooling") if config else None
         return load_encoder(
             model,
-            tasks or ({task: task} if task and task not in ("all", "average") else DEFAULT_TASKS),
+            like.tasks if like else tasks,
             backbone=self.backbone,
-            pooling=self.pooling or (config.encoder.get("pooling") if config and is_plain(model) else None),
+            pooling=self.pooling or (pooling if pooling and is_plain(model) else None),
             tower=self.tower,
             adapters=self._adapter_folders() or None,
             packages=self.packages,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable
 
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.records import ContrastiveBatch, Document, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
+from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import START, ContrastiveModule
 from lightning_modules.encoders.backbone import (
@@ -29,6 +32,7 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
 from lightning_modules.encoders.loading import continue_from, load_encoder
+from lightning_modules.encoders.lora import add_lora
 from lightning_modules.objective import FrozenEncoder
 from lightning_modules.objective_options import (
     GuideOptions,
@@ -37,6 +41,8 @@ from lightning_modules.objective_options import (
     VectorTeacherOptions,
     check_objective,
 )
+from lightning_modules.optim import ExpertDecay
+from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
@@ -83,8 +89,23 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     encoder = instantiate(config.encoder, **{name: arguments[name] for name in accepted})
     if source is not None:
         continue_from(source, encoder, config.init_from)
+    _add_lora(config, encoder)
     encoder.gradient_checkpointing = config.trainer.gradient_checkpointing
     return encoder
+
+
+def _add_lora(config: Config, encoder: Encoder) -> None:
+    if config.backbone.lora.rank:
+        with prefixed("backbone."):
+            add_lora(encoder, config.backbone.lora)
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -126,6 +147,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
     add_tasks(encoder, tasks, nearest)
+    _add_lora(config, encoder)
     return _training_module(config, encoder)
 
 
@@ -188,6 +210,10 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
     """Build the module. objective: by default that of the experiment."""
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
+    check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
+    if config.optim.expert_decay:
+        with prefixed("optim."):
+            ExpertDecay(encoder, config.optim.expert_decay)  # raises UserError without experts
     vector_teacher = objective.vector_teacher
     has_file = vector_teacher.model not in (None, START)
     module = ContrastiveModule(
@@ -207,6 +233,13 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
             f"trainer.strategy=ddp, or choose a teacher with {encoder.dimension} dimensions"
         )
     return module
+
+
+def describe_parameters(module: ContrastiveModule) -> str:
+    """Return a line about the number of parameters that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
 def _load_frozen(

@@ -13,6 +13,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.structured import prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
+from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS
 from lightning_modules.mining.mine import MiningOptions
 from lightning_modules.objective_options import ObjectiveOptions, check_objective
@@ -63,6 +64,15 @@ class DataConfig:
     token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
+    collection_temperature: float = option(
+        1.0,
+        "temperature of the collections of a task: their shares of its batches are their numbers of examples to the "
+        "power 1 / collection_temperature, so a higher one is more even",
+        minimum=0.1,
+    )
+    mixed_batches: bool = option(
+        False, "mix the collections of a task in each batch, in the same shares; by default a batch has one of them"
+    )
     num_workers: int | None = option(
         None,
         "processes that prepare batches on each rank; 0: the training process itself; by default one for each "
@@ -115,6 +125,12 @@ class MiningConfig(MiningOptions):
     miners: dict[str, Any] = option(
         {}, "miners for individual tasks: task -> _target_ node; null: do not mine for this task"
     )
+    judge: Any = option(
+        None,
+        "_target_ node: a judge, a class in lightning_modules.mining.relabel or cross_encoder, that drops mined "
+        "negatives or turns them into positives; null for none",
+    )
+    judges: dict[str, Any] = option({}, "judges for individual tasks: task -> _target_ node; null for none")
 
 
 @dataclass
@@ -226,6 +242,10 @@ class TaskConfig:
     num_hard_negatives: int | None = option(
         None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0
     )
+    collection_temperature: float | None = option(
+        None, "temperature of its collections; by default, data.collection_temperature", minimum=0.1
+    )
+    mixed_batches: bool | None = option(None, "mix its collections in each batch; by default, data.mixed_batches")
     data: dict[str, Any] = option(
         {}, "collection -> _target_ node of its reader; task files have such a block for each scale"
     )
@@ -273,10 +293,9 @@ class Config:
 
 
 def check_constraints(config: Config) -> None:
-    """Raise UserError for settings that contradict each other, or that this machine cannot run."""
+    """Raise UserError for settings that contradict each other."""
     _check_metrics(config)
     _check_balance(config)
-    _check_devices(config)
     _check_wandb(config.wandb)
     _check_loggers(config.loggers)
     _check_sharding(config)
@@ -325,12 +344,15 @@ def _check_loggers(names: list[str]) -> None:
     for name in names:
         if name not in LIGHTNING_LOGGERS or names.count(name) > 1:
             raise UserError(f"loggers: expected some of {', '.join(LIGHTNING_LOGGERS)}, each once, got {name!r}")
-    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
+
+
+def check_machine(config: Config) -> None:
+    """Raise UserError if this machine lacks the hardware or the packages to train."""
+    if "tensorboard" in config.loggers and importlib.util.find_spec("tensorboard") is None:
         raise UserError("loggers: tensorboard is not installed (pip install tensorboard)")
-
-
-def _check_devices(config: Config) -> None:
-    """Check that this machine has the hardware."""
+    if config.backbone.lora.rank:
+        with prefixed("backbone."):
+            check_peft()
     trainer = config.trainer
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")
@@ -355,6 +377,7 @@ def _check_sharding(config: Config) -> None:
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),
+        ("optim.expert_decay", config.optim.expert_decay, 0),
         ("trainer.ema", config.trainer.ema, 0),
     ):
         if value != required:

@@ -35,10 +35,11 @@ TYPICAL = (0.9, 0.5)  # quantiles of the queries that are shown as typical
 NUM_HARDEST, NUM_RANKED = 3, 5
 
 
-def compute(run: RunFiles, num_papers: int, device: str = "auto") -> dict[str, Any]:
+def compute(run: RunFiles, num_papers: int, device: str = "auto", packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the numbers of the report that no other file of the run contains.
 
     num_papers: number of papers on the map, 0 for no map. device: name of the device that encodes them.
+    packages: packages that the user allows.
     """
     seconds = sum(attempt["seconds"] or 0 for attempt in run.manifest.get("attempts", ()))
     computed: dict[str, Any] = {
@@ -50,13 +51,13 @@ def compute(run: RunFiles, num_papers: int, device: str = "auto") -> dict[str, A
         "paper": {path: paper_figures(content.value) for path, content in run.evaluations.items()},
     }
     if run.results:
-        trained = MeasuredSystem(run.path, "trained", run.results)
+        trained = MeasuredSystem(run.path, "trained", run.results, packages)
         computed["mean"] = run.means()
         computed["differences"] = _differences(trained)
         queries = {name: _queries(trained, name) for name in trained.benchmarks}
         computed["queries"] = {name: content for name, content in queries.items() if content}
     if num_papers:
-        computed["map"] = paper_map(run, num_papers, resolve_device(device))
+        computed["map"] = paper_map(run, num_papers, resolve_device(device), packages)
     return computed
 
 
@@ -153,16 +154,18 @@ def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
     }
 
 
-def paper_map(run: RunFiles, num_papers: int, device: torch.device) -> dict[str, Any] | None:
+def paper_map(
+    run: RunFiles, num_papers: int, device: torch.device, packages: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
     """Return the same test papers in two dimensions, as the expert of each task encodes them.
 
     Returns None if the run has no checkpoint, no data, or no task whose queries are papers.
     """
     try:
-        config = from_dict(run.config, str(run.path / "config.yaml"))
-        benchmarks = benchmarks_of_run(run.path.resolve(), config.evaluation.split).values()
+        config = from_dict(run.config, str(run.path / "config.yaml"), packages)
+        benchmarks = benchmarks_of_run(run.path.resolve(), config.evaluation.split, packages).values()
         checkpoint = checkpoint_of(run.path)
-        encoder = load_encoder(checkpoint).to(device)
+        encoder = load_encoder(checkpoint, packages=packages).to(device)
     except (UserError, OSError) as error:
         log.warning("no map of papers: %s", error)
         return None

@@ -133,7 +133,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
             "trained": f"mean {metric}",
             "bm25": f"mean {metric} of BM25",
             "untrained": "untrained",
-            "start": "start",
+            "start": "before training",
         }
         means = computed["mean"]
         tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import logging
 from collections import Counter, defaultdict
@@ -38,11 +39,14 @@ class MeasuredSystem:
     runs/BENCHMARK.SYSTEM.trec          its rankings
     runs/BENCHMARK.qrels                the judgements
     runs/BENCHMARK.SYSTEM.draws.tsv     in few-shot learning, the metrics of each draw (instead of queries.tsv and trec)
+
+    packages: packages that the user allows, for the readers of its data.
     """
 
     folder: Path
     system: str
     results: Results
+    packages: tuple[str, ...] = ()
 
     @property
     def benchmarks(self) -> dict[str, BenchmarkTable]:
@@ -117,13 +121,13 @@ def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) 
         raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
 
 
-def open_systems(key: str, names: Sequence[str]) -> list[MeasuredSystem]:
+def open_systems(key: str, names: Sequence[str], packages: Sequence[str] = ()) -> list[MeasuredSystem]:
     """Open FOLDER or FOLDER:SYSTEM for each of several seeds of one system.
 
     The default of SYSTEM is a run's trained encoder, or the only system of an evaluation.
-    key: option that the names come from, for error messages.
+    key: option that the names come from, for error messages. packages: packages that the user allows.
     """
-    systems = [_open_system(key, name) for name in names]
+    systems = [dataclasses.replace(_open_system(key, name), packages=tuple(packages)) for name in names]
     if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
         raise UserError(f"{key}: the same system is named twice in {','.join(names)}")
     return systems
@@ -242,7 +246,7 @@ def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
     """Read the data of a benchmark again. Returns None, with a warning, if the data are gone or have changed."""
     table = measured.benchmarks[name]
     try:
-        benchmark = _read_benchmark(measured.folder.resolve(), name, table.split)
+        benchmark = _read_benchmark(measured.folder.resolve(), name, table.split, measured.packages)
     except UserError as error:
         log.warning("%s: ids are shown without their texts (%s)", name, error)
         return None
@@ -253,20 +257,21 @@ def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read_benchmark(folder: Path, name: str, split: str) -> Benchmark | None:
+def _read_benchmark(folder: Path, name: str, split: str, packages: tuple[str, ...]) -> Benchmark | None:
     if (folder / "config.yaml").is_file():
-        return benchmarks_of_run(folder, split).get(name)
+        return benchmarks_of_run(folder, split, packages).get(name)
     info = read_results(folder / "results.json").info
     command = info.command if isinstance(info, EvaluationInfo) else []
     options, _ = parse_known(BenchmarkOptions, command)
     if options.benchmarks:
         options.benchmarks = (name,)
         return next(suite_benchmarks(options), None)
-    config = config_of_run(options.run or run_of(info.model))
+    config = config_of_run(options.run or run_of(info.model), packages)
     return next((benchmark for benchmark in collection_benchmarks(options, config) if benchmark.name == name), None)
 
 
 @functools.lru_cache(maxsize=1)
-def benchmarks_of_run(folder: Path, split: str) -> dict[str, Benchmark]:
+def benchmarks_of_run(folder: Path, split: str, packages: tuple[str, ...] = ()) -> dict[str, Benchmark]:
     """Return the benchmarks of a run's final table, by name. Raises UserError if the data cannot be read."""
-    return {benchmark.name: benchmark for benchmark in build_data(config_of_run(folder)).benchmarks(split)}
+    data = build_data(config_of_run(folder, packages))
+    return {benchmark.name: benchmark for benchmark in data.benchmarks(split)}

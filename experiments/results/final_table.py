@@ -9,9 +9,10 @@ from typing import Any
 from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
+from experiments.build.module import start_of
 from experiments.config.experiment import BEST
 from experiments.config.schema import Config
-from experiments.results.result_tables import show
+from experiments.results.result_tables import result_tables
 from experiments.results.results import (
     Benchmarks,
     Results,
@@ -22,6 +23,7 @@ from experiments.results.results import (
     tables_to_json,
 )
 from experiments.run.folder import RunFolder
+from experiments.shared.table_formats import print_tables
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import describe_device
@@ -50,10 +52,11 @@ class FinalTable:
         self.results: Results | None = None
 
     def baselines(self, encoder: Encoder) -> None:
-        """Evaluate BM25, and the encoder before training: untrained, or loaded by init_from or extend.model."""
+        """Evaluate BM25, and the encoder before training: "untrained" if its weights are random, else "start"."""
         log.info("baselines on %s", describe_device(encoder.device))
-        start = "start" if self.config.init_from or self.config.extend.model else "untrained"
-        tables = combine(self._evaluate(System("bm25", "bm25", None, "bm25")), self._evaluate_encoder(start, encoder))
+        model = start_of(self.config)
+        start = self._evaluate_encoder("start" if model else "untrained", encoder, model)
+        tables = combine(self._evaluate(System("bm25", "bm25", None, "bm25")), start)
         if rank() == 0:
             write_json(self.baselines_file, self._protocol() | {"benchmarks": tables_to_json(tables)})
 
@@ -82,7 +85,9 @@ class FinalTable:
             stopped_at=last_step if last_step < self.config.trainer.max_steps else None,
             **self._protocol(),
         )
-        tables = combine(self._read_baselines(), self._evaluate_encoder("trained", encoder, document_vectors))
+        tables = combine(
+            self._read_baselines(), self._evaluate_encoder("trained", encoder, document_vectors=document_vectors)
+        )
         self.results = Results(info=info, benchmarks=tables)
         if rank() == 0:
             self.results.write(self.folder.results)
@@ -111,15 +116,20 @@ class FinalTable:
         info = results.info
         chosen = "" if info.checkpoint == BEST.name else " (the dev splits were not used)"
         stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
+        starts = {table.systems["start"].model for table in results.benchmarks.values() if "start" in table.systems}
+        start = f", start: {starts.pop()}" if len(starts) == 1 and starts != {"start"} else ""  # "start" in old files
         title = (
             f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint}{chosen} of step "
-            f"{info.checkpoint_step} of {info.steps}{stopped}, {info.split} split"
+            f"{info.checkpoint_step} of {info.steps}{stopped}, {info.split} split{start}"
         )
-        show(results.benchmarks, info.metrics, title)
+        print_tables("table", result_tables(results.benchmarks, info.metrics, title), [])
 
-    def _evaluate_encoder(self, name: str, encoder: Encoder, document_vectors: VectorCache | None = None) -> Benchmarks:
+    def _evaluate_encoder(
+        self, name: str, encoder: Encoder, model: str | None = None, document_vectors: VectorCache | None = None
+    ) -> Benchmarks:
         vectors = VectorCache(encoder, token_budget=self.config.data.token_budget)
-        return self._evaluate(System(name, name, encoder, self.config.objective.similarity, vectors, document_vectors))
+        similarity = self.config.objective.similarity
+        return self._evaluate(System(name, model or name, encoder, similarity, vectors, document_vectors))
 
     def _evaluate(self, system: System) -> Benchmarks:
         metrics, folder = self.config.evaluation.metrics, self.folder.path / "runs"

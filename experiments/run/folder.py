@@ -259,16 +259,19 @@ def record_start(
     schedule: Mapping[str, Any],
     devices: int,
     precision: str,
+    start: str | None,
 ) -> None:
     """Record the start of an attempt in the manifest, with what is needed to understand and repeat the run.
 
     schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
+    start: model that the run started from, None for random weights.
     """
     manifest = read_manifest(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
     if job := launch.slurm_job():
         attempt["job"] = job
     manifest["attempts"].append(attempt)
+    manifest = {"start": start} | manifest  # at a resume, the one of the first attempt
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),

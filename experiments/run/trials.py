@@ -275,7 +275,7 @@ class Controller:
             )
             self._processes[trial.number] = process
             if self.signal is not None:  # the signal came before the process was registered
-                _send(process, self.signal)
+                send(process, self.signal)
             status = self._watch(trial, process)
             del self._processes[trial.number]
         return trial.exit_status(command[0], status)
@@ -305,7 +305,7 @@ class Controller:
             # Before the signal: even if this process is killed in between, no other controller resumes the trial.
             self._record(trial, "stopped", **self._stop_reasons[trial.number])
             log.info("trial %d is stopped early at step %d: %s", trial.number, max(values), reason)
-            _send(process, signal.SIGTERM)
+            send(process, signal.SIGTERM)
 
     def _state(self, trial: Trial, status: int) -> str:
         if status == 0 and trial.has_results:
@@ -331,10 +331,11 @@ class Controller:
     def _on_signal(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number)
         for process in list(self._processes.values()):
-            _send(process, self.signal)
+            send(process, self.signal)
 
 
-def _send(process: subprocess.Popen, number: signal.Signals) -> None:
+def send(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Send a signal to a process and all that it has started, unless it has ended."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 

@@ -90,6 +90,13 @@ def _verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
     return [argument for argument in arguments if argument not in levels], [logging.INFO, *chosen][-1]
 
 
+def log_to_stderr() -> None:
+    """Send the log lines of this command to stderr, so that its stdout holds nothing but its result."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+
+
 def full_disk(error: BaseException | None) -> str | None:
     """Return the message of an error that a full disk has caused, or None. Libraries wrap it in errors of their own."""
     while error is not None:

@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.loading import merged
 from lightning_modules.loggers import log_picture
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
@@ -87,7 +88,7 @@ class Diagnostics(L.Callback):
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-            encoder = replica(module.encoder)
+            encoder = merged(replica(module.encoder))
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         if world_size() > 1:
             means = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)
@@ -116,7 +117,7 @@ class Diagnostics(L.Callback):
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
         """Return norms and cosines of the tasks' gradients; empty if the tasks share no parameters."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
+        gradients, sharded = TaskGradients([slice_of(x) for x in trained], sorted(self.batches)), module.encoder.sharded
         scaler = loss_scaler(trainer)
         scale = scaler.get_scale() if scaler else 1.0  # without it, small gradients would vanish in fp16
         for task in gradients.tasks:

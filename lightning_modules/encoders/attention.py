@@ -1,11 +1,11 @@
 """Attention within the texts of a packed batch, in one of three ways.
 
-    varlen   one call of torch's flash attention for all texts (GPUs, bf16 and fp16, without dropout)
-    runs     one call of torch's attention for each run of texts of equal length, without copies or masks (CPUs)
+    varlen   one call of torch's flash attention for all texts (GPUs, bf16 and fp16, without dropout and bias)
+    runs     one call of torch's attention for each run of texts of equal length, without copies of texts (CPUs)
     padded   one call for all texts, padded to the longest, with a mask (GPUs, where varlen cannot be used)
 
 Shapes: T tokens of B texts, L positions computed (T, or B if only the first one of each text is needed), P positions of
-a prefix, H heads, d dimensions of a head, S tokens of the longest text, D = H x d.
+a prefix, H heads, d dimensions of a head, S tokens of the longest text, M positions of the backbone, D = H x d.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 
 VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters  # torch 2.10 has neither windows nor splits
 # With one split, the vector of a text does not depend on the texts around it.
@@ -36,17 +36,33 @@ class Prefix(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What differs between layers.
+
+    window: largest distance between positions that attend to each other; None for no limit.
+    dropout: dropout rate of attention weights.
+    prefix: keys and values that all positions attend to, whatever the window.
+    """
+
+    window: int | None = None
+    dropout: float = 0.0
+    prefix: Prefix | None = None
+
+
+@dataclass(frozen=True)
 class AttentionContext:
     """Positions of the texts in a packed batch, computed once for all layers, without waiting for the device.
 
     tokens: the batch.
     positions: position of each token in its text, (T,).
     rotations: attention type of a layer -> cosines and sines of the rotary positions, each (T, d).
+    bias: what all layers add to the score of a key at distance -(M-1), ..., M-1 from the query, (H, 2M-1), or None.
     """
 
     tokens: Tokens
     positions: Tensor
     rotations: dict[str, tuple[Tensor, Tensor]]
+    bias: Tensor | None = None
 
     @cached_property
     def slots(self) -> Tensor:
@@ -95,40 +111,31 @@ def attend(
     """Compute scaled dot-product attention within each text and join the heads, (L, D).
 
     query: (L, H, d). With L = B, queries are those of the first position of each text. key, value: (T, H, d).
-    window: largest distance between positions that attend to each other; None for no limit.
-    prefix: keys and values that all positions attend to, whatever the window.
+    window, dropout, prefix: see Settings.
     """
     if window is not None and context.tokens.max_length <= window + 1:
         window = None
-    kernel = choose_kernel(query, context, window, dropout, prefix)
-    return kernel(query, key, value, context, window, dropout, prefix).flatten(1)
+    settings = Settings(window, dropout, prefix)
+    kernel = choose_kernel(query, context, settings)
+    return kernel(query, key, value, context, settings).flatten(1)
 
 
-def choose_kernel(
-    query: Tensor, context: AttentionContext, window: int | None, dropout: float, prefix: Prefix | None
-) -> Callable[..., Tensor]:
+def choose_kernel(query: Tensor, context: AttentionContext, settings: Settings) -> Callable[..., Tensor]:
     """Return the fastest function that can compute this attention, (L, H, d)."""
     if query.device.type == "cpu":
         return attend_runs
-    if query.dtype not in (torch.bfloat16, torch.float16) or dropout:
+    if query.dtype not in (torch.bfloat16, torch.float16) or settings.dropout or context.bias is not None:
         return attend_padded
-    if window is None:
+    if settings.window is None:
         return attend_varlen
     # varlen_attn aligns a window with the last key, so queries and keys must be the same positions.
-    same_positions = prefix is None and len(query) == context.tokens.num_tokens
+    same_positions = settings.prefix is None and len(query) == context.tokens.num_tokens
     return attend_varlen if same_positions and "window_size" in VARLEN_ARGUMENTS else attend_padded
 
 
-def attend_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: AttentionContext,
-    window: int | None,
-    dropout: float,
-    prefix: Prefix | None,
-) -> Tensor:
-    assert not dropout, "varlen_attn has no dropout"
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
+    assert not settings.dropout, "varlen_attn has no dropout"
+    window, prefix = settings.window, settings.prefix
     offsets, length = context.tokens.offsets, context.tokens.max_length
     key_offsets, key_length = offsets, length
     if prefix is not None:
@@ -142,20 +149,13 @@ def attend_varlen(
         key_offsets, key_length = offsets + shift, length + size
     if len(query) < context.tokens.num_tokens:
         offsets, length = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device), 1
-    limits = {} if window is None else {"window_size": (window, window)}
-    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, **limits, **NUM_SPLITS)
+    limits: dict[str, Any] = {} if window is None else {"window_size": (window, window)}
+    limits |= NUM_SPLITS
+    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, **limits)  # type: ignore[return-value]
 
 
-def attend_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: AttentionContext,
-    window: int | None,
-    dropout: float,
-    prefix: Prefix | None,
-) -> Tensor:
-    dtype, runs = query.dtype, context.tokens.runs
+def attend_runs(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
+    dtype, runs, window = query.dtype, context.tokens.runs, settings.window
     if dtype == torch.bfloat16 and query.requires_grad:
         # On a CPU, torch's attention (forward and backward) takes 2.6 times as long in bfloat16 as in float32.
         query, key, value = query.float(), key.float(), value.float()
@@ -169,19 +169,11 @@ def attend_runs(
         mask = None
         if window is not None and length > window + 1:
             mask = within_window(length, window, q.device)[: q.shape[2]]
-        outputs.append(_padded_attention(q, k, v, mask, dropout, prefix).flatten(0, 1))
+        outputs.append(_padded_attention(q, k, v, mask, context, settings).flatten(0, 1))
     return torch.cat(outputs).to(dtype)
 
 
-def attend_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: AttentionContext,
-    window: int | None,
-    dropout: float,
-    prefix: Prefix | None,
-) -> Tensor:
+def attend_padded(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
     tokens, shape = context.tokens, (len(context.tokens), context.tokens.max_length)
 
     def padded(x: Tensor) -> Tensor:
@@ -191,23 +183,43 @@ def attend_padded(
     first_only = len(query) < tokens.num_tokens
     q = query[:, :, None] if first_only else padded(query)
     mask = context.mask[:, None, None, :]
-    if window is not None:
-        mask = mask & within_window(tokens.max_length, window, query.device)[: q.shape[2]]
-    attended = _padded_attention(q, padded(key), padded(value), mask, dropout, prefix).flatten(0, 1)
+    if settings.window is not None:
+        mask = mask & within_window(tokens.max_length, settings.window, query.device)[: q.shape[2]]
+    attended = _padded_attention(q, padded(key), padded(value), mask, context, settings).flatten(0, 1)
     return attended if first_only else attended.index_select(0, context.slots)
 
 
 def _padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, prefix: Prefix | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: AttentionContext, settings: Settings
 ) -> Tensor:
-    """Compute attention (B, L, H, d) of queries (B, H, L, d) to keys and values (B, H, S, d), after the prefix."""
+    """Compute attention (B, L, H, d) of queries (B, H, L, d) to keys and values (B, H, S, d), after the prefix.
+
+    mask: whether a query attends to a key, without the prefix, bool.
+    """
+    prefix, num_keys = settings.prefix, [key.shape[2]]
     if prefix is not None:
         key, value = (
             torch.cat([extra.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
             for extra, x in ((prefix.keys, key), (prefix.values, value))
         )
+        num_keys = [len(prefix.keys), *num_keys]
         mask = mask if mask is None else F.pad(mask, (len(prefix.keys), 0), value=True)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+    if context.bias is not None:
+        bias = torch.cat([bias_of_keys(context.bias, query.shape[2], number) for number in num_keys], dim=-1)
+        bias = bias.to(query.dtype)[None]  # cast late, because the backward pass of bias_of_keys adds up many gradients
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=settings.dropout)
+    return attended.transpose(1, 2)
+
+
+def bias_of_keys(bias: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """Return the bias of each query and key, (H, num_queries, num_keys). Both start at position 0.
+
+    bias: bias by distance, (H, 2M-1), see AttentionContext.
+    """
+    first = bias.shape[1] // 2 - (num_queries - 1)  # column of the distance from the last query to the first key
+    rows = bias[:, first : first + num_queries + num_keys - 1].unfold(1, num_keys, 1)
+    return rows.flip(1)  # the first row is that of the last query
 
 
 def within_window(length: int, window: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,23 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from datamodules.options import option
 from datamodules.records import UserError
 from lightning_modules.encoders.families import FAMILIES
+from lightning_modules.encoders.lora import LoraOptions
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
@@ -55,6 +65,7 @@ class BackboneOptions:
     attention_dropout: float | None = option(
         None, "dropout of attention weights, by default the backbone's", minimum=0, below=1
     )
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 def package_folder(name: str) -> str | None:
@@ -134,7 +145,7 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[nn.Module, Tokenizer]:
+def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer. Raises UserError.
 
     name: folder or hub name. key: argument that the name comes from, for error messages.
@@ -156,6 +167,9 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
             return meta_backbone(config), tokenizer
         options = options_of(config) | {"trust_remote_code": False}
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        if (Path(name) / "adapter_config.json").exists() or getattr(model, "_hf_peft_config_loaded", False):
+            problem = "contains an adapter of peft (adapter_config.json), which is not supported"
+            raise UserError(f"{key}: {name!r} {problem}; save the model after merge_and_unload()")
         check_complete(name, info)
         return model, tokenizer
 
@@ -231,7 +245,7 @@ def options_of(config: PreTrainedConfig) -> dict[str, Any]:
     return options if config.model_type == "modernbert" else options | {"add_pooling_layer": False}
 
 
-def meta_backbone(config: PreTrainedConfig) -> nn.Module:
+def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a backbone whose parameters are on the meta device. Its buffers, such as positions, are real."""
     with no_init_weights():
         backbone = AutoModel.from_config(config, **options_of(config))
@@ -258,9 +272,11 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
     return bert.eval()
 
 
-def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
+def set_dropout(backbone: PreTrainedModel, dropout: float | None, attention_dropout: float | None) -> None:
     """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
-    attention = {id(module.dropout) for module in backbone.modules() if hasattr(module, "query")}
+    queries = ("query", "q")  # names of the projection in self-attention of BERT and MPNet
+    attention = {id(m.dropout) for m in backbone.modules() if any(hasattr(m, name) for name in queries)}
+    module: Any
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout

@@ -1,6 +1,6 @@
 """Export encoders to formats that other tools load without this project.
 
-save_dense       one task as a plain BERT, RoBERTa or ModernBERT folder with the files of sentence-transformers
+save_dense       one task as a plain BERT, RoBERTa, MPNet or ModernBERT folder with the files of sentence-transformers
 save_onnx        an ONNX model in such a folder
 average          a general model, whose weights are the mean of all experts
 save_reference   a checkpoint in the layout of SciMult's authors
@@ -25,7 +25,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
-from lightning_modules.encoders.loading import dense_key, load_weights
+from lightning_modules.encoders.loading import dense_key, load_weights, merged
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.sentence_files import FORMER_MODES
@@ -44,7 +44,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
         raise UserError(f"{type(encoder).__name__} {problem}; save the whole encoder instead")
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")
-    expert = None if task == AVERAGE else encoder.expert_of(task)
+    encoder, expert = merged(encoder), None if task == AVERAGE else encoder.expert_of(task)
     tensors: dict[str, list[Tensor]] = {}  # name without expert -> tensors of the selected experts
     for key, tensor in encoder.state_dict().items():
         match = re.search(r"\.experts\.(\w+)", key)
@@ -174,7 +174,7 @@ def save_onnx(folder: str | Path) -> Path:
 
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
     """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
-    path, checkpoint = Path(path), to_reference(encoder)
+    path, checkpoint = Path(path), to_reference(merged(encoder))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:

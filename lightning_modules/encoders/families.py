@@ -1,6 +1,7 @@
 """Families of backbones. Each computes one Transformer layer of a Hugging Face model, sub-layer by sub-layer.
 
     Bert         BERT, RoBERTa, XLM-RoBERTa, CamemBERT: LayerNorm after each sub-layer, positions in the embeddings
+    MPNet        MPNet: the same, and a bias of the scores by the distance of query and key, which all layers share
     ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
 Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore compute texts that
@@ -23,8 +24,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
 
 
@@ -36,12 +39,12 @@ class Experts(nn.Module):
         self.experts = nn.ModuleDict({name: copy.deepcopy(module) for name in names})
 
 
-def pick(module: nn.Module, expert: str | None) -> nn.Module:
+def pick(module: nn.Module, expert: Any) -> Any:
     """Return an expert's copy of a module, or the module itself if it has no experts."""
     return module.experts[expert] if isinstance(module, Experts) else module
 
 
-def any_expert(module: nn.Module) -> nn.Module:
+def any_expert(module: nn.Module) -> Any:
     """Return one of the experts of a module, whose settings are all equal, or the module itself."""
     return next(iter(module.experts.values())) if isinstance(module, Experts) else module
 
@@ -84,24 +87,27 @@ def by_expert(
         return compute(*(pick(module, choice) for module in modules), *inputs)
     groups = choice.tokens if len(inputs[0]) == context.tokens.num_tokens else choice.texts
     outputs = [compute(*(pick(m, expert) for m in modules), *(x[rows] for x in inputs)) for expert, rows in groups]
-    if isinstance(groups[0][1], slice):
-        return torch.cat(outputs)
-    return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
+    indices = [rows for _, rows in groups if isinstance(rows, Tensor)]
+    return torch.cat(outputs)[torch.cat(indices).argsort()] if indices else torch.cat(outputs)
 
 
 class Family(Protocol):
     """Interface of all families.
 
     attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
+    inputs: modules that begin uses.
     max_positions: maximum number of tokens of a text.
     compiled: whether the functions of rows are compiled.
+    distance_bias: function that returns the bias of an AttentionContext, or None if the family has none.
     """
 
     attention_modules: tuple[str, ...]
     ffn_modules: tuple[str, ...]
+    inputs: Sequence[nn.Module]
     layers: nn.ModuleList
     max_positions: int
     compiled: bool
+    distance_bias: Callable[[], Tensor] | None
 
     def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
         """Return the embeddings (T, D) and the AttentionContext of a batch."""
@@ -151,33 +157,60 @@ class RowFunctions:
     """Calls functions of modules and rows, compiled or not. The base class of all families."""
 
     compiled = False
+    distance_bias: Callable[[], Tensor] | None = None
 
     def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         return (compiled(function) if self.compiled else function)(*arguments)
 
 
+def _in_autocast_type(x: Tensor) -> Tensor:
+    """Return a tensor in the type in which matrices are multiplied."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _bert_output(dense: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
+    return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
+
+
+def _mpnet_output(attn: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
+    return _bert_output(attn.o, output, attended, hidden)
+
+
+def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor:
+    return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
+
+
+def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """Return LayerNorm(x + residual) in the type of x, computed in that of the norm (float32 under autocast)."""
+    return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
+
+
 class Bert(RowFunctions):
     """BERT and RoBERTa."""
 
-    attention_modules = ("attention.self", "attention.output.dense")  # LayerNorm stays shared (paper, section 3.2)
-    ffn_modules = ("intermediate", "output")  # including LayerNorm
+    # LayerNorm after attention stays shared (paper, section 3.2).
+    attention_modules: tuple[str, ...] = ("attention.self", "attention.output.dense")
+    ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
+    projections = ("query", "key", "value")
+    attention_output: Callable[..., Tensor] = staticmethod(_bert_output)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
+        self.inputs = [backbone.embeddings]
         self.layers = backbone.encoder.layer
-        config = backbone.config
-        self.num_heads = config.num_attention_heads
+        self.num_heads = backbone.config.num_attention_heads
         # RoBERTa reserves the first positions for padding.
-        self.padding_id = None if config.model_type == "bert" else config.pad_token_id
-        self.max_positions = config.max_position_embeddings - (
-            0 if config.model_type == "bert" else self.padding_id + 1
-        )
+        self.padding_id: Any = getattr(backbone.embeddings, "padding_idx", None)
+        reserved = 0 if self.padding_id is None else self.padding_id + 1
+        self.max_positions = backbone.config.max_position_embeddings - reserved
 
     def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
         positions = tokens.positions()
         embedded = positions if self.padding_id is None else self._roberta_positions(tokens)
         hidden = self.backbone.embeddings(input_ids=tokens.input_ids[None], position_ids=embedded[None])[0]
-        return _in_autocast_type(hidden), AttentionContext(tokens, positions, {})
+        bias = self.distance_bias() if self.distance_bias else None
+        return _in_autocast_type(hidden), AttentionContext(tokens, positions, {}, bias)
 
     def _roberta_positions(self, tokens: Tokens) -> Tensor:
         """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
@@ -186,23 +219,28 @@ class Bert(RowFunctions):
         before = total[tokens.offsets[:-1]]
         return (total[1:] - tokens.spread(before)) * counted + self.padding_id
 
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
+        """Return the modules with the projections, with the output projection, and with dropout and LayerNorm."""
+        attention = layer.attention
+        return attention.self, attention.output.dense, attention.output
+
     def attention(self, layer, hidden, states, context, choice=None, prefix=None):
-        projections, output = layer.attention.self, layer.attention.output
+        inputs, output, norm = self.attention_parts(layer)
 
         def heads(name: str, rows: Tensor) -> Tensor:
-            projected = by_expert(lambda module, x: getattr(module, name)(x), [projections], choice, context, rows)
+            projected = by_expert(lambda module, x: getattr(module, name)(x), [inputs], choice, context, rows)
             return projected.unflatten(-1, (self.num_heads, -1))
 
-        dropout = active_rate(any_expert(projections).dropout)
-        query, key, value = heads("query", hidden), heads("key", states), heads("value", states)
+        query, key, value = map(heads, self.projections, (hidden, states, states))
+        dropout = active_rate(any_expert(inputs).dropout)
         attended = attend(query, key, value, context, dropout=dropout, prefix=prefix)
-        compute = partial(self.run, _bert_output)
-        return by_expert(compute, [output.dense, output], choice, context, attended, hidden)
+        compute = partial(self.run, self.attention_output)
+        return by_expert(compute, [output, norm], choice, context, attended, hidden)
 
     def prefix(self, layer, states, context):
-        projections = layer.attention.self
-        keys, values = projections.key(states), projections.value(states)
-        return Prefix(keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1)))
+        inputs, (_, key, value) = self.attention_parts(layer)[0], self.projections
+        keys, values = (getattr(inputs, name)(states).unflatten(-1, (self.num_heads, -1)) for name in (key, value))
+        return Prefix(keys, values)
 
     def feed_forward(self, layer, hidden, context, choice=None):
         compute = partial(self.run, _bert_feed_forward)
@@ -212,33 +250,36 @@ class Bert(RowFunctions):
         return hidden
 
 
-def _in_autocast_type(x: Tensor) -> Tensor:
-    """Return a tensor in the type in which matrices are multiplied."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+class MPNet(Bert):
+    """MPNet (Song et al., 2020)."""
 
+    attention_modules = ("attention.attn",)
+    projections = ("q", "k", "v")
+    attention_output = staticmethod(_mpnet_output)
 
-def _bert_output(dense: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
-    return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
+    def __init__(self, backbone: Any):
+        super().__init__(backbone)
+        self.inputs = [backbone.embeddings, backbone.encoder.relative_attention_bias]
 
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
+        return layer.attention.attn, layer.attention.attn, layer.attention
 
-def _bert_feed_forward(intermediate: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
-    return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
-
-
-def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
-    """Return LayerNorm(x + residual) in the type of x, computed in that of the norm (float32 under autocast)."""
-    return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
+    def distance_bias(self) -> Tensor:
+        encoder, longest = self.backbone.encoder, self.max_positions
+        table = encoder.relative_attention_bias  # (buckets, H)
+        distances = torch.arange(1 - longest, longest, device=table.weight.device)
+        return table(encoder.relative_position_bucket(distances)).T
 
 
 class ModernBert(RowFunctions):
     """ModernBERT."""
 
-    attention_modules = ("attn",)  # the LayerNorm before it stays shared
-    ffn_modules = ("mlp",)
+    attention_modules: tuple[str, ...] = ("attn",)  # the LayerNorm before it stays shared
+    ffn_modules: tuple[str, ...] = ("mlp",)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
+        self.inputs = [backbone.embeddings]
         self.layers = backbone.layers
         self.num_heads = backbone.config.num_attention_heads
         self.max_positions = backbone.config.max_position_embeddings
@@ -289,23 +330,25 @@ class ModernBert(RowFunctions):
         return self.backbone.final_norm(hidden)
 
 
-def _projected(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _projected(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     """Return queries, keys and values, which one matrix projects to."""
     return attn.Wqkv(norm(rows))
 
 
-def _query(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _query(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size), norm(rows))
 
 
-def _key_value(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
 
 
-def _projected_by(linear: nn.Linear, outputs: slice, rows: Tensor) -> Tensor:
+def _projected_by(linear: nn.Module, outputs: slice, rows: Tensor) -> Tensor:
     """Compute some outputs of a linear layer."""
+    if not isinstance(linear, nn.Linear):  # with LoRA, its weight is not all of it
+        return linear(rows)[:, outputs]
     return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 
 
@@ -316,11 +359,11 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (heads * cos[:, None] + turned * sin[:, None]).to(heads.dtype)
 
 
-def _modernbert_output(attn: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _modernbert_output(attn: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return hidden + attn.out_drop(attn.Wo(attended))
 
 
-def _modernbert_feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor) -> Tensor:
+def _modernbert_feed_forward(norm: Any, mlp: Any, hidden: Tensor) -> Tensor:
     return hidden + mlp(norm(hidden))
 
 
@@ -329,14 +372,15 @@ FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {
     "roberta": Bert,
     "xlm-roberta": Bert,
     "camembert": Bert,
+    "mpnet": MPNet,
     "modernbert": ModernBert,
 }
 
 
-def family_of(backbone: nn.Module) -> Family:
+def family_of(backbone: PreTrainedModel) -> Family:
     """Return the family of a backbone. Raises UserError if it belongs to none of them."""
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         kind = type(backbone).__name__ + (f" ({model_type})" if model_type else "")
         raise UserError(f"backbone: {kind} is not supported; expected a model of type {', '.join(FAMILIES)}")
-    return FAMILIES[model_type](backbone)
+    return FAMILIES[model_type](backbone)  # type: ignore[return-value]

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import family_of
@@ -44,7 +45,7 @@ class InstructEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         instructions: Mapping[str, str],
@@ -63,8 +64,8 @@ class InstructEncoder(Encoder):
             backbone.requires_grad_(False)
             # The last layer stays frozen. It would get no gradient, because the states after it are not used.
             self.instruction_backbone.requires_grad_(False)
-            self.instruction_backbone.embeddings.requires_grad_(True)
-            self.instruction_family.layers[:-1].requires_grad_(True)
+            for module in (*self.instruction_family.inputs, *self.instruction_family.layers[:-1]):
+                module.requires_grad_(True)
         self._instruction_tokens: dict[tuple[str, torch.device], Tokens] = {}
         limit = self.family.max_positions
         for task, instruction in self.instructions.items():
@@ -124,7 +125,7 @@ class PromptEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         instructions: Mapping[str, str],

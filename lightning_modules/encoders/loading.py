@@ -33,6 +33,7 @@ from lightning_modules.encoders.backbone import (
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
 from lightning_modules.encoders.instruct import PromptEncoder
+from lightning_modules.encoders.lora import merge_lora
 from lightning_modules.encoders.scimult_format import from_reference, is_reference
 from lightning_modules.encoders.sentence_files import check_prompt, lower_cased, read_sentence_files
 from lightning_modules.encoders.shared import SharedEncoder
@@ -45,11 +46,11 @@ DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_pr
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """Return the description from which build makes the same encoder."""
+    """Return the description from which build makes the same encoder, without LoRA."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
-    return describe_architecture(encoder) | {"tokenizer": files}
+    return describe_architecture(encoder) | {"tokenizer": files, "lora_scale": encoder.lora_scale}
 
 
 def describe_architecture(encoder: Encoder) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def load_encoder(
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
     model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
-        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa or ModernBERT, or a DPR encoder.
+        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
     pooling: one of POOLINGS, for a plain model; by default that of its sentence-transformers files, or else "cls".
@@ -201,7 +202,7 @@ def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: s
     if files.lower_case:
         tokenizer = lower_cased(tokenizer)
     longest = files.max_length or (tokenizer.model_max_length if files.are_complete else DEFAULT_LENGTH)
-    arguments = {
+    arguments: dict[str, Any] = {
         "pooling": files.pooling or "cls",
         "normalize": files.normalize,
         "max_length": min(longest, family_of(backbone).max_positions),
@@ -235,6 +236,7 @@ def _load_checkpoint(
             raise UserError(f"{path}: the entries encoder and state_dict must be mappings; the file is damaged")
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        weights = merge_lora(weights, checkpoint["encoder"].get("lora_scale"), str(path))
         encoder = build(checkpoint["encoder"], source=str(path), packages=packages)
         _warn_of_unused(path, backbone, tower)
     else:
@@ -279,6 +281,19 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
         else:
             with torch.no_grad():
                 tensor.copy_(weights[name])
+
+
+def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:
+    """Return another encoder with the arguments of this one, and other weights. If it has LoRA, they are merged."""
+    copy = build(describe_architecture(encoder), encoder.tokenizer, packages=[type(encoder).__module__])
+    name = type(encoder).__name__
+    load_weights(copy, merge_lora(weights, encoder.lora_scale, name), name)
+    return copy.to(encoder.device).eval()
+
+
+def merged(encoder: Encoder) -> Encoder:
+    """Return a copy of an encoder with its LoRA merged, or the encoder itself if it has none."""
+    return encoder if encoder.lora_scale is None else with_weights(encoder, encoder.state_dict())
 
 
 def continue_from(source: Encoder, target: Encoder, name: str) -> None:

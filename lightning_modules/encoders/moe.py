@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Experts, Family, Groups
+from lightning_modules.encoders.lora import unfreeze
 
 RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
 
@@ -66,7 +68,7 @@ class MoEEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         attention: bool = True,
@@ -100,7 +102,8 @@ class MoEEncoder(Encoder):
         self.experts += (name,)
         for module in self.backbone.modules():
             if isinstance(module, Experts):
-                module.experts[name] = copy.deepcopy(module.experts[like]).requires_grad_(True)
+                module.experts[name] = copy.deepcopy(module.experts[like])
+                unfreeze(module.experts[name])
 
     def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
         """Sort texts by expert, so that everything except the experts is computed for the whole batch at once."""

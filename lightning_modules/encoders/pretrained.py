@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datamodules.files import regular
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import build, describe_architecture, load_weights
+from lightning_modules.encoders.loading import build, describe_architecture, load_weights, merged
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -86,7 +87,7 @@ AutoModel.register(SciMultConfig, SciMultModel, exist_ok=True)
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     """Write config.json, model.safetensors and the files of the tokenizer to a folder, which is created if needed."""
     quiet_transformers()
-    folder = Path(folder)
+    encoder, folder = merged(encoder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     SciMultModel(SciMultConfig(**describe_architecture(encoder)), encoder).save_pretrained(folder)
     return folder

@@ -43,9 +43,8 @@ class Comparison:
 
 def compare(a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Comparison:
     """Compare two systems on the same queries. a: (S, Q), b: (S', Q)."""
-    differences = a.mean(0) - b.mean(0)
-    differences[np.abs(differences) < ROUNDING] = 0.0
-    low, high = bootstrap_interval(a, b, level=level, draws=draws, seed=seed)
+    differences = _differences(a, b)
+    low, high = bootstrap_interval([(a, b)], level=level, draws=draws, seed=seed)
     return Comparison(
         queries=len(differences),
         mean_a=float(a.mean()),
@@ -68,26 +67,44 @@ def spread(values: np.ndarray) -> float | None:
 
 
 def bootstrap_interval(
-    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the percentile interval of mean(a) - mean(b) when the queries are resampled, the same ones for both.
 
     Paired bootstrap (Efron and Tibshirani 1993, chapter 13; Sakai 2006 for retrieval). With several seeds, the seeds of
     each system are resampled too, as the upper level of a hierarchy: the interval then covers other queries and other
     trainings. With two or three seeds it is still too narrow.
+
+    pairs: values of A, (S, Q), and of B, (S', Q), on each of several benchmarks. The interval is that of the mean over
+    benchmarks. They share the seeds that are drawn, because one training has a value on each.
     """
     rng = np.random.default_rng([seed, 1])
-    rows, num_queries = np.concatenate([a, b]), a.shape[1]
-    differences = []
-    for size in _blocks(draws, num_queries):
-        chosen = rng.integers(num_queries, size=(size, num_queries), dtype=np.int32)
-        chosen += np.arange(size, dtype=np.int32)[:, None] * num_queries
-        times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
-        means = times @ rows.T / num_queries  # (size, S + S')
-        seeds = [rng.multinomial(len(side), [1 / len(side)] * len(side), size=size) / len(side) for side in (a, b)]
-        differences.append((means[:, : len(a)] * seeds[0]).sum(1) - (means[:, len(a) :] * seeds[1]).sum(1))
-    low, high = np.quantile(np.concatenate(differences), [(1 - level) / 2, (1 + level) / 2])
+    seeds = [rng.multinomial(len(side), [1 / len(side)] * len(side), size=draws) / len(side) for side in pairs[0]]
+    differences = np.zeros(draws)
+    for a, b in pairs:
+        rows, num_queries, done = np.concatenate([a, b]), a.shape[1], 0
+        for size in _blocks(draws, num_queries):
+            chosen = rng.integers(num_queries, size=(size, num_queries), dtype=np.int32)
+            chosen += np.arange(size, dtype=np.int32)[:, None] * num_queries
+            times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
+            means = times @ rows.T / num_queries  # (size, S + S')
+            part = slice(done, done := done + size)
+            differences[part] += (means[:, : len(a)] * seeds[0][part]).sum(1)
+            differences[part] -= (means[:, len(a) :] * seeds[1][part]).sum(1)
+    low, high = np.quantile(differences / len(pairs), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_difference_p(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, draws: int = 10_000, seed: int = 0) -> float:
+    """Return sign_flip_p for the mean of mean(a) - mean(b) over benchmarks. pairs: as for bootstrap_interval."""
+    return sign_flip_p(np.concatenate([_differences(a, b) / a.shape[1] for a, b in pairs]), draws=draws, seed=seed)
+
+
+def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the difference of each query, (Q,), where those that only rounding causes are 0."""
+    differences = a.mean(0) - b.mean(0)
+    differences[np.abs(differences) < ROUNDING] = 0.0
+    return differences
 
 
 def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> float:

@@ -7,11 +7,13 @@ import os
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions, MultiTaskDataModule, ResumableLoader, sampled_by_grade
+from datamodules.batches import BatchOptions, MultiTaskDataModule, sampled_by_grade
 from datamodules.buffers import pack
+from datamodules.loader import ResumableLoader
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
@@ -217,17 +219,50 @@ def text_of_row(data, row):
     return f"{document.title} {data.tokenizer.sep_token} {document.text}" if document.title else document.text
 
 
-def test_documents_of_a_batch_are_from_one_collection(make_backbone):
-    readers = {"one": toy_collection(), "two": toy_collection(num_queries=5)}
-    options = BatchOptions(batch_size=3, num_batches=12, max_length=32)
-    data = SearchDataModule(Task("search", "search"), readers, options, make_backbone()[1])
-    data.setup()
+@pytest.fixture
+def make_two_collections(make_backbone):
+    """Make the data of a task with two collections, of 12 and 5 examples."""
+
+    def make(**options):
+        readers = {"one": toy_collection(), "two": toy_collection(num_queries=5)}
+        settings = BatchOptions(batch_size=3, num_batches=12, max_length=32, **options)
+        data = SearchDataModule(Task("search", "search"), readers, settings, make_backbone()[1])
+        data.setup()
+        return data
+
+    return make
+
+
+def test_documents_of_a_batch_are_from_one_collection(make_two_collections):
+    data = make_two_collections()
     assert data.examples_by_collection() == {"one": 12, "two": 5}
     boundary = len(toy_collection().corpus) + len(toy_collection().queries)
     sides = [set((batch.document_ids < boundary).tolist()) for batch in data.train_dataloader()]
     assert all(len(side) == 1 for side in sides)
     assert {True} in sides
     assert {False} in sides
+
+
+def test_batches_mix_collections_in_shares_that_follow_the_temperature(make_two_collections):
+    """With a high temperature, both collections have the same share of the queries."""
+    data = make_two_collections(mixed_batches=True, collection_temperature=1e6)
+    schedule = data.schedule()
+    from_two = [draw.example >= 12 for step in range(400) for draw in schedule.draws(step)]
+    assert np.mean(from_two) == pytest.approx(0.5, abs=0.05)
+    boundary = len(toy_collection().corpus) + len(toy_collection().queries)
+    mixed = [len(set((batch.document_ids < boundary).tolist())) == 2 for batch in data.train_dataloader()]
+    assert np.mean(mixed) > 0.5
+
+
+@pytest.mark.parametrize("options", [{"mixed_batches": True}, {"collection_temperature": 2.0}])
+def test_state_of_other_shares_of_collections_raises_user_error(make_two_collections, options):
+    state = make_two_collections().train_dataloader().state_dict()
+    make_two_collections().train_dataloader().load_state_dict(state)
+    with pytest.raises(UserError, match="schedule differs from the checkpoint's .collections: "):
+        make_two_collections(**options).train_dataloader().load_state_dict(state)
+    state = make_two_collections(**options).train_dataloader().state_dict()
+    with pytest.raises(UserError, match="schedule differs from the checkpoint's .collections: "):
+        make_two_collections().train_dataloader().load_state_dict(state)
 
 
 def fingerprints(batches):

@@ -244,6 +244,50 @@ def test_batches_are_from_one_collection_and_passes_cover_all(tokens):
             assert sorted(index for index, e in its if e == epoch) == list(range(begin, end))
 
 
+PARTS = {"first": 5000, "second": 60, "third": 2}
+
+
+def parts_of_batches(steps, batch_size=4, ranks=1, **options):
+    """Return the draws of each global batch of one task with three collections, and the names of their collections."""
+    size = sum(PARTS.values())
+    schedule = Schedule({"task": size}, {"task": batch_size // ranks}, 1, collections={"task": PARTS}, **options)
+    batches = [[d for rank in range(ranks) for d in schedule.draws(step, rank, ranks)] for step in steps]
+    ends = np.cumsum(list(PARTS.values()))
+    return batches, [[list(PARTS)[np.searchsorted(ends, d.example, side="right")] for d in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1e9])
+def test_shares_of_collections_follow_the_temperature(temperature):
+    _, names = parts_of_batches(range(1000), temperatures={"task": temperature})
+    counts = Counter(name for batch in names for name in set(batch))
+    weights = np.array(list(PARTS.values())) ** (1 / temperature)
+    assert [counts[name] for name in PARTS] == pytest.approx(1000 * weights / weights.sum(), abs=1.5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_mixed_batches_have_all_collections_in_their_shares(temperature):
+    """1000 queries have exact shares, each collection is drawn in passes, and a batch can be found by its step."""
+    options = {"mixed": ["task"], "temperatures": {"task": temperature}}
+    batches, names = parts_of_batches(range(250), **options)
+    counts = Counter(name for batch in names for name in batch)
+    weights = np.array(list(PARTS.values())) ** (1 / temperature)
+    assert [counts[name] for name in PARTS] == pytest.approx(1000 * weights / weights.sum(), abs=1.5)
+    if temperature == 3:
+        assert np.mean([len(set(batch)) for batch in names]) > 1.5
+    draws = [draw for batch in batches for draw in batch]
+    assert len(set(draws)) == len(draws)  # no example twice in a pass
+    for epoch in range(max(draw.epoch for draw in draws if draw.example >= 5060)):  # the smallest has several passes
+        assert sorted(d.example for d in draws if d.example >= 5060 and d.epoch == epoch) == [5060, 5061]
+    assert parts_of_batches([123], **options)[0] == [batches[123]]
+    assert parts_of_batches(range(250), ranks=2, **options)[0] == batches
+
+
+def test_mixed_batches_in_tokens_are_refused():
+    costs = {"task": np.ones(5062, dtype=np.int64)}
+    with pytest.raises(UserError, match="mixed_batches: the batches of task are sized in tokens"):
+        parts_of_batches([0], costs=costs, mixed=["task"])
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_batches_of_a_pass_are_the_fewest_that_draw_every_example(world_size):
     num_batches = 0

@@ -15,7 +15,7 @@ from datamodules.records import UserError
 from datamodules.text import input_text, token_ids
 from experiments.bench import gpu, gpu_parts, gpu_results, peer
 from experiments.bench.gpu import PARTS, SIZES, GpuOptions, build_workload, run_parts
-from experiments.bench.gpu_checks import Check, batch_invariance, equality, recompilations, synchronisation
+from experiments.bench.gpu_checks import FAMILIES, Check, batch_invariance, equality, recompilations, synchronisation
 from experiments.bench.gpu_parts import OURS, Figure
 from experiments.bench.gpu_results import Results, best_of, plot
 from experiments.bench.peer import PEER, Peer
@@ -108,7 +108,7 @@ def test_real_training_is_measured_with_checkpoints_and_wandb(workload, monkeypa
 @pytest.mark.slow
 def test_packed_texts_equal_padded_ones_in_every_family(workload):
     results = list(equality(dataclasses.replace(workload, documents=workload.documents[:4])))
-    assert len(results) == len(KINDS) + 2
+    assert len(results) == len(KINDS) + len(FAMILIES)
     for check in results:
         assert "runs in bf16" in check.detail, "the packed path on a CPU"
         assert check.passed, check.detail

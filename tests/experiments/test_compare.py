@@ -1,6 +1,10 @@
 """The command compare, with systems of known difference: a model, and the same model with noise in its vectors."""
 
+import csv
+import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,3 +180,32 @@ def test_invalid_options_raise_user_error(tmp_path, arguments, message):
     a = measured(tmp_path / "a", 0.3, 1)
     with pytest.raises(UserError, match=message):
         main([*(argument.format(a=a) for argument in arguments), f"output={tmp_path / 'out'}"])
+
+
+@pytest.mark.slow
+def test_machine_formats_have_the_figures_of_compare_json_and_nothing_else_on_stdout(tmp_path):
+    names = dict(zip("AB", (measured(tmp_path / "a_%$", 0.3, 1), measured(tmp_path / "b", 0.6, 2)), strict=True))
+    command = [sys.executable, "-m", "experiments.compare", f"output={tmp_path / 'out'}", "draws=200"]
+    command += [f"{side}={folder}" for side, folder in names.items()]
+    printed = {}
+    for format in ("json", "csv"):
+        process = subprocess.run([*command, f"format={format}"], capture_output=True, text=True, check=True)
+        printed[format] = process.stdout
+        assert f"A = {names['A']}:encoder" in process.stderr
+    expected = json.loads((tmp_path / "out" / "compare.json").read_text())["benchmarks"]["generated"]
+    del expected["examples"]
+    expected |= {"benchmark": "generated"} | {side: f"{folder}:encoder" for side, folder in names.items()}
+    assert json.loads(printed["json"]) == [expected]
+    (row,) = csv.DictReader(io.StringIO(printed["csv"]))
+    for key, value in expected.items():
+        assert (float(row[key]) if isinstance(value, float) else row[key]) == (
+            value if isinstance(value, float) else "" if value is None else str(value)
+        )
+
+
+@pytest.mark.parametrize("format", ["markdown", "latex"])
+def test_tables_for_papers_have_the_marks_of_the_screen(tmp_path, capsys, format):
+    a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.6, 2)
+    comparison = compared(tmp_path, a, b, f"format={format}")["benchmarks"]["generated"]
+    mark = {"markdown": "\\*", "latex": "{*}"}[format]
+    assert f"{comparison['difference']:+.4f}{mark}" in capsys.readouterr().out

@@ -1,6 +1,10 @@
 """The command evaluate, with any model on any data."""
 
+import csv
+import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -227,3 +231,32 @@ def test_sample_command_writes_beir_folders(tmp_path):
         assert BeirReader(str(tmp_path / view)).read() == SampleReader(view, num_papers=500).read()
     with pytest.raises(UserError, match="output: required"):
         sample.main([])
+
+
+@pytest.mark.slow
+def test_machine_formats_have_the_results_and_nothing_else_on_stdout(beir_root, tmp_path):
+    command = [sys.executable, "-m", "experiments.evaluate", "model=bm25", f"beir={beir_root / 'mlcite'}"]
+    command += ["task=link_prediction", f"output={tmp_path / 'out'}"]
+    printed = {}
+    for format in ("json", "csv", "markdown"):
+        process = subprocess.run([*command, f"format={format}"], capture_output=True, text=True, check=True)
+        printed[format] = process.stdout
+        assert "Results and run files are in" in process.stderr
+    (table,) = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"].values()
+    (record,) = json.loads(printed["json"])
+    metrics = table["systems"]["bm25"]
+    assert metrics.items() <= record.items()
+    assert (record["benchmark"], record["system"], record["queries"]) == ("mlcite", "bm25", table["queries"])
+    (row,) = csv.DictReader(io.StringIO(printed["csv"]))
+    assert {metric: float(row[metric]) for metric in metrics} == metrics
+    assert [f"{value:.4f}" in printed["markdown"] for value in metrics.values()] == [True] * len(metrics)
+
+
+def test_list_of_benchmarks_is_printed_in_every_format(capsys):
+    main(["benchmarks=list", "format=json"])
+    names = [record["benchmark"] for record in json.loads(capsys.readouterr().out)]
+    main(["benchmarks=list"])
+    printed = capsys.readouterr().out
+    assert len(names) > 20
+    assert all(name in printed for name in names)
+    assert max(map(len, printed.splitlines())) <= 160

@@ -1,7 +1,6 @@
 """The report of a run: each figure comes from a file of the run, and a browser renders the page correctly."""
 
 import asyncio
-import io
 import json
 import re
 import shutil
@@ -13,20 +12,18 @@ import numpy as np
 import pytest
 import pytrec_eval
 import yaml
-from rich.console import Console
 from sklearn.decomposition import PCA
 
 from datamodules.records import UserError
 from datamodules.sample import science
 from experiments.compare import main as compare
-from experiments.config.experiment import as_dict, load_config
 from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.charts import Series, line_chart
 from experiments.reporting.computed import principal_components, same_label_share
 from experiments.reporting.page import figure, quote
 from experiments.reporting.run_files import Source
-from experiments.runs import SPEED_COLUMNS, differences, table_of
+from experiments.runs import SPEED_COLUMNS
 from experiments.runs import main as list_runs
 from experiments.train import train
 from tests.experiments.browser import CHROMIUM, chromium
@@ -277,41 +274,22 @@ def test_runs_are_listed_with_progress_and_results(run, tmp_path, capsys):
     assert "2 runs in" in printed
     assert " 9 of 9 " in printed
     assert all(f"{tmp_path / name} " in printed for name in ("done", "begun"))
-    assert "EXP=moe_mined SCALE=sample run.seed=0" in printed
-    assert "trainer.max_steps=9" in printed
+    shared = printed.splitlines()[0]
+    assert {"experiment=moe_mined", "scale=sample", "seed=0", "max_steps=9"} <= set(shared.split())
+    assert printed.count("max_steps") == 1
     assert f"{mean:.4f}" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 160
+    list_runs([f"root={tmp_path}", "format=json"])
+    listed = {Path(record["run"]).name: record for record in json.loads(capsys.readouterr().out)}
+    assert listed["done"]["mean"] == mean
+    assert listed["done"]["device hours"] == 2.25
+    assert (listed["begun"]["complete"], listed["done"]["complete"]) == (False, True)
+    assert listed["begun"]["trainer.max_steps"] == 9
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for key, form in SPEED_COLUMNS.values():
-        median = np.median([row[key] for row in logged if key in row])
-        assert printed.count(f" {median:{form}} ") >= 2, key
+    for heading, (key, _) in SPEED_COLUMNS.items():
+        assert listed["begun"][heading] == np.median([row[key] for row in logged if key in row]), key
     with pytest.raises(UserError, match="there are no runs"):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
-
-
-def test_list_of_runs_shows_differing_settings_and_full_names_on_narrow_terminals():
-    overrides = ["optim.lr=0.5", "tasks=[search]", "trainer.grad_cache=true"]
-    assert list(differences(as_dict(load_config("moe", overrides)))) == [
-        *("tasks=[search]", "optim.lr=0.5", "trainer.grad_cache=true")
-    ]
-    assert list(differences(as_dict(load_config("vanilla")))) == []
-    names = [f"runs/moe-sample-seed0-{i:06d}" for i in range(3)]
-    others = {
-        "metric": "ndcg@10",
-        "BM25": "0.31",
-        "experiment": "moe",
-        "scale": "sample",
-        "seed": "0",
-        "device hours": "0.02",
-        "last logged": "now",
-        **{heading: f"{i}7%" for i, heading in enumerate(SPEED_COLUMNS)},
-    }
-    row = {"differs in": "optim.lr=0.5 " * 4, "steps": "1,200", "mean": "0.2279", **others}
-    rows = [{"run": name, **row} for name in names]
-    for width, columns in ((80, ("steps", "mean")), (280, rows[0])):
-        (console := Console(width=width, record=True, file=io.StringIO())).print(table_of(rows, "3 runs", width))
-        shown = console.export_text()
-        assert all(f" {word} " in shown for word in (*names, *columns))
-    assert "last logged" in shown
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from experiments.build.benchmarks import BenchmarkOptions, CollectionReader, bui
 from experiments.build.models import System
 from experiments.build.suite import load_suite
 from experiments.evaluate import main
-from experiments.results.result_tables import show_cost
+from experiments.results.result_tables import cost_tables
 from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
+from experiments.shared.table_formats import print_tables
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.vector_cache import VectorCache
 from lightning_modules.throughput import encoder_ceiling, forward_flops
@@ -158,7 +159,7 @@ def test_total_cost_names_the_number_of_benchmarks(capsys):
     measured = {"device": "cpu", "seconds": {"encode": 1.0}}
     results = [{"systems": {"model": {}}, "measured": {"model": measured | entry}} for entry in costs]
     for count, expected in ((2, "model 7.0 0.7500"), (3, "model 10.5 (2 of 3)"), (4, "model (3 of 4) 10.5 (2 of 3)")):
-        show_cost(tables_from_json(dict(zip("abcd", results[:count], strict=False))))
+        print_tables("table", cost_tables(tables_from_json(dict(zip("abcd", results[:count], strict=False)))), [])
         row = next(line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line)
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert f"{cells[0]} {cells[7]} {cells[9]}" == expected

@@ -6,7 +6,10 @@ import pytest
 import torch
 import transformers
 
-from lightning_modules.optim import OptimOptions, parameter_groups, schedule
+from datamodules.records import UserError
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
+from tests.conftest import TASKS
 
 
 def test_every_parameter_is_in_one_group_and_biases_have_no_weight_decay(make_encoder):
@@ -28,6 +31,62 @@ def test_layer_wise_learning_rates(make_encoder):
     assert by_name["backbone.embeddings.word_embeddings.weight"] == 0.5**4
     assert by_name["backbone.encoder.layer.0.intermediate.dense.weight"] == 0.5**3
     assert by_name["backbone.encoder.layer.3.attention.output.dense.experts.search.weight"] == 1.0
+
+
+def test_learning_rates_by_part(make_encoder):
+    """The narrowest part counts, and the factors of layer_decay and weight decay stay."""
+    encoder = make_encoder("attention")
+    scale = {"embeddings": 0.0, "experts": 3.0, "search": 5.0}
+    groups = parameter_groups(encoder, OptimOptions(lr=2.0, layer_decay=0.5, lr_scale=scale), 4)
+    lr = {id(p): group["lr"] for group in groups for p in group["params"]}
+    by_name = {name: lr[id(p)] for name, p in encoder.named_parameters()}
+    assert by_name["backbone.embeddings.word_embeddings.weight"] == 0
+    assert by_name["backbone.encoder.layer.2.intermediate.dense.weight"] == 2 * 0.5
+    assert by_name["backbone.encoder.layer.3.attention.output.dense.experts.search.weight"] == 2 * 5
+    assert by_name["backbone.encoder.layer.1.attention.output.dense.experts.classification.bias"] == 2 * 3 * 0.5**2
+    with pytest.raises(UserError, match="lr_scale: unknown part 'serach'; the parts of this encoder are .*, search"):
+        parameter_groups(encoder, OptimOptions(lr_scale={"serach": 1.0}), 4)
+
+
+def test_learning_rate_of_zero_freezes_a_part(make_encoder):
+    encoder = make_encoder("attention")
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    options = OptimOptions(lr=0.1, lr_scale={"embeddings": 0.0})
+    optimizer = torch.optim.AdamW(parameter_groups(encoder, options, 4), fused=True)
+    sum(parameter.sum() for parameter in encoder.parameters()).backward()
+    optimizer.step()
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".embeddings." in name), name
+
+
+def test_expert_decay_moves_experts_towards_their_mean(make_encoder):
+    """Compared with the same step without it: the distance to the mean shrinks by the share lr * expert_decay."""
+
+    def step(strength):
+        encoder = make_encoder("attention")
+        module = ContrastiveModule(
+            encoder, total_steps=10, optim=OptimOptions(lr=0.05, warmup=0, expert_decay=strength)
+        )
+        optimizer = module.configure_optimizers()["optimizer"]
+        torch.manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        return encoder.state_dict()
+
+    without, pulled = step(0.0), step(4.0)
+    for name, tensor in without.items():
+        if ".experts." not in name:
+            assert torch.equal(pulled[name], tensor), name
+            continue
+        own = next(task for task in TASKS if f".{task}." in name)
+        mean = sum(without[name.replace(own, task)] for task in TASKS) / 3
+        torch.testing.assert_close(pulled[name] - mean, 0.8 * (tensor - mean), atol=1e-6, rtol=1e-5)
+
+
+def test_expert_decay_needs_experts(make_encoder):
+    with pytest.raises(UserError, match="expert_decay: this encoder has no experts"):
+        ExpertDecay(make_encoder("shared"), 1.0)
 
 
 def test_frozen_parameters_are_in_no_group(make_encoder):

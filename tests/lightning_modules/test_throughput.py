@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
+from transformers import ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
-from datamodules.records import Document, Tokens
+from datamodules.packed import Tokens
+from datamodules.records import Document
 from lightning_modules import throughput
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.extend import add_tasks
@@ -17,7 +18,7 @@ from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
-from lightning_modules.throughput import forward_flops, gemm_ceiling, training_flops
+from lightning_modules.throughput import forward_flops, gemm_ceiling, pads_attention, training_flops
 from tests.conftest import TASKS
 
 LENGTH, TEXTS = 20, 3
@@ -33,6 +34,7 @@ BACKBONES = {
     "bert": None,
     "roberta": lambda: RobertaModel(RobertaConfig(**SHAPE, intermediate_size=96), add_pooling_layer=False),
     "modernbert": lambda: ModernBertModel(ModernBertConfig(**SHAPE, intermediate_size=48, local_attention=60)),
+    "mpnet": lambda: MPNetModel(MPNetConfig(**SHAPE, intermediate_size=96), add_pooling_layer=False),
 }
 ENCODERS = {
     "shared": lambda *arguments, **options: SharedEncoder(*arguments, TASKS, **options),
@@ -73,7 +75,7 @@ def counted(encoder, backward=False):
 @pytest.mark.parametrize(
     ("kind", "backbone"),
     [(kind, "bert") for kind in ENCODERS]
-    + [(kind, b) for kind in ("shared", "moe") for b in ("roberta", "modernbert")],
+    + [(kind, b) for kind in ("shared", "moe") for b in ("roberta", "modernbert", "mpnet")],
 )
 def test_forward_operations_equal_those_that_torch_counts(make, kind, backbone, pooling):
     encoder = make(kind, backbone, pooling=pooling)
@@ -156,6 +158,15 @@ def test_windows_limit_the_keys_of_attention(make_backbone, pooling, length):
     hidden = np.abs(positions[:, None] - positions) > 8  # pairs outside of the window
     pairs = hidden.sum() + (hidden.sum() if pooling == "mean" else hidden[0].sum())
     assert forward_flops(wide, [length]) - forward_flops(encoder, [length]) == 4 * 32 * pairs
+
+
+def test_bias_needs_padded_attention_on_a_gpu(make):
+    encoders = {name: make("shared", name).to("meta") for name in ("bert", "mpnet")}  # not a CPU, so like a GPU
+    for encoder in encoders.values():
+        encoder.backbone.config.attention_probs_dropout_prob = 0.0
+    assert not pads_attention(encoders["bert"], torch.bfloat16)
+    assert pads_attention(encoders["mpnet"], torch.bfloat16)
+    assert not pads_attention(make("shared", "mpnet"), torch.bfloat16)
 
 
 def test_operations_of_bert_base(make_backbone):

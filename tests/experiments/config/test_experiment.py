@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import sys
 
 import pytest
+import torch
 import yaml
 
 from datamodules.records import UserError
@@ -337,3 +339,16 @@ def test_null_removes_a_collection():
 )
 def test_names_of_other_trainers_are_translated(word, ours):
     assert f"did you mean {ours}?" in error_of("moe", f"{word}=1")
+
+
+def test_runs_of_machines_with_more_hardware_and_packages_are_read(monkeypatch):
+    settings = as_dict(load_config("moe"))
+    settings["trainer"]["accelerator"], settings["backbone"]["lora"]["rank"] = "gpu", 8
+    settings["loggers"] = ["tensorboard"]
+    for package in ("peft", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert as_dict(from_dict(settings, "config.yaml")) == settings
+    for override in ("trainer.accelerator=gpu", "trainer.devices=-1", "loggers=[tensorboard]", "backbone.lora.rank=8"):
+        with pytest.raises(UserError, match=r"there is no GPU|is not installed \(pip install"):
+            load_config("moe", [override])

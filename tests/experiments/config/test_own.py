@@ -1,5 +1,6 @@
 """Experiments, tasks, scales and sweeps in a folder of the user, and classes of another package."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ import yaml
 
 from datamodules import Document, UserError
 from experiments.build.models import ModelOptions
+from experiments.compare import main as compare
 from experiments.config.arguments import parse
 from experiments.config.experiment import FOLDER, as_dict, digest, folder_of, from_dict, load_config, read_config
 from experiments.config.sweep_file import read_sweep
+from experiments.report import main as report
+from experiments.results.comparison import benchmark_of, open_systems
 from experiments.train import main as train
 from lightning_modules import SharedEncoder, load_encoder
 
@@ -83,7 +87,8 @@ class MyReader:
             qrels.setdefault(split, {})[f"q{i}"] = {f"d{i}": 1}
         return Collection(corpus, queries, qrels)
 """
-ALLOWED = "extend.packages=[mylab,lightning.pytorch.callbacks]"
+CALLBACKS = "lightning.pytorch.callbacks"
+ALLOWED = f"extend.packages=[mylab,{CALLBACKS}]"
 
 
 @pytest.fixture
@@ -132,6 +137,16 @@ def test_own_experiment_with_classes_of_another_package(lab, tmp_path):
         parse(ModelOptions, [f"model={run}"]).run_config()
     with pytest.raises(UserError, match=r"extend.packages=\[mylab\]"):
         from_dict(read_config(run), "config.yaml")  # although it names the packages of its training
+    compare([f"A={run}", f"B={run}", "draws=10", f"output={tmp_path / 'compared'}", ALLOWED])
+    benchmarks = [
+        benchmark_of(*open_systems("A", [str(run)], allowed), "toy") for allowed in ((), ("mylab", CALLBACKS))
+    ]
+    assert benchmarks[0] is None
+    assert benchmarks[1].queries
+    for arguments, has_texts in (([], False), ([ALLOWED], True)):
+        report([f"RUN={run}", "map=4", *arguments])
+        query = json.loads((run / "report.json").read_text())["queries"]["toy"]["typical"][0]
+        assert (query["text"] != query["query"]) == has_texts
 
 
 @pytest.mark.parametrize(

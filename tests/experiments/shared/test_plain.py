@@ -18,6 +18,7 @@ from experiments.results.results import BenchmarkTable, SystemResult
 from experiments.shared import console
 from experiments.shared.plain import PlainFormatter, plain
 from experiments.shared.progress import Progress
+from experiments.shared.table_formats import print_tables
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = (
@@ -122,12 +123,18 @@ def cell(name: str):
     return SimpleNamespace(table=name, column=column, paper=paper, ours=None, verdict=name, remark=name, difference=0.0)
 
 
-# For each function that makes a table: a call that puts the text into all cells, headings and titles that are not ours.
+def listed_run(name: str) -> runs.ListedRun:
+    record = dict.fromkeys(("run", "mean", "metric", "BM25", "device hours", *runs.SPEED_COLUMNS, "last logged"), name)
+    record |= {"steps": 1, "max_steps": 2, "complete": False}
+    return runs.ListedRun({name: {"x": 1}}, {f"{name}.x": name}, record, name)
+
+
+# For each function that makes a table of Rich: a call that puts the text into all cells, headings and titles that are
+# not ours.
 TABLES = {
     "audit._show": lambda t, _: audit._show(
         {"evaluated": {t: {"documents": 1, "overlaps": {}, "examples": [t]}}},
     ),
-    "compare._show": lambda t, _: compare._show(comparison(t), always_examples=True),
     "data._report": lambda t, _: data._report(Path(t), SimpleNamespace(then=t), [recipe_output(t)]),
     "dry_run._show_tasks": lambda t, _: dry_run._show_tasks(SimpleNamespace(experiment=t, scale=t), prediction(t)),
     "dry_run._show_memory": None,  # all text is ours
@@ -138,9 +145,6 @@ TABLES = {
     "index._show": lambda t, folder: index._show(
         [{"nprobe": 1, "recall": 1.0}], 1, SimpleNamespace(kind=t, bits=t), folder
     ),
-    "merge._show": lambda t, _: merge._show(
-        {"metric": t, "dev": [{"name": t}], "tried": [{"weights": t, "mean": 0.5, "scores": {t: 0.5}}], "chosen": t}
-    ),
     "mteb._show": lambda t, _: mteb._show(
         SimpleNamespace(task_of=lambda data: t),
         [SimpleNamespace(metadata=SimpleNamespace(name=t, type=t, main_score=t))],
@@ -148,15 +152,22 @@ TABLES = {
         t,
     ),
     "reproduce._show": lambda t, _: reproduce._show([cell(t)], t),
-    "results.result_tables._table": lambda t, _: result_tables.show(result(t), [t], t),
-    "results.result_tables.show_cost": lambda t, _: result_tables.show_cost(result(t)),
-    "results.result_tables.show_suite": lambda t, _: result_tables.show_suite(
-        {t: BenchmarkConfig(protocol=t, metrics=[t], note=t)}
-    ),
-    "runs.table_of": lambda t, _: console.table_console().print(
-        runs.table_of([dict.fromkeys(("run", "differs in", *runs.OPTIONAL_COLUMNS), t)], t, 10_000)
-    ),
     "sweep._show": lambda t, _: sweep._show(a_sweep(t), [trial_row(t)]),
+}
+# Tables of table_formats, which prints all of them in one place, and what is printed next to them.
+RENDERED = {
+    "compare._show": lambda t, _: compare._show(comparison(t), "table", always_examples=True),
+    "merge._show": lambda t, _: merge._show(
+        {"metric": t, "dev": [{"name": t}], "tried": [{"weights": t, "mean": 0.5, "scores": {t: 0.5}}], "chosen": t}
+    ),
+    "results.result_tables._result_table": lambda t, _: print_tables(
+        "table", result_tables.result_tables(result(t), [t], t), []
+    ),
+    "results.result_tables.cost_tables": lambda t, _: print_tables("table", result_tables.cost_tables(result(t)), []),
+    "results.result_tables.suite_table": lambda t, _: print_tables(
+        "table", [result_tables.suite_table({t: BenchmarkConfig(protocol=t, metrics=[t], note=t)})], []
+    ),
+    "runs.table_of": lambda t, _: print_tables("table", [runs.table_of([listed_run(t)], t)], []),
 }
 
 
@@ -165,6 +176,8 @@ def functions_that_make_tables() -> set[str]:
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not any(isinstance(node, ast.ImportFrom) and node.module == "rich.table" for node in tree.body):
+            continue
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
             if not module.startswith("bench.") and any(getattr(c.func, "id", "") == "Table" for c in calls):
@@ -176,9 +189,9 @@ def test_every_table_has_a_case():
     assert functions_that_make_tables() == set(TABLES)
 
 
-@pytest.mark.parametrize("name", [name for name, show in TABLES.items() if show])
+@pytest.mark.parametrize("name", [name for name, show in (TABLES | RENDERED).items() if show])
 def test_tables_print_titles_and_names_as_they_are(name, capsys, tmp_path, caplog):
-    TABLES[name](HOSTILE, tmp_path)
+    (TABLES | RENDERED)[name](HOSTILE, tmp_path)
     printed = capsys.readouterr().out
     assert is_safe(printed)
     for word in ("[/INST]", "[bmim]", "[red]x[/red]", ":smile:", "[link=file:///etc]y[/link]", "c1"):
@@ -199,15 +212,15 @@ def test_tables_on_a_terminal_hold_no_sequence_of_the_data(monkeypatch, capsys, 
     assert hostile == capsys.readouterr().out
 
 
-def test_settings_are_shown_as_they_were_typed():
+def test_settings_are_shown_as_they_were_typed(capsys):
     """`tasks=[search]` is a style tag in Rich's markup."""
     config = {"experiment": "no such experiment", "scale": "sample", "tasks": ["search"]}
-    assert "tasks=[search]" in list(runs.differences(config))
-    rows = [dict.fromkeys(("run", "differs in"), "tasks=[search]")]
-    with (terminal := console.PlainConsole(width=200)).capture() as capture:
-        terminal.print(runs.table_of(rows, "runs/[v2]", 200))
-    assert capture.get().count("tasks=[search]") == 2
-    assert "runs/[v2]" in capture.get()
+    record = listed_run("x").record | {"run": "runs/[v2]"}
+    listed = runs.ListedRun(config, runs.differences(config), record, None)
+    print_tables("table", [runs.table_of([listed], "a title")], [])
+    printed = capsys.readouterr().out
+    assert " tasks=[search] " in printed
+    assert " runs/[v2] " in printed
 
 
 def test_only_these_modules_print():

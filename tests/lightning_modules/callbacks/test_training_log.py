@@ -17,6 +17,7 @@ from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.training_log import TrainingBar, TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.loggers import JsonlLogger, RunLogger
+from lightning_modules.optim import OptimOptions
 from lightning_modules.throughput import Speed, ThroughputMeter, training_flops
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
@@ -69,16 +70,26 @@ class Clock:
 
 @pytest.fixture
 def train(tmp_path, three_tasks, make_encoder, monkeypatch):
-    def run(every, **options):
+    def run(every, optim=None, **options):
         clock, rows = Clock(monkeypatch), Rows()
         callbacks = [TrainingLog(every, plain=True, peak_tflops=CEILING), SlowEvaluation(clock)]
         steps = 12 // options.get("accumulate_grad_batches", 1)
-        module = ContrastiveModule(make_encoder("attention"))
+        module = ContrastiveModule(make_encoder("attention"), optim=optim)
         trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=callbacks, logger=rows, **options)
         trainer.fit(module, three_tasks)
         return rows.rows, clock.batches, module.encoder
 
     return run
+
+
+def test_learning_rates_of_parts_are_logged(train):
+    """The rate rises in 6 of 12 steps, and then falls to 0 in the other 6. A part has its factor of it."""
+    options = OptimOptions(lr=0.6, warmup=0.5, lr_scale={"embeddings": 0.0, "search": 2.0})
+    logged, *_ = train(3, optim=options)
+    for step, rate in {3: 0.4, 6: 0.6, 9: 0.3, 12: 0.0}.items():  # of the next step
+        assert logged[step]["train/lr"] == pytest.approx(rate)
+        assert logged[step]["train/lr/search"] == pytest.approx(2 * rate)
+        assert logged[step]["train/lr/embeddings"] == 0
 
 
 def test_speeds_equal_those_of_numpy_and_leave_out_evaluations(train, caplog):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel
 
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import largest
@@ -20,6 +20,7 @@ from lightning_modules.distributed.sharding import gathered, replica, shard, sli
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.instruct import InstructEncoder
+from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
@@ -31,19 +32,23 @@ INSTRUCTIONS = {"instructions": {task: text_of(i, i + 1) for i, task in enumerat
 ENCODERS = {
     "moe": (MoEEncoder, {"attention": True, "ffn": True}),
     "modernbert": (MoEEncoder, {"attention": True, "ffn": True}),
+    "mpnet": (InstructEncoder, INSTRUCTIONS),
     "routed": (RoutedEncoder, {"attention": True, "entropy_weight": 0.1}),
     "instruct": (InstructEncoder, INSTRUCTIONS),
     "prefix": (InstructEncoder, INSTRUCTIONS | {"separate": True}),
     "adapters": (AdapterEncoder, {"reduction_factor": 4}),
+    "lora": (MoEEncoder, {"ffn": True}),
 }
 CASES = [  # encoder, GradCache, gradient checkpointing
     ("moe", False, False),
     ("moe", True, True),
     ("modernbert", False, True),
+    ("mpnet", False, True),
     ("routed", True, False),
     ("instruct", False, False),
     ("prefix", True, False),
     ("adapters", False, False),
+    ("lora", True, True),
 ]
 PLAN = (["search"], ["classification", "search"])  # tasks of the batches of two optimizer steps
 
@@ -56,9 +61,13 @@ def module_of(kind, cached, checkpointing):
     if kind == "modernbert":
         own = {"vocab_size": 400, "pad_token_id": 0, "local_attention": 8}
         backbone = ModernBertModel(ModernBertConfig(**shape, **own))
+    if kind == "mpnet":
+        backbone = MPNetModel(MPNetConfig(**shape, vocab_size=400), add_pooling_layer=False)
     of_class, own = ENCODERS[kind]
     encoder = of_class(backbone, tokenizer, TASKS, pooling="mean", max_length=32, **own)
     set_dropout(encoder, 0.1, 0.1)
+    if kind == "lora":
+        add_lora(encoder, LoraOptions(rank=3, dropout=0.1))
     encoder.gradient_checkpointing = checkpointing
     options = {
         "optim": OptimOptions(lr=1e-3, eps=1e-4),

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from datamodules.tasks import SearchDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.families import num_graphs
+from lightning_modules.encoders.lora import LoraOptions, add_lora
 from tests.conftest import TASKS
 
 pytestmark = pytest.mark.slow
@@ -32,10 +33,17 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["shared", "attention"])
-def test_compiled_layers_give_the_same_vectors_and_gradients(make_encoder, kind):
+def test_compiled_layers_give_the_same_vectors_and_gradients(make_encoder, kind, lora):
     plain, compiled = make_encoder(kind).train(), make_encoder(kind).train()
     for encoder in (plain, compiled):
+        if lora:
+            torch.manual_seed(1)
+            add_lora(encoder, LoraOptions(rank=4))
+            for parameter in encoder.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter, std=0.1)
         set_dropout(encoder.backbone, 0.0, 0.0)
     compiled.compile()
     rng = random.Random(0)
@@ -54,9 +62,12 @@ def test_compiled_layers_give_the_same_vectors_and_gradients(make_encoder, kind)
             torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_500_mixed_batches_are_compiled_a_few_times(make_encoder):
+@pytest.mark.parametrize("lora", [False, True])
+def test_500_mixed_batches_are_compiled_a_few_times(make_encoder, lora):
     """Any numbers of texts and tokens, three experts, training and inference."""
     encoder, rng = make_encoder("both"), random.Random(0)
+    if lora:
+        add_lora(encoder, LoraOptions(rank=4, dropout=0.1))
     encoder.compile()
     before, graphs = num_graphs(), {}
     for step in range(500):

@@ -1,22 +1,27 @@
-"""ModernBERT (LayerNorm first, rotary positions, windows) in all variants, compared with Hugging Face."""
+"""ModernBERT (LayerNorm first, rotary positions, windows) and MPNet (bias by distance), compared with Hugging Face."""
 
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     DistilBertConfig,
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
     ModernBertConfig,
     ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
 )
 
 from datamodules.records import UserError
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import load_backbone, set_dropout
+from lightning_modules.encoders.export import save_dense
+from lightning_modules.encoders.extend import add_tasks
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.instruct import InstructEncoder
-from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.encoders.loading import continue_from, load_encoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
@@ -46,13 +51,32 @@ def make_modern(make_backbone):
             }
             | settings
         )
-        backbone = ModernBertModel(config).eval()
-        with torch.no_grad():
-            for parameter in backbone.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return backbone, make_backbone()[1]
+        return changed(ModernBertModel(config)), make_backbone()[1]
 
     return make
+
+
+def changed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def make_mpnet(make_backbone):
+    def make(**settings):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+        sizes |= {"intermediate_size": 48, "max_position_embeddings": 66}
+        return changed(MPNetModel(MPNetConfig(**sizes | settings), add_pooling_layer=False)), make_backbone()[1]
+
+    return make
+
+
+@pytest.fixture(params=["make_modern", "make_mpnet"])
+def make_family(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=[7, 40])
@@ -78,14 +102,13 @@ def test_vectors_equal_those_of_modernbert(make_modern, tokens, pooling, bias, k
 
 
 @pytest.mark.parametrize(("attention", "ffn"), [(True, False), (False, True), (True, True)])
-def test_vectors_of_an_expert_equal_those_of_modernbert_with_its_weights(make_modern, tokens, attention, ffn):
-    backbone, tokenizer = make_modern()
-    dense = make_modern()[0]
+def test_vectors_of_an_expert_equal_those_of_a_plain_model_with_its_weights(make_family, tokens, attention, ffn):
+    backbone, tokenizer = make_family()
+    dense = make_family()[0]
     encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=attention, ffn=ffn, max_length=64).eval()
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if ".experts." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    for module in encoder.modules():
+        if isinstance(module, Experts):
+            changed(module)
     for name, module in encoder.backbone.named_modules():
         if isinstance(module, Experts):
             dense.get_submodule(name).load_state_dict(module.experts["search"].state_dict())
@@ -94,11 +117,11 @@ def test_vectors_of_an_expert_equal_those_of_modernbert_with_its_weights(make_mo
     assert not torch.allclose(encoder(packed(*tokens), "classification"), expected, atol=1e-3)
 
 
-def test_new_routed_encoder_equals_modernbert(make_modern, tokens):
-    backbone, tokenizer = make_modern()
+def test_new_routed_encoder_equals_its_backbone(make_family, tokens):
+    backbone, tokenizer = make_family()
     expected = backbone(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state[:, 0]
     for level, attention in (("sequence", True), ("token", False)):
-        encoder = RoutedEncoder(make_modern()[0], tokenizer, TASKS, level=level, attention=attention, max_length=64)
+        encoder = RoutedEncoder(make_family()[0], tokenizer, TASKS, level=level, attention=attention, max_length=64)
         torch.testing.assert_close(encoder.eval()(packed(*tokens), "search"), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -132,16 +155,16 @@ def test_positions_of_text_and_instruction_both_start_at_zero(make_modern, token
     torch.testing.assert_close(encoder(packed(ids, mask), "search"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_prefix_of_modernbert_trains_only_the_instruction_encoder(make_modern, tokens):
-    backbone, tokenizer = make_modern()
+def test_prefix_trains_only_the_instruction_encoder(make_family, tokens):
+    backbone, tokenizer = make_family()
     encoder = InstructEncoder(backbone, tokenizer, {"s": "s"}, {"s": "bara"}, separate=True, max_length=64).train()
     encoder(packed(*tokens), "s").square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_modernbert_is_saved_and_loaded(make_modern, tmp_path):
-    backbone, tokenizer = make_modern()
+def test_family_is_saved_loaded_and_exported(make_family, tmp_path):
+    backbone, tokenizer = make_family()
     backbone.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
     plain = load_encoder(tmp_path / "plain")
@@ -151,6 +174,43 @@ def test_modernbert_is_saved_and_loaded(make_modern, tmp_path):
     encoder = MoEEncoder(*load_backbone(str(tmp_path / "plain")), TASKS, max_length=64)
     again = load_encoder(encoder.save_pretrained(tmp_path / "ours"))
     torch.testing.assert_close(again.encode(["bara beli"], "search"), expected, atol=1e-5, rtol=1e-5)
+    exported = AutoModel.from_pretrained(save_dense(changed(encoder), "search", tmp_path / "export")).eval()
+    states = exported(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state
+    ours = encoder.encode(["bara beli"], "search")
+    torch.testing.assert_close(states[:, 0], ours, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours, expected, atol=1e-3)
+
+
+def test_experts_continue_from_a_trained_encoder_and_a_new_task_leaves_their_vectors_alone(make_family):
+    trained = SharedEncoder(*make_family(), TASKS, max_length=64).eval()
+    encoder = MoEEncoder(*make_family(), TASKS, max_length=64).eval()
+    changed(encoder)
+    continue_from(trained, encoder, "trained")
+    expected = trained.encode(["bara beli"], "search")
+    torch.testing.assert_close(encoder.encode(["bara beli"], "search"), expected, atol=1e-6, rtol=1e-6)
+    before = encoder.encode(["bara beli"], tasks=list(TASKS))
+    add_tasks(encoder, {"new": "new"}, {"new": "search"})
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.tensor([encoder.tokenizer("bara beli")["input_ids"]])
+    encoder(packed(ids, torch.ones_like(ids)), "new").sum().backward()
+    optimizer.step()
+    assert not torch.allclose(encoder.encode(["bara beli"], "new"), expected, atol=1e-3)
+    for task, vectors in before.items():
+        assert torch.equal(encoder.encode(["bara beli"], task), vectors)
+
+
+def test_each_dropout_applies_to_its_part_of_mpnet(make_mpnet, tokens):
+    backbone, tokenizer = make_mpnet()
+    encoder = SharedEncoder(backbone, tokenizer, TASKS, max_length=64).train()
+    attention = [module.dropout for module in backbone.modules() if hasattr(module, "q")]
+    assert len(attention) == 4
+    for settings in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+        set_dropout(backbone, *settings)
+        assert {module.p for module in attention} == {settings[1]}
+        others = [m for m in backbone.modules() if isinstance(m, torch.nn.Dropout) and m not in attention]
+        assert {module.p for module in others} == {settings[0]}
+        same = torch.equal(encoder(packed(*tokens), "search"), encoder(packed(*tokens), "search"))
+        assert same == (settings == (0.0, 0.0))
 
 
 def test_dropout_and_layer_decay_apply_to_modernbert(make_modern, tokens):

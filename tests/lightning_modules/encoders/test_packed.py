@@ -7,14 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from datamodules.text import length_sorted_chunks
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.adapters import AdapterEncoder
-from lightning_modules.encoders.attention import AttentionContext, Prefix
+from lightning_modules.encoders.attention import AttentionContext, Prefix, Settings
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
+from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.pipeline import PassShape
 from lightning_modules.encoders.routed import RoutedEncoder
@@ -26,7 +36,7 @@ WINDOW = 4
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 120}
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 KERNELS = ["runs", "padded", "varlen"]
-FAMILIES = ["bert", "roberta", "modernbert"]
+FAMILIES = ["bert", "roberta", "modernbert", "mpnet"]
 
 
 def make_family(family):
@@ -36,7 +46,11 @@ def make_family(family):
             **SHAPE, **SPECIAL, num_hidden_layers=4, local_attention=2 * WINDOW, max_position_embeddings=64
         )
         return ModernBertModel(config)
-    kinds = {"bert": (BertConfig, BertModel, 0), "roberta": (RobertaConfig, RobertaModel, 1)}
+    kinds = {
+        "bert": (BertConfig, BertModel, 0),
+        "roberta": (RobertaConfig, RobertaModel, 1),
+        "mpnet": (MPNetConfig, MPNetModel, 1),
+    }
     config_class, model, pad = kinds[family]
     config = config_class(**SHAPE, pad_token_id=pad, num_hidden_layers=3, max_position_embeddings=64)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
@@ -54,6 +68,9 @@ VARIANTS = {
     "routed texts": (RoutedEncoder, {"attention": True}),
     "routed tokens": (RoutedEncoder, {"level": "token"}),
     "adapters": (AdapterEncoder, {"reduction_factor": 4}),
+    "lora": (SharedEncoder, {}),
+    "lora experts": (MoEEncoder, {"attention": True, "ffn": True, "layers": "last2"}),
+    "lora prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
 }
 
 
@@ -81,10 +98,9 @@ def kernel(request, monkeypatch):
     """Make all attention use one kernel. On a GPU, choose_kernel does so; varlen_attn itself needs a GPU."""
     monkeypatch.setattr(attention, "varlen_attn", softmax_attention)
 
-    def choose(query, context, window, dropout, prefix):
-        on_gpu = query.new_empty(0, dtype=torch.float32 if request.param == "padded" else torch.bfloat16)
-        on_gpu = _OnGpu(on_gpu.dtype, len(query))
-        return original(on_gpu, context, window, dropout, prefix)
+    def choose(query, context, settings):
+        dtype = torch.float32 if request.param == "padded" else torch.bfloat16
+        return original(_OnGpu(dtype, len(query)), context, settings)
 
     original = attention.choose_kernel
     if request.param != "runs":
@@ -126,6 +142,8 @@ def make(make_backbone):
     def make(variant, family="bert", **options):
         kind, arguments = VARIANTS[variant]
         encoder = kind(make_family(family), make_backbone()[1], TASKS, **arguments, max_length=48, **options)
+        if variant.startswith("lora"):
+            add_lora(encoder, LoraOptions(rank=4))
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in encoder.parameters():
@@ -184,7 +202,8 @@ def test_all_kernels_agree_for_every_family_and_variant(make, monkeypatch, reque
 
         monkeypatch.setattr(attention, "choose_kernel", choose)
         vectors, gradients = run(encoder, tokens)
-        assert (attention.attend_padded if kind == torch.float32 else attention.attend_varlen) in used
+        has_varlen = kind == torch.bfloat16 and family != "mpnet"  # whose attention has a bias
+        assert (attention.attend_varlen if has_varlen else attention.attend_padded) in used
         torch.testing.assert_close(vectors, expected, atol=tolerance, rtol=tolerance)
         assert gradients.keys() == expected_gradients.keys()
         for name, gradient in gradients.items():
@@ -193,9 +212,10 @@ def test_all_kernels_agree_for_every_family_and_variant(make, monkeypatch, reque
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_vectors_do_not_depend_on_the_other_texts(make, kernel, variant):
-    encoder = make(variant).double().eval()
-    tokens = make_tokens(0)[0]
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_vectors_do_not_depend_on_the_other_texts(make, kernel, family, variant):
+    encoder = make(variant, family).double().eval()
+    tokens = make_tokens(encoder.backbone.config.pad_token_id)[0]
     together = encoder(tokens, "search")
     order = [5, 2, 7, 0, 4]
     torch.testing.assert_close(encoder(tokens.select(order), "search"), together[order], atol=1e-12, rtol=0)
@@ -255,19 +275,55 @@ def test_window_is_the_same_distance_in_every_kernel(kernel, first_only, with_pr
     torch.testing.assert_close(ours, torch.stack(rows), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("with_prefix", [False, True])
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_bias_depends_on_the_distance_in_every_kernel(kernel, first_only, with_prefix, window):
+    """Positions of a text and of a prefix both start at 0. The gradient of the bias is that of its formula."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = Tokens.pack([list(range(length)) for length in LENGTHS])
+    query, key, value = torch.randn(3, tokens.num_tokens, 2, 4, generator=generator, dtype=torch.float64)
+    prefix = Prefix(*torch.randn(2, 45, 2, 4, generator=generator, dtype=torch.float64)) if with_prefix else None
+    bias = torch.randn(2, 99, generator=generator, dtype=torch.float64, requires_grad=True)  # distances -49, ..., 49
+    context = AttentionContext(tokens, tokens.positions(), {}, bias)
+    if first_only:
+        query = query[tokens.offsets[:-1]]
+    ours = attention.attend(query, key, value, context, window=window, prefix=prefix)
+    rows, start = [], 0
+    for length in LENGTHS:
+        for position in range(1 if first_only else length):
+            near = [i for i in range(length) if window is None or abs(i - position) <= window]
+            keys, values = key[start : start + length][near], value[start : start + length][near]
+            distances = torch.tensor([i - position for i in near])
+            if prefix:
+                keys, values = torch.cat([prefix.keys, keys]), torch.cat([prefix.values, values])
+                distances = torch.cat([torch.arange(45) - position, distances])
+            scores = torch.einsum("hd,shd->hs", query[len(rows)], keys) / 4**0.5 + bias[:, 49 + distances]
+            rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), values).flatten())
+        start += length
+    torch.testing.assert_close(ours, torch.stack(rows), atol=1e-12, rtol=0)
+    weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), bias)
+    (expected,) = torch.autograd.grad((torch.stack(rows) * weights).sum(), bias)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+
+
 def test_kernels_are_chosen_by_device_precision_dropout_and_window():
     tokens = Tokens.pack([[1, 2, 3], [1, 2]])
     context = AttentionContext(tokens, tokens.positions(), {})
+    biased = AttentionContext(tokens, tokens.positions(), {}, torch.zeros(1, 9))
     prefix = Prefix(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
 
-    def name(dtype, length=5, window=None, dropout=0.0, prefix=None):
-        return attention.choose_kernel(_OnGpu(dtype, length), context, window, dropout, prefix).__name__
+    def name(dtype, length=5, context=context, **settings):
+        return attention.choose_kernel(_OnGpu(dtype, length), context, Settings(**settings)).__name__
 
-    assert attention.choose_kernel(torch.zeros(5, 1, 1), context, None, 0.1, None) is attention.attend_runs
+    for each in (context, biased):
+        assert attention.choose_kernel(torch.zeros(5, 1, 1), each, Settings(dropout=0.1)) is attention.attend_runs
     assert name(torch.bfloat16) == name(torch.float16, 2) == name(torch.bfloat16, 2, prefix=prefix) == "attend_varlen"
     assert name(torch.bfloat16, window=4) == "attend_varlen"
     assert name(torch.float32) == name(torch.bfloat16, dropout=0.1) == "attend_padded"
     assert name(torch.bfloat16, 2, window=4) == name(torch.bfloat16, window=4, prefix=prefix) == "attend_padded"
+    assert name(torch.bfloat16, context=biased) == name(torch.bfloat16, 2, context=biased) == "attend_padded"
 
 
 def test_dropout_of_attention_keeps_the_mean(kernel):
@@ -283,9 +339,10 @@ def test_dropout_of_attention_keeps_the_mean(kernel):
 
 
 @pytest.mark.parametrize("variant", ["attention experts", "ffn experts", "adapters", "instruction", "prompt"])
-def test_batch_of_several_tasks_equals_one_task_at_a_time(make, kernel, variant):
-    encoder = make(variant).double().eval()
-    tokens = make_tokens(0)[0]
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_batch_of_several_tasks_equals_one_task_at_a_time(make, kernel, family, variant):
+    encoder = make(variant, family).double().eval()
+    tokens = make_tokens(encoder.backbone.config.pad_token_id)[0]
     tasks = [list(TASKS)[i % 3] for i in (0, 1, 1, 2, 0, 2, 2, 1)]
     mixed = encoder(tokens, tasks)
     for row, task in enumerate(tasks):
@@ -308,13 +365,14 @@ def test_experts_of_a_mixed_batch_compute_views_and_no_module_without_experts_is
     assert len(storages) == 1  # both experts read the same tensor
 
 
-def test_gradient_checkpointing_recomputes_with_the_cast_weights(make):
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_gradient_checkpointing_recomputes_with_the_cast_weights(make, family):
     gradients = []
     for checkpointing in (False, True):
-        encoder = make("attention experts")
+        encoder = make("attention experts", family)
         encoder.gradient_checkpointing = checkpointing
         with torch.autocast("cpu", torch.bfloat16):
-            gradients.append(run(encoder, make_tokens(0)[0])[1])
+            gradients.append(run(encoder, make_tokens(encoder.backbone.config.pad_token_id)[0])[1])
         assert all(isinstance(p, nn.Parameter) for module in encoder.modules() for p in module._parameters.values())
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
@@ -340,10 +398,19 @@ def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("variant", ["shared", "attention experts", "instruction"])
-def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, variant, pooling, dtype, threads):
+@pytest.mark.parametrize(
+    ("variant", "family"),
+    [
+        ("shared", "bert"),
+        ("attention experts", "bert"),
+        ("instruction", "bert"),
+        ("lora", "bert"),
+        ("instruction", "mpnet"),
+    ],
+)
+def test_batch_invariant_vectors_have_the_same_bits_in_every_packing(make, variant, family, pooling, dtype, threads):
     torch.set_num_threads(threads)
-    encoder = make(variant, pooling=pooling).eval()
+    encoder = make(variant, family, pooling=pooling).eval()
     rng = random.Random(0)
     texts = [text_of(*(rng.randrange(60) for _ in range(rng.choice((1, 2, rng.randint(1, 40)))))) for _ in range(60)]
 

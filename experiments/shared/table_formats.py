@@ -1,0 +1,224 @@
+"""Tables of results: a command builds rows, and this module prints them for a screen or for another program."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import rich.table
+from rich.text import Text
+
+from datamodules.options import option
+from experiments.shared.console import UNCUT, PlainConsole, log_to_stderr, table_console
+from experiments.shared.plain import plain, say
+
+Format = Literal["table", "markdown", "latex", "csv", "json"]
+Cell = str | float | None
+
+PIPE_WIDTH = 160  # characters of a table whose columns may be left out, in a file or pipe
+FOLDED_WIDTH = 32  # minimum width of a column whose text is folded
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would make links
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "{}$&#_%"}
+    | {character: f"{{{character}}}" for character in "[]*"}  # \\[ and \\* mean something at the start of a row
+    | {character: f"${character}$" for character in "<>|"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"}
+)
+
+
+def format_option() -> Any:
+    """Return the field for the format of a command's tables."""
+    return option(
+        "table",
+        "format of the tables: table for the screen; markdown, latex, csv or json, which alone go to stdout. csv and "
+        "json have one row per result, all columns and all digits",
+    )
+
+
+def reserve_stdout(format: Format) -> None:
+    """Send log lines to stderr, unless the tables are for the screen."""
+    if format != "table":
+        log_to_stderr()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    form: format specification of its numbers, which are aligned to the right; None for a column of text.
+    best: which of its numbers is printed in bold.
+    rank: 0 if always shown; else the columns of the highest rank are the first that a narrow screen leaves out.
+    folds: whether a narrow screen folds its text. Other columns are never cut.
+    """
+
+    heading: str
+    form: str | None = None
+    best: Literal["highest", "lowest"] | None = None
+    rank: int = 0
+    folds: bool = False
+
+    def text(self, cell: Cell) -> str:
+        if cell is None or isinstance(cell, str):
+            return cell or ""
+        return format(cell, self.form or "") if math.isfinite(cell) else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells, one per column. group: rows of one group compete for the best number of a column."""
+
+    cells: Sequence[Cell]
+    group: Hashable = None
+    ends_section: bool = False
+
+
+@dataclass
+class Table:
+    """Rows for people. pipe_width: number of characters in a file or pipe, where by default no column is left out."""
+
+    columns: Sequence[Column]
+    title: str = ""
+    rows: list[Row] = field(default_factory=list)
+    pipe_width: int = UNCUT
+
+    def add(self, *cells: Cell, group: Hashable = None, ends_section: bool = False) -> None:
+        self.rows.append(Row(cells, group, ends_section))
+
+    def texts(self) -> Iterator[tuple[Row, list[tuple[str, bool]]]]:
+        """Yield each row with its texts, and whether each is the best of its column and group.
+
+        Numbers that read the same are equally good. A number that competes with no other is not marked.
+        """
+        rivals: dict[tuple[int, Hashable], list[float]] = defaultdict(list)
+        for row in self.rows:
+            for i, cell in enumerate(row.cells):
+                if self.columns[i].best and not isinstance(cell, str) and cell is not None and math.isfinite(cell):
+                    rivals[i, row.group].append(cell)
+        best = {
+            (i, group): self.columns[i].text((max if self.columns[i].best == "highest" else min)(numbers))
+            for (i, group), numbers in rivals.items()
+            if len(numbers) > 1
+        }
+        for row in self.rows:
+            texts = [column.text(cell) for column, cell in zip(self.columns, row.cells, strict=True)]
+            yield row, [(text, text != "" and best.get((i, row.group)) == text) for i, text in enumerate(texts)]
+
+
+def print_tables(format: Format, tables: Sequence[Table], records: Sequence[Mapping[str, Any]]) -> None:
+    """Print tables to stdout, as plain text, Markdown or LaTeX, or the same results as CSV or JSON.
+
+    records: key -> value for each result; numbers are numbers.
+    """
+    if format in ("markdown", "latex"):
+        say("\n\n".join(map(as_markdown if format == "markdown" else _latex, tables)))
+    elif format == "csv":
+        say(_csv(records))
+    elif format == "json":
+        say(json.dumps([{key: _finite(value) for key, value in record.items()} for record in records], indent=1))
+    else:
+        for table in tables:
+            _print_to_screen(table)
+
+
+def _print_to_screen(table: Table) -> None:
+    console = table_console()
+    if not console.is_terminal:
+        console = PlainConsole(width=table.pipe_width)
+    rows = list(table.texts())
+    longest = [max(len(plain(text)) for text in texts) for texts in _columns(table, rows)]
+    shown = list(range(len(longest)))
+    least = [min(n, FOLDED_WIDTH) if table.columns[i].folds else n for i, n in enumerate(longest)]
+    for i in sorted(shown, key=lambda i: -table.columns[i].rank):
+        if table.columns[i].rank and sum(least[j] + 3 for j in shown) + 1 > console.width:
+            shown.remove(i)
+    grid = rich.table.Table()
+    for i in shown:
+        column = table.columns[i]
+        grid.add_column(
+            column.heading,
+            justify="left" if column.form is None else "right",
+            no_wrap=not column.folds,
+            overflow="fold" if column.folds else "ignore",
+            min_width=None if column.folds else longest[i],
+        )
+    for row, texts in rows:
+        cells = [Text(plain(text), "bold" if is_best else "") for text, is_best in texts]
+        grid.add_row(*(cells[i] for i in shown), end_section=row.ends_section)
+    if table.title:
+        console.print(table.title, style="italic", soft_wrap=True)
+    console.print(grid)
+
+
+def _columns(table: Table, rows: Sequence[tuple[Row, list[tuple[str, bool]]]]) -> list[list[str]]:
+    """Return the heading and the texts of each column."""
+    return [[column.heading, *(texts[i][0] for _, texts in rows)] for i, column in enumerate(table.columns)]
+
+
+def as_markdown(table: Table) -> str:
+    """Return a table as Markdown."""
+    head = [escape_markdown(column.heading) for column in table.columns]
+    lines = [head, ["---" if column.form is None else "---:" for column in table.columns]]
+    for _, texts in table.texts():
+        escaped = [(escape_markdown(text), is_best) for text, is_best in texts]
+        lines.append([f"**{text}**" if is_best else text for text, is_best in escaped])
+    grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{escape_markdown(table.title)}\n\n{grid}" if table.title else grid
+
+
+def _latex(table: Table) -> str:
+    """Return a table as LaTeX, which needs the package booktabs."""
+    lines = [f"% {plain(table.title)}"] if table.title else []
+    lines.append(rf"\begin{{tabular}}{{{''.join('l' if c.form is None else 'r' for c in table.columns)}}}")
+    lines += [r"\toprule", _latex_row([escape_latex(column.heading) for column in table.columns]), r"\midrule"]
+    for row, texts in table.texts():
+        escaped = [(escape_latex(text), is_best) for text, is_best in texts]
+        lines.append(_latex_row([rf"\textbf{{{text}}}" if is_best else text for text, is_best in escaped]))
+        if row.ends_section and row is not table.rows[-1]:
+            lines.append(r"\midrule")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of text as Markdown. Cells are escaped."""
+    return as_markdown(Table([Column(heading) for heading in headings], rows=[Row(cells) for cells in rows]))
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return MARKDOWN.sub(r"\\\1", plain(text))
+
+
+def escape_latex(text: str) -> str:
+    """Return text that LaTeX shows as it is, on one line, with true minus signs."""
+    text = plain(text).translate(LATEX).replace("--", "-{}-")
+    return re.sub(r"(?<![^\s(])-(?=[\d.])", "$-$", text)
+
+
+def _csv(records: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.writer(file := io.StringIO(), lineterminator="\n")
+    writer.writerow(map(plain, names))
+    writer.writerows([_csv_cell(record.get(name)) for name in names] for record in records)
+    return file.getvalue().rstrip("\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    """Return text on one line, lists and truth values as in JSON, and nothing for a number that is not finite."""
+    if isinstance(value, str):
+        return plain(value)
+    return json.dumps(value) if isinstance(value, bool | list | dict) else _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,130 @@
+"""LoRA (Hu et al., arXiv 2106.09685), with the layers of the package peft.
+
+A linear layer of the backbone computes W x + alpha / rank * B A x instead of W x. W is frozen; A (rank, in) and B (out,
+rank) are trained. B starts at 0, so a new encoder equals its backbone.
+
+Encoders have these matrices in training only. Whatever is loaded or exported has them merged into W, and needs no peft.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from datamodules.options import option
+from datamodules.records import UserError
+from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.families import family_of
+
+
+@dataclass
+class LoraOptions:
+    """LoRA: train two small matrices for each linear layer instead of its weights. It needs the package peft."""
+
+    rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0)
+    alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0)
+    dropout: float = option(0.0, "dropout of the inputs of the matrices", minimum=0, below=1)
+    targets: list[str] = option(
+        [], "ends of the names of linear layers, such as [query, value]; by default attention, and all of experts"
+    )
+
+
+def check_peft() -> None:
+    """Raise UserError if the package peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("lora: the package peft is not installed (pip install peft)")
+
+
+def add_lora(encoder: Encoder, options: LoraOptions) -> None:
+    """Freeze the backbone, and train matrices for those of its linear layers that were trained until now.
+
+    Parameters outside the backbone, such as gates, are trained as before. Raises UserError for wrong targets.
+    """
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    backbones = [module for module in encoder.children() if isinstance(module, PreTrainedModel)]
+    families = [family_of(backbone) for backbone in backbones]
+    layers = [(layer, family.attention_modules) for family in families for layer in family.layers]
+    linear = {layer: _trained_linear(layer) for layer, _ in layers}
+    _check_targets(options.targets, linear.values(), type(encoder).__name__)
+    for backbone in backbones:
+        backbone.requires_grad_(False)
+    for layer, attention in layers:
+        names = [name for name, plain in linear[layer].items() if _is_chosen(name, plain, options.targets, attention)]
+        if names:
+            pattern = "|".join(map(re.escape, names))  # of a list, peft would also take longer names that end so
+            settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+            inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
+    encoder.lora_scale = options.alpha / options.rank
+
+
+def _trained_linear(layer: nn.Module) -> dict[str, str]:
+    """Return the trained linear modules of a layer: name -> name without that of the expert."""
+    return {
+        name: re.sub(r"\.experts\.\w+", "", name)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+
+
+def _is_chosen(name: str, plain: str, targets: Sequence[str], attention: Sequence[str]) -> bool:
+    """Return whether a linear module gets matrices. attention: names of the modules of attention."""
+    if targets:
+        return any(f".{plain}".endswith(f".{target}") for target in targets)
+    return name != plain or any(f"{plain}.".startswith(f"{module}.") for module in attention)
+
+
+def _check_targets(targets: Sequence[str], linear: Collection[Mapping[str, str]], encoder: str) -> None:
+    """Raise UserError for targets that are not trained, or leave experts without matrices. encoder: name of its class.
+
+    linear: modules of each layer, as in _trained_linear.
+    """
+    names = {name: plain for layer in linear for name, plain in layer.items()}
+    if not names:
+        raise UserError(f"lora.rank: {encoder} trains no linear layer of its backbone; set it to 0")
+    for target in targets:
+        if not any(_is_chosen(name, plain, [target], ()) for name, plain in names.items()):
+            known = ", ".join(sorted(set(names.values())))
+            raise UserError(f"lora.targets: unknown linear layer {target!r}; expected one of {known}, or how it ends")
+    experts = {name: plain for name, plain in names.items() if name != plain}
+    if targets and experts and not any(_is_chosen(name, plain, targets, ()) for name, plain in experts.items()):
+        known = ", ".join(sorted(set(experts.values())))
+        raise UserError(f"lora.targets: the experts would stay equal; add one of their layers ({known})")
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Train all parameters of a module, or with LoRA only its matrices."""
+    matrices = [parameter for name, parameter in module.named_parameters() if re.search(r"lora_[AB]\.default", name)]
+    for parameter in matrices or module.parameters():
+        parameter.requires_grad_(True)
+
+
+def merge_lora(weights: Mapping[str, Tensor], scale: Any, source: str) -> dict[str, Tensor]:
+    """Return the state_dict that an encoder has after its matrices are merged into its weights.
+
+    scale: alpha / rank, or None without LoRA. source: name of the file, for error messages. Raises UserError if the
+    matrices do not fit the weights.
+    """
+    merged = dict(weights)
+    for key in weights if scale is not None else ():
+        if not (match := re.fullmatch(r"(.+)\.lora_B\.default\.weight", key)):
+            continue
+        layer = match[1]
+        try:
+            names = (f"{layer}.{name}.weight" for name in ("lora_B.default", "lora_A.default", "base_layer"))
+            up, down, weight = (merged.pop(name) for name in names)
+            if (len(up), *down.shape[1:]) != weight.shape:  # before a product that may not fit into the memory
+                raise ValueError(f"{tuple(up.shape)} and {tuple(down.shape)} for {tuple(weight.shape)}")
+            merged[f"{layer}.weight"] = weight + scale * (up @ down)
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{source}: the matrices of LoRA do not fit the weights of {layer} ({error})") from error
+        if f"{layer}.base_layer.bias" in merged:
+            merged[f"{layer}.bias"] = merged.pop(f"{layer}.base_layer.bias")
+    return merged

@@ -1,0 +1,298 @@
+"""Studies: what they run, that nothing runs twice, and that every number of a page is one of a file."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from datamodules.readers.beir import write_beir
+from datamodules.records import UserError
+from experiments.config.arguments import parse
+from experiments.config.experiment import load_config, parse_experiment
+from experiments.config.study_file import read_study, studies
+from experiments.evaluate import EvaluateOptions
+from experiments.merge import MergeOptions
+from experiments.results.study_page import collect, page, plot_of, records
+from experiments.run import jobs as jobs_module
+from experiments.run.jobs import JobRunner, is_complete
+from experiments.study import StudyOptions, _chosen, main
+from tests.conftest import toy_collection
+
+ROOT = Path(__file__).parents[2]
+SUITES = ROOT / "experiments" / "studies" / "benchmarks"
+FILE = """
+title: A study
+seeds: [0, 1]
+values: {steps: "3", train: "a=1 'b=two words' steps={steps}"}
+arms:
+  start: {model: "package:start"}
+  one: {commands: ["train one {folder} seed={seed} {train}", "mine {folder}"]}
+  both: {commands: ["merge model={one},{start} output={folder}"], seeds: [1]}
+evaluate: eval {model} output={output}
+start: start
+held_out: [links]
+compare: [[one, start]]
+"""
+# A stand-in for all commands. It notes its arguments, and evaluates a model to numbers that its name determines.
+STUB = """
+import json, os, sys, time, zlib
+from pathlib import Path
+command, words = sys.argv[1], sys.argv[2:]
+with open(Path(__file__).with_name("calls"), "a") as file:
+    file.write(json.dumps([command, *words]) + chr(10))
+if command == "train" and "sleep" in words[-1]:
+    Path(__file__).with_name("asleep").touch()
+    time.sleep(60)
+if command == "train" and "fail" in words[-1]:
+    sys.exit("no such luck")
+if command == "eval":
+    output = Path(words[-1].partition("=")[2])
+    (output / "runs").mkdir(parents=True)
+    benchmarks = {}
+    for name, task in (("questions", "search"), ("links", "link_prediction")):
+        values = [zlib.crc32(f"{words[0]}{name}{query}".encode()) % 1000 / 1000 for query in range(30)]
+        lines = [f"q{query}" + chr(9) + str(value) for query, value in enumerate(values)]
+        lines.insert(0, "query" + chr(9) + "ndcg@10")
+        (output / "runs" / f"{name}.encoder.queries.tsv").write_text(chr(10).join(lines))
+        keys = {"task": task, "split": "test", "protocol": name, "data": "0", "metrics": ["ndcg@10"]}
+        keys |= {"queries": 30, "documents": 9}
+        systems = {"systems": {"encoder": {"ndcg@10": sum(values) / 30}}, "measured": {"encoder": {"device": "a CPU"}}}
+        benchmarks[name] = keys | systems
+    content = {"model": words[0], "metrics": ["ndcg@10"], "benchmarks": benchmarks}
+    (output / "results.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def make_study(tmp_path, monkeypatch):
+    """Return a function that writes a study's file, whose commands run the stub, and reads it."""
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(jobs_module, "PROGRAM", (sys.executable, str(tmp_path / "stub.py")))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def make(text=FILE, **options):
+        (tmp_path / "mine.yaml").write_text(text)
+        return read_study(str(tmp_path / "mine.yaml"), tmp_path / "out", **options)
+
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def calls(tmp_path):
+    def read():
+        return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return read
+
+
+def test_commands_of_each_job(make_study):
+    study = make_study()
+    folder = str(study.folder)
+    assert [(job.name, job.needs) for job in study.jobs] == [
+        ("start", set()),
+        ("one-seed0", set()),
+        ("one-seed1", set()),
+        ("both-seed1", {"one-seed1"}),
+    ]
+    start, one, _, both = study.jobs
+    assert start.commands == (("eval", "package:start", f"output={folder}/start.results"),)
+    train = ("train", "one", f"{folder}/one-seed0", "seed=0", "a=1", "b=two words", "steps=3")
+    evaluate = ("eval", f"{folder}/one-seed0", f"output={folder}/one-seed0.results")
+    assert one.commands == (train, ("mine", f"{folder}/one-seed0"), evaluate)
+    merge = ("merge", f"model={folder}/one-seed1,package:start", f"output={folder}/both-seed1")
+    assert both.commands[0] == merge
+    assert make_study(values=["steps=7"]).jobs[1].commands[0][-1] == "steps=7"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('commands: ["merge', 'model: x, commands: ["merge', "arms.both: expected model or commands, got both"),
+        ('model: "package:start"', "about: nothing", "arms.start: expected model or commands, got neither"),
+        ("{one},{start}", "{on},{start}", "arms.both: unknown placeholder 'on'"),
+        ("seeds: [1]", "seeds: [2]", "arms.both: unknown placeholder 'one'"),
+        ("seeds: [1]", "seeds: [1, 1]", "arms.both: expected different seeds"),
+        ("  start:", "  ../start:", "arms.../start: expected a name"),
+        ("start: start", "start: none", "start: unknown arm 'none'"),
+        ("[[one, start]]", "[[one]]", "compare: expected pairs of arms"),
+        ('steps: "3"', 'seed: "3", steps: "3"', "values.seed: this name has a meaning of its own"),
+        ("'b=two words'", "'b=two words", "cannot be split into words"),
+        ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
+        ("title:", "titel:", "titel"),
+    ],
+)
+def test_errors_of_the_file(make_study, old, new, message):
+    assert FILE.count(old) == 1
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_study(FILE.replace(old, new))
+
+
+def test_arms_that_need_each_other(make_study):
+    other = '  other: {commands: ["merge {one}"]}\n  one: {'
+    with pytest.raises(UserError, match="both, one, other need each other"):
+        make_study(FILE.replace("  one: {", other).replace("mine {", "mine {other} {"))
+
+
+def test_jobs_run_once_each_after_those_it_needs(make_study, calls):
+    study = make_study()
+    JobRunner(study.folder, study.jobs, parallel=3).run()
+    assert len(calls()) == 1 + 3 + 3 + 2
+    order = [" ".join(call) for call in calls()]
+    merged = next(i for i, call in enumerate(order) if call.startswith("merge"))
+    assert all(order.index(" ".join(command)) < merged for command in study.jobs[2].commands)
+    JobRunner(study.folder, study.jobs).run()
+    assert len(calls()) == 9
+    with pytest.raises(UserError, match="one-seed0 was begun with other commands \\(steps=3 then, steps=7 now\\)"):
+        JobRunner(study.folder, make_study(values=["steps=7"]).jobs).run()
+
+
+def test_a_failed_job_stops_only_those_that_need_it_and_runs_again(make_study, calls, caplog):
+    failing = FILE.replace('seed={seed} {train}"', 'seed={seed} fail{seed}"').replace("fail{seed}", "fail")
+    study = make_study(failing)
+    runner = JobRunner(study.folder, study.jobs)
+    runner.run()
+    assert [job.name for job in runner.failed] == ["one-seed0", "one-seed1"]
+    assert "no such luck" in caplog.text
+    assert [call[0] for call in calls()] == ["eval", "train", "train"]
+    runner.run()
+    assert [call[0] for call in calls()] == ["eval", *["train"] * 4]
+
+
+def test_running_commands_end_when_the_time_is_up_and_continue_later(make_study, calls, tmp_path):
+    study = make_study(FILE.replace("mine {folder}", "mine {folder} {seed}").replace('{train}"', 'sleep"'))
+    started = time.monotonic()
+    with pytest.raises(jobs_module.Preempted):
+        JobRunner(study.folder, study.jobs, parallel=2, minutes=2 / 60).run()
+    assert time.monotonic() - started < 30
+    assert [call[0] for call in calls()].count("mine") == 0
+    (tmp_path / "stub.py").write_text(STUB.replace("time.sleep(60)", ""))
+    JobRunner(study.folder, study.jobs).run()
+    assert all(is_complete(study.folder, job) for job in study.jobs)
+    assert [call[0] for call in calls()].count("mine") == 2
+
+
+def test_two_runners_share_the_jobs_of_a_folder(make_study, calls):
+    study = make_study()
+    code = (
+        "import sys; from experiments.run import jobs; from experiments.config.study_file import read_study; "
+        "from pathlib import Path; jobs.PROGRAM = (sys.executable, sys.argv[2]); "
+        "study = read_study(sys.argv[1], Path(sys.argv[3])); jobs.JobRunner(study.folder, study.jobs, 2).run()"
+    )
+    place = study.folder.parent
+    command = [sys.executable, "-c", code, place / "mine.yaml", place / "stub.py", study.folder]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=dict(os.environ)) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert len(calls()) == 9
+
+
+def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
+    study = make_study()
+    assert [job.name for job in _chosen(study, StudyOptions(arms=("both",)))] == ["one-seed1", "both-seed1"]
+    assert [job.name for job in _chosen(study, StudyOptions(seeds=(0,)))] == ["start", "one-seed0"]
+    with pytest.raises(UserError, match="arms: expected some of start, one, both, got none"):
+        _chosen(study, StudyOptions(arms=("none",)))
+
+
+def numbers(text):
+    return [float(number.replace("−", "-")) for number in re.findall(r"[-+−]?\d+\.\d+", text)]
+
+
+def test_every_number_of_the_page_is_that_of_a_file(make_study):
+    study = make_study()
+    JobRunner(study.folder, study.jobs).run()
+    content = collect(study)
+    values = {}
+    for job in study.jobs:
+        for benchmark in ("questions", "links"):
+            lines = (job.output / "runs" / f"{benchmark}.encoder.queries.tsv").read_text().splitlines()[1:]
+            values[job.name, benchmark] = np.array([float(line.split("\t")[1]) for line in lines])
+    text = page(content, "mine.svg")
+    table = text.partition("## Each benchmark")[2]
+    rows = {line.split("|")[1].strip(): numbers(line) for line in table.splitlines() if line.startswith("|")}
+    for benchmark, column in (("questions", 0), ("links", 1)):
+        assert rows["start"][column] == round(100 * values["start", benchmark].mean(), 1)
+        seeds = [100 * values[f"one-seed{seed}", benchmark].mean() for seed in (0, 1)]
+        assert rows["one"][2 * column : 2 * column + 2] == [
+            pytest.approx(np.mean(seeds), abs=0.05 + 1e-9),
+            pytest.approx(np.std(seeds, ddof=1), abs=0.05 + 1e-9),
+        ]
+    for row in content["gains"] + content["tests"]:
+        names = {"all": ("questions", "links"), "search": ("questions",), "link_prediction": ("links",)}[row["task"]]
+        means = {
+            arm: np.mean([values[job.name, name].mean() for job in study.jobs_of(arm) for name in names])
+            for arm in (row["a"], row["b"])
+        }
+        assert row["difference"] == pytest.approx(means[row["a"]] - means[row["b"]], abs=1e-12)
+        assert row["low"] < row["difference"] < row["high"]
+    assert {(row["group"], row["task"]) for row in content["gains"]} == {
+        ("trained on", "search"),
+        ("held out", "link_prediction"),
+    }
+    assert content["incomplete"] == []
+    plot = plot_of(content)
+    assert all(f"{100 * row['difference']:+.1f}" in plot for row in content["gains"])
+    for record in records(content):
+        job = record["arm"] if record["seed"] is None else f"{record['arm']}-seed{record['seed']}"
+        assert record["value"] == pytest.approx(values[job, record["benchmark"]].mean(), abs=1e-12)
+
+
+def test_arms_measured_on_other_data_are_refused(make_study):
+    study = make_study()
+    JobRunner(study.folder, study.jobs).run()
+    path = study.jobs[1].output / "results.json"
+    path.write_text(path.read_text().replace('"data": "0"', '"data": "1"', 1))
+    with pytest.raises(UserError, match="questions: arms cannot be compared \\(different data: 0 and 1\\)"):
+        collect(study)
+
+
+@pytest.mark.parametrize("name", studies())
+def test_commands_of_every_study_can_be_read(name, tmp_path):
+    """With folders in place of the collections that it needs."""
+    values = [f"data={tmp_path}"] if "data" in read_study(name).values else []
+    for collection in yaml.safe_load((SUITES / "papers.yaml").read_text())["benchmarks"] if values else ():
+        write_beir(toy_collection(), tmp_path / collection)
+    study = read_study(name, values=values)
+    commands = {command for job in study.jobs for command in job.commands}
+    assert any(command == "train" for command, *_ in commands)
+    for command, *arguments in commands:
+        if command == "train":
+            config = load_config(arguments[0], arguments[1:])
+            assert all(task.data for task in config.task.values())
+        elif command == "bench":
+            parse_experiment(import_module(f"experiments.bench.{arguments[0]}").BenchOptions, arguments[1:])
+        else:
+            parse({"eval": EvaluateOptions, "merge": MergeOptions}[command], arguments)
+
+
+@pytest.mark.slow
+def test_a_small_study_trains_evaluates_and_writes_its_page(tmp_path):
+    tiny = "backbone.config.hidden_size=32 backbone.config.intermediate_size=32 data.batch_size=8 trainer.max_steps=2"
+    values = f"values=train=evaluation.every_n_steps=0 evaluation.baselines=no {tiny} {{papers}}"
+    main(["study=sample", values, f"output={tmp_path / 'study'}"])
+    content = json.loads((tmp_path / "study" / "sample.json").read_text())
+    assert set(content["arms"]) == {"vanilla", "moe"}
+    assert (tmp_path / "study" / "sample.md").read_text() == page(content, "sample.svg")
+    for arm in content["arms"].values():
+        for run in arm["runs"]:
+            results = json.loads((tmp_path / "study" / run["results"]).read_text())
+            for benchmark, value in run["values"].items():
+                assert value == results["benchmarks"][benchmark]["systems"]["encoder"]["ndcg@10"]
+    assert not [text for text in (tmp_path / "study").glob("sample.*") if str(tmp_path) in text.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_pages_of_the_documentation_are_made_from_their_files(path):
+    content = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == page(content, f"{path.stem}.svg")
+    assert path.with_suffix(".svg").read_text() == plot_of(content)
