@@ -247,7 +247,7 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the token file of the stored collection that the documents belong to, or None if there is no intact one."""
+    """Return the intact token file of the stored collection that the documents belong to, or None."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path
