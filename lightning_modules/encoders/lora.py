@@ -60,7 +60,7 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
         names = [name for name, plain in linear[layer].items() if _is_chosen(name, plain, options.targets, attention)]
         if names:
             pattern = "|".join(map(re.escape, names))  # of a list, peft would also take longer names that end so
-            settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+            settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
             inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
             _start_experts_equal(layer)
     encoder.lora_scale = options.alpha / options.rank

@@ -74,12 +74,12 @@ def check_same_state(one, two):
     assert one["lr_schedulers"] == two["lr_schedulers"]
 
 
-def check_complete(folder, steps=2, benchmarks=3):
+def check_complete(folder, steps=2, benchmarks=3, start="untrained"):
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == steps
     assert len(results["benchmarks"]) == benchmarks
     for result in results["benchmarks"].values():
-        assert set(result["systems"]) == {"bm25", "untrained", "trained"}
+        assert set(result["systems"]) == {"bm25", start, "trained"}
         assert all(0 <= value <= 1 for means in result["systems"].values() for value in means.values())
     return results
 
@@ -115,7 +115,7 @@ def test_the_paper_scale_takes_two_steps(tmp_path, beir_root, make_backbone):
     folder = tmp_path / "run"
     overrides = ["scale=paper", f"data.root={beir_root}", f"backbone.name={tmp_path / 'bert'}", "data.num_workers=1"]
     train("moe", two_steps(folder, *overrides))
-    check_complete(folder, benchmarks=6)
+    check_complete(folder, benchmarks=6, start="start")
 
 
 @pytest.fixture(scope="module")
@@ -723,6 +723,12 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     for row in rows(tmp_path):
         if "train/lr" in row:
             assert (row["train/lr/embeddings"], row["train/lr/search"]) == (row["train/lr"] / 2, row["train/lr"] * 2)
+
+
+def test_expert_decay_without_experts_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"optim\.expert_decay: this encoder has no experts; set it to 0"):
+        train("vanilla", two_steps(tmp_path / "run", *TINY, "optim.expert_decay=1"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
