@@ -29,7 +29,7 @@ TAGS = ["sentence-similarity", "feature-extraction", "scientific-papers"]
 
 @dataclass(frozen=True, kw_only=True)
 class HubDetails:
-    """What a user says about a model on the hub.
+    """Facts about a model that its files do not have.
 
     repository: its name on the hub, "" if it is not pushed. license, language: ids of the hub. base_model: hub name of
     the model that the training started from.

@@ -23,7 +23,7 @@ Format = Literal["table", "markdown", "latex", "csv", "json"]
 Cell = str | float | None
 
 PIPE_WIDTH = 160  # characters of a table whose columns may be left out, in a file or pipe
-FOLDED_WIDTH = 24  # minimum width of a column whose text is folded
+FOLDED_WIDTH = 32  # minimum width of a column whose text is folded
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would make links
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "{}$&#_%"}
