@@ -45,7 +45,8 @@ _MODULES = {
     "TaskDataModule": "tasks",
     "UserError": "records",
 }
-__all__ = list(_MODULES)
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and then know none of the names
+    __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

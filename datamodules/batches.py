@@ -1,15 +1,12 @@
-"""From scheduled examples to batches: collation, the loader that resumes at the exact batch, and the data modules."""
+"""From scheduled examples to batches: collation, and the data modules."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import logging
-import os
 import random
-import signal
-import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,11 +15,13 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.hard_negatives import ExampleAt, Rounds, example_of_data
+from datamodules.loader import ResumableLoader, default_num_workers
 from datamodules.options import check_options, option
-from datamodules.records import Benchmark, ContrastiveBatch, Document, Example, MiningPool, Tokens, UserError
+from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.records import Benchmark, Document, Example, MiningPool, UserError
 from datamodules.schedule import Draw, Phase, Schedule, mix
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
 log = logging.getLogger(__name__)
-MAX_WORKERS = 4  # by default
 DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no max_steps
 
 
@@ -169,7 +167,7 @@ class Collator:
     def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
         ids = [self.tokens[row] for row in rows]
-        chunks, text_index = [], {}
+        chunks, text_index = list[Tokens](), dict[int, int]()
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
             chunks.append(Tokens.pack(ids[i] for i in indices))
             for i in indices:
@@ -199,117 +197,7 @@ class MultiTaskBatches(Dataset):
         return {task: self[step] for task, step in steps.items()}
 
 
-def _ignore_signals(worker: int) -> None:
-    """Let a worker ignore signals to its process group, so that the training process can finish its last step.
-
-    Workers end when the training process is done with them or dies.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
-    """Return the number of worker processes of each rank: one for each core to spare, at most MAX_WORKERS.
-
-    Without a GPU there are none, because they would take cores from the model.
-
-    num_ranks: number of ranks that share the cores of this machine.
-    """
-    if not on_gpu:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MAX_WORKERS, cores // num_ranks - 1))
-
-
-class ResumableLoader:
-    """Iterate over the batches from the current position to num_batches.
-
-    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
-    state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
-    the same on all ranks, and the rounds of hard negatives.
-
-    signature: everything but the step that determines the batches. A state with another signature is rejected.
-    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
-        the new round, continue from there.
-    pin_memory: whether batches are in memory that a GPU can read by itself.
-
-    asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
-    waited: seconds spent waiting for batches, from asking for one to getting it, in total.
-    """
-
-    def __init__(
-        self,
-        batches: Dataset,
-        num_batches: int,
-        signature: Mapping[str, Any],
-        num_workers: int = 0,
-        rounds: Rounds | None = None,
-        pin_memory: bool = False,
-    ):
-        self.batches, self.num_batches = batches, num_batches
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.signature, self.rounds = dict(signature), rounds
-        self.position = 0  # number of batches handed out; workers may have prepared more
-        self.asked_at, self.waited = 0.0, 0.0
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[ContrastiveBatch]:
-        while self.position < self.num_batches:
-            boundary = self.rounds.boundary_after(self.position) if self.rounds else None
-            last = min(self.num_batches, boundary or self.num_batches)
-            loader = DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=range(self.position, last),
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                worker_init_fn=_ignore_signals,
-            )
-            for batch in self._timed(loader):
-                self.position = batch.step + 1
-                yield batch
-
-    def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
-        """Yield the batches of a loader, and count the time until each one is there, with the start of workers."""
-        batches = None
-        while True:
-            self.asked_at = time.perf_counter()
-            batches = iter(loader) if batches is None else batches
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - self.asked_at
-            if batch is None:
-                return
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        rounds = {"rounds": self.rounds.state()} if self.rounds else {}
-        return {"position": self.position, "signature": self.signature} | rounds
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        changed = [
-            f"{key}: {state['signature'].get(key)} in the checkpoint, {value} now"
-            for key, value in self.signature.items()
-            if state["signature"].get(key) != value
-        ]
-        if changed:
-            raise UserError(
-                f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
-                "Restore the old values, or start a new training from the checkpoint's weights"
-            )
-        self.position = state["position"]
-        if not self.rounds and state.get("rounds"):
-            last = state["rounds"][-1]["store"]
-            raise UserError(
-                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), and this training has "
-                "none; use that store again"
-            )
-        if self.rounds:
-            self.rounds.load(state.get("rounds", ()), self.position)
-
-
-class ContrastiveDataModule(L.LightningDataModule):
+class ContrastiveDataModule(L.LightningDataModule, ABC):
     """Base class for the data of one or several tasks, with a loader that follows the schedule.
 
     tokenizer: tokenizer of the encoder; by default the trained module's.

@@ -74,7 +74,7 @@ def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
     for task, negatives in mined.items():
         for name, array in _arrays(negatives):
             digest.update(repr((task, name, array.dtype.str, array.shape)).encode())
-            digest.update(array)
+            digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -119,7 +119,7 @@ class HardNegativeStore:
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path, verify=False)  # verified before the worker started
+        HardNegativeStore.__init__(self, path, verify=False)  # verified before the worker started
 
     def negatives_of(self, task: str, example: int, label: int = KEEP) -> list[int]:
         """Return the rows of an example's hard negatives, best first. A task that was not mined has none.

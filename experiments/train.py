@@ -138,7 +138,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
-    """Raise UserError if the data are no longer those of a complete run, whose table then is not theirs."""
+    """Raise UserError if the data have changed since the run was completed: its table is about the old data."""
     try:
         data = build_data(config)
     except UserError as error:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.pipeline import encode_on_device
 from lightning_modules.losses import comparable

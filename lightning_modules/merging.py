@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -74,7 +75,7 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
 
 
 def _linear(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return sum(share * tensor.double() for tensor, share in zip(tensors, shares, strict=True))
+    return reduce(torch.add, (share * tensor.double() for tensor, share in zip(tensors, shares, strict=True)))
 
 
 def _slerp(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -25,7 +25,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
 from lightning_modules.frozen import FrozenEncoder, FrozenScores, FrozenVectors
@@ -99,6 +100,7 @@ class Objective(nn.Module):
             for prefix, weight in zip(options.matryoshka, weights, strict=True):
                 loss = loss + weight * self._terms(directions, temperature, prefix).loss
             if distance_weight := options.vector_teacher.weight_of(batch.task):
+                assert targets is not None
                 distance = self._vector_distance(queries, documents, targets, batch)
                 loss = loss + distance_weight * distance
             elif self.projection is not None:  # DDP needs a gradient for each parameter
@@ -127,13 +129,14 @@ class Objective(nn.Module):
         columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
         if self.options.vector_teacher.asymmetric:
             columns = columns[:, :0]
-        distances = []
-        for vectors, target in ((queries, targets.queries), (documents, targets.documents)):
+
+        def distance(vectors: Tensor, target: Tensor) -> Tensor:
             vectors = comparable(vectors, self.options.similarity)
             if self.projection is not None:
                 vectors = vectors @ self.projection.T  # (n, G)
-            distances.append(vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss))
-        return mean_over_texts(*distances, columns)
+            return vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss)
+
+        return mean_over_texts(distance(queries, targets.queries), distance(documents, targets.documents), columns)
 
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
@@ -141,7 +144,8 @@ class Objective(nn.Module):
         """Average the loss over directions. Accuracy and distillation use only query to document."""
         weight = 1 / len(directions)
         terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
-        loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
+        loss = reduce(torch.add, (x.loss for x in terms))
+        contrastive = reduce(torch.add, (x.contrastive for x in terms))
         return LossTerms(loss, terms[0].accuracy, contrastive, terms[0].distillation)
 
 
@@ -220,8 +224,8 @@ def document_to_query(
         masks.append(lambda rows: membership_mask(known_positives, ids[rows]).T)
     if options.mask_same_text and batch.text_keys is not None:
         keys = [batch.text_keys[batch.queries[query]], batch.text_keys[batch.documents[document]]]
-        keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
-        masks.append(lambda rows: membership_mask(keys[rows], query_keys))
+        pair_keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
+        masks.append(lambda rows: membership_mask(pair_keys[rows], query_keys))
     if guide is not None:
         scores = FrozenScores(guide.documents[document], gather_rows(guide.queries))
         masks.append(lambda rows: guide_mask(scores.block(rows), positives[rows], margin, kind))
@@ -238,6 +242,7 @@ def document_to_query(
 
 def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
     """Return the hashes of each query's text and those of its positives, (B, P + 1)."""
+    assert batch.text_keys is not None
     positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
     return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
 
@@ -296,6 +301,7 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     scores: similarities, (r, C).
     logits: scores divided by the temperature, with -inf for masked candidates, (r, C).
     """
+    assert direction.teacher is not None
     positives = direction.positives[rows]
     if options.candidates == "batch":
         teacher_scores, candidates = direction.teacher.block(rows), logits > -math.inf

@@ -21,7 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from datamodules.files import atomic_folder
 from datamodules.records import UserError
@@ -110,12 +116,12 @@ class CrossEncoderJudge(Judge):
 
     def _trained(
         self, table: PairTable, rows: np.ndarray, folder: Path, fold: int, device: torch.device | str
-    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the judge of a fold, from its folder if it was trained before."""
         settings = {key: value for key, value in self.description.items() if not key.endswith("_above")}
         digest = hashlib.blake2b(json.dumps([settings, fold], sort_keys=True).encode(), digest_size=8)
         for array in (table.keys, table.is_mined, rows):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         path = folder / digest.hexdigest()
         if (path / "config.json").is_file():
             log.info("%s: this judge was trained before", path)
@@ -129,7 +135,7 @@ class CrossEncoderJudge(Judge):
         log.info("%s: trained a judge on %d pairs of the other folds", path, len(rows))
         return model.eval(), tokenizer
 
-    def _load(self, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def _load(self, name: str) -> tuple[Any, PreTrainedTokenizerBase]:
         with reading(name, "model"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # of the new classifier
             settings = PreTrainedConfig.get_config_dict(name)[0]
@@ -142,7 +148,7 @@ class CrossEncoderJudge(Judge):
         return model, tokenizer
 
     def _train(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray, fold: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray, fold: int
     ) -> None:
         groups = [rows[~table.is_mined[rows]], rows[table.is_mined[rows]]]
         if not all(map(len, groups)):
@@ -165,7 +171,7 @@ class CrossEncoderJudge(Judge):
 
     @torch.inference_mode()
     def _predict(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray
     ) -> np.ndarray:
         """Return the probabilities of some pairs, (n,). Pairs of similar length are computed together."""
         scores, order = np.empty(len(rows)), np.argsort([len(a) + len(b) for a, b in table.texts(rows)])
@@ -175,7 +181,7 @@ class CrossEncoderJudge(Judge):
         return scores
 
     def _logits(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray
     ) -> torch.Tensor:
         """Return the logits of some pairs, (n,) in float32."""
         longest = min(self.max_length, model.config.max_position_embeddings - 2)  # RoBERTa reserves two positions
@@ -232,5 +238,5 @@ class PairTable:
     def texts(self, rows: np.ndarray) -> Iterator[tuple[str, str]]:
         """Yield the texts of query and document."""
         for pool, query, document in self.pairs[rows].tolist():
-            documents = self.pools[pool].queries[query], self.pools[pool].corpus[document]
-            yield tuple(input_text(each, "\n") for each in documents)
+            texts = self.pools[pool].queries[query], self.pools[pool].corpus[document]
+            yield input_text(texts[0], "\n"), input_text(texts[1], "\n")

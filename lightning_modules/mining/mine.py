@@ -124,7 +124,7 @@ def mine(
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
-    block_miner = _BlockMiner(pool, miner, options, context, guide and vectors_of_pool(guide, pool), seeds)
+    block_miner = _BlockMiner(pool, miner, options, context, vectors_of_pool(guide, pool) if guide else None, seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
     if world_size() > 1:
@@ -302,7 +302,7 @@ class _BlockMiner:
         self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
         """Apply the margins to the encoder's scores, and return the score differences to the positives (Q, k)."""
-        if self.context.queries is None:
+        if self.context.queries is None or self.context.documents is None:
             return np.full(rows.shape, np.nan)
         vectors = (self.context.queries, self.context.documents)
         positive, scores = self._compare(vectors, block, rows, positives, scores if self.miner.needs_vectors else None)

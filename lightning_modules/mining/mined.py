@@ -65,7 +65,7 @@ def joined_pools(pools: Sequence[Mined]) -> Mined:
 
 def joined(parts: Sequence[Mined]) -> Mined:
     """Join the results of consecutive blocks of queries, without changing text numbers."""
-    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
+    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter[str]()
     for part in parts:
         starts.append(part.negatives.starts[1:] + total)
         total += len(part.negatives.documents)
@@ -89,7 +89,7 @@ def unrated(negatives: MinedNegatives, pools: Sequence[MiningPool]) -> Mined:
 
     pools: pools of the task.
     """
-    held_out, texts = [], []
+    held_out, texts = list[np.ndarray](), list[np.ndarray]()
     for pool in pools:
         starts = negatives.starts[pool.first_example : pool.first_example + len(pool.queries) + 1]
         rows = np.asarray(negatives.documents[starts[0] : starts[-1]], dtype=np.int64) - pool.first_row

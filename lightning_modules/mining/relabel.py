@@ -201,7 +201,7 @@ class FileJudge(Judge):
             if not line.strip() or (is_tsv and number == 1 and line.split("\t")[:2] == ["query", "paper"]):
                 continue
             try:
-                fields = line.split("\t") if is_tsv else json.loads(line)
+                fields: Any = line.split("\t") if is_tsv else json.loads(line)
                 if not is_tsv:
                     values = [fields[key] for key in ("label", "score") if fields.get(key) is not None]
                     fields = [str(fields["query"]), str(fields["paper"]), *values]
@@ -248,14 +248,17 @@ def relabel(mined: MinedNegatives, judge: Judge, task: str, context: JudgeContex
 
 def _examples(pairs: Sequence[Pairs], verdicts: Sequence[Verdict], label: int) -> list[dict[str, Any]]:
     """Return the pairs with a label that have the highest scores, at most NUM_EXAMPLES."""
-    found = []
+    found: list[dict[str, Any]] = []
     for (pool, queries, documents), verdict in zip(pairs, verdicts, strict=True):
         rows = np.flatnonzero(verdict.labels == label)
         order = rows[np.argsort(-np.nan_to_num(verdict.scores[rows], nan=-np.inf), kind="stable")[:NUM_EXAMPLES]]
         for i in order.tolist():
             query, paper = pool.queries[int(queries[i])], pool.corpus[int(documents[i])]
             score = None if math.isnan(verdict.scores[i]) else float(verdict.scores[i])
-            texts = {"query_text": query.title or query.text[:80], "title": paper.title or paper.text[:80]}
+            texts: dict[str, Any] = {
+                "query_text": query.title or query.text[:80],
+                "title": paper.title or paper.text[:80],
+            }
             found.append({"label": LABELS[label], "query": query.id, "paper": paper.id, "score": score} | texts)
     return sorted(found, key=lambda example: -(example["score"] or 0.0))[:NUM_EXAMPLES]
 

@@ -13,7 +13,7 @@ from datamodules.conversion import stored
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Document, Task
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
-from datamodules.tokens import Encoding, TokenCache, TokenTable
+from datamodules.tokens import Encoding, TokenTable
 from lightning_modules.encoders import pipeline
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.pipeline import copied_to
@@ -23,21 +23,8 @@ from tests.conftest import TASKS, text_of, toy_collection
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch):
-    cache = TokenCache(1 << 20)
-    monkeypatch.setattr(datamodules.tokens, "CACHE", cache)
-    monkeypatch.setattr(datamodules.tokens, "MIN_CACHED", 9)
-    return cache
-
-
-@pytest.fixture
-def tokenised(monkeypatch):
-    """The texts that were tokenised, piece by piece."""
-    pieces, tokenise = [], Encoding._tokenise
-    monkeypatch.setattr(
-        Encoding, "_tokenise", lambda self, texts, *rest: pieces.append(texts) or tokenise(self, texts, *rest)
-    )
-    return pieces
+def cache(token_cache):
+    return token_cache
 
 
 @pytest.fixture
