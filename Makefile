@@ -173,7 +173,7 @@ report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
 runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained]
+export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
 	@$(PY) -m experiments.export $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 test: ## run all tests (TESTS=path for some of them)
@@ -184,10 +184,11 @@ test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
-check: docs ## check formatting, lint, sweep files, wording and the site of the documentation
+check: docs ## check formatting, lint, types, sweep files, wording and the site of the documentation
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@$(PY) -m mypy
 	@$(PY) -m experiments.sweep moe check=yes
 	@$(PY) -m tests.language -v
 
@@ -196,8 +197,8 @@ docs: ## build the documentation as a site, with the Python API: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "built site/index.html"
 
-bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking
-	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(OVERRIDES)
+bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking|peer_training
+	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(call shell-words,$(value ARGS)) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment
-	@rm -rf .pytest_cache .ruff_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lightning_modules import *  # noqa: F403
 
 __version__ = "0.2.0"
-__all__ = sorted([*datamodules.__all__, *lightning_modules.__all__])
+if not TYPE_CHECKING:
+    __all__ = sorted([*datamodules.__all__, *lightning_modules.__all__])
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *datamodules.__all__, *lightning_modules.__all__})

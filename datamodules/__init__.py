@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from datamodules.tasks import ClassificationDataModule as ClassificationDataModule
     from datamodules.tasks import LinkPredictionDataModule as LinkPredictionDataModule
     from datamodules.tasks import SearchDataModule as SearchDataModule
+    from datamodules.tasks import TaskDataModule as TaskDataModule
 
 # Imported on first use, because Lightning takes seconds to import.
 _MODULES = {
@@ -41,9 +42,11 @@ _MODULES = {
     "SampleReader": "sample",
     "SearchDataModule": "tasks",
     "Task": "records",
+    "TaskDataModule": "tasks",
     "UserError": "records",
 }
-__all__ = list(_MODULES)
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and then know none of the names
+    __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

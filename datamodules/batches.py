@@ -1,15 +1,12 @@
-"""From scheduled examples to batches: collation, the loader that resumes at the exact batch, and the data modules."""
+"""From scheduled examples to batches: collation, and the data modules."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import logging
-import os
 import random
-import signal
-import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,11 +15,13 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datamodules.hard_negatives import NegativesOf, Rounds, negatives_of_data
+from datamodules.hard_negatives import ExampleAt, Rounds, example_of_data
+from datamodules.loader import ResumableLoader, default_num_workers
 from datamodules.options import check_options, option
-from datamodules.records import Benchmark, ContrastiveBatch, Document, Example, MiningPool, Tokens, UserError
+from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.records import Benchmark, Document, Example, MiningPool, UserError
 from datamodules.schedule import Draw, Phase, Schedule, mix
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
 log = logging.getLogger(__name__)
-MAX_WORKERS = 4  # by default
 DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no max_steps
 
 
@@ -106,7 +104,7 @@ class Collator:
     tokens: token ids of each row of the document table.
     token_budget: maximum number of tokens in a chunk.
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
-    negatives_of: rows from which an example's hard negatives are sampled.
+    example_at: positives and hard negatives of an example in each step.
     texts: documents of all rows, if batches contain their texts.
     teacher_vectors: vectors of all rows, if batches contain those of a teacher.
     """
@@ -121,23 +119,25 @@ class Collator:
         num_hard_negatives: int,
         seed: int,
         num_positives: int = 1,
-        negatives_of: NegativesOf = negatives_of_data,
+        example_at: ExampleAt = example_of_data,
         texts: Sequence[Document] | None = None,
         teacher_vectors: StoredVectors | None = None,
     ):
         self.task, self.examples, self.tokens = task, examples, tokens
         self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
-        self.negatives_of = negatives_of
+        self.example_at = example_at
 
     def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
-        queries, positives, negatives = [], [], []
+        queries, positives, negatives, known = [], [], [], []
         for index, epoch in draws:
-            example, rng = self.examples[index], random.Random(mix(self.seed, "draw", self.task, index, epoch))
+            example = self.example_at(index, self.examples[index], step)
+            rng = random.Random(mix(self.seed, "draw", self.task, index, epoch))
             queries.append(example.query)
             positives.append(sampled_by_grade(example, self.num_positives, rng))
-            candidates = self.negatives_of(index, example, step)
+            candidates = example.hard_negatives
             negatives.append(rng.sample(candidates, min(self.num_hard_negatives, len(candidates))))
+            known.append(example.not_negatives)
 
         sampled = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
         document_rows = list(dict.fromkeys(sampled[0] + sampled[1]))  # distinct, in order of appearance
@@ -155,7 +155,7 @@ class Collator:
             document_ids=torch.tensor(document_rows),
             positives=padded([[column[row] for row in rows] for rows in positives]),
             hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
-            known_positives=padded([self.examples[index].not_negatives for index, _ in draws]),
+            known_positives=padded(known),
             text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
             teacher_vectors=self._teacher_vectors(list(text_index)),
@@ -167,7 +167,7 @@ class Collator:
     def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
         ids = [self.tokens[row] for row in rows]
-        chunks, text_index = [], {}
+        chunks, text_index = list[Tokens](), dict[int, int]()
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
             chunks.append(Tokens.pack(ids[i] for i in indices))
             for i in indices:
@@ -197,117 +197,7 @@ class MultiTaskBatches(Dataset):
         return {task: self[step] for task, step in steps.items()}
 
 
-def _ignore_signals(worker: int) -> None:
-    """Let a worker ignore signals to its process group, so that the training process can finish its last step.
-
-    Workers end when the training process is done with them or dies.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
-    """Return the number of worker processes of each rank: one for each core to spare, at most MAX_WORKERS.
-
-    Without a GPU there are none, because they would take cores from the model.
-
-    num_ranks: number of ranks that share the cores of this machine.
-    """
-    if not on_gpu:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MAX_WORKERS, cores // num_ranks - 1))
-
-
-class ResumableLoader:
-    """Iterate over the batches from the current position to num_batches.
-
-    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
-    state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
-    the same on all ranks, and the rounds of hard negatives.
-
-    signature: everything but the step that determines the batches. A state with another signature is rejected.
-    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
-        the new round, continue from there.
-    pin_memory: whether batches are in memory that a GPU can read by itself.
-
-    asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
-    waited: seconds spent waiting for batches, from asking for one to getting it, in total.
-    """
-
-    def __init__(
-        self,
-        batches: Dataset,
-        num_batches: int,
-        signature: Mapping[str, Any],
-        num_workers: int = 0,
-        rounds: Rounds | None = None,
-        pin_memory: bool = False,
-    ):
-        self.batches, self.num_batches = batches, num_batches
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.signature, self.rounds = dict(signature), rounds
-        self.position = 0  # number of batches handed out; workers may have prepared more
-        self.asked_at, self.waited = 0.0, 0.0
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[ContrastiveBatch]:
-        while self.position < self.num_batches:
-            boundary = self.rounds.boundary_after(self.position) if self.rounds else None
-            last = min(self.num_batches, boundary or self.num_batches)
-            loader = DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=range(self.position, last),
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                worker_init_fn=_ignore_signals,
-            )
-            for batch in self._timed(loader):
-                self.position = batch.step + 1
-                yield batch
-
-    def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
-        """Yield the batches of a loader, and count the time until each one is there, with the start of workers."""
-        batches = None
-        while True:
-            self.asked_at = time.perf_counter()
-            batches = iter(loader) if batches is None else batches
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - self.asked_at
-            if batch is None:
-                return
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        rounds = {"rounds": self.rounds.state()} if self.rounds else {}
-        return {"position": self.position, "signature": self.signature} | rounds
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        changed = [
-            f"{key}: {state['signature'].get(key)} in the checkpoint, {value} now"
-            for key, value in self.signature.items()
-            if state["signature"].get(key) != value
-        ]
-        if changed:
-            raise UserError(
-                f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
-                "Restore the old values, or start a new training from the checkpoint's weights"
-            )
-        self.position = state["position"]
-        if not self.rounds and state.get("rounds"):
-            last = state["rounds"][-1]["store"]
-            raise UserError(
-                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), and this training has "
-                "none; use that store again"
-            )
-        if self.rounds:
-            self.rounds.load(state.get("rounds", ()), self.position)
-
-
-class ContrastiveDataModule(L.LightningDataModule):
+class ContrastiveDataModule(L.LightningDataModule, ABC):
     """Base class for the data of one or several tasks, with a loader that follows the schedule.
 
     tokenizer: tokenizer of the encoder; by default the trained module's.
@@ -423,7 +313,7 @@ class ContrastiveDataModule(L.LightningDataModule):
             texts=task.documents if self.options.carry_texts else None,
             teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
-            negatives_of=self.rounds.negatives_for(task.task.name) if self.rounds else negatives_of_data,
+            example_at=self.rounds.examples_for(task.task.name) if self.rounds else example_of_data,
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:

@@ -41,7 +41,7 @@ def pack(value: Value) -> tuple[Tensor, Value]:
     buffer = _shared_memory(tensors)
     if buffer is None:
         buffer, tensors = _copy(tensors)
-    views = iter([View(x.dtype, tuple(x.shape), x.stride(), x.storage_offset()) for x in tensors])
+    views = iter([View(x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset())) for x in tensors])
     return buffer, _replace(value, Tensor, lambda _: next(views))
 
 
@@ -51,7 +51,7 @@ def unpack(buffer: Tensor, value: Value) -> Value:
 
 
 def _shared_memory(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return the memory that all tensors are in, as bytes, or None if there is more than one."""
+    """Return the memory that all tensors share, as bytes, or None if they are in several."""
     storage = tensors[0].untyped_storage()
     if storage.nbytes() % ALIGNMENT or any(x.untyped_storage()._cdata != storage._cdata for x in tensors):
         return None
@@ -68,7 +68,7 @@ def _copy(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _replace(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
-    """Return a value with replacements of everything of some kind in it; None leaves it unchanged."""
+    """Replace everything of one kind inside a value. A replacement of None leaves it unchanged."""
     if isinstance(value, kind):
         new = replacement(value)
         return value if new is None else new
@@ -76,7 +76,7 @@ def _replace(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
         items = [_replace(item, kind, replacement) for item in value]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return (type(value)(*items) if hasattr(value, "_fields") else tuple(items)) if changed else value
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         new = {name: _replace(field, kind, replacement) for name, field in old.items()}
         changes = {name: field for name, field in new.items() if field is not old[name]}

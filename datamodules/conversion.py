@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
-from datamodules.readers.checks import add_id, stream_collection
+from datamodules.readers.collecting import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError, check_name
 from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
 
@@ -81,8 +81,10 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
 def _convert(reader: FileReader, folder: Path, description: str) -> None:
     log.info("converting %s (once) into %s", description, folder.parent)
     with _recorded_warnings() as warnings:
-        streams = isinstance(reader, StreamingReader)
-        meta = write(reader.stream if streams else lambda sink: stream_collection(reader.read(), sink), folder)
+        if isinstance(reader, StreamingReader):
+            meta = write(reader.stream, folder)
+        else:
+            meta = write(lambda sink: stream_collection(reader.read(), sink), folder)
     meta |= {"version": VERSION, "reader": description, "warnings": warnings}
     meta["sources"] = [str(source) for source in reader.sources()]
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
@@ -93,7 +95,7 @@ def _recorded_warnings() -> Iterator[list[str]]:
     """Record warnings during reading, such as skipped lines, to repeat them whenever the conversion is used."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     readers = logging.getLogger(__package__)
     readers.addHandler(handler)
     try:

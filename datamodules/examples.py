@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -193,7 +193,7 @@ class Joined(Sequence[Item]):
     """Several sequences read as one."""
 
     def __init__(self) -> None:
-        self._parts: list[Sequence[Item]] = []
+        self._parts: list[Any] = []  # sequences of items
         self._ends: list[int] = []
 
     def append(self, part: Sequence[Item]) -> None:
@@ -205,7 +205,7 @@ class Joined(Sequence[Item]):
         """The joined sequences."""
         return self._parts
 
-    def concatenated(self, function: Callable[[Sequence[Item]], np.ndarray]) -> np.ndarray:
+    def concatenated(self, function: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Apply a function to each sequence and concatenate the resulting arrays."""
         return np.concatenate([function(part) for part in self._parts])
 
@@ -219,7 +219,7 @@ class Joined(Sequence[Item]):
         return self._parts[number][inside]
 
     def part_of(self, rows: np.ndarray) -> tuple[Sequence[Item] | None, np.ndarray]:
-        """Return the sequence that has all the rows, and their positions in it; None if there is no such sequence."""
+        """Return the sequence that has all the rows, and their positions in it; None if no sequence has them all."""
         if len(rows):
             number, _ = self._locate(int(rows.min()))
             start = self._ends[number - 1] if number else 0
@@ -305,7 +305,7 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     """
     corpus = {id: row for row, id in enumerate(collection.corpus)}
     queries = {id: number for number, id in enumerate(collection.queries)}
-    documents = [list(collection.corpus.values()), list(collection.queries.values())]
+    documents: list[Sequence[Document]] = [list(collection.corpus.values()), list(collection.queries.values())]
     first = first_of_same_text(documents[0])
     same_id = np.array([first[corpus[id]] if id in corpus else -1 for id in queries], dtype=np.int32)
     same_text = np.array([collection.corpus.get(id) == query for id, query in collection.queries.items()], bool)
@@ -318,6 +318,6 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
                 raise UserError(f"split train: the judgements name a query {query!r} that is not in the collection")
             if document in corpus:
                 judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
-    numbers, judged, grades = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
-    table = ExampleTable.from_judgements(numbers, first[judged], grades, rows, document_of_query)
+    example, judged, values = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
+    table = ExampleTable.from_judgements(example, first[judged], values, rows, document_of_query)
     return documents, table.without_self_links() if queries_are_documents else table

@@ -99,13 +99,13 @@ def expanded(path: str | Path, key: str, advice: str = "") -> Path:
     """Return a path with ~ replaced by the home folder.
 
     key: setting that the path comes from. advice: another way than to name a folder, for the error.
-    Raises UserError if there is no home folder.
+    Raises UserError if the user has no home folder.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with any user id
         advice = f"name a folder{advice}"
-        raise UserError(f"{key}: there is no home folder for {path}; {advice}") from error
+        raise UserError(f"{key}: {path} needs a home folder, and this user has none; {advice}") from error
 
 
 RECREATED = "Delete it, and it will be created again."
@@ -142,12 +142,12 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
 
 
 def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:
-    kind = expected if isinstance(expected, type) else dict
+    kind: Any = expected if isinstance(expected, type) else dict
     if not isinstance(content, kind):
         return f"expected {JSON_TYPES[kind]}, got {_shown(content)}"
     for key, kind in {} if isinstance(expected, type) else expected.items():
-        if not isinstance(content.get(key), kind):
-            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(content.get(key))}"
+        if not isinstance(value := content.get(key), kind):
+            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(value)}"
     return None
 
 

@@ -3,6 +3,7 @@
 A store has the negatives of one mining run, for one or more tasks:
 
     FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives
+    FOLDER/TASK.labels.npy                             the same, if a judge has decided on them
     FOLDER/meta.json                                   see write_store
 
 A round is a store and the first batch that draws from it. Rounds start at batches that are known in advance, so all
@@ -16,21 +17,21 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datamodules.files import atomic_folder
-from datamodules.records import Example, MinedNegatives, UserError, check_name
+from datamodules.records import DROP, KEEP, POSITIVE, Example, MinedNegatives, UserError, check_name
 
 VERSION = 1  # of the layout
-ARRAYS = ("starts", "documents", "ranks", "scores")
+ARRAYS = ("starts", "documents", "ranks", "scores", "labels")
 SOURCES = ("mined", "data", "both")  # values of Rounds.source
 
-# (index of the example, example, step) -> rows to draw the hard negatives of the example from
-NegativesOf = Callable[[int, Example, int], Sequence[int]]
+# (index of an example, example, step) -> the example with the positives and hard negatives to draw from in that step
+ExampleAt = Callable[[int, Example, int], Example]
 
 
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
@@ -49,11 +50,16 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
     }
     with atomic_folder(path) as new:
         for task, negatives in mined.items():
-            for name in ARRAYS:
-                np.save(new / f"{task}.{name}.npy", np.ascontiguousarray(getattr(negatives, name)))
+            for name, array in _arrays(negatives):
+                np.save(new / f"{task}.{name}.npy", array)
         meta = {"version": VERSION, "hash": hash_arrays(mined), **meta, "tasks": tasks}
         (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return HardNegativeStore(path, verify=False)
+
+
+def _arrays(negatives: MinedNegatives) -> list[tuple[str, np.ndarray]]:
+    arrays = ((name, getattr(negatives, name)) for name in ARRAYS)
+    return [(name, np.ascontiguousarray(array)) for name, array in arrays if array is not None]
 
 
 def _is_store(path: Path) -> bool:
@@ -66,10 +72,9 @@ def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
     """Return a hash of all arrays, with their names, types and shapes."""
     digest = hashlib.blake2b(digest_size=8)
     for task, negatives in mined.items():
-        for name in ARRAYS:
-            array = np.ascontiguousarray(getattr(negatives, name))
+        for name, array in _arrays(negatives):
             digest.update(repr((task, name, array.dtype.str, array.shape)).encode())
-            digest.update(array)
+            digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -104,21 +109,30 @@ class HardNegativeStore:
 
     def _load(self, task: str) -> MinedNegatives:
         check_name("task", task)
-        arrays = (np.load(self.path / f"{task}.{name}.npy", mmap_mode="r") for name in ARRAYS)
-        return MinedNegatives(*arrays, self.meta["tasks"][task]["taken"])
+        paths = {name: self.path / f"{task}.{name}.npy" for name in ARRAYS}
+        if not paths["labels"].exists():  # no judge; the hash reveals a lost file
+            del paths["labels"]
+        arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+        return MinedNegatives(**arrays, taken=self.meta["tasks"][task]["taken"])
 
     def __getstate__(self) -> Path:  # workers map the files themselves
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path, verify=False)  # verified before the worker started
+        HardNegativeStore.__init__(self, path, verify=False)  # verified before the worker started
 
-    def negatives_of(self, task: str, example: int) -> list[int]:
-        """Return the rows of an example's hard negatives, best first. A task that was not mined has none."""
+    def negatives_of(self, task: str, example: int, label: int = KEEP) -> list[int]:
+        """Return the rows of an example's hard negatives, best first. A task that was not mined has none.
+
+        label: decision of the judge; DROP or POSITIVE return the rows that are not negatives.
+        """
         if task not in self.tasks:
             return []
         mined = self.tasks[task]
-        return mined.documents[mined.starts[example] : mined.starts[example + 1]].tolist()
+        part = slice(mined.starts[example], mined.starts[example + 1])
+        if mined.labels is None:
+            return mined.documents[part].tolist() if label == KEEP else []
+        return mined.documents[part][mined.labels[part] == label].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
         """Raise UserError unless the negatives were mined from this data. The store may have more tasks.
@@ -238,16 +252,24 @@ class Rounds:
             self._stores[current.batch] = store
         return self._stores[current.batch]
 
-    def negatives_for(self, task: str) -> NegativesOf:
-        """Return the function that gives the rows from which a task's examples draw their hard negatives."""
-        return functools.partial(self._negatives, task)
+    def examples_for(self, task: str) -> ExampleAt:
+        """Return the function that gives the examples of a task in each step."""
+        return functools.partial(self._example, task)
 
-    def _negatives(self, task: str, index: int, example: Example, step: int) -> Sequence[int]:
+    def _example(self, task: str, index: int, example: Example, step: int) -> Example:
         store = self.at(step) if self.source != "data" else None
-        mined = store.negatives_of(task, index) if store else []
-        if self.source == "both":
-            return list(dict.fromkeys([*mined, *example.hard_negatives]))
-        return mined or example.hard_negatives
+        if store is None:
+            return example
+        mined, dropped, positives = (store.negatives_of(task, index, label) for label in (KEEP, DROP, POSITIVE))
+        of_data = [row for row in example.hard_negatives if row not in dropped and row not in positives]
+        negatives = list(dict.fromkeys([*mined, *of_data])) if self.source == "both" else mined or of_data
+        return replace(
+            example,
+            positives=(*example.positives, *positives),
+            grades=(*example.grades, *(1 for _ in positives)),
+            hard_negatives=tuple(negatives),
+            not_negatives=(*example.not_negatives, *dropped, *positives),
+        )
 
     def state(self) -> list[dict[str, Any]]:
         return [asdict(r) for r in self._rounds]
@@ -271,6 +293,6 @@ class Rounds:
         self.at(position)
 
 
-def negatives_of_data(index: int, example: Example, step: int) -> Sequence[int]:
-    """Return the hard negatives given in the data (NegativesOf)."""
-    return example.hard_negatives
+def example_of_data(index: int, example: Example, step: int) -> Example:
+    """Return the example with the hard negatives of the data (ExampleAt)."""
+    return example

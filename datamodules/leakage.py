@@ -105,7 +105,7 @@ class Index:
             if "title" in ways and len(title.split()) >= MIN_TITLE:
                 self._titles[title].append(number)
             runs = shingles(document) if "text" in ways else ()
-            for band in signature(runs) if len(runs) else ():
+            for band in signature(np.asarray(runs)) if len(runs) else ():
                 self._bands[band].append(number)
             if "text" in ways and not len(runs) and (words := _short_query(document)):
                 self._short[words].append(number)

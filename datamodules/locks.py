@@ -71,7 +71,7 @@ def _open(path: Path, flags: int, mode: str) -> IO[str]:
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise UserError(f"{path}: expected a file, which a lock needs; delete it")
+        raise UserError(f"{path}: expected a regular file for the lock; delete what is there")
     return os.fdopen(number, mode, encoding="utf-8")
 
 

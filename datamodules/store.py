@@ -19,7 +19,7 @@ import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class StoredDocuments(Mapping[str, Document]):
         return self.path
 
     def __setstate__(self, path: Path) -> None:
-        self.__init__(path)
+        StoredDocuments.__init__(self, path)
 
     @property
     def batches(self) -> list[Any]:
@@ -99,7 +99,7 @@ class Rows(Sequence[Document]):
 
     def __init__(self, documents: StoredDocuments, numbers: np.ndarray | range | None = None):
         self.documents = documents
-        self.numbers = range(len(documents)) if numbers is None else numbers
+        self.numbers: np.ndarray | range = range(len(documents)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -144,7 +144,7 @@ class StoredCollection:
         queries = {number: self.queries.row(number) for number in dict.fromkeys(numbers.tolist())}
         qrels: dict[str, dict[str, int]] = {}
         missing = {-1 - number: id for number, id in enumerate(self.meta["missing"])}
-        known = iter(self.corpus.ids(rows[rows >= 0]))
+        known = iter(self.corpus.ids(rows[rows >= 0].tolist()))
         ids = [next(known) if row >= 0 else missing[row] for row in rows.tolist()]
         for number, document, grade in zip(numbers.tolist(), ids, grades.tolist(), strict=True):
             qrels.setdefault(queries[number].id, {})[document] = grade
@@ -174,7 +174,7 @@ def locked(path: Path) -> Iterator[None]:
         lock = lock_file(path.parent / f".{path.name}.lock")
     except OSError as error:
         raise UserError(f"cache: cannot use the folder {path.parent} ({error})") from error
-    with lock:
+    with lock or nullcontext():
         yield
 
 

@@ -162,7 +162,7 @@ class TaskDataModule(ContrastiveDataModule):
         digest = hashlib.blake2b(self.stripped.tobytes(), digest_size=8)
         for table, _ in self.examples.parts:
             for array in (table.queries, table.starts, table.documents, table.grades):
-                digest.update(np.ascontiguousarray(array))
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def collection_of(self, row: int) -> str:

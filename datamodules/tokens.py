@@ -16,7 +16,7 @@ import pickle
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from copy import deepcopy
@@ -184,7 +184,7 @@ class TokenFile(TokenTable):
         return self.path, self.dtype.type
 
     def __setstate__(self, state: tuple[Path, type[np.unsignedinteger]]) -> None:
-        self.__init__(*state)
+        TokenFile.__init__(self, *state)
 
     def _between(self, start: int, end: int) -> np.ndarray:
         size = self.dtype.itemsize
@@ -195,7 +195,7 @@ class TokenFile(TokenTable):
 
 
 class TokenCache:
-    """Token ids of texts that were tokenised lately, in memory. If it is full, the least recently used are dropped.
+    """Token ids of recently tokenised texts, in memory. If it is full, the least recently used are dropped.
 
     limit: number of bytes.
     """
@@ -234,7 +234,7 @@ CACHE = TokenCache(CACHE_BYTES)
 
 def token_tables(collection: Collection | StoredCollection, encoding: Encoding) -> list[TokenTable]:
     """Return the token ids of a collection's corpus and of its queries."""
-    texts = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
+    texts: dict[str, Any] = {"corpus": collection.corpus.values(), "queries": collection.queries.values()}
     key = encoding.fingerprint()
     if not isinstance(collection, StoredCollection) or key is None:
         tables = (_blocks(list(documents), encoding, "texts") for documents in texts.values())
@@ -245,7 +245,7 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the token file of the stored collection that documents are Rows of, if there is one."""
+    """Return the token file of the stored collection that the documents belong to, or None."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path
@@ -253,7 +253,7 @@ def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFil
     return TokenFile(path, encoding.dtype) if path.is_file() else None
 
 
-def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Iterator[TokenTable]:
+def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Generator[TokenTable]:
     """Yield the token ids of each job's texts. Threads tokenise the next AHEAD texts meanwhile.
 
     Close the generator (contextlib.closing) if it may not be exhausted; this ends the threads. Ids that are in CACHE or
@@ -301,7 +301,7 @@ class _Job:
 
     def piece(self, start: int) -> TokenTable:
         documents = self.documents[start : start + PIECE]
-        if self.file is not None:
+        if self.file is not None and isinstance(documents, Rows):
             return self.file.take(documents.numbers)
         key = self.fingerprint and _hash_of(documents, self.fingerprint)
         table = CACHE.get(key) if key else None

@@ -35,7 +35,7 @@ HELP = """usage: scimult COMMAND [key=value ...]
 
 
 def main() -> None:
-    """Run a command. Exits with status 2 if there is no such command."""
+    """Run a command. Exits with status 2 for an unknown command."""
     name, arguments = (sys.argv[1] if sys.argv[1:] else "--help"), sys.argv[2:]
     if name in ("--help", "-h", "help"):
         width = max(map(len, commands()))

@@ -24,6 +24,7 @@ from experiments.results.comparison import (
 )
 from experiments.shared.console import PlainConsole, entry_point, table_console
 from experiments.shared.output import shortened
+from experiments.shared.plain import say
 from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
 from lightning_modules.retrieval.significance import compare, holm
 
@@ -127,8 +128,9 @@ def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> 
     """Print a compare.json. always_examples: show queries even if the difference is not marked."""
     level, compared = content["level"], content["benchmarks"]
     sides = {side: ", ".join(content[side]) for side in ("A", "B")}
+    note = say if format == "table" else log.info
     for side, systems in sides.items():
-        log.info("%s = %s", side, systems)
+        note(f"{side} = {systems}")
     marked = {name for name, comparison in compared.items() if comparison["p_holm"] < 1 - level}
     if compared:
         records = [{"benchmark": name, **comparison, **sides} for name, comparison in compared.items()]
@@ -141,7 +143,7 @@ def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> 
             for example in examples:
                 _show_example(table_console(), name, side, comparison["metric"], example)
     for line in _group_by_reason(content["left_out"]):
-        log.info("not compared: %s", line)
+        note(f"not compared: {line}")
 
 
 def _table(compared: Mapping[str, Any], marked: Collection[str], level: float) -> Table:

@@ -212,7 +212,7 @@ def disk() -> Iterator[Line]:
                 pass
             yield Line(OK, subject, f"{folder} is writable")
         except RuntimeError:
-            yield Line(PROBLEM, subject, f"there is no home folder for {folder}", fix)
+            yield Line(PROBLEM, subject, f"{folder} needs a home folder, and this user has none", fix)
         except OSError as error:
             yield Line(PROBLEM, subject, f"{folder} is not writable ({error.strerror})", fix)
 

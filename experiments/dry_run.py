@@ -15,8 +15,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from datamodules.batches import MultiTaskDataModule, default_num_workers
-from datamodules.records import Benchmark, ContrastiveBatch
+from datamodules.batches import MultiTaskDataModule
+from datamodules.loader import default_num_workers
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Benchmark
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
 from experiments.build.models import device_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.options import option
-from datamodules.readers.checks import BadLines
+from datamodules.readers.rows import BadLines
 from datamodules.readers.texts import check_ids, count_lines, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity

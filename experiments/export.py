@@ -9,21 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from datamodules.options import option
 from datamodules.records import UserError, check_name
 from experiments.build.models import ModelOptions, default_similarity, stem
 from experiments.config.arguments import parse
-from experiments.results.model_card import CARD, INTRODUCTION, write_card
+from experiments.results.hub_metadata import CARD, HubDetails
+from experiments.results.model_card import INTRODUCTION, write_card
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint
+from lightning_modules.encoders.backbone import reason
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import dense, save_dense, save_onnx, save_reference
 from lightning_modules.encoders.scimult_format import is_exported_reference
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 log = logging.getLogger(__name__)
 
 MARKER = ".scimult-export"  # a file in each exported folder; overwrite=yes replaces only folders that contain this file
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 MARKER_TEXT = "This folder was written by make export. overwrite=yes replaces it with everything in it.\n"
 UNMARKED = re.compile(  # names of files and folders in exports by older versions, which wrote no marker
     r"README\.md|config\.json|model\.safetensors|modules\.json|sentence_bert_config\.json|"
@@ -56,6 +63,32 @@ class ExportOptions(ModelOptions):
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default as the model was trained, else cosine"
     )
+    license: str = option(
+        "",
+        "license of the model, as the hub names it, such as apache-2.0; by default that of the start model, if known",
+    )
+    language: tuple[str, ...] = option(("en",), "languages of the texts, as ISO 639 codes")
+    base_model: str = option(
+        "", "name on the hub of the model that the training started from, if it started from a folder"
+    )
+    push: str = option(
+        "",
+        "OWNER/NAME on the Hugging Face hub (or the server in HF_ENDPOINT) to upload the exported folder to; task=all "
+        "uploads each task to OWNER/NAME-TASK",
+    )
+    private: bool = option(False, "for push: create a private repository")
+
+    def repository(self, task: str) -> str:
+        """Return the repository that a task is pushed to, "" without push. task: "" for the whole encoder."""
+        return f"{self.push}-{task}" if self.push and self.task == "all" and task else self.push
+
+    def hub_details(self, task: str) -> HubDetails:
+        return HubDetails(
+            repository=self.repository(task),
+            license=self.license,
+            language=self.language,
+            base_model=self.base_model,
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,11 +98,16 @@ def main(arguments: Sequence[str]) -> None:
     if options.task != "all" and options.format != "plain":
         raise UserError(f"task: needs format=plain; format={options.format} always contains all tasks")
     check_name("task", options.task)
+    _check_hub_options(options)
     run, config = options.run_folder(), options.run_config()
     output = options.output or default_output(options, run)
     inputs = _inputs(options, run)
     check_output(output, options.overwrite, inputs)
     encoder = options.load(config, task=options.task)
+    tasks = _tasks(options, encoder)
+    for task in tasks if options.push else ():
+        _check_repository(options.repository(task))
+    measured = fingerprint(encoder)
     similarity = options.similarity or default_similarity(encoder, config)
     encoder.similarity = similarity
 
@@ -79,30 +117,82 @@ def main(arguments: Sequence[str]) -> None:
         return
     with whole_folder(output, replaces=options.overwrite) as folder:
         (folder / MARKER).write_text(MARKER_TEXT)
-        if options.format == "pretrained":
-            encoder.save_pretrained(folder)
-            write_card(folder, encoder, options.model, run, similarity)
-        elif options.task == "all":
-            for task in encoder.tasks:
-                _export_task(encoder, task, folder / task, options, run, similarity)
-        else:
-            _export_task(encoder, options.task, folder, options, run, similarity)
+        for task in tasks:
+            place, plain = folder / (task if options.task == "all" else ""), encoder
+            if options.format == "pretrained":
+                encoder.save_pretrained(place)
+            else:
+                save_dense(encoder, task, place, similarity)
+                plain = dense(encoder, task)
+            hub = options.hub_details(task)
+            write_card(place, plain, options.model, run, similarity, task, fingerprint=measured, hub=hub)
+            (place / MARKER).write_text(MARKER_TEXT)
+            if options.onnx:
+                save_onnx(place)
         check_output(output, options.overwrite, inputs)  # again, because it may have changed during the export
-    if options.format == "pretrained":
-        log.info("%s: load_encoder(%r)", output, str(output))
+    loader = "load_encoder" if options.format == "pretrained" else "SentenceTransformer"
+    for task in tasks:
+        folder = output / (task if options.task == "all" else "")
+        log.info("%s: %s(%r)", folder, loader, str(folder))
+        if options.push:
+            push(folder, options.repository(task), options.private)
+
+
+def _tasks(options: ExportOptions, encoder: Encoder) -> list[str]:
+    """Return the tasks that get a folder, [""] for a folder with the whole encoder."""
+    if options.format != "plain":
+        return [""]
+    return list(encoder.tasks) if options.task == "all" else [options.task]
+
+
+def _check_hub_options(options: ExportOptions) -> None:
+    """Check what can be checked before the model is loaded."""
+    languages = [("language", language) for language in options.language]
+    for key, value in (("license", options.license), ("base_model", options.base_model), *languages):
+        if value and not HUB_ID.fullmatch(value):
+            raise UserError(f"{key}: expected an id of the hub, got {value!r}")
+    if not options.push:
+        if options.private:
+            raise UserError("private: needs push=OWNER/NAME")
         return
-    for folder in [output / task for task in encoder.tasks] if options.task == "all" else [output]:
-        log.info("%s: SentenceTransformer(%r)", folder, str(folder))
+    if options.format == "reference":
+        raise UserError("push: needs a folder, so format=plain or format=pretrained, got format=reference")
+    _check_repository(options.push)
+    if not get_token():
+        raise UserError(
+            "push: you are not logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write"
+        )
 
 
-def _export_task(
-    encoder: Encoder, task: str, folder: Path, options: ExportOptions, run: Path | None, similarity: str
-) -> None:
-    save_dense(encoder, task, folder, similarity)
-    write_card(folder, dense(encoder, task), options.model, run, similarity, task)
-    (folder / MARKER).write_text(MARKER_TEXT)
-    if options.onnx:
-        save_onnx(folder)
+def _check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"push: {reason(error)}") from error
+    if "/" not in name:
+        raise UserError(f"push: expected OWNER/NAME, got {name!r}")
+
+
+def push(folder: Path, repository: str, private: bool) -> None:
+    """Upload an exported folder to the hub, and nothing else. Raises UserError if that fails."""
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UserError(
+                f"private: {repository} already exists and is public; make it private first, or push elsewhere"
+            )
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=MARKER, commit_message="Upload the model"
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a network can fail in many ways, and each library has its own errors
+        raise UserError(
+            f"push: {repository}: the upload to {api.endpoint} failed ({reason(error)}). The export is complete in "
+            f"{folder}; upload it with `hf upload {repository} {folder}`, or repeat this command with overwrite=yes"
+        ) from error
+    log.info("%s: uploaded, %s", repository, commit.commit_url)
 
 
 def default_output(options: ExportOptions, run: Path | None) -> Path:

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from datamodules.options import option
-from datamodules.readers.checks import BadLines
+from datamodules.readers.rows import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions

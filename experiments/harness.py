@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.options import option
-from datamodules.readers.checks import BadLines
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.pmc_patients import PmcPatientsReader
+from datamodules.readers.rows import BadLines
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError

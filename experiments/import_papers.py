@@ -21,7 +21,8 @@ from datamodules.papers.paper_record import KINDS, Paper
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
 from datamodules.readers.beir import BeirWriter
-from datamodules.readers.checks import SPLITS, BadLines
+from datamodules.readers.checks import SPLITS
+from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, near, table_console
@@ -48,7 +49,7 @@ class ImportOptions:
         "percentages of train, dev and test; or the last year of training (2015), or of training and dev (2015/2018); "
         "or given, for files with a column split",
     )
-    labels: tuple[Literal[*KINDS], ...] = option((), "kinds of labels; by default the first kind that is there")
+    labels: tuple[Literal[*KINDS], ...] = option((), "kinds of labels; by default the first kind that the papers have")
     min_papers: int = option(5, "minimum number of papers of a label", minimum=1)
     definitions: str = option("", "file with definitions of labels: MeSH's desc2026.xml, JSON lines, or id <tab> name")
     search: str = option("title", "queries: title (finds its abstract), keywords (find their paper), or a file")

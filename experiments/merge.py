@@ -60,7 +60,7 @@ class MergeOptions(EncodingOptions):
     )
     dev: tuple[str, ...] = option(
         (),
-        "dev data: run (the collections of the first model's run, the default of choose=) and TASK:FOLDER for any "
+        "dev data: run (the collections of a model's run, the default of choose=) and TASK:FOLDER for any "
         "folder in BEIR layout or of JSON lines. The score is the mean over all of them",
     )
     split: str = option("dev", "split of the dev data")
@@ -136,7 +136,7 @@ def _parse_parts(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
-    """Return the dev data of a merge. config: configuration of the first model's run, if any."""
+    """Return the dev data of a merge. config: configuration of a model's run, if any."""
     named = options.dev or (("run",) if options.choose != "no" and not options.benchmarks else ())
     sets: list[Benchmark] = []
     for name in named:

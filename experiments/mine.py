@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
+from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.mined import Mined, unrated
 from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
 from lightning_modules.retrieval.compute import resolve_device
 
@@ -34,7 +36,8 @@ class MineOptions(EncodingOptions):
     """Mine hard negatives for all tasks of an experiment. After a kill, the same command continues.
 
     The model scores the candidates; miners that need no vectors work without one. The experiment's keys mining.k,
-    mining.miner, ... set how to mine.
+    mining.miner, ... set how to mine, and mining.judge how to relabel what was mined. With mining.store=FOLDER, the
+    negatives of that store are relabelled, and nothing is mined.
     """
 
     experiment: str = option(help="name of the experiment, such as moe, or path of your own", positional=True)
@@ -62,6 +65,9 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     """Mine on all ranks. The first one writes the store and its report."""
     device = device_of(config) if options.device == "auto" else resolve_device(options.device)
     mining = build_mining(config, vectors_folder, device)
+    if config.mining.store:
+        _relabel(config, options, mining)
+        return
     vectors = None
     if options.model:
         encoder = options.load_on_device(config, device=device)
@@ -79,12 +85,46 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
         "model": vectors.fingerprint if vectors else None,
         "data": data.fingerprints(),
         "step": 0,
+        "relabelled": None,
+        **mining.judging,
     }
-    if from_first_rank(options.output.exists()):
-        _check_same(options.output, meta)
-        log.info("%s: these hard negatives were already mined", options.output)
+    if not _is_done(options.output, meta):
+        mined = mining.run(vectors, data.pools())
+        _write(config, options, mined, meta, f"mined by {options.model or 'no model'}")
+
+
+def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
+    """Relabel the negatives of mining.store on all ranks."""
+    if not mining.judges or options.model:
+        raise UserError(
+            "mining.store: make mine relabels its negatives, so it needs mining.judge and no model; leave mining.store "
+            "out to mine new ones"
+        )
+    data = build_data(config, training=True)
+    store, pools = data.rounds.at(0), data.pools()
+    meta = {key: store.meta.get(key) for key in ("miner", "model", "data", "step")}
+    meta |= {"relabelled": store.hash} | mining.judging
+    if _is_done(options.output, meta):
         return
-    mined = mining.run(vectors, data.pools())
+    mined = {
+        task: unrated(negatives, [pool for pool in pools if pool.task == task])
+        for task, negatives in store.tasks.items()
+        if task in config.task
+    }
+    _write(config, options, mining.relabelled(mined, pools), meta, f"of {config.mining.store}, relabelled")
+
+
+def _is_done(output: Path, meta: dict[str, Any]) -> bool:
+    """Return whether the store exists. Raises UserError if it was made with other settings."""
+    if not from_first_rank(output.exists()):
+        return False
+    _check_same(output, meta)
+    log.info("%s: these hard negatives were already mined", output)
+    return True
+
+
+def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], meta: dict[str, Any], origin: str) -> None:
+    """Write the store and its report on the first rank. origin: where the negatives come from, for the title."""
     reports = reports_of(mined, step=0)
     for line in table(reports):
         log.info("%s", line)
@@ -92,7 +132,7 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     if rank() > 0:
         return
     path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
-    write_report(path, reports, f"hard negatives mined by {options.model or 'no model'}")
+    write_report(path, reports, f"hard negatives {origin}")
     log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
 
 

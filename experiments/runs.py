@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -46,6 +47,7 @@ OPTIONAL_COLUMNS = (
 )
 NOT_SETTINGS = ("run.", "wandb.", "loggers", "experiment", "scale")  # prefixes of keys
 TARGET = "._target_"
+DATA_NODE = re.compile(r"task\.(?P<task>[^.]+)\.data\.(?P<name>[^.]+)(?=\.)")
 
 
 @dataclass(kw_only=True)
@@ -212,7 +214,16 @@ def _cells(run: ListedRun, settings: Mapping[str, Any], short: Mapping[str, str]
 
 
 def _settings_text(settings: Mapping[str, Any], short: Mapping[str, str]) -> str:
-    return " ".join(f"{short[key]}={_as_text(key, value)}" for key, value in settings.items())
+    """Return settings as key=value. Of data sets that the experiment does not have, only the names are shown."""
+    texts: dict[str, Any] = {}
+    for key, value in settings.items():
+        node = DATA_NODE.match(key)
+        if node and node[0] + TARGET in settings:
+            names = texts.setdefault(f"{node['task']}.data", [])
+            names += [node["name"]] if node["name"] not in names else []
+        else:
+            texts[short[key]] = _as_text(key, value)
+    return " ".join(f"{key}={_as_text('', value)}" for key, value in texts.items())
 
 
 def records_of(runs: Sequence[ListedRun]) -> list[dict[str, Any]]:

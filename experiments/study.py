@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.config.study_file import Job, Study, read_study, studies
-from experiments.results.study_page import collect, page, plot_of, read_study_json
+from experiments.results.study_page import collect, page, plot_of, read_study_json, records, tables
 from experiments.run.endings import PREEMPTED
 from experiments.run.jobs import JobRunner, is_complete
-from experiments.shared.console import counted, entry_point, near, table_console
+from experiments.shared.console import counted, entry_point, near
 from experiments.shared.output import writable_folder
+from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class StudyOptions:
     output: Path | None = option(None, "folder of the study, by default runs/study-NAME")
     page: Path | None = option(None, "folder for the page, study.json and the plot, by default the study's folder")
     run: bool = option(True, "run what is missing; no: only write the page from what is complete")
+    format: Format = format_option()
     list: bool = option(False, "only list the jobs and whether they are complete")
 
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(StudyOptions, arguments)
     if not options.study:
         raise UserError(f"study: expected one of {', '.join(studies())}, or a path (make study STUDY=papers)")
+    reserve_stdout(options.format)
     study = read_study(options.study, options.output, options.values)
     jobs = _chosen(study, options)
     if options.list:
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str]) -> None:
             _run(runner, study)
     finally:
         if any(is_complete(study.folder, job) for job in study.jobs):
-            write_page(study, options.page or study.folder)
+            content = write_page(study, options.page or study.folder)
+            shown = [replace(table, title=heading) for heading, table in tables(content).items() if heading != "Arms"]
+            print_tables(options.format, shown, records(content))
     if runner.failed:
         raise UserError(
             f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {near(study.folder)}"
@@ -81,8 +85,8 @@ def _run(runner: JobRunner, study: Study) -> None:
         sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
 
 
-def write_page(study: Study, folder: Path) -> None:
-    """Write NAME.json, NAME.md and NAME.svg from the jobs that are complete."""
+def write_page(study: Study, folder: Path) -> Mapping[str, Any]:
+    """Write NAME.json, NAME.md and NAME.svg from the jobs that are complete, and return the content of NAME.json."""
     with writable_folder("page", folder):
         write_json(folder / f"{study.name}.json", collect(study))
         content = read_study_json(folder / f"{study.name}.json")
@@ -90,6 +94,7 @@ def write_page(study: Study, folder: Path) -> None:
             write_text(folder / f"{study.name}.svg", plot_of(content))
         write_text(folder / f"{study.name}.md", page(content, f"{study.name}.svg"))
     log.info("The page is %s", near(folder / f"{study.name}.md"))
+    return content
 
 
 def _chosen(study: Study, options: StudyOptions) -> list[Job]:
@@ -112,13 +117,10 @@ def _chosen(study: Study, options: StudyOptions) -> list[Job]:
 
 
 def _show_jobs(study: Study, jobs: Sequence[Job]) -> None:
-    table = Table(title=study.settings.title, title_justify="left")
-    for heading in ("job", "state", "needs"):
-        table.add_column(heading, overflow="fold")
+    table = Table([Column("job"), Column("state"), Column("needs", folds=True)], title=study.settings.title)
     for job in jobs:
-        state = "complete" if is_complete(study.folder, job) else "missing"
-        table.add_row(job.name, state, ", ".join(sorted(job.needs)))
-    table_console().print(table)
+        table.add(job.name, "complete" if is_complete(study.folder, job) else "missing", ", ".join(sorted(job.needs)))
+    print_tables("table", [table], [])
 
 
 if __name__ == "__main__":

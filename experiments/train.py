@@ -20,8 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
-from experiments.build.models import start_of
-from experiments.build.module import build_module, describe_parameters
+from experiments.build.module import build_module, describe_parameters, start_of
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
 from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -139,7 +138,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
-    """Raise UserError if the data are no longer those of a complete run, whose table then is not theirs."""
+    """Raise UserError if the data have changed since the run was completed: its table is about the old data."""
     try:
         data = build_data(config)
     except UserError as error:

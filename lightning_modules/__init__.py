@@ -56,7 +56,8 @@ _MODULES = {
     "random_backbone": "encoders.backbone",
     "word_vocabulary": "encoders.backbone",
 }
-__all__ = list(_MODULES)
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and then know none of the names
+    __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,13 +19,14 @@ Shapes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from datamodules.records import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
@@ -90,7 +91,8 @@ def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
 def _embed_chunks(encoder: Encoder, batch: ContrastiveBatch, forwards: int) -> Embedded:
     with encoder.casting():
         chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
-    return Embedded(torch.cat([chunk.vectors for chunk in chunks]), sum(chunk.penalty for chunk in chunks))
+    penalty = reduce(torch.add, (chunk.penalty for chunk in chunks))
+    return Embedded(torch.cat([chunk.vectors for chunk in chunks]), penalty)
 
 
 def _trained_parameters(encoder: Encoder) -> list[Tensor]:
@@ -120,9 +122,9 @@ class _GradCache(torch.autograd.Function):
             for i, gradient in enumerate(gradients):
                 if gradient is None:
                     continue
-                if totals[i] is None:
-                    totals[i] = torch.zeros_like(gradient)
-                totals[i] += gradient  # in place, because new tensors would fragment the memory that chunks free
+                if (total := totals[i]) is None:
+                    total = totals[i] = torch.zeros_like(gradient)
+                total += gradient  # in place, because new tensors would fragment the memory that chunks free
         return None, None, None, *totals
 
 
@@ -170,7 +172,7 @@ class LossTerms(NamedTuple):
 
 
 # queries (r, D), candidates (C, D), temperature, rows of the block -> sums over the block
-BlockLoss = Callable[[Tensor, Tensor, "float | Tensor", slice], LossTerms]
+BlockLoss = Callable[..., LossTerms]
 
 
 def rows_per_block(memory: float, candidates: Tensor, num_positives: int = 1) -> int:
@@ -202,12 +204,13 @@ class _SumOverBlocks(torch.autograd.Function):
         temperature: float | Tensor,
     ) -> LossTerms:
         needs_gradient = ctx.needs_input_grad[2:]
-        inputs = (queries, candidates, temperature)
+        inputs: tuple[Any, ...] = (queries, candidates, temperature)
         totals = [torch.zeros_like(x) if needed else None for x, needed in zip(inputs, needs_gradient, strict=True)]
         sums: LossTerms | None = None
         for start in range(0, len(queries), block_size):
             rows = slice(start, min(len(queries), start + block_size))
-            leaves = [x.detach() if isinstance(x, Tensor) else x for x in (queries[rows], candidates, temperature)]
+            block: tuple[Any, ...] = (queries[rows], candidates, temperature)
+            leaves = [x.detach() if isinstance(x, Tensor) else x for x in block]
             trained = [leaf.requires_grad_() for leaf, needed in zip(leaves, needs_gradient, strict=True) if needed]
             with torch.set_grad_enabled(bool(trained)):
                 terms = block_loss(*leaves, rows)
@@ -217,8 +220,9 @@ class _SumOverBlocks(torch.autograd.Function):
                 gradients = torch.autograd.grad(terms.loss, trained)
                 for target, gradient in zip((t for t in targets if t is not None), gradients, strict=True):
                     target += gradient
-            terms = [term.detach() for term in terms]
-            sums = LossTerms(*(a + b for a, b in zip(sums, terms, strict=True)) if sums else terms)
+            detached = [term.detach() for term in terms]
+            sums = LossTerms(*(a + b for a, b in zip(sums, detached, strict=True)) if sums else detached)
+        assert sums is not None  # the caller has at least two blocks
         ctx.save_for_backward(*totals)
         ctx.mark_non_differentiable(*sums[1:])
         return sums

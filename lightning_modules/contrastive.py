@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from datamodules.options import check_options
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.chunked import Embedded, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
@@ -37,7 +38,7 @@ class CheckpointMismatch(UserError):
 class ContrastiveModule(L.LightningModule):
     """An encoder with its objective and optimizer.
 
-    L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
+        L.Trainer(max_steps=1000).fit(ContrastiveModule(encoder, similarity="cosine", temperature=0.05), data)
 
     tasks: names of the tasks in training, by default all tasks of the encoder.
     guide_model, teacher_model, vector_teacher_model: frozen models, required if the options of the objective name them.
@@ -85,15 +86,15 @@ class ContrastiveModule(L.LightningModule):
 
         Also give it the vectors of the vector teacher. All ranks encode them together.
         """
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
-        if self.objective.vector_teacher is not None and hasattr(data, "teacher_vectors"):
-            self._store_teacher_vectors(data)
+        if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
+            self._store_teacher_vectors(data, teacher.encoder)
 
-    def _store_teacher_vectors(self, data: Any) -> None:
+    def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
-        options, teacher = self.objective.options.vector_teacher, self.objective.vector_teacher.encoder
+        options = self.objective.options.vector_teacher
         folder = Path(data.options.cache) / VECTORS if data.options.cache else None
         cache = VectorCache(teacher, folder, similarity="cosine", token_budget=data.options.token_budget)
         teacher.to(self.trainer.strategy.root_device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ class Weights:
 
 
 def _shown(weights: Sequence[float]) -> str:
-    return " ".join(format(weight, ".4g") for weight in weights)
+    return " ".join(format(weight, "g") for weight in weights)
 
 
 def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "linear") -> Encoder:
@@ -74,7 +75,7 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
 
 
 def _linear(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return sum(share * tensor.double() for tensor, share in zip(tensors, shares, strict=True))
+    return reduce(torch.add, (share * tensor.double() for tensor, share in zip(tensors, shares, strict=True)))
 
 
 def _slerp(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -117,10 +118,13 @@ def _difference(first: Encoder, other: Encoder) -> str:
     if differing:
         return "; ".join(f"{key} is {b}, not {a}" for key, (a, b) in sorted(differing.items()))
     expected, weights = first.state_dict(), weights_for(other, first)
-    for name in (*expected, *weights):
-        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (expected, weights)]
-        if shapes[0] != shapes[1]:
-            return f"the parameter {name} is {shapes[1]}, not {shapes[0]}"
+    for name, tensor in expected.items():
+        if name not in weights:
+            return f"it has no parameter {name}"
+        if weights[name].shape != tensor.shape:
+            return f"its parameter {name} has the shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+    if added := [name for name in weights if name not in expected]:
+        return f"it also has the parameter {added[0]}"
     return "" if tokenization(first.tokenizer) == tokenization(other.tokenizer) else "it has another tokenizer"
 
 
@@ -157,12 +161,14 @@ def greedy_soup(num_members: int, score: Callable[[Weights], float]) -> Weights:
 def sweep(values: Sequence[float], score: Callable[[Weights], float], parts: Sequence[str] = ()) -> Weights:
     """Return the best weights of two members, of which the first has one of `values`, and the other the rest to 1.
 
-    parts: parts whose weights are chosen next, one part after the other, with the best weights so far for the rest.
+    parts: parts whose weights are chosen next, one part after the other, with the best weights so far for the rest. A
+        part keeps its weights unless others score higher.
     """
     pairs = [(value, 1 - value) for value in values]
     best = max((Weights(pair) for pair in pairs), key=score)
     for part in parts:
-        best = max((Weights(best.members, {**best.parts, part: pair}) for pair in pairs), key=score)
+        others = [Weights(best.members, {**best.parts, part: pair}) for pair in pairs if pair != best.members]
+        best = max((best, *others), key=score)  # the first of equal ones
     return best
 
 

@@ -25,11 +25,11 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.chunked import LossTerms, rows_per_block, sum_over_blocks
 from lightning_modules.distributed.collectives import gather_documents, gather_lists, gather_rows, world_size
-from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.pipeline import encode_on_device
+from lightning_modules.frozen import FrozenEncoder, FrozenScores, FrozenVectors
 from lightning_modules.losses import (
     comparable,
     duplicate_mask,
@@ -100,6 +100,7 @@ class Objective(nn.Module):
             for prefix, weight in zip(options.matryoshka, weights, strict=True):
                 loss = loss + weight * self._terms(directions, temperature, prefix).loss
             if distance_weight := options.vector_teacher.weight_of(batch.task):
+                assert targets is not None
                 distance = self._vector_distance(queries, documents, targets, batch)
                 loss = loss + distance_weight * distance
             elif self.projection is not None:  # DDP needs a gradient for each parameter
@@ -128,13 +129,14 @@ class Objective(nn.Module):
         columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
         if self.options.vector_teacher.asymmetric:
             columns = columns[:, :0]
-        distances = []
-        for vectors, target in ((queries, targets.queries), (documents, targets.documents)):
+
+        def distance(vectors: Tensor, target: Tensor) -> Tensor:
             vectors = comparable(vectors, self.options.similarity)
             if self.projection is not None:
                 vectors = vectors @ self.projection.T  # (n, G)
-            distances.append(vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss))
-        return mean_over_texts(*distances, columns)
+            return vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss)
+
+        return mean_over_texts(distance(queries, targets.queries), distance(documents, targets.documents), columns)
 
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
@@ -142,7 +144,8 @@ class Objective(nn.Module):
         """Average the loss over directions. Accuracy and distillation use only query to document."""
         weight = 1 / len(directions)
         terms = [direction_loss(direction, self.options, temperature, prefix, weight) for direction in directions]
-        loss, contrastive = sum(x.loss for x in terms), sum(x.contrastive for x in terms)
+        loss = reduce(torch.add, (x.loss for x in terms))
+        contrastive = reduce(torch.add, (x.contrastive for x in terms))
         return LossTerms(loss, terms[0].accuracy, contrastive, terms[0].distillation)
 
 
@@ -221,8 +224,8 @@ def document_to_query(
         masks.append(lambda rows: membership_mask(known_positives, ids[rows]).T)
     if options.mask_same_text and batch.text_keys is not None:
         keys = [batch.text_keys[batch.queries[query]], batch.text_keys[batch.documents[document]]]
-        keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
-        masks.append(lambda rows: membership_mask(keys[rows], query_keys))
+        pair_keys, query_keys = torch.stack(keys, dim=1), gather_rows(batch.text_keys[batch.queries])  # (R, 2), (C,)
+        masks.append(lambda rows: membership_mask(pair_keys[rows], query_keys))
     if guide is not None:
         scores = FrozenScores(guide.documents[document], gather_rows(guide.queries))
         masks.append(lambda rows: guide_mask(scores.block(rows), positives[rows], margin, kind))
@@ -239,6 +242,7 @@ def document_to_query(
 
 def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
     """Return the hashes of each query's text and those of its positives, (B, P + 1)."""
+    assert batch.text_keys is not None
     positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
     return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
 
@@ -297,6 +301,7 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     scores: similarities, (r, C).
     logits: scores divided by the temperature, with -inf for masked candidates, (r, C).
     """
+    assert direction.teacher is not None
     positives = direction.positives[rows]
     if options.candidates == "batch":
         teacher_scores, candidates = direction.teacher.block(rows), logits > -math.inf
@@ -311,61 +316,6 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     if options.loss == "kl":
         return kl_divergence(logits, teacher_scores / options.temperature, candidates)
     return margin_mse(scores, teacher_scores, positives, candidates)
-
-
-# Frozen models: the guide, which finds false negatives, and teachers, whose scores or vectors are distilled
-
-
-@dataclass(frozen=True)
-class FrozenVectors:
-    """Vectors that a frozen model gives the texts of a batch. Their dot products are its scores."""
-
-    queries: Tensor  # (B, G)
-    documents: Tensor  # (m, G)
-
-
-class FrozenEncoder:
-    """An encoder that is not trained. It embeds the texts of each batch with its own tokenizer.
-
-    It is not an nn.Module, so that its weights stay out of the trained module's parameters and checkpoints.
-    """
-
-    def __init__(self, encoder: Encoder, similarity: str = "cosine"):
-        self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
-
-    def __deepcopy__(self, memo: dict) -> FrozenEncoder:
-        return self  # so that an average of the module's weights needs no second copy
-
-    @property
-    def dimension(self) -> int:
-        """Size of the vectors, G."""
-        return self.encoder.dimension
-
-    def embed(self, batch: ContrastiveBatch) -> FrozenVectors:
-        if not batch.texts:
-            raise UserError("the batch has no texts, which a guide or teacher needs: set BatchOptions.carry_texts")
-        device = batch.queries.device
-        if self.encoder.device != device:
-            self.encoder.to(device)
-        query_task, document_task = batch.task, self.encoder.document_task(batch.task)
-        vectors = encode_on_device(self.encoder, batch.texts, (query_task, document_task))
-        queries, documents = vectors[query_task][batch.queries], vectors[document_task][batch.documents]
-        return FrozenVectors(comparable(queries, self.similarity), comparable(documents, self.similarity))
-
-
-@dataclass(frozen=True)
-class FrozenScores:
-    """Scores of a frozen model in one direction, computed block by block."""
-
-    queries: Tensor  # (R, G)
-    candidates: Tensor  # (C, G)
-
-    def block(self, rows: slice) -> Tensor:
-        return self.queries[rows] @ self.candidates.T  # (r, C)
-
-    def of_columns(self, rows: slice, columns: Tensor) -> Tensor:
-        """Return the scores of a few candidates per query. columns: (r, k)."""
-        return torch.einsum("rg,rcg->rc", self.queries[rows], self.candidates[columns])  # (r, k)
 
 
 def _projection(dimension: int, teacher_dimension: int, asymmetric: bool) -> nn.Parameter:

@@ -121,8 +121,8 @@ def check_objective(
     prefixes, weights = options.matryoshka, options.matryoshka_weights
     if len(set(prefixes)) < len(prefixes):
         raise UserError(f"{prefix}matryoshka: expected different numbers, got {prefixes}")
-    for shorter in prefixes if dimension else ():
-        if shorter >= dimension:
+    for shorter in prefixes:
+        if dimension and shorter >= dimension:
             raise UserError(f"{prefix}matryoshka: expected numbers below {dimension}, the vector size, got {shorter}")
     if len(weights) not in (0, len(prefixes)):
         raise UserError(f"{prefix}matryoshka_weights: expected one per entry of matryoshka, got {len(weights)}")

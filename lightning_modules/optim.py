@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.options import option
@@ -88,7 +88,7 @@ class ExpertDecay:
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         for experts in self.counterparts:
-            mean = torch.stack(experts).mean(0)
+            mean = torch.stack(list[Tensor](experts)).mean(0)
             for expert in experts:
                 if lr := rates.get(expert):  # frozen ones have none
                     expert.lerp_(mean, min(1.0, lr * self.strength))

@@ -69,7 +69,7 @@ def transplants(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
     losses = {(a, b): values[key] for a in tasks for b in tasks if (key := f"{a}/transplant/{b}") in values}
     tried = {a for a, b in losses if a != b}
     losses = {pair: loss for pair, loss in losses.items() if pair[0] in tried}
-    shades = {}
+    shades: dict[tuple[str, str], float] = {}
     for task in tried:
         row = {b: loss for (a, b), loss in losses.items() if a == task}
         own = row[task]

@@ -16,8 +16,10 @@ Shapes
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import lightning as L
@@ -27,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
 from lightning_modules.distributed.collectives import world_size
 
 
@@ -99,7 +102,7 @@ class Coefficients:
 class TaskGradients:
     """The gradients of one optimizer step for each task. parameters: trained parameters."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], tasks: Sequence[str]):
+    def __init__(self, parameters: Sequence[Tensor], tasks: Sequence[str]):
         self.parameters, self.tasks = list(parameters), tuple(tasks)
         self.sizes, first = [parameter.numel() for parameter in self.parameters], self.parameters[0]
         self.values = torch.zeros(len(self.tasks), sum(self.sizes), dtype=first.dtype, device=first.device)  # (T, P)
@@ -113,8 +116,9 @@ class TaskGradients:
         """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
         row = self.tasks.index(task)
         for i, total in enumerate(self.values[row].split(self.sizes)):
-            if gradients[i] is not None:
-                total += gradients[i].flatten()
+            gradient = gradients[i]
+            if gradient is not None:
+                total += gradient.flatten()
                 self.used[row, i] = True
 
     def take(self, task: str) -> None:
@@ -130,7 +134,7 @@ class TaskGradients:
 
     def shared(self) -> np.ndarray:
         """Return whether all tasks have a gradient for a parameter. Raises UserError if they share no parameter."""
-        shared = self.used.all(0)
+        shared = np.asarray(self.used.all(0))
         if not shared.any():
             raise UserError(
                 "balance: the tasks share no trained parameter, so there is nothing to balance; set it to none"
@@ -140,7 +144,7 @@ class TaskGradients:
     def products(self) -> Tensor:
         """Return the dot products of the tasks' gradients with respect to shared parameters, (T, T)."""
         shared = itertools.compress(self.values.split(self.sizes, dim=1), self.shared())
-        return sum(gradients @ gradients.T for gradients in shared)
+        return reduce(torch.add, (gradients @ gradients.T for gradients in shared))
 
     def apply(self, coefficients: Coefficients) -> None:
         """Set the gradient of each parameter to a linear combination of the tasks' gradients."""
@@ -152,7 +156,7 @@ class TaskGradients:
                 parameter.grad = (weights @ gradient).view_as(parameter)
 
 
-class GradientBalance(L.Callback):
+class GradientBalance(L.Callback, ABC):
     """Combines the gradients of the tasks in an optimizer step with coefficients.
 
     Every optimizer step needs a batch of every task. The callback stores one gradient per task. On several ranks, it
@@ -191,9 +195,9 @@ class GradientBalance(L.Callback):
         self.gradients.clear()
         self.losses.zero_()
 
+    @abstractmethod
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
         """Return the coefficients of this step. losses: losses of the tasks, (T,)."""
-        raise NotImplementedError
 
 
 class PCGrad(GradientBalance):
@@ -220,7 +224,7 @@ class GradNorm(GradientBalance):
         self.first_losses: Tensor | None = None  # (T,)
 
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
-        if self.weights is None:
+        if self.weights is None or self.first_losses is None:
             self.weights, self.first_losses = torch.ones_like(losses), losses
         self.first_losses = self.first_losses.to(losses.device)  # a checkpoint has them on the CPU
         weights, step = self.weights.to(losses.device), trainer.global_step + 1
@@ -235,7 +239,7 @@ class GradNorm(GradientBalance):
         return Coefficients(shared=weights, other=weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        if self.weights is None:
+        if self.weights is None or self.first_losses is None:
             return {}
         return {"weights": self.weights.cpu(), "first_losses": self.first_losses.cpu()}
 

@@ -25,13 +25,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.encoders.attention import AttentionContext, Settings, attend_padded, choose_kernel
 from lightning_modules.memory import Memory
@@ -66,7 +66,8 @@ def forward_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, *tasks:
 
 def training_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) -> float:
     """Return the useful operations of forward and backward pass for one task. lengths: as in forward_flops."""
-    total, has_gradient = 0.0, any(p.requires_grad for p in encoder.backbone.embeddings.parameters())
+    total, embeddings = 0.0, encoder.backbone.get_submodule("embeddings")
+    has_gradient = any(p.requires_grad for p in embeddings.parameters())
     for index, (products, attention) in enumerate(_layers(encoder, lengths, task)):
         total += products * (1 + _trained_share(encoder, index, task)) + attention
         if has_gradient:
@@ -114,7 +115,8 @@ def _prefix_length(encoder: Encoder, task: str) -> int:
     """Return the number of tokens of an instruction that texts attend to."""
     if not hasattr(encoder, "instruction_family"):
         return 0
-    return len(encoder.tokenizer(encoder.instructions[task])["input_ids"])
+    instructions: Any = encoder.instructions
+    return len(encoder.tokenizer(instructions[task])["input_ids"])
 
 
 def _adapters(encoder: Encoder, index: int) -> list[torch.nn.Module]:
@@ -188,7 +190,7 @@ def num_positions(batch: ContrastiveBatch, padded: bool) -> int:
 
 
 def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
-    """Return whether training pads the texts of a chunk to compute attention. Everything else is never padded."""
+    """Return whether training pads the texts of a chunk to compute attention. Nothing else is ever padded."""
     config, token = encoder.backbone.config, Tokens.pack([[0]])
     dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
     query = torch.empty(1, dtype=dtype, device=encoder.device)
@@ -198,7 +200,7 @@ def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """Return the type in which matrix products are computed. precision: of Lightning or ours, such as "bf16-mixed"."""
+    """Return the type in which matrix products are computed. precision: a name such as "bf16-mixed" or "bf16"."""
     return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ os.environ.update(MAKEFLAGS="", MFLAGS="", MAKELEVEL="")  # those of `make test`
 import pytest
 import torch
 
+import datamodules.tokens
 from datamodules.batches import BatchOptions, MultiTaskDataModule
+from datamodules.packed import Tokens
 from datamodules.readers.beir import write_beir
-from datamodules.records import Collection, Document, Task, Tokens
+from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
+from datamodules.tokens import Encoding, TokenCache
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
@@ -36,6 +40,41 @@ def one_thread():
     """Sums differ in their last bits with the number of threads, so no test may leave more to the next."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def time_limit():
+    """Raise TimeoutError after a minute, in a test of something that would never end."""
+
+    def late(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def token_cache(monkeypatch):
+    """An empty cache of token ids, for texts of nine documents or more."""
+    cache = TokenCache(1 << 20)
+    monkeypatch.setattr(datamodules.tokens, "CACHE", cache)
+    monkeypatch.setattr(datamodules.tokens, "MIN_CACHED", 9)
+    return cache
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The texts that were tokenised, piece by piece, without those of the cache."""
+    pieces, tokenise = [], Encoding._tokenise
+
+    def recorded(self, texts, snapshot):
+        pieces.append(texts)
+        return tokenise(self, texts, snapshot)
+
+    monkeypatch.setattr(Encoding, "_tokenise", recorded)
+    return pieces
 
 
 def pytest_unconfigure() -> None:

@@ -3,12 +3,14 @@
 import ast
 import configparser
 import importlib.metadata
+import inspect
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +20,7 @@ MAY_IMPORT = {
     "lightning_modules": {
         "datamodules.files",
         "datamodules.options",
+        "datamodules.packed",
         "datamodules.records",
         "datamodules.store",
         "datamodules.text",
@@ -108,6 +111,22 @@ def test_pure_modules_import_no_framework(path):
     assert not top & {"lightning", "omegaconf", "wandb", "transformers"}
 
 
+def test_methods_that_subclasses_implement_are_abstract():
+    """A class with abstract methods can be instantiated unless ABC or Protocol is among its bases."""
+    abstract = set()
+    for path in [path for package in MAY_IMPORT for path in sources(package)]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"raise NotImplementedError\b", text), path
+        if "@abstractmethod" in text:
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            classes = [each for each in vars(module).values() if inspect.isclass(each)]
+            abstract |= {
+                each for each in classes if any(getattr(m, "__isabstractmethod__", 0) for m in vars(each).values())
+            }
+    assert len(abstract) > 3
+    assert not [each for each in abstract if not inspect.isabstract(each)]
+
+
 def test_imported_packages_are_declared():
     """A package that another one brings along may go with a new version of it."""
     config = configparser.ConfigParser()
@@ -123,3 +142,26 @@ def test_imported_packages_are_declared():
     assert "huggingface_hub" in imported
     providers = {name: {canonicalize_name(each) for each in distributions.get(name, [name])} for name in imported}
     assert not sorted(name for name in imported if not providers[name] & declared)
+
+
+def test_requirements_are_named_once_with_one_bound_each():
+    """A package may be in several extras. constraints.txt holds the versions that the tests run with."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    sections = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    bounds = defaultdict(set)
+    for section in sections:
+        lines = [line for line in section.split("\n") if line and not line.startswith("#")]
+        requirements = [Requirement(line) for line in lines]
+        names = [canonicalize_name(requirement.name) for requirement in requirements]
+        assert len(set(names)) == len(names), f"named twice in: {lines}"
+        for name, requirement in zip(names, requirements, strict=True):
+            assert any(each.operator == ">=" for each in requirement.specifier), f"{requirement}: no lower bound"
+            bounds[name].add(requirement.specifier)
+    assert not {name: different for name, different in bounds.items() if len(different) > 1}
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    tested = [pin.split("==") for pin in pins if "==" in pin]
+    assert len(bounds.keys() & {canonicalize_name(name) for name, _ in tested}) > 30
+    for name, version in tested:
+        for bound in bounds.get(canonicalize_name(name), ()):
+            assert version in bound, f"{name}: constraints.txt has {version}, and setup.cfg asks for {bound}"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -47,6 +48,16 @@ def test_links_between_pages_lead_somewhere():
         assert target.exists(), (page.name, link)
         assert target.is_relative_to(ROOT), (page.name, link)
         assert not anchor or anchor in anchors(target), (page.name, link)
+
+
+def test_lists_and_tables_follow_a_blank_line():
+    """GitHub shows them without one, but mkdocs takes them for text of the paragraph."""
+    block = re.compile(r"[*-] |\d+\. |\|")
+    for page in PAGES:
+        lines = FENCED.sub("", page.read_text(encoding="utf-8")).split("\n")
+        for before, line in pairwise(lines):
+            if block.match(line) and before.strip():
+                assert block.match(before) or before.startswith("  "), (page.name, line)
 
 
 def test_code_of_the_library_page_runs(tmp_path, monkeypatch, make_backbone):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def wheel(tmp_path_factory):
     """Build a wheel from a copy of the tree, so that nothing is left in it."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "tree").mkdir()
-    for name in PACKAGES:
+    for name in (*PACKAGES, "scimult-stubs"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("scimult.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "tree")
@@ -61,7 +62,7 @@ def scimult_in(wheel, tmp_path_factory):
 def test_wheel_contains_every_file_of_the_packages(wheel):
     files = {
         str(path.relative_to(ROOT))
-        for package in PACKAGES
+        for package in (*PACKAGES, "scimult-stubs")
         for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
@@ -71,6 +72,43 @@ def test_wheel_contains_every_file_of_the_packages(wheel):
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     assert f"\nVersion: {scimult.__version__}\n" in text
     assert re.search(r"^Requires-Dist: lightning<2.7,>=2.6.6$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_scripts_that_use_the_wheel_are_type_checked(wheel, tmp_path):
+    """Other packages are not installed next to it, so their types are Any, which makes mypy fast."""
+    venv.create(tmp_path / "venv")
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site_packages)
+    script = tmp_path / "script.py"
+    script.write_text("""
+import scimult
+encoder = scimult.load_encoder("runs/RUN")
+reveal_type(encoder)
+reveal_type(encoder.encode(["a paper"], tasks=["search"]))
+def measure(data: scimult.MultiTaskDataModule) -> None:
+    reveal_type(scimult.evaluate(encoder, data.benchmarks("test")[0]))
+    reveal_type(scimult.mine(encoder, data.pools()[0]))
+    encoder.encode(["a paper"])
+    scimult.load_encodr()
+""")
+    python = tmp_path / "venv" / "bin" / "python"
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--ignore-missing-imports",
+        "--python-executable",
+        python,
+    ]
+    done = subprocess.run([*command, script], cwd=tmp_path, capture_output=True, text=True)
+    types = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert [name.split(".")[-1] for name in types] == ["Encoder", "dict[str, Any]", "BenchmarkResult", "Mined"]
+    errors = re.findall(r"script.py:(\d+): error: (.*)", done.stdout)
+    assert [line for line, _ in errors] == ["9", "10"], done.stdout
+    assert "encode" in errors[0][1], errors
+    assert "load_encodr" in errors[1][1], errors
 
 
 @pytest.mark.slow

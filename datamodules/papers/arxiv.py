@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datamodules.papers.paper_record import Label, Paper, doi_name, year_of
-from datamodules.readers.checks import Record
+from datamodules.readers.rows import Record
 
 
 def recognises(record: Record) -> bool:

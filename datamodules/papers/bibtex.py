@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
-from datamodules.readers.checks import BadLines, Record, Row
 from datamodules.readers.io import open_text, read_chunk
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
@@ -50,7 +50,7 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
             if isinstance(block, model.ParsingFailedBlock):
                 raise UserError(f"not valid BibTeX ({block.error})")
             if is_text:
-                raise UserError("an entry that does not start with @")
+                raise UserError("expected an entry that starts with @")
             fields = _fields(block, strings)
             if parent := parents.get(fields.get("crossref", "").lower()):
                 fields = _inherited(fields, _fields(parent, strings)) | fields

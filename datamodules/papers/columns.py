@@ -22,8 +22,9 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row, check_choice, check_id
+from datamodules.readers.checks import check_choice, check_id
 from datamodules.readers.io import numbered_lines
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError
 from datamodules.text import TEXT_KEYS
@@ -60,11 +61,11 @@ def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
 def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
     """Check the columns of a table by its first row.
 
-    Raises UserError if there is neither title nor abstract, or if a named column does not exist.
+    Raises UserError if the table has neither a title nor an abstract, or lacks a column that the user named.
     """
     names = ", ".join(map(str, record))[:200]
     if unknown := [column for column in columns.values() if column not in record]:
-        raise UserError(f"{path}: there is no column {unknown[0]!r} (columns here: {names})")
+        raise UserError(f"columns: {path} has no column {unknown[0]!r}; expected one of {names}")
     present = {plain_name(str(key)) for key in record}
     missing = [name for name in ("title", "abstract") if name not in columns and present.isdisjoint(COLUMNS[name])]
     if len(missing) == 2:
@@ -76,8 +77,8 @@ def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> Non
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
     """Return the paper of a row. columns: names of columns that differ from the usual ones."""
     by_name: dict[str, Any] = {}
-    for key, value in record.items():
-        by_name.setdefault(plain_name(str(key)), value)
+    for key, cell in record.items():
+        by_name.setdefault(plain_name(str(key)), cell)
 
     def value(name: str) -> Any:
         if name in columns:
@@ -106,7 +107,7 @@ def paper(record: Record, columns: Mapping[str, str]) -> Paper:
 
 
 def _items(name: str, value: Any, separators: str) -> list[str]:
-    """Return the items of a list, of JSON's text of a list, or of a text with separators."""
+    """Return the items of a list, which is given as a list, as JSON, or as a text with separators."""
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):  # a text may start with a bracket
             value = json.loads(value)
@@ -136,12 +137,13 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     lines = _Lines(path)
     header_line = next((line for line in lines if line.strip()), "")
     # strict: otherwise an open quote swallows the rows up to the next one.
-    dialect = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
+    dialect: dict[str, Any] = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
     try:
         header = next(csv.reader([header_line], **dialect), [])
     except csv.Error as error:
         raise UserError(f"{path}: the header is not valid CSV ({error})") from error
-    count, cells = 0, []
+    count = 0
+    cells: list[str] | None = []
     while cells is not None:
         lines.row.clear()
         start, problem = lines.number + 1, ""
@@ -149,7 +151,7 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
             cells = next(csv.reader(lines, **dialect), None)
         except csv.Error as error:
             cells, problem = [], f"not valid CSV ({error})"
-        if not problem and not any(cell.strip() for cell in cells or ()):
+        if cells is None or (not problem and not any(cell.strip() for cell in cells)):
             continue
         count += 1
         row = Row(bad, path, start, "".join(lines.row)[:QUARANTINED_TEXT].rstrip("\r\n"), count)
@@ -166,11 +168,11 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file. number: number of the last line read. row: lines of the current row, which a quote joins."""
+    """The lines of a file. number: number of the last line read. row: lines of the current row."""
 
     def __init__(self, path: Path):
-        self.number, self.row = 0, []
-        self._lines, self._again = numbered_lines(path), deque()
+        self.number, self.row = 0, list[str]()
+        self._lines, self._again = numbered_lines(path), deque[tuple[int, str]]()
 
     def __iter__(self) -> _Lines:
         return self
@@ -181,7 +183,7 @@ class _Lines:
         return line
 
     def read_again_after_first(self) -> None:
-        """Go back to the second line of the current row: a quote that is not closed joined it with rows below."""
+        """Go back to the second line of the current row, which an open quote joined with the rows below."""
         start = self.number - len(self.row) + 1
         self._again.extendleft(reversed(list(enumerate(self.row[1:], start=start + 1))))
         self.number = start

@@ -15,7 +15,8 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import Record, check_text
+from datamodules.readers.checks import check_text
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 NOT_PAPERS = ("attachment", "note", "annotation")  # item types of Zotero

@@ -12,8 +12,10 @@ from typing import Any
 
 from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ris, semantic_scholar
 from datamodules.papers.paper_record import Paper
-from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row, check_choice
-from datamodules.readers.io import SUFFIXES, as_object, numbered_lines, read_entries, read_lines, read_values
+from datamodules.readers.checks import check_choice
+from datamodules.readers.io import SUFFIXES, numbered_lines, read_lines
+from datamodules.readers.json_files import as_object, read_entries, read_values
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.records import UserError
 
 PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
@@ -95,7 +97,7 @@ KNOWN_SUFFIXES = {suffix for each in FORMATS.values() for suffix in each.suffixe
 
 
 def files_of(source: Path) -> list[Path]:
-    """Return a file, or all files of a folder and its folders that may have papers. Raises UserError if there are none.
+    """Return a file, or all files below a folder that may have papers. Raises UserError if none may.
 
     Files without a suffix count if they are compressed: those of OpenAlex's snapshot are called part_000.gz.
     """

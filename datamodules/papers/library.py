@@ -37,7 +37,7 @@ class EmptyLibrary(UserError):
 
 
 class Library:
-    """Papers of all files, without duplicates and without those that have no text.
+    """The papers of all files, without duplicates and papers without text.
 
         with library_in(folder) as library:
             library.read(papers, Splits("80/10/10"))

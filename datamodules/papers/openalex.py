@@ -15,7 +15,7 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import Record
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 PREFIX = "https://openalex.org/"

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import Record, check_id, check_text, content_id
+from datamodules.readers.checks import check_id, check_text, content_id
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
 
-# White space and control characters, which no text of a paper needs.
+# White space and control characters.
 BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 # Tags of HTML, JATS and MathML. Attributes need quotes, so that "a <b and c> d" is not a tag.
 TAG = re.compile(r"</?(?:\w+:)?[A-Za-z][\w-]*(?:\s+[\w:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*/?>")
@@ -70,7 +71,7 @@ def clean(text: str, key: str) -> str:
 
 
 def without_blanks(id: str) -> str:
-    """Replace white space in an id, which files of judgements and rankings cannot hold."""
+    """Replace white space in an id, because files of judgements and rankings separate ids by it."""
     return re.sub(r"\s+", "_", id)
 
 

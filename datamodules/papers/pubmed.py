@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, year_of
-from datamodules.readers.checks import QUARANTINED_TEXT, BadLines, Record, Row
-from datamodules.readers.io import CHUNK, open_text, read_chunk
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.xml_elements import read_elements
 from datamodules.records import UserError
 
 RECORDS = {"PubmedArticleSet": "PubmedArticle", "MedlineCitationSet": "MedlineCitation"}
-MAX_DEPTH = 200  # nested elements; PubMed has about 15
 
 
 def rows(path: Path, bad: BadLines) -> Iterator[Row]:
@@ -23,41 +22,11 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     Raises UserError if the XML is damaged or defines entities.
     """
     count = 0
-    for element in _elements(path):
+    for element in read_elements(path, RECORDS):
         count += 1
         text = ElementTree.tostring(element, "unicode")[:QUARANTINED_TEXT]
         yield Row(bad, path, count, text, count, _as_object(element) if element.tag in RECORDS.values() else None)
     bad.end_of_file(path, count)
-
-
-def _elements(path: Path) -> Iterator[ElementTree.Element]:
-    parser = ElementTree.XMLPullParser(["start", "end"])
-    root, prolog, depth = None, "", 0
-    with open_text(path) as stream:
-        try:
-            while text := read_chunk(stream, path, 0, CHUNK):
-                if root is None:
-                    prolog += text
-                    if len(prolog) > 2 * CHUNK:
-                        raise UserError(f"{path}: expected an element within the first {CHUNK:,} characters")
-                    # The files define no entities. Nested ones expand without end.
-                    if "<!ENTITY" in prolog:
-                        raise UserError(f"{path}: defines XML entities, which files of PubMed do not")
-                parser.feed(text)
-                for event, element in parser.read_events():
-                    if root is None:
-                        root, prolog = element, ""
-                        if root.tag not in RECORDS:
-                            raise UserError(f"{path}: expected {' or '.join(RECORDS)}, got {root.tag[:60]}")
-                    depth += 1 if event == "start" else -1
-                    if depth > MAX_DEPTH:
-                        raise UserError(f"{path}: more than {MAX_DEPTH} nested elements")
-                    if event == "end" and depth == 1:
-                        yield element
-                        root.clear()
-            parser.close()
-        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8
-            raise UserError(f"{path}: the XML file is damaged ({error})") from error
 
 
 def _as_object(article: ElementTree.Element) -> dict[str, Any]:

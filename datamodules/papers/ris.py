@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
-from datamodules.readers.checks import BadLines, Record, Row
 from datamodules.readers.io import numbered_lines
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError
 
 TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")
@@ -35,7 +35,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     Lines outside of records that have no tag, such as the header of some databases, are skipped.
     """
-    number, lines = 0, []
+    number, lines = 0, list[str]()
     for line_number, line in numbered_lines(path):
         line = line.rstrip("\r\n")
         if lines and (line.startswith("TY  -") or len(lines) >= MAX_LINES):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, objects, optional_id, year_of
-from datamodules.readers.checks import Record
+from datamodules.readers.rows import Record
 from datamodules.records import UserError
 
 WRAPPERS = ("citedPaper", "citingPaper")  # entries of the endpoints "references" and "citations"
@@ -29,7 +29,7 @@ def paper(record: Record) -> Paper | None:
     id, corpus_id = optional_id(record, "paperId"), _corpus_id(record)
     if not id and not corpus_id and "paperId" in record:
         return None  # the API returns papers that it does not know as {"paperId": null, "title": ...}
-    external = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
+    external: dict[str, Any] = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
     if not isinstance(external, dict):
         raise UserError(f"externalIds must be an object, got {str(external)[:60]!r}")
     return Paper(

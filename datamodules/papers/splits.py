@@ -36,7 +36,7 @@ class Splits:
 
     @property
     def needs(self) -> str:
-        """What a paper without a split lacks."""
+        """What the rule needs of a paper: a year, or a split."""
         return "split" if self.rule == "given" else "year"
 
     def of(self, paper: Paper) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
 from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
-from datamodules.readers.checks import SPLITS, BadLines, Record, check_choices
-from datamodules.readers.io import as_object
+from datamodules.readers.checks import SPLITS, check_choices
+from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Document, Sink, UserError
 
 SEARCHES = ("title", "keywords")
@@ -52,20 +54,20 @@ class ViewOptions:
             raise UserError(f"definitions: {self.definitions} is not a file")
 
 
-class View:
+class View(ABC):
     """A collection made from a library: documents, and queries with their relevant documents.
 
     num_documents: size of the corpus. kind: what its documents are, such as "labels".
     queries, pairs: number of queries, and of pairs with a grade above 0, in each split.
-    left_out: number of things that are not in the collection, by reason.
+    left_out: number of papers, labels or queries that are left out, by reason.
 
-    Raises EmptyView if there is no query for training.
+    Raises EmptyView without a query for training.
     """
 
     kind = "papers"
     documents_sql = "SELECT id, title, abstract FROM papers ORDER BY number"
     queries_sql = "SELECT id, title, abstract FROM papers WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
-    nothing = "there is no query for training"
+    nothing = "no query for training"
 
     def __init__(self, library: Library, options: ViewOptions, bad: BadLines):
         self.library, self.options, self.bad = library, options, bad
@@ -86,9 +88,9 @@ class View:
             reasons = (f"{reason}: {count:,}" for reason, count in self.left_out.items())
             raise EmptyView("; ".join((self.nothing, *reasons)))
 
+    @abstractmethod
     def judge(self) -> None:
         """Fill the table of judgements."""
-        raise NotImplementedError
 
     def _by_split(self, counted: str) -> dict[str, int]:
         counts = dict(self.database.execute(f"SELECT split, {counted} FROM {self.judged} GROUP BY split"))
@@ -194,7 +196,7 @@ class Citations(View):
 
 
 class Searches(View):
-    """Queries are titles, keywords, or those of a file; the corpus is papers, or only their abstracts for titles."""
+    """Queries are titles, keywords or those of a file. The corpus is the papers; for titles, their abstracts."""
 
     queries_sql = "SELECT id, '', text FROM queries WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
 
@@ -212,7 +214,7 @@ class Searches(View):
             self._from_file(Path(self.options.search))
 
     def _from_papers(self, name: str) -> None:
-        """Make a query of each paper. Papers with the same title or keywords share one, and so its split."""
+        """Make a query of each paper. Papers with the same title or keywords share a query and its split."""
         execute, count = self.database.execute, self.library.count
         if name == "title":
             texts = "SELECT number, title AS text FROM papers WHERE title <> '' AND abstract <> ''"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.beir import BeirReader
-from datamodules.readers.io import check_folder, find_file, find_split_files
+from datamodules.readers.io import check_folder, find_optional_file, find_split_files
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import UserError
 
@@ -23,7 +23,7 @@ def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; expected a folder with {LAYOUTS}. {IMPORT}")
     check_folder(folder, LAYOUTS)
-    beir = (folder / "qrels").is_dir() or find_file(folder, "queries.jsonl", required=False)
+    beir = (folder / "qrels").is_dir() or find_optional_file(folder, "queries.jsonl")
     jsonl = next(iter(find_split_files(folder, "SPLIT.jsonl", "SPLIT.json").values()), None)
     if beir and jsonl:
         raise UserError(

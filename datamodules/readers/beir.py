@@ -9,24 +9,11 @@ import re
 from pathlib import Path
 from typing import TextIO
 
-from datamodules.readers.checks import (
-    SPLITS,
-    BadLines,
-    Judgements,
-    Record,
-    check_choice,
-    check_grade,
-    read_into_memory,
-    stream_collection,
-)
-from datamodules.readers.io import (
-    as_object,
-    check_folder,
-    find_file,
-    find_split_files,
-    read_lines,
-    warn_of_unread_files,
-)
+from datamodules.readers.checks import SPLITS, check_choice, check_grade
+from datamodules.readers.collecting import Judgements, read_into_memory, stream_collection
+from datamodules.readers.io import check_folder, find_file, find_split_files, read_lines, warn_of_unread_files
+from datamodules.readers.json_files import as_object
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
 
 TAB_OR_BREAK = re.compile(r"[\t\n\r]")
@@ -36,9 +23,9 @@ NUMBER = r"[+-]?[0-9.]+"
 class BeirReader:
     """Reader of a folder in BEIR layout.
 
-    folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
-    folder/queries.jsonl   the same, title optional
-    folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
+        folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
+        folder/queries.jsonl   the same, title optional
+        folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
 
     Every file may be compressed as .gz or .zst. "abstract" is read where "text" is missing or blank. The dev split may
     also be named validation, valid or val; a warning names other files in qrels/.

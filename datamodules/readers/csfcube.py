@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    Record,
-    add_document,
-    check_choice,
-    check_collection,
-    check_grade,
-    check_id,
-    check_known,
-)
-from datamodules.readers.io import as_object, find_file, read_records, read_whole_json
+from datamodules.readers.checks import check_choice, check_grade, check_id
+from datamodules.readers.collecting import add_document, check_collection, check_known
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object, read_records, read_whole_json
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, Qrels, UserError
 
 

@@ -11,8 +11,11 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id
-from datamodules.readers.io import as_object, find_file, read_members
+from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.collecting import check_collection
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object, read_members
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, UserError
 
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    SPLITS,
-    BadLines,
-    Record,
-    add_repeated,
-    check_choice,
-    check_choices,
-    check_collection,
-    content_id,
-)
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.checks import SPLITS, check_choice, check_choices, content_id
+from datamodules.readers.collecting import add_repeated, check_collection
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object, read_records
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, UserError
 from datamodules.text import text_key
 

@@ -1,4 +1,4 @@
-"""Read files as rows: numbered lines, and JSON in lines, lists and objects; plain, .gz or .zst.
+"""Find files, and read them as text or as numbered lines; plain, .gz or .zst.
 
 Text is UTF-8, with or without a byte order mark, and with any line endings. No large file is held in memory, and a file
 that cannot be read to its end always raises an error.
@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import logging
-import re
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SURROGATES, BadLines, Record, Row
+from datamodules.readers.checks import SPLIT_NAMES, SURROGATES
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Row
 from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
-MAX_WHOLE = 2**28  # characters of a file that is read as a whole
 # Texts shrink to a fifth, and repetitive ones to a fiftieth. A file made to fill a disk expands a thousandfold.
 EXPANSION, MIN_EXPANSION = 200, 2**30  # ratio, and bytes up to which any ratio is accepted
 CHUNK = 2**20  # characters
@@ -38,17 +36,16 @@ def check_folder(folder: Path, expected: str) -> None:
         raise UserError(f"{folder}: no such folder (expected {expected} in it)")
 
 
-def find_file(folder: Path, *names: str, required: bool = True) -> Path | None:
-    """Return the path of the first of the names that exists in the folder, plain or compressed.
+def find_optional_file(folder: Path, *names: str) -> Path | None:
+    """Return the path of the first of the names that exists in the folder, plain or compressed, or None."""
+    paths = (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
 
-    Raises UserError if a required file is missing.
-    """
-    for name in names:
-        for suffix in SUFFIXES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
-    if not required:
-        return None
+
+def find_file(folder: Path, *names: str) -> Path:
+    """Return the path of the first of the names that exists in the folder. Raises UserError if none of them does."""
+    if path := find_optional_file(folder, *names):
+        return path
     check_folder(folder, names[0])
     others = "".join(f", nor {name}" for name in names[1:])
     raise UserError(f"{folder / names[0]}: no such file{others} (also not as .gz or .zst)")
@@ -62,8 +59,7 @@ def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SP
     """
     files: dict[str, Path] = {}
     for name, split in names.items():
-        path = find_file(folder, *(pattern.replace("SPLIT", name) for pattern in patterns), required=False)
-        if path:
+        if path := find_optional_file(folder, *(pattern.replace("SPLIT", name) for pattern in patterns)):
             files.setdefault(split, path)
     return files
 
@@ -85,7 +81,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Raises UserError if it cannot be opened.
     """
     try:
-        file = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115 (closed below)
+        file: Any = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
     if path.suffix == ".zst":
@@ -110,7 +106,7 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         content = self.file.read(len(buffer))
         self.size += len(content)
         if self.size > self.limit:
@@ -155,18 +151,6 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
-    with open_text(path) as stream:
-        window = _JsonWindow(stream, path)
-        while window.peek():
-            number = window.line
-            value, _, reason = window.next_value("a value")
-            if reason:
-                raise UserError(f"{path}, line {number}: {reason}")
-            yield number, value
-
-
 def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the non-blank lines, numbered from 1.
 
@@ -185,7 +169,7 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
                 continue
             num_lines += 1
             row = Row(bad, path, number, line[:QUARANTINED_TEXT] if too_long else line.rstrip("\r\n"))
-            reason = f"longer than {MAX_LINE:,} characters" if too_long else _not_text(line)
+            reason = f"longer than {MAX_LINE:,} characters" if too_long else not_text(line)
             if reason:
                 bad.report(row, reason)
             else:
@@ -193,242 +177,10 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
     bad.end_of_file(path, num_lines)
 
 
-def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the lines of a JSON lines file, or the entries of a file that is one JSON list.
-
-    Raises UserError as `read_entries` does.
-    """
-    with open_text(path) as stream:
-        is_list = _JsonWindow(stream, path).peek() == "["
-    return read_entries(path, bad) if is_list else read_lines(path, bad)
-
-
-def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
-    """Yield the entries of a file that is one JSON list, or the values of one JSON object (kind "object").
-
-    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
-    start of the next entry is then unknown.
-    """
-    with open_text(path) as stream:
-        window = _JsonWindow(stream, path)
-        count = yield from _entries(window, bad, kind)
-        if window.peek():
-            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON {kind}")
-    bad.end_of_file(path, count)
-
-
-def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield (key, entry) for the entries of the lists under `keys`, in a file that is one JSON object.
-
-    Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
-    missing.
-    """
-    num_entries, seen = 0, set()
-    with open_text(path) as stream:
-        window = _JsonWindow(stream, path)
-        window.expect("{", "a JSON object")
-        while window.peek() != "}" or seen:
-            seen.add(key := _read_key(window, "a member of the object"))
-            if key in keys or window.peek() in ("[", "{"):
-                policy = bad if key in keys else None
-                kind = "object" if policy is None and window.peek() == "{" else "list"
-                for row in _entries(window, policy, kind):
-                    num_entries += 1
-                    yield key, row
-            else:
-                window.next_value(key)
-            if window.peek() == "}":
-                break
-            window.expect(",", f"a comma after {key}")
-        window.expect("}", "the closing }")
-        if window.peek():
-            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON object")
-    if missing := [key for key in keys if key not in seen]:
-        raise UserError(f"{path}: the object has no {missing[0]}")
-    bad.end_of_file(path, num_entries + bad.by_file[path])
-
-
-def read_whole_json(path: Path) -> Any:
-    """Return the one JSON value of a small file. Raises UserError if it is invalid."""
-    with open_text(path) as stream:
-        text = read_chunk(stream, path, 0, MAX_WHOLE + 1)
-    if len(text) > MAX_WHOLE:
-        raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
-    try:
-        return _parse(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def as_object(row: Row, expected: str = "") -> Record:
-    """Return the JSON object of a row. Raises UserError if the row is not a JSON object.
-
-    expected: description of the object for the error, such as " with id and title".
-    """
-    value = _parse(row.text) if row.entry is None else row.value
-    if not isinstance(value, dict):
-        raise UserError(f"expected an object{expected}, got {row.text[:60]!r}")
-    return Record.of(row, value)
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(_json_error(error)) from error
-
-
-def _json_error(error: Exception, start: int = 0) -> str:
-    """Describe an error of the JSON decoder. start: index at which the value begins."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON ({error.msg} at column {error.pos - start + 1})"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return "contains a number that is too long"  # Python converts at most 4,300 digits
-
-
-def _not_text(text: str) -> str:
+def not_text(text: str) -> str:
     """Return the reason why a string is not text, or "" if it is."""
     if "\0" in text:
         return "contains NUL bytes, as after a crash or an incomplete copy"
     if not text.isascii() and (match := SURROGATES.search(text)):
         return f"not UTF-8 (byte 0x{ord(match[0]) & 0xFF:02x} at column {match.start() + 1})"
     return ""
-
-
-# --- JSON that is larger than memory ---
-#
-# ijson reads such files too, but it stops at the first invalid entry without reporting its line. This code reports it,
-# and continues after the entry under on_error="skip".
-
-
-def _read_key(window: _JsonWindow, what: str) -> str:
-    key, text, reason = window.next_value(f"the key of {what}")
-    if reason or not isinstance(key, str):
-        raise UserError(f"{window.path}, line {window.line}: {what} has no key, got {text[:60]!r}")
-    window.expect(":", f"a colon after the key {text[:60]}")
-    return key
-
-
-def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[Row, None, int]:
-    """Yield the entries of the list or object at the window's position, then return how many there were.
-
-    bad: policy for bad entries. If it is None, entries are only counted, not yielded.
-    """
-    opening, closing = {"list": "[]", "object": "{}"}[kind]
-    count = 0
-    window.expect(opening, f"a JSON {kind}")
-    while window.peek() != closing or count:
-        count += 1
-        if kind == "object":
-            _read_key(window, f"entry {count}")
-        window.peek()
-        number = window.line
-        value, text, reason = window.next_value(f"entry {count}")
-        if bad is not None:
-            row = Row(bad, window.path, number, text, count, value)
-            if reason := _not_text(text) or reason:
-                bad.report(row, reason)
-            else:
-                yield row
-        if window.peek() == closing:
-            break
-        window.expect(",", f"a comma after entry {count}")
-    window.expect(closing, f"the closing {closing}")
-    return count
-
-
-class _JsonWindow:
-    """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
-
-    text: current part of the file. position: index of the next character. line: line number of that character, from 1.
-    """
-
-    DECODER = json.JSONDecoder()
-    SPACE = re.compile(r"[ \t\r\n]*")
-    # A bracket, or a string up to its end or the end of the window. The quantifiers are possessive, so that an
-    # unterminated string costs linear time.
-    BRACKET = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<end>"|\\?\Z)', re.DOTALL)
-    WORD = re.compile(r"[^,:\[\]{}\"\s]*")
-
-    def __init__(self, stream: TextIO, path: Path):
-        self.stream, self.path = stream, path
-        self.text, self.position, self.line, self.ended = "", 0, 1, False
-
-    def peek(self) -> str:
-        """Return the next character that is not space, or "" at the end of the file."""
-        while True:
-            self._move(self.SPACE.match(self.text, self.position).end())
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if self.ended:
-                return ""
-            self._slide()
-
-    def expect(self, character: str, what: str) -> None:
-        """Move past a character. Raises UserError if another one is next. what: its name in the error."""
-        if self.peek() != character:
-            self._refuse(what)
-        self._move(self.position + 1)
-
-    def next_value(self, what: str) -> tuple[Any, str, str]:
-        """Return the next value, its text, and the reason why it is invalid, or "".
-
-        Raises UserError if the value does not end within MAX_LINE characters.
-        """
-        first = self.peek()
-        while True:
-            value, end, reason = self._decode(first)
-            if end is not None:
-                text = self.text[self.position : end]
-                if not text:
-                    self._refuse(f"a value for {what}")
-                self._move(end)
-                return value, text, reason
-            if self.ended:
-                raise UserError(f"{self.path}, line {self.line}: the file ends inside {what}")
-            if len(self.text) - self.position > MAX_LINE:
-                raise UserError(f"{self.path}, line {self.line}: {what} does not end within {MAX_LINE:,} characters")
-            self._slide()
-
-    def _slide(self) -> None:
-        """Drop the text before the position, and at least double the rest. So long entries take linear time."""
-        rest = self.text[self.position :]
-        chunk = read_chunk(self.stream, self.path, self.line, max(CHUNK, len(rest)))
-        self.text, self.position, self.ended = rest + chunk, 0, not chunk
-
-    def _move(self, end: int) -> None:
-        self.line += self.text.count("\n", self.position, end)
-        self.position = end
-
-    def _refuse(self, what: str) -> NoReturn:
-        actual = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
-        raise UserError(f"{self.path}, line {self.line}: expected {what}, {actual}")
-
-    def _decode(self, first: str) -> tuple[Any, int | None, str]:
-        """Return value, end and error of the value at the position. The end is None if it is outside the window."""
-        try:
-            if first in ('"', "{", "["):
-                return *self.DECODER.raw_decode(self.text, self.position), ""
-            # A number has no closing bracket: the window may end inside 1.5e7, after 1.5 or 1.5e.
-            end = self._find_end(first)
-            word = self.text[self.position : end]
-            return json.loads(word) if end is not None and word else None, end, ""
-        except (ValueError, RecursionError) as error:
-            return None, self._find_end(first), _json_error(error, self.position if first in ('"', "{", "[") else 0)
-
-    def _find_end(self, first: str) -> int | None:
-        """Find the end of a value by matching brackets and quotes. None if it is outside the window."""
-        if first not in ('"', "{", "["):
-            end = self.WORD.match(self.text, self.position).end()
-            return end if end < len(self.text) or self.ended else None
-        depth = 0
-        for token in self.BRACKET.finditer(self.text, self.position):
-            if token[0][0] == '"':
-                if token["end"] != '"':
-                    return None
-            else:
-                depth += 1 if token[0] in "{[" else -1
-            if depth == 0:
-                return token.end()
-        return None

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    SPLITS,
-    BadLines,
-    Record,
-    Row,
-    check_choice,
-    check_grade,
-    check_known,
-    check_text,
-    read_into_memory,
-    split_of,
-)
-from datamodules.readers.io import as_object, find_file, find_split_files, read_records, warn_of_unread_files
+from datamodules.readers.checks import SPLITS, check_choice, check_grade, check_text, split_of
+from datamodules.readers.collecting import check_known, read_into_memory
+from datamodules.readers.io import find_file, find_split_files, warn_of_unread_files
+from datamodules.readers.json_files import as_object, read_records
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import Collection, Document, Sink, UserError
 
 
 class JsonlReader:
     """Reader of a folder with a corpus, and for each split a file of queries with their documents.
 
-    folder/corpus.jsonl   {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
-    folder/train.jsonl    {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
-    folder/dev.jsonl      the same
-    folder/test.jsonl     the same; at least one of the three files must exist
+        folder/corpus.jsonl  {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
+        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
+        folder/dev.jsonl     the same
+        folder/test.jsonl    the same; at least one of the three files must exist
 
     "abstract" is read where "text" is missing or blank. The dev split may also be named validation, valid or val.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Record, Row, add_document
-from datamodules.readers.io import CHUNK, SUFFIXES, as_object, open_text, read_chunk, read_lines, read_records
+from datamodules.readers.collecting import add_document
+from datamodules.readers.io import SUFFIXES, read_lines
+from datamodules.readers.json_files import as_object, read_records
+from datamodules.readers.rows import BadLines, Record, Row
+from datamodules.readers.xml_elements import read_elements
 from datamodules.records import Document, UserError
 
 
@@ -21,8 +23,8 @@ def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
     """
     labels: dict[str, Document] = {}
     if _has_suffix(path, "xml"):
-        for label in _read_mesh(path):
-            add_document(labels, label)
+        for descriptor in read_elements(path, ["DescriptorRecordSet"]):
+            add_document(labels, _from_descriptor(path, descriptor))
     else:
         is_json = _has_suffix(path, "json", "jsonl")
         for row in read_records(path, bad) if is_json else read_lines(path, bad):
@@ -51,24 +53,6 @@ def _from_columns(row: Row) -> Document:
     if len(columns) < 2 or not columns[0] or not columns[1]:
         raise UserError(f"expected a label and its name, separated by a tab, got {row.text[:60]!r}")
     return Document(columns[0], columns[1])
-
-
-def _read_mesh(path: Path) -> Iterator[Document]:
-    """Yield the descriptors of a MeSH file, one at a time, because the file is about 300 MB."""
-    parser = ElementTree.XMLPullParser(["start", "end"])
-    root = None
-    with open_text(path) as stream:
-        try:
-            while text := read_chunk(stream, path, 0, CHUNK):
-                parser.feed(text)
-                for event, element in parser.read_events():
-                    root = element if root is None else root
-                    if event == "end" and element.tag == "DescriptorRecord":
-                        yield _from_descriptor(path, element)
-                        root.clear()
-            parser.close()
-        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8
-            raise UserError(f"{path}: the XML file is damaged ({error})") from error
 
 
 def _from_descriptor(path: Path, record: ElementTree.Element) -> Document:

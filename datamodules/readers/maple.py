@@ -16,18 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    Record,
-    add_id,
-    check_choice,
-    check_choices,
-    check_collection,
-    split_of,
-    stable_hash,
-)
-from datamodules.readers.io import as_object, find_file, read_records
+from datamodules.readers.checks import check_choice, check_choices, split_of, stable_hash
+from datamodules.readers.collecting import add_id, check_collection
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, UserError
 
 log = logging.getLogger(__name__)

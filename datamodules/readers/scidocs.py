@@ -10,9 +10,12 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import BadLines, Judgements, add_document, check_choice, check_collection, check_grade
-from datamodules.readers.io import as_object, find_file, find_split_files, read_entries, read_lines
+from datamodules.readers.checks import check_choice, check_grade
+from datamodules.readers.collecting import Judgements, add_document, check_collection
+from datamodules.readers.io import find_file, find_split_files, read_lines
+from datamodules.readers.json_files import as_object, read_entries
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines
 from datamodules.records import Collection, Document, Qrels, UserError
 
 CLASSIFICATION = ("mag", "mesh")

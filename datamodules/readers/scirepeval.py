@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import (
-    BadLines,
-    Record,
-    Row,
-    add_grades,
-    add_repeated,
-    check_choice,
-    check_collection,
-    check_id,
-)
-from datamodules.readers.io import as_object, find_file
+from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.collecting import add_grades, add_repeated, check_collection
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
 from datamodules.records import Collection, Document, UserError
 from datamodules.text import TEXT_KEYS
@@ -103,7 +97,7 @@ class SciRepEvalReader:
             for split, paths in files_by_split(Path(self.folder)).items():
                 yield split, read_tables(paths, bad)
         else:
-            for split, records in load_hub_splits(self.dataset, self.config).items():
+            for split, records in load_hub_splits(self.dataset or "", self.config).items():
                 yield split, read_hub_table(f"{self.dataset}/{self.config}/{split}", records, bad)
 
     def _add_labelled_paper(
@@ -173,7 +167,7 @@ def _add_triplet(record: Record, id: str, corpus: Documents, queries: Documents,
 
 def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, qrels: Grades) -> None:
     query = _read_query(record, id)
-    papers, grades = [], {}
+    papers, grades = list[Document](), dict[str, int]()
     for number, candidate in enumerate(_candidates(record), start=1):
         try:
             papers.append(candidate.document(*ID_KEYS, may_be_blank=True))

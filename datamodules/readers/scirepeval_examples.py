@@ -11,9 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from datamodules.readers.checks import BadLines, Record, check_choice, check_collection, check_id
-from datamodules.readers.io import as_object
+from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.collecting import check_collection
+from datamodules.readers.json_files import as_object
+from datamodules.readers.rows import BadLines, Record
 from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
 from datamodules.records import Collection, Document, UserError
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 NUMBER = "number"
 MAX_NUMBER = 1e100  # cross-validation squares the numbers, and larger squares may overflow
 
-Label = str | tuple[int, ...] | float  # of the views "class", "labels" and "number"
+Label = Any  # str, tuple[int, ...] or float, in the views "class", "labels" and "number"
 
 
 class SciRepEvalExamplesReader:
@@ -127,7 +130,7 @@ class SciRepEvalExamplesReader:
         # The label breaks ties, because "1" and "01" are two classes.
         return sorted(classes, key=(lambda label: (int(label), label)) if are_numbers else str)
 
-    def _grades(self, label: Label) -> dict[str, float]:
+    def _grades(self, label: Label) -> dict[str, Any]:
         if self.view == "labels":
             return {str(index): value for index, value in enumerate(label)}
         return {NUMBER: label} if self.view == NUMBER else {label: 1}

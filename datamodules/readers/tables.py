@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.readers.checks import QUARANTINED_TEXT, SPLIT_NAMES, SPLITS, BadLines, Row
-from datamodules.readers.io import check_folder, read_records
+from datamodules.readers.checks import SPLIT_NAMES, SPLITS
+from datamodules.readers.io import check_folder
+from datamodules.readers.json_files import read_records
+from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Row
 from datamodules.records import UserError
 
 FILE_NAME = re.compile(

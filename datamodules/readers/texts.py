@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from datamodules.papers.formats import JSON, KNOWN_SUFFIXES, suffix_of
-from datamodules.readers.checks import BadLines, Row
-from datamodules.readers.io import as_object, find_file
+from datamodules.readers.io import find_optional_file
+from datamodules.readers.json_files import as_object
+from datamodules.readers.rows import BadLines, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import Document, UserError
 
@@ -32,7 +33,7 @@ def text_files(source: Path) -> list[Path]:
     if source.is_file():
         files, expected = [source], ""
     elif source.is_dir():
-        if corpus := find_file(source, "corpus.jsonl", "corpus.json", required=False):
+        if corpus := find_optional_file(source, "corpus.jsonl", "corpus.json"):
             return [corpus]
         files = [path for path in source.iterdir() if TEXTS.search(path.name) and path.is_file()]
         expected = "a corpus.jsonl, or shards that end in .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
@@ -83,7 +84,7 @@ def read_shards(
 
     size: number of lines per shard. Bad lines count, and the last shard may be shorter.
     """
-    number, documents, line = 0, [], -1
+    number, documents, line = 0, list[Document](), -1
     for line, row in enumerate(read_tables(paths, bad)):
         if line // size != number:
             if number in wanted:

@@ -15,7 +15,8 @@ from rich.table import Table
 from datamodules.batches import BatchOptions
 from datamodules.files import atomic_folder
 from datamodules.options import option
-from datamodules.records import ContrastiveBatch, Task
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Task
 from datamodules.tasks import SearchDataModule
 from experiments.bench.timing import DEVICES, in_new_process, memory
 from experiments.config.arguments import parse

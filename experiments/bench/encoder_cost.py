@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from datamodules.options import option
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from experiments.bench.timing import DEVICES, Run, backbone_of, tasks_of, time_ratio
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console

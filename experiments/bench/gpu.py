@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from datamodules.options import option
-from datamodules.readers.checks import BadLines
+from datamodules.readers.rows import BadLines
 from datamodules.readers.texts import read_shards, text_files
 from datamodules.records import UserError
 from experiments.bench import gpu_checks, gpu_parts

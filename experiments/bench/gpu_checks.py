@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModel, ModernBertConfig, MPNetConfig, RobertaConfig
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from experiments.bench.workload import KINDS, OTHER_TASKS, SHAPES, TASK, Workload, wrapped
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.base import Encoder

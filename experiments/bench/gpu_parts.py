@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.records import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch, Tokens
 from datamodules.text import token_ids
 from datamodules.tokens import CACHE, Encoding, tokenise_ahead
 from experiments.bench import mining

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from datamodules.batches import Collator
 from datamodules.options import option
-from datamodules.records import ContrastiveBatch, Example
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Example
 from experiments.bench.timing import DEVICES, backbone_of, in_new_process, seconds
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console

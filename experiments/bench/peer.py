@@ -89,12 +89,12 @@ class Peer:
         Texts are tokenised before. mini_batch: size of the chunks of its GradCache; 0: without it.
         """
         workload, model = self.workload, self.model(torch.float32, dropout).train()
-        losses = _losses()
+        module = losses()
         scale = {"scale": 20.0}  # the inverse of our temperature
         if mini_batch:
-            loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch, **scale)
+            loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch, **scale)
         else:
-            loss = losses.MultipleNegativesRankingLoss(model, **scale)
+            loss = module.MultipleNegativesRankingLoss(model, **scale)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         columns = 2 + hard_negatives
         texts = list(itertools.islice(itertools.cycle(workload.texts), columns * pairs))
@@ -117,7 +117,8 @@ class Peer:
         return semantic_search(queries, documents, top_k=k)
 
 
-def _losses() -> Any:
+def losses() -> Any:
+    """Return the module with the losses of sentence-transformers."""
     for name in LOSSES:
         if importlib.util.find_spec(name):
             return importlib.import_module(name)

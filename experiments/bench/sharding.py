@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from datamodules.batches import Collator
 from datamodules.options import option
-from datamodules.records import ContrastiveBatch, Example
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Example
 from experiments.bench.timing import backbone_of, seconds, tasks_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console

@@ -19,7 +19,8 @@ import torch
 from transformers import BertTokenizer
 
 from datamodules.batches import Collator
-from datamodules.records import ContrastiveBatch, Document, Example, Tokens, UserError
+from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.records import Document, Example, UserError
 from datamodules.text import input_text, length_sorted_chunks, token_ids
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -14,10 +15,12 @@ from datamodules.records import UserError
 from experiments.build.models import device_of
 from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
-from experiments.config.targets import instantiate
+from experiments.config.structured import prefixed
+from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.relabel import Judge
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,21 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
         seed=config.run.seed,
         guide=guide,
         device=device,
+        judges=_build_judges(config, [task for task, node in nodes.items() if node]),
     )
+
+
+def _build_judges(config: Config, tasks: Sequence[str]) -> dict[str, Judge]:
+    """Return the judge of each mined task that has one. Tasks with the same node share it."""
+    settings, built = config.mining, {}
+    arguments = {"tasks": {task: task for task in config.task}, "packages": config.extend.packages}
+    nodes = {task: settings.judges.get(task, settings.judge) for task in tasks}
+    for task, node in nodes.items():
+        if node and repr(node) not in built:
+            with prefixed(f"mining.judges.{task}." if settings.judges.get(task) else "mining.judge."):
+                accepted = {name: arguments[name] for name in accepted_arguments(node, arguments)}
+                built[repr(node)] = instantiate(node, **accepted)
+    return {task: built[repr(node)] for task, node in nodes.items() if node}
 
 
 def build_mining_callback(
@@ -76,6 +93,11 @@ def build_mining_callback(
     """Build the callback that mines during training, if the experiment asks for it. folder: the run's folder."""
     every, max_steps = steps_between(config, data, batches_per_step), config.trainer.max_steps
     if not every:
+        if config.mining.judge or any(config.mining.judges.values()):
+            raise UserError(
+                "mining.judge: this run mines nothing that could be judged; set mining.every_n_steps, or judge the "
+                "negatives of a store with make mine mining.store=FOLDER mining.judge=..., and train on its output"
+            )
         return []
     first = every if config.mining.first_step is None else config.mining.first_step
     if first >= max_steps:

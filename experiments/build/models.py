@@ -125,14 +125,6 @@ def default_similarity(encoder: Encoder, config: Config | None) -> str:
     return encoder.similarity or (config.objective.similarity if config else "cosine")
 
 
-def start_of(config: Config) -> str | None:
-    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
-    name = config.extend.model or config.init_from or config.backbone.name
-    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
-        return None
-    return os.path.abspath(name) if Path(name).exists() else name
-
-
 def device_of(config: Config) -> torch.device:
     """Return the device that this process trains an experiment on."""
     return torch.device("cpu") if config.trainer.accelerator == "cpu" else default_device(launch.local_rank())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable
 
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.records import ContrastiveBatch, Document, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Document, UserError
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
@@ -39,6 +41,7 @@ from lightning_modules.objective_options import (
     VectorTeacherOptions,
     check_objective,
 )
+from lightning_modules.optim import ExpertDecay
 from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
@@ -95,6 +98,14 @@ def _add_lora(config: Config, encoder: Encoder) -> None:
     if config.backbone.lora.rank:
         with prefixed("backbone."):
             add_lora(encoder, config.backbone.lora)
+
+
+def start_of(config: Config) -> str | None:
+    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    name = config.extend.model or config.init_from or config.backbone.name
+    if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
+        return None
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -200,6 +211,9 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
     check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
+    if config.optim.expert_decay:
+        with prefixed("optim."):
+            ExpertDecay(encoder, config.optim.expert_decay)  # raises UserError without experts
     vector_teacher = objective.vector_teacher
     has_file = vector_teacher.model not in (None, START)
     module = ContrastiveModule(

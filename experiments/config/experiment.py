@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from datamodules.options import check_options, option
 from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.moved import current_path, with_first_paths
+from experiments.config.overrides import check_override, packages_in, parse_override, replacement_of
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
     LOADER,
@@ -38,7 +38,7 @@ from experiments.config.structured import (
     unknown,
     yaml_text,
 )
-from experiments.config.targets import check_targets, is_library
+from experiments.config.targets import check_targets
 from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
     Raises UserError that names file and key, what is wrong, and what is expected.
     """
     for text in overrides:
-        _check_override(text)
+        check_override(text)
     path, folders = experiment_file(experiment), folders_of(experiment)
     scale = ([Config.scale] + [text.partition("=")[2] for text in overrides if text.startswith("scale=")])[-1]
     _check_name("scale", scale, scales(folders))
@@ -134,16 +134,6 @@ def from_dict(settings: Mapping[str, Any], source: str, packages: Sequence[str] 
     if isinstance(extend, Mapping):
         settings = dict(settings) | {"extend": dict(extend) | {"packages": list(packages)}}
     return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)), source), packages)
-
-
-def packages_in(overrides: Sequence[str]) -> list[str]:
-    """Return the extend.packages of overrides."""
-    allowed: Any = []
-    for text in overrides:
-        extend = OmegaConf.to_container(_parse(text)).get("extend") if text.startswith("extend") else None
-        if isinstance(extend, dict) and "packages" in extend:
-            allowed = extend["packages"]
-    return [name for name in allowed if isinstance(name, str)] if isinstance(allowed, list) else []
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -359,7 +349,7 @@ def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Seque
     make passes them in any order, so sort them: first those that replace all data of a task, then single collections,
     then the rest.
     """
-    parsed = [(text, layer := _parse(text), _replacement(text, layer)) for text in overrides]
+    parsed = [(text, layer := parse_override(text), replacement_of(text, layer)) for text in overrides]
     parsed.sort(key=lambda each: 2 if each[2] is None else int(each[2].collection is not None))
     tasks = set(config.task)
     for text, layer, replacement in parsed:
@@ -371,37 +361,6 @@ def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Seque
                 data.pop(replacement.collection, None)
         config = _merge(config, layer, f"command line ({text})", others)
     return config
-
-
-def _check_override(text: str) -> None:
-    """Raise UserError unless the text is key=value."""
-    key, equals, _ = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"command line: expected key=value, got {text!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"command line: {text!r} is not UTF-8") from error
-    if key == "experiment":
-        raise UserError("command line: the experiment is the first argument, not a key (make train EXP=...)")
-
-
-def _parse(text: str) -> DictConfig:
-    try:
-        return OmegaConf.create(_none_as_null(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"command line: {text!r} cannot be read ({str(error).splitlines()[0]})") from error
-    except RecursionError as error:
-        raise UserError(f"command line: {text[:60]!r}... is nested too deeply") from error
-
-
-def _none_as_null(node: Any) -> Any:
-    """Replace the word None by null: W&B's agent writes values as Python prints them."""
-    if isinstance(node, dict):
-        return {key: _none_as_null(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_none_as_null(value) for value in node]
-    return None if node == "None" else node
 
 
 def _clear_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
@@ -416,58 +375,3 @@ def _clear_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
                 config[key] = {}
             else:
                 _clear_replaced_targets(old, new)
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What an override replaces: one collection of a task, or all of its data (None)."""
-
-    task: str
-    collection: str | None
-
-
-def _replacement(text: str, layer: DictConfig) -> Replacement | None:
-    """Return which data an override replaces, or None if it only sets keys. Folders in its layer become nodes.
-
-        task.search.data=/data/mine                  only this collection, called mine
-        task.search.data=[/data/mine, /data/other]   only these
-        task.search.data={mine: {...}}               only these, each with the node of its reader
-        task.search.data.mine=/data/mine             this one in addition to the scale's
-
-    layer: the parsed text. Raises UserError for a value that is neither a folder nor a node.
-    """
-    key = text.partition("=")[0]
-    match = re.fullmatch(r"task\.([^.]+)\.data(?:\.([^.]+))?", key)
-    if match is None:
-        return None
-    task, name = match.groups()
-    data = OmegaConf.to_container(layer)["task"][task]["data"]
-    if name:
-        if not _is_folder(data[name]):
-            return None
-        layer.task[task].data[name] = {"folder": data[name]}
-        return Replacement(task, name)
-    folders = [data] if isinstance(data, str) else data
-    if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
-        layer.task[task].data = _nodes_by_name(key, folders, task)
-    elif not isinstance(data, dict) or not data:
-        raise UserError(f"{key}: expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got {data!r}")
-    return Replacement(task, None)
-
-
-def _is_folder(value: Any) -> bool:
-    """Return whether a value is a folder, and not a node or a reference such as ${task.search.data.mine}."""
-    return isinstance(value, str) and not value.startswith("${task.")
-
-
-def _nodes_by_name(key: str, folders: list[str], task: str) -> dict[str, dict[str, str]]:
-    """Return a node for each folder, named after it; a library, which serves several tasks, after the task too."""
-    nodes: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"
-        name = f"{name}_{task}" if is_library(Path(folder)) else name
-        if name in nodes:
-            example = f"{key}={{a: {nodes[name]['folder']}, b: {folder}}}"
-            raise UserError(f"{key}: two folders are called {name}; give them names: {example}")
-        nodes[name] = {"folder": folder}
-    return nodes

@@ -125,6 +125,12 @@ class MiningConfig(MiningOptions):
     miners: dict[str, Any] = option(
         {}, "miners for individual tasks: task -> _target_ node; null: do not mine for this task"
     )
+    judge: Any = option(
+        None,
+        "_target_ node: a judge, a class in lightning_modules.mining.relabel or cross_encoder, that drops mined "
+        "negatives or turns them into positives; null for none",
+    )
+    judges: dict[str, Any] = option({}, "judges for individual tasks: task -> _target_ node; null for none")
 
 
 @dataclass

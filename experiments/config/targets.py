@@ -31,6 +31,7 @@ from experiments.config.structured import describe, did_you_mean, expected_one_o
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import is_in
 from lightning_modules.mining.miners import Miner
+from lightning_modules.mining.relabel import Judge
 
 PACKAGES = ("datamodules", "lightning_modules")
 READERS = "datamodules.readers."
@@ -38,6 +39,7 @@ EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 IMPORTED = "import.json"  # file in the folder of an import
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
+JUDGE_ARGUMENTS = ("tasks", "packages")  # given by build_mining
 
 
 def check_targets(config: Config) -> None:
@@ -52,6 +54,15 @@ def check_targets(config: Config) -> None:
             raise unknown("task in mining.miners", name, config.tasks)
         key = f"mining.miners.{name}"
         config.mining.miners[name] = check_target(key, node, Miner, packages=allowed) if node else None
+    if config.mining.judge is not None:
+        config.mining.judge = check_target(
+            "mining.judge", config.mining.judge, Judge, JUDGE_ARGUMENTS, packages=allowed
+        )
+    for name, node in config.mining.judges.items():
+        if name not in config.tasks:
+            raise unknown("task in mining.judges", name, config.tasks)
+        key = f"mining.judges.{name}"
+        config.mining.judges[name] = check_target(key, node, Judge, JUDGE_ARGUMENTS, packages=allowed) if node else None
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"

@@ -59,12 +59,12 @@ class RunFiles:
         self.computed: dict[str, Any] = {}
 
     def json(self, name: str) -> Any:
-        """Return the content of a JSON file, or None if there is no such file."""
+        """Return the content of a JSON file, or None if it is missing."""
         path = self.path / name
         return read_json(path) if path.is_file() else None
 
     def source(self, name: str) -> Source | None:
-        """Return the content of a file with its location, or None if there is no such file."""
+        """Return the content of a file with its location, or None if it is missing."""
         if name == COMPUTED:
             return Source(self.computed, f"{COMPUTED}#")
         content = self.config if name == CONFIG else self.json(name)

@@ -8,7 +8,8 @@ from typing import Any
 
 from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
-from experiments.build.models import System, start_of
+from experiments.build.models import System
+from experiments.build.module import start_of
 from experiments.config.experiment import BEST
 from experiments.config.schema import Config
 from experiments.results.result_tables import result_tables

@@ -2,77 +2,145 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import read_json
 from experiments.config.experiment import read_config
-from experiments.results.results import Results, read_results
+from experiments.results.hub_metadata import (
+    CARD,
+    HubDetails,
+    front_matter,
+    public_command,
+    start_of_run,
+    without_paths,
+)
+from experiments.results.results import BenchmarkTable, Results, read_results
 from experiments.run.folder import read_manifest
+from experiments.shared.plain import plain
+from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown, markdown_table
 from lightning_modules.encoders.base import Encoder
 
-CARD = "README.md"
 RECIPE = "merge.json"  # members, weights and dev scores of a merged model, in its folder
 INTRODUCTION = "contrastive multi-task training as in SciMult ([arXiv 2305.14232](https://arxiv.org/abs/2305.14232))"
+CITATION = """## Citation
+
+The training method is SciMult's:
+
+```bibtex
+@inproceedings{zhang2023scimult,
+  title     = {Pre-training Multi-task Contrastive Learning Models for Scientific Literature Understanding},
+  author    = {Zhang, Yu and Cheng, Hao and Shen, Zhihong and Liu, Xiaodong and Wang, Ye-Yi and Gao, Jianfeng},
+  booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2023},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.14232}
+}
+```"""
 
 
-def write_card(folder: Path, encoder: Encoder, source: str, run: Path | None, similarity: str, task: str = "") -> Path:
-    """Write the README.md of an exported folder.
+def write_card(
+    folder: Path,
+    encoder: Encoder,
+    source: str,
+    run: Path | None,
+    similarity: str,
+    task: str = "",
+    *,
+    fingerprint: str = "",
+    hub: HubDetails | None = None,
+) -> Path:
+    """Write the README.md of an exported folder. It has no local path.
 
     source: folder, file or hub name of the model that was exported. run: folder of its run, if any.
     task: task of a plain folder, or "average"; empty for the whole encoder.
+    fingerprint: that of the whole encoder; results of a run are shown if they are those of this encoder.
     """
-    sections = [_introduction(encoder, task), _usage(encoder, similarity, task), _encoder(encoder, source, similarity)]
+    hub = hub or HubDetails()
+    results = read_results(run / "results.json") if run and (run / "results.json").is_file() else None
+    measured = _measured(results, task, fingerprint, similarity) if results else {}
+    sections = [
+        f"---\n{front_matter(source, run, task, measured, hub)}---",
+        _introduction(encoder, task),
+        _usage(encoder, similarity, task, hub.repository or "THIS FOLDER"),
+        _encoder(encoder, source, similarity),
+    ]
     if run is not None:
         sections += _training(run, task)
+    if results is not None and (task in ("", "average") or task in _trained_tasks(run)):
+        sections.append(_results(results, measured, task))
     if recipe := next((path for path in (folder / RECIPE, Path(source) / RECIPE) if path.is_file()), None):
         sections.append(_merge(recipe))
     path = folder / CARD
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join([*sections, CITATION]) + "\n", encoding="utf-8")
     return path
 
 
+def _measured(results: Results, task: str, fingerprint: str, similarity: str) -> dict[str, BenchmarkTable]:
+    """Return the tables of a task, or of all tasks, in which "trained" is the exported encoder alone."""
+    tables = {}
+    for name, table in results.benchmarks.items():
+        trained = table.systems.get("trained")
+        if trained is None or task not in ("", table.task) or trained.document_fingerprint:
+            continue
+        if (trained.fingerprint, trained.similarity) == (fingerprint, similarity):
+            tables[name] = table
+    return tables
+
+
+def code_span(text: str) -> str:
+    """Return text as code in Markdown, on one line."""
+    text = plain(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
 def _introduction(encoder: Encoder, task: str) -> str:
-    library = "sentence-transformers" if task else "transformers"
-    tags = ["sentence-similarity", "feature-extraction", "scientific-papers"]
-    front_matter = "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"])
     purpose = task.replace("_", " ") if task and task != "average" else "scientific papers"
     average = " The weights are the mean of all its experts." if task == "average" else ""
     return (
-        f"{front_matter}\n\n# Encoder for {purpose}\n\nVectors of {encoder.dimension} dimensions for papers, labels "
+        f"# Encoder for {escape_markdown(purpose)}\n\nVectors of {encoder.dimension} dimensions for papers, labels "
         f"and queries, by {INTRODUCTION}.{average}"
     )
 
 
-def _usage(encoder: Encoder, similarity: str, task: str) -> str:
+def _usage(encoder: Encoder, similarity: str, task: str, name: str) -> str:
     separator = encoder.tokenizer.sep_token
     if task:
         code = (
             "from sentence_transformers import SentenceTransformer  # pip install sentence-transformers\n\n"
-            'model = SentenceTransformer("THIS FOLDER")\n'
-            f'vectors = model.encode(["A title {separator} and its abstract"])'
+            f"model = SentenceTransformer({_quoted(name)})\n"
+            f"vectors = model.encode([{_quoted(f'A title {separator} and its abstract')}])"
         )
         note = "Transformers may warn that `pooler.*` is missing. It is not used."
         if prompt := encoder.prompts.get(task, ""):
-            note += f"\n\nEvery text starts with `{prompt}`, which sentence-transformers adds automatically."
+            note += f"\n\nEvery text starts with {code_span(prompt)}, which sentence-transformers adds automatically."
     else:
         code = (
-            'from lightning_modules import load_encoder\n\nencoder = load_encoder("THIS FOLDER")\n'
-            f'vectors = encoder.encode(["some text"], task="{next(iter(encoder.tasks))}")'
+            f"from lightning_modules import load_encoder\n\nencoder = load_encoder({_quoted(name)})\n"
+            f'vectors = encoder.encode(["some text"], task={_quoted(next(iter(encoder.tasks)))})'
         )
-        note = f"Tasks: {', '.join(encoder.tasks)}. `lightning_modules` is a package of the project scimult."
+        tasks = ", ".join(map(escape_markdown, encoder.tasks))
+        note = f"Tasks: {tasks}. `lightning_modules` is a package of the project scimult."
     return (
-        f"## Use\n\n```python\n{code}\n```\n\nThe text of a paper is its title and abstract, joined by ` {separator} `."
-        " The text of a label is its name and definition, joined in the same way. A query is only its text. Compare "
-        f"vectors by {'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
+        f"## Use\n\n```python\n{code}\n```\n\nThe text of a paper is its title and abstract, joined by "
+        f"{code_span(f' {separator} ')}. The text of a label is its name and definition, joined in the same way. A "
+        f"query is only its text. Compare vectors by {'cosine' if similarity == 'cosine' else 'dot product'}.\n\n{note}"
     )
+
+
+def _quoted(text: str) -> str:
+    """Return text as a Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _encoder(encoder: Encoder, source: str, similarity: str) -> str:
     properties = {
-        "exported from": f"`{source}`",
+        "exported from": without_paths(source),
         "kind": type(encoder).__name__,
         "backbone": f"{encoder.backbone.config.model_type}, {encoder.num_layers} layers of {encoder.dimension}",
         "parameters": f"{sum(p.numel() for p in encoder.parameters()):,}",
@@ -81,61 +149,73 @@ def _encoder(encoder: Encoder, source: str, similarity: str) -> str:
         "similarity": similarity,
         "longest text": f"{encoder.max_length} tokens",
     }
-    return "## Encoder\n\n" + _table(["", ""], list(properties.items()))
+    return "## Encoder\n\n" + markdown_table(["", ""], list(properties.items()))
+
+
+def _trained_tasks(run: Path) -> set[str]:
+    """Return the tasks that a run trained, according to its manifest."""
+    return {entry["task"] for entry in _manifest(run).get("data", {}).values()}
+
+
+def _manifest(run: Path) -> Mapping[str, Any]:
+    return read_manifest(run / "manifest.json") if (run / "manifest.json").is_file() else {}
 
 
 def _training(run: Path, task: str) -> list[str]:
-    """Return the sections on data, training and results of a run."""
-    config, sections = read_config(run), []
-    manifest = read_manifest(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    """Return the sections on the data and the training of a run."""
+    config, manifest, sections = read_config(run), _manifest(run), []
     data = manifest.get("data", {})
-    if task not in ("", "average") and data and task not in {entry["task"] for entry in data.values()}:
-        extended = config.get("extend", {}).get("model")
+    if task not in ("", "average") and data and task not in _trained_tasks(run):
+        extended = escape_markdown(without_paths(config.get("extend", {}).get("model") or "its start"))
         return [f"## Training\n\nThe exported run did not train this task. Its vectors are those of {extended}."]
     if data:
         rows = [
             (name, d["task"], f"{d['documents']:,}", f"{d['queries'].get('train', 0):,}", d["fingerprint"])
             for name, d in data.items()
         ]
-        text = _table(["data", "task", "documents", "training queries", "fingerprint"], rows)
+        text = markdown_table(["data", "task", "documents", "training queries", "fingerprint"], rows)
         if config.get("scale") == "sample":
             text += "\n\nThese papers are synthetic, for trying things out. The model knows nothing about real ones."
         sections.append(f"## Training data\n\n{text}")
     if manifest:
-        sections.append(_run(config, manifest))
-    if (run / "results.json").is_file():
-        sections.append(_results(read_results(run / "results.json"), task))
+        sections.append(_run(run, config, manifest))
     return sections
 
 
-def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _run(run: Path, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     attempts = manifest.get("attempts", [])
-    commands = [shlex.join(["python", "-m", "experiments.train", *attempt["command"][1:]]) for attempt in attempts]
+    commands = [
+        plain(shlex.join(["python", "-m", "experiments.train", *public_command(attempt["command"][1:])]))
+        for attempt in attempts
+    ]
     seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
-    start = config.get("extend", {}).get("model") or config.get("init_from") or config["backbone"].get("name")
+    start = start_of_run(run)
     text = (
         f"{config['trainer']['max_steps']} steps of {config['data']['batch_size']} queries, learning rate "
         f"{config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in total. The run started from "
-        f"{start or 'random weights'}. Its config.yaml is the complete configuration."
+        f"{escape_markdown(without_paths(start)) if start else 'random weights'}."
     )
     if prefixes := ", ".join(map(str, config["objective"].get("matryoshka", []))):
         text += f" The first {prefixes} dimensions of a vector can be used alone (with cosine: normalize them)."
     block = "\n".join(["```", *dict.fromkeys(commands), "```"])
     versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
     git = manifest.get("git") or {}
-    commit = f"\n\nCommit {git['commit']}{' with changes' if git['changed'] else ''}." if git else ""
-    return f"## Training\n\n{text}\n\n{block}\n\nWith {versions}.{commit}"
+    commit = f"Commit {git['commit']}{' with changes' if git['changed'] else ''}." if git else ""
+    return f"## Training\n\n{text}\n\n{block}\n\nWith {escape_markdown(f'{versions}. {commit}')}"
 
 
 def _merge(path: Path) -> str:
     """Return the section on how a merged model was made. path: its recipe."""
     recipe = read_json(path, {"members": list, "parts": dict, "tried": list, "dev": list})
     parts = [f"{name}: {' '.join(map(str, weights))}" for name, weights in recipe["parts"].items()]
-    text = f"The parameters are the {recipe['method']} average of these models."
+    text = f"The parameters are the {escape_markdown(recipe['method'])} average of these models."
     if parts:
-        text += f" Parts with other weights: {'; '.join(parts)}."
-    rows = [(member["model"], f"{member['weight']:.4g}", member["fingerprint"]) for member in recipe["members"]]
-    section = f"## Merge\n\n{text}\n\n{_table(['model', 'weight', 'fingerprint'], rows)}"
+        text += f" Parts with other weights: {escape_markdown('; '.join(parts))}."
+    rows = [
+        (without_paths(member["model"]), f"{member['weight']:.4g}", member["fingerprint"])
+        for member in recipe["members"]
+    ]
+    section = f"## Merge\n\n{text}\n\n{markdown_table(['model', 'weight', 'fingerprint'], rows)}"
     if not recipe["tried"]:
         return section
     sets = [f"{entry['name']} ({entry['task']}, {entry['split']})" for entry in recipe["dev"]]
@@ -144,23 +224,20 @@ def _merge(path: Path) -> str:
         for trial in recipe["tried"]
     ]
     note = f"{recipe['metric']} with the weights that were tried; {recipe['chosen']} was chosen."
-    return f"{section}\n\n{note}\n\n{_table(['weights', 'mean', *sets], tried)}"
+    return f"{section}\n\n{escape_markdown(note)}\n\n{markdown_table(['weights', 'mean', *sets], tried)}"
 
 
-def _results(results: Results, task: str) -> str:
-    """Return the results on the benchmarks of a task, or on all of them."""
+def _results(results: Results, measured: Mapping[str, BenchmarkTable], task: str) -> str:
+    """Return the results on the benchmarks of a task, or on all of them. measured: those of the exported encoder."""
+    info = results.info
     if task == "average":
         return "## Results\n\nThe run did not evaluate the average of its experts. Use `make eval model=THIS FOLDER`."
-    info = results.info
-    rows = [
-        (name, system, *(f"{result.metrics[metric]:.4f}" for metric in info.metrics))
-        for name, table in results.benchmarks.items()
-        if task in ("", table.task)
-        for system, result in table.systems.items()
-    ]
+    if not measured:
+        return "## Results\n\nThe run measured another checkpoint or similarity. Use `make eval model=THIS FOLDER`."
+    metrics = [Column(metric, ".4f", "highest") for metric in info.metrics]
+    table = Table([Column("benchmark"), Column("system"), *metrics])
+    for name, benchmark in measured.items():
+        for system, result in benchmark.systems.items():
+            table.add(name, system, *(result.metrics.get(metric) for metric in info.metrics), group=name)
     text = f"{info.split} split, {info.checkpoint} of step {info.checkpoint_step}."
-    return f"## Results\n\n{text}\n\n{_table(['benchmark', 'system', *info.metrics], rows)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    return f"## Results\n\n{escape_markdown(text)} Bold is the best of each benchmark.\n\n{as_markdown(table)}"

@@ -6,7 +6,7 @@ study.json has every number, and where it comes from. The page and the plot are 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from datamodules.records import UserError
 from experiments.config.study_file import Study
 from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
 from experiments.run.jobs import is_complete, seconds_of
+from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown
 from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
 from lightning_modules.retrieval.significance import bootstrap_interval, holm, mean_difference_p
 
@@ -58,6 +59,7 @@ def collect(study: Study) -> dict[str, Any]:
     return {
         "study": study.name,
         "title": study.settings.title,
+        "values": dict(study.settings.values),
         "start": start if start in systems else "",
         "benchmarks": benchmarks,
         "arms": {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()},
@@ -133,85 +135,91 @@ def difference(
     return rows
 
 
+def tables(content: Content) -> dict[str, Table]:
+    """Return heading -> table. All values are in points."""
+    groups = groups_of(content["benchmarks"])
+    benchmarks = {
+        f"{name} ({each['task']}, {each['queries']:,} queries)": [name] for name, each in content["benchmarks"].items()
+    }
+    means = {f"{task}, {group} ({len(inside)})": inside for (group, task), inside in groups.items()}
+    result = {"Arms": _arm_table(content), "Means over benchmarks": _value_table(content, means)}
+    if content["gains"]:
+        result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
+    if content["tests"]:
+        result["Comparisons"] = _difference_table(content["tests"])
+    return result | {"Each benchmark": _value_table(content, benchmarks)}
+
+
+def records(content: Content) -> list[dict[str, Any]]:
+    """Return the value of each arm and seed on each benchmark, between 0 and 1."""
+    return [
+        {"arm": arm, "seed": run["seed"], "benchmark": name, **content["benchmarks"][name], "value": value}
+        for arm, each in content["arms"].items()
+        for run in each["runs"]
+        for name, value in run["values"].items()
+    ]
+
+
 def page(content: Content, plot: str) -> str:
     """Return the page in Markdown. plot: path of the plot, relative to the page."""
-    lines = [f"# {content['title']}", ""]
     metrics = ", ".join(dict.fromkeys(each["metric"] for each in content["benchmarks"].values()))
-    lines += [f"{metrics} in points (100 is best). {_about_seeds(content)}", ""]
+    lines = [
+        f"# {escape_markdown(content['title'])}",
+        "",
+        f"{metrics} in points (100 is best). {_about_seeds(content)}",
+    ]
     if content["incomplete"]:
-        lines += [f"**Not complete:** {', '.join(content['incomplete'])}.", ""]
-    lines += ["## Arms", "", *_markdown(_arm_rows(content)), ""]
-    lines += ["## Means over benchmarks", "", *_markdown(_mean_rows(content)), ""]
-    if content["gains"]:
-        start = content["start"]
-        lines += [f"![Gain over {start}, with 95 % intervals]({plot})", ""]
-        lines += [f"## Gain over {start}", "", INTERVALS, "", *_markdown(_difference_rows(content["gains"])), ""]
-    if content["tests"]:
-        lines += ["## Comparisons", "", f"{INTERVALS} {TESTS}", "", *_markdown(_difference_rows(content["tests"])), ""]
-    lines += ["## Each benchmark", "", *_markdown(_benchmark_rows(content)), ""]
-    return "\n".join(lines)
+        lines += ["", f"**Not complete:** {', '.join(content['incomplete'])}."]
+    for heading, table in tables(content).items():
+        lines += ["", f"## {heading}", "", as_markdown(table)]
+        if heading == "Arms":
+            lines += ["", *(f"- {{{name}}}: {escape_markdown(text)}" for name, text in content["values"].items())]
+        elif heading.startswith("Gain"):
+            lines += ["", INTERVALS, "", f"![Gain over {content['start']} with 95 % intervals]({plot})"]
+        elif heading == "Comparisons":
+            lines += ["", f"{INTERVALS} {TESTS}"]
+    return "\n".join([*lines, ""])
 
 
-INTERVALS = (
-    "The 95 % intervals are from a paired bootstrap over queries and seeds, with each benchmark weighing the same."
-)
-TESTS = (
-    "p is from a paired randomisation test over queries, corrected for the number of rows (Holm); * marks p below 0.05."
-)
+INTERVALS = "The intervals are from a paired bootstrap over queries and seeds, in which each benchmark weighs the same."
+TESTS = "p is from a paired randomisation test over queries, corrected for the number of rows (Holm)."
 
 
 def _about_seeds(content: Content) -> str:
-    counts = {len(arm["runs"]) for arm in content["arms"].values()}
-    if counts == {1}:
+    if all(len(arm["runs"]) == 1 for arm in content["arms"].values()):
         return "One seed, so differences between trainings are not covered."
     return "± is the standard deviation over seeds."
 
 
-def _arm_rows(content: Content) -> Iterator[list[str]]:
-    yield ["arm", "what it is", "made by", "seeds", "minutes per seed", "device"]
+def _arm_table(content: Content) -> Table:
+    table = Table(
+        [*map(Column, ("arm", "what it is", "made by", "seeds")), Column("minutes per seed", ".1f"), Column("device")]
+    )
     for name, arm in content["arms"].items():
         seeds = [str(run["seed"]) for run in arm["runs"] if run["seed"] is not None]
         minutes = statistics.fmean(sum(run["seconds"]) for run in arm["runs"]) / 60
         devices = dict.fromkeys(device for run in arm["runs"] for device in run["devices"])
-        commands = "<br>".join(f"`{_cell(command)}`" for command in arm["commands"])
-        yield [
-            name,
-            _cell(arm["about"]),
-            commands,
-            " ".join(seeds) or "none",
-            f"{minutes:.1f}",
-            _cell(", ".join(devices)),
-        ]
+        commands = "; ".join(arm["commands"])
+        table.add(name, arm["about"], commands, " ".join(seeds) or "none", minutes, ", ".join(devices))
+    return table
 
 
-def _mean_rows(content: Content) -> Iterator[list[str]]:
-    groups = groups_of(content["benchmarks"])
-    yield ["arm", *(f"{task}, {group} ({len(inside)})" for (group, task), inside in groups.items())]
-    yield from _value_rows(content, list(groups.values()))
-
-
-def _benchmark_rows(content: Content) -> Iterator[list[str]]:
-    benchmarks = content["benchmarks"]
-    yield [
-        "arm",
-        *(f"{_cell(name)} ({each['task']}, {each['queries']:,} queries)" for name, each in benchmarks.items()),
-    ]
-    yield from _value_rows(content, [[name] for name in benchmarks])
-
-
-def _value_rows(content: Content, columns: Sequence[Sequence[str]]) -> Iterator[list[str]]:
-    """Yield a row for each arm: the mean over the benchmarks of each column, the best of a column in bold."""
-    means = {
-        arm: [_means_of_seeds(each["runs"], inside) for inside in columns] for arm, each in content["arms"].items()
-    }
-    shown = {arm: [f"{statistics.fmean(seeds):.1f}" if seeds else "" for seeds in row] for arm, row in means.items()}
-    best = [max(float(row[column] or 0) for row in shown.values()) for column in range(len(columns))]
-    for arm, row in means.items():
-        cells = []
-        for mean, seeds, highest in zip(shown[arm], row, best, strict=True):
-            spread = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
-            cells.append((f"**{mean}**" if mean and float(mean) == highest else mean) + spread)
-        yield [arm, *cells]
+def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Table:
+    """Return the mean over the benchmarks of each column, and its standard deviation over seeds."""
+    has_seeds = any(len(arm["runs"]) > 1 for arm in content["arms"].values())
+    table = Table([Column("arm")])
+    for heading in columns:
+        spread = [Column("±", ".1f")] if has_seeds else []
+        table.columns = [*table.columns, Column(heading, ".1f", best="highest"), *spread]
+    for name, arm in content["arms"].items():
+        cells: list[float | None] = []
+        for inside in columns.values():
+            seeds = _means_of_seeds(arm["runs"], inside)
+            cells.append(statistics.fmean(seeds) if seeds else None)
+            if has_seeds:
+                cells.append(statistics.stdev(seeds) if len(seeds) > 1 else None)
+        table.add(name, *cells)
+    return table
 
 
 def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[float]:
@@ -221,24 +229,17 @@ def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[floa
     return [100 * statistics.fmean(run["values"][name] for name in inside) for run in runs]
 
 
-def _difference_rows(rows: Sequence[Content]) -> Iterator[list[str]]:
-    corrected = bool(rows) and "p_holm" in rows[0]
-    yield ["arms", "task", "benchmarks", "difference", "95 % interval", *(["p (Holm)"] if corrected else [])]
+def _difference_table(rows: Sequence[Content]) -> Table:
+    columns = [*map(Column, ("arms", "task", "benchmarks")), Column("difference", "+.1f")]
+    columns += [Column("from", "+.1f"), Column("to (95 %)", "+.1f")]
+    is_tested = "p_holm" in rows[0]
+    table = Table([*columns, Column("p (Holm)", ".4f")] if is_tested else columns)
     for row in rows:
-        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
-        p = [f"{row['p_holm']:.4f}{'*' if row['p_holm'] < 0.05 else ''}"] if corrected else []
-        yield [f"{row['a']} − {row['b']}", row["task"], row["group"], f"{100 * row['difference']:+.1f}", interval, *p]
-
-
-def _markdown(rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    heading = next(rows)
-    yield f"| {' | '.join(heading)} |"
-    yield "|" + "---|" * len(heading)
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-
-
-def _cell(content: str) -> str:
-    return content.replace("|", "\\|").replace("\n", " ")
+        points = [100 * row[key] for key in ("difference", "low", "high")]
+        table.add(
+            f"{row['a']} − {row['b']}", row["task"], row["group"], *points, *([row["p_holm"]] if is_tested else [])
+        )
+    return table
 
 
 def plot_of(content: Content) -> str:
@@ -272,5 +273,5 @@ def plot_of(content: Content) -> str:
 
 def read_study_json(path: Path) -> dict[str, Any]:
     """Return the content of a study.json."""
-    kinds = {"title": str, "start": str, "benchmarks": dict, "arms": dict, "gains": list, "tests": list}
+    kinds = {"title": str, "values": dict, "start": str, "benchmarks": dict, "arms": dict, "gains": list, "tests": list}
     return read_json(path, kinds | {"incomplete": list})

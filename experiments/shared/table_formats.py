@@ -23,7 +23,7 @@ Format = Literal["table", "markdown", "latex", "csv", "json"]
 Cell = str | float | None
 
 PIPE_WIDTH = 160  # characters of a table whose columns may be left out, in a file or pipe
-FOLDED_WIDTH = 24  # minimum width of a column whose text is folded
+FOLDED_WIDTH = 32  # minimum width of a column whose text is folded
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would make links
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "{}$&#_%"}
@@ -117,7 +117,7 @@ def print_tables(format: Format, tables: Sequence[Table], records: Sequence[Mapp
     records: key -> value for each result; numbers are numbers.
     """
     if format in ("markdown", "latex"):
-        say("\n\n".join(map(_markdown if format == "markdown" else _latex, tables)))
+        say("\n\n".join(map(as_markdown if format == "markdown" else _latex, tables)))
     elif format == "csv":
         say(_csv(records))
     elif format == "json":
@@ -161,7 +161,7 @@ def _columns(table: Table, rows: Sequence[tuple[Row, list[tuple[str, bool]]]]) -
     return [[column.heading, *(texts[i][0] for _, texts in rows)] for i, column in enumerate(table.columns)]
 
 
-def _markdown(table: Table) -> str:
+def as_markdown(table: Table) -> str:
     """Return a table as Markdown."""
     head = [escape_markdown(column.heading) for column in table.columns]
     lines = [head, ["---" if column.form is None else "---:" for column in table.columns]]
@@ -191,7 +191,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of text as Markdown. Cells are escaped."""
-    return _markdown(Table([Column(heading) for heading in headings], rows=[Row(cells) for cells in rows]))
+    return as_markdown(Table([Column(heading) for heading in headings], rows=[Row(cells) for cells in rows]))
 
 
 def escape_markdown(text: str) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
@@ -117,7 +117,7 @@ class Diagnostics(L.Callback):
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
         """Return norms and cosines of the tasks' gradients; empty if the tasks share no parameters."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        gradients, sharded = TaskGradients(list(map(slice_of, trained)), sorted(self.batches)), module.encoder.sharded
+        gradients, sharded = TaskGradients([slice_of(x) for x in trained], sorted(self.batches)), module.encoder.sharded
         scaler = loss_scaler(trainer)
         scale = scaler.get_scale() if scaler else 1.0  # without it, small gradients would vanish in fp16
         for task in gradients.tasks:

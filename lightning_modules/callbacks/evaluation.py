@@ -86,9 +86,8 @@ class Evaluation(L.Callback):
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
         self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
-        if any(
-            isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in trainer.callbacks
-        ):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, EarlyStopping) and each.stopping_reason.value for each in callbacks):
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:
@@ -103,14 +102,14 @@ class Evaluation(L.Callback):
     def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and step > self.evaluated_at and self.benchmarks:
+        if due and step > (self.evaluated_at or 0) and self.benchmarks:
             with contextlib.suppress(Preempted):
                 values = self._evaluate(trainer, module, may_leave=step < trainer.max_steps)
                 self._report(trainer, values, step)
                 self.evaluated_at = step
                 self._stop_if_out_of_patience(trainer)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-                for callback in trainer.callbacks:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if not isinstance(callback, ProgressBar):  # Lightning's has a bar for batches of a validation
                         callback.on_validation_end(trainer, module)
 
@@ -172,7 +171,8 @@ def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     Lightning does this only in its validation loop, which is not used here. Without it, the trained weights would
     choose the best checkpoint, which contains the average.
     """
-    averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
     for callback in averages:
         callback.on_validation_epoch_start(trainer, module)
     try:

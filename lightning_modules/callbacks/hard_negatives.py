@@ -45,7 +45,7 @@ class HardNegativeMining(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         batches = trainer.accumulate_grad_batches
-        trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)
+        trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self._mine_if_due(trainer, module)
@@ -56,19 +56,20 @@ class HardNegativeMining(L.Callback):
     def _mine_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
         batch = step * trainer.accumulate_grad_batches
-        rounds = trainer.datamodule.rounds
+        rounds = trainer.datamodule.rounds  # type: ignore[attr-defined]
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
             # After a preemption, the resumed run mines. It reuses the vectors that are already embedded.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
     def _mine(self, trainer: L.Trainer, module: ContrastiveModule, step: int, batch: int) -> None:
-        data, started = trainer.datamodule, time.perf_counter()
+        data, started = trainer.datamodule, time.perf_counter()  # type: ignore[attr-defined]
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
+        meta |= self.mining.judging
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
-        values = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
+        values: Any = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
         else:
@@ -82,7 +83,7 @@ class HardNegativeMining(L.Callback):
         self, trainer: L.Trainer, cache: VectorCache, name: str, meta: Mapping[str, Any]
     ) -> dict[str, Mapping[str, float]]:
         """Mine, write the store and its report, and return the figures of each task."""
-        data, step = trainer.datamodule, trainer.global_step
+        data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
         self._pools = self._pools or data.pools()
         former = data.rounds.at(step * trainer.accumulate_grad_batches)
         mined = self.mining.run(cache, self._pools, step)

@@ -8,6 +8,7 @@ import platform
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import lightning as L
 import torch.distributed as dist
@@ -29,7 +30,7 @@ class Heartbeat(L.Callback):
 
     def __init__(self, timeout: float):
         self.timeout = timedelta(seconds=timeout)
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None  # dist.TCPStore, if there are several ranks
         self._world, self._rank = 1, 0
         self._stop = threading.Event()
 
@@ -37,7 +38,7 @@ class Heartbeat(L.Callback):
         if world_size() == 1:
             return
         self._world, self._rank = world_size(), rank()
-        address = trainer.strategy.cluster_environment.main_address
+        address = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if self._rank == 0 else None
         port = from_first_rank(store.port if store else None)
         self._store = store or dist.TCPStore(address, port, is_master=False)

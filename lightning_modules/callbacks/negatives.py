@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.losses import fill_padding
 from lightning_modules.objective import Direction, document_to_query, query_to_document
@@ -28,7 +29,7 @@ class NegativesReport(L.Callback):
     def __init__(self) -> None:
         self.tasks: set[str] = set()
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ContrastiveModule, batch: Any, batch_idx: int) -> None:
         if batch.task in self.tasks:
             return
         self.tasks.add(batch.task)
@@ -50,10 +51,10 @@ def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tenso
 
     With a symmetric loss, the negatives of positive documents follow. A guide model may mask more of them.
     """
-    vectors = [torch.zeros(len(rows), 1, device=rows.device) for rows in (batch.queries, batch.documents)]
-    directions = [query_to_document(*vectors, batch, options)]
+    queries, documents = (torch.zeros(len(rows), 1, device=rows.device) for rows in (batch.queries, batch.documents))
+    directions = [query_to_document(queries, documents, batch, options)]
     if options.symmetric:
-        directions.append(document_to_query(*vectors, batch, options))
+        directions.append(document_to_query(queries, documents, batch, options))
     return gather_rows(torch.cat([_negatives(direction) for direction in directions]))
 
 

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
-from datamodules.records import ContrastiveBatch, UserError
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.loggers import RunLogger
 from lightning_modules.memory import Memory
@@ -52,7 +54,7 @@ class TrainingLog(L.Callback):
         for task, sums in state["sums"].items():
             self.sums[task] = {name: torch.tensor(total) for name, total in sums.items()}
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         for sums in self.sums.values():
             sums |= {name: total.to(module.device) for name, total in sums.items()}
         self.logged_at = trainer.global_step
@@ -137,7 +139,8 @@ class TrainingLog(L.Callback):
             for name, total in totals.items()
         }
         values |= {f"train/{task}/batches": self.num_batches[task] for task in sorted(self.num_batches)}
-        options, scheduler = trainer.lightning_module.optim, trainer.lr_scheduler_configs[0].scheduler
+        options: Any = trainer.lightning_module.optim
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
         values["train/lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
         values |= {f"train/lr/{part}": values["train/lr"] * factor for part, factor in options.lr_scale.items()}
         values["train/batch"] = batch.fingerprint
@@ -156,7 +159,8 @@ class TrainingBar(RichProgressBar):
         return "training"  # instead of the epoch: there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-        logs = (callback for callback in trainer.callbacks if isinstance(callback, TrainingLog))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        logs = (callback for callback in callbacks if isinstance(callback, TrainingLog))
         return {name: text for log in logs for name, text in log.latest.items()}
 
 

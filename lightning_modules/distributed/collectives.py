@@ -25,7 +25,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-_host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+_host_groups: WeakKeyDictionary[Any, dist.ProcessGroup | None] = WeakKeyDictionary()
 
 
 def host_group() -> dist.ProcessGroup | None:
@@ -70,7 +70,8 @@ def together(work: Callable[[], Result]) -> Result:
     """
     if world_size() == 1:
         return work()
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     try:
         result = work()
     except Preempted:

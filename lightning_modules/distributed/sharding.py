@@ -38,9 +38,10 @@ class ShardedStrategy(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        for tensor in self.lightning_module.state_dict().values():
+        module: Any = self.lightning_module
+        for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)  # as DDP does
-        shard(self.lightning_module.encoder, self.root_device)
+        shard(module.encoder, self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return gathered(super().lightning_module_state_dict(), self.is_global_zero)
@@ -75,12 +76,12 @@ def shard(encoder: Encoder, device: torch.device) -> None:
     The parameters must be equal on all ranks.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    layers = [fully_shard(Unit(*encoder.layer_modules(i)), mesh=mesh) for i in range(encoder.num_layers)]
+    layers: list[Any] = [fully_shard(Unit(*encoder.layer_modules(i)), mesh=mesh) for i in range(encoder.num_layers)]
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
-    whole_encoder = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
+    whole_encoder: Any = fully_shard(Unit(encoder, *layers), mesh=mesh, ignored_params=in_layers)
     for name in encoder.layer_methods:
         setattr(encoder, name, partial(_call_in_unit, layers, getattr(encoder, name)))
-    encoder.forward_with_penalty = partial(whole_encoder, encoder.forward_with_penalty)
+    encoder.forward_with_penalty = partial(whole_encoder, encoder.forward_with_penalty)  # type: ignore[method-assign]
     encoder.sharded = True
     # Vectors and prefixes are views. The warning is about in-place changes, which nothing makes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

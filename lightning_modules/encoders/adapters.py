@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from datamodules.records import UserError
@@ -60,7 +60,7 @@ class AdapterEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         reduction_factor: int = 16,
@@ -107,7 +107,8 @@ class AdapterEncoder(Encoder):
         return Condition(experts=self.expert_of(task))
 
     def layer(self, index, hidden, states, context, condition):
-        layer, adapter = self.family.layers[index], self.adapters[condition.experts][index]
+        adapters: Any = self.adapters[condition.experts]
+        layer, adapter = self.family.layers[index], adapters[index]
         hidden = self.family.attention(layer, hidden, states, context)
         output = layer.output
         residual = output.dropout(output.dense(layer.intermediate(hidden))) + hidden  # dense + h in the formula
@@ -119,7 +120,7 @@ KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.ad
 FORM = dict.fromkeys(["output_adapter", "original_ln_before", "original_ln_after", "residual_before_ln"], True)
 FORM |= dict.fromkeys(["mh_adapter", "ln_before", "ln_after", "adapter_residual_before_ln"], False)
 # Fields that the file may leave out.
-OPTIONAL_FORM = dict.fromkeys(["is_parallel", "use_gating", "phm_layer", "cross_adapter"], False)
+OPTIONAL_FORM: dict[str, Any] = dict.fromkeys(["is_parallel", "use_gating", "phm_layer", "cross_adapter"], False)
 OPTIONAL_FORM |= {"scaling": 1.0, "inv_adapter": None, "leave_out": []}
 
 
@@ -147,8 +148,8 @@ def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncod
         raise UserError(f"adapters: expected one reduction factor and activation for all, got {forms}")
     reduction_factor, activation = forms.pop()
     document_tasks = {key.partition(".")[0]: task for key, task in tasks.items() if key.endswith(".documents")}
-    arguments = {"reduction_factor": reduction_factor, "activation": activation, "document_tasks": document_tasks}
-    arguments |= encoder.config | {"tasks": {task: task for task in loaded}}
+    arguments = encoder.config | {"tasks": {task: task for task in loaded}}
+    arguments |= {"reduction_factor": reduction_factor, "activation": activation, "document_tasks": document_tasks}
     result = AdapterEncoder(encoder.backbone, encoder.tokenizer, **arguments)
     for key, task in tasks.items():
         weights, expected = loaded[task].weights, result.adapters[task].state_dict()

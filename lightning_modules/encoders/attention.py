@@ -14,14 +14,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 
 VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters  # torch 2.10 has neither windows nor splits
 # With one split, the vector of a text does not depend on the texts around it.
@@ -149,8 +149,9 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: AttentionC
         key_offsets, key_length = offsets + shift, length + size
     if len(query) < context.tokens.num_tokens:
         offsets, length = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device), 1
-    limits = {} if window is None else {"window_size": (window, window)}
-    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, **limits, **NUM_SPLITS)
+    limits: dict[str, Any] = {} if window is None else {"window_size": (window, window)}
+    limits |= NUM_SPLITS
+    return varlen_attn(query, key, value, offsets, key_offsets, length, key_length, **limits)  # type: ignore[return-value]
 
 
 def attend_runs(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:

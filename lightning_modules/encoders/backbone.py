@@ -16,7 +16,16 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -136,7 +145,7 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
     return backbone, BertTokenizer(vocab=vocabulary)
 
 
-def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[nn.Module, Tokenizer]:
+def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer. Raises UserError.
 
     name: folder or hub name. key: argument that the name comes from, for error messages.
@@ -236,7 +245,7 @@ def options_of(config: PreTrainedConfig) -> dict[str, Any]:
     return options if config.model_type == "modernbert" else options | {"add_pooling_layer": False}
 
 
-def meta_backbone(config: PreTrainedConfig) -> nn.Module:
+def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a backbone whose parameters are on the meta device. Its buffers, such as positions, are real."""
     with no_init_weights():
         backbone = AutoModel.from_config(config, **options_of(config))
@@ -263,10 +272,11 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
     return bert.eval()
 
 
-def set_dropout(backbone: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
+def set_dropout(backbone: PreTrainedModel, dropout: float | None, attention_dropout: float | None) -> None:
     """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
     queries = ("query", "q")  # names of the projection in self-attention of BERT and MPNet
     attention = {id(m.dropout) for m in backbone.modules() if any(hasattr(m, name) for name in queries)}
+    module: Any
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             p = attention_dropout if id(module) in attention else dropout

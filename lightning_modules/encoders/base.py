@@ -11,18 +11,19 @@ needed); D hidden size; n documents.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Document, Tokens, UserError, check_name
+from datamodules.packed import Tokens
+from datamodules.records import Document, UserError, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
@@ -32,6 +33,16 @@ from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
 Advance = Callable[[int], None]
+Texts = Sequence[Document | Mapping[str, Any] | str]
+TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
+
+
+class EncodingOptions(TypedDict, total=False):
+    """Types of the options of Encoder.encode, which documents them."""
+
+    token_budget: int | None
+    advance: Advance | None
+    batch_invariant: bool
 
 
 class Condition(NamedTuple):
@@ -70,7 +81,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         pooling: str = "cls",
@@ -217,7 +228,7 @@ class Encoder(nn.Module):
             return
         dtype = torch.get_autocast_dtype(device)
         linear = (module for module in self.modules() if isinstance(module, nn.Linear))
-        weights = {weight: weight.to(dtype) for module in linear for weight in module.parameters()}
+        weights: dict[Tensor, Tensor] = {w: w.to(dtype) for module in linear for w in module.parameters()}
         with self._with_weights(weights):
             yield
 
@@ -228,12 +239,12 @@ class Encoder(nn.Module):
             (module, name, parameter)
             for module in self.modules()
             for name, parameter in module._parameters.items()
-            if parameter in weights
+            if parameter is not None and parameter in weights
         ]
         previous, self._weights = self._weights, weights
         try:
             for module, name, parameter in replaced:
-                module._parameters[name] = weights[parameter]
+                module._parameters[name] = weights[parameter]  # type: ignore[assignment]
             yield
         finally:
             self._weights = previous
@@ -320,16 +331,20 @@ class Encoder(nn.Module):
         """Return the number of positions at the start of a text that pooling leaves out."""
         return 0
 
+    @overload
+    def encode(self, documents: Texts, task: str, **options: Unpack[EncodingOptions]) -> Tensor: ...
+    @overload
+    def encode(self, documents: Texts, *, tasks: Sequence[str], **options: Unpack[EncodingOptions]) -> TaskVectors: ...
     def encode(
         self,
-        documents: Sequence[Document | Mapping[str, Any] | str],
+        documents: Texts,
         task: str | None = None,
         *,
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
         batch_invariant: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor | TaskVectors:
         """Return the vectors (n, D) of documents, in float32 on the CPU.
 
         They have length 1 only if the encoder was built with normalize=True. If not, normalize them before you compare
@@ -343,21 +358,28 @@ class Encoder(nn.Module):
         batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
             device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13.
         """
-        (vectors,) = self.encode_each(
-            [documents], task, tasks=tasks, token_budget=token_budget, advance=advance, batch_invariant=batch_invariant
-        )
+        options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
+        (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
         return vectors
 
+    @overload
+    def encode_each(
+        self, groups: Iterable[Texts], task: str, **options: Unpack[EncodingOptions]
+    ) -> Generator[Tensor]: ...
+    @overload
+    def encode_each(
+        self, groups: Iterable[Texts], *, tasks: Sequence[str], **options: Unpack[EncodingOptions]
+    ) -> Generator[TaskVectors]: ...
     def encode_each(
         self,
-        groups: Iterable[Sequence[Document | Mapping[str, Any] | str]],
+        groups: Iterable[Texts],
         task: str | None = None,
         *,
         tasks: Sequence[str] | None = None,
         token_budget: int | None = None,
         advance: Advance | None = None,
         batch_invariant: bool = False,
-    ) -> Iterator[Tensor | dict[str, Tensor]]:
+    ) -> Generator[Tensor] | Generator[TaskVectors]:
         """Yield the result of encode for each group of documents, with the same bits.
 
         The next groups are read and tokenised while the device computes, so this is faster than several calls. Close
@@ -369,7 +391,7 @@ class Encoder(nn.Module):
             raise TypeError("encode needs either task or tasks")
         if task is None and (isinstance(tasks, str) or not tasks):
             raise TypeError(f"tasks: expected a list of tasks, got {tasks!r}")
-        names = (task,) if tasks is None else tuple(dict.fromkeys(tasks))
+        names = tuple(dict.fromkeys(tasks or [str(task)]))
         for name in names:
             self.expert_of(name)
         units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
@@ -377,7 +399,7 @@ class Encoder(nn.Module):
             raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
         token_budget = token_budget or default_token_budget(self.device)
         results = encode_units(self, units, names, token_budget, advance, batch_invariant)
-        return results if tasks is not None else only(results, task)
+        return results if task is None else only(results, task)
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
@@ -408,14 +430,14 @@ class Encoder(nn.Module):
         return encoder
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: nn.Module) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
     """Raise UserError if a tokenizer has no separator or padding, or more tokens than the backbone has embeddings."""
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
     # vocab_size leaves out tokens that were added to the tokenizer.
-    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     size = max(vocabulary.values(), default=0) + 1
-    limit = backbone.get_input_embeddings().num_embeddings
+    limit: Any = backbone.get_input_embeddings().num_embeddings
     if size > limit:
         raise UserError(f"the tokenizer has {size} tokens, but the backbone has embeddings for only {limit}")

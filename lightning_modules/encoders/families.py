@@ -24,8 +24,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
 
 
@@ -37,12 +39,12 @@ class Experts(nn.Module):
         self.experts = nn.ModuleDict({name: copy.deepcopy(module) for name in names})
 
 
-def pick(module: nn.Module, expert: str | None) -> nn.Module:
+def pick(module: nn.Module, expert: Any) -> Any:
     """Return an expert's copy of a module, or the module itself if it has no experts."""
     return module.experts[expert] if isinstance(module, Experts) else module
 
 
-def any_expert(module: nn.Module) -> nn.Module:
+def any_expert(module: nn.Module) -> Any:
     """Return one of the experts of a module, whose settings are all equal, or the module itself."""
     return next(iter(module.experts.values())) if isinstance(module, Experts) else module
 
@@ -85,9 +87,8 @@ def by_expert(
         return compute(*(pick(module, choice) for module in modules), *inputs)
     groups = choice.tokens if len(inputs[0]) == context.tokens.num_tokens else choice.texts
     outputs = [compute(*(pick(m, expert) for m in modules), *(x[rows] for x in inputs)) for expert, rows in groups]
-    if isinstance(groups[0][1], slice):
-        return torch.cat(outputs)
-    return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
+    indices = [rows for _, rows in groups if isinstance(rows, Tensor)]
+    return torch.cat(outputs)[torch.cat(indices).argsort()] if indices else torch.cat(outputs)
 
 
 class Family(Protocol):
@@ -168,15 +169,15 @@ def _in_autocast_type(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _bert_output(dense: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _bert_output(dense: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return _add_and_normalize(output.LayerNorm, output.dropout(dense(attended)), hidden)
 
 
-def _mpnet_output(attn: nn.Module, output: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _mpnet_output(attn: Any, output: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return _bert_output(attn.o, output, attended, hidden)
 
 
-def _bert_feed_forward(intermediate: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
+def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor:
     return _add_and_normalize(output.LayerNorm, output.dropout(output.dense(intermediate(hidden))), hidden)
 
 
@@ -188,18 +189,19 @@ def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tenso
 class Bert(RowFunctions):
     """BERT and RoBERTa."""
 
-    attention_modules = ("attention.self", "attention.output.dense")  # LayerNorm stays shared (paper, section 3.2)
-    ffn_modules = ("intermediate", "output")  # including LayerNorm
+    # LayerNorm after attention stays shared (paper, section 3.2).
+    attention_modules: tuple[str, ...] = ("attention.self", "attention.output.dense")
+    ffn_modules: tuple[str, ...] = ("intermediate", "output")  # including LayerNorm
     projections = ("query", "key", "value")
-    attention_output = staticmethod(_bert_output)
+    attention_output: Callable[..., Tensor] = staticmethod(_bert_output)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
         self.inputs = [backbone.embeddings]
         self.layers = backbone.encoder.layer
         self.num_heads = backbone.config.num_attention_heads
         # RoBERTa reserves the first positions for padding.
-        self.padding_id = getattr(backbone.embeddings, "padding_idx", None)
+        self.padding_id: Any = getattr(backbone.embeddings, "padding_idx", None)
         reserved = 0 if self.padding_id is None else self.padding_id + 1
         self.max_positions = backbone.config.max_position_embeddings - reserved
 
@@ -217,7 +219,7 @@ class Bert(RowFunctions):
         before = total[tokens.offsets[:-1]]
         return (total[1:] - tokens.spread(before)) * counted + self.padding_id
 
-    def attention_parts(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
         """Return the modules with the projections, with the output projection, and with dropout and LayerNorm."""
         attention = layer.attention
         return attention.self, attention.output.dense, attention.output
@@ -255,11 +257,11 @@ class MPNet(Bert):
     projections = ("q", "k", "v")
     attention_output = staticmethod(_mpnet_output)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         super().__init__(backbone)
         self.inputs = [backbone.embeddings, backbone.encoder.relative_attention_bias]
 
-    def attention_parts(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
         return layer.attention.attn, layer.attention.attn, layer.attention
 
     def distance_bias(self) -> Tensor:
@@ -272,10 +274,10 @@ class MPNet(Bert):
 class ModernBert(RowFunctions):
     """ModernBERT."""
 
-    attention_modules = ("attn",)  # the LayerNorm before it stays shared
-    ffn_modules = ("mlp",)
+    attention_modules: tuple[str, ...] = ("attn",)  # the LayerNorm before it stays shared
+    ffn_modules: tuple[str, ...] = ("mlp",)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Any):
         self.backbone = backbone
         self.inputs = [backbone.embeddings]
         self.layers = backbone.layers
@@ -328,17 +330,17 @@ class ModernBert(RowFunctions):
         return self.backbone.final_norm(hidden)
 
 
-def _projected(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _projected(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     """Return queries, keys and values, which one matrix projects to."""
     return attn.Wqkv(norm(rows))
 
 
-def _query(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _query(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size), norm(rows))
 
 
-def _key_value(norm: nn.Module, attn: nn.Module, rows: Tensor) -> Tensor:
+def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
     size = rows.shape[-1]
     return _projected_by(attn.Wqkv, slice(size, None), norm(rows))
 
@@ -357,11 +359,11 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (heads * cos[:, None] + turned * sin[:, None]).to(heads.dtype)
 
 
-def _modernbert_output(attn: nn.Module, attended: Tensor, hidden: Tensor) -> Tensor:
+def _modernbert_output(attn: Any, attended: Tensor, hidden: Tensor) -> Tensor:
     return hidden + attn.out_drop(attn.Wo(attended))
 
 
-def _modernbert_feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor) -> Tensor:
+def _modernbert_feed_forward(norm: Any, mlp: Any, hidden: Tensor) -> Tensor:
     return hidden + mlp(norm(hidden))
 
 
@@ -375,10 +377,10 @@ FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {
 }
 
 
-def family_of(backbone: nn.Module) -> Family:
+def family_of(backbone: PreTrainedModel) -> Family:
     """Return the family of a backbone. Raises UserError if it belongs to none of them."""
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         kind = type(backbone).__name__ + (f" ({model_type})" if model_type else "")
         raise UserError(f"backbone: {kind} is not supported; expected a model of type {', '.join(FAMILIES)}")
-    return FAMILIES[model_type](backbone)
+    return FAMILIES[model_type](backbone)  # type: ignore[return-value]

@@ -202,7 +202,7 @@ def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: s
     if files.lower_case:
         tokenizer = lower_cased(tokenizer)
     longest = files.max_length or (tokenizer.model_max_length if files.are_complete else DEFAULT_LENGTH)
-    arguments = {
+    arguments: dict[str, Any] = {
         "pooling": files.pooling or "cls",
         "normalize": files.normalize,
         "max_length": min(longest, family_of(backbone).max_positions),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from datamodules.options import option
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.families import family_of
+from lightning_modules.encoders.families import Experts, family_of
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LoraOptions:
     alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0)
     dropout: float = option(0.0, "dropout of the inputs of the matrices", minimum=0, below=1)
     targets: list[str] = option(
-        [], "linear layers, such as [query, value]; by default those of attention and of all experts"
+        [], "ends of the names of linear layers, such as [query, value]; by default attention, and all of experts"
     )
 
 
@@ -60,9 +60,20 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
         names = [name for name, plain in linear[layer].items() if _is_chosen(name, plain, options.targets, attention)]
         if names:
             pattern = "|".join(map(re.escape, names))  # of a list, peft would also take longer names that end so
-            settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+            settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
             inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
+            _start_experts_equal(layer)
     encoder.lora_scale = options.alpha / options.rank
+
+
+def _start_experts_equal(layer: nn.Module) -> None:
+    """Copy A of the first expert to the others. B is 0."""
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            first, *others = module.experts.values()
+            matrices = {name: tensor for name, tensor in first.state_dict().items() if "lora_A.default" in name}
+            for other in others:
+                other.load_state_dict(matrices, strict=False)
 
 
 def _trained_linear(layer: nn.Module) -> dict[str, str]:
@@ -118,9 +129,12 @@ def merge_lora(weights: Mapping[str, Tensor], scale: Any, source: str) -> dict[s
             continue
         layer = match[1]
         try:
-            product = merged.pop(key) @ merged.pop(f"{layer}.lora_A.default.weight")
-            merged[f"{layer}.weight"] = merged.pop(f"{layer}.base_layer.weight") + scale * product
-        except (KeyError, RuntimeError, TypeError) as error:
+            names = (f"{layer}.{name}.weight" for name in ("lora_B.default", "lora_A.default", "base_layer"))
+            up, down, weight = (merged.pop(name) for name in names)
+            if (len(up), *down.shape[1:]) != weight.shape:  # before a product that may not fit into the memory
+                raise ValueError(f"{tuple(up.shape)} and {tuple(down.shape)} for {tuple(weight.shape)}")
+            merged[f"{layer}.weight"] = weight + scale * (up @ down)
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{source}: the matrices of LoRA do not fit the weights of {layer} ({error})") from error
         if f"{layer}.base_layer.bias" in merged:
             merged[f"{layer}.bias"] = merged.pop(f"{layer}.base_layer.bias")

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Experts, Family, Groups
 from lightning_modules.encoders.lora import unfreeze
@@ -67,7 +68,7 @@ class MoEEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         attention: bool = True,

@@ -7,7 +7,7 @@ back at once, while the device computes the next block. The host waits for a blo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import Document, Tokens
+from datamodules.packed import Tokens
+from datamodules.records import Document
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
 from lightning_modules.retrieval.compute import default_token_budget
@@ -65,7 +66,7 @@ def encode_units(
     token_budget: int,
     advance: Callable[[int], None] | None,
     batch_invariant: bool = False,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """Yield task -> vectors (n, D) of each unit's texts, in float32 on the CPU. No forward pass mixes units.
 
     batch_invariant: whether the bits of a vector must not depend on the other texts.
@@ -98,7 +99,7 @@ def encode_on_device(encoder: Encoder, documents: Sequence[Document], tasks: Seq
     return vectors
 
 
-def only(results: Iterator[dict[str, Tensor]], task: str) -> Iterator[Tensor]:
+def only(results: Generator[dict[str, Tensor]], task: str) -> Generator[Tensor]:
     """Yield the vectors of one task."""
     with closing(results):
         for vectors in results:

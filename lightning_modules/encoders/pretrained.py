@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import build, describe_architecture, load_weights, merged

@@ -10,13 +10,15 @@ As in TASER (Cheng et al., ACL 2023), a gate is a linear map of the state of [CL
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Groups
@@ -39,7 +41,7 @@ class RoutedEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Mapping[str, str],
         num_experts: int = 3,
@@ -72,8 +74,9 @@ class RoutedEncoder(Encoder):
         self.expert_layers = expert_layers(layers, self.num_layers)
         add_experts(self.family, self.expert_layers, self.experts, attention, ffn)
         names = [str(i) for i in self.expert_layers] if gate_per_layer else ["all"]
-        self.gates = nn.ModuleDict({name: nn.Linear(self.dimension, num_experts) for name in names})
-        for gate in self.gates.values():
+        gates = {name: nn.Linear(self.dimension, num_experts) for name in names}
+        self.gates = nn.ModuleDict(gates)
+        for gate in gates.values():
             nn.init.normal_(gate.weight, std=0.02)
             nn.init.zeros_(gate.bias)
 
@@ -142,4 +145,4 @@ def _mixed(outputs: list[Tensor], routing: Tensor) -> Tensor:
     """Add the outputs of all experts, (L, D) each, weighted by the routing, (L, E)."""
     if len(outputs) == 1:
         return outputs[0]
-    return sum(routing[:, i, None].to(output.dtype) * output for i, output in enumerate(outputs))
+    return reduce(torch.add, (routing[:, i, None].to(output.dtype) * output for i, output in enumerate(outputs)))

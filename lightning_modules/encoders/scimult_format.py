@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
@@ -54,7 +54,7 @@ def is_reference(checkpoint: object) -> bool:
 
 def from_reference(
     checkpoint: Mapping[str, Any],
-    backbone: nn.Module,
+    backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
     tower: str | None = None,
@@ -79,7 +79,7 @@ def from_reference(
     weights = _one_tower(checkpoint["model_dict"], source, tower)
     experts = _find_experts(weights)
     _check_settings(settings, experts, backbone.config.num_hidden_layers, source)
-    names = EXPERTS
+    names: Sequence[str] = EXPERTS
     if experts.gates or experts.number != len(EXPERTS):
         names = tuple(f"expert{e}" for e in range(experts.number))
     renamed = {_our_key(key, names): tensor for key, tensor in weights.items()}
@@ -142,7 +142,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
     prefixes = {name: f"{prefix}{level}" for name, prefix in TOWERS.items()}
     if unexpected := [key for key in model if not key.startswith(tuple(prefixes.values()))]:
         raise UserError(f"{source}: {len(unexpected)} unexpected keys ({', '.join(map(str, unexpected[:3]))})")
-    towers = {name: {} for name in TOWERS}
+    towers: dict[str, dict[str, Tensor]] = {name: {} for name in TOWERS}
     for name, prefix in prefixes.items():
         tensors = {key.removeprefix(prefix): tensor for key, tensor in model.items() if key.startswith(prefix)}
         towers[name] = {key: tensor for key, tensor in tensors.items() if not key.startswith(UNUSED)}
@@ -244,7 +244,7 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def is_exported_reference(checkpoint: object) -> bool:
+def is_exported_reference(checkpoint: Any) -> bool:
     """Return whether to_reference wrote the content of a file. The authors' files have no max_length."""
     return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
 

@@ -82,7 +82,8 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
     pooling_folder, normalize = "1_Pooling", False
     if modules is not None:
         pooling_folder, normalize = _check_modules(name, modules)
-    transformer = next((found for file in TRANSFORMER_FILES if (found := _read(name, file)) is not None), {})
+    files = (_read(name, file) for file in TRANSFORMER_FILES)
+    transformer: dict[str, Any] = next((content for content in files if content is not None), {})
     for key, values in PLAIN_VALUES.items():
         if transformer.get(key) not in values:
             _refuse(name, f"{TRANSFORMER_FILES[0]}: {key}={transformer[key]!r}", f"expected {values[-1]!r}")
@@ -177,7 +178,7 @@ def _default_prompt(name: str, settings: Mapping[str, Any]) -> str:
     if not all(isinstance(prompt, str | None) for prompt in prompts.values()):
         raise UserError(f"{name}: {SETTINGS}: prompts must be texts, got {str(prompts)[:80]}")
     if default is not None and default not in prompts:
-        raise UserError(f"{name}: {SETTINGS}: there is no prompt {default!r}, which default_prompt_name names")
+        raise UserError(f"{name}: {SETTINGS}: default_prompt_name is {default!r}, which is not one of the prompts")
     if default is None and (others := sorted(key for key, prompt in prompts.items() if prompt)):
         log.warning("%s: prompts are ignored, because none of them is the default (%s)", name, ", ".join(others))
     return prompts.get(default) or ""

@@ -6,11 +6,27 @@ for no candidate. A filter returns a mask of the candidates to keep, (Q, k) bool
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
 
-from datamodules.records import Ragged
+from datamodules.records import Document, Ragged
+from datamodules.text import input_text
+
+
+def text_hashes(documents: Iterable[Document]) -> np.ndarray:
+    """Return hashes of texts, int64. Texts that differ only in case or spaces have the same hash."""
+    texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest, "big", signed=True) for digest in digests), dtype=np.int64)
+
+
+def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Number the texts of documents, (M,), and queries, (Q,). Texts with the same hash have the same number."""
+    document_hashes, query_hashes = text_hashes(corpus), text_hashes(queries)
+    numbers = np.unique(np.concatenate([document_hashes, query_hashes]), return_inverse=True)[1]
+    return numbers[: len(document_hashes)], numbers[len(document_hashes) :]
 
 
 def query_of_values(lists: Ragged) -> np.ndarray:

@@ -8,11 +8,9 @@ Shapes: Q queries, M documents, k candidates per query, j negatives of all queri
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +20,17 @@ import torch
 import torch.distributed as dist
 
 from datamodules.options import option
-from datamodules.records import Document, MinedNegatives, MiningPool, Ragged, UserError
-from datamodules.text import input_text
+from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, Ragged, UserError
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining import filters
-from lightning_modules.mining.filters import Sieve
+from lightning_modules.mining.filters import Sieve, text_numbers
+from lightning_modules.mining.mined import Mined, joined, joined_pools
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
+from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
 from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores
-from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
 
 log = logging.getLogger(__name__)
 
@@ -73,26 +72,6 @@ class MiningOptions:
     def has_margin(self) -> bool:
         """Whether a margin is set, which needs scores from an encoder."""
         return self.relative_margin is not None or self.absolute_margin is not None
-
-
-@dataclass(frozen=True)
-class Mined:
-    """Hard negatives of some queries of a pool, or of all pools of a task, with statistics for the report.
-
-    negatives: hard negatives of each query.
-    margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
-    held_out: whether a split other than train judges the negative relevant, (j,) bool.
-    texts: text number of each negative, (j,); equal numbers mean equal texts.
-    num_candidates: number of candidates before first_rank and the margins are applied.
-    num_above: number of these that score above the positive.
-    """
-
-    negatives: MinedNegatives
-    margins: np.ndarray
-    held_out: np.ndarray
-    texts: np.ndarray
-    num_candidates: int
-    num_above: int
 
 
 def mine(
@@ -141,18 +120,18 @@ def mine(
                 "absolute_margin to null"
             )
         similarity = similarity or encoder.similarity or "dot"
-        queries, documents = _vectors_of(vectors or VectorCache(encoder, similarity=similarity), pool)
+        queries, documents = vectors_of_pool(vectors or VectorCache(encoder, similarity=similarity), pool)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
-    block_miner = _BlockMiner(pool, miner, options, context, guide and _vectors_of(guide, pool), seeds)
+    block_miner = _BlockMiner(pool, miner, options, context, vectors_of_pool(guide, pool) if guide else None, seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
     if world_size() > 1:
         shares = [mined] * world_size()
         dist.all_gather_object(shares, mined)
         mined = sorted((each for share in shares for each in share), key=lambda each: each[0])
-    return _joined([each for _, each in mined])
+    return joined([each for _, each in mined])
 
 
 class Mining:
@@ -165,6 +144,7 @@ class Mining:
     seed: sampling seed.
     guide: guide model.
     device: device of the guide model where no encoder has one.
+    judges: task -> judge of its mined negatives.
     """
 
     def __init__(
@@ -178,7 +158,9 @@ class Mining:
         seed: int = 0,
         guide: Encoder | None = None,
         device: torch.device | str = "cpu",
+        judges: Mapping[str, Judge] | None = None,
     ):
+        self.judges = dict(judges or {})
         self.options, self.miners, self.folder = options, dict(miners), Path(folder)
         self.similarity, self.token_budget, self.seed, self.guide = similarity, token_budget, seed, guide
         self.device = device
@@ -191,6 +173,11 @@ class Mining:
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.description for task, miner in self.miners.items()}
         return {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """Description of the judges, as an entry of a store's meta: None without a judge, as in older stores."""
+        return {"judges": {task: judge.description for task, judge in self.judges.items()} or None}
 
     @property
     def needs_encoder(self) -> bool:
@@ -231,7 +218,7 @@ class Mining:
                     prepared=self._prepared.setdefault((pool.task, pool.name), {}),
                 )
                 mined.setdefault(pool.task, []).append(result)
-        tasks = {task: _joined_pools(results) for task, results in mined.items()}
+        tasks = {task: joined_pools(results) for task, results in mined.items()}
         for task, result in tasks.items():
             if not len(result.negatives.documents):
                 counts = ", ".join(f"{name} {count}" for name, count in result.negatives.taken.items() if count)
@@ -240,7 +227,22 @@ class Mining:
                     f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower "
                     "relative_margin or first_rank"
                 )
-        return tasks
+        return self.relabelled(tasks, pools)
+
+    def relabelled(self, tasks: Mapping[str, Mined], pools: Sequence[MiningPool]) -> dict[str, Mined]:
+        """Let the judges decide on mined negatives. All ranks call this together.
+
+        Raises UserError if a judge leaves a task without negatives.
+        """
+        results, context = dict(tasks), JudgeContext(pools, self.folder, self.device)
+        for task, judge in self.judges.items():
+            if task not in tasks:
+                continue
+            negatives, relabelled = relabel(tasks[task].negatives, judge, task, context)
+            results[task] = dataclasses.replace(tasks[task], negatives=negatives, relabelled=relabelled)
+            if not relabelled.counts[LABELS[KEEP]]:
+                raise UserError(f"{task}: the judge leaves no negatives; raise drop_above and positive_above")
+        return results
 
 
 @dataclass
@@ -300,7 +302,7 @@ class _BlockMiner:
         self, sieve: Sieve, block: range, rows: np.ndarray, scores: np.ndarray, positives: Ragged
     ) -> np.ndarray:
         """Apply the margins to the encoder's scores, and return the score differences to the positives (Q, k)."""
-        if self.context.queries is None:
+        if self.context.queries is None or self.context.documents is None:
             return np.full(rows.shape, np.nan)
         vectors = (self.context.queries, self.context.documents)
         positive, scores = self._compare(vectors, block, rows, positives, scores if self.miner.needs_vectors else None)
@@ -334,56 +336,7 @@ class _BlockMiner:
         return positive, scores
 
 
-def _vectors_of(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
-    """Return the vectors of a pool's queries and documents."""
-    document_task = cache.encoder.document_task(pool.task)
-    documents = cache.vectors(pool.corpus, document_task, f"documents of {pool.name}")
-    return cache.vectors(pool.queries, pool.task, f"queries of {pool.name}"), documents
-
-
 def _lists_of(lists: Ragged, queries: range) -> Ragged:
     """Return the lists of a block of queries."""
     starts = lists.starts[queries.start : queries.stop + 1]
     return Ragged(starts - starts[0], lists.values[starts[0] : starts[-1]])
-
-
-def _joined_pools(pools: Sequence[Mined]) -> Mined:
-    """Join the results of a task's pools."""
-    offsets = np.cumsum([0, *(pool.texts.max(initial=-1) + 1 for pool in pools)])
-    return _joined(
-        [dataclasses.replace(pool, texts=pool.texts + offset) for pool, offset in zip(pools, offsets, strict=False)]
-    )
-
-
-def _joined(parts: Sequence[Mined]) -> Mined:
-    """Join the results of consecutive blocks of queries, without changing text numbers."""
-    starts, total, removed = [np.zeros(1, dtype=np.int64)], 0, Counter()
-    for part in parts:
-        starts.append(part.negatives.starts[1:] + total)
-        total += len(part.negatives.documents)
-        removed.update(part.negatives.taken)
-    arrays = {
-        name: np.concatenate([getattr(part.negatives, name) for part in parts])
-        for name in ("documents", "ranks", "scores")
-    }
-    return Mined(
-        MinedNegatives(np.concatenate(starts), **arrays, taken=dict(removed)),
-        np.concatenate([part.margins for part in parts]),
-        np.concatenate([part.held_out for part in parts]),
-        np.concatenate([part.texts for part in parts]),
-        sum(part.num_candidates for part in parts),
-        sum(part.num_above for part in parts),
-    )
-
-
-def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Number the texts of documents, (M,), and queries, (Q,). Texts that differ only in case or spaces are equal."""
-    document_hashes, query_hashes = _text_hashes(corpus), _text_hashes(queries)
-    numbers = np.unique(np.concatenate([document_hashes, query_hashes]), return_inverse=True)[1]
-    return numbers[: len(document_hashes)], numbers[len(document_hashes) :]
-
-
-def _text_hashes(documents: Iterable[Document]) -> np.ndarray:
-    texts = (" ".join(input_text(document, " ").lower().split()) for document in documents)
-    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.fromiter((int.from_bytes(digest, "big", signed=True) for digest in digests), dtype=np.int64)

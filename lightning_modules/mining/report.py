@@ -14,7 +14,8 @@ from datamodules.files import read_json, write_json
 from datamodules.records import MinedNegatives, Ragged, UserError
 from lightning_modules.encoders.backbone import reason
 from lightning_modules.mining.filters import query_of_values
-from lightning_modules.mining.mine import Mined
+from lightning_modules.mining.mined import Mined
+from lightning_modules.mining.relabel import Relabelled
 from lightning_modules.pictures import box, document, text
 
 NUM_BINS = 24
@@ -31,6 +32,8 @@ FIGURES = {
     "margin_p50": "  median; hard if near 0",
     "margin_p90": "  90th percentile",
     "duplicates": "share with the same text as another negative of the query",
+    "dropped": "share of the mined documents that the judge dropped",
+    "turned": "share of the mined documents that the judge turned into positives",
     "distinct": "distinct documents per negative; low if many queries share few documents",
     "age": "steps since the previous mining",
     "kept": "share that were also mined the previous time",
@@ -44,15 +47,18 @@ class TaskReport:
     values: name in FIGURES -> figure.
     histogram: counts (NUM_BINS,) and edges (NUM_BINS + 1,) of the margins; both empty without an encoder.
     removed: filter -> number of candidates that it removed.
+    relabelled: what a judge did, if there is one. The values are those of the negatives that it kept.
     """
 
     values: Mapping[str, float]
     histogram: tuple[np.ndarray, np.ndarray]
     removed: Mapping[str, int]
+    relabelled: Relabelled | None = None
 
 
 def report(mined: Mined, step: int, previous: MinedNegatives | None = None, previous_step: int = 0) -> TaskReport:
     """Return the report on a task. previous: negatives in use so far, mined at previous_step."""
+    all_mined, mined = mined.negatives, mined.kept()
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
     above = np.nan_to_num(mined.margins, nan=np.inf) < 0
@@ -71,11 +77,14 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
         values |= {"above_positive": float(above.mean()), "candidates_above": candidates_above}
         values |= {f"margin_p{percent}": float(np.percentile(margins, percent)) for percent in (10, 50, 90)}
         histogram = np.histogram(margins, NUM_BINS)
+    if mined.relabelled is not None:
+        decisions = mined.relabelled.counts
+        values["dropped"], values["turned"] = (decisions[x] / sum(decisions.values()) for x in ("drop", "positive"))
     if previous is not None:
         before = _pairs(previous.starts, np.asarray(previous.documents))
-        now = _pairs(negatives.starts, negatives.documents)
+        now = _pairs(all_mined.starts, all_mined.documents)
         values |= {"age": float(step - previous_step), "kept": float(np.isin(now, before).mean())}
-    return TaskReport(values, histogram, negatives.taken)
+    return TaskReport(values, histogram, negatives.taken, mined.relabelled)
 
 
 def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> dict[str, TaskReport]:
@@ -114,6 +123,17 @@ def table(reports: Mapping[str, TaskReport]) -> list[str]:
     for name in dict.fromkeys(name for task in reports.values() for name in task.removed):
         cells = (task.removed.get(name, 0) for task in reports.values())
         lines.append(f"  {name:22}" + "".join(f"{count:>{width}}" for count in cells))
+    for task, each in reports.items():
+        lines += _relabelled_lines(task, each.relabelled) if each.relabelled else []
+    return lines
+
+
+def _relabelled_lines(task: str, relabelled: Relabelled) -> list[str]:
+    counts = ", ".join(f"{label} {count:,}" for label, count in relabelled.counts.items())
+    lines = [f"{task}, decisions of {relabelled.judge['judge'].rpartition('.')[2]}: {counts}"]
+    for example in relabelled.examples:
+        score = "" if example["score"] is None else f" ({example['score']:.3f})"
+        lines.append(f"  {example['label']}{score}: {example['query_text']!r} / {example['title']!r}")
     return lines
 
 
@@ -142,6 +162,7 @@ def write_report(folder: Path, reports: Mapping[str, TaskReport], title: str) ->
             "taken": dict(each.removed),
             "histogram": {"counts": each.histogram[0].tolist(), "edges": each.histogram[1].tolist()},
         }
+        | ({"relabelled": each.relabelled._asdict()} if each.relabelled else {})
         for task, each in reports.items()
     }
     write_json(folder / "report.json", content)

@@ -48,7 +48,7 @@ class Bm25Index:
         for query, query_rows, query_scores in zip(queries, rows, scores, strict=True):
             words = _tokenize([query], return_ids=False)[0]
             known_words = [word for word in words if self.index is not None and word in self.index.vocab_dict]
-            if known_words:
+            if self.index is not None and known_words:
                 query_scores[:] = np.where(query_rows < 0, 0.0, self.index.get_scores(known_words)[query_rows])
         return scores
 

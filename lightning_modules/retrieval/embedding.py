@@ -168,9 +168,11 @@ class ShardFolder:
         path: file of the matrix; left alone if it is up to date and intact. source: further metadata of the matrix.
         Only one shard is in memory at a time. Raises UserError for a shard that is missing or damaged.
         """
-        records = [self.record(number) for number in range(count)]
-        if None in records:
-            raise UserError(f"{self.folder}: shard {records.index(None)} is missing; run the same command again")
+        records: list[dict[str, Any]] = []
+        for number in range(count):
+            if (record := self.record(number)) is None:
+                raise UserError(f"{self.folder}: shard {number} is missing; run the same command again")
+            records.append(record)
         ids = [id for record in records for id in record["ids"]]
         hashes = [record["vectors"].get(task) for record in records]
         metadata = self.metadata | dict(source) | {"task": task, "count": len(ids), "shards": hashes}

@@ -105,6 +105,7 @@ class BenchmarkResult:
         if whole_run is None:
             trec.write_draws(self.draws, folder / f"{name}.draws.tsv")
         else:
+            assert self.query_values is not None
             values = self.query_values
             trec.write_trec(whole_run, folder / f"{name}.trec", system)
             ids = list(self.benchmark.queries)
@@ -210,8 +211,8 @@ def _encode(
     """
     source = vectors if document_vectors is None or benchmark.training is not None else document_vectors
     task = source.encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
-    texts = benchmark.encoded_documents.values()
-    texts = texts if isinstance(texts, Sequence) else list(texts)  # those of a stored collection are a sequence
+    values = benchmark.encoded_documents.values()
+    texts = values if isinstance(values, Sequence) else list(values)  # those of a stored collection are a sequence
     documents = source.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.records import Benchmark, Probe, UserError
+from datamodules.records import Benchmark, Probe, Qrels, UserError
 from lightning_modules.retrieval.metrics import Run, positions_of
 
 log = logging.getLogger(__name__)
@@ -131,10 +131,16 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
         yield np.array(list(rows))  # in the set's order, as in SciRepEval, since it decides the folds
 
 
+def _training_grades(benchmark: Benchmark) -> Qrels:
+    """Return the judgements of the training papers."""
+    assert benchmark.training is not None
+    return benchmark.training[1]
+
+
 def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     """Return the position of each training paper's class, (n,)."""
     positions, classes = positions_of(names), []
-    for paper, grades in benchmark.training[1].items():
+    for paper, grades in _training_grades(benchmark).items():
         relevant = [name for name, grade in grades.items() if grade > 0]
         if len(relevant) != 1:
             raise UserError(
@@ -160,7 +166,7 @@ def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     """Return a matrix of papers and labels, (n, L): 1 where the paper has the label, else 0."""
     if len(names) < 2:
         raise UserError(f"{benchmark.name}: expected at least two labels, got {len(names)}")
-    rows = [[grades.get(name, 0) > 0 for name in names] for grades in benchmark.training[1].values()]
+    rows = [[grades.get(name, 0) > 0 for name in names] for grades in _training_grades(benchmark).values()]
     labels = np.array(rows, dtype=np.int64)
     if constant := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
         log.warning(
@@ -175,8 +181,8 @@ def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
 def _warn_about_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: np.ndarray) -> None:
     """Warn about labels for which C cannot be chosen. labels: (n, L)."""
     varies, costs = labels.min(0) < labels.max(0), benchmark.probe.costs
-    fixed = np.flatnonzero(varies & ~can_choose_cost(labels)) if len(costs) > 1 else ()
-    if len(fixed):
+    fixed = np.flatnonzero(varies & ~can_choose_cost(labels))
+    if len(costs) > 1 and len(fixed):
         log.warning(
             "%s: C is %g for %d labels, because too few training papers have or lack them; the first is %s",
             *(benchmark.name, costs[0], len(fixed), names[fixed[0]]),
@@ -187,7 +193,7 @@ def _number_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     """Return the number of each training paper, (n,)."""
     if len(names) != 1:
         raise UserError(f"{benchmark.name}: expected a corpus of one document, whose grades are the numbers")
-    return np.array([grades[names[0]] for grades in benchmark.training[1].values()], dtype=np.float64)
+    return np.array([grades[names[0]] for grades in _training_grades(benchmark).values()], dtype=np.float64)
 
 
 def predict_classes(
@@ -225,7 +231,7 @@ def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, p
 
 def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the weights (D,) of the model of one label (n,)."""
-    return _weights(_fit(train, label, probe, choose_cost=can_choose_cost(label)))[0]
+    return _weights(_fit(train, label, probe, choose_cost=bool(can_choose_cost(label))))[0]
 
 
 def predict_numbers(

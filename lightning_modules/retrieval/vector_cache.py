@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from datamodules.files import atomic_file
-from datamodules.records import Document
+from datamodules.records import Document, MiningPool
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
@@ -180,6 +180,13 @@ class VectorCache:
         compared = comparable(vectors, self.similarity).numpy()
         check_finite(compared, name, first)
         return compared
+
+
+def vectors_of_pool(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
+    """Return the vectors of a pool's queries and documents. All ranks call this together."""
+    document_task = cache.encoder.document_task(pool.task)
+    documents = cache.vectors(pool.corpus, document_task, f"documents of {pool.name}")
+    return cache.vectors(pool.queries, pool.task, f"queries of {pool.name}"), documents
 
 
 def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document], bool]], task: str) -> Shards:

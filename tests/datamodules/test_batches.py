@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.batches import BatchOptions, MultiTaskDataModule, ResumableLoader, sampled_by_grade
+from datamodules.batches import BatchOptions, MultiTaskDataModule, sampled_by_grade
 from datamodules.buffers import pack
+from datamodules.loader import ResumableLoader
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule

@@ -1,5 +1,6 @@
 """Mined hard negatives: the store, and the batches that draw from it."""
 
+import dataclasses
 import json
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 
 from datamodules.examples import ragged
 from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
-from datamodules.records import Collection, Document, MinedNegatives, UserError
+from datamodules.records import DROP, POSITIVE, Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import SearchDataModule
 from tests.conftest import toy_collection, trainer_on
 
@@ -49,6 +50,58 @@ def test_store_round_trip(make_task, tmp_path):
     assert meta["tasks"]["search"] == {"examples": 12, "negatives": 14, "taken": {"any": 3}}
     assert (meta["model"], meta["k"], meta["version"]) == ("aaaa", 10, 1)
     store.check(data.fingerprints())
+
+
+@pytest.mark.parametrize("source", ["mined", "both", "data"])
+def test_decisions_of_a_judge_change_the_examples(make_task, tmp_path, source):
+    """Of mined rows, the judge keeps 7, drops 8 and makes 9 a positive. It also drops the data's negative."""
+    data = with_rounds(make_task, tmp_path, source, num_hard_negatives=3, num_positives=3, batch_size=12)
+    of_data = [example.hard_negatives[0] for example in data.examples]
+    lists = [[*{7, 8, 9} - set(example.not_negatives), of_data[i]] for i, example in enumerate(data.examples)]
+    lists = [list(dict.fromkeys(rows)) for rows in lists]
+    decisions = {7: 0, 8: 1, 9: 2}
+    labels = [1 if row == of_data[i] else decisions[row] for i, rows in enumerate(lists) for row in rows]
+    mined = dataclasses.replace(mined_of(lists), labels=np.array(labels, dtype=np.int8))
+    store = write_store(tmp_path / "store", {"search": mined}, META | {"data": data.fingerprints()})
+    assert store.hash != written(tmp_path / "other", data, lists).hash
+    data.rounds.begin(0, "store")
+    batch = next(iter(data.train_dataloader()))
+    drawn_positives = drawn_negatives = 0
+    for b, query in enumerate(batch.queries.tolist()):
+        (i,) = [i for i, e in enumerate(data.examples) if batch_row(batch, data, query) == e.query]
+        ids = batch.document_ids.tolist()
+        positives, negatives = (
+            {ids[c] for c in columns[b].tolist() if c >= 0} for columns in (batch.positives, batch.hard_negatives)
+        )
+        known, example = set(batch.known_positives[b].tolist()) - {-1}, data.examples[i]
+        if source == "data":
+            assert (positives, negatives, known) == (set(example.positives), {of_data[i]}, set(example.not_negatives))
+            continue
+        turned = set(store.negatives_of("search", i, POSITIVE))
+        dropped = set(store.negatives_of("search", i, DROP))
+        assert turned == {9} & set(lists[i]) - {of_data[i]}
+        assert positives == set(example.positives) | turned
+        assert negatives == {7} & set(lists[i]) - {of_data[i]}
+        assert known == set(example.not_negatives) | turned | dropped
+        drawn_positives, drawn_negatives = drawn_positives + len(turned), drawn_negatives + len(negatives)
+    assert source == "data" or (drawn_positives > 3 and drawn_negatives > 3)
+
+
+def batch_row(batch, data, query):
+    """Return the row of a batch's text in the document table, by its token ids."""
+    ids = [text for chunk in batch.chunks for text in chunk.input_ids.split(list(chunk.lengths))]
+    encoding = data._encoding(data)
+    (row,) = [e.query for e in data.examples if data.tokens(encoding)[e.query].tolist() == ids[query].tolist()]
+    return row
+
+
+def test_lost_labels_are_detected(make_task, tmp_path):
+    data = make_task(SearchDataModule)
+    mined = dataclasses.replace(mined_of([[1]] * 12), labels=np.ones(12, dtype=np.int8))
+    write_store(tmp_path / "store", {"search": mined}, META | {"data": data.fingerprints()})
+    (tmp_path / "store" / "search.labels.npy").unlink()
+    with pytest.raises(UserError, match="do not match the hash"):
+        HardNegativeStore(tmp_path / "store")
 
 
 def test_failed_write_keeps_the_old_store(make_task, tmp_path):
@@ -128,14 +181,14 @@ def test_source_selects_mined_negatives_or_those_of_the_data(make_task, tmp_path
         data = with_rounds(make_task, tmp_path, source)
         written(tmp_path / "store", data, lists)
         data.rounds.begin(3, "store")
-        draw = data.rounds.negatives_for("search")
+        draw = data.rounds.examples_for("search")
         for i in range(3):
             example = data.examples[i]
             own = list(example.hard_negatives)
             assert len(own) == 1
-            assert list(draw(i, example, 2)) == own
+            assert list(draw(i, example, 2).hard_negatives) == own
             wanted = {"mined": lists[i] or own, "data": own, "both": list(dict.fromkeys(lists[i] + own))}[source]
-            assert list(draw(i, example, 3)) == wanted
+            assert list(draw(i, example, 3).hard_negatives) == wanted
     with pytest.raises(UserError, match="source: expected one of mined, data, both, got 'mind'"):
         Rounds(tmp_path, "mind")
 

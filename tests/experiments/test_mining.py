@@ -18,7 +18,7 @@ from datamodules.hard_negatives import HardNegativeStore
 from datamodules.records import UserError
 from datamodules.schedule import STRATEGIES
 from experiments.build.data import build_data
-from experiments.build.mining import steps_between
+from experiments.build.mining import build_mining, steps_between
 from experiments.config.experiment import load_config
 from experiments.mine import main as mine
 from experiments.train import train
@@ -104,6 +104,77 @@ def test_batches_draw_from_the_store_in_use(run, tmp_path):
         for batch in (step, step + 1):
             assert batches[batch] == (logged[batch], True)
             assert plain[batch][0] != logged[batch]
+
+
+@pytest.mark.slow
+def test_judge_relabels_while_mining_or_a_store_and_the_run_trains_on_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    miner = "mining.miner={_target_: lightning_modules.mining.miners.RandomMiner}"
+    mining = ["moe", *SMALL, "mining.k=40", "mining.relative_margin=null", miner]
+    mine([*mining, f"output={tmp_path / 'plain'}"])
+    plain, data = HardNegativeStore(tmp_path / "plain"), build_data(load_config("moe", SMALL))
+    (task,) = (task for task in data.tasks if task.task.name == "search")
+    labels, lines = ("keep", "drop", "positive"), []
+    for i, example in enumerate(task.examples):
+        for n, row in enumerate(plain.negatives_of("search", i)):
+            pair = {"query": task.documents[example.query].id, "paper": task.documents[row].id}
+            lines.append(json.dumps(pair | {"label": labels[(i + n) % 3]}))
+    file = tmp_path / "judged.jsonl"
+    file.write_text("\n".join(lines))
+    target = "_target_: lightning_modules.mining.relabel.FileJudge"
+    judge = f"mining.judges={{search: {{{target}, path: {file}}}}}"
+    mine([*mining, judge, f"output={tmp_path / 'at once'}"])
+    mine(["moe", *SMALL, f"mining.store={tmp_path / 'plain'}", judge, f"output={tmp_path / 'later'}"])
+    assert "search, decisions of FileJudge: keep" in caplog.text
+    at_once, later = (HardNegativeStore(tmp_path / name) for name in ("at once", "later"))
+    assert at_once.hash == later.hash != plain.hash
+    assert later.meta["judges"]["search"]["path"] == str(file)
+    assert (later.meta["relabelled"], at_once.meta["relabelled"]) == (plain.hash, None)
+    assert at_once.tasks["classification"].labels is None
+    for i in range(0, len(task.examples), 9):
+        rows = plain.negatives_of("search", i)
+        for label in range(3):
+            expected = [row for n, row in enumerate(rows) if (i + n) % 3 == label]
+            assert later.negatives_of("search", i, label) == expected
+    report = json.loads((tmp_path / "later" / "report.json").read_text())
+    assert sum(report["search"]["relabelled"]["counts"].values()) == len(lines)
+
+    other = judge.replace("path:", "drop_above: 0.4, path:")
+    for arguments in (mining, [*mining, other], ["moe", *SMALL, f"mining.store={tmp_path / 'plain'}", other]):
+        for output in ("at once", "later"):
+            with pytest.raises(UserError, match="mined with other settings .*(judges|relabelled)"):
+                mine([*arguments, f"output={tmp_path / output}"])
+    with pytest.raises(UserError, match="mining.store: make mine relabels its negatives, so it needs mining.judge"):
+        mine(["moe", *SMALL, f"mining.store={tmp_path / 'plain'}", f"output={tmp_path / 'none'}"])
+    with pytest.raises(UserError, match="mining.judge: this run mines nothing"):
+        train("moe", [f"run.dir={tmp_path / 'unused'}", *SMALL, judge])
+    train("moe", [f"run.dir={tmp_path / 'run'}", *SMALL, f"mining.store={tmp_path / 'later'}", "trainer.max_steps=2"])
+
+
+@pytest.mark.slow
+def test_guide_judges_what_is_mined_during_training(run, tmp_path):
+    judge = f"mining.judge={{_target_: lightning_modules.mining.relabel.GuideJudge, model: {run}, drop_above: 0}}"
+    miner = "mining.miner={_target_: lightning_modules.mining.miners.RandomMiner}"
+    train(
+        "moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, judge, miner, "mining.first_step=0", "trainer.max_steps=3"]
+    )
+    store = HardNegativeStore(tmp_path / "negatives" / "step-00000002")
+    shares = [row for row in rows(tmp_path) if "mine/search/dropped" in row][-1]
+    for task, mined in store.tasks.items():
+        assert 0 < shares[f"mine/{task}/dropped"] == pytest.approx((mined.labels == 1).mean())
+        assert shares[f"mine/{task}/turned"] == 0
+
+
+def test_judge_that_cannot_be_built_names_the_key(tmp_path):
+    target = "_target_: lightning_modules.mining.relabel.FileJudge"
+    for key, node in (("judge", f"{{{target}, path: gone}}"), ("judges", f"{{search: {{{target}, path: gone}}}}")):
+        config = load_config("moe_mined", [*SMALL, *MINED, f"mining.{key}={node}", f"run.dir={tmp_path}"])
+        with pytest.raises(UserError, match=rf"mining.{key}(.search)?.path: gone cannot be read"):
+            build_mining(config, tmp_path, "cpu")
+    with pytest.raises(UserError, match="mining.judge._target_: expected a subclass of Judge"):
+        load_config("moe", ["mining.judge={_target_: lightning_modules.mining.miners.DenseMiner}"])
+    with pytest.raises(UserError, match="mining.judges.*serach"):
+        load_config("moe", [f"mining.judges={{serach: {{{target}, path: gone}}}}"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from datamodules.conversion import write
 from datamodules.hard_negatives import HardNegativeStore, write_store
 from datamodules.readers.beir import write_beir
-from datamodules.readers.checks import check_collection
+from datamodules.readers.collecting import check_collection
 from datamodules.records import Benchmark, Collection, Document, MinedNegatives, Task, UserError, check_name
 from datamodules.tasks import SearchDataModule
 from experiments import evaluate, export

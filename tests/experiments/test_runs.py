@@ -91,3 +91,17 @@ def test_best_mean_is_marked_only_among_runs_on_the_same_data():
     table = table_of(runs, "runs")
     mean = [column.heading for column in table.columns].index("mean")
     assert [texts[mean] for _, texts in table.texts()] == [("0.5000", True), ("0.2500", False), ("0.9000", False)]
+
+
+def test_own_data_sets_are_shown_by_their_names(capsys, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": "d", "text": "x"}\n')
+    (tmp_path / "train.jsonl").write_text('{"query": "x", "positives": ["d"]}\n')
+    nodes = f"{{mine: {{folder: {tmp_path}}}, also_mine: {{folder: {tmp_path}}}}}"
+    run = listed("runs/a", [f"task.search.data={nodes}", "task.classification.data.topics.num_papers=7"])
+    output = printed(capsys, [run])
+    words = set(output.split())
+    assert {"search.data=[mine,also_mine]", "num_papers=7"} <= words
+    assert "Reader" not in output
+    assert str(tmp_path) not in output
+    (record,) = records_of([run])
+    assert record["task.search.data.mine.folder"] == str(tmp_path)

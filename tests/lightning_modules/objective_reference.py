@@ -5,7 +5,13 @@ import itertools
 import numpy as np
 import torch
 
-from datamodules.records import ContrastiveBatch
+from datamodules.packed import ContrastiveBatch
+
+
+def batch_without_texts(**fields):
+    """Return a batch with vectors only: `fields` are its ids and columns, and there is nothing to encode."""
+    fields = {"task": "search"} | fields
+    return ContrastiveBatch(step=0, seed=0, fingerprint="", num_tokens=0, chunks=(), **fields)
 
 
 def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives=3, num_negatives=2, task="search"):
@@ -26,13 +32,8 @@ def random_batch(rng, num_queries=6, num_documents=11, num_ids=40, num_positives
         known[b, :count] = ids[columns[:count]]
         known[b, num_positives] = ids[columns[-1]]  # a positive that was not sampled
         known[b, num_positives + 1] = num_ids + 5  # a positive that is not in the batch
-    return ContrastiveBatch(
-        step=0,
+    return batch_without_texts(
         task=task,
-        seed=0,
-        fingerprint="",
-        num_tokens=0,
-        chunks=(),
         queries=torch.arange(num_queries),
         documents=torch.tensor(num_queries + rng.permutation(num_documents)),
         document_ids=torch.tensor(ids),

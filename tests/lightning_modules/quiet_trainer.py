@@ -6,6 +6,17 @@ from typing import Any
 import lightning as L
 
 
+class SaveOnce(L.Callback):
+    """Saves a checkpoint after two steps, unless the file exists."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and not self.file.exists():
+            trainer.save_checkpoint(self.file)
+
+
 def quiet_trainer(folder: Path, **options: Any) -> L.Trainer:
     quiet = {
         "logger": False,

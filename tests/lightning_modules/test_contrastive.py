@@ -10,7 +10,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.optim import OptimOptions
 from tests.conftest import toy_collection
-from tests.lightning_modules.quiet_trainer import quiet_trainer
+from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
 
 
 def first_batch(data, step=0):
@@ -85,18 +85,13 @@ def test_token_budget_does_not_change_the_loss(make_encoder, make_task):
 def test_learned_temperature_is_saved_resumed_and_kept_in_its_range(make_encoder, make_task, tmp_path, lr, at_bound):
     file = tmp_path / "two.ckpt"
 
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 2 and not file.exists():
-                trainer.save_checkpoint(file)
-
     def trained(checkpoint):
         learned = {"learn_temperature": "one", "temperature_range": [0.05, 0.2], "temperature_lr": lr}
         optim = OptimOptions(warmup=0.0, weight_decay=0.5)
         module = ContrastiveModule(
             make_encoder("attention"), similarity="cosine", temperature=0.1, optim=optim, total_steps=8, **learned
         )
-        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[Save()])
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[SaveOnce(file)])
         trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
         (group,) = [g for g in trainer.optimizers[0].param_groups if g["initial_lr"] == lr]
         assert group["weight_decay"] == 0

@@ -11,7 +11,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
-from tests.lightning_modules.quiet_trainer import quiet_trainer
+from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
 
 OPTIM = OptimOptions(warmup=0.0, weight_decay=0.0)
 
@@ -101,16 +101,15 @@ def test_step_whose_gradients_overflow_changes_nothing(make_encoder, three_tasks
 def test_resumed_training_keeps_the_scale_of_the_loss(make_encoder, make_task, tmp_path):
     file = tmp_path / "two.ckpt"
 
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 2 and not file.exists():
-                trainer.save_checkpoint(file)
-
     def trained(checkpoint):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1)
         module = ContrastiveModule(make_encoder("attention"), optim=OPTIM, total_steps=8)
         trainer = quiet_trainer(
-            tmp_path, max_steps=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], callbacks=[Save()], **CLIP
+            tmp_path,
+            max_steps=4,
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+            callbacks=[SaveOnce(file)],
+            **CLIP,
         )
         trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
         assert scaler.get_scale() == 2.0**8  # doubled in each step

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.records import ContrastiveBatch
 from lightning_modules.objective import FrozenVectors, Objective
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
+from tests.lightning_modules.objective_reference import batch_without_texts
 
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
 
@@ -36,13 +36,7 @@ def world(seed, num_negatives=N):
     torch.manual_seed(seed)
     columns = [torch.randn(B, D, dtype=torch.float64, requires_grad=True) for _ in range(2 + num_negatives)]
     documents = B * (1 + num_negatives)
-    batch = ContrastiveBatch(
-        step=0,
-        task="search",
-        seed=0,
-        fingerprint="",
-        num_tokens=0,
-        chunks=(),
+    batch = batch_without_texts(
         queries=torch.arange(B),
         documents=torch.arange(B, B + documents),
         document_ids=torch.arange(documents),

@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
-from datamodules.records import Document, Tokens
+from datamodules.packed import Tokens
+from datamodules.records import Document
 from lightning_modules import throughput
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.extend import add_tasks

@@ -184,7 +184,7 @@ def test_waiting_is_noticed(wait, gpu):
 def test_objective_does_not_wait(case, memory, gpu):
     objective, vectors, batch = world(3, case, score_memory=memory, learn_temperature="one")
     objective, vectors, batch = objective.to(gpu), vectors.detach().to(gpu).requires_grad_(), batch.to(gpu)
-    for model in filter(None, (objective.guide, objective.teacher)):
+    for model in filter(None, (objective.guide, objective.teacher, objective.vector_teacher)):
         frozen = FrozenVectors(*(torch.tensor(array, device=gpu) for array in model.arrays))
         model.embed = lambda _, frozen=frozen: frozen
     with recorded_waits(gpu) as waits:

@@ -20,7 +20,8 @@ from datamodules.papers.library import library_in
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEWS, EmptyView, ViewOptions
 from datamodules.readers import io
-from datamodules.readers.checks import BadLines, MemorySink
+from datamodules.readers.collecting import MemorySink
+from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 from tests.datamodules.papers.worlds import WORLDS, World, in_file, papers
 from tests.datamodules.readers.test_fuzz import confused, mutated, retyped

@@ -11,7 +11,7 @@ from datamodules.papers.columns import MAX_EXCEL
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
 from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
 from datamodules.papers.splits import Splits
-from datamodules.readers.checks import BadLines
+from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 
 
@@ -118,7 +118,7 @@ def test_papers_of_a_bibtex_volume_inherit_its_year_and_keywords(tmp_path):
     ("entry", "reason"),
     [
         ("@article{a, title = {x}\n\n@article{b, title = {y}}\n@article{c, title = {z}}", "not valid BibTeX"),
-        ("article{a, title = {x}}\n@article{b, title={y}}", "an entry that does not start with @"),
+        ("article{a, title = {x}}\n@article{b, title={y}}", "expected an entry that starts with @"),
     ],
 )
 def test_bad_entry_of_bibtex_is_reported_with_its_line(tmp_path, entry, reason):

@@ -10,8 +10,9 @@ from datamodules.conversion import stored
 from datamodules.readers import tables
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.beir_hub import BeirHubReader
-from datamodules.readers.checks import BadLines, check_grade
+from datamodules.readers.checks import check_grade
 from datamodules.readers.jsonl import JsonlReader
+from datamodules.readers.rows import BadLines
 from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.texts import documents_at, read_shards
 from datamodules.records import Collection, Document, UserError

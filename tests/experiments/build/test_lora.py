@@ -12,8 +12,9 @@ from experiments.config.experiment import load_config
 from experiments.dry_run import dry_run
 from experiments.export import main as export
 from experiments.train import train
+from lightning_modules.callbacks.diagnostics import expert_distances
 from lightning_modules.encoders.loading import load_encoder
-from tests.experiments.test_train import TINY, check_same_state
+from tests.experiments.test_train import TINY, check_same_state, rows
 from tests.lightning_modules.encoders.test_lora import is_matrix
 
 TEXTS = ["protein folding", "graphs of citations"]
@@ -24,7 +25,8 @@ QUICK = [*TINY, "data.schedule=together", "evaluation.every_n_steps=0", "evaluat
 def run(tmp_path_factory):
     """A run of four steps."""
     folder = tmp_path_factory.mktemp("lora") / "run"
-    train("lora", [*QUICK, f"run.dir={folder}", "trainer.max_steps=4", "checkpoint.every_n_steps=2"])
+    settings = ["trainer.max_steps=4", "checkpoint.every_n_steps=2", "diagnostics.every_n_steps=2"]
+    train("lora", [*QUICK, f"run.dir={folder}", *settings])
     return folder
 
 
@@ -41,6 +43,14 @@ def test_resumed_run_ends_with_the_same_bits(run, tmp_path):
     torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
     train("lora", settings)
     check_same_state(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_diagnostics_compare_the_merged_weights_of_experts(run):
+    logged = {key: value for row in rows(run) for key, value in row.items() if key.startswith("diag/experts/")}
+    expected = {f"diag/experts/{name}": value for name, value in expert_distances(load_encoder(run)).items()}
+    assert logged == pytest.approx(expected, abs=1e-5)
+    assert len(logged) == 2 * 3
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Small YAML files that would expand, nest or block without end are refused at once."""
 
 import os
-import signal
 
 import pytest
 import yaml
@@ -14,18 +13,8 @@ from experiments.config.structured import LOADER, MAX_DEPTH, read_yaml, yaml_tex
 from experiments.config.sweep_file import read_sweep
 from experiments.download.recipe import load_recipe
 
-
-@pytest.fixture(autouse=True)
-def twenty_seconds():
-    """Without the checks, these files hang the process."""
-
-    def late(*_):
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
+# Without the checks, these files hang the process or fill the memory.
+pytestmark = pytest.mark.usefixtures("time_limit")
 
 
 def aliases(count: int) -> str:

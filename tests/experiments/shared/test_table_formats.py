@@ -146,16 +146,16 @@ def test_narrow_screens_leave_out_columns_by_rank_and_cut_nothing(capsys, monkey
     table = Table([Column("name"), Column("note", folds=True), Column("b", rank=1), Column("c", rank=2)])
     table.add("a" * 30, "words " * 20, "b" * 10, "c" * 10)
     shown = {}
-    for width in (60, 75, 90, 400):
+    for width in (70, 82, 95, 400):
         monkeypatch.setattr("experiments.shared.table_formats.table_console", lambda: console.PlainConsole(width=400))
         table.pipe_width = width
         shown[width] = output = printed(capsys, "table", table)
         assert "a" * 30 in output
-        assert max(map(len, output.splitlines())) <= max(width, 61)
+        assert max(map(len, output.splitlines())) <= width
     assert {width: [x in output for x in ("b" * 10, "c" * 10)] for width, output in shown.items()} == {
-        60: [False, False],
-        75: [True, False],
-        90: [True, True],
+        70: [False, False],
+        82: [True, False],
+        95: [True, True],
         400: [True, True],
     }
 

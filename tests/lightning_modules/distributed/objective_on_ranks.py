@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from datamodules.batches import padded
-from datamodules.records import ContrastiveBatch
 from lightning_modules.objective import FrozenVectors, Objective
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions, VectorTeacherOptions
+from tests.lightning_modules.objective_reference import batch_without_texts
 
 SIZES, IDS = [4, 3, 5, 2], 14  # queries of each rank
 COSINE = {"similarity": "cosine", "temperature": 0.3}
@@ -50,13 +50,7 @@ def batch_of(examples, weight=1.0):
     documents = list(dict.fromkeys(d for _, positives, negatives, _ in examples for d in positives + negatives))
     column = {d: i for i, d in enumerate(documents)}
     queries = [query for query, *_ in examples]
-    return ContrastiveBatch(
-        step=0,
-        task="search",
-        seed=0,
-        fingerprint="",
-        num_tokens=0,
-        chunks=(),
+    return batch_without_texts(
         queries=torch.arange(len(queries)),
         documents=torch.arange(len(queries), len(queries) + len(documents)),
         document_ids=torch.tensor(documents),

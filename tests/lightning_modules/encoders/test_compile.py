@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from datamodules.tasks import SearchDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout

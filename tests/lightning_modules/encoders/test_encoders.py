@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaModel
 
-from datamodules.records import Document, Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import Document, UserError
 from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.base import Encoder

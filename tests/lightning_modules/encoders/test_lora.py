@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -91,6 +93,20 @@ def test_only_the_matrices_and_what_is_outside_the_backbone_are_trained(make, na
     assert any(map(is_matrix, before))
 
 
+@pytest.mark.parametrize("name", ["attention", "ffn", "both", "routed"])
+def test_experts_start_with_equal_matrices(make, name):
+    state = make(name, trained=False).state_dict()
+    matrices = defaultdict(list)
+    for key, tensor in state.items():
+        if ".experts." in key and is_matrix(key):
+            matrices[re.sub(r"\.experts\.\w+", "", key)].append(tensor)
+    assert matrices
+    for key, (first, *others) in matrices.items():
+        assert others
+        assert all(torch.equal(other, first) for other in others), key
+        assert bool(first.any()) == (".lora_A." in key)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_merged_vectors_equal_the_others(make, name, tmp_path, monkeypatch):
     """A checkpoint and an exported folder are loaded without peft."""
@@ -169,7 +185,11 @@ def test_damaged_matrices_raise_user_error(make, tmp_path):
     encoder = make("shared")
     description, path = describe(encoder), tmp_path / "run.ckpt"
     key = next(key for key in encoder.state_dict() if ".lora_A." in key)
-    for damaged, scale in ((torch.ones(3, 3), 1.5), (None, 1.5), (encoder.state_dict()[key], "x")):
+    huge = torch.ones(1, 1).expand(4, 10**12)
+    for damaged, scale in (
+        *((tensor, 1.5) for tensor in (None, torch.ones(3, 32), torch.ones(4, 3), torch.ones(()), huge)),
+        (encoder.state_dict()[key], "x"),
+    ):
         weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items() if name != key}
         weights |= {} if damaged is None else {f"encoder.{key}": damaged}
         torch.save({"encoder": description | {"lora_scale": scale}, "state_dict": weights}, path)

@@ -18,7 +18,7 @@ from transformers import (
     RobertaModel,
 )
 
-from datamodules.records import Tokens
+from datamodules.packed import Tokens
 from datamodules.text import length_sorted_chunks
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.adapters import AdapterEncoder

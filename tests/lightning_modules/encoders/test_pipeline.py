@@ -13,32 +13,18 @@ from datamodules.conversion import stored
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Document, Task
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
-from datamodules.tokens import Encoding, TokenCache, TokenTable
+from datamodules.tokens import Encoding, TokenTable
 from lightning_modules.encoders import pipeline
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.pipeline import copied_to
-from lightning_modules.mining.mine import _vectors_of
 from lightning_modules.retrieval.evaluation import evaluate
-from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
 from tests.conftest import TASKS, text_of, toy_collection
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch):
-    cache = TokenCache(1 << 20)
-    monkeypatch.setattr(datamodules.tokens, "CACHE", cache)
-    monkeypatch.setattr(datamodules.tokens, "MIN_CACHED", 9)
-    return cache
-
-
-@pytest.fixture
-def tokenised(monkeypatch):
-    """The texts that were tokenised, piece by piece."""
-    pieces, tokenise = [], Encoding._tokenise
-    monkeypatch.setattr(
-        Encoding, "_tokenise", lambda self, texts, *rest: pieces.append(texts) or tokenise(self, texts, *rest)
-    )
-    return pieces
+def cache(token_cache):
+    return token_cache
 
 
 @pytest.fixture
@@ -216,7 +202,7 @@ def test_mining_and_evaluation_read_the_ids_that_training_has_stored(encoder, tm
     data.train_dataloader()  # stores the ids
     assert any((tmp_path / "cache").rglob("corpus.ids"))
     del tokenised[:]
-    for shards, vectors in zip(_vectors_of(VectorCache(encoder), pool), expected, strict=True):
+    for shards, vectors in zip(vectors_of_pool(VectorCache(encoder), pool), expected, strict=True):
         np.testing.assert_array_equal(np.concatenate(list(shards)), vectors)
     assert not tokenised
     evaluate(encoder, benchmark, ["ndcg@10"])

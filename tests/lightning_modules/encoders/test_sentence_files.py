@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from datamodules.records import Tokens, UserError
+from datamodules.packed import Tokens
+from datamodules.records import UserError
 from lightning_modules.encoders.export import save_dense
 from lightning_modules.encoders.loading import build, describe, load_encoder
 from lightning_modules.encoders.sentence_files import FORMER_MODES

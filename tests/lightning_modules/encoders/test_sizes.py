@@ -1,7 +1,6 @@
 """Small files that describe huge encoders are refused before anything is allocated for them."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -16,17 +15,8 @@ HUGE = [(name, value) for name in MAX_SIZES for value in (10**9, 10**30, -1, 1.5
 TOGETHER = {"num_hidden_layers": 1000, "hidden_size": 100_000, "intermediate_size": 1_000_000}
 
 
-@pytest.fixture(autouse=True)
-def a_minute():
-    """Without the checks, these files hang the process or fill the memory."""
-
-    def late(*_):
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+# Without the checks, these files hang the process or fill the memory.
+pytestmark = pytest.mark.usefixtures("time_limit")
 
 
 def test_random_backbones_are_bounded(vocabulary):

