@@ -54,6 +54,10 @@ def check_options(options: Any, prefix: str = "") -> None:
         key = prefix + (field.metadata.get("key") or field.name)
         value = getattr(options, field.name)
         choices = field.metadata.get("choices") or literal_choices(hints[field.name])
+        if get_origin(hints[field.name]) in (list, tuple) and str in get_args(hints[field.name]):
+            for item in value or ():
+                if not isinstance(item, str):  # OmegaConf accepts lists in a list of texts
+                    raise UserError(f"{key}: expected a list of texts, got {item!r} in it")
         for path, item in _leaves(value, key):
             if dataclasses.is_dataclass(item):
                 check_options(item, path + ".")

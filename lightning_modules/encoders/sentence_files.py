@@ -87,7 +87,10 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
     for key, values in PLAIN_VALUES.items():
         if transformer.get(key) not in values:
             _refuse(name, f"{TRANSFORMER_FILES[0]}: {key}={transformer[key]!r}", f"expected {values[-1]!r}")
-    pooling_config = _read(name, f"{pooling_folder}/config.json") or {}
+    pooling_config = _read(name, f"{pooling_folder}/config.json")
+    if pooling_config is None and modules is not None:
+        raise UserError(f"{name}: {pooling_folder}/config.json is missing, which modules.json names; restore the file")
+    pooling_config = pooling_config or {}
     settings = _read(name, SETTINGS) or {}
     pooling = pooling or _pooling(name, pooling_folder, pooling_config)
     prompt = _default_prompt(name, settings)

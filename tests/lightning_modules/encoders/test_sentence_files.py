@@ -258,6 +258,15 @@ def test_damaged_files_raise_user_error(plain, file, content):
         load_encoder(plain)
 
 
+def test_pooling_without_its_file_is_refused(plain):
+    """The vectors were pooled as those of a plain model, whatever the lost file said."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules]
+    (plain / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="1_Pooling/config.json is missing, which modules.json names"):
+        load_encoder(plain)
+
+
 def test_tokens_beyond_the_embedding_are_refused_when_loaded(make_backbone, tmp_path):
     """Such a text raised an IndexError, perhaps after hours of training."""
     backbone, tokenizer = make_backbone()
