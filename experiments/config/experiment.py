@@ -335,7 +335,8 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
     restore_yes_and_no(Config, layer)
     _clear_replaced_targets(config, layer)
     try:
-        return OmegaConf.merge(config, layer)
+        config.merge_with(layer)  # in place, because OmegaConf.merge copies the whole configuration
+        return config
     except OmegaConfBaseException as error:
         value = OmegaConf.select(layer, error.full_key) if error.full_key else None
         if "is not a ListConfig" in str(error) and value is not None:
