@@ -41,6 +41,7 @@ from lightning_modules.objective_options import (
     VectorTeacherOptions,
     check_objective,
 )
+from lightning_modules.optim import ExpertDecay
 from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
@@ -210,6 +211,9 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
     check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
+    if config.optim.expert_decay:
+        with prefixed("optim."):
+            ExpertDecay(encoder, config.optim.expert_decay)  # raises UserError without experts
     vector_teacher = objective.vector_teacher
     has_file = vector_teacher.model not in (None, START)
     module = ContrastiveModule(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from datamodules.options import option
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.families import family_of
+from lightning_modules.encoders.families import Experts, family_of
 
 
 @dataclass
@@ -62,7 +62,18 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
             pattern = "|".join(map(re.escape, names))  # of a list, peft would also take longer names that end so
             settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
             inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
+            _start_experts_equal(layer)
     encoder.lora_scale = options.alpha / options.rank
+
+
+def _start_experts_equal(layer: nn.Module) -> None:
+    """Copy A of the first expert to the others. B is 0."""
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            first, *others = module.experts.values()
+            matrices = {name: tensor for name, tensor in first.state_dict().items() if "lora_A.default" in name}
+            for other in others:
+                other.load_state_dict(matrices, strict=False)
 
 
 def _trained_linear(layer: nn.Module) -> dict[str, str]:

@@ -725,6 +725,12 @@ def test_a_schedule_of_weights_with_a_curriculum_and_batches_by_task(tmp_path, c
             assert (row["train/lr/embeddings"], row["train/lr/search"]) == (row["train/lr"] / 2, row["train/lr"] * 2)
 
 
+def test_expert_decay_without_experts_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"optim\.expert_decay: this encoder has no experts; set it to 0"):
+        train("vanilla", two_steps(tmp_path / "run", *TINY, "optim.expert_decay=1"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

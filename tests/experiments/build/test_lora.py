@@ -47,7 +47,6 @@ def test_resumed_run_ends_with_the_same_bits(run, tmp_path):
 
 @pytest.mark.slow
 def test_diagnostics_compare_the_merged_weights_of_experts(run):
-    """Experts start equal. Their matrices A do not."""
     logged = {key: value for row in rows(run) for key, value in row.items() if key.startswith("diag/experts/")}
     expected = {f"diag/experts/{name}": value for name, value in expert_distances(load_encoder(run)).items()}
     assert logged == pytest.approx(expected, abs=1e-5)

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -89,6 +91,20 @@ def test_only_the_matrices_and_what_is_outside_the_backbone_are_trained(make, na
     for key, parameter in encoder.named_parameters():
         assert torch.equal(parameter, before[key]) == (not is_matrix(key) and not key.startswith(own)), key
     assert any(map(is_matrix, before))
+
+
+@pytest.mark.parametrize("name", ["attention", "ffn", "both", "routed"])
+def test_experts_start_with_equal_matrices(make, name):
+    state = make(name, trained=False).state_dict()
+    matrices = defaultdict(list)
+    for key, tensor in state.items():
+        if ".experts." in key and is_matrix(key):
+            matrices[re.sub(r"\.experts\.\w+", "", key)].append(tensor)
+    assert matrices
+    for key, (first, *others) in matrices.items():
+        assert others
+        assert all(torch.equal(other, first) for other in others), key
+        assert bool(first.any()) == (".lora_A." in key)
 
 
 @pytest.mark.parametrize("name", KINDS)
