@@ -11,10 +11,13 @@ import socket
 import stat
 import tempfile
 import threading
+import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
 
 from datamodules.records import UserError
 
@@ -111,8 +114,8 @@ def expanded(path: str | Path, key: str, advice: str = "") -> Path:
 RECREATED = "Delete it, and it will be created again."
 
 
-def read_regular(path: Path, longest: int | None = None) -> str:
-    """Return the text of a file. Raises OSError for a pipe or a device, which might never end, and for larger files.
+def regular(path: Path, longest: int | None = None) -> Path:
+    """Return the path of a file. Raises OSError for a pipe or a device, which might never end, and for larger files.
 
     longest: maximum number of bytes.
     """
@@ -121,7 +124,23 @@ def read_regular(path: Path, longest: int | None = None) -> str:
         raise OSError(errno.EINVAL, "expected a regular file", str(path))
     if longest is not None and status.st_size > longest:
         raise OSError(errno.EFBIG, f"expected at most {longest:,} bytes, got {status.st_size:,}", str(path))
-    return path.read_text(encoding="utf-8")
+    return path
+
+
+def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.memmap:
+    """Return the array of a .npy file, memory-mapped: mode "r" is read-only, "c" copies on write.
+
+    Raises OSError or ValueError for any damage; numpy alone also raises other errors for a damaged header.
+    """
+    try:
+        return np.load(regular(path), mmap_mode=mode)
+    except (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"not an array: {error}") from error
+
+
+def read_regular(path: Path, longest: int | None = None) -> str:
+    """Return the text of a file. Raises OSError as regular() does."""
+    return regular(path, longest).read_text(encoding="utf-8")
 
 
 def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str = RECREATED) -> Any:

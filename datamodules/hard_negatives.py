@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import atomic_folder
+from datamodules.files import atomic_folder, load_array, read_regular
 from datamodules.records import DROP, KEEP, POSITIVE, Example, MinedNegatives, UserError, check_name
 
 VERSION = 1  # of the layout
@@ -89,7 +89,7 @@ class HardNegativeStore:
     def __init__(self, path: Path, verify: bool = True):
         self.path = Path(path)
         try:
-            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            self.meta = json.loads(read_regular(self.path / "meta.json"))
             if self.meta["version"] != VERSION:
                 raise UserError(f"{path}: expected layout {VERSION}, got {self.meta['version']}; mine again")
             self.hash: str = self.meta["hash"]
@@ -112,7 +112,7 @@ class HardNegativeStore:
         paths = {name: self.path / f"{task}.{name}.npy" for name in ARRAYS}
         if not paths["labels"].exists():  # no judge; the hash reveals a lost file
             del paths["labels"]
-        arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+        arrays = {name: load_array(path) for name, path in paths.items()}
         return MinedNegatives(**arrays, taken=self.meta["tasks"][task]["taken"])
 
     def __getstate__(self) -> Path:  # workers map the files themselves

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.examples import ExampleTable, query_rows
-from datamodules.files import atomic_folder, read_json, write_json
+from datamodules.files import atomic_folder, load_array, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import Document, Qrels, UserError
 
@@ -127,7 +127,7 @@ class StoredCollection:
         return self.meta["fingerprint"]
 
     def array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return load_array(self.folder / f"{name}.npy")
 
     def blank_rows(self) -> np.ndarray:
         """Return the rows of documents (corpus, then queries) that have neither title nor text."""
@@ -193,6 +193,8 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
         for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         try:
+            if folder.is_dir():
+                shutil.rmtree(folder)  # not after writing, which might read the damaged files
             with atomic_folder(folder) as new:
                 write(new)
                 _seal(new)

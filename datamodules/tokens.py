@@ -8,6 +8,7 @@ FOLDER is the folder of a StoredCollection. KEY is a hash of tokenizer, prompt a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -27,8 +28,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from datamodules.files import load_array
 from datamodules.records import Collection, Document, UserError
-from datamodules.store import Rows, StoredCollection, make_once
+from datamodules.store import Rows, StoredCollection, damage, make_once
 from datamodules.text import input_text, token_ids
 
 log = logging.getLogger(__name__)
@@ -172,7 +174,7 @@ class TokenFile(TokenTable):
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger]):
         self.path, self.dtype = path, np.dtype(dtype)
-        self.starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        self.starts = load_array(path.with_suffix(".npy"))
         expected, actual = int(self.starts[-1]) * self.dtype.itemsize, path.stat().st_size
         if actual != expected:
             raise UserError(
@@ -245,12 +247,19 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the token file of the stored collection that the documents belong to, or None."""
+    """Return the intact token file of the stored collection that the documents belong to, or None."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path
     path = path.parent / f"tokens-{encoding.fingerprint()}" / f"{path.stem}.ids"
-    return TokenFile(path, encoding.dtype) if path.is_file() else None
+    return TokenFile(path, encoding.dtype) if path.is_file() and _is_intact(path.parent) else None
+
+
+@functools.cache  # verified once in each process
+def _is_intact(folder: Path) -> bool:
+    if problem := damage(folder):
+        log.warning("cache: %s is damaged (%s); tokenising the texts again", folder, problem)
+    return not problem
 
 
 def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Generator[TokenTable]:

@@ -85,7 +85,8 @@ def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchR
 
 
 def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult:
-    metadata, index = read_metadata(options.index), read_index(options.index)
+    metadata = read_metadata(options.index, {"m": int, "nprobe": int, "embeddings": str})
+    index = read_index(options.index)
     ids = read_ids(options.index, index.ntotal)
     matrix = _matrix_of(metadata) if metadata["m"] else None
     vectors, _ = _encode(options, queries, metadata)

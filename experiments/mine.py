@@ -25,7 +25,7 @@ from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.mined import Mined, unrated
-from lightning_modules.mining.report import check_false_negatives, reports_of, table, write_report
+from lightning_modules.mining.report import check_false_negatives, read_values, reports_of, table, write_report
 from lightning_modules.retrieval.compute import resolve_device
 
 log = logging.getLogger(__name__)
@@ -115,10 +115,12 @@ def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
 
 
 def _is_done(output: Path, meta: dict[str, Any]) -> bool:
-    """Return whether the store exists. Raises UserError if it was made with other settings."""
+    """Return whether the store exists with its report. Raises UserError if it was made with other settings."""
     if not from_first_rank(output.exists()):
         return False
     _check_same(output, meta)
+    if not from_first_rank(_has_report(output)):
+        return False
     log.info("%s: these hard negatives were already mined", output)
     return True
 
@@ -134,6 +136,15 @@ def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], met
     path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
     write_report(path, reports, f"hard negatives {origin}")
     log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
+
+
+def _has_report(output: Path) -> bool:
+    """Return whether a mining has finished. One that was killed, or whose report is damaged, is repeated."""
+    try:
+        return bool(read_values(output / "report.json"))
+    except UserError as error:
+        log.warning("%s; mining again", error)
+        return False
 
 
 def _check_same(output: Path, meta: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.files import open_new
+from datamodules.files import open_new, regular
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import reason
 
@@ -39,7 +39,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError if the file is not a checkpoint, or if a checksum in it is wrong.
     """
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             is_zip = file.read(4) == ZIP_START  # files written by torch before 1.6, such as DPR's, are not
         if is_zip:
             _verify(path)

@@ -97,13 +97,15 @@ def _read_family(path: Path) -> dict[str, BenchmarkConfig]:
     if not isinstance(family.get("benchmarks"), DictConfig):
         raise UserError(f"{path}: expected the key benchmarks, and optionally source and defaults")
     refuse_unknown_keys(Family, family, str(path))
-    return {name: _read_benchmark(path, family, name) for name in family.benchmarks}
+    return {str(name): _read_benchmark(path, family, name) for name in family.benchmarks}
 
 
 def _read_benchmark(path: Path, family: DictConfig, name: str) -> BenchmarkConfig:
-    if not re.fullmatch(r"[a-z0-9_]+", name):
+    if not re.fullmatch(r"[a-z0-9_]+", str(name)):
         raise UserError(f"{path}: benchmark {name!r}: expected a name of a to z, digits and _, since it names files")
     layers = [{"source": family.get("source", "")}, family.get("defaults"), family.benchmarks[name]]
+    if not all(isinstance(layer, DictConfig | dict | None) for layer in layers):
+        raise UserError(f"{path}: benchmark {name!r}: expected settings under its name and under defaults, got a value")
     config = structured(BenchmarkConfig, [OmegaConf.create(layer or {}) for layer in layers], str(path), f"{name}.")
     try:
         _check(config)

@@ -31,6 +31,7 @@ from experiments.config.overrides import check_override, packages_in, parse_over
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
     LOADER,
+    MERGE_ERRORS,
     describe,
     read_yaml,
     refuse_unknown_keys,
@@ -260,7 +261,7 @@ def _read_task(path: Path, scale: str) -> DictConfig:
     refuse_unknown_keys(TaskConfig, task, source, prefix)
     try:
         OmegaConf.merge(OmegaConf.structured(TaskConfig), task)
-    except OmegaConfBaseException as error:
+    except MERGE_ERRORS as error:
         raise UserError(f"{source}: {prefix}{describe(error)}") from error
     return task
 
@@ -335,11 +336,13 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
     restore_yes_and_no(Config, layer)
     _clear_replaced_targets(config, layer)
     try:
-        return OmegaConf.merge(config, layer)
-    except OmegaConfBaseException as error:
-        value = OmegaConf.select(layer, error.full_key) if error.full_key else None
+        config.merge_with(layer)  # in place, because OmegaConf.merge copies the whole configuration
+        return config
+    except MERGE_ERRORS as error:
+        key = getattr(error, "full_key", None)
+        value = OmegaConf.select(layer, key) if key else None
         if "is not a ListConfig" in str(error) and value is not None:
-            raise UserError(f"{source}: {error.full_key}: expected a list, write {error.full_key}=[{value}]") from error
+            raise UserError(f"{source}: {key}: expected a list, write {key}=[{value}]") from error
         raise UserError(f"{source}: {describe(error)}") from error
 
 

@@ -39,6 +39,8 @@ SYNONYMS = {
     "gpus": "devices",
     "output_dir": "dir",
 }
+# TypeError: a list in place of a mapping, or the other way round.
+MERGE_ERRORS = (OmegaConfBaseException, TypeError)
 MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes of a file, levels, and values with aliases expanded
 
 
@@ -95,7 +97,7 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
         if missing := OmegaConf.missing_keys(merged):
             raise UserError(f"{source}: no value for {', '.join(prefix + key for key in sorted(missing))}")
         settings: T = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except MERGE_ERRORS as error:
         raise UserError(f"{source}: {prefix}{describe(error)}") from error
     with prefixed(f"{source}: "):
         check_options(settings, prefix)
@@ -127,8 +129,10 @@ def prefixed(prefix: str) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def describe(error: OmegaConfBaseException) -> str:
+def describe(error: OmegaConfBaseException | TypeError) -> str:
     """Return the key and the first line of an OmegaConf error; the other lines repeat key and type."""
+    if isinstance(error, TypeError):
+        return "expected a list, got a mapping, or the other way round"
     key = f"{error.full_key}: " if error.full_key else ""
     return key + str(error).splitlines()[0]
 

@@ -27,7 +27,7 @@ from datamodules.records import UserError
 from datamodules.tasks import Reader
 from experiments.config.moved import current_path
 from experiments.config.schema import Config
-from experiments.config.structured import describe, did_you_mean, expected_one_of, unknown
+from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import is_in
 from lightning_modules.mining.miners import Miner
@@ -148,7 +148,7 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
     try:
         schema = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields))
         converted = OmegaConf.to_container(OmegaConf.merge(schema, dict(arguments)))
-    except OmegaConfBaseException as error:
+    except MERGE_ERRORS as error:
         raise UserError(f"{key}.{describe(error)}") from error
     return {name: converted[name] for name in arguments}
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from datamodules.files import open_new, write_text
+from datamodules.files import open_new, read_regular, write_text
 from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _size(path: Path) -> int:
 def _read_version(part: Path) -> tuple[str, int | None]:
     """Return the version of a partial download on the server ("" if unknown), and the size of the whole file."""
     try:
-        version, _, total = _version_file(part).read_text(encoding="utf-8").partition("\n")
+        version, _, total = read_regular(_version_file(part)).partition("\n")
     except (OSError, ValueError):
         return "", None
     return version, int(total) if total.isdecimal() else None

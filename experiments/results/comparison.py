@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from datamodules.files import regular
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.build.data import build_data
@@ -64,7 +65,7 @@ class MeasuredSystem:
         if self.file(benchmark, "draws.tsv").is_file():
             raise UserError(f"{metric} is a mean over draws of training papers, not over queries")
         try:
-            with open(path, encoding="utf-8", newline="") as lines:
+            with open(regular(path), encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
             return {decode_id(row["query"]): float(row[metric]) for row in rows}
         except KeyError as error:
@@ -76,39 +77,47 @@ class MeasuredSystem:
     def ranking(self, benchmark: str, queries: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
         """Return the ranked documents of some queries with their scores, best first."""
         wanted, rankings = set(queries), defaultdict(list)
-        for query, _, document, _, score, _ in _read_fields(self.file(benchmark, "trec"), 6):
+        for query, document, score in _read_rows(self.file(benchmark, "trec"), 6, 4, float):
             if query in wanted:
-                rankings[query].append((document, float(score)))
+                rankings[query].append((document, score))
         return dict(rankings)
 
     def judgements(self, benchmark: str, queries: Sequence[str]) -> dict[str, dict[str, int]]:
         """Return the relevant documents of some queries with their grades."""
         wanted, judgements = set(queries), defaultdict(dict)
-        for query, _, document, grade in _read_fields(self.folder / "runs" / f"{benchmark}.qrels", 4):
-            if query in wanted and int(grade) > 0:
-                judgements[query][document] = int(grade)
+        for query, document, grade in _read_rows(self.folder / "runs" / f"{benchmark}.qrels", 4, 3, int):
+            if query in wanted and grade > 0:
+                judgements[query][document] = grade
         return dict(judgements)
 
     def first_ranks(self, benchmark: str, queries: Sequence[str]) -> dict[str, int | None]:
         """Return the rank of each query's first relevant document, or None if none was retrieved."""
         relevant, ranks = self.judgements(benchmark, queries), Counter()
         first: dict[str, int | None] = dict.fromkeys(queries)
-        for query, _, document, *_ in _read_fields(self.file(benchmark, "trec"), 6):
+        for query, document, _ in _read_rows(self.file(benchmark, "trec"), 6, 4, float):
             ranks[query] += 1
             if document in relevant.get(query, ()) and first[query] is None:
                 first[query] = ranks[query]
         return first
 
 
-def _read_fields(path: Path, count: int) -> Iterator[list[str]]:
+def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield query, document and number of each line. Raises UserError for a line of another form.
+
+    count: number of fields. column, kind: which field is the number, and how it is read.
+    """
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(regular(path), encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 fields = line.split()
-                if len(fields) != count:
-                    raise UserError(f"{path}:{number}: expected {count} fields, got {line.strip()!r}")
-                yield [decode_id(field) if column in (0, 2) else field for column, field in enumerate(fields)]
-    except OSError as error:
+                try:
+                    value = kind(fields[column])
+                except (ValueError, IndexError):
+                    value = None
+                if len(fields) != count or value is None:
+                    raise UserError(f"{path}:{number}: expected {count} fields with a number, got {line.strip()!r}")
+                yield decode_id(fields[0]), decode_id(fields[2]), value
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
 
 

@@ -49,7 +49,7 @@ def front_matter(
     source: model that was exported, or several with commas between them. task: task of a plain folder, else "".
     measured: results of the exported model, as the system "trained".
     """
-    starts = list(filter(None, [start_of_run(run)] if run else _models(source)))
+    starts = list(filter(None, [_first_start(run)] if run else _models(source)))
     base_models = [name for start in starts if (name := hub_name(start))]
     licenses = set(map(_license_of, starts))
     figures = _eval_results(measured) or None
@@ -96,18 +96,22 @@ def _datasets(run: Path) -> list[str]:
 
 
 def start_of_run(run: Path) -> str | None:
-    """Return the model that a run started from; if that is a run too, what it started from. None: random weights."""
-    start: str | None = None
+    """Return the model that a run started from, None for random weights."""
+    config, path = read_config(run), run / "manifest.json"
+    manifest: dict[str, Any] = read_manifest(path) if path.is_file() else {}
+    extended, backbone = config.get("extend", {}).get("model"), config.get("backbone", {}).get("name")
+    return manifest.get("start", extended or config.get("init_from") or backbone)
+
+
+def _first_start(run: Path) -> str | None:
+    """Return the model that a run started from. If that is a run too, return what that one started from."""
     for _ in range(LONGEST_CHAIN):
-        config, path = read_config(run), run / "manifest.json"
-        manifest: dict[str, Any] = read_manifest(path) if path.is_file() else {}
-        extended, backbone = config.get("extend", {}).get("model"), config.get("backbone", {}).get("name")
-        start = manifest.get("start", extended or config.get("init_from") or backbone)
+        start = start_of_run(run)
         previous = run_of(start) if start else None
         if previous is None:
-            break
+            return start
         run = previous
-    return start
+    return None
 
 
 def _license_of(model: str) -> str:

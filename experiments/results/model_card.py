@@ -80,15 +80,13 @@ def write_card(
 
 
 def _measured(results: Results, task: str, fingerprint: str, similarity: str) -> dict[str, BenchmarkTable]:
-    """Return the tables of a task, or of all tasks, in which "trained" is the exported encoder."""
+    """Return the tables of a task, or of all tasks, in which "trained" is the exported encoder alone."""
     tables = {}
     for name, table in results.benchmarks.items():
         trained = table.systems.get("trained")
-        if (
-            trained
-            and task in ("", table.task)
-            and (trained.fingerprint, trained.similarity) == (fingerprint, similarity)
-        ):
+        if trained is None or task not in ("", table.task) or trained.document_fingerprint:
+            continue
+        if (trained.fingerprint, trained.similarity) == (fingerprint, similarity):
             tables[name] = table
     return tables
 

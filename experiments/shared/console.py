@@ -71,9 +71,12 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         sys.exit(141)  # as after SIGPIPE
     except Exception as error:
-        if not (problem := full_disk(error)):
+        if problem := full_disk(error):
+            say(f"error: {problem}. Free some space and run the same command again.", sys.stderr)
+        elif isinstance(error, OSError) and error.filename and logging.getLogger().level > logging.DEBUG:
+            say(f"error: {error.filename}: {error.strerror} (-v shows where)", sys.stderr)
+        else:
             raise
-        say(f"error: {problem}. Free some space and run the same command again.", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted", sys.stderr)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
+from datamodules.files import read_regular
 from datamodules.records import UserError
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import reading
@@ -166,7 +167,7 @@ def read_adapter(name: str, key: str) -> Adapter:
     with reading(name, key):
         patterns = ["adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"]
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["config"]
+        config = json.loads(read_regular(folder / "adapter_config.json"))["config"]
         safe = folder / "adapter.safetensors"
         state = load_file(safe) if safe.is_file() else read_checkpoint(folder / "pytorch_adapter.bin")
         missing = [field for field in (*FORM, "reduction_factor", "non_linearity") if field not in config]

@@ -431,12 +431,14 @@ class Encoder(nn.Module):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
-    """Raise UserError if a tokenizer has no separator or padding, or more tokens than the backbone has embeddings."""
+    """Raise UserError if a tokenizer lacks words, separator or padding, or if the backbone lacks embeddings for it."""
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
     # vocab_size leaves out tokens that were added to the tokenizer.
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    if vocabulary and vocabulary.keys() <= set(tokenizer.all_special_tokens):  # transformers makes one without its file
+        raise UserError("the tokenizer has no words, only special tokens; is its tokenizer.json or vocab.txt missing?")
     size = max(vocabulary.values(), default=0) + 1
     limit: Any = backbone.get_input_embeddings().num_embeddings
     if size > limit:

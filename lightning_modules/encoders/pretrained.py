@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from datamodules.files import regular
 from datamodules.packed import Tokens
 from datamodules.records import UserError
 from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
@@ -114,7 +115,7 @@ def load_pretrained(name: str | Path, revision: str | None = None, packages: Seq
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoder = build(description, tokenizer, str(folder / CONFIG), packages)
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(regular(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}

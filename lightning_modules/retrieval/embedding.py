@@ -21,12 +21,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from datamodules.files import atomic_file, read_json, write_json, write_text
+from datamodules.files import atomic_file, load_array, read_json, read_regular, write_json, write_text
 from datamodules.records import Document, UserError
+from datamodules.store import CHECKED, checksum
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
@@ -34,6 +36,8 @@ from lightning_modules.retrieval.vector_cache import text_hash
 
 log = logging.getLogger(__name__)
 
+# Metadata that searches need.
+KEYS = dict.fromkeys(("model", "name", "task", "similarity", "input", "on_error"), str) | {"count": int}
 FORMER_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # names that earlier versions wrote
 
 
@@ -134,7 +138,7 @@ class ShardFolder:
         """Return the vectors (n, D) of a shard for a task. Raises UserError if the file is damaged."""
         path = self._vectors_path(number, task)
         try:
-            vectors = np.load(path)
+            vectors = load_array(path)
             intact = len(vectors) == len(record["ids"]) and _array_hash(vectors) == record["vectors"][task]
         except (OSError, ValueError, EOFError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error})") from error
@@ -215,7 +219,7 @@ def _is_merged(path: Path, metadata: Mapping[str, Any], shards: Sequence[tuple[l
     try:
         if read_metadata(path) != metadata:
             return False
-        matrix, start = np.load(path, mmap_mode="r"), 0
+        matrix, start = load_array(path), 0
         intact = len(matrix) == len(ids) and path.stat().st_size == matrix.offset + matrix.nbytes
         for shard_ids, vectors_hash in shards if intact else ():
             intact = intact and _array_hash(matrix[start : start + len(shard_ids)]) == vectors_hash
@@ -239,7 +243,7 @@ class Matrix:
     def __init__(self, path: Path):
         self.path, self.metadata = path, read_metadata(path)
         try:
-            vectors = np.load(path, mmap_mode="c")  # copy-on-write; torch warns about read-only arrays
+            vectors = load_array(path, "c")  # copy-on-write; torch warns about read-only arrays
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         if vectors.ndim != 2 or len(vectors) != self.metadata.get("count"):
@@ -267,16 +271,25 @@ def open_matrix(path: Path, task: str = "") -> Matrix:
     return Matrix(path / f"{task or tasks[0]}.npy")
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a matrix or an index. Raises UserError if it is missing or damaged."""
-    return read_json(_sidecar(path, ".json"), hint="")
+def read_metadata(path: Path, others: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the metadata of a matrix or an index.
+
+    others: types of further keys that it must have.
+    Raises UserError if it is missing or damaged, or if the file or its ids are not what was written.
+    """
+    metadata = read_json(_sidecar(path, ".json"), {**KEYS, **others}, hint="")
+    written = metadata.pop("written", {})  # earlier versions recorded nothing
+    for suffix, expected in written.items() if isinstance(written, dict) else ():
+        if (file := _sidecar(path, suffix)).is_file() and _content(file) != expected:
+            raise UserError(f"{file}: damaged (its content differs from what was written); write it again")
+    return metadata
 
 
 def read_ids(path: Path, count: int) -> list[str]:
     """Return the `count` ids of a matrix or an index. Raises UserError if the file is missing or damaged."""
     file = _sidecar(path, ".ids.txt")
     try:
-        ids = file.read_text(encoding="utf-8").split("\n")[:-1]
+        ids = read_regular(file).split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
     if len(ids) != count:
@@ -287,7 +300,14 @@ def read_ids(path: Path, count: int) -> list[str]:
 def write_metadata(path: Path, ids: Sequence[str], metadata: Mapping[str, Any]) -> None:
     """Write ids and metadata next to a matrix or an index."""
     write_text(_sidecar(path, ".ids.txt"), "".join(f"{id}\n" for id in ids))
-    _write_json(_sidecar(path, ".json"), metadata)
+    written = {suffix: _content(_sidecar(path, suffix)) for suffix in ("", ".ids.txt")}
+    _write_json(_sidecar(path, ".json"), {**metadata, "written": written})
+
+
+def _content(path: Path) -> list[int]:
+    """Return the size of a file, and the checksum of one that is not large."""
+    size = path.stat().st_size
+    return [size, checksum(path)] if size <= CHECKED else [size]
 
 
 def delete_metadata(path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.files import atomic_file
+from datamodules.files import atomic_file, load_array
 from datamodules.records import Document, MiningPool
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
@@ -140,7 +140,7 @@ class VectorCache:
 
         together(encode_missing)
         # Copy-on-write, because torch warns about arrays that are not writable.
-        return Shards([np.load(path, mmap_mode="c") for path in paths])
+        return Shards([load_array(path, "c") for path in paths])
 
     def _in_memory(self, texts: Sequence[Document], task: str, name: str, advance: Advance | None) -> np.ndarray:
         """Encode in units of UNIT texts, so that the bits do not depend on the number of ranks."""
@@ -217,7 +217,7 @@ def _is_intact(path: Path, count: int) -> bool:
     if not path.is_file():
         return False
     try:
-        vectors = np.load(path, mmap_mode="r")
+        vectors = load_array(path)
         with open(path, "rb") as file:
             file.seek(vectors.offset + vectors.nbytes)
             end = file.read()

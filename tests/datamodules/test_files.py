@@ -5,9 +5,10 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from datamodules.files import atomic_file, atomic_folder, open_new, read_json, write_json, write_text
+from datamodules.files import atomic_file, atomic_folder, load_array, open_new, read_json, write_json, write_text
 from datamodules.records import UserError
 
 
@@ -69,6 +70,23 @@ def test_folder_replaces_the_old_one_only_if_it_is_complete(tmp_path):
         (folder / "new").touch()
     assert [file.name for file in path.iterdir()] == ["new"]
     assert len(list(path.parent.iterdir())) == 1
+
+
+def test_any_damage_to_an_array_raises_two_kinds_of_errors(tmp_path):
+    """Damaged headers raised tokenize.TokenError, SyntaxError and MemoryError; a pipe was waited for."""
+    path, numbers = tmp_path / "a.npy", np.arange(30)
+    np.save(path, numbers)
+    good = path.read_bytes()
+    for position in range(100):
+        for bit in range(8):
+            path.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+            with contextlib.suppress(OSError, ValueError):
+                load_array(path)
+    path.write_bytes(good)
+    assert load_array(path).tolist() == numbers.tolist()
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(OSError, match="expected a regular file"):
+        load_array(tmp_path / "pipe.npy")
 
 
 def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):

@@ -392,7 +392,7 @@ def test_collection_is_tokenised_once_per_encoding(collection, tokenizer, tokeni
     assert len(tokenised) == 4 * 2
 
 
-def test_truncated_token_file_raises_user_error_and_failure_leaves_nothing(collection, tokenizer, monkeypatch):
+def test_failure_to_tokenise_leaves_nothing(collection, tokenizer, monkeypatch):
     def breaks(*_):
         raise KeyboardInterrupt
 
@@ -400,8 +400,17 @@ def test_truncated_token_file_raises_user_error_and_failure_leaves_nothing(colle
     with pytest.raises(KeyboardInterrupt):
         token_tables(collection, Encoding(tokenizer))
     assert not [path for path in collection.folder.iterdir() if path.is_dir()]
-    monkeypatch.undo()
-    table, _ = token_tables(collection, Encoding(tokenizer))
-    table.path.write_bytes(table.path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"corpus.ids: expected [0-9]+ bytes, found [0-9]+; delete .*tokens-"):
-        token_tables(collection, Encoding(tokenizer))
+
+
+@pytest.mark.parametrize("damage", [lambda ids: ids[:-2], lambda ids: bytes([ids[0] ^ 1]) + ids[1:]])
+def test_damaged_token_file_is_not_used_and_made_again(collection, tokenizer, cache, caplog, damage):
+    """It was read while it was made again, so the damage became part of the new file."""
+    encoding = Encoding(tokenizer)
+    table, _ = token_tables(collection, encoding)
+    good = table.path.read_bytes()
+    table.path.write_bytes(damage(good))
+    assert stored_tokens(collection.corpus.values(), encoding) is None
+    cache.clear()
+    token_tables(collection, encoding)
+    assert table.path.read_bytes() == good
+    assert caplog.text.count("is damaged") == 2

@@ -108,7 +108,7 @@ def test_help_of_an_experiment_lists_its_keys(capsys):
     [
         (["tra"], {"train"}),
         (["train", "mo"], {name for name in experiments() if name.startswith("mo")}),
-        (["train", "moe", "optim.lr"], {"optim.lr="}),
+        (["train", "moe", "optim.w"], {"optim.warmup=", "optim.weight_decay="}),
         (["find", "embeddings=", "que"], {"query=", "queries="}),
         (["train", "init_from", "="], set()),
     ],

@@ -298,6 +298,17 @@ def test_exported_folders_have_no_local_path(run, tmp_path, monkeypatch):
     assert (data.license, data.base_model, data.model_name) == ("bsd-3-clause", None, "my run")
 
 
+def test_base_model_is_that_of_the_first_of_several_runs(run, tmp_path):
+    for name, start in (("one", "allenai/scibert"), ("two", str(tmp_path / "one"))):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("export"))
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest | {"start": start}))
+    main([f"model={tmp_path / 'two'}", "task=search", f"output={tmp_path / 'out'}"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "allenai/scibert"
+    assert "The run started from one." in card.text
+
+
 def test_text_that_is_not_ours_is_escaped_in_the_card(run, tmp_path, monkeypatch):
     encoder = load_encoder(run)
     hostile = "| </td> *b* _i_ [l](http://evil) `c` <script> ![x](y) $z$ &amp; --- ``` #"

@@ -198,6 +198,10 @@ def test_make_mine_finds_the_negatives_of_an_independent_ranking(run, tmp_path, 
         assert store.negatives_of("search", i) == [r for r in order[:40].tolist() if r not in example.not_negatives][:8]
     mine(["moe", *arguments])
     assert "were already mined" in caplog.text
+    (output / "report.json").unlink()  # as after a kill: without it, the mining has not finished
+    mine(["moe", *arguments])
+    assert (output / "report.json").is_file()
+    assert HardNegativeStore(output).hash == store.hash
     trained = tmp_path / "trained"
     train("moe", [f"run.dir={trained}", *SMALL, f"mining.store={output}", "trainer.max_steps=2"])
     state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]

@@ -21,6 +21,7 @@ from experiments.config.experiment import load_config, parse_experiment
 from experiments.config.study_file import read_study, studies
 from experiments.evaluate import EvaluateOptions
 from experiments.merge import MergeOptions
+from experiments.mine import MineOptions
 from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete
@@ -263,7 +264,8 @@ def test_commands_of_every_study_can_be_read(name, tmp_path):
     for collection in yaml.safe_load((SUITES / "papers.yaml").read_text())["benchmarks"] if values else ():
         write_beir(toy_collection(), tmp_path / collection)
     study = read_study(name, values=values)
-    commands = {command for job in study.jobs for command in job.commands}
+    jobs = [job for job in study.jobs if job.seed in (None, study.settings.seeds[0])]
+    commands = {command for job in jobs for command in job.commands}
     assert any(command == "train" for command, *_ in commands)
     for command, *arguments in commands:
         if command == "train":
@@ -271,6 +273,8 @@ def test_commands_of_every_study_can_be_read(name, tmp_path):
             assert all(task.data for task in config.task.values())
         elif command == "bench":
             parse_experiment(import_module(f"experiments.bench.{arguments[0]}").BenchOptions, arguments[1:])
+        elif command == "mine":
+            parse_experiment(MineOptions, arguments)
         else:
             parse({"eval": EvaluateOptions, "merge": MergeOptions}[command], arguments)
 

@@ -233,6 +233,9 @@ GOOD = """
     ("text", "message"),
     [
         ("benchmarks: [1]", "expected the key benchmarks"),
+        ("benchmarks: {mine: 3}", "benchmark 'mine': expected settings under its name and under defaults, got a value"),
+        (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "benchmark 'mine': expected settings under its name"),
+        (f"benchmarks:\n  1.5:{GOOD}", "benchmark 1.5: expected a name of a to z"),
         (f"benchmark:\n  mine:{GOOD}", "expected the key benchmarks"),
         (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources; did you mean source"),
         (f"benchmarks:\n  My-set:{GOOD}", "benchmark 'My-set': expected a name of a to z"),

@@ -17,7 +17,7 @@ from experiments.build.data import build_data
 from experiments.config.experiment import load_config
 from experiments.config.structured import read_yaml
 from experiments.doctor import disk, models
-from experiments.shared.console import full_disk
+from experiments.shared.console import entry_point, full_disk
 from lightning_modules.encoders.backbone import package_folder
 from tests.conftest import toy_collection
 from tests.experiments.test_changed_data import ARGUMENTS
@@ -84,6 +84,18 @@ def test_errors_of_a_full_disk_are_recognised():
     )
     assert all(map(full_disk, full))
     assert not any(map(full_disk, (OSError(2, "No such file"), ValueError("x"), wrapped(ValueError("x")))))
+
+
+def test_errors_of_the_system_are_a_sentence_and_a_traceback_on_request(tmp_path, monkeypatch, capsys):
+    """A folder where a file is due, or a file that may not be read: there was a traceback for each."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        entry_point(lambda _: tmp_path.read_text())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory (-v shows where)\n"
+    monkeypatch.setattr(sys, "argv", ["command", "-v"])
+    with pytest.raises(IsADirectoryError):
+        entry_point(lambda _: tmp_path.read_text())
 
 
 @pytest.mark.slow

@@ -73,6 +73,20 @@ def test_arguments_that_do_not_apply_to_a_model_are_named(make_encoder, make_bac
             assert f"{argument} is not used: {model} has its own" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["plain", "ours"])
+def test_a_folder_without_the_file_of_its_tokenizer_is_refused(make_encoder, make_backbone, tmp_path, kind):
+    """transformers then makes a tokenizer for which every word is [UNK]; all texts got the same vector."""
+    if kind == "ours":
+        save_encoder(make_encoder(), tmp_path)
+    else:
+        for part in make_backbone():
+            part.save_pretrained(tmp_path)
+    load_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="the tokenizer has no words, only special tokens; is its tokenizer.json"):
+        load_encoder(tmp_path)
+
+
 def test_unknown_model_name_raises_user_error():
     with pytest.raises(UserError, match="model: 'no/such-model' cannot be loaded from a folder or the hub"):
         load_encoder("no/such-model")

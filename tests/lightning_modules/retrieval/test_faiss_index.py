@@ -106,13 +106,24 @@ def test_another_model_or_damaged_files_raise(corpus, make_encoder):
         find([f"embeddings={corpus / 'vectors'}", "query=a", f"model={corpus / 'other'}"])
     output = corpus / "papers.faiss"
     index([f"embeddings={corpus / 'vectors'}", f"output={output}"])
-    output.write_bytes(output.read_bytes()[:100])
-    with pytest.raises(UserError, match="papers.faiss: not an index, or damaged"):
-        find([f"index={output}", "query=a"])
     matrix = corpus / "vectors" / "search.npy"
-    matrix.write_bytes(matrix.read_bytes()[:-4])
-    with pytest.raises(UserError, match="search.npy: cannot be read"):
-        find([f"embeddings={matrix}", "query=a"])
+    # The ids or scores of altered files were shown as results.
+    for key, file in (("index", output), ("embeddings", matrix)):
+        for path in (file, file.with_name(f"{file.name}.ids.txt")):
+            good = path.read_bytes()
+            for damaged in (good[:100], good[:-3] + bytes([good[-3] ^ 1]) + good[-2:], b""):
+                path.write_bytes(damaged)
+                with pytest.raises(UserError, match=f"{path.name}: damaged .its content differs from what was written"):
+                    find([f"{key}={file}", "query=a"])
+            path.write_bytes(good)
+        find([f"{key}={file}", "query=a"])
+        metadata = file.with_name(f"{file.name}.json")
+        metadata.write_text(metadata.read_text().replace('"similarity": "cosine"', '"similarity": "l3"'))
+        with pytest.raises(UserError, match="similarity: expected one of dot, cosine, got 'l3'"):
+            find([f"{key}={file}", "query=a"])
+        metadata.write_text(metadata.read_text().replace('"similarity"', '"other"'))
+        with pytest.raises(UserError, match=f"{metadata.name}: expected a text as similarity, got None"):
+            find([f"{key}={file}", "query=a"])
 
 
 @pytest.mark.parametrize("count", [1, 2])
