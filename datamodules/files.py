@@ -127,7 +127,7 @@ def regular(path: Path, longest: int | None = None) -> Path:
     return path
 
 
-def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
+def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.memmap:
     """Return the array of a .npy file, memory-mapped: mode "r" is read-only, "c" copies on write.
 
     Raises OSError or ValueError for any damage; numpy alone also raises other errors for a damaged header.

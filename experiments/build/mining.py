@@ -18,6 +18,7 @@ from experiments.config.schema import Config
 from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
+from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.relabel import Judge
@@ -56,7 +57,7 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
     guide = None
     if settings.guide:
         tasks, allowed = {task: task for task in config.task}, config.extend.packages
-        guide = load_encoder(settings.guide, tasks, key="mining.guide", packages=allowed)
+        guide = load_encoder(installed(settings.guide, "mining.guide"), tasks, key="mining.guide", packages=allowed)
         if missing := [task for task, node in nodes.items() if node and task not in guide.tasks]:
             raise UserError(
                 f"mining.guide: the model has no task {', '.join(missing)} (it has {', '.join(guide.tasks)})"

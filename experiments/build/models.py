@@ -18,7 +18,7 @@ from experiments.config.experiment import from_dict, read_config, runs_there
 from experiments.config.schema import Config
 from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
-from lightning_modules.encoders.backbone import PACKAGE, package_folder
+from lightning_modules.encoders.backbone import PACKAGE, installed
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import DEFAULT_TASKS, is_plain, load_encoder
 from lightning_modules.retrieval.compute import default_device, describe_device, resolve_device
@@ -135,13 +135,9 @@ def _resolve(model: str) -> str:
 
     Raises UserError for a package that is not installed, or a run that does not exist.
     """
-    if not model.startswith(PACKAGE):
-        if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
-            raise UserError(f"model: {model} does not exist. {runs_there()}")
-        return model
-    if folder := package_folder(model):
-        return folder
-    raise UserError(f"model: the package {model.removeprefix(PACKAGE)} is not installed (or has no get_model_path)")
+    if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
+        raise UserError(f"model: {model} does not exist. {runs_there()}")
+    return installed(model)
 
 
 def run_of(model: str) -> Path | None:

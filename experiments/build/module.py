@@ -22,6 +22,7 @@ from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.contrastive import START, ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
+    installed,
     load_backbone,
     options_of,
     package_folder,
@@ -247,8 +248,7 @@ def _load_frozen(
 ) -> FrozenEncoder:
     """Load the guide or a teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
-    model = package_folder(options.model) if options.model.startswith(PACKAGE) else options.model
-    encoder = load_encoder(model or options.model, tasks=tasks, key=key, packages=config.extend.packages)
+    encoder = load_encoder(installed(options.model, key), tasks=tasks, key=key, packages=config.extend.packages)
     missing = [task for task in tasks if task not in encoder.tasks]
     if missing:
         raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")

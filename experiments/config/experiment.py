@@ -336,7 +336,8 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
     restore_yes_and_no(Config, layer)
     _clear_replaced_targets(config, layer)
     try:
-        return OmegaConf.merge(config, layer)
+        config.merge_with(layer)  # in place, because OmegaConf.merge copies the whole configuration
+        return config
     except MERGE_ERRORS as error:
         key = getattr(error, "full_key", None)
         value = OmegaConf.select(layer, key) if key else None

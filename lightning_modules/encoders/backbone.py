@@ -85,6 +85,18 @@ def package_folder(name: str) -> str | None:
     return str(package.get_model_path())
 
 
+def installed(model: str, key: str = "model") -> str:
+    """Return the folder of a package:NAME, and any other model unchanged. Raises UserError if it is not installed.
+
+    key: argument that the model comes from, for error messages.
+    """
+    if not model.startswith(PACKAGE):
+        return model
+    if folder := package_folder(model):
+        return folder
+    raise UserError(f"{key}: the package {model.removeprefix(PACKAGE)} is not installed")
+
+
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:
     """Return token -> id for special tokens, all characters, and the most frequent words of texts.
 

@@ -33,9 +33,9 @@ from datamodules.files import atomic_folder
 from datamodules.records import UserError
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import from_first_rank, rank, together
-from lightning_modules.encoders.backbone import check_family, check_size, reading
+from lightning_modules.encoders.backbone import check_family, check_size, installed, reading
 from lightning_modules.mining.filters import query_of_values, text_hashes
-from lightning_modules.mining.relabel import Judge, JudgeContext, Pairs, installed
+from lightning_modules.mining.relabel import Judge, JudgeContext, Pairs
 from lightning_modules.optim import schedule
 
 log = logging.getLogger(__name__)

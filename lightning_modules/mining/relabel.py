@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError
-from lightning_modules.encoders.backbone import PACKAGE, package_folder
+from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.filters import positive_score, query_of_values
 from lightning_modules.retrieval.search import Shards
@@ -261,8 +261,3 @@ def _examples(pairs: Sequence[Pairs], verdicts: Sequence[Verdict], label: int) -
             }
             found.append({"label": LABELS[label], "query": query.id, "paper": paper.id, "score": score} | texts)
     return sorted(found, key=lambda example: -(example["score"] or 0.0))[:NUM_EXAMPLES]
-
-
-def installed(model: str) -> str:
-    """Return the folder of a package:NAME, and any other model unchanged."""
-    return (package_folder(model) or model) if model.startswith(PACKAGE) else model

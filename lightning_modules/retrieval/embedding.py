@@ -277,7 +277,7 @@ def read_metadata(path: Path, others: Mapping[str, type] = MappingProxyType({}))
     others: types of further keys that it must have.
     Raises UserError if it is missing or damaged, or if the file or its ids are not what was written.
     """
-    metadata = read_json(_sidecar(path, ".json"), KEYS | others, hint="")
+    metadata = read_json(_sidecar(path, ".json"), {**KEYS, **others}, hint="")
     written = metadata.pop("written", {})  # earlier versions recorded nothing
     for suffix, expected in written.items() if isinstance(written, dict) else ():
         if (file := _sidecar(path, suffix)).is_file() and _content(file) != expected:

@@ -215,6 +215,8 @@ def test_invalid_settings_raise_user_error(tmp_path):
         FileJudge("any", 0.5, 0.4)
     with pytest.raises(UserError, match="path: .*missing.jsonl cannot be read"):
         FileJudge(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(UserError, match="model: the package not_there is not installed"):
+        GuideJudge("package:not_there")
     with pytest.raises(UserError, match="folds: expected at least 2"):
         CrossEncoderJudge("any", folds=1)
 
