@@ -127,7 +127,7 @@ def test_links_and_pipes_planted_at_a_lock_are_refused(tmp_path, place, kind):
     else:
         targets = {"link": victim, "dangling link": tmp_path / "new", "device": Path("/dev/null")}
         (folder / name).symlink_to(targets[kind])
-    with pytest.raises(UserError, match=f"{name}: (is a symbolic link|expected a file)"):
+    with pytest.raises(UserError, match=f"{name}: (is a symbolic link|expected a regular file)"):
         take(folder)
     assert victim.read_text() == "mine"
     assert not (tmp_path / "new").exists()
