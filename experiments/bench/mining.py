@@ -50,7 +50,7 @@ class RandomVectors:
     """Fake VectorCache with given vectors of the pool's documents and queries."""
 
     def __init__(self, pool: MiningPool, documents: Shards, queries: Shards, device: torch.device):
-        self.encoder = SimpleNamespace(device=device, document_task=lambda task: task)
+        self.encoder = SimpleNamespace(device=device, similarity="cosine", document_task=lambda task: task)
         self.pool, self.documents, self.queries = pool, documents, queries
 
     def vectors(self, texts: Sequence[Document], task: str, name: str) -> Shards:
