@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.options import option
-from datamodules.readers.io import find_file
+from datamodules.readers.io import find_file, find_optional_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.rows import BadLines
@@ -128,7 +128,7 @@ def _write_scidocs(job: Job) -> list[Path]:
     written = []
     for name in job.chosen(list(SCIDOCS)):
         file, task = SCIDOCS[name]
-        path = find_file(job.options.data, file, required=bool(job.options.only))
+        path = (find_file if job.options.only else find_optional_file)(job.options.data, file)
         if path is None:
             continue
         with job.bad_lines() as bad:
