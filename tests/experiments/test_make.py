@@ -65,7 +65,15 @@ def test_help_next_to_a_target_runs_nothing(tmp_path, words):
 # For each variable of the Makefile, a target that passes it on to Python. FREE is any other key.
 USED_BY = {
     **{"EXP": "train", "SCALE": "train", "RECIPE": "data", "SWEEP": "sweep", "PARALLEL": "sweep", "TRIAL": "sweep"},
-    **{"SWEEP_ID": "agent", "COUNT": "agent", "BENCH": "bench", "ARGS": "train", "FREE": "train", "PARTITION": "slurm"},
+    **{
+        "SWEEP_ID": "agent",
+        "COUNT": "agent",
+        "BENCH": "bench",
+        "STUDY": "study",
+        "ARGS": "train",
+        "FREE": "train",
+        "PARTITION": "slurm",
+    },
     **{"TESTS": "test", "OVERRIDES": "train", "TRAINING": "train", "PY": "train", "STAMP": "train", "TARGETS": "train"},
 }
 NOT_PASSED_ON = {"OVERRIDES", "TRAINING", "PY", "STAMP", "TARGETS"}  # the Makefile's own
