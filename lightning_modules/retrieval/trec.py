@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from datamodules.files import atomic_file
 from datamodules.records import Qrels
 from lightning_modules.retrieval.metrics import Run
 
@@ -34,22 +35,23 @@ def write_trec(run: Run, path: Path, tag: str) -> None:
     """Write a run for trec_eval: query Q0 document rank score tag. Scores are written exactly."""
     tag, digits = encode_id(tag), 9 if run.scores.dtype == np.float32 else 17
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as lines:
+    with atomic_file(path) as lines:
         documents = run.documents
         for query, indices, scores in zip(map(encode_id, run.queries), run.indices, run.scores, strict=True):
             for position, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), start=1):
                 if index >= 0:
                     document = encode_id(documents[index])
-                    lines.write(f"{query} Q0 {document} {position} {score:.{digits}g} {tag}\n")
+                    lines.write(f"{query} Q0 {document} {position} {score:.{digits}g} {tag}\n".encode())
 
 
 def write_qrels(qrels: Qrels, path: Path) -> None:
     """Write judgements for trec_eval: query 0 document grade."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as lines:
+    with atomic_file(path) as lines:
         for query, grades in qrels.items():
             query = encode_id(query)
-            lines.writelines(f"{query} 0 {encode_id(document)} {grade}\n" for document, grade in grades.items())
+            for document, grade in grades.items():
+                lines.write(f"{query} 0 {encode_id(document)} {grade}\n".encode())
 
 
 def write_draws(draws: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -65,7 +67,7 @@ def write_query_values(metrics: Sequence[str], rows: Iterable[tuple[str, Iterabl
 
 def _write_table(header: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as lines:
-        lines.write("\t".join(header) + "\n")
+    with atomic_file(path) as lines:
+        lines.write(("\t".join(header) + "\n").encode())
         for name, values in rows:
-            lines.write("\t".join((encode_id(name), *(f"{value:.17g}" for value in values))) + "\n")
+            lines.write(("\t".join((encode_id(name), *(f"{value:.17g}" for value in values))) + "\n").encode())

@@ -73,3 +73,14 @@ def test_pytrec_eval_and_comparisons_read_what_is_written(tmp_path):
     assert system.judgements("set", queries) == relevant
     assert set(system.first_ranks("set", queries)) == set(queries)
     assert system.values("set", "ndcg@10") == values
+
+
+def test_links_planted_at_the_files_of_an_evaluation_are_replaced_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    for name in ("a.qrels", "a.queries.tsv"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    write_qrels({"q": {"d": 1}}, tmp_path / "a.qrels")
+    write_query_values(["ndcg"], [("q", [0.5])], tmp_path / "a.queries.tsv")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "a.qrels").read_text() == "q 0 d 1\n"
+    assert (tmp_path / "a.queries.tsv").read_text() == "query\tndcg\nq\t0.5\n"
