@@ -395,7 +395,6 @@ def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
     assert len(casts) == len(set(casts)) == len(linear)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(
