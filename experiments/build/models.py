@@ -15,7 +15,7 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.config.experiment import from_dict, read_config, runs_there
-from experiments.config.schema import Config
+from experiments.config.schema import Config, DataConfig
 from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, installed
@@ -151,8 +151,17 @@ def run_of(model: str) -> Path | None:
 
 
 def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | None:
-    """Return the configuration of a run, or None without a run. packages: packages that the user allows."""
-    return from_dict(read_config(run), str(run / "config.yaml"), packages) if run else None
+    """Return the configuration of a run, or None without a run. packages: packages that the user allows.
+
+    A run may come from somebody else, so its cache is used only if it is there: reading a run creates no folder where
+    its file says.
+    """
+    if run is None:
+        return None
+    config = from_dict(read_config(run), str(run / "config.yaml"), packages)
+    if config.data.cache and not Path(config.data.cache).expanduser().is_dir():
+        config.data.cache = DataConfig.cache
+    return config
 
 
 @dataclass(frozen=True, slots=True)

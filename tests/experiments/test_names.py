@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from datamodules.conversion import write
 from datamodules.hard_negatives import HardNegativeStore, write_store
@@ -13,8 +14,9 @@ from datamodules.readers.collecting import check_collection
 from datamodules.records import Benchmark, Collection, Document, MinedNegatives, Task, UserError, check_name
 from datamodules.tasks import SearchDataModule
 from experiments import evaluate, export
-from experiments.build.models import System, short_name, stem
+from experiments.build.models import System, config_of_run, short_name, stem
 from experiments.config.experiment import as_dict, folder_of, from_dict, load_config
+from experiments.config.schema import DataConfig
 from experiments.download.recipe import load_recipe
 from experiments.results.results import tables_from_json
 from lightning_modules.encoders.loading import describe, load_encoder
@@ -213,3 +215,15 @@ def test_models_are_named_after_their_folder(folder, monkeypatch):
     for model in (".", "..", "hub/name", "x" * 200, str(folder)):
         check_name("system", short_name(model))
         check_name("system", stem(model))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_reading_a_run_creates_no_cache_where_its_file_says(tmp_path, exists):
+    """The run may come from somebody else."""
+    cache, run = tmp_path / "elsewhere", tmp_path / "run"
+    run.mkdir()
+    if exists:
+        cache.mkdir()
+    config = as_dict(load_config("vanilla", [f"data.cache={cache}"]))
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert config_of_run(run).data.cache == (str(cache) if exists else DataConfig.cache)
