@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from datamodules.files import read_json, write_json
+from datamodules.files import open_new, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.study_file import Job
@@ -115,7 +115,7 @@ class JobRunner:
         return len(seconds) == len(job.commands)
 
     def _run_process(self, job: Job, command: Sequence[str], slot: int, lock: IO[str]) -> int:
-        with open(self._log(job), "a", encoding="utf-8") as output:
+        with open_new(self._log(job), keep=True) as output:
             process = subprocess.Popen(
                 [*PROGRAM, *command],
                 stdin=subprocess.DEVNULL,

@@ -23,6 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from datamodules.files import open_new
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.experiment import ROOT
@@ -262,7 +263,7 @@ class Controller:
             command += _make_variables()
         elif command[0] == "make":  # installed as a package
             command[0:1] = [sys.executable, "-m", "experiments"]
-        with open(trial.log, "a", encoding="utf-8") as output:
+        with open_new(trial.log, keep=True) as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
