@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from datamodules.records import UserError
 from datamodules.sample import SampleReader
 from experiments import train as train_command
-from experiments.build import models as build_models
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.build.trainer import build_callbacks
@@ -94,8 +93,7 @@ def test_every_experiment_takes_two_steps(tmp_path, experiment):
 @pytest.mark.slow
 def test_the_small_scale_takes_two_steps(tmp_path, beir_root, monkeypatch, caplog, capsys):
     """By default it does not use the dev splits, and the table says so."""
-    for module in (build_module, build_models):
-        monkeypatch.setattr(module, "package_folder", lambda name: None)
+    monkeypatch.setattr(build_module, "package_folder", lambda name: None)
     small = ["scale=small", f"data.root={beir_root}", "backbone.config.hidden_size=32"]
     train("moe", two_steps(tmp_path / "default", *small))
     check_complete(tmp_path / "default")
