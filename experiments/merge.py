@@ -144,7 +144,7 @@ def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
         if not colon and name != "run":
             raise UserError(f"dev: expected run or TASK:FOLDER, with commas between several, got {name!r}")
         if not colon and config is None:
-            raise UserError("dev: none of the models belongs to a run, so there are no dev data; set dev=TASK:FOLDER")
+            raise UserError("dev: none of the models belongs to a run that has dev data; set dev=TASK:FOLDER")
         chosen = BenchmarkOptions(split=options.split, **({"beir": Path(folder), "task": task} if colon else {}))
         sets += collection_benchmarks(chosen, config)
     if options.benchmarks:

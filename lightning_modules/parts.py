@@ -2,7 +2,7 @@
 
 embeddings   the embeddings of the backbone
 shared       all other parameters that serve every task
-experts      the experts and adapters of all tasks; the name of an expert stands for that one alone
+experts      the experts and adapters of all tasks; the name of an expert is that one alone
 """
 
 from __future__ import annotations

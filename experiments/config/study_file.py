@@ -8,8 +8,8 @@
       merged: {commands: ["merge model={moe},{minilm} output={folder}"]}
     evaluate: eval model={model} beir={data} task=search output={output}
 
-A command is what one would type after `scimult`, and never reaches a shell. {NAME} stands for a value, and in commands
-also for the model of another arm with the same seed.
+A command is what you would type after `scimult`. It never reaches a shell. {NAME} is replaced by a value or, in
+commands, by the model of another arm with the same seed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Arm:
     model: str = option("", "model that is evaluated as it is, such as bm25, instead of commands")
     commands: list[str] = option(
         [],
-        "commands that make the model in {folder}; {seed} is the seed, and the name of an arm stands for its model of "
-        "the same seed",
+        "commands that make the model in {folder}; {seed} is the seed, and {ARM} another arm's model with that seed",
     )
     seeds: list[int] = option([], "seeds of this arm, by default those of the study", minimum=0)
 
@@ -133,7 +132,7 @@ def _values(settings: StudySettings) -> dict[str, list[str]]:
 
 
 def _inserted(word: str, values: Mapping[str, list[str]], key: str) -> list[str]:
-    """Return the words that a word stands for. If it is more than a placeholder, it remains one word."""
+    """Replace the placeholders of a word. A word that is only a placeholder becomes all words of its value."""
 
     def text_of(match: re.Match) -> str:
         if match[1] not in values:

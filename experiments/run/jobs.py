@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from datamodules.files import open_new, read_json, write_json
+from datamodules.files import read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.study_file import Job
 from experiments.run.endings import PREEMPTED
-from experiments.run.trials import LOG_TAIL, environment, send
+from experiments.run.trials import LOG_TAIL, environment, send, start
 from experiments.shared.console import near
 from lightning_modules.distributed.signals import ASKING, Preempted
 
@@ -102,8 +103,8 @@ class JobRunner:
             log.info("%s: %s", job.name, command[0])
             started = time.monotonic()
             status = self._run_process(job, command, slot, lock)
-            if self.signal is not None:
-                return False  # a command that was asked to save may end with 0, and can be run again
+            if self.signal is not None and (status != 0 or "SLURM_JOB_ID" in os.environ):
+                return False  # in SLURM, a preempted training ends with 0
             if status == 0:
                 seconds.append(round(time.monotonic() - started, 1))
                 write_json(self._record(job), {"commands": job.commands, "seconds": seconds})
@@ -115,23 +116,14 @@ class JobRunner:
         return len(seconds) == len(job.commands)
 
     def _run_process(self, job: Job, command: Sequence[str], slot: int, lock: IO[str]) -> int:
-        with open_new(self._log(job), keep=True) as output:
-            process = subprocess.Popen(
-                [*PROGRAM, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(slot, self.parallel),
-                process_group=0,  # so that only this process passes signals on to it
-                pass_fds=[lock.fileno()],  # the job stays locked until its process ends, even if this one is killed
-            )
-            self._processes[job.name] = process
-            if self.signal is not None:  # the signal came before the process was registered
-                send(process, self.signal)
-            try:
-                return process.wait()
-            finally:
-                del self._processes[job.name]
+        process = start([*PROGRAM, *command], self._log(job), environment(slot, self.parallel), lock)
+        self._processes[job.name] = process
+        if self.signal is not None:  # the signal came before the process was registered
+            send(process, self.signal)
+        try:
+            return process.wait()
+        finally:
+            del self._processes[job.name]
 
     def _record(self, job: Job) -> Path:
         return self.folder / f"{job.name}.json"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -263,22 +263,12 @@ class Controller:
             command += _make_variables()
         elif command[0] == "make":  # installed as a package
             command[0:1] = [sys.executable, "-m", "experiments"]
-        with open_new(trial.log, keep=True) as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(slot, self.parallel),
-                process_group=0,  # so that only this process passes signals on to it
-                pass_fds=[lock.fileno()],  # the trial stays locked until its process ends, even if this one is killed
-            )
-            self._processes[trial.number] = process
-            if self.signal is not None:  # the signal came before the process was registered
-                send(process, self.signal)
-            status = self._watch(trial, process)
-            del self._processes[trial.number]
+        process = start(command, trial.log, environment(slot, self.parallel), lock, ROOT)
+        self._processes[trial.number] = process
+        if self.signal is not None:  # the signal came before the process was registered
+            send(process, self.signal)
+        status = self._watch(trial, process)
+        del self._processes[trial.number]
         return trial.exit_status(command[0], status)
 
     def _watch(self, trial: Trial, process: subprocess.Popen) -> int:
@@ -333,6 +323,26 @@ class Controller:
         self.signal = signal.Signals(number)
         for process in list(self._processes.values()):
             send(process, self.signal)
+
+
+def start(
+    command: Sequence[str], path: Path, variables: Mapping[str, str], lock: IO[str], folder: Path | None = None
+) -> subprocess.Popen:
+    """Start a command whose output is appended to the file at `path`. folder: working directory, by default this one.
+
+    lock: lock that is held until the command ends, even if this process is killed.
+    """
+    with open_new(path, keep=True) as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            process_group=0,  # so that only this process passes signals on to it
+            pass_fds=[lock.fileno()],
+        )
 
 
 def send(process: subprocess.Popen, number: signal.Signals) -> None:

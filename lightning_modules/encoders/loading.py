@@ -178,7 +178,7 @@ def load_encoder(
 def is_plain(model: str | Path, key: str = "model") -> bool:
     """Return whether a model is a plain one, and not an encoder of this project or a checkpoint.
 
-    Raises UserError if there is no such model. key: argument that the model comes from, for error messages.
+    Raises UserError if the model does not exist. key: argument that the model comes from, for error messages.
     """
     from lightning_modules.encoders.pretrained import is_pretrained
 

@@ -289,7 +289,7 @@ def test_runs_are_listed_with_progress_and_results(run, tmp_path, capsys, monkey
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for heading, (key, _) in SPEED_COLUMNS.items():
         assert listed["begun"][heading] == np.median([row[key] for row in logged if key in row]), key
-    with pytest.raises(UserError, match="there are no runs"):
+    with pytest.raises(UserError, match="found no runs"):
         list_runs([f"root={tmp_path / 'done' / 'runs'}"])
 
 

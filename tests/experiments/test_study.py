@@ -24,7 +24,7 @@ from experiments.merge import MergeOptions
 from experiments.mine import MineOptions
 from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
-from experiments.run.jobs import JobRunner, is_complete
+from experiments.run.jobs import JobRunner, is_complete, seconds_of
 from experiments.study import StudyOptions, _chosen, main
 from tests.conftest import toy_collection
 
@@ -181,6 +181,16 @@ def test_running_commands_end_when_the_time_is_up_and_continue_later(make_study,
     JobRunner(study.folder, study.jobs).run()
     assert all(is_complete(study.folder, job) for job in study.jobs)
     assert [call[0] for call in calls()].count("mine") == 2
+
+
+def test_a_command_that_ends_well_during_the_stop_is_not_run_again(make_study, monkeypatch):
+    """`make merge`, for one, refuses the folder that it has made."""
+    study = make_study()
+    runner = JobRunner(study.folder, study.jobs[:1])
+    monkeypatch.setattr(runner, "_run_process", lambda *_: runner._stop(signal.SIGTERM) or 0)
+    with pytest.raises(jobs_module.Preempted):
+        runner.run()
+    assert len(seconds_of(study.folder, study.jobs[0])) == 1
 
 
 def test_two_runners_share_the_jobs_of_a_folder(make_study, calls):
