@@ -5,7 +5,7 @@
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
 other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
-compared through a projection.
+compared through a projection. Every second document has features.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from lightning_modules.encoders.backbone import random_backbone, set_dropout, wo
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.objective_options import VectorTeacherOptions
 from lightning_modules.task_balance import TaskGradients
-from tests.conftest import TASKS, WORDS, text_of
+from tests.conftest import TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
 KINDS = {
@@ -79,7 +79,8 @@ def encoder_and_tokenizer():
     }
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
     set_dropout(backbone, 0.0, 0.0)
-    return MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32).double()
+    encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32)
+    return with_features(encoder, list(collection().corpus.values())[::2]).double()
 
 
 def batches(tokenizer, tasks, rank, world_size, token_budget):
