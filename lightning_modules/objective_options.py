@@ -100,8 +100,8 @@ class ObjectiveOptions:
     vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)
     balance: Literal["none", "uncertainty", "dwa", "gradnorm", "pcgrad", "mgda", "upgrad"] = option(
         "none",
-        "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how their "
-        "gradients are combined",
+        "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how "
+        "their gradients are combined",
     )
     dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
     dwa_window: int = option(
