@@ -22,12 +22,12 @@ from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
+from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
-from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
 
 log = logging.getLogger(__name__)
 
