@@ -243,7 +243,9 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
     """Train two tasks with an expert each. Half of the papers have only a field, and half only a topic."""
     world = partial_world(seed, relation, num_papers=192, num_test=192, words_per_value=40)
     tasks = {task: task for task in world.collections}
-    encoder = MoEEncoder(*world.backbone(seed, **NO_DROPOUT), tasks, ffn=True, layers="all", pooling="mean")
+    encoder = MoEEncoder(
+        *world.backbone(seed, **NO_DROPOUT), tasks, ffn=True, layers="all", pooling="mean", max_length=32
+    )
     options = {"lr": 3e-3, "hidden": 64, "warmup": steps // 2} | options
     loss = CrossTaskConsistency(list(tasks), 32, weight, **options)
     module = ContrastiveModule(
