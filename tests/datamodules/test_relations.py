@@ -112,7 +112,3 @@ def test_label_space_of_a_collection_has_the_rows_of_its_corpus():
         LabelSpace.of(search, "search")
 
 
-def test_relation_that_does_not_fit_in_memory_raises_user_error():
-    large = LabelSpace("large", np.arange(1), [Document("x")] * 20_000)
-    with pytest.raises(UserError, match="large has 20,000 labels and large 20,000; a relation has at most 268,435,456"):
-        check_size(large, large)
