@@ -15,6 +15,7 @@ import numpy as np
 
 from datamodules.batches import ContrastiveDataModule
 from datamodules.co_annotation import known_annotations, lists_at, train_positives
+from datamodules.examples import ragged
 from datamodules.leakage import normal
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines
@@ -96,7 +97,9 @@ class PartialAnnotation:
     pairs: tuple[Ragged, Ragged]
 
     @classmethod
-    def of(cls, source: tuple[TaskDataModule, str], target: tuple[TaskDataModule, str], match: str) -> PartialAnnotation:
+    def of(
+        cls, source: tuple[TaskDataModule, str], target: tuple[TaskDataModule, str], match: str
+    ) -> PartialAnnotation:
         """Compare two collections, each given with its task. match: how papers are compared, see co_annotation.py."""
         table, collection = source
         space = LabelSpace.of(*target)
@@ -241,3 +244,9 @@ def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
 def distributions(weights: np.ndarray) -> np.ndarray:
     """Return p(b | a): the weights of each label divided by their sum, or zeros for a label that relates to none."""
     return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def most_related(weights: np.ndarray, count: int) -> Ragged:
+    """Return the related labels of each label of the first space: at most `count`, those of largest weight first."""
+    columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
+    return ragged([row[weights[a, row] > 0] for a, row in enumerate(columns)])

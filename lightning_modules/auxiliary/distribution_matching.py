@@ -33,14 +33,14 @@ from torch import Tensor
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.co_annotation import lists_at, padded_lists
-from datamodules.examples import ragged
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import Ragged, UserError
-from datamodules.relations import PartialAnnotation, distributions, find_collection, relation_of
+from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.distributed.collectives import gather_documents
 from lightning_modules.losses import comparable, duplicate_mask
+from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ class DistributionMatching(AuxiliaryLoss):
     match: how papers of the two tasks are compared: "title", "text" or "id" (datamodules/co_annotation.py).
     max_labels: labels of each task that are encoded with a batch. Of more labels, a sample is encoded, and those
         related to the batch.
-    temperature: divisor of the similarities in each softmax, or one per task.
-    similarity: "dot" or "cosine".
+    objective: options of the objective, whose similarity and temperature (of each task) the softmaxes have. If the
+        temperature is learned, its initial value.
     """
 
     relation: Tensor  # (a, b)
@@ -150,9 +150,8 @@ class DistributionMatching(AuxiliaryLoss):
         smoothing: float = 1.0,
         match: str = "title",
         max_labels: int = 256,
-        temperature: float | Mapping[str, float] = 1.0,
-        similarity: str = "dot",
         weight: float = 1.0,
+        objective: ObjectiveOptions | None = None,
     ):
         super().__init__(weight)
         if teacher not in TEACHERS:
@@ -162,9 +161,15 @@ class DistributionMatching(AuxiliaryLoss):
                 raise UserError(f"{key}: expected a number of at least {minimum}, got {value}")
         if not 0 < certain <= 1:
             raise UserError(f"certain: expected a number above 0 and at most 1, got {certain}")
-        self.source, self.target, self.relation_name, self.known, self.certain = source, target, relation, known, certain
+        self.source, self.target, self.relation_name, self.known, self.certain = (
+            source,
+            target,
+            relation,
+            known,
+            certain,
+        )
         self.teacher, self.stop_gradient, self.smoothing, self.match = teacher, stop_gradient, smoothing, match
-        self.max_labels, self.temperature, self.similarity = max_labels, temperature, similarity
+        self.max_labels, self.objective = max_labels, objective or ObjectiveOptions()
 
     def prepare(self, data: ContrastiveDataModule) -> None:
         source, target = (find_collection(data, key, getattr(self, key)) for key in ("source", "target"))
@@ -179,7 +184,8 @@ class DistributionMatching(AuxiliaryLoss):
         log.info("%d training queries of %s have no labels of %s", papers.unlabelled.sum(), self.source, self.target)
         weights = relation_of(papers, self.relation_name, self.smoothing)
         related = most_related(weights, RELATED)
-        own = ragged(np.arange(len(papers.source))[:, None])
+        count = len(papers.source)
+        own = Ragged(np.arange(count + 1), np.arange(count))
         self.source_labels = LabelSample(papers.source.rows, self.max_labels, papers.known, own)
         self.target_labels = LabelSample(papers.target.rows, self.max_labels, papers.known, related)
         tables = {
@@ -274,15 +280,10 @@ class DistributionMatching(AuxiliaryLoss):
 
         masked: which of the second have probability 0. Not -inf, because 0 times its logarithm would be NaN.
         """
-        temperature = self.temperature[task] if isinstance(self.temperature, Mapping) else self.temperature
-        scores = comparable(first, self.similarity) @ comparable(second, self.similarity).T / temperature
+        temperature, similarity = self.objective.temperature, self.objective.similarity
+        scores = comparable(first, similarity) @ comparable(second, similarity).T
+        scores = scores / (temperature[task] if isinstance(temperature, Mapping) else temperature)
         return scores.masked_fill(masked, torch.finfo(scores.dtype).min)
-
-
-def most_related(weights: np.ndarray, count: int) -> Ragged:
-    """Return, for each row of weights (a, b), the columns of its largest weights above 0, at most `count`."""
-    columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
-    return ragged([row[weights[a, row] > 0] for a, row in enumerate(columns)])
 
 
 def encoded_labels(vectors: Tensor, rows: Tensor, sample: LabelSample) -> Labels:

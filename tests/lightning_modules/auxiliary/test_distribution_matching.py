@@ -1,28 +1,25 @@
 """Matching of distributions over the labels of two tasks: its formulas, the labels it encodes, and what it teaches."""
 
-import random
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from datamodules.co_annotation import known_annotations
-from datamodules.examples import ragged
-from datamodules.records import UserError
 from lightning_modules.auxiliary.distribution_matching import (
     FLOOR,
     DistributionMatching,
-    LabelSample,
+    Labels,
     matching_loss,
-    most_related,
 )
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.objective_options import ObjectiveOptions
 from tests.lightning_modules.auxiliary.worlds import partial_world
 
 TEMPERATURES = {"fields": 0.3, "topics": 0.2, "links": 0.4}
+OBJECTIVE = ObjectiveOptions(similarity="cosine", temperature=TEMPERATURES)
 
 
 @pytest.mark.parametrize("teacher", ["relation", "prediction"])
@@ -82,7 +79,8 @@ def module_of(world, data, loss, **options):
     """Return a module in float64 without dropout, with experts, whose loss is prepared."""
     backbone, tokenizer = world.backbone(3)
     set_dropout(backbone, 0.0, 0.0)
-    encoder = MoEEncoder(backbone, tokenizer, {name: name for name in world.collections}, pooling="mean", max_length=32)
+    tasks = {name: name for name in world.collections}
+    encoder = MoEEncoder(backbone, tokenizer, tasks, pooling="mean", max_length=32)
     with torch.no_grad():  # experts start equal
         torch.manual_seed(4)
         for name, parameter in encoder.named_parameters():
@@ -118,10 +116,8 @@ def test_labels_are_transferred_through_the_relation_by_explicit_loops(write_rel
     world = partial_world(0, num_papers=32, share_of_both=0.3)
     data = world.data(batch_size=6)
     weights = np.random.default_rng(1).random((8, 8)).round(3) * 0.9
-    loss = DistributionMatching(
-        "fields", "topics", write_relation(weights), known, temperature=TEMPERATURES, similarity="cosine"
-    )
-    module, (fields, topics) = module_of(world, data, loss), data.tasks
+    loss = DistributionMatching("fields", "topics", write_relation(weights), known, objective=OBJECTIVE)
+    module, fields = module_of(world, data, loss), data.tasks[0]
     relation = weights / weights.sum(1, keepdims=True)
     batch = batch_of(data, "fields")
     papers = [fields.documents[row] for row in batch.rows[batch.queries].tolist()]
@@ -129,7 +125,7 @@ def test_labels_are_transferred_through_the_relation_by_explicit_loops(write_rel
     def encode(texts, task):
         return module.encoder.encode(texts, task)
 
-    labels = [[d for d in task.collections[task.task.name].corpus.values()] for task in data.tasks]
+    labels = [list(task.collections[task.task.name].corpus.values()) for task in data.tasks]
     p = probabilities(encode(papers, "topics"), encode(labels[1], "topics"), "topics")
     of_fields = probabilities(encode(papers, "fields"), encode(labels[0], "fields"), "fields")
     if known:
@@ -146,12 +142,10 @@ def test_labels_are_transferred_through_the_relation_by_explicit_loops(write_rel
 def test_links_are_transferred_to_labels_by_explicit_loops(write_relation, known):
     """Papers with links learn the topics of the documents that they probably cite, some of which are annotated."""
     world = partial_world(0, tasks=("links", "topics"), num_papers=40, share_of_both=0.5)
-    data = world.data(batch_size=10)
+    data = world.data(batch_size=16)
     weights = np.random.default_rng(1).random((8, 8)).round(3)
-    loss = DistributionMatching(
-        "links", "topics", write_relation(weights, "topics"), known, temperature=TEMPERATURES, similarity="cosine"
-    )
-    module, (links, topics) = module_of(world, data, loss), data.tasks
+    loss = DistributionMatching("links", "topics", write_relation(weights, "topics"), known, objective=OBJECTIVE)
+    module, links = module_of(world, data, loss), data.tasks[0]
     relation = weights / weights.sum(1, keepdims=True)
     batch = batch_of(data, "links")
     papers, documents = (
@@ -182,3 +176,25 @@ def test_links_are_transferred_to_labels_by_explicit_loops(write_relation, known
     assert 0 < sum(unlabelled) < len(papers)
     assert expected > 0
     assert value_of(module, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_certain_relations_give_hard_labels(write_relation):
+    """Fields 0 to 3 have one or two certain topics, the others have probable ones."""
+    world = partial_world(0, num_papers=32)
+    data = world.data(batch_size=16)
+    weights = np.full((8, 8), 0.5)
+    weights[:4] = 0.1
+    weights[range(4), range(4)], weights[0, 7] = 1.0, 0.95
+    loss = DistributionMatching("fields", "topics", write_relation(weights), known=True, objective=OBJECTIVE)
+    loss.prepare(data)
+    rows = batch_of(data, "fields").rows
+    labels = Labels(torch.zeros(8, 1), torch.arange(8), torch.zeros(8, dtype=torch.bool))
+    for row, known in zip(rows.tolist(), loss.lists[rows], strict=True):
+        paper = data.tasks[0].documents[row].id
+        if not paper.startswith("paper"):
+            continue
+        field = world.fields[int(paper.removeprefix("paper"))]
+        expected = np.full(8, 1 / 8)
+        if field < 4:
+            expected = np.eye(8)[field] if field else (np.eye(8)[0] + np.eye(8)[7]) / 2
+        assert loss._annotated(known[None], labels, hard=True)[0].tolist() == pytest.approx(expected.tolist())
