@@ -1,6 +1,5 @@
 """Matching of distributions over the labels of two tasks: its formulas, the labels it encodes, and what it teaches."""
 
-
 import numpy as np
 import pytest
 import torch
