@@ -106,9 +106,11 @@ def test_gradients_reach_the_prediction_after_the_warmup_and_labels_never(step):
     of_vectors, of_queries, of_candidates = gradients[len(parameters) :]
     assert of_vectors is None
     if step < 5:
-        assert of_queries is None and of_candidates is None
+        assert of_queries is None
+        assert of_candidates is None
     else:
-        assert (of_queries.norm(dim=1) > 1e-6).all() and (of_candidates.norm(dim=1) > 0).all()
+        assert (of_queries.norm(dim=1) > 1e-6).all()
+        assert (of_candidates.norm(dim=1) > 0).all()
 
 
 def test_network_treats_all_pairs_alike_at_first_and_does_not_touch_random_numbers():
@@ -195,7 +197,7 @@ def test_resumed_training_has_the_same_weights_to_the_bit(make_encoder, three_ta
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"pairs": [["search", "clicks"]]}, "pairs: expected tasks among .*, got 'clicks'"),
         ({"pairs": [["search", "search"]]}, "pairs: expected pairs of two tasks"),
@@ -271,7 +273,7 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
 
 
 def gains(folder, relation=None, **options):
-    """Return the gain of nDCG@10 in three worlds for each task, over the arm of weight 0, (3,), and its 95 % interval."""
+    """Return the mean gain of nDCG@10 over weight 0 in three worlds, and its 95 % interval, by task."""
     arms = [[outcome(seed, folder, relation, weight=weight, **options) for seed in range(3)] for weight in (0.0, 2.0)]
     result = {}
     for task in arms[0][0].ndcg:
