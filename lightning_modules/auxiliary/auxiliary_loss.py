@@ -53,6 +53,7 @@ class AuxiliaryLoss(nn.Module, ABC):
 
         On a task that it does not concern, return a zero that has a graph, such as 0 * vectors.sum().
 
+        batch: batch with the companions of this loss alone.
         vectors: vectors of the batch, (U, D). companions: vectors of each source's texts, (n, D). They are not
-        normalised, and in at least float32.
+            normalised, and in at least float32.
         """

@@ -38,7 +38,7 @@ from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.citation_graph import CitationGraph, graph_of
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
-from lightning_modules.auxiliary.base import AuxiliaryLoss
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 
 WALKS = 256  # from each head
 
