@@ -96,7 +96,7 @@ class GroupSampler:
 
 
 class GroupLoss(AuxiliaryLoss):
-    """Bring each paper near those that random walks reach from it on the citation graph, away from those they rarely do.
+    """Bring each paper near those that random walks on the citation graph reach, and away from those rarely reached.
 
     weight: factor of the loss.
     steps: maximum number of steps of a walk, k; at least 2.
