@@ -101,6 +101,8 @@ class ContrastiveModule(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
+        if stage == "fit":
+            self.encoder.prepare(data)
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
             self._store_teacher_vectors(data, teacher.encoder)
         self.prepare_losses(data)

@@ -65,6 +65,8 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
     encoder = build_encoder(config, data.texts())
     check_lengths(config, encoder)
     data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
+    with prefixed("encoder."):
+        encoder.prepare(data)
     resolve_epochs(config, data)
     return _training_module(config, encoder)
 
