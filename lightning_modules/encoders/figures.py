@@ -7,6 +7,7 @@ the first token of the figure's text (text_features.py). No image is decoded her
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -85,7 +86,16 @@ def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarra
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, vectors = file["ids"], file["vectors"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"{path}: expected a .npz file with the arrays ids and vectors ({error})") from error
     if ids.ndim != 1 or ids.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.shape != (len(ids), size):
         raise UserError(
@@ -97,5 +107,5 @@ def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarra
         raise UserError(f"{path}: expected a vector per figure, got {len(ids)} vectors of {len(rows)} figures")
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-        raise UserError(f"{path}: the vector of {ids[row]!r} contains a number that is not finite")
+        raise UserError(f"{path}: the vector of {str(ids[row])!r} contains a number that is not finite")
     return rows, vectors.astype(np.float32)
