@@ -313,14 +313,15 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 def weights_for(source: Encoder, target: Encoder) -> dict[str, Tensor]:
     """Return the weights of an encoder under the names that they have in another.
 
-    From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights in its place.
+    From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights in its place. What
+    only the target has, gets its neutral weights.
     """
-    weights = source.state_dict()
+    weights, neutral = source.state_dict(), target.neutral_weights()
     if not isinstance(source, SharedEncoder):
-        return weights
+        return neutral | weights
     origins = {key: origin for key in target.state_dict() if (origin := dense_key(key)).startswith("backbone.")}
     unexpected = {key: tensor for key, tensor in weights.items() if key not in set(origins.values())}
-    return {key: weights[origin] for key, origin in origins.items() if origin in weights} | unexpected
+    return neutral | {key: weights[origin] for key, origin in origins.items() if origin in weights} | unexpected
 
 
 def dense_key(key: str) -> str:

@@ -21,6 +21,8 @@ from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
@@ -41,6 +43,8 @@ ENCODERS = {
     "instruct": partial(InstructEncoder, instructions=INSTRUCTIONS),
     "prefix": partial(InstructEncoder, instructions=INSTRUCTIONS, separate=True),
     "prompt": partial(PromptEncoder, instructions=INSTRUCTIONS, pool_prompt=False, pooling="mean"),
+    "stitched": partial(CrossStitchEncoder, ffn=True),
+    "control": partial(ControlEncoder, ffn=True),
     "routed": partial(RoutedEncoder, entropy_weight=0.1),
     "routed_tokens": partial(RoutedEncoder, entropy_weight=0.1, level="token", pooling="mean"),
     "adapters": AdapterEncoder,
@@ -213,7 +217,7 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
     assert not waits  # in the second step; the first may move instructions to the GPU
 
 
-@pytest.mark.parametrize("kind", ["shared", "moe", "instruct", "prompt", "adapters"])
+@pytest.mark.parametrize("kind", ["shared", "moe", "stitched", "control", "instruct", "prompt", "adapters"])
 def test_frozen_models_do_not_wait(kind, make_backbone, make_task, gpu):
     frozen = FrozenEncoder(ENCODERS[kind](*make_backbone(), TASKS, max_length=32).to(gpu))
     batches = make_task(SearchDataModule, carry_texts=True).train_dataloader().batches

@@ -11,11 +11,11 @@ from tests.lightning_modules.distributed.sharded_on_ranks import CASES
 ROOT = Path(__file__).parents[3]
 
 
-def run(script, world_size, port):
+def run(script, world_size, port, *arguments):
     """Run all ranks, and return the words that each has printed."""
     command = [sys.executable, "-m", f"tests.lightning_modules.distributed.{script}"]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(world_size), str(port)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        subprocess.Popen([*command, *map(str, (rank, world_size, port)), *arguments], stdout=subprocess.PIPE, cwd=ROOT, text=True)
         for rank in range(world_size)
     ]
     try:
@@ -34,10 +34,10 @@ def test_objective_of_ranks_equals_that_of_one_process(world_size, free_port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_gradient_of_ranks_equals_that_of_one_process(world_size, free_port):
+@pytest.mark.parametrize(("world_size", "kind"), [(2, "moe"), (4, "moe"), (2, "stitched"), (2, "control")])
+def test_gradient_of_ranks_equals_that_of_one_process(world_size, kind, free_port):
     """Plain and with GradCache, with and without accumulation over tasks."""
-    assert run("gradient_on_ranks", world_size, free_port) == [["equal"] * 6] * world_size
+    assert run("gradient_on_ranks", world_size, free_port, kind) == [["equal"] * 6] * world_size
 
 
 @pytest.mark.slow
