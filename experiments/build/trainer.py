@@ -34,8 +34,9 @@ from lightning_modules.callbacks.training_log import RankReport, TrainingBar, Tr
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.sharding import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.retrieval.compute import resolve_precision
-from lightning_modules.task_balance import GradNorm, PCGrad
+from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     if settings.ema:
         # Without a device, Lightning keeps the average on the CPU, and each step waits for a copy.
         callbacks.append(EMAWeightAveraging(device_of(config), decay=settings.ema))
-    if config.objective.balance == "pcgrad":
-        callbacks.append(PCGrad(config.tasks))
-    if config.objective.balance == "gradnorm":
-        alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
-        callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
+    callbacks += build_balance(config)
     if config.diagnostics.every_n_steps:
         steps, picture_steps = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
         callbacks.append(Diagnostics(steps, picture_steps, folder / EXPERTS))
@@ -83,6 +80,21 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
+
+
+def build_balance(config: Config) -> list[L.Callback]:
+    """Create the callback of objective.balance. Learned weights need none."""
+    objective, steps = config.objective, config.trainer.log_every_n_steps
+    match objective.balance:
+        case "dwa":
+            return [DynamicWeights(config.tasks, objective.dwa_temperature, objective.dwa_window, steps)]
+        case "gradnorm":
+            return [GradNorm(config.tasks, objective.gradnorm_alpha, objective.gradnorm_lr, steps)]
+        case "pcgrad":
+            return [PCGrad(config.tasks)]
+        case "mgda" | "upgrad":
+            return [GramianBalance(config.tasks, objective.balance, steps)]
+    return []
 
 
 def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -> Evaluation:

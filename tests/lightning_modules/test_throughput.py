@@ -92,7 +92,8 @@ def test_forward_operations_equal_those_that_torch_counts(make, kind, backbone, 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(
-    ("kind", "backbone"), [("shared", "bert"), ("shared", "roberta"), ("shared", "modernbert"), ("moe", "bert"), ("stitched", "bert")]
+    ("kind", "backbone"),
+    [("shared", "bert"), ("shared", "roberta"), ("shared", "modernbert"), ("moe", "bert"), ("stitched", "bert")],
 )
 def test_training_has_three_times_the_operations_of_a_forward_pass(make, kind, backbone, pooling):
     encoder, lengths = make(kind, backbone, pooling=pooling), [LENGTH] * TEXTS

@@ -27,6 +27,7 @@ from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
@@ -242,10 +243,12 @@ class RecordedSteps(L.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["none", "uncertainty", "pcgrad", "gradnorm"])
+@pytest.mark.parametrize("balance", ["none", "uncertainty", "dwa", "pcgrad", "gradnorm"])
 def test_trainer_does_not_wait_between_logs(balance, make_encoder, three_tasks, tmp_path):
-    balancing = {"pcgrad": [PCGrad(list(TASKS))], "gradnorm": [GradNorm(list(TASKS))]}.get(balance, [])
-    recorded, accumulated = RecordedSteps(), 3 if balancing else 1
+    callbacks = {"dwa": DynamicWeights(list(TASKS), window=1), "pcgrad": PCGrad(list(TASKS))}
+    callbacks["gradnorm"] = GradNorm(list(TASKS))
+    balancing = [callbacks[balance]] if balance in callbacks else []
+    recorded, accumulated = RecordedSteps(), 3 if balance in ("pcgrad", "gradnorm") else 1
     trainer = quiet_trainer(
         tmp_path,
         max_steps=12 // accumulated,

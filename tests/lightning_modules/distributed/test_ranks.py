@@ -15,7 +15,9 @@ def run(script, world_size, port, *arguments):
     """Run all ranks, and return the words that each has printed."""
     command = [sys.executable, "-m", f"tests.lightning_modules.distributed.{script}"]
     ranks = [
-        subprocess.Popen([*command, *map(str, (rank, world_size, port)), *arguments], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        subprocess.Popen(
+            [*command, *map(str, (rank, world_size, port)), *arguments], stdout=subprocess.PIPE, cwd=ROOT, text=True
+        )
         for rank in range(world_size)
     ]
     try:

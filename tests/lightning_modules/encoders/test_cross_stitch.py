@@ -100,6 +100,7 @@ def test_gradients_of_the_matrices_are_right(make_stitched, tokens):
     assert torch.autograd.gradcheck(vectors, rows, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.2])
 def test_frozen_matrices_train_as_the_moe_bit_for_bit(make_stitched, three_tasks, tmp_path, attention_dropout):
     """With AdamW, weight decay, clipping and dropout. A small learning rate already makes a difference."""
@@ -126,6 +127,7 @@ def fitted(encoder, data, folder, lr_scale=None, resume=None, steps=6, **options
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr_scale", [{"stitches": 10.0}, {"stitches": 0.0}])
 def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(make_stitched, three_tasks, tmp_path, lr_scale):
     whole = fitted(make_stitched(), three_tasks, tmp_path, lr_scale, grad_cache=True)
@@ -203,6 +205,7 @@ def test_encoder_has_no_plain_form(make_stitched, tmp_path):
         save_reference(make_stitched(), tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_vectors(make_stitched, tokens):
     torch._dynamo.reset()
     encoder = scrambled(make_stitched()).eval()

@@ -346,7 +346,9 @@ def test_dropout_of_attention_keeps_the_mean(kernel):
     torch.testing.assert_close(outputs.mean(0), expected, atol=0.06, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["attention experts", "ffn experts", "stitched", "control", "adapters", "instruction", "prompt"])
+@pytest.mark.parametrize(
+    "variant", ["attention experts", "ffn experts", "stitched", "control", "adapters", "instruction", "prompt"]
+)
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_batch_of_several_tasks_equals_one_task_at_a_time(make, kernel, family, variant):
     encoder = make(variant, family).double().eval()

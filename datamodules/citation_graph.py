@@ -1,0 +1,203 @@
+"""The citation graph of a link-prediction task, and random walks on it.
+
+Its links are the training links, or those of a file. Links of other splits are never part of it, because a position or
+a walk would show them to the encoder. Directions are ignored: a walk moves to any neighbour with the same probability.
+
+    P = D^-1 A      probability of a step from one paper to another; D has the degrees, A the links
+
+Shapes: n rows of the task's document table, e links, k steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datamodules.readers.io import numbered_lines
+from datamodules.records import UserError
+
+if TYPE_CHECKING:
+    from datamodules.tasks import TaskDataModule
+
+log = logging.getLogger(__name__)
+
+
+class CitationGraph:
+    """An undirected graph whose nodes are rows of a document table.
+
+    pairs: rows of the two papers of each link, (e, 2). Order, repetitions and links of a paper to itself do not count.
+    num_rows: number of rows of the table, n.
+    node_of: row that stands for each row in the graph, (n,); by default each row is its own node. A query whose text
+        differs from that of its paper has a row of its own, and the paper's node.
+    """
+
+    def __init__(self, pairs: np.ndarray, num_rows: int, node_of: np.ndarray | None = None):
+        pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+        self.num_rows = num_rows
+        self.node_of = np.arange(num_rows) if node_of is None else np.asarray(node_of, dtype=np.int64)
+        pairs = self.node_of[pairs]
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)  # sorted by node, then by neighbour
+        self.sources, self.neighbours = both[:, 0], both[:, 1]  # (2e,) each
+        self.degrees = np.bincount(self.sources, minlength=num_rows)  # (n,)
+        self.starts = np.concatenate([[0], np.cumsum(self.degrees)])
+
+    @property
+    def num_links(self) -> int:
+        return len(self.neighbours) // 2
+
+    def __contains__(self, row: int) -> bool:
+        """Return whether the paper of a row has a link."""
+        return bool(self.degrees[self.node_of[row]])
+
+    def neighbours_of(self, row: int) -> np.ndarray:
+        """Return the rows linked with the paper of a row, in ascending order."""
+        node = self.node_of[row]
+        return self.neighbours[self.starts[node] : self.starts[node + 1]]
+
+    def visits(self, row: int, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return where a walk from a row is after 1, ..., `steps` steps: rows in ascending order, and probabilities.
+
+        Returns to the start are included. The lists are empty for a paper without links.
+        """
+        rows: np.ndarray = np.array([self.node_of[row]])
+        probabilities: np.ndarray = np.ones(1)
+        visited = []
+        for _ in range(steps):
+            counts = self.degrees[rows]
+            before = np.cumsum(counts) - counts
+            links = np.arange(counts.sum()) + np.repeat(self.starts[rows] - before, counts)
+            shares = np.repeat(probabilities / np.maximum(counts, 1), counts)
+            rows, column = np.unique(self.neighbours[links], return_inverse=True)
+            probabilities = np.bincount(column, weights=shares, minlength=len(rows))
+            visited.append((rows, probabilities))
+        return visited
+
+    def reachability(self, anchors: np.ndarray, steps: int) -> np.ndarray:
+        """Return the mean probability, over 1 to `steps` steps, that a walk from each row is at each anchor.
+
+        anchors: rows, (a,). Shape of the result: (n, a), float32. Rows of papers without links are 0.
+        """
+        reached = np.zeros((self.num_rows, len(anchors)), dtype=np.float32)
+        for column, anchor in enumerate(anchors):
+            at: np.ndarray = np.zeros(self.num_rows)
+            at[self.node_of[anchor]] = 1.0
+            total = np.zeros(self.num_rows)
+            for _ in range(steps):  # P^t e_anchor
+                at = np.bincount(self.sources, weights=at[self.neighbours], minlength=self.num_rows)
+                at /= np.maximum(self.degrees, 1)
+                total += at
+            reached[:, column] = total / steps
+        return reached[self.node_of]
+
+    def most_reached(self, count: int, steps: int) -> np.ndarray:
+        """Return the `count` nodes that walks of 1 to `steps` steps, one from each paper, visit most, best first.
+
+        Papers without links are never returned. Of equals, the first row comes first.
+        """
+        at: np.ndarray = (self.degrees > 0).astype(np.float64)
+        total = np.zeros(self.num_rows)
+        for _ in range(steps):  # 1^T P^t
+            leaving = at / np.maximum(self.degrees, 1)
+            at = np.bincount(self.neighbours, weights=leaving[self.sources], minlength=self.num_rows)
+            total += at
+        # Rounded, because sums in another order differ in their last bits.
+        order = np.argsort(-np.round(total, 9), kind="stable")[:count]
+        return order[self.degrees[order] > 0]
+
+
+def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGraph:
+    """Return the citation graph of a link-prediction task, whose data are set up.
+
+    file: pairs of ids, one per line, with a space or tab between; by default the training links are used. Pairs that
+        are judged in other splits are left out.
+
+    Raises UserError if the task is of another kind, or if the file names a paper that the corpus lacks.
+    """
+    name = task.task.name
+    if not task.queries_are_documents:
+        raise UserError(f"task {name}: has no citation graph; expected a task of kind link_prediction")
+    node_of = np.arange(len(task.documents))
+    pairs = [np.zeros((0, 2), dtype=np.int64)]
+    for table, offset in task.examples.parts:
+        queries, papers = np.asarray(table.queries), np.asarray(table.document_of_query)
+        nodes = np.where(papers < 0, queries, papers)
+        node_of[queries + offset] = nodes + offset
+        linked = table.judged(np.asarray(table.grades) > 0)
+        sources = np.repeat(nodes, np.diff(linked.starts))
+        pairs.append(np.stack([sources, linked.values], axis=1).astype(np.int64) + offset)
+    if file is not None:
+        pairs = [_pairs_of_file(task, Path(file))]
+    graph = CitationGraph(np.concatenate(pairs), len(node_of), node_of)
+    if not graph.num_links:
+        raise UserError(f"task {name}: the citation graph has no link between two papers of the corpus")
+    linked_papers = int((graph.degrees > 0).sum())
+    log.info("citation graph of %s: %d links between %d papers", name, graph.num_links, linked_papers)
+    return graph
+
+
+def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
+    """Return the rows of the pairs in a file that other splits do not judge, (e, 2)."""
+    rows, held_out = _rows_by_id(task), _held_out(task)
+    pairs: list[tuple[int, int]] = []
+    missing: dict[str, int] = {}  # id -> first line that names it
+    skipped = 0
+    for number, ids in _id_pairs(path):
+        for id in ids:
+            if id not in rows:
+                missing.setdefault(id, number)
+        if ids[0] in rows and ids[1] in rows:
+            skipped += frozenset(ids) in held_out
+            if frozenset(ids) not in held_out:
+                pairs += [(a, b) for a, part in rows[ids[0]] for b, other in rows[ids[1]] if part == other]
+    if missing:
+        id, line = next(iter(missing.items()))
+        raise UserError(
+            f"{path}, line {line}: the graph names a paper {id!r} that is not in the corpus of task {task.task.name} "
+            f"({len(missing)} such papers); expected ids of the corpus; add the papers, or remove their lines"
+        )
+    if skipped:
+        log.warning("%s: left out %d links that are judged in the dev or test split", path, skipped)
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _id_pairs(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
+    for number, line in numbered_lines(path):
+        ids = line.split("\t") if "\t" in line else line.split()
+        ids = [id.strip() for id in ids]
+        if not any(ids):
+            continue
+        if len(ids) != 2 or not all(ids):
+            raise UserError(
+                f"{path}, line {number}: expected two ids with a space or tab between, got {line.strip()!r}"
+            )
+        yield number, ids
+
+
+def _rows_by_id(task: TaskDataModule) -> dict[str, list[tuple[int, int]]]:
+    """Return, for each id of a corpus, its rows and the numbers of their collections."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    start = 0
+    for number, collection in enumerate(task.collections.values()):
+        for row, id in enumerate(collection.corpus, start):
+            rows.setdefault(id, []).append((row, number))
+        start += len(collection.corpus) + len(collection.queries)
+    return rows
+
+
+def _held_out(task: TaskDataModule) -> set[frozenset[str]]:
+    """Return the pairs of ids with a positive grade in a split other than train."""
+    judged: Iterable = (
+        (query, document)
+        for collection in task.collections.values()
+        for split in collection.splits
+        if split != "train"
+        for query, grades in collection.judged(split)[1].items()
+        for document, grade in grades.items()
+        if grade > 0
+    )
+    return {frozenset(pair) for pair in judged}

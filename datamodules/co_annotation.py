@@ -1,0 +1,93 @@
+"""Papers that two tasks have in common, and what a paper is annotated with in another task.
+
+title   equal words in the title, ignoring case, accents and punctuation. Papers without a title, or with one of fewer
+        than MIN_TITLE words, need equal words in the text as well.
+text    equal words in title and text
+id      equal ids, for collections that share a numbering of papers
+
+Only train splits count. Labels and the queries of search are not papers, so they match nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from datamodules.leakage import MIN_TITLE, normal
+from datamodules.records import Document, Ragged, UserError
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, TaskDataModule
+
+MATCHES = ("title", "text", "id")
+
+
+def paper_keys(task: TaskDataModule, match: str = "title") -> np.ndarray:
+    """Return a key of each row of a task's document table: equal for the same paper, 0 for other texts, (rows,) uint64.
+
+    match: how papers are compared, one of MATCHES.
+    """
+    if match not in MATCHES:
+        raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
+    in_corpus = task.corpus_rows()
+    is_paper = ~in_corpus if isinstance(task, ClassificationDataModule) else in_corpus
+    if isinstance(task, LinkPredictionDataModule):
+        is_paper[:] = True
+    documents = (document for part in task.documents.sequences for document in part)
+    keys = (_key(d, match) if paper else 0 for d, paper in zip(documents, is_paper.tolist(), strict=True))
+    return np.fromiter(keys, dtype=np.uint64, count=len(is_paper))
+
+
+def _key(document: Document, match: str) -> int:
+    if match == "id":
+        words = document.id
+    else:
+        words = normal(document.title)
+        if match == "text" or len(words.split()) < MIN_TITLE:
+            words = f"{words}\n{normal(document.text)}".strip()
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") if words else 0
+
+
+def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndarray, Ragged]:
+    """Return the row of each training query, (n,), and the rows of its positives, n lists.
+
+    collection: name of the collection whose queries are returned; by default those of all.
+    """
+    queries, lists = [], []
+    for name, (table, offset) in zip(task.collections, task.examples.parts, strict=True):
+        if collection in ("", name):
+            queries.append(np.asarray(table.queries, dtype=np.int64) + offset)
+            starts, rows = table.judged(np.asarray(table.grades) > 0)
+            lists.append((np.diff(starts), rows.astype(np.int64) + offset))
+    counts, rows = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+    return np.concatenate(queries), Ragged(_starts(counts), rows)
+
+
+def known_annotations(papers: TaskDataModule, task: TaskDataModule, match: str = "title") -> Ragged:
+    """Return the training positives that each paper of one task has in another, such as its labels.
+
+    papers: task whose document table has the papers; the result has a list for each of its rows.
+    task: task that annotates papers. The lists have rows of its document table, sorted and without repetitions.
+    match: how papers are compared, one of MATCHES.
+    """
+    keys = paper_keys(task, match)
+    queries, (starts, positives) = train_positives(task)
+    pairs = np.stack([keys[queries].repeat(np.diff(starts)), positives.astype(np.uint64)])
+    annotated, values = np.unique(pairs[:, pairs[0] > 0], axis=1)
+    distinct, first = np.unique(annotated, return_index=True)
+    wanted = paper_keys(papers, match)
+    position = np.searchsorted(distinct, wanted)
+    annotations = Ragged(np.append(first, len(values)), values.astype(np.int64))
+    is_annotated = np.isin(wanted, distinct)
+    return lists_at(annotations, np.where(is_annotated, position, -1))
+
+
+def lists_at(lists: Ragged, indices: np.ndarray) -> Ragged:
+    """Return the lists at some indices, (n,); an empty list for -1."""
+    counts = np.append(np.diff(lists.starts), 0)[indices]
+    starts = _starts(counts)
+    within = np.arange(starts[-1]) - starts[:-1].repeat(counts)
+    return Ragged(starts, lists.values[lists.starts[indices].repeat(counts) + within])
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

@@ -1,0 +1,167 @@
+"""Relations between two label spaces: weights[a, b] is the probability that a paper with label a also has label b.
+
+A relation is estimated from papers with labels of both spaces, or given as a file. Its arrays are (a, b) float32, for a
+labels of the first space and b of the second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.co_annotation import lists_at
+from datamodules.leakage import normal
+from datamodules.readers.io import read_lines
+from datamodules.readers.rows import BadLines
+from datamodules.records import Document, Ragged, UserError
+from datamodules.tasks import ClassificationDataModule, TaskDataModule
+
+log = logging.getLogger(__name__)
+
+MAX_PAIRS = 2**28  # pairs of labels of the largest relation: 1 GiB
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The labels of one collection of a classification task.
+
+    name: name of the task and, if it has several, of the collection, for messages.
+    rows: row of each label in the task's document table, (n,), ascending and without gaps.
+    labels: labels in that order.
+    """
+
+    name: str
+    rows: np.ndarray
+    labels: list[Document]
+
+    @classmethod
+    def of(cls, task: TaskDataModule, collection: str) -> LabelSpace:
+        """Return the labels of a collection. Raises UserError if the task is not a classification."""
+        if not isinstance(task, ClassificationDataModule):
+            raise UserError(f"task {task.task.name} has no labels; expected a task of kind classification")
+        first = 0
+        for name, each in task.collections.items():
+            if name == collection:
+                break
+            first += len(each.corpus) + len(each.queries)
+        labels = list(task.collections[collection].corpus.values())
+        shown = task.task.name if len(task.collections) == 1 else f"{task.task.name}/{collection}"
+        return cls(shown, np.arange(first, first + len(labels)), labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Return the position of each label, given as a row of the document table; -1 for other rows."""
+        positions = rows - self.rows[0]
+        return np.where((positions >= 0) & (positions < len(self)), positions, -1)
+
+
+def check_size(first: LabelSpace, second: LabelSpace) -> None:
+    """Raise UserError if a relation between two label spaces is too large for memory."""
+    if len(first) * len(second) > MAX_PAIRS:
+        raise UserError(
+            f"{first.name} has {len(first):,} labels and {second.name} {len(second):,}; a relation has at most "
+            f"{MAX_PAIRS:,} pairs of labels"
+        )
+
+
+def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: float = 1.0) -> np.ndarray:
+    """Estimate a relation from n papers with labels of both spaces, (a, b).
+
+    With n_ab papers that have both labels, and n_b of all n that have the second one,
+    weights[a, b] = (n_ab + smoothing n_b / n) / (n_a + smoothing): a label without papers relates as an average paper.
+
+    first, second: labels of each paper, n lists of positions.
+    sizes: numbers of labels of the spaces.
+    smoothing: number of average papers that are added to those of each label.
+    """
+    papers, labels = len(first.starts) - 1, np.diff(first.starts)
+    paper = np.arange(papers).repeat(labels)  # paper of each label of the first space
+    related = lists_at(second, paper)
+    weights = np.zeros(sizes, dtype=np.float32)  # (a, b)
+    np.add.at(weights, (first.values.repeat(np.diff(related.starts)), related.values), 1.0)
+    average = np.bincount(second.values, minlength=sizes[1]) / max(papers, 1)  # (b,)
+    total = np.bincount(first.values, minlength=sizes[0]) + smoothing  # (a,)
+    weights += (smoothing * average).astype(np.float32)
+    weights /= np.maximum(total, 1e-9).astype(np.float32)[:, None]
+    return weights
+
+
+def same_names(first: LabelSpace, second: LabelSpace) -> np.ndarray:
+    """Return the relation of labels with the same name, ignoring case and punctuation; labels without one have ids."""
+    columns: dict[str, list[int]] = {}
+    for column, label in enumerate(second.labels):
+        columns.setdefault(_name(label), []).append(column)
+    weights = np.zeros((len(first), len(second)), dtype=np.float32)
+    for row, label in enumerate(first.labels):
+        weights[row, columns.get(_name(label), [])] = 1.0
+    if not weights.any():
+        raise UserError(f"relation: no label of {first.name} has the name of one of {second.name}")
+    return weights
+
+
+def _name(label: Document) -> str:
+    return normal(label.title) or label.id
+
+
+def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarray:
+    """Read a relation: label of the first space, label of the second, and weight from 0 to 1, separated by tabs.
+
+    A label is its id or its name. Pairs that the file lacks have weight 0. The first line may be a header.
+
+    Raises UserError with file and line for unknown labels, other weights and repeated pairs.
+    """
+    weights = np.full((len(first), len(second)), np.nan, dtype=np.float32)
+    spaces = [(space, _positions(space)) for space in (first, second)]
+    with BadLines() as bad:
+        for index, line in enumerate(read_lines(path, bad)):
+            with line:
+                columns = [column.strip() for column in line.text.split("\t")]
+                if len(columns) != 3:
+                    raise UserError(f"expected two labels and a weight, separated by tabs, got {line.text[:60]!r}")
+                weight = _number(columns[2])
+                if weight is None and index == 0:
+                    continue  # the header
+                if weight is None or not 0 <= weight <= 1:
+                    raise UserError(f"expected a weight from 0 to 1, got {columns[2][:60]!r}")
+                row, column = (_position(label, *space) for label, space in zip(columns, spaces, strict=False))
+                if not np.isnan(weights[row, column]):
+                    raise UserError(f"the pair {columns[0]!r} and {columns[1]!r} is in the file twice")
+                weights[row, column] = weight
+    weights = np.nan_to_num(weights)
+    if not weights.any():
+        raise UserError(f"{path}: contains no pair of labels with a weight above 0")
+    if missing := int((weights.sum(1) == 0).sum()):
+        log.warning("%s: %d of %d labels of %s relate to no label", path, missing, len(first), first.name)
+    return weights
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _positions(space: LabelSpace) -> dict[str, int]:
+    """Return the position of each label by name and by id; a name that is another label's id means that label."""
+    names = {label.title.strip(): position for position, label in enumerate(space.labels)}
+    return names | {label.id: position for position, label in enumerate(space.labels)}
+
+
+def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
+    if label not in positions:
+        near = difflib.get_close_matches(label, list(positions), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; expected the id or the name of a label"
+        raise UserError(f"{label!r} is not a label of {space.name}{hint}")
+    return positions[label]
+
+
+def distributions(weights: np.ndarray) -> np.ndarray:
+    """Return p(b | a): the weights of each label divided by their sum, or zeros for a label that relates to none."""
+    return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
