@@ -4,11 +4,12 @@ In each layer with experts, an E x E matrix A mixes the outputs of all experts f
 
     out_t = sum_j A[t, j] expert_j(x)
 
-Here x is the same for all experts, because a text is encoded for one task, and expert_j is a sub-layer with its residual
-connection and LayerNorm. A starts as the identity, so a new encoder equals an MoEEncoder. Training gives each task the
-share of the other experts that it needs, and trains their parameters along the way.
+In the paper, all tasks read the same image, and each expert has inputs of its own. Here a text is encoded for one task,
+and all experts have the same inputs x. expert_j is a sub-layer with its residual connection and LayerNorm. A starts as
+the identity, so a new encoder equals an MoEEncoder. Training finds how much each task takes from each expert, and its
+gradients reach all of them.
 
-The price: the sub-layers that have experts are computed E times, in training and inference.
+The sub-layers that have experts are computed E times, in training and inference.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class CrossStitchEncoder(MoEEncoder):
 
     attention, ffn, layers: as in MoEEncoder. A layer with experts in both sub-layers has one matrix for both.
 
-    Each row of a matrix is a parameter of its own, stitches.LAYER.EXPERT (E,), with the experts in alphabetical order, so
-    a step on one task does not move the rows of others.
+    Each row of a matrix is a parameter of its own, stitches.LAYER.EXPERT (E,), with the experts in alphabetical order.
+    So a step on one task does not move the rows of others.
     """
 
     def __init__(

@@ -1,11 +1,15 @@
 """Cross-stitch units: an MoE at the start, the weighted sum of all experts later."""
 
 import copy
+import random
+import statistics
 
 import pytest
 import torch
 
-from datamodules.records import UserError
+from datamodules.batches import BatchOptions, MultiTaskDataModule
+from datamodules.records import Collection, Document, Task, UserError
+from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.diagnostics import mean_stitches
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
@@ -17,7 +21,8 @@ from lightning_modules.encoders.loading import continue_from
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.merging import Weights, merge
 from lightning_modules.optim import OptimOptions
-from tests.conftest import TASKS, packed
+from lightning_modules.retrieval.evaluation import evaluate
+from tests.conftest import TASKS, WORDS, packed
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
@@ -27,8 +32,8 @@ TEXTS = ["bara beli", "bomu bito buna", "cara"]
 
 @pytest.fixture
 def make_stitched(make_backbone):
-    def make(attention=True, ffn=True, kind=CrossStitchEncoder, tasks=TASKS, seed=0, **arguments):
-        return kind(*make_backbone(seed), tasks, attention, ffn, **{"max_length": 32} | arguments)
+    def make(attention=True, ffn=True, kind=CrossStitchEncoder, tasks=TASKS, seed=0, num_layers=4, **arguments):
+        return kind(*make_backbone(seed, num_layers), tasks, attention, ffn, **{"max_length": 32} | arguments)
 
     return make
 
@@ -214,3 +219,80 @@ def test_compiled_layers_give_the_same_vectors(make_stitched, tokens):
     compiled.compile()
     torch.testing.assert_close(compiled(packed(*tokens), "search"), expected, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
+
+
+NUM_TOPICS = 5
+
+
+def topics_of_words(rng):
+    words = rng.sample(WORDS, len(WORDS))
+    return {word: i % NUM_TOPICS for i, word in enumerate(words)}
+
+
+def topic_collection(rng, topics, num_train, num_positives):
+    """Return a collection in which texts with words of the same topic are relevant to each other.
+
+    Each text has two words of its topic and a random one. num_positives: training positives of a query.
+    """
+
+    def text(number):
+        own = [word for word in WORDS if topics[word] == number % NUM_TOPICS]
+        return Document(str(number), "", " ".join([*rng.sample(own, 2), rng.choice(WORDS)]))
+
+    corpus = {f"d{i}": text(i) for i in range(60)}
+    queries = {f"q{i}": text(i) for i in range(num_train)} | {f"t{i}": text(i) for i in range(60)}
+    relevant = {key: [f"d{i}" for i in range(int(key[1:]) % NUM_TOPICS, 60, NUM_TOPICS)] for key in queries}
+    train = {key: dict.fromkeys(relevant[key][:num_positives], 1) for key in queries if key[0] == "q"}
+    test = {key: dict.fromkeys(relevant[key], 1) for key in queries if key[0] == "t"}
+    return Collection(corpus, queries, {"train": train, "test": test})
+
+
+def gains(make_stitched, folder, seed, related):
+    """Return the gain in nDCG@10 of each test query of the small task, and the mean cosine of its texts in both arms.
+
+    The expert of the large task is trained alone, then both tasks together: as an MoE, or with trained matrices.
+    """
+    rng = random.Random(seed)
+    topics = topics_of_words(rng)
+    collections = {"large": topic_collection(rng, topics, 300, 60)}
+    collections["small"] = topic_collection(rng, topics if related else topics_of_words(rng), 10, 2)
+    tasks = {name: name for name in collections}
+    start = make_stitched(tasks=tasks, layers="all", pooling="mean", seed=seed, num_layers=2)
+    set_dropout(start.backbone, 0.0, 0.0)
+    options = BatchOptions(batch_size=8, num_batches=150, max_length=32)
+
+    def train(encoder, stitches, *names):
+        parts = [SearchDataModule(Task(x, x), {x: collections[x]}, options, encoder.tokenizer) for x in names]
+        data = MultiTaskDataModule(parts, options, encoder.tokenizer)
+        data.setup()
+        optim = OptimOptions(lr=3e-3, lr_scale={"embeddings": 0.0, "shared": 0.0, "stitches": stitches})
+        module = ContrastiveModule(encoder, optim=optim, total_steps=150, similarity="cosine", temperature=0.1)
+        quiet_trainer(folder, max_steps=150, gradient_clip_val=1.0).fit(module, data)
+        return parts[-1]
+
+    train(start, 0.0, "large")
+    values, cosines = [], []
+    for stitches in (0.0, 30.0):
+        encoder = copy.deepcopy(start).requires_grad_(True)
+        small = train(encoder, stitches, "large", "small")
+        result = evaluate(encoder, small.benchmarks("test")[0], ["ndcg@10"], similarity="cosine")
+        values.append(result.query_values.values[:, 0].tolist())
+        vectors = torch.nn.functional.normalize(encoder.encode(list(collections["small"].corpus.values()), "small"))
+        cosines.append(((vectors.sum(0).square().sum() - 60) / (60 * 59)).item())
+    return [100 * (b - a) for a, b in zip(*values, strict=True)], cosines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("related", [True, False])
+def test_stitching_helps_a_small_task_if_a_large_one_is_related(make_stitched, tmp_path, related):
+    """The interval covers the test queries of three seeds."""
+    differences = []
+    for seed in range(3):
+        values, cosines = gains(make_stitched, tmp_path, seed, related)
+        differences += values
+        print(f"seed {seed}: {statistics.mean(values):+.1f} points, mean cosine {cosines[0]:.2f} -> {cosines[1]:.2f}")
+        assert cosines[1] < 0.9
+    mean = statistics.mean(differences)
+    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
+    print(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] points of nDCG@10")
+    assert (mean - half > 0) == related
