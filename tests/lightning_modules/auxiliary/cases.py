@@ -17,6 +17,7 @@ import torch
 
 from lightning_modules import auxiliary
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.auxiliary.consistency import CrossTaskConsistency
 from lightning_modules.auxiliary.distribution_matching import DistributionMatching
 from lightning_modules.auxiliary.group import GroupLoss
 from lightning_modules.contrastive import ContrastiveModule
@@ -29,6 +30,7 @@ from tests.lightning_modules.auxiliary.worlds import PartialWorld, partial_world
 TASKS = ("fields", "topics", "links")
 OBJECTIVE = {"similarity": "cosine", "temperature": 0.1}
 CASES: dict[str, tuple[type[AuxiliaryLoss], dict[str, Any]]] = {
+    "consistency": (CrossTaskConsistency, {"candidates": 8, "hidden": 8, "warmup": 0}),
     "group": (GroupLoss, {"steps": 3}),
     "matching_labels": (DistributionMatching, {"source": "fields", "target": "topics"}),
     "matching_links": (DistributionMatching, {"source": "links", "target": "topics", "relation": "same"}),
