@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,7 @@ class ContrastiveModule(L.LightningModule):
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
+        self._prepared_for: int | None = None  # id of the data that the losses have seen
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -102,13 +104,19 @@ class ContrastiveModule(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
+        if stage == "fit":
+            self.encoder.prepare(data)
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
             self._store_teacher_vectors(data, teacher.encoder)
         self.prepare_losses(data)
 
     def prepare_losses(self, data: ContrastiveDataModule) -> None:
-        """Give the losses what they need of the data, and the data the texts that they need in each batch."""
-        if not self.named_losses:
+        """Give the losses what they need of the data, and the data the texts that they need in each batch.
+
+        Training calls this itself. With an average of the weights, call it before the trainer is started, because
+        Lightning copies the module for the average before it calls setup.
+        """
+        if not self.named_losses or self._prepared_for == id(data):
             return
         if not isinstance(data, ContrastiveDataModule):
             raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
@@ -121,6 +129,7 @@ class ContrastiveModule(L.LightningModule):
             sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
             self.num_companions[task.task.name] = [len(each) for each in sources]
             task.companions = [source for each in sources for source in each]
+        self._prepared_for = id(data)
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
@@ -161,11 +170,13 @@ class ContrastiveModule(L.LightningModule):
 
     def _additional_losses(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
         """Return the value of each of the losses. vectors: vectors of the batch, (U, D)."""
-        companions = iter([comparable(self.embed(texts).vectors[texts.index]) for texts in batch.companions])
+        companions = iter(batch.companions)
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
+            own = tuple(islice(companions, count))
+            encoded = [comparable(self.embed(texts).vectors[texts.index]) for texts in own]
             with torch.autocast(vectors.device.type, enabled=False):
-                values[name] = loss(batch, vectors, list(islice(companions, count)))
+                values[name] = loss(dataclasses.replace(batch, companions=own), vectors, encoded)
             if (parameters := list(loss.parameters())) and self.training:
                 values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
         return values

@@ -65,8 +65,12 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
     encoder = build_encoder(config, data.texts())
     check_lengths(config, encoder)
     data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
+    with prefixed("encoder."):
+        encoder.prepare(data)
     resolve_epochs(config, data)
-    return _training_module(config, encoder)
+    module = _training_module(config, encoder)
+    module.prepare_losses(data)
+    return module
 
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
@@ -150,7 +154,9 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
     add_tasks(encoder, tasks, nearest)
     _add_lora(config, encoder)
-    return _training_module(config, encoder)
+    module = _training_module(config, encoder)
+    module.prepare_losses(data)
+    return module
 
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
@@ -241,7 +247,8 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
 
 def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
     """Build the losses that are added to InfoNCE, except those of weight 0."""
-    provided, losses = {"tasks": list(config.task), "dimension": encoder.dimension}, {}
+    provided = {"tasks": list(config.task), "dimension": encoder.dimension, "objective": config.objective}
+    losses = {}
     for name, node in config.losses.items():
         arguments = {key: provided[key] for key in accepted_arguments(node, provided)}
         with prefixed(f"losses.{name}."):

@@ -6,7 +6,7 @@ KIND is one of ENCODERS.
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
 other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
-compared through a projection.
+compared through a projection. Every second document has features.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from lightning_modules.task_balance import (
     pcgrad_coefficients,
     torchjd_weighting,
 )
-from tests.conftest import TASKS, WORDS, text_of
+from tests.conftest import TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
 ENCODERS = {"moe": MoEEncoder, "stitched": CrossStitchEncoder, "control": ControlEncoder}
@@ -92,11 +92,11 @@ def make_encoder(kind):
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
     set_dropout(backbone, 0.0, 0.0)
     arguments = {"attention": True, "ffn": True, "pooling": "mean", "max_length": 32}
-    encoder = ENCODERS[kind](backbone, tokenizer, TASKS, **arguments).double()
+    encoder = ENCODERS[kind](backbone, tokenizer, TASKS, **arguments)
     with torch.no_grad():  # at the start, no expert of another task would have a gradient
         for row in (row for name, row in encoder.named_parameters() if name.startswith("stitches.")):
             row.add_(0.2 * torch.randn_like(row))
-    return encoder
+    return with_features(encoder, list(collection().corpus.values())[::2]).double()
 
 
 def batches(tokenizer, tasks, rank, world_size, token_budget):
