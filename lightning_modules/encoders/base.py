@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
     def neutral_weights(self) -> dict[str, Tensor]:
-        """Return parameters outside the backbone with which the encoder equals the source that it starts from."""
+        """Return values with which parameters have no effect, by name, for sources that lack these parameters."""
         return {}
 
     def prepare(self, data: Any) -> None:
