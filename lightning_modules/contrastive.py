@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,8 @@ class ContrastiveModule(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
+        if stage == "fit":
+            self.encoder.prepare(data)
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
             self._store_teacher_vectors(data, teacher.encoder)
         self.prepare_losses(data)
@@ -160,11 +163,13 @@ class ContrastiveModule(L.LightningModule):
 
     def _additional_losses(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
         """Return the value of each of the losses. vectors: vectors of the batch, (U, D)."""
-        companions = iter([comparable(self.embed(texts).vectors[texts.index]) for texts in batch.companions])
+        companions = iter(batch.companions)
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
+            own = tuple(islice(companions, count))
+            encoded = [comparable(self.embed(texts).vectors[texts.index]) for texts in own]
             with torch.autocast(vectors.device.type, enabled=False):
-                values[name] = loss(batch, vectors, list(islice(companions, count)))
+                values[name] = loss(dataclasses.replace(batch, companions=own), vectors, encoded)
             if (parameters := list(loss.parameters())) and self.training:
                 values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
         return values

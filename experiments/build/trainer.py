@@ -63,7 +63,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     ]
     if settings.ema:
         # Without a device, Lightning keeps the average on the CPU, and each step waits for a copy.
-        callbacks.append(EMAWeightAveraging(device_of(config), decay=settings.ema))
+        callbacks.append(EMAWeightAveraging(device_of(config), use_buffers=False, decay=settings.ema))
     callbacks += build_balance(config)
     if config.diagnostics.every_n_steps:
         steps, picture_steps = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
@@ -205,7 +205,8 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
     # In a batch of one task, the parameters of other tasks get no gradient.
     has_task_parameters = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
     idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_task_parameters)
-    return DDPStrategy(find_unused_parameters=idle)
+    # Buffers are equal on all ranks already, and tables of features are large.
+    return DDPStrategy(find_unused_parameters=idle, broadcast_buffers=False)
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:

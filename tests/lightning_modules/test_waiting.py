@@ -21,6 +21,7 @@ from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
@@ -41,6 +42,7 @@ ENCODERS = {
     "moe": partial(MoEEncoder, ffn=True),
     "instruct": partial(InstructEncoder, instructions=INSTRUCTIONS),
     "prefix": partial(InstructEncoder, instructions=INSTRUCTIONS, separate=True),
+    "dual_prompt": partial(DualPromptEncoder, instructions=INSTRUCTIONS),
     "prompt": partial(PromptEncoder, instructions=INSTRUCTIONS, pool_prompt=False, pooling="mean"),
     "routed": partial(RoutedEncoder, entropy_weight=0.1),
     "routed_tokens": partial(RoutedEncoder, entropy_weight=0.1, level="token", pooling="mean"),
@@ -199,6 +201,7 @@ def test_objective_does_not_wait(case, memory, gpu):
 def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gpu):
     dropout = {"attention_probs_dropout_prob": 0.0} if cache else {}  # without dropout, varlen_attn computes bf16
     encoder = ENCODERS[kind](*make_backbone(**dropout), TASKS, max_length=32)
+    encoder.prepare(three_tasks)
     module = ContrastiveModule(encoder, grad_cache=cache, total_steps=10, **OPTIONS).to(gpu).train()
     configured, batches = module.configure_optimizers(), three_tasks.train_dataloader().batches
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]

@@ -5,7 +5,7 @@
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
 other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
-compared through a projection.
+compared through a projection. Every second document has features.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from lightning_modules.task_balance import (
     pcgrad_coefficients,
     torchjd_weighting,
 )
-from tests.conftest import TASKS, WORDS, text_of
+from tests.conftest import TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
 KINDS = {
@@ -86,7 +86,8 @@ def encoder_and_tokenizer():
     }
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
     set_dropout(backbone, 0.0, 0.0)
-    return MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32).double()
+    encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32)
+    return with_features(encoder, list(collection().corpus.values())[::2]).double()
 
 
 def batches(tokenizer, tasks, rank, world_size, token_budget):
