@@ -54,7 +54,7 @@ def compare_with_single_tasks(
         of_task = {name: table for system in systems for name, table in system.benchmarks.items() if table.task == task}
         if not of_task:
             raise UserError(f"single={task}: {systems[0].folder} has no results of {task}; evaluate it on that task")
-        tables = of_task | tables
+        tables |= {name: table for name, table in of_task.items() if name not in tables}
     if unknown := set(benchmarks) - set(tables):
         raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(tables)}")
     values: dict[str, dict[str, Any]] = defaultdict(dict)
