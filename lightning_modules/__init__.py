@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.base import Encoder as Encoder
     from lightning_modules.encoders.control import ControlEncoder as ControlEncoder
     from lightning_modules.encoders.cross_stitch import CrossStitchEncoder as CrossStitchEncoder
+    from lightning_modules.encoders.dual_prompt import DualPromptEncoder as DualPromptEncoder
     from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
     from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
     from lightning_modules.encoders.loading import load_encoder as load_encoder
@@ -41,6 +42,7 @@ _MODULES = {
     "ContrastiveModule": "contrastive",
     "ControlEncoder": "encoders.control",
     "CrossStitchEncoder": "encoders.cross_stitch",
+    "DualPromptEncoder": "encoders.dual_prompt",
     "Encoder": "encoders.base",
     "FrozenEncoder": "objective",
     "InstructEncoder": "encoders.instruct",
