@@ -7,7 +7,7 @@ import hashlib
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from datamodules.hard_negatives import ExampleAt, Rounds, example_of_data
 from datamodules.loader import ResumableLoader, default_num_workers
 from datamodules.options import check_options, option
-from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.packed import Companion, ContrastiveBatch, Tokens
 from datamodules.records import Benchmark, Document, Example, MiningPool, UserError
 from datamodules.schedule import Draw, Phase, Schedule, mix
 from datamodules.text import length_sorted_chunks
@@ -98,6 +98,21 @@ class StoredVectors(Protocol):
         """Return the vectors (n, G) of rows (n,), in float32."""
 
 
+@dataclass(frozen=True)
+class CompanionSource:
+    """Which texts are encoded along with each batch of a task, for an additional loss.
+
+    table: task whose document table has the texts.
+    task: task as which they are encoded.
+    rows: function of the rows of a batch's queries (B,) and documents (m,), and of a random generator that is equal on
+        all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat.
+    """
+
+    table: TaskDataModule
+    task: str
+    rows: Callable[[np.ndarray, np.ndarray, random.Random], np.ndarray]
+
+
 class Collator:
     """Make batches of one task's examples.
 
@@ -107,6 +122,7 @@ class Collator:
     example_at: positives and hard negatives of an example in each step.
     texts: documents of all rows, if batches contain their texts.
     teacher_vectors: vectors of all rows, if batches contain those of a teacher.
+    companions: sources of the batches' companions, each with the token ids of its table.
     """
 
     def __init__(
@@ -122,11 +138,12 @@ class Collator:
         example_at: ExampleAt = example_of_data,
         texts: Sequence[Document] | None = None,
         teacher_vectors: StoredVectors | None = None,
+        companions: Sequence[tuple[CompanionSource, Sequence[np.ndarray]]] = (),
     ):
         self.task, self.examples, self.tokens = task, examples, tokens
         self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
         self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
-        self.example_at = example_at
+        self.example_at, self.companions = example_at, companions
 
     def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
         queries, positives, negatives, known = [], [], [], []
@@ -142,13 +159,15 @@ class Collator:
         sampled = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
         document_rows = list(dict.fromkeys(sampled[0] + sampled[1]))  # distinct, in order of appearance
         column = {row: index for index, row in enumerate(document_rows)}
-        chunks, text_index = self._chunks(list(dict.fromkeys(queries + document_rows)))
+        chunks, text_index = self._chunks(list(dict.fromkeys(queries + document_rows)), self.tokens)
+        seed = mix(self.seed, "step", step, *draws[0])
+        companions = self._companions(np.array(queries), np.array(document_rows), step, seed)
         return ContrastiveBatch(
             step=step,
             task=self.task,
-            seed=mix(self.seed, "step", step, *draws[0]),
+            seed=seed,
             fingerprint=hashlib.blake2b(repr((queries, *sampled)).encode(), digest_size=6).hexdigest(),
-            num_tokens=sum(chunk.num_tokens for chunk in chunks),
+            num_tokens=sum(x.num_tokens for part in (chunks, *(c.chunks for c in companions)) for x in part),
             chunks=chunks,
             queries=torch.tensor([text_index[row] for row in queries]),
             documents=torch.tensor([text_index[row] for row in document_rows]),
@@ -159,14 +178,26 @@ class Collator:
             text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
             teacher_vectors=self._teacher_vectors(list(text_index)),
+            rows=torch.tensor(list(text_index)),
+            companions=companions,
         )
+
+    def _companions(self, queries: np.ndarray, documents: np.ndarray, step: int, seed: int) -> tuple[Companion, ...]:
+        companions = []
+        for number, (source, tokens) in enumerate(self.companions):
+            rng = random.Random(mix(self.seed, "companions", self.task, step, number))
+            rows = source.rows(queries, documents, rng).tolist()
+            chunks, index = self._chunks(list(dict.fromkeys(rows)), tokens)
+            positions = torch.tensor([index[row] for row in rows])
+            companions.append(Companion(source.task, mix(seed, number), chunks, positions, torch.tensor(rows)))
+        return tuple(companions)
 
     def _teacher_vectors(self, rows: list[int]) -> Tensor | None:
         return None if self.teacher_vectors is None else torch.from_numpy(self.teacher_vectors.gather(np.array(rows)))
 
-    def _chunks(self, rows: list[int]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
+    def _chunks(self, rows: list[int], tokens: Sequence[np.ndarray]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
         """Return the texts of some rows in chunks, and the index of each row's text among them."""
-        ids = [self.tokens[row] for row in rows]
+        ids = [tokens[row] for row in rows]
         chunks, text_index = list[Tokens](), dict[int, int]()
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
             chunks.append(Tokens.pack(ids[i] for i in indices))
@@ -204,6 +235,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     prompts: text that precedes the inputs of each task.
     rounds: mined hard negatives.
     teacher_vectors: task -> vectors of a teacher, which its batches then contain.
+    companions: sources of the companions of this task's batches.
     """
 
     options: BatchOptions
@@ -211,6 +243,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     prompts: Mapping[str, str] = {}
     rounds: Rounds | None = None
     teacher_vectors: Mapping[str, StoredVectors] = {}
+    companions: Sequence[CompanionSource] = ()
 
     @property
     @abstractmethod
@@ -249,13 +282,14 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         lengths = task.tokens(self._encoding(task)).concatenated(TokenTable.lengths)
         return task.examples.costs(lengths, task.options.num_positives, task.options.num_hard_negatives)
 
-    def _encoding(self, task: TaskDataModule) -> Encoding:
+    def _encoding(self, task: TaskDataModule, name: str = "") -> Encoding:
+        """Return how the texts of a task's table are encoded. name: the task as which, by default the task itself."""
         if self.tokenizer is None:
             encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
             if encoder is None:
                 raise UserError("tokenizer: needed to make batches; pass one, or train a module that has an encoder")
             self.tokenizer, self.prompts = encoder.tokenizer, encoder.prompts
-        return Encoding(self.tokenizer, self.prompts.get(task.task.name, ""), task.options.max_length)
+        return Encoding(self.tokenizer, self.prompts.get(name or task.task.name, ""), task.options.max_length)
 
     def train_dataloader(self) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -314,6 +348,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
             example_at=self.rounds.examples_for(task.task.name) if self.rounds else example_of_data,
+            companions=[(c, c.table.tokens(self._encoding(c.table, c.task))) for c in task.companions],
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:

@@ -101,6 +101,24 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
 
 
+@dataclass(frozen=True)
+class Companion:
+    """Further texts that are encoded along with a batch, for an additional loss.
+
+    task     task as which they are encoded
+    seed     seed of their dropout
+    chunks   token ids of the distinct texts, as in a batch
+    index    (n,) position of each text among the distinct ones
+    rows     (n,) row of each text in the document table that it comes from
+    """
+
+    task: str
+    seed: int
+    chunks: tuple[Tokens, ...]
+    index: Tensor
+    rows: Tensor
+
+
 @dataclass
 class ContrastiveBatch:
     """B queries of one task, and the M documents they are compared with. Each distinct text is encoded once.
@@ -111,7 +129,7 @@ class ContrastiveBatch:
     task             task of all queries
     seed             seed of this step's dropout on this rank
     fingerprint      hash of the ids in the batch; equal batches have equal fingerprints on every machine
-    num_tokens       number of tokens of all U texts, without padding
+    num_tokens       number of tokens of all U texts and of the companions, without padding
     chunks           token ids of the U texts
     queries          (B,)   row of each query among the U texts
     documents        (M,)   row of each document among the U texts
@@ -125,6 +143,8 @@ class ContrastiveBatch:
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
     pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
     teacher_vectors  (U, G) stored vectors of a frozen model, if one is distilled
+    rows             (U,)   row of each text in the task's document table; None if unknown
+    companions       further texts to encode, for additional losses
     """
 
     step: int
@@ -144,6 +164,8 @@ class ContrastiveBatch:
     text_keys: Tensor | None = None
     pairs: Tensor = None  # type: ignore[assignment]
     teacher_vectors: Tensor | None = None
+    rows: Tensor | None = None
+    companions: tuple[Companion, ...] = ()
 
     def __post_init__(self) -> None:
         if self.pairs is None:  # computed on the host, because the number of pairs determines shapes

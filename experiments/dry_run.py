@@ -140,6 +140,7 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
         module = build_module(config, data)
+        module.prepare_losses(data)
         if module.objective.vector_teacher is not None and config.objective.vector_teacher.cached:
             for task in data.tasks:
                 task.teacher_vectors = {task.task.name: ZeroVectors(module.objective.vector_teacher.dimension)}
@@ -284,7 +285,7 @@ def _cost(
         documents=documents,
         batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
         scores=4 * queries * documents,
-        flops=mean(lambda batch: training_flops(module.encoder, text_lengths(batch), task)),
+        flops=mean(lambda batch: sum(training_flops(module.encoder, x, task) for task, x in text_lengths(batch))),
     )
 
 

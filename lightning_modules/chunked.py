@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.packed import Companion, ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
 # Number of matrices of the size of the scores in memory at once (scores, softmax, masks, gradients), as measured.
 MATRICES_PER_BLOCK = 4
+
+
+Texts = ContrastiveBatch | Companion
 
 
 class Embedded(NamedTuple):
@@ -41,12 +44,12 @@ class Embedded(NamedTuple):
     penalty: Tensor
 
 
-def embed(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+def embed(encoder: Encoder, batch: Texts) -> Embedded:
     """Embed the texts of a batch, with the graphs of all chunks in memory."""
     return _embed_chunks(encoder, batch, num_forwards(encoder, batch))
 
 
-def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+def embed_cached(encoder: Encoder, batch: Texts) -> Embedded:
     """Embed the texts of a batch with GradCache: one graph in memory at a time, for a second forward pass."""
     forwards = num_forwards(encoder, batch)
     if not torch.is_grad_enabled() or forwards == 1:
@@ -57,7 +60,7 @@ def embed_cached(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
     return Embedded(*_GradCache.apply(encoder, batch, forwards, *_trained_parameters(encoder)))
 
 
-def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
+def num_forwards(encoder: Encoder, batch: Texts) -> int:
     """Return the number of forward passes for a batch: one per chunk.
 
     With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
@@ -66,7 +69,7 @@ def num_forwards(encoder: Encoder, batch: ContrastiveBatch) -> int:
     return largest(chunks) if encoder.sharded else chunks
 
 
-def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedded:
+def embed_chunk(encoder: Encoder, batch: Texts, index: int) -> Embedded:
     """Embed one chunk of a batch.
 
     Dropout depends only on the batch's seed and the index of the chunk. So it is the same when the chunk is embedded
@@ -80,7 +83,7 @@ def embed_chunk(encoder: Encoder, batch: ContrastiveBatch, index: int) -> Embedd
     return Embedded(vectors, penalty * (len(chunk) / sum(len(other) for other in batch.chunks)))
 
 
-def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
+def _embed_nothing(encoder: Encoder, batch: Texts) -> Embedded:
     """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
     chunk = batch.chunks[0]
     first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1])
@@ -88,7 +91,7 @@ def _embed_nothing(encoder: Encoder, batch: ContrastiveBatch) -> Embedded:
     return Embedded(vectors[:0], 0.0 * penalty)
 
 
-def _embed_chunks(encoder: Encoder, batch: ContrastiveBatch, forwards: int) -> Embedded:
+def _embed_chunks(encoder: Encoder, batch: Texts, forwards: int) -> Embedded:
     with encoder.casting():
         chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
     penalty = reduce(torch.add, (chunk.penalty for chunk in chunks))
@@ -101,7 +104,7 @@ def _trained_parameters(encoder: Encoder) -> list[Tensor]:
 
 class _GradCache(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, encoder: Encoder, batch: ContrastiveBatch, forwards: int, *_: Tensor) -> Embedded:
+    def forward(ctx: Any, encoder: Encoder, batch: Texts, forwards: int, *_: Tensor) -> Embedded:
         device = encoder.device.type
         ctx.encoder, ctx.batch, ctx.forwards = encoder, batch, forwards
         ctx.autocast = {

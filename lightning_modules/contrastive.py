@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from datamodules.batches import ContrastiveDataModule
 from datamodules.options import check_options
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
-from lightning_modules.chunked import Embedded, embed, embed_cached
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
+from lightning_modules.losses import comparable
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
@@ -44,6 +48,7 @@ class ContrastiveModule(L.LightningModule):
     guide_model, teacher_model, vector_teacher_model: frozen models, required if the options of the objective name them.
         The vector teacher "start" is a copy of the encoder.
     grad_cache: whether to keep the graph of only one chunk of texts in memory at a time (see chunked.py).
+    losses: losses that are added to InfoNCE, by name. Those with weight 0 are left out.
     optim: options of the optimizer.
     total_steps: optimizer steps of the learning-rate schedule, by default those of the trainer.
     objective: fields of ObjectiveOptions.
@@ -58,6 +63,7 @@ class ContrastiveModule(L.LightningModule):
         teacher_model: FrozenEncoder | None = None,
         vector_teacher_model: FrozenEncoder | None = None,
         grad_cache: bool = False,
+        losses: Mapping[str, AuxiliaryLoss] | None = None,
         optim: OptimOptions | None = None,
         total_steps: int | None = None,
         **objective: Any,
@@ -78,6 +84,12 @@ class ContrastiveModule(L.LightningModule):
         self.encoder = encoder
         encoder.similarity = options.similarity  # part of its description in checkpoints
         self.objective = Objective(options, tasks, encoder.dimension, *frozen_models.values())
+        for name in losses or ():
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise UserError(f"losses: {name!r} cannot be the name of a loss; choose a word, such as consistency")
+        self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
+        self.losses = nn.ModuleDict(self.named_losses)
+        self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -91,6 +103,23 @@ class ContrastiveModule(L.LightningModule):
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
             self._store_teacher_vectors(data, teacher.encoder)
+        self.prepare_losses(data)
+
+    def prepare_losses(self, data: ContrastiveDataModule) -> None:
+        """Give the losses what they need of the data, and the data the texts that they need in each batch."""
+        if not self.named_losses:
+            return
+        if not isinstance(data, ContrastiveDataModule):
+            raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
+        for name, loss in self.named_losses.items():
+            try:
+                loss.prepare(data)
+            except UserError as error:
+                raise UserError(f"losses.{name}: {error}") from error
+        for task in data.tasks:
+            sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
+            self.num_companions[task.task.name] = [len(each) for each in sources]
+            task.companions = [source for each in sources for source in each]
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
@@ -114,17 +143,31 @@ class ContrastiveModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self.train()  # pretrained backbones are in eval mode, and Lightning leaves them there
 
-    def embed(self, batch: ContrastiveBatch) -> Embedded:
-        """Return the vectors of the distinct texts of a batch, (U, D), and the encoder's mean penalty."""
+    def embed(self, batch: Texts) -> Embedded:
+        """Return the vectors of the distinct texts of a batch or companion, (U, D), and the encoder's mean penalty."""
         return (embed_cached if self.grad_cache else embed)(self.encoder, batch)
 
     def training_step(self, batch: ContrastiveBatch, batch_idx: int) -> dict[str, Tensor]:
         vectors, penalty = self.embed(batch)
         outputs = self.objective(vectors, batch)
         outputs["loss"] = outputs["loss"] + penalty
+        for name, loss in self._additional_losses(vectors, batch).items():
+            outputs["loss"] = outputs["loss"] + self.named_losses[name].weight * loss * batch.weight
+            outputs[f"{name}_loss"] = loss.detach()
         if self.uncertainty is not None:
             outputs["loss"], outputs["weight"] = self.uncertainty(outputs["loss"], batch.task)
         return outputs
+
+    def _additional_losses(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
+        """Return the value of each of the losses. vectors: vectors of the batch, (U, D)."""
+        companions = iter([comparable(self.embed(texts).vectors[texts.index]) for texts in batch.companions])
+        values, vectors = {}, comparable(vectors)
+        for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
+            with torch.autocast(vectors.device.type, enabled=False):
+                values[name] = loss(batch, vectors, list(islice(companions, count)))
+            if (parameters := list(loss.parameters())) and self.training:
+                values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
+        return values
 
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.optim
@@ -132,6 +175,10 @@ class ContrastiveModule(L.LightningModule):
         temperatures = list(self.objective.temperature.parameters())
         if self.objective.projection is not None:
             groups.insert(0, {"params": [self.objective.projection], "weight_decay": options.weight_decay})
+        for loss in self.named_losses.values():
+            if parameters := list(loss.parameters()):
+                rate = {"lr": options.lr if loss.lr is None else loss.lr, "weight_decay": options.weight_decay}
+                groups.insert(0, {"params": parameters} | rate)
         if temperatures:
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})

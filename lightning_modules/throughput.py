@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.packed import Companion, ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.encoders.attention import AttentionContext, Settings, attend_padded, choose_kernel
 from lightning_modules.memory import Memory
@@ -179,14 +179,19 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def text_lengths(batch: ContrastiveBatch) -> np.ndarray:
-    """Return the number of tokens of each text of a batch, (U,)."""
-    return np.concatenate([chunk.lengths for chunk in batch.chunks])
+def text_lengths(batch: ContrastiveBatch) -> list[tuple[str, np.ndarray]]:
+    """Return the number of tokens of each text of a batch (U,), with its task, and those of each companion."""
+    return [(texts.task, np.concatenate([chunk.lengths for chunk in texts.chunks])) for texts in _all_texts(batch)]
+
+
+def _all_texts(batch: ContrastiveBatch) -> tuple[ContrastiveBatch | Companion, ...]:
+    return batch, *batch.companions
 
 
 def num_positions(batch: ContrastiveBatch, padded: bool) -> int:
     """Return the number of positions for which attention is computed. padded: whether texts are padded for it."""
-    return sum(len(chunk) * chunk.max_length for chunk in batch.chunks) if padded else batch.num_tokens
+    chunks = [chunk for texts in _all_texts(batch) for chunk in texts.chunks]
+    return sum(len(chunk) * chunk.max_length for chunk in chunks) if padded else batch.num_tokens
 
 
 def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
@@ -259,7 +264,8 @@ class ThroughputMeter:
         self.tokens += batch.num_tokens
         self.positions += num_positions(batch, self.padded)
         self.pairs.append((batch.positives >= 0).sum())
-        self.lengths[batch.task].append(text_lengths(batch))
+        for task, lengths in text_lengths(batch):
+            self.lengths[task].append(lengths)
 
     def read(self) -> Speed:
         """Return the speed of all ranks since the last reading. All ranks must call this."""

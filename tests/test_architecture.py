@@ -18,11 +18,15 @@ PACKAGES = ("datamodules", "lightning_modules", "experiments", "tests")
 MAY_IMPORT = {
     "datamodules": {"datamodules"},
     "lightning_modules": {
+        "datamodules.batches",
+        "datamodules.citation_graph",
+        "datamodules.co_annotation",
         "datamodules.files",
         "datamodules.options",
         "datamodules.packed",
         "datamodules.records",
         "datamodules.store",
+        "datamodules.tasks",
         "datamodules.text",
         "datamodules.tokens",
         "lightning_modules",

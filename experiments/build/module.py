@@ -19,6 +19,7 @@ from experiments.build.models import device_of
 from experiments.config.schema import Config
 from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.contrastive import START, ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
@@ -208,7 +209,8 @@ def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, coun
 
 
 def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptions | None = None) -> ContrastiveModule:
-    """Build the module. objective: by default that of the experiment."""
+    """Build the module. objective: by default that of the experiment, with its further losses."""
+    losses = _build_losses(config, encoder) if objective is None else None
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
     check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
@@ -224,6 +226,7 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
         teacher_model=_load_frozen(config, "teacher", objective.teacher) if objective.teacher.model else None,
         vector_teacher_model=_load_frozen(config, "vector_teacher", vector_teacher) if has_file else None,
         grad_cache=config.trainer.grad_cache,
+        losses=losses,
         optim=config.optim,
         total_steps=config.trainer.max_steps,
         **vars(objective),
@@ -234,6 +237,16 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
             f"trainer.strategy=ddp, or choose a teacher with {encoder.dimension} dimensions"
         )
     return module
+
+
+def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
+    """Build the losses that are added to InfoNCE, except those of weight 0."""
+    provided, losses = {"tasks": list(config.task), "dimension": encoder.dimension}, {}
+    for name, node in config.losses.items():
+        arguments = {key: provided[key] for key in accepted_arguments(node, provided)}
+        with prefixed(f"losses.{name}."):
+            losses[name] = instantiate(node, **arguments)
+    return losses
 
 
 def describe_parameters(module: ContrastiveModule) -> str:

@@ -288,6 +288,7 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     loggers: list[str] = option([], "further loggers, which write into the run's folder: tensorboard, csv")
+    losses: dict[str, Any] = option({}, "losses that are added to InfoNCE: name -> _target_ node, with its weight")
     callbacks: dict[str, Any] = option({}, "further Lightning callbacks: name -> _target_ node")
     task: dict[str, TaskConfig] = option({}, "settings of each task, from experiments/tasks/<task>.yaml")
 
@@ -377,6 +378,7 @@ def _check_sharding(config: Config) -> None:
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
         ("objective.balance", config.objective.balance, "none"),
+        ("losses", config.losses, {}),
         ("optim.expert_decay", config.optim.expert_decay, 0),
         ("trainer.ema", config.trainer.ema, 0),
     ):

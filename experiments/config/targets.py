@@ -28,6 +28,7 @@ from datamodules.tasks import Reader
 from experiments.config.moved import current_path
 from experiments.config.schema import Config
 from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import is_in
 from lightning_modules.mining.miners import Miner
@@ -39,6 +40,7 @@ EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 IMPORTED = "import.json"  # file in the folder of an import
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
+LOSS_ARGUMENTS = ("tasks", "dimension")  # given by build_module
 JUDGE_ARGUMENTS = ("tasks", "packages")  # given by build_mining
 
 
@@ -48,6 +50,8 @@ def check_targets(config: Config) -> None:
     config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS, packages=allowed)
     for name, node in config.callbacks.items():
         config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback, packages=allowed)
+    for name, node in config.losses.items():
+        config.losses[name] = check_target(f"losses.{name}", node, AuxiliaryLoss, LOSS_ARGUMENTS, packages=allowed)
     config.mining.miner = check_target("mining.miner", config.mining.miner, Miner, packages=allowed)
     for name, node in config.mining.miners.items():
         if name not in config.tasks:

@@ -1,0 +1,145 @@
+"""Losses that are added to InfoNCE: the texts that they get, their part of training, and their errors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datamodules.batches import CompanionSource
+from datamodules.records import UserError
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.optim import OptimOptions
+from lightning_modules.throughput import num_positions, text_lengths
+from tests.lightning_modules.quiet_trainer import quiet_trainer
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OTHER = {"classification": "search", "search": "classification"}
+
+
+class Likeness(AuxiliaryLoss):
+    """Bring the vectors of queries as one task, through a matrix, to those as another task, and see all labels."""
+
+    def __init__(self, weight: float = 1.0, lr: float | None = None, dimension: int = 32):
+        super().__init__(weight, lr)
+        self.matrix = nn.Parameter(torch.eye(dimension))
+        self.seen: list[tuple] = []
+
+    def companions(self, data, task):
+        tables = {table.task.name: table for table in data.tasks}
+        if task not in OTHER:
+            return ()
+        labels = len(tables[OTHER[task]].collections["toy"].corpus)
+        return (
+            CompanionSource(tables[task], OTHER[task], lambda queries, documents, rng: queries),
+            CompanionSource(
+                tables[OTHER[task]], OTHER[task], lambda queries, documents, rng: np.array([rng.randrange(labels), 0])
+            ),
+        )
+
+    def forward(self, batch, vectors, companions):
+        if not companions:
+            return 0 * vectors.sum()
+        self.seen.append((batch, vectors, companions))
+        other, labels = companions
+        return (vectors[batch.queries] @ self.matrix - other).square().mean() + labels.square().mean()
+
+
+def trained(make_encoder, three_tasks, folder, loss=None, steps=9, resume=None, config=None, **options):
+    module = ContrastiveModule(
+        make_encoder(config=config),
+        similarity="cosine",
+        temperature=0.1,
+        total_steps=9,
+        optim=OptimOptions(lr=3e-3, schedule="constant"),
+        losses={"likeness": loss} if loss is not None else {},
+        **options,
+    )
+    trainer = quiet_trainer(folder, max_steps=steps)
+    trainer.fit(module, three_tasks, ckpt_path=resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.encoder.parameters()])
+
+
+def test_companions_are_the_texts_that_a_loss_asks_for_encoded_as_its_task(make_encoder, three_tasks, tmp_path):
+    loss = Likeness(weight=1e-30)
+    module = trained(make_encoder, three_tasks, tmp_path, loss, steps=1, config=NO_DROPOUT)
+    batch, vectors, (other, labels) = loss.seen[0]
+    tables = {table.task.name: table for table in three_tasks.tasks}
+    encoder, task = make_encoder(config=NO_DROPOUT), batch.task
+    own = [tables[task].documents[row] for row in batch.rows.tolist()]
+    encode = {name: lambda texts, name=name: encoder.encode(texts, name) for name in OTHER}
+    torch.testing.assert_close(vectors, encode[task](own), atol=1e-5, rtol=0)
+    queries = [own[row] for row in batch.queries.tolist()]
+    torch.testing.assert_close(other, encode[OTHER[task]](queries), atol=1e-5, rtol=0)
+    rows = batch.companions[1].rows.tolist()
+    expected = encode[OTHER[task]]([tables[OTHER[task]].documents[row] for row in rows])
+    torch.testing.assert_close(labels, expected, atol=1e-5, rtol=0)
+    assert module.num_companions == {"classification": [2], "link_prediction": [0], "search": [2]}
+
+
+def test_companions_count_as_tokens_and_operations(make_encoder, three_tasks, tmp_path):
+    loss = Likeness()
+    trained(make_encoder, three_tasks, tmp_path, loss, steps=1)
+    batch = loss.seen[0][0]
+    lengths = text_lengths(batch)
+    assert [task for task, _ in lengths] == [batch.task, OTHER[batch.task], OTHER[batch.task]]
+    assert sum(x.sum() for _, x in lengths) == batch.num_tokens == num_positions(batch, padded=False)
+
+
+def test_weight_0_trains_as_without_the_loss_to_the_bit(make_encoder, three_tasks, tmp_path):
+    zero, without, some = (
+        weights(trained(make_encoder, three_tasks, tmp_path, loss)) for loss in (Likeness(0), None, Likeness(1e-3))
+    )
+    assert torch.equal(zero, without)
+    assert not torch.equal(some, without)
+
+
+def test_grad_cache_gives_the_same_training(make_encoder, three_tasks, tmp_path):
+    plain, cached = (
+        trained(make_encoder, three_tasks, tmp_path, Likeness(), steps=3, grad_cache=cache) for cache in (False, True)
+    )
+    torch.testing.assert_close(weights(plain), weights(cached), atol=1e-5, rtol=0)
+
+
+def test_a_resumed_training_has_the_same_parameters_of_the_loss_to_the_bit(make_encoder, three_tasks, tmp_path):
+    whole = trained(make_encoder, three_tasks, tmp_path, Likeness())
+    first = trained(make_encoder, three_tasks, tmp_path, Likeness(), steps=4)
+    resumed = trained(make_encoder, three_tasks, tmp_path, Likeness(), resume=tmp_path / "last.ckpt")
+    key = "losses.likeness.matrix"
+    assert not torch.equal(first.state_dict()[key], resumed.state_dict()[key])
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_own_learning_rate_is_that_of_the_loss_alone(make_encoder, three_tasks):
+    module = ContrastiveModule(make_encoder(), total_steps=1, losses={"likeness": Likeness(lr=0.5)})
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    (group,) = [g for g in groups if any(p is module.losses["likeness"].matrix for p in g["params"])]
+    assert group["initial_lr"] == 0.5
+    assert sum(len(g["params"]) for g in groups if g["initial_lr"] == 0.5) == 1
+
+
+@pytest.mark.parametrize("name", ["keys", "a.b", "", "two words"])
+def test_impossible_name_raises_user_error(make_encoder, name):
+    with pytest.raises(UserError, match="cannot be the name of a loss"):
+        ContrastiveModule(make_encoder(), losses={name: Likeness()})
+
+
+@pytest.mark.parametrize("options", [{"weight": -1.0}, {"weight": float("nan")}, {"lr": 0.0}])
+def test_impossible_numbers_raise_user_error(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))}: expected a number"):
+        Likeness(**options)
+
+
+def test_error_in_prepare_names_the_loss(make_encoder, three_tasks, tmp_path):
+    class Refusing(Likeness):
+        def prepare(self, data):
+            raise UserError("file.tsv, line 3: unknown label 'x'")
+
+    with pytest.raises(UserError, match="^losses.likeness: file.tsv, line 3: unknown label 'x'$"):
+        trained(make_encoder, three_tasks, tmp_path, Refusing())
