@@ -5,8 +5,8 @@ of the student task. Platt scaling turns its scores r into log-odds of the stude
 the teacher's probabilities:
 
     r~ = P r + Q                                        P and Q minimise the cross-entropy CE(y, sigmoid(r~))
-    r~ <- max(r~, m) of a positive, min(r~, -m) of another document             error correction with a margin m
-    L = CE(sigmoid(r~ / tau), sigmoid(s / tau))                                 tau softens both
+    r~ <- max(r~, m) of a positive, and min(r~, -m) of a negative       error correction with a margin m
+    L = CE(sigmoid(r~ / tau), sigmoid(s / tau))                         tau softens both
 
 InfoNCE determines similarities only up to a constant, so the student's log-odds s are calibrated in the same way, with
 P and Q of their own. L has gradients with respect to the student's vectors alone.
@@ -19,6 +19,7 @@ Shapes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
 
@@ -30,8 +31,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
-from lightning_modules.auxiliary.base import AuxiliaryLoss
-from lightning_modules.auxiliary.pairs import check_other_task, check_similarity, fixed_scores, in_batch_pairs, sum_over_pairs
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.auxiliary.pairs import (
+    check_other_task,
+    check_similarity,
+    fixed_scores,
+    in_batch_pairs,
+    sum_over_pairs,
+)
 
 
 def corrected(log_odds: Tensor, positive: Tensor, margin: float, negatives: bool = False) -> Tensor:
@@ -44,6 +51,14 @@ def corrected(log_odds: Tensor, positive: Tensor, margin: float, negatives: bool
     return torch.where(positive, log_odds.clamp(min=margin), others)
 
 
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the cross-entropy of the student's probabilities with the teacher's, (B, M).
+
+    student, teacher: log-odds, (B, M). temperature: divisor of both.
+    """
+    return cross_entropy(student / temperature, torch.sigmoid(teacher / temperature), reduction="none")
+
+
 def texts_of_batch(queries: np.ndarray, documents: np.ndarray, _: Random) -> np.ndarray:
     """Return the rows of a batch's queries (B,) and then of its documents (m,)."""
     return np.concatenate([queries, documents])
@@ -54,8 +69,9 @@ class CrossTaskDistillation(AuxiliaryLoss):
 
     teachers: student task -> the tasks whose experts teach it. Each teacher encodes the batches of its student.
     temperature: tau, the divisor of the log-odds of teacher and student.
-    margin: m, the least log-odds of a positive, and minus the greatest of another document, that a teacher may give;
-        None leaves errors uncorrected.
+    margin: m, the least log-odds that a teacher may give a positive; None leaves errors uncorrected.
+    correct_negatives: whether -m is the greatest log-odds that a teacher may give another document. By default it is
+        not, because a document that is not a positive was not judged: the teacher may well be right.
     similarity: "cosine" or "dot", as in the objective.
     slope, intercept: initial P and Q of all calibrations.
     lr: peak learning rate of P and Q.
@@ -69,10 +85,10 @@ class CrossTaskDistillation(AuxiliaryLoss):
         margin: float | None = 0.0,
         correct_negatives: bool = False,
         similarity: str = "cosine",
-        slope: float = 10.0,
+        slope: float = 5.0,
         intercept: float = -5.0,
         weight: float = 1.0,
-        lr: float | None = 0.05,
+        lr: float | None = 0.1,
     ):
         super().__init__(weight, lr)
         if not any(teachers.values()):
@@ -82,10 +98,13 @@ class CrossTaskDistillation(AuxiliaryLoss):
                 check_other_task(f"teachers.{student}", student, teacher, tasks)
             if len(set(names)) < len(names):
                 raise UserError(f"teachers.{student}: expected each task once, got {', '.join(names)}")
-        if not 0 < temperature < float("inf"):
+        if not 0 < temperature < math.inf:
             raise UserError(f"temperature: expected a number above 0, got {temperature}")
-        if margin is not None and not 0 <= margin < float("inf"):
+        if margin is not None and not 0 <= margin < math.inf:
             raise UserError(f"margin: expected a number of at least 0, or null, got {margin}")
+        for name, value in (("slope", slope), ("intercept", intercept)):
+            if not math.isfinite(value):
+                raise UserError(f"{name}: expected a finite number, got {value}")
         check_similarity(similarity)
         self.teachers, self.tasks = teachers, list(tasks)
         self.temperature, self.margin, self.similarity = temperature, margin, similarity
@@ -111,9 +130,7 @@ class CrossTaskDistillation(AuxiliaryLoss):
             log_odds, calibration = self._log_odds(batch.task, teacher, scores, labels)
             if self.margin is not None:
                 log_odds = corrected(log_odds, pairs.positive, self.margin, self.correct_negatives)
-            targets = torch.sigmoid(log_odds / self.temperature)
-            distillation = cross_entropy(own / self.temperature, targets, reduction="none")
-            loss = loss + calibration + distillation / len(teachers)
+            loss = loss + calibration + distillation(own, log_odds, self.temperature) / len(teachers)
         return sum_over_pairs(loss, pairs.known)
 
     def _log_odds(self, student: str, scorer: str, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,11 +32,11 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ContrastiveDataModule
-from datamodules.co_annotation import known_annotations, paper_keys
+from datamodules.co_annotation import MATCHES, known_annotations, paper_keys
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import Ragged, UserError
 from datamodules.tasks import LinkPredictionDataModule, TaskDataModule
-from lightning_modules.auxiliary.base import AuxiliaryLoss
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.pairs import check_other_task, check_similarity, in_batch_pairs
 from lightning_modules.losses import membership_mask
 
@@ -82,9 +82,11 @@ def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.nd
     related = padded(known_annotations(a, b, match), -1)
     if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or a query that they answer
         return related, np.where(related < 0, -2, related)
-    papers, keys = (paper_keys(task, match).astype(np.int64) for task in (a, b))
-    is_known = (papers != 0) & np.isin(papers, keys)
-    return np.where(related < 0, -1, keys[related]), np.where(is_known, papers, -2)[:, None]
+    papers, others = paper_keys(a, match), paper_keys(b, match)
+    distinct = np.unique(others)  # the number of a paper is its position here
+    is_known = (papers != 0) & np.isin(papers, distinct)
+    related = np.where(related < 0, -1, np.searchsorted(distinct, others)[related])
+    return related, np.where(is_known, np.searchsorted(distinct, papers), -2)[:, None]
 
 
 def padded(lists: Ragged, padding: int) -> np.ndarray:
@@ -129,6 +131,8 @@ class QuadrupletRanking(AuxiliaryLoss):
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature: expected a number above 0, got {temperature}")
         check_similarity(similarity)
+        if match not in MATCHES:
+            raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
         self.labels, self.beta1, self.beta2 = labels, beta1, beta2
         self.temperature, self.similarity, self.match = temperature, similarity, match
 

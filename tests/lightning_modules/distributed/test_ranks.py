@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lightning_modules.distributed.losses_on_ranks import LOSSES
 from tests.lightning_modules.distributed.sharded_on_ranks import CASES
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,12 @@ def test_objective_of_ranks_equals_that_of_one_process(world_size, free_port):
 def test_gradient_of_ranks_equals_that_of_one_process(world_size, free_port):
     """Plain and with GradCache, with and without accumulation over tasks."""
     assert run("gradient_on_ranks", world_size, free_port) == [["equal"] * 6] * world_size
+
+
+@pytest.mark.slow
+def test_gradients_of_additional_losses_on_ranks_equal_those_of_one_process(free_port):
+    """Plain and with GradCache, with and without accumulation over tasks."""
+    assert run("losses_on_ranks", 2, free_port) == [["equal"] * 4 * len(LOSSES)] * 2
 
 
 @pytest.mark.slow
