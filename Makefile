@@ -92,7 +92,7 @@ help: ## show this page
 
 # One stamp per set of extras, so that nothing is installed twice.
 override STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
-install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, peft, sentence-transformers, svm, tensorboard, dev)
+install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, then any of: hub, import, minilm, mteb, onnx, peft, sentence-transformers, svm, tensorboard, torchjd, dev)
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(call shell-word,PYTHON) -m venv $(VENV)

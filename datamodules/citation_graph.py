@@ -89,7 +89,7 @@ class CitationGraph:
             total = np.zeros(self.num_rows)
             for _ in range(steps):  # P^t e_anchor
                 at = np.bincount(self.sources, weights=at[self.neighbours], minlength=self.num_rows)
-                at /= np.maximum(self.degrees, 1)
+                at = at / np.maximum(self.degrees, 1)
                 total += at
             reached[:, column] = total / steps
         return reached[self.node_of]
@@ -108,6 +108,20 @@ class CitationGraph:
         # Rounded, because sums in another order differ in their last bits.
         order = np.argsort(-np.round(total, 9), kind="stable")[:count]
         return order[self.degrees[order] > 0]
+
+
+def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of papers with links, (r,), and their positions, (r, count) float32 (ULTRA-DP, arXiv 2310.14845).
+
+    A position is the reachability of the `count` papers that walks visit most, divided by its standard deviation over
+    them. If fewer papers have links, the last columns are 0. steps: largest number of steps of a walk.
+    """
+    anchors = graph.most_reached(count, steps)
+    rows = np.flatnonzero(graph.degrees[graph.node_of])
+    reached = graph.reachability(anchors, steps)[rows]
+    deviation = reached.std(1, keepdims=True)
+    scaled = reached / np.where(deviation > 1e-7, deviation, 1)  # one anchor has no deviation
+    return rows, np.pad(scaled, ((0, 0), (0, count - len(anchors))))
 
 
 def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGraph:

@@ -62,16 +62,19 @@ def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndar
     return np.concatenate(queries), Ragged(_starts(counts), rows)
 
 
-def known_annotations(papers: TaskDataModule, task: TaskDataModule, match: str = "title") -> Ragged:
+def known_annotations(
+    papers: TaskDataModule, task: TaskDataModule, match: str = "title", collection: str = ""
+) -> Ragged:
     """Return the training positives that each paper of one task has in another, such as its labels.
 
     papers: task whose document table has the papers; the result has a list for each of its rows.
     task: task that annotates papers. The lists have rows of its document table, sorted and without repetitions. A
         search annotates a paper with the queries that it answers.
     match: how papers are compared, one of MATCHES.
+    collection: collection of `task` that annotates; by default all of them.
     """
     keys = paper_keys(task, match)
-    queries, (starts, positives) = train_positives(task)
+    queries, (starts, positives) = train_positives(task, collection)
     queries = queries.repeat(np.diff(starts))
     annotated, values = (positives, queries) if isinstance(task, SearchDataModule) else (queries, positives)
     pairs = np.stack([keys[annotated], values.astype(np.uint64)])
@@ -88,8 +91,20 @@ def lists_at(lists: Ragged, indices: np.ndarray) -> Ragged:
     """Return the lists at some indices, (n,); an empty list for -1."""
     counts = np.append(np.diff(lists.starts), 0)[indices]
     starts = _starts(counts)
-    within = np.arange(starts[-1]) - starts[:-1].repeat(counts)
-    return Ragged(starts, lists.values[lists.starts[indices].repeat(counts) + within])
+    return Ragged(starts, lists.values[lists.starts[indices].repeat(counts) + _positions(starts)])
+
+
+def padded_lists(lists: Ragged) -> np.ndarray:
+    """Return n lists as one array, (n, longest), padded with -1; the longest counts as at least 1."""
+    counts = np.diff(lists.starts)
+    array = np.full((len(counts), max(counts.max(initial=0), 1)), -1, dtype=lists.values.dtype)
+    array[np.arange(len(counts)).repeat(counts), _positions(lists.starts)] = lists.values
+    return array
+
+
+def _positions(starts: np.ndarray) -> np.ndarray:
+    """Return the position of each value in its list."""
+    return np.arange(starts[-1]) - starts[:-1].repeat(np.diff(starts))
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

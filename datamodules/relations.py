@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.co_annotation import lists_at
+from datamodules.batches import ContrastiveDataModule
+from datamodules.co_annotation import known_annotations, lists_at, train_positives
+from datamodules.examples import ragged
 from datamodules.leakage import normal
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines
@@ -61,13 +63,90 @@ class LabelSpace:
         return np.where((positions >= 0) & (positions < len(self)), positions, -1)
 
 
-def check_size(first: LabelSpace, second: LabelSpace) -> None:
-    """Raise UserError if a relation between two label spaces is too large for memory."""
+def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[TaskDataModule, str]:
+    """Return a task and the name of its collection, given as TASK or TASK/COLLECTION.
+
+    A task with several collections needs the second form. key: option that has the name, for errors.
+    """
+    task_name, _, collection = name.partition("/")
+    tasks = {task.task.name: task for task in data.tasks}
+    if task_name not in tasks:
+        raise UserError(f"{key}: unknown task {task_name!r}; expected one of {', '.join(tasks)}")
+    names = list(tasks[task_name].collections)
+    if collection not in ("", *names) or (not collection and len(names) > 1):
+        found = f"unknown collection {collection!r}" if collection else f"task {task_name} has several collections"
+        raise UserError(f"{key}: {found}; expected one of {', '.join(f'{task_name}/{each}' for each in names)}")
+    return tasks[task_name], collection or names[0]
+
+
+@dataclass(frozen=True)
+class PartialAnnotation:
+    """Papers of a source task, which are not all annotated with the labels of a target task.
+
+    source, target: label spaces. Link prediction and search have no labels of their own; then both are the target's.
+    known: labels of each row of the source's document table, as positions. In a classification, these are the labels of
+        its training queries; otherwise, the labels of the target that the papers have.
+    unlabelled: whether a row is a training query of the source without labels of the target, (rows,) bool.
+    pairs: labels of the n papers with labels of both; otherwise, labels of n documents and of their queries.
+    """
+
+    source: LabelSpace
+    target: LabelSpace
+    known: Ragged
+    unlabelled: np.ndarray
+    pairs: tuple[Ragged, Ragged]
+
+    @classmethod
+    def of(
+        cls, source: tuple[TaskDataModule, str], target: tuple[TaskDataModule, str], match: str
+    ) -> PartialAnnotation:
+        """Compare two collections, each given with its task. match: how papers are compared, see co_annotation.py."""
+        table, collection = source
+        space = LabelSpace.of(*target)
+        annotations = known_annotations(table, target[0], match, target[1])
+        annotations = Ragged(annotations.starts, annotations.values - space.rows[0])
+        queries, positives = train_positives(table, collection)
+        query_of_row = np.full(len(table.documents), -1, dtype=np.int64)
+        query_of_row[queries] = np.arange(len(queries))
+        unlabelled = (query_of_row >= 0) & (np.diff(annotations.starts) == 0)
+        if isinstance(table, ClassificationDataModule):
+            own = LabelSpace.of(*source)
+            known = lists_at(Ragged(positives.starts, positives.values - own.rows[0]), query_of_row)
+            return cls(own, space, known, unlabelled, _both(lists_at(known, queries), lists_at(annotations, queries)))
+        of_query = lists_at(annotations, queries.repeat(np.diff(positives.starts)))
+        return cls(space, space, annotations, unlabelled, _both(lists_at(annotations, positives.values), of_query))
+
+
+def _both(first: Ragged, second: Ragged) -> tuple[Ragged, Ragged]:
+    """Return the lists of which neither the first nor the second is empty."""
+    kept = np.flatnonzero((np.diff(first.starts) > 0) & (np.diff(second.starts) > 0))
+    return lists_at(first, kept), lists_at(second, kept)
+
+
+def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0) -> np.ndarray:
+    """Return the relation from the labels of the source to those of the target, (a, b).
+
+    relation: "estimated", "same" for labels of the same name, or a file.
+
+    Raises UserError if the relation cannot be estimated, or is too large for memory.
+    """
+    first, second = papers.source, papers.target
     if len(first) * len(second) > MAX_PAIRS:
         raise UserError(
             f"{first.name} has {len(first):,} labels and {second.name} {len(second):,}; a relation has at most "
             f"{MAX_PAIRS:,} pairs of labels"
         )
+    if relation == "same":
+        return same_names(first, second)
+    if relation != "estimated":
+        return read_relation(Path(relation), first, second)
+    if not (count := len(papers.pairs[0].starts) - 1):
+        raise UserError(
+            "relation: cannot be estimated, because no paper has labels of both in the train splits; choose another "
+            "way to match papers, or give the relation as a file"
+        )
+    log.info("relation from %s to %s: estimated from %d papers or links", first.name, second.name, count)
+    return estimated(*papers.pairs, (len(first), len(second)), smoothing)
 
 
 def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: float = 1.0) -> np.ndarray:
@@ -165,3 +244,9 @@ def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
 def distributions(weights: np.ndarray) -> np.ndarray:
     """Return p(b | a): the weights of each label divided by their sum, or zeros for a label that relates to none."""
     return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def most_related(weights: np.ndarray, count: int) -> Ragged:
+    """Return the related labels of each label of the first space: at most `count`, those of largest weight first."""
+    columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
+    return ragged([row[weights[a, row] > 0] for a, row in enumerate(columns)])

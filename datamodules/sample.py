@@ -7,6 +7,8 @@ Every paper has four facets, and each task depends on two of them (docs/sample.m
     aspect      which side of it is studied                  x                              x
     method      how it is studied                                             x
     material    what it is studied on                                                       x
+
+A fourth collection has the captions of two figures of each paper, which name its subfield, method and material.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ SENTENCES = {
     "other": ("unlike {}", "not for {}", "in contrast to {}"),
 }
 QUERIES = ("{material} {aspect}", "{aspect} of {material}", "papers on {aspect} in {material}")
+CAPTIONS = ("{material} under {method} in {subfield}", "{subfield} of {material} seen with {method}")
 DEFINITION = "a topic that deals with {}"
 
 
@@ -64,12 +67,13 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class Science:
-    """The generated papers, labels, citations and queries. The collections of all tasks are made from them."""
+    """The generated papers, labels, citations, queries and captions. The collections are made from them."""
 
     papers: tuple[Paper, ...]
     labels: dict[str, Document]
     citations: dict[str, tuple[str, ...]]
     queries: dict[str, SearchQuery]
+    captions: dict[str, Document]
 
 
 class Lexicon:
@@ -144,7 +148,8 @@ def science(seed: int, num_papers: int) -> Science:
         document = _paper(f"paper{number:05d}", lexicon, facets, second, year)
         labelled = _label_ids(subfield, aspect) | _label_ids(subfield, second)
         papers.append(Paper(document, year, **facets, labels=tuple(sorted(labelled))))
-    return Science(tuple(papers), labels, _citations(papers, rng), _queries(papers, lexicon))
+    citations, queries = _citations(papers, rng), _queries(papers, lexicon)
+    return Science(tuple(papers), labels, citations, queries, _captions(papers, lexicon))
 
 
 def _labels(lexicon: Lexicon, aspects: list[list[int]]) -> dict[str, Document]:
@@ -212,14 +217,26 @@ def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, SearchQuery]:
     return queries
 
 
-class SampleReader:
-    """Reader of one of the sample's three collections.
+def _captions(papers: list[Paper], lexicon: Lexicon) -> dict[str, Document]:
+    """Make the captions of two figures of each paper, in the words of its year."""
+    captions = {}
+    for paper in papers:
+        facets = {"subfield": paper.subfield, "method": paper.method, "material": paper.material}
+        for number, caption in enumerate(CAPTIONS):
+            words = {facet: lexicon.in_paper(facet, value, paper.year) for facet, value in facets.items()}
+            key = f"{paper.document.id}.figure{number}"
+            captions[key] = Document(key, "", caption.format(**words))
+    return captions
 
-    view: "topics" (classification), "citations" (link prediction) or "searches" (search).
+
+class SampleReader:
+    """Reader of one of the sample's four collections.
+
+    view: "topics" (classification), "citations" (link prediction), "searches" (search) or "captions" (search).
     num_papers: number of papers, at least 500.
     """
 
-    VIEWS = ("topics", "citations", "searches")
+    VIEWS = ("topics", "citations", "searches", "captions")
 
     def __init__(self, view: str, num_papers: int = 5000, seed: int = 0):
         if view not in self.VIEWS:
@@ -231,11 +248,16 @@ class SampleReader:
     def read(self) -> Collection:
         world = science(self.seed, self.num_papers)
         papers = {paper.document.id: paper.document for paper in world.papers}
-        make = {"topics": self._topics, "citations": self._citations, "searches": self._searches}[self.view]
-        corpus, queries, judged = make(world, papers)
+        make = {
+            "topics": self._topics,
+            "citations": self._citations,
+            "searches": self._searches,
+            "captions": self._captions,
+        }
+        corpus, queries, judged = make[self.view](world, papers)
         qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
         for query, grades in judged.items():
-            # All three queries of a material and an aspect are in one split.
+            # All three queries of a material and an aspect, and all captions of a paper, are in one split.
             split = split_of(query.rsplit(".", 1)[0], self.seed)
             qrels[split][query] = grades if split == "train" else {d: g for d, g in grades.items() if g > 0}
         return Collection(corpus, queries, qrels)
@@ -268,3 +290,10 @@ class SampleReader:
             grades |= {p.document.id: 1 + (p.aspect == query.aspect) for p in by_material[query.material]}
             judged[key] = grades
         return papers, {key: query.document for key, query in world.queries.items()}, judged
+
+    def _captions(self, world: Science, papers: Documents) -> tuple[Documents, Documents, Grades]:
+        judged = {}
+        for key in world.captions:
+            paper = key.partition(".")[0]
+            judged[key] = dict.fromkeys(world.citations.get(paper, ()), 0) | {paper: 1}
+        return papers, world.captions, judged

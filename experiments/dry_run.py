@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -23,7 +24,7 @@ from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
 from experiments.build.models import device_of
 from experiments.build.module import build_module, describe_parameters, first_batches
-from experiments.build.trainer import precision_of
+from experiments.build.trainer import build_balance, precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.shared.console import counted, entry_point, table_console
@@ -31,6 +32,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import computing_in, describe_device
+from lightning_modules.task_balance import GradientBalance, TaskGradients
 from lightning_modules.throughput import (
     Speed,
     computing_dtype,
@@ -83,7 +85,8 @@ class Prediction:
     activations: int  # the rest of the peak
     further: int  # vectors of the other ranks' documents, and similarities with them
     gathered: int  # unsharded weights and gradients while a layer is computed (trainer.strategy=fsdp)
-    update: float  # clipping and optimizer, per step
+    balance: int  # one gradient per task, if objective.balance combines them
+    update: float  # combining gradients, clipping and optimizer, per step
     evaluation: float
     start: float  # reading the data, building the encoder, tokenising
     tasks: dict[str, TaskCost]
@@ -92,7 +95,7 @@ class Prediction:
     @property
     def memory(self) -> int:
         training = self.weights + self.gradients + self.optimizer
-        return training + self.process + self.activations + self.further + self.gathered
+        return training + self.process + self.activations + self.further + self.gathered + self.balance
 
     def training(self, steps: int) -> float:
         """Return the seconds that the whole training takes."""
@@ -187,6 +190,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         seconds = sum(step for step, _ in times) / len(times)
         waiting = max(0.0, preparing[name] / workers - seconds) if workers else preparing[name]
         costs[name] = _cost(config, data, module, name, measured, seconds, waiting)
+    balance, combining = _balance_cost(config, module)
     ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
     shares = ranks if sharded else 1
     largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
@@ -198,7 +202,8 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         activations=max(0, memory.peak() - process - weights - optimizer - gradients),
         further=int(2 * largest * (ranks - 1) / ranks),  # forward and backward
         gathered=_gathered_bytes(module.encoder) if sharded else 0,
-        update=sum(updates) / len(updates),
+        balance=balance,
+        update=combining + sum(updates) / len(updates),
         evaluation=_evaluation_seconds(config, data, module) / ranks,
         start=built + tokenising,
         tasks=costs,
@@ -223,6 +228,24 @@ def _gathered_bytes(encoder: Encoder) -> int:
     """
     layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
     return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
+
+
+def _balance_cost(config: Config, module: ContrastiveModule) -> tuple[int, float]:
+    """Return the bytes of the tasks' gradients, and the seconds that storing and combining them takes per step."""
+    callbacks = [callback for callback in build_balance(config) if isinstance(callback, GradientBalance)]
+    if not callbacks:
+        return 0, 0.0
+    (balance,), trained = callbacks, [p for p in module.parameters() if p.requires_grad]
+    balance.gradients = TaskGradients(trained, balance.tasks)
+    random = {task: [torch.randn_like(p) for p in trained] for task in balance.tasks}
+    trainer, losses = SimpleNamespace(global_step=0, loggers=[]), torch.ones(len(random), device=module.device)
+    started = time.perf_counter()
+    for task, gradients in random.items():
+        balance.gradients.add(task, gradients)
+    balance.gradients.apply(balance.coefficients(trainer, losses))
+    float(trained[-1].grad.sum())  # wait for the GPU
+    values = balance.gradients.values
+    return values.numel() * values.element_size(), time.perf_counter() - started
 
 
 class _Steps:
@@ -342,6 +365,7 @@ def _show_memory(prediction: Prediction) -> None:
         ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it"),
         ("further", "computed: vectors of the other ranks' documents, and similarities with them"),
         ("gathered", "computed: unsharded weights and gradients while a layer is computed"),
+        ("balance", "computed: the gradients that objective.balance combines, one per task"),
         ("memory", "total"),
     ):
         table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", origin)
@@ -386,7 +410,6 @@ def _show_times(config: Config, prediction: Prediction) -> None:
             prediction.gradients / 2**20,
         )
     unmeasured = {
-        "objective.balance": config.objective.balance in ("gradnorm", "pcgrad"),
         "mining": config.mining.every_n_steps or config.mining.every_n_epochs,
         "diagnostics": config.diagnostics.every_n_steps,
         "encoding all texts with objective.vector_teacher": config.objective.vector_teacher.model,

@@ -226,7 +226,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     is_run = run is not None and Path(options.model).resolve() == run.resolve()
     names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
     if options.benchmarks:
-        parts = [names, "-".join(options.benchmarks).replace("*", "")]
+        parts = [names, "-".join(options.benchmarks).replace("*", ""), options.task]
     else:
         parts = [names, name_of(options.beir) if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class SampleOptions:
     """Write the built-in sample in BEIR layout, to look at, for other tools, or as a template for your own data."""
 
-    output: Path = option(help="folder for the three collections")
+    output: Path = option(help="folder for the four collections")
     papers: int = option(5000, "number of papers", minimum=1)
     seed: int = option(0, "seed of the synthetic texts", minimum=0)
 

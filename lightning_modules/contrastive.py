@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,12 @@ from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
+from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
-from lightning_modules.task_balance import UncertaintyWeights, loss_scaler
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class ContrastiveModule(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and getattr(data, "tokenizer", self) is None:
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
+        if stage == "fit":
+            self.encoder.prepare(data)
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
             self._store_teacher_vectors(data, teacher.encoder)
         self.prepare_losses(data)
@@ -160,11 +163,13 @@ class ContrastiveModule(L.LightningModule):
 
     def _additional_losses(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
         """Return the value of each of the losses. vectors: vectors of the batch, (U, D)."""
-        companions = iter([comparable(self.embed(texts).vectors[texts.index]) for texts in batch.companions])
+        companions = iter(batch.companions)
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
+            own = tuple(islice(companions, count))
+            encoded = [comparable(self.embed(texts).vectors[texts.index]) for texts in own]
             with torch.autocast(vectors.device.type, enabled=False):
-                values[name] = loss(batch, vectors, list(islice(companions, count)))
+                values[name] = loss(dataclasses.replace(batch, companions=own), vectors, encoded)
             if (parameters := list(loss.parameters())) and self.training:
                 values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
         return values

@@ -69,7 +69,8 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
     for name in merged.state_dict():
         shares = value_of(name, weights.parts, weights.members)
         used = [(state[name], share / sum(shares)) for state, share in zip(states, shares, strict=True) if share > 0]
-        averages[name] = average(*zip(*used, strict=True)) if used[1:] else used[0][0]
+        is_averaged = used[1:] and used[0][0].is_floating_point()  # keys of features are equal (check_members)
+        averages[name] = average(*zip(*used, strict=True)) if is_averaged else used[0][0]
     load_weights(merged, averages, "the merged encoder")
     return merged.eval()
 
@@ -123,6 +124,8 @@ def _difference(first: Encoder, other: Encoder) -> str:
             return f"it has no parameter {name}"
         if weights[name].shape != tensor.shape:
             return f"its parameter {name} has the shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+        if not tensor.is_floating_point() and not torch.equal(weights[name].cpu(), tensor.cpu()):
+            return f"its {name} belong to other texts"
     if added := [name for name in weights if name not in expected]:
         return f"it also has the parameter {added[0]}"
     return "" if tokenization(first.tokenizer) == tokenization(other.tokenizer) else "it has another tokenizer"

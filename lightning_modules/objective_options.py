@@ -72,6 +72,9 @@ class VectorTeacherOptions:
         return self.weight_of(task) > 0 or bool(self.model and self.asymmetric)
 
 
+COMBINES_GRADIENTS = ("gradnorm", "pcgrad", "mgda", "upgrad")  # values of balance
+
+
 @dataclass
 class ObjectiveOptions:
     """The loss that the encoder is trained with."""
@@ -95,8 +98,14 @@ class ObjectiveOptions:
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)
-    balance: Literal["none", "uncertainty", "gradnorm", "pcgrad"] = option(
-        "none", "balance tasks by learned weights, by gradient norms, or by projecting conflicting gradients"
+    balance: Literal["none", "uncertainty", "dwa", "gradnorm", "pcgrad", "mgda", "upgrad"] = option(
+        "none",
+        "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how "
+        "their gradients are combined",
+    )
+    dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
+    dwa_window: int = option(
+        50, "DWA: the mean losses of the last two windows are compared; batches that each task has in one", minimum=1
     )
     gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)

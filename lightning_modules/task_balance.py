@@ -1,12 +1,13 @@
-"""Balance tasks that pull a shared encoder in different directions.
+"""Combine the gradients of tasks that pull a shared encoder in different directions.
 
-    uncertainty   a learned weight for the loss of each task (Kendall et al., arXiv 1705.07115, section 3.2)
-    gradnorm      weights that give the tasks' gradients similar norms (Chen et al., arXiv 1711.02257, algorithm 1)
-    pcgrad        conflicting gradients are projected onto each other's normal plane (Yu et al., arXiv 2001.06782,
-                  algorithm 1)
+    gradnorm   weights that give the tasks' gradients similar norms (Chen et al., arXiv 1711.02257, algorithm 1)
+    pcgrad     conflicting gradients are projected onto each other's normal plane (Yu et al., arXiv 2001.06782,
+               algorithm 1)
+    mgda       the shortest convex combination of the gradients (Sener and Koltun, arXiv 1810.04650, algorithm 2)
+    upgrad     each gradient is projected onto the directions that no task opposes (Quinton and Rey, arXiv 2406.16232)
 
-The last two use a linear combination of all tasks' gradients at each optimizer step. Its coefficients depend only on
-the dot products of the gradients.
+Each uses a linear combination of all tasks' gradients at each optimizer step. Its coefficients depend only on the dot
+products of the gradients. The last two come from the package torchjd.
 
 Shapes
     T   tasks
@@ -15,9 +16,10 @@ Shapes
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -26,31 +28,12 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import world_size
-
-
-def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
-    """Return what scales losses and gradients in fp16, or None in another precision or without a trainer."""
-    return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
-
-
-class UncertaintyWeights(nn.Module):
-    """Turns the loss L of a task into exp(-s) L + s / 2, where s is a learned log-variance, 0 at the start."""
-
-    def __init__(self, tasks: Sequence[str]):
-        super().__init__()
-        self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
-
-    def forward(self, loss: Tensor, task: str) -> tuple[Tensor, Tensor]:
-        """Return the loss to minimise, and the weight exp(-s) to log."""
-        log_variance = self.log_variance[task]
-        weight = torch.exp(-log_variance)
-        return weight * loss + log_variance / 2, weight.detach()
+from lightning_modules.loss_weights import LossRecorder
 
 
 def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
@@ -89,6 +72,46 @@ def gradnorm_weights(
     updated = weights - lr * torch.sign(weighted_norms - targets) * norms / norms.mean()
     updated = updated.clamp(min=1e-3)
     return updated * (len(updated) / updated.sum())
+
+
+Weighting = Callable[[Tensor], Tensor]  # from dot products of gradients (T, T) to coefficients (T,)
+PACKAGES = {"mgda": ("torchjd",), "upgrad": ("torchjd", "qpsolvers", "quadprog")}
+RIDGE = 1e-8  # smallest eigenvalue of the dot products that the solvers receive, relative to their trace
+
+
+def check_balance_packages(method: str) -> None:
+    """Raise UserError if a method needs packages that are not installed."""
+    if missing := [name for name in PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"balance: {method} needs {' and '.join(missing)}; install torchjd (make install EXTRAS=cpu,torchjd, or "
+            "pip install 'torchjd[quadprog-projector]')"
+        )
+
+
+def torchjd_weighting(method: str) -> Weighting:
+    """Return the weighting of "mgda" or "upgrad". Raises UserError if its packages are not installed."""
+    check_balance_packages(method)
+    from torchjd.aggregation import MGDAWeighting, UPGradWeighting
+    from torchjd.linalg import QuadprogProjector
+
+    if method == "mgda":
+        return MGDAWeighting(epsilon=1e-6, max_iters=250)
+    return UPGradWeighting(projector=QuadprogProjector(reg_eps=0.0))  # RIDGE is smaller than its default
+
+
+def balanced_coefficients(products: Tensor, weighting: Weighting) -> Tensor:
+    """Return the coefficients of the tasks' gradients in a direction that helps all tasks, (T,), in float64 on the CPU.
+
+    They add up to T if the weighting's add up to 1. All are 1 if the gradients have overflowed or are all 0.
+
+    products: dot products of the gradients, (T, T).
+    """
+    products = products.double().cpu()  # the solvers run on the CPU
+    size = products.diagonal().sum()
+    if not 0 < float(size) < float("inf"):
+        return torch.ones_like(products[0])
+    values, vectors = torch.linalg.eigh(products / size)  # rounding may have made the lowest negative
+    return len(products) * weighting(vectors * values.clamp(min=RIDGE) @ vectors.T)
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,7 @@ class TaskGradients:
                 parameter.grad = (weights @ gradient).view_as(parameter)
 
 
-class GradientBalance(L.Callback, ABC):
+class GradientBalance(LossRecorder, ABC):
     """Combines the gradients of the tasks in an optimizer step with coefficients.
 
     Every optimizer step needs a batch of every task. The callback stores one gradient per task. On several ranks, it
@@ -164,36 +187,21 @@ class GradientBalance(L.Callback, ABC):
     `coefficients`.
     """
 
-    def __init__(self, tasks: Sequence[str]):
-        self.tasks = tuple(tasks)
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.gradients = TaskGradients(trained, self.tasks)
-        device = self.gradients.values.device
-        self.losses = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)  # sums over batches
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: ContrastiveBatch, batch_idx: int) -> None:
-        self.task = batch.task
-
-    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
-        if scaler := loss_scaler(trainer):
-            loss = loss / scaler.scale(torch.ones_like(loss))  # Lightning has scaled it already
-        self.losses[self.tasks.index(self.task)] += loss.detach()
 
     def on_after_backward(self, *_: Any) -> None:
         self.gradients.take(self.task)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        losses = self.losses.clone()
-        if world_size() > 1:
-            dist.all_reduce(losses)
+        losses = self.take_losses()
         self.gradients.average_over_ranks()
-        self.gradients.apply(self.coefficients(trainer, losses / world_size()))
+        self.gradients.apply(self.coefficients(trainer, losses))
         self.gradients.clear()
-        self.losses.zero_()
 
     @abstractmethod
     def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
@@ -227,15 +235,12 @@ class GradNorm(GradientBalance):
         if self.weights is None or self.first_losses is None:
             self.weights, self.first_losses = torch.ones_like(losses), losses
         self.first_losses = self.first_losses.to(losses.device)  # a checkpoint has them on the CPU
-        weights, step = self.weights.to(losses.device), trainer.global_step + 1
+        weights = self.weights.to(losses.device)
         norms = self.gradients.products().diagonal().double().sqrt()
         updated = gradnorm_weights(weights, norms, losses, self.first_losses, self.alpha, self.lr)
         # In fp16, gradients overflow now and then, and the optimizer skips the step.
         self.weights = torch.where(norms.isfinite().all(), updated, weights)
-        if step % self.every_n_steps == 0:
-            values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+        self.log_weights(trainer, weights, self.every_n_steps)
         return Coefficients(shared=weights, other=weights)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -245,3 +250,22 @@ class GradNorm(GradientBalance):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.weights, self.first_losses = state["weights"], state["first_losses"]
+
+
+class GramianBalance(GradientBalance):
+    """Combines the gradients of shared parameters with a method of torchjd.
+
+    Each step waits for the dot products of the gradients, because the solvers run on the CPU.
+
+    method: "mgda" or "upgrad".
+    every_n_steps: number of optimizer steps between logs of the coefficients.
+    """
+
+    def __init__(self, tasks: Sequence[str], method: str, every_n_steps: int = 20):
+        super().__init__(tasks)
+        self.weighting, self.every_n_steps = torchjd_weighting(method), every_n_steps
+
+    def coefficients(self, trainer: L.Trainer, losses: Tensor) -> Coefficients:
+        shared = balanced_coefficients(self.gradients.products(), self.weighting)
+        self.log_weights(trainer, shared, self.every_n_steps)
+        return Coefficients(shared=shared, other=torch.ones_like(losses))

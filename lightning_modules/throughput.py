@@ -113,7 +113,7 @@ def _keys_of_first(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 def _prefix_length(encoder: Encoder, task: str) -> int:
     """Return the number of tokens of an instruction that texts attend to."""
-    if not hasattr(encoder, "instruction_family"):
+    if getattr(encoder, "instruction_family", None) is None:
         return 0
     instructions: Any = encoder.instructions
     return len(encoder.tokenizer(instructions[task])["input_ids"])

@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,10 +25,11 @@ from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, Task
 from datamodules.sample import SampleReader
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
-from datamodules.tokens import Encoding, TokenCache
+from datamodules.tokens import Encoding, TokenCache, tokenise_ahead
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.encoders.text_features import TextFeatures
 
 TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito", "una")]
@@ -107,6 +109,17 @@ def toy_collection(num_queries: int = 12, num_documents: int = 10, papers: bool 
             f"d{(first + 2) % num_documents}": 0,
         }
     return Collection(corpus, queries, {"train": qrels, "dev": qrels, "test": qrels})
+
+
+def with_features(encoder, documents: Sequence[Document], size: int = 3):
+    """Give documents random features, whose projection is not 0, and return the encoder."""
+    random = torch.Generator().manual_seed(3)
+    features = encoder.features["positions"] = TextFeatures(size, encoder.dimension)
+    ((table,),) = [list(tokenise_ahead([(Encoding(encoder.tokenizer, "", encoder.max_length), documents)]))]
+    features.fill(list(table), torch.randn(len(documents), size, generator=random).numpy())
+    with torch.no_grad():
+        features.projection.weight.copy_(torch.randn(encoder.dimension, size, generator=random))
+    return encoder
 
 
 def trainer_on(device: str = "cpu", global_rank: int = 0, world_size: int = 1) -> SimpleNamespace:

@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "datamodules.options",
         "datamodules.packed",
         "datamodules.records",
+        "datamodules.relations",
         "datamodules.store",
         "datamodules.tasks",
         "datamodules.text",

@@ -55,11 +55,38 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
     bad.end_of_file(path, count)
 
 
-def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def read_lists(path: Path, bad: BadLines) -> Iterator[tuple[int, Row]]:
+    """Yield (number of the list, entry) for a file that is one JSON list of lists. The first list has number 0.
+
+    Bad entries and damage are handled as in `read_entries`.
+    """
+    number, count = 0, 0
+    with io.open_text(path) as stream:
+        window = _JsonWindow(stream, path)
+        window.expect("[", "a JSON list of lists")
+        while window.peek() != "]" or number:
+            for row in _entries(window, bad, "list"):
+                count += 1
+                yield number, row
+            number += 1
+            if window.peek() == "]":
+                break
+            window.expect(",", f"a comma after list {number}")
+        window.expect("]", "the closing ]")
+        if window.peek():
+            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON list")
+    bad.end_of_file(path, count + bad.by_file[path])
+
+
+def read_members(
+    path: Path, bad: BadLines, keys: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, Row]]:
     """Yield (key, entry) for the entries of the lists under `keys`, in a file that is one JSON object.
 
     Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
     missing.
+
+    optional: further keys, which may be missing. A value that is not a list is one entry.
     """
     num_entries, seen = 0, set[str]()
     with io.open_text(path) as stream:
@@ -67,8 +94,12 @@ def read_members(path: Path, bad: BadLines, keys: Sequence[str]) -> Iterator[tup
         window.expect("{", "a JSON object")
         while window.peek() != "}" or seen:
             seen.add(key := _read_key(window, "a member of the object"))
-            if key in keys or window.peek() in ("[", "{"):
-                policy = bad if key in keys else None
+            if key in optional and window.peek() != "[":
+                if row := _entry(window, bad, 1, key):
+                    num_entries += 1
+                    yield key, row
+            elif key in keys or window.peek() in ("[", "{"):
+                policy = bad if key in (*keys, *optional) else None
                 kind = "object" if policy is None and window.peek() == "{" else "list"
                 for row in _entries(window, policy, kind):
                     num_entries += 1
@@ -145,20 +176,27 @@ def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[
         count += 1
         if kind == "object":
             _read_key(window, f"entry {count}")
-        window.peek()
-        number = window.line
-        value, text, reason = window.next_value(f"entry {count}")
-        if bad is not None:
-            row = Row(bad, window.path, number, text, count, value)
-            if reason := io.not_text(text) or reason:
-                bad.report(row, reason)
-            else:
-                yield row
+        if bad is None:
+            window.next_value(f"entry {count}")
+        elif row := _entry(window, bad, count, f"entry {count}"):
+            yield row
         if window.peek() == closing:
             break
         window.expect(",", f"a comma after entry {count}")
     window.expect(closing, f"the closing {closing}")
     return count
+
+
+def _entry(window: _JsonWindow, bad: BadLines, count: int, what: str) -> Row | None:
+    """Return the value at the window's position as a row, or None if it is invalid, which is reported as bad."""
+    window.peek()
+    number = window.line
+    value, text, reason = window.next_value(what)
+    row = Row(bad, window.path, number, text, count, value)
+    if reason := io.not_text(text) or reason:
+        bad.report(row, reason)
+        return None
+    return row
 
 
 class _JsonWindow:

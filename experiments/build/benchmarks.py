@@ -42,7 +42,11 @@ class BenchmarkOptions:
         0, "number of documents per corpus, always with the relevant ones; changes the protocol; 0: all", minimum=0
     )
     beir: Path | None = option(None, "folder in BEIR layout or of JSON lines; needs task=")
-    task: str = option("", "task whose expert ranks beir=; without beir= the only task of the run to evaluate")
+    task: str = option(
+        "",
+        "task whose expert ranks beir= or benchmarks=, by default each benchmark's own; without both the only task of "
+        "the run to evaluate",
+    )
     split: str = option("test", "split of beir= or of the run's collections")
     exclude: Literal["auto", "yes", "no"] = option(
         "auto",
@@ -80,7 +84,7 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
         benchmark = build_benchmark(name, config, collections, limits)
         if options.similarity and benchmark.similarity:
             benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
-        yield benchmark
+        yield replace(benchmark, task=options.task) if options.task else benchmark
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:

@@ -65,6 +65,8 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
     encoder = build_encoder(config, data.texts())
     check_lengths(config, encoder)
     data.tokenizer, data.prompts = encoder.tokenizer, encoder.prompts
+    with prefixed("encoder."):
+        encoder.prepare(data)
     resolve_epochs(config, data)
     return _training_module(config, encoder)
 
@@ -241,7 +243,8 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
 
 def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
     """Build the losses that are added to InfoNCE, except those of weight 0."""
-    provided, losses = {"tasks": list(config.task), "dimension": encoder.dimension}, {}
+    provided = {"tasks": list(config.task), "dimension": encoder.dimension, "objective": config.objective}
+    losses = {}
     for name, node in config.losses.items():
         arguments = {key: provided[key] for key in accepted_arguments(node, provided)}
         with prefixed(f"losses.{name}."):

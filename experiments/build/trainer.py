@@ -34,8 +34,9 @@ from lightning_modules.callbacks.training_log import RankReport, TrainingBar, Tr
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.sharding import ShardedStrategy
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.retrieval.compute import resolve_precision
-from lightning_modules.task_balance import GradNorm, PCGrad
+from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,8 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     ]
     if settings.ema:
         # Without a device, Lightning keeps the average on the CPU, and each step waits for a copy.
-        callbacks.append(EMAWeightAveraging(device_of(config), decay=settings.ema))
-    if config.objective.balance == "pcgrad":
-        callbacks.append(PCGrad(config.tasks))
-    if config.objective.balance == "gradnorm":
-        alpha, lr = config.objective.gradnorm_alpha, config.objective.gradnorm_lr
-        callbacks.append(GradNorm(config.tasks, alpha, lr, config.trainer.log_every_n_steps))
+        callbacks.append(EMAWeightAveraging(device_of(config), use_buffers=False, decay=settings.ema))
+    callbacks += build_balance(config)
     if config.diagnostics.every_n_steps:
         steps, picture_steps = config.diagnostics.every_n_steps, config.evaluation.every_n_steps
         callbacks.append(Diagnostics(steps, picture_steps, folder / EXPERTS))
@@ -83,6 +80,21 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     if on_a_terminal():
         callbacks.append(TrainingBar(refresh_rate=5))
     return callbacks
+
+
+def build_balance(config: Config) -> list[L.Callback]:
+    """Create the callback of objective.balance. Learned weights need none."""
+    objective, steps = config.objective, config.trainer.log_every_n_steps
+    match objective.balance:
+        case "dwa":
+            return [DynamicWeights(config.tasks, objective.dwa_temperature, objective.dwa_window, steps)]
+        case "gradnorm":
+            return [GradNorm(config.tasks, objective.gradnorm_alpha, objective.gradnorm_lr, steps)]
+        case "pcgrad":
+            return [PCGrad(config.tasks)]
+        case "mgda" | "upgrad":
+            return [GramianBalance(config.tasks, objective.balance, steps)]
+    return []
 
 
 def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -> Evaluation:
@@ -193,7 +205,8 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
     # In a batch of one task, the parameters of other tasks get no gradient.
     has_task_parameters = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
     idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_task_parameters)
-    return DDPStrategy(find_unused_parameters=idle)
+    # Buffers are equal on all ranks already, and tables of features are large.
+    return DDPStrategy(find_unused_parameters=idle, broadcast_buffers=False)
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:

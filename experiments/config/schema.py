@@ -16,9 +16,10 @@ from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS
 from lightning_modules.mining.mine import MiningOptions
-from lightning_modules.objective_options import ObjectiveOptions, check_objective
+from lightning_modules.objective_options import COMBINES_GRADIENTS, ObjectiveOptions, check_objective
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.metrics import check_metric
+from lightning_modules.task_balance import check_balance_packages
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]
 DENSE_MINER = {"_target_": "lightning_modules.mining.miners.DenseMiner"}
@@ -320,7 +321,7 @@ def _check_balance(config: Config) -> None:
     balance, schedule = config.objective.balance, config.data.schedule
     if balance != "none" and len(config.tasks) < 2:
         raise UserError(f"objective.balance: {balance} needs several tasks, but there is only {config.tasks[0]}")
-    if balance in ("gradnorm", "pcgrad") and schedule != "together":
+    if balance in COMBINES_GRADIENTS and schedule != "together":
         raise UserError(
             f"objective.balance: {balance} compares the gradients of all tasks in each optimizer step; "
             f"set data.schedule=together (got {schedule})"
@@ -354,6 +355,8 @@ def check_machine(config: Config) -> None:
     if config.backbone.lora.rank:
         with prefixed("backbone."):
             check_peft()
+    with prefixed("objective."):
+        check_balance_packages(config.objective.balance)
     trainer = config.trainer
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")

@@ -40,7 +40,7 @@ EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
 IMPORTED = "import.json"  # file in the folder of an import
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
-LOSS_ARGUMENTS = ("tasks", "dimension")  # given by build_module
+LOSS_ARGUMENTS = ("tasks", "dimension", "objective")  # given by build_module
 JUDGE_ARGUMENTS = ("tasks", "packages")  # given by build_mining
 
 

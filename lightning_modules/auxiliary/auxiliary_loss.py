@@ -25,8 +25,8 @@ class AuxiliaryLoss(nn.Module, ABC):
     Its parameters are trained along with the encoder and are part of checkpoints. Tables that `prepare` makes are
     buffers that are not persistent. Do not keep the data as an attribute: an average of the weights copies the module.
 
-    Constructors may also take `tasks`, the names of the tasks in training, and `dimension`, D. An experiment then gives
-    them to the loss.
+    Constructors may also take `tasks`, the names of the tasks in training, `dimension`, D, and `objective`, the
+    ObjectiveOptions. An experiment then gives them to the loss.
 
     weight: factor of the loss. With 0, it is not computed.
     lr: peak learning rate of the loss's own parameters; by default that of the encoder.
@@ -53,6 +53,6 @@ class AuxiliaryLoss(nn.Module, ABC):
 
         On a task that it does not concern, return a zero that has a graph, such as 0 * vectors.sum().
 
-        vectors: vectors of the batch, (U, D). companions: vectors of each source's texts, (n, D). They are not
-        normalised, and in at least float32.
+        batch: batch, whose companions are those of this loss. vectors: vectors of the batch, (U, D). companions:
+        vectors of each companion's texts, (n, D). They are not normalised, and in at least float32.
         """

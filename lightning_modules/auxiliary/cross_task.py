@@ -32,13 +32,8 @@ from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.auxiliary.pairs import (
-    check_other_task,
-    check_similarity,
-    fixed_scores,
-    in_batch_pairs,
-    sum_over_pairs,
-)
+from lightning_modules.auxiliary.pairs import check_other_task, fixed_scores, in_batch_pairs, sum_over_pairs
+from lightning_modules.objective_options import ObjectiveOptions
 
 
 def corrected(log_odds: Tensor, positive: Tensor, margin: float, negatives: bool = False) -> Tensor:
@@ -72,9 +67,9 @@ class CrossTaskDistillation(AuxiliaryLoss):
     margin: m, the least log-odds that a teacher may give a positive; None leaves errors uncorrected.
     correct_negatives: whether -m is the greatest log-odds that a teacher may give another document. By default it is
         not, because a document that is not a positive was not judged: the teacher may well be right.
-    similarity: "cosine" or "dot", as in the objective.
     slope, intercept: initial P and Q of all calibrations.
     lr: peak learning rate of P and Q.
+    objective: options of the objective, whose similarity the scores are.
     """
 
     def __init__(
@@ -84,11 +79,11 @@ class CrossTaskDistillation(AuxiliaryLoss):
         temperature: float = 1.0,
         margin: float | None = 0.0,
         correct_negatives: bool = False,
-        similarity: str = "cosine",
         slope: float = 5.0,
         intercept: float = -5.0,
         weight: float = 1.0,
         lr: float | None = 0.1,
+        objective: ObjectiveOptions | None = None,
     ):
         super().__init__(weight, lr)
         if not any(teachers.values()):
@@ -105,10 +100,9 @@ class CrossTaskDistillation(AuxiliaryLoss):
         for name, value in (("slope", slope), ("intercept", intercept)):
             if not math.isfinite(value):
                 raise UserError(f"{name}: expected a finite number, got {value}")
-        check_similarity(similarity)
         self.teachers, self.tasks = teachers, list(tasks)
-        self.temperature, self.margin, self.similarity = temperature, margin, similarity
-        self.correct_negatives = correct_negatives
+        self.temperature, self.margin, self.correct_negatives = temperature, margin, correct_negatives
+        self.similarity = (objective or ObjectiveOptions()).similarity
         # Row: student. Column: task that scores, which is the student itself on the diagonal.
         self.slopes = nn.Parameter(torch.full((len(self.tasks), len(self.tasks)), float(slope)))  # P
         self.intercepts = nn.Parameter(torch.full_like(self.slopes, float(intercept)))  # Q

@@ -17,7 +17,7 @@ from torch import Tensor
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import gather_documents, gather_rows
-from lightning_modules.losses import SIMILARITIES, comparable, duplicate_mask, membership_mask
+from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
 
 
@@ -31,12 +31,6 @@ class Pairs(NamedTuple):
     document_rows: Tensor  # (M,)
 
 
-def check_similarity(similarity: str) -> None:
-    """Raise UserError for an unknown similarity."""
-    if similarity not in SIMILARITIES:
-        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-
-
 def check_other_task(key: str, task: str, other: str, tasks: Sequence[str]) -> None:
     """Raise UserError unless both are tasks in training, and different. key: option that names them, for errors."""
     for name in (task, other):
@@ -46,7 +40,7 @@ def check_other_task(key: str, task: str, other: str, tasks: Sequence[str]) -> N
         raise UserError(f"{key}: got the task itself; expected one of {', '.join(t for t in tasks if t != task)}")
 
 
-def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str = "cosine") -> Pairs:
+def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) -> Pairs:
     """Return the pairs of a batch.
 
     vectors: vectors of the batch, (U, D). Their gradients reach the documents of other ranks.
@@ -65,7 +59,7 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str = "
     return Pairs(scores, positive, ~unknown, query_rows, ids)
 
 
-def fixed_scores(queries: Tensor, documents: Tensor, similarity: str = "cosine") -> Tensor:
+def fixed_scores(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
     """Return the scores (B, M) of a batch's queries (B, D) and documents (m, D) by vectors without gradients."""
     documents = gather_rows(documents.detach())
     return comparable(queries.detach(), similarity) @ comparable(documents, similarity).T

@@ -22,7 +22,7 @@ Shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -32,13 +32,14 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ContrastiveDataModule
-from datamodules.co_annotation import MATCHES, known_annotations, paper_keys
+from datamodules.co_annotation import MATCHES, known_annotations, padded_lists, paper_keys
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Ragged, UserError
+from datamodules.records import UserError
 from datamodules.tasks import LinkPredictionDataModule, TaskDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.auxiliary.pairs import check_other_task, check_similarity, in_batch_pairs
+from lightning_modules.auxiliary.pairs import check_other_task, in_batch_pairs
 from lightning_modules.losses import membership_mask
+from lightning_modules.objective_options import ObjectiveOptions
 
 MAX_COMPARISONS = 2**22  # differences of scores in memory at once
 
@@ -60,9 +61,7 @@ def quadruplet_loss(
     return torch.cat(losses)
 
 
-def _block_loss(
-    scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor, beta1: float, beta2: float
-) -> Tensor:
+def _block_loss(scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor, beta1: float, beta2: float) -> Tensor:
     costs = -logsigmoid(scores[:, :, None] - scores[:, None, :])  # (B, M, M): of ranking the first before the second
     groups = [known & (label_a == a) & (label_b == b) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
     loss = torch.zeros_like(scores[:, 0])
@@ -79,7 +78,7 @@ def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.nd
     A query and a document have label B if a number of the query's row in the first table is in the document's row of
     the second. They have an unknown label if either has no number. Lists are padded with -1, and -2 in the second.
     """
-    related = padded(known_annotations(a, b, match), -1)
+    related = padded_lists(known_annotations(a, b, match))
     if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or a query that they answer
         return related, np.where(related < 0, -2, related)
     papers, others = paper_keys(a, match), paper_keys(b, match)
@@ -89,14 +88,6 @@ def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.nd
     return related, np.where(is_known, np.searchsorted(distinct, papers), -2)[:, None]
 
 
-def padded(lists: Ragged, padding: int) -> np.ndarray:
-    """Return n lists as one array, (n, longest) int64, at least one column wide."""
-    counts = np.diff(lists.starts)
-    table = np.full((len(counts), counts.max(initial=1)), padding, dtype=np.int64)
-    table[np.arange(table.shape[1]) < counts[:, None]] = lists.values
-    return table
-
-
 class QuadrupletRanking(AuxiliaryLoss):
     """Rank the documents in a batch by the labels of two tasks.
 
@@ -104,9 +95,9 @@ class QuadrupletRanking(AuxiliaryLoss):
         they share a class (B is a classification), answer a common query (search), or the first cites the second.
     beta1: factor of the comparisons ++ before +- and +- before -+.
     beta2: factor of the comparison -+ before --.
-    temperature: divisor of the scores.
-    similarity: "cosine" or "dot", as in the objective.
+    temperature: divisor of the scores, by default that of the objective; if it is learned, its initial value.
     match: how to find a paper of A in B: by its title, text or id (see datamodules/co_annotation.py).
+    objective: options of the objective, whose similarity the scores are.
     """
 
     def __init__(
@@ -115,10 +106,10 @@ class QuadrupletRanking(AuxiliaryLoss):
         tasks: list[str],
         beta1: float = 1.0,
         beta2: float = 1.0,
-        temperature: float = 0.1,
-        similarity: str = "cosine",
+        temperature: float | None = None,
         match: str = "title",
         weight: float = 1.0,
+        objective: ObjectiveOptions | None = None,
     ):
         super().__init__(weight)
         if not labels:
@@ -128,13 +119,12 @@ class QuadrupletRanking(AuxiliaryLoss):
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < math.inf:
                 raise UserError(f"{name}: expected a number of at least 0, got {value}")
-        if not 0 < temperature < math.inf:
+        if temperature is not None and not 0 < temperature < math.inf:
             raise UserError(f"temperature: expected a number above 0, got {temperature}")
-        check_similarity(similarity)
         if match not in MATCHES:
             raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
         self.labels, self.beta1, self.beta2 = labels, beta1, beta2
-        self.temperature, self.similarity, self.match = temperature, similarity, match
+        self.temperature, self.match, self.objective = temperature, match, objective or ObjectiveOptions()
 
     def prepare(self, data: ContrastiveDataModule) -> None:
         """Make the tables of B's labels. Raises UserError if B labels no query or no document of A."""
@@ -155,10 +145,12 @@ class QuadrupletRanking(AuxiliaryLoss):
         if batch.task not in self.labels:
             return 0.0 * vectors.sum()
         number = list(self.labels).index(batch.task)
-        pairs = in_batch_pairs(batch, vectors, self.similarity)
+        pairs = in_batch_pairs(batch, vectors, self.objective.similarity)
         related = self.get_buffer(f"related{number}")[pairs.query_rows]  # (B, K)
         keys = self.get_buffer(f"keys{number}")[pairs.document_rows]  # (M, L)
         label = reduce(torch.logical_or, (membership_mask(related, key.contiguous()) for key in keys.unbind(1)))
         known = pairs.known & (related >= 0).any(1)[:, None] & (keys >= 0).any(1)
-        scores = pairs.scores / self.temperature
-        return quadruplet_loss(scores, pairs.positive, label, known, self.beta1, self.beta2).mean()
+        temperature = self.objective.temperature if self.temperature is None else self.temperature
+        if isinstance(temperature, Mapping):
+            temperature = temperature[batch.task]
+        return quadruplet_loss(pairs.scores / temperature, pairs.positive, label, known, self.beta1, self.beta2).mean()

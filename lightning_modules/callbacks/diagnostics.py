@@ -32,10 +32,11 @@ from lightning_modules.distributed.sharding import replica, sharded_gradients, s
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import merged
 from lightning_modules.loggers import log_picture
+from lightning_modules.loss_weights import loss_scaler
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
 from lightning_modules.pictures import write_expert_picture
-from lightning_modules.task_balance import TaskGradients, loss_scaler
+from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack, overload
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
+from lightning_modules.encoders.text_features import TextFeatures
 from lightning_modules.retrieval.compute import default_token_budget
 
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
@@ -106,6 +107,7 @@ class Encoder(nn.Module):
         if max_length > (limit := self.family.max_positions):
             raise UserError(f"max_length: got {max_length} tokens, but the backbone has positions for {limit}")
         self.backbone, self.tokenizer = backbone, tokenizer
+        self.features = nn.ModuleDict()  # name -> TextFeatures, which a variant may add
         self.tasks = dict(tasks)
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
@@ -161,6 +163,12 @@ class Encoder(nn.Module):
         """Add a trainable copy of the expert `like`. Raises UserError if the encoder has no experts."""
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
+    def prepare(self, data: Any) -> None:
+        """Read what the encoder needs of the data, once and before training. Raises UserError. Most need nothing.
+
+        data: ContrastiveDataModule that is set up and has the tokenizer.
+        """
+
     def document_task(self, task: str) -> str:
         """Return the task for which a task's documents are encoded. Queries are encoded for the task itself."""
         return task
@@ -194,7 +202,7 @@ class Encoder(nn.Module):
         with self.casting():
             distinct = {self.served_by(task): task for task in tasks}
             conditions = conditions or {task: self.condition(task) for task in distinct.values()}
-            hidden, context = self.family.begin(tokens)
+            hidden, context = self.begin(tokens)
             fork = self.num_shared_layers if len(distinct) > 1 else 0
             if fork:
                 hidden = self._layers(range(fork), hidden, context, next(iter(conditions.values())))
@@ -203,6 +211,13 @@ class Encoder(nn.Module):
                 states = self._layers(range(fork, self.num_layers), hidden, context, conditions[task])
                 vectors[key] = self.pool(states, context, task)
             return {task: vectors[self.served_by(task)] for task in tasks}
+
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        """Return the input of the first layer, (T, D), and the AttentionContext of a batch."""
+        hidden, context = self.family.begin(tokens)
+        for features in self.features.values():
+            hidden = cast(TextFeatures, features).add_to(hidden, tokens)
+        return hidden, context
 
     def forward_with_penalty(self, tokens: Tokens, task: str) -> tuple[Tensor, Tensor]:
         """Return the vectors (B, D) of texts, and a scalar to add to the loss."""

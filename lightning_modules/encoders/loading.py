@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from lightning_modules.encoders.lora import merge_lora
 from lightning_modules.encoders.scimult_format import from_reference, is_reference
 from lightning_modules.encoders.sentence_files import check_prompt, lower_cased, read_sentence_files
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.encoders.text_features import TextFeatures
 from lightning_modules.losses import SIMILARITIES
 
 log = logging.getLogger(__name__)
@@ -257,11 +258,16 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
 
     source: name of the file that is loaded, for error messages.
     """
+    for name, features in encoder.features.items():
+        if isinstance(keys := weights.get(f"features.{name}.keys"), Tensor) and keys.ndim == 1:
+            cast(TextFeatures, features).resize(len(keys))
     parameters = encoder.state_dict(keep_vars=True)
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        is_whole = name in parameters and not parameters[name].is_floating_point()
+        if not isinstance(tensor, Tensor) or tensor.is_floating_point() == is_whole or tensor.is_complex():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{source}: {name} must contain floating-point numbers, got {kind}")
+            expected = "whole" if is_whole else "floating-point"
+            raise UserError(f"{source}: {name} must contain {expected} numbers, got {kind}")
     problems = {
         "missing": [name for name in parameters if name not in weights],
         "unexpected": [name for name in weights if name not in parameters],

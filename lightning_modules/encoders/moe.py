@@ -118,7 +118,7 @@ class MoEEncoder(Encoder):
             by_text.append((name, slice(start, end)))
             by_token.append((name, slice(starts[start], starts[end])))
             start = end
-        hidden, context = self.family.begin(tokens)
+        hidden, context = self.begin(tokens)
         condition = Condition(experts=Groups(tokens=by_token, texts=by_text))
         vectors = self.pool(self._layers(range(self.num_layers), hidden, context, condition), context, tasks[0])
         return vectors[torch.tensor(order, device=vectors.device).argsort()]

@@ -83,7 +83,7 @@ class RoutedEncoder(Encoder):
     def forward_with_penalty(self, tokens: Tokens, task: str) -> tuple[Tensor, Tensor]:
         self.expert_of(task)
         with self.casting():
-            hidden, context = self.family.begin(tokens)
+            hidden, context = self.begin(tokens)
             hidden, entropies = self._routed_layers(range(self.num_layers), hidden, context)
             return self.pool(hidden, context, task), -self.entropy_weight * torch.stack(entropies).mean()
 

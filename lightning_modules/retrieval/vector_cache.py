@@ -203,9 +203,10 @@ def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document
 def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
     """Return a key that changes with an encoder's weights and arguments. It takes milliseconds, unlike a fingerprint.
 
-    It includes sums of the parameters, because fused optimizers and changes through .data leave versions unchanged.
+    It includes sums of the parameters and buffers, because fused optimizers and changes through .data leave versions
+    unchanged.
     """
-    parameters = list(encoder.parameters())
+    parameters = [*encoder.parameters(), *encoder.buffers()]
     versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
     with torch.no_grad():
         sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()

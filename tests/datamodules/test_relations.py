@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 
+from datamodules.batches import MultiTaskDataModule
 from datamodules.examples import ragged
 from datamodules.records import Collection, Document, UserError
 from datamodules.relations import (
     LabelSpace,
-    check_size,
+    PartialAnnotation,
     distributions,
     estimated,
+    find_collection,
+    most_related,
     read_relation,
+    relation_of,
     same_names,
 )
-from datamodules.tasks import ClassificationDataModule, SearchDataModule
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 
 
 def space(name, *titles):
@@ -112,7 +116,85 @@ def test_label_space_of_a_collection_has_the_rows_of_its_corpus():
         LabelSpace.of(search, "search")
 
 
-def test_relation_that_does_not_fit_in_memory_raises_user_error():
+PAPERS = {f"p{i}": Document(f"p{i}", f"The title of paper {i}", f"text {i}") for i in range(6)}
+FIELDS = {f"f{i}": Document(f"f{i}", f"field {i}") for i in range(2)}
+TOPICS = {f"t{i}": Document(f"t{i}", f"topic {i}") for i in range(3)}
+
+
+@pytest.fixture
+def partly_annotated():
+    """Papers 0 to 3 have fields, 2 and 3 have topics (4 does in the test split), and 5 cites 2, which cites 3 and 4."""
+
+    def qrels(positives):
+        return {paper: dict.fromkeys(documents.split(), 1) for paper, documents in positives.items()}
+
+    def collection(corpus, train, test):
+        return Collection(corpus, PAPERS, {"train": qrels(train), "test": qrels(test)})
+
+    fields = collection(FIELDS, {"p0": "f0", "p1": "f1", "p2": "f0 f1", "p3": "f1"}, {"p4": "f0"})
+    topics = collection(TOPICS, {"p2": "t0 t2", "p3": "t1"}, {"p4": "t0"})
+    links = collection(PAPERS, {"p5": "p2", "p2": "p3 p4"}, {})
+    tasks = [
+        ClassificationDataModule("fields", fields),
+        ClassificationDataModule("topics", {"first": topics, "second": fields}),
+        LinkPredictionDataModule("links", links),
+    ]
+    data = MultiTaskDataModule(tasks)
+    for task in tasks:
+        task.setup()
+    return data
+
+
+def lists(values):
+    return [values.values[a:b].tolist() for a, b in zip(values.starts, values.starts[1:], strict=False)]
+
+
+def test_papers_of_a_classification_are_compared_with_those_of_another(partly_annotated):
+    source, target = (find_collection(partly_annotated, "key", name) for name in ("fields", "topics/first"))
+    papers = PartialAnnotation.of(source, target, "title")
+    assert (papers.source.name, papers.target.name) == ("fields", "topics/first")
+    assert lists(papers.known) == [[], [], [0], [1], [0, 1], [1], [], []]
+    assert papers.unlabelled.nonzero()[0].tolist() == [2, 3], "papers 0 and 1"
+    assert [lists(each) for each in papers.pairs] == [[[0, 1], [1]], [[0, 2], [1]]]
+    expected = np.array([[1, 0, 1], [0.5, 0.5, 0.5]])
+    assert relation_of(papers, "estimated", 0.0) == pytest.approx(expected)
+
+
+def test_documents_and_their_queries_are_compared_by_the_labels_of_the_target(partly_annotated):
+    source, target = (find_collection(partly_annotated, "key", name) for name in ("links", "topics/first"))
+    papers = PartialAnnotation.of(source, target, "id")
+    assert papers.source == papers.target
+    assert lists(papers.known) == [[], [], [0, 2], [1], [], []] * 2, "as documents, and as queries"
+    assert papers.unlabelled.nonzero()[0].tolist() == [5]
+    assert [lists(each) for each in papers.pairs] == [[[1]], [[0, 2]]], "paper 3 is cited by 2"
+    assert relation_of(papers, "same").tolist() == np.eye(3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("serach", "source: unknown task 'serach'; expected one of fields, topics, links"),
+        ("topics", "source: task topics has several collections; expected one of topics/first, topics/second"),
+        ("fields/x", "source: unknown collection 'x'; expected one of fields/fields"),
+    ],
+)
+def test_unknown_task_or_collection_raises_user_error(partly_annotated, name, message):
+    with pytest.raises(UserError) as error:
+        find_collection(partly_annotated, "source", name)
+    assert str(error.value) == message
+
+
+def test_relation_without_papers_of_both_or_of_too_many_labels_raises_user_error():
+    nothing = ragged([])
+    papers = PartialAnnotation(FIRST, SECOND, nothing, np.zeros(0, dtype=bool), (nothing, nothing))
+    with pytest.raises(UserError, match="relation: cannot be estimated, because no paper has labels of both"):
+        relation_of(papers, "estimated")
     large = LabelSpace("large", np.arange(1), [Document("x")] * 20_000)
+    papers = PartialAnnotation(large, large, nothing, np.zeros(0, dtype=bool), (nothing, nothing))
     with pytest.raises(UserError, match="large has 20,000 labels and large 20,000; a relation has at most 268,435,456"):
-        check_size(large, large)
+        relation_of(papers, "same")
+
+
+def test_most_related_labels_come_first_and_weights_of_0_are_left_out():
+    weights = np.array([[0.2, 0.9, 0.5], [0, 0, 0.1], [0, 0, 0]])
+    assert lists(most_related(weights, 2)) == [[1, 2], [2], []]

@@ -9,7 +9,8 @@ import math
 import re
 from pathlib import Path
 
-from tests.datamodules.readers.worlds import one_object, put
+from datamodules.readers.mmsci import MATCHING
+from tests.datamodules.readers.worlds import one_object, put, put_article, put_splits
 
 SECOND = 1 / math.log2(3)  # gain at rank 2
 THIRD = 1 / 2
@@ -185,10 +186,30 @@ def literature(root: Path) -> None:
         put(root / "csfcube" / f"test-pid2anns-csfcube-{facet}.json", judged)
 
 
+def mmsci(root: Path) -> None:
+    """The caption is 1, its article 2; other articles are 1 and 3. The article cites 1. Its subject is 5, another is 7.
+
+    Of the options of a question, B is the largest. It is right in one of two, two of three, and one of four questions.
+    """
+    folder = root / "mmsci"
+    images = [{"image_filename": "figure_0.png", "caption": "Figure 9: 1", "description": "words"}]
+    put_article(folder, "Life/Cells 5", "a", title="2", images=images, references=[{"title": "Li, Q. 1.Cell (2001)"}])
+    put_article(folder, "Life/Genes 7", "b", title="1")
+    put_article(folder, "Life/Genes 7", "c", title="3")
+    put_splits(folder, train={"Life/Genes 7": ["b", "c"]}, test={"Life/Cells 5": ["a"]})
+    questions = []
+    for setting in ("AB", "BBC", "ABCD"):
+        text = "what is 1?\nA: of 3\nB: of 4\nC: of 0\nD: of 2"
+        questions.append(
+            [{"uid": "b", "image": f"{i}.png", "question": text, "answer": answer} for i, answer in enumerate(setting)]
+        )
+    put(folder / "benchmark" / "dev" / MATCHING, questions)
+
+
 WORLDS = (
     *(fine_classification, coarse_classification, link_retrieval, pmc_patients, scidocs_reranking),
     *(recommendation, search, beir, scirepeval, linear_classification, literature),
-    *(scirepeval_probes, doris_mae),
+    *(scirepeval_probes, doris_mae, mmsci),
 )
 
 _recall = dict(zip(("recall@20", "recall@50", "recall@100"), (0.5, 1, 1), strict=True))
@@ -243,4 +264,10 @@ FIGURES: dict[str, dict[str, float]] = {
     "doris_mae": _doris,
     "doris_mae_sum": {"ndcg@10": _sums},
     "doris_mae_best": {"mrr@10": 1 / 4},
+    "mmsci_captions": {"ndcg@10": SECOND, "recall@100": 1},
+    "mmsci_subjects": {"ndcg@10": SECOND, "recall@20": 1},
+    "mmsci_references": {"ndcg@10": SECOND, "recall@100": 1},
+    "mmsci_choice_figures": {"precision@1": 1 / 2},
+    "mmsci_choice_panels": {"precision@1": 2 / 3},
+    "mmsci_choice_same_figure": {"precision@1": 1 / 4},
 }

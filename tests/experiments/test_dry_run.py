@@ -94,6 +94,22 @@ def test_workers_hide_the_preparation_of_batches(predicted, monkeypatch):
     assert helped.tasks["search"].waiting < alone.tasks["search"].waiting / 2
 
 
+def test_balance_stores_a_gradient_per_task_and_takes_time_in_each_step(predicted, monkeypatch):
+    original = dry_run_module.TaskGradients.apply
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return original(*arguments)
+
+    monkeypatch.setattr(dry_run_module.TaskGradients, "apply", slow)
+    without, weighted = predicted(), predicted("objective.balance=dwa")
+    combined = predicted("objective.balance=mgda", "data.schedule=together")
+    assert without.balance == weighted.balance == 0
+    assert combined.balance == 3 * combined.weights
+    assert combined.memory - combined.balance < 2 * without.memory
+    assert combined.update > 0.3 > without.update
+
+
 def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
     copied, shared = predicted("trainer.devices=2"), predicted("trainer.devices=2", "trainer.strategy=fsdp")
     for name in ("weights", "gradients", "optimizer"):

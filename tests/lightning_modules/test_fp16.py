@@ -8,8 +8,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.optim import OptimOptions
-from lightning_modules.task_balance import GradNorm, PCGrad
+from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 from tests.conftest import TASKS
 from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
 
@@ -48,14 +49,17 @@ def test_clipped_gradients_have_the_norm_asked_for(make_encoder, three_tasks, tm
 
 
 def test_balanced_gradients_and_losses_do_not_depend_on_the_scale(make_encoder, three_tasks, tmp_path):
-    for make in (lambda: PCGrad(list(TASKS)), lambda: GradNorm(list(TASKS))):
-        callbacks = [make() for _ in range(2)]
+    methods = (PCGrad, GradNorm, lambda tasks: GramianBalance(tasks, "upgrad"), lambda tasks: DynamicWeights(tasks))
+    for method in methods:
+        callbacks = [method(list(TASKS)) for _ in range(2)]
         _, _, expected = fitted(make_encoder, three_tasks, tmp_path, False, callbacks=callbacks[:1], accumulate=3)
         _, _, means = fitted(make_encoder, three_tasks, tmp_path, True, callbacks=callbacks[1:], accumulate=3)
         assert close(means, expected)
         if isinstance(callbacks[0], GradNorm):
             torch.testing.assert_close(callbacks[1].first_losses, callbacks[0].first_losses, rtol=1e-2, atol=0)
             torch.testing.assert_close(callbacks[1].weights, callbacks[0].weights, rtol=1e-2, atol=0)
+        if isinstance(callbacks[0], DynamicWeights):
+            torch.testing.assert_close(callbacks[1].sums, callbacks[0].sums, rtol=1e-2, atol=0)
 
 
 def test_gradient_norms_of_the_diagnostics_are_not_scaled(make_encoder, three_tasks, tmp_path):

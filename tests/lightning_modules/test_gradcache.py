@@ -13,7 +13,7 @@ from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
-from tests.conftest import TASKS, toy_collection
+from tests.conftest import TASKS, toy_collection, with_features
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 INSTRUCTIONS = {"classification": "bara beli", "link_prediction": "bomu bito buna", "search": "cara celi"}
@@ -34,6 +34,8 @@ def make_module(make_encoder, make_backbone):
     def make(kind, dropout=0.3, **arguments):
         if kind in DENSE:
             encoder = make_encoder(kind, pooling="mean")
+            if kind == "both":
+                with_features(encoder, list(toy_collection(10, 10, papers=True).corpus.values())[::2])
         else:
             encoder_class, settings = VARIANTS[kind]
             encoder = encoder_class(*make_backbone(), TASKS, max_length=32, pooling="mean", **settings)

@@ -1,22 +1,25 @@
 """Each method of balancing tasks equals a few lines of numpy, both alone and in training."""
 
-import math
+import importlib.util
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize, nnls
 
 from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
 from lightning_modules.task_balance import (
     GradNorm,
+    GramianBalance,
     PCGrad,
     TaskGradients,
-    UncertaintyWeights,
+    balanced_coefficients,
     gradnorm_weights,
     pcgrad_coefficients,
+    torchjd_weighting,
 )
 from tests.conftest import TASKS
 from tests.lightning_modules.quiet_trainer import quiet_trainer
@@ -67,21 +70,87 @@ def test_gradnorm_equals_numpy_and_equalises_the_norms():
     np.testing.assert_allclose(relative / relative.mean(), 1, atol=0.15)
 
 
-def test_uncertainty_equals_its_formula_and_learns_the_scale_of_losses():
-    weights = UncertaintyWeights(["easy", "hard"]).double()
-    scales = {"easy": 0.1, "hard": 3.0}
-    optimizer = torch.optim.SGD(weights.parameters(), lr=0.5)
-    for _ in range(200):
-        for task, scale in scales.items():
-            s = weights.log_variance[task].item()
-            balanced, weight = weights(torch.tensor(scale, dtype=torch.float64), task)
-            assert balanced.item() == pytest.approx(math.exp(-s) * scale + s / 2)
-            assert weight.item() == pytest.approx(math.exp(-s))
-            optimizer.zero_grad()
-            balanced.backward()
-            optimizer.step()
-    for task, scale in scales.items():  # where the derivative -exp(-s) L + 1/2 is 0
-        assert weights.log_variance[task].item() == pytest.approx(math.log(2 * scale), abs=1e-6)
+def gradients_of_tasks(seed):
+    """Return gradients (T, 8) of 2 to 5 tasks that differ in size by a factor of about 10, with conflicts."""
+    rng = np.random.default_rng(seed)
+    num_tasks = rng.integers(2, 6)
+    return rng.normal(size=(num_tasks, 8)) * np.exp(rng.normal(size=(num_tasks, 1))) + 0.3 * rng.normal(size=8)
+
+
+def combined(gradients, method):
+    products = torch.from_numpy(gradients @ gradients.T)
+    return balanced_coefficients(products, torchjd_weighting(method)).numpy() @ gradients
+
+
+def test_mgda_descends_to_the_nearest_point_where_two_quadratics_cannot_both_fall():
+    """The shortest combination of x - a and x - b points from x to the nearest point between a and b."""
+    a, b = np.array([0.0, 0.0, 1.0]), np.array([4.0, 0.0, 1.0])
+    for start, nearest in (([1.0, 3.0, 0.0], [1.0, 0.0, 1.0]), ([9.0, 2.0, 1.0], b), ([-1.0, 0.5, 2.0], a)):
+        x = np.array(start)
+        for _ in range(60):
+            step = combined(np.stack([x - a, x - b]), "mgda") / 2
+            x = x - 0.5 * step
+        np.testing.assert_allclose(x, nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mgda_finds_the_shortest_convex_combination(seed):
+    """SLSQP of SciPy solves the same problem."""
+    gradients = gradients_of_tasks(seed)
+    num_tasks = len(gradients)
+    result = minimize(
+        lambda weights: np.sum((weights @ gradients) ** 2),
+        np.full(num_tasks, 1 / num_tasks),
+        bounds=[(0, 1)] * num_tasks,
+        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},
+        options={"ftol": 1e-14},
+    )
+    shortest, largest = np.sqrt(result.fun), np.linalg.norm(gradients, axis=1).max()
+    norm = np.linalg.norm(combined(gradients, "mgda")) / num_tasks
+    assert shortest - 1e-6 * largest < norm < shortest + 0.01 * largest
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_upgrad_equals_projections_onto_the_dual_cone_and_opposes_no_task(seed):
+    """The projection of g is g + J^T w, with the w >= 0 that makes it shortest: non-negative least squares."""
+    gradients = gradients_of_tasks(seed)
+    direction = combined(gradients, "upgrad")
+    expected = sum(g + nnls(gradients.T, -g)[0] @ gradients for g in gradients)
+    largest = np.linalg.norm(gradients, axis=1).max()
+    np.testing.assert_allclose(direction, expected, atol=1e-5 * largest)
+    assert (gradients @ direction > -1e-5 * largest * np.linalg.norm(gradients, axis=1)).all()
+    assert not np.allclose(direction, gradients.sum(0), atol=1e-3) or (gradients @ gradients.T > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_upgrad_does_not_change_gradients_that_agree_at_any_scale(scale):
+    products = scale * torch.tensor([[1.0, 0.5], [0.5, 2.0]])
+    torch.testing.assert_close(
+        balanced_coefficients(products, torchjd_weighting("upgrad")), torch.ones(2).double(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("method", ["mgda", "upgrad"])
+@pytest.mark.parametrize("products", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
+def test_gradients_of_0_and_overflowed_ones_keep_their_weights(method, products):
+    assert balanced_coefficients(products, torchjd_weighting(method)).tolist() == [1, 1, 1]
+
+
+def test_upgrad_accepts_equal_gradients_that_rounding_makes_indefinite():
+    products = torch.tensor([[1.0, 1.0000001], [1.0000001, 1.0]])
+    assert torch.linalg.eigvalsh(products.double())[0] < 0
+    torch.testing.assert_close(
+        balanced_coefficients(products, torchjd_weighting("upgrad")), torch.ones(2).double(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize(("method", "missing"), [("mgda", "torchjd"), ("upgrad", "qpsolvers and quadprog")])
+def test_missing_packages_raise_user_error(monkeypatch, method, missing):
+    find = importlib.util.find_spec
+    hidden = missing.split(" and ")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
+    with pytest.raises(UserError, match=rf"balance: {method} needs {missing}; install torchjd"):
+        GramianBalance(list(TASKS), method)
 
 
 def test_balancing_without_shared_parameters_raises_user_error():
@@ -144,18 +213,28 @@ def trained_on_classification(module, three_tasks):
     return module
 
 
+METHODS = {
+    "pcgrad": (lambda: PCGrad(list(TASKS)), lambda gradients: projected(gradients, orders_of(0, 3))),
+    "mgda": (lambda: GramianBalance(list(TASKS), "mgda"), lambda gradients: combined(gradients, "mgda")),
+    "upgrad": (lambda: GramianBalance(list(TASKS), "upgrad"), lambda gradients: combined(gradients, "upgrad")),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cache", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_pcgrad_in_training_projects_shared_parameters(make_encoder, three_tasks, tmp_path, cache):
+def test_gradients_of_shared_parameters_are_combined_in_training(make_encoder, three_tasks, tmp_path, cache, method):
+    make_balance, combine = METHODS[method]
     spy, module = Spy(), trained_on_classification(make_module(make_encoder, grad_cache=cache).train(), three_tasks)
     by_task = task_gradients(module, three_tasks)
-    fitted(module, three_tasks, tmp_path, PCGrad(list(TASKS)), spy)
+    fitted(module, three_tasks, tmp_path, make_balance(), spy)
     shared = [name for name in spy.gradients if all(name in by_task[task] for task in TASKS)]
     assert shared
     assert len(shared) < len(spy.gradients)
     vectors = np.stack([np.concatenate([by_task[task][name].ravel() for name in shared]) for task in TASKS])
     assert (vectors @ vectors.T < 0).any()
-    ours = np.concatenate([spy.gradients[name].numpy().ravel() for name in shared])
-    np.testing.assert_allclose(ours, projected(vectors, orders_of(0, 3)), atol=1e-5 * np.abs(ours).max())
+    ours, expected = np.concatenate([spy.gradients[name].numpy().ravel() for name in shared]), combine(vectors)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    assert not np.allclose(ours, vectors.sum(0), atol=1e-2 * np.abs(ours).max())
     for name in set(spy.gradients) - set(shared):
         (alone,) = [by_task[task][name] for task in TASKS if name in by_task[task]]
         np.testing.assert_allclose(spy.gradients[name].numpy(), alone, atol=1e-5 * np.abs(ours).max())
@@ -182,11 +261,3 @@ def test_gradnorm_in_training_weights_all_gradients_of_a_task(make_encoder, thre
     restored = GradNorm(list(TASKS))
     restored.load_state_dict(balance.state_dict())
     assert torch.equal(restored.weights, balance.weights)
-
-
-def test_uncertainty_is_trained_with_the_encoder(make_encoder, three_tasks, tmp_path):
-    module = make_module(make_encoder, balance="uncertainty")
-    fitted(module, three_tasks, tmp_path)
-    values = [p.item() for p in module.uncertainty.parameters()]
-    assert len(values) == 3
-    assert all(value != 0 for value in values)

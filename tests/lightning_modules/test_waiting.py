@@ -21,10 +21,12 @@ from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
@@ -40,6 +42,7 @@ ENCODERS = {
     "moe": partial(MoEEncoder, ffn=True),
     "instruct": partial(InstructEncoder, instructions=INSTRUCTIONS),
     "prefix": partial(InstructEncoder, instructions=INSTRUCTIONS, separate=True),
+    "dual_prompt": partial(DualPromptEncoder, instructions=INSTRUCTIONS),
     "prompt": partial(PromptEncoder, instructions=INSTRUCTIONS, pool_prompt=False, pooling="mean"),
     "routed": partial(RoutedEncoder, entropy_weight=0.1),
     "routed_tokens": partial(RoutedEncoder, entropy_weight=0.1, level="token", pooling="mean"),
@@ -198,6 +201,7 @@ def test_objective_does_not_wait(case, memory, gpu):
 def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gpu):
     dropout = {"attention_probs_dropout_prob": 0.0} if cache else {}  # without dropout, varlen_attn computes bf16
     encoder = ENCODERS[kind](*make_backbone(**dropout), TASKS, max_length=32)
+    encoder.prepare(three_tasks)
     module = ContrastiveModule(encoder, grad_cache=cache, total_steps=10, **OPTIONS).to(gpu).train()
     configured, batches = module.configure_optimizers(), three_tasks.train_dataloader().batches
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -238,10 +242,12 @@ class RecordedSteps(L.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["none", "uncertainty", "pcgrad", "gradnorm"])
+@pytest.mark.parametrize("balance", ["none", "uncertainty", "dwa", "pcgrad", "gradnorm"])
 def test_trainer_does_not_wait_between_logs(balance, make_encoder, three_tasks, tmp_path):
-    balancing = {"pcgrad": [PCGrad(list(TASKS))], "gradnorm": [GradNorm(list(TASKS))]}.get(balance, [])
-    recorded, accumulated = RecordedSteps(), 3 if balancing else 1
+    callbacks = {"dwa": DynamicWeights(list(TASKS), window=1), "pcgrad": PCGrad(list(TASKS))}
+    callbacks["gradnorm"] = GradNorm(list(TASKS))
+    balancing = [callbacks[balance]] if balance in callbacks else []
+    recorded, accumulated = RecordedSteps(), 3 if balance in ("pcgrad", "gradnorm") else 1
     trainer = quiet_trainer(
         tmp_path,
         max_steps=12 // accumulated,

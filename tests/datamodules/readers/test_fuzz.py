@@ -21,7 +21,7 @@ from tests.datamodules.readers.test_contract import check_consistent, shifted
 from tests.datamodules.readers.worlds import WORLDS, World
 
 NUMBER = int(os.environ.get("SCIMULT_FUZZ", "360"))
-MAX_ITEMS_PER_LINE = 6  # documents and judgements, in these worlds
+MAX_ITEMS_PER_LINE = 8  # documents and judgements, in these worlds
 
 
 STRUCTURE = (*(bytes([byte]) for byte in b'"{}[],:\n\r\t\\\0\xff'), b"\xed\xa0\x80", b"0")

@@ -14,6 +14,7 @@ from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.readers.litsearch import LitSearchReader
 from datamodules.readers.maple import MapleReader
+from datamodules.readers.mmsci import MATCHING, MMSciReader
 from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.scidocs import SciDocsReader
 from datamodules.readers.scimult import SciMultReader
@@ -363,6 +364,127 @@ def doris_mae(folder: Path) -> Collection:
     return Collection({id: corpus[id] for id in "0123"}, queries, {"test": qrels})
 
 
+def object_of_lists(**members: object) -> list[str]:
+    """Return the lines of a JSON object whose lists have one entry per line. The last member is a list."""
+    lines = []
+    for key, value in members.items():
+        if isinstance(value, list):
+            entries = [json.dumps(entry, ensure_ascii=False) for entry in value]
+            lines += [f'"{key}": [', *(f"{entry}," for entry in entries[:-1]), *entries[-1:], "],"]
+        else:
+            lines.append(f'"{key}": {json.dumps(value, ensure_ascii=False)},')
+    return ["{" + lines[0], *lines[1:-1], "]}"]
+
+
+def put_article(folder: Path, place: str, id: str, last: str = "images", **members: object) -> None:
+    """Write an article of MMSci. place: category and subject, with a slash between. last: list that comes last."""
+    members = {"pdf_link": "x", "unique_id": id, "sections": [], "references": [], "images": [], **members}
+    members[last] = members.pop(last)
+    put(folder / "rawdata" / place / id / f"{id}_data.json", *object_of_lists(**members))
+
+
+def put_splits(folder: Path, **splits: dict[str, list[str]]) -> None:
+    """Write the published lists of a split: category/subject -> ids."""
+    for split, places in splits.items():
+        content: dict[str, dict[str, list[str]]] = {}
+        for place, ids in places.items():
+            category, subject = place.split("/")
+            content.setdefault(category, {})[subject] = ids
+        put(folder / "rawdata" / f"{split}_split_ids.json", json.dumps(content))
+
+
+MMSCI = {  # article -> its figures: caption, description, and the caption without its number
+    "n0": [("Figure 1: Spectra.", "(a) Of gold. (b) Of tin.", "Spectra. (a) Of gold. (b) Of tin.")],
+    "n1": [("Fig. 1: Cells ä.", "No description available", "Cells ä."), ("", "As in Fig. 2.", "As in Fig. 2.")],
+    "n2": [(None, None, ""), ("No caption available", "Rats.", "Rats."), ("Fig. 3: títle n2", "Mice.", "Mice.")],
+    "n3": [("Growth", "Of wheat.", "Growth Of wheat.")],
+}
+
+
+def mmsci_articles(folder: Path, last: str = "images") -> dict[str, Document]:
+    """Article n0 is in two subjects, and in the lists of train and test. n0 cites n1 by its id, n2 by its title."""
+    documents = papers("n", 4)
+    documents["n3"] = Document("n3", "Títle n3? A reply", "abstract of 3")
+    references = {
+        "n0": [
+            ("Li, Q. Other.Cell1, 2 (2003).", "https://doi.org/10.1038%2Fn1"),
+            ("Wu, Q. Title N2.Cell1 (2001).", None),
+        ],
+        "n1": [("Títle n1", ""), ("Ann, B. Unknown words.Cell1 (2001).", ""), (None, None)],
+        "n3": [("Ann, B. & Jay, C. D. The reply.Nature7 (1999).", ""), ("títle: N0!", "x"), ("Cell1", None)],
+        "n2": [("Wu, Q. & Li, R. Title n3? A reply.Science293, 1 (2001).", "")],
+    }
+    places = {"n0": "Life/Cells", "n1": "Life/Genes", "n2": "Matter/Optics", "n3": "Matter/Cells"}
+    for id, document in documents.items():
+        for place in (places[id], *(["Matter/Optics"] if id == "n0" else [])):
+            put_article(
+                *(folder, place, id, last),
+                title=document.title,
+                abstract=document.text,
+                references=[{"idx": "1", "title": title, "link": link} for title, link in references[id]],
+                sections=[
+                    {"section": "x", "content": f"We see {id} in Fig. 1a. And Figs. 1 and {id}. Supplementary Fig. 1."},
+                    {"section": "y", "content": f"Words. As in Fig. 2. See Fig. 2 of {id}."},
+                ],
+                images=[
+                    {"image_filename": f"figure_{i}.png", "caption": caption, "description": description}
+                    for i, (caption, description, _) in enumerate(MMSCI[id])
+                ],
+            )
+    put_splits(folder, train={"Life/Cells": ["n0"], "Life/Genes": ["n1"]}, test={"Matter/Optics": ["n2", "n0"]})
+    return documents
+
+
+def mmsci_captions(folder: Path) -> Collection:
+    documents = mmsci_articles(folder)
+    queries, qrels = {}, {"train": {}, "test": {}}
+    for id, figures in MMSCI.items():
+        for i, (_, _, text) in enumerate(figures):
+            if text:
+                query = f"{id}_figure_{i}.png"
+                queries[query] = Document(query, "", text)
+                qrels["test" if id in ("n0", "n2") else "train"][query] = {id: 1}
+    return Collection(documents, queries, qrels)
+
+
+def mmsci_references(folder: Path) -> Collection:
+    documents = mmsci_articles(folder, last="references")
+    qrels = {"train": {"n3": {"n0": 1}}, "test": {"n0": {"n1": 1, "n2": 1}, "n2": {"n3": 1}}}
+    return Collection(documents, {id: documents[id] for id in ("n0", "n2", "n3")}, qrels)
+
+
+def mmsci_subjects(folder: Path) -> Collection:
+    documents = mmsci_articles(folder)
+    labels = {"Cells": "Life, Matter", "Optics": "Matter", "Genes": "Life"}
+    corpus = {name: Document(name, name, text) for name, text in labels.items()}
+    train, test = {"n1": {"Genes": 1}, "n3": {"Cells": 1}}, {"n0": {"Cells": 1, "Optics": 1}, "n2": {"Optics": 1}}
+    return Collection(corpus, documents, {"train": train, "test": test})
+
+
+def mmsci_choices(folder: Path) -> Collection:
+    """Questions of setting 2 on a panel and a figure that the articles mention, and on two that they do not."""
+    mmsci_articles(folder)
+    asked = {
+        "n0": (0, "what is in sub-figure (a)?", "We see n0 in Fig. 1a.", "#a"),
+        "n1": (1, "what is in sub-figure (c)?", "See Fig. 2 of n1.", "#c"),
+        "n2": (7, "what is in sub-figure (b)?", "what is in sub-figure (b)?", "#b"),
+        "n9": (0, "what is the whöle figure?", "what is the whöle figure?", ""),
+    }
+    questions = []
+    corpus, queries, qrels = {}, {}, {}
+    for number, (id, (figure, stem, text, panel)) in enumerate(asked.items()):
+        image, answer = f"{id}_figure_{figure}.png", "ABCD"[number]
+        query, options = image + panel, {letter: f"option {letter} of {id}" for letter in "ABCD"}
+        question = stem + "".join(f"\n{letter}: {option}" for letter, option in options.items())
+        questions.append({"uid": id, "category": "x", "question": question, "answer": answer, "image": image})
+        corpus |= {f"{query}.{letter}": Document(f"{query}.{letter}", "", text) for letter, text in options.items()}
+        queries[query] = Document(query, "", text)
+        qrels[query] = {f"{query}.{letter}": int(letter == answer) for letter in options}
+    rows = [json.dumps(question, ensure_ascii=False) for question in questions]
+    put(folder / "benchmark" / "dev" / MATCHING, "[[], [", *(f"{row}," for row in rows[:-1]), rows[-1], "], []]")
+    return Collection(corpus, queries, {"dev": qrels})
+
+
 INVALID_JSON = ('{"paper": ', "invalid JSON")
 NOT_AN_OBJECT = ("[1, 2]", "expected an object")
 F = {"folder": "FOLDER"}
@@ -618,6 +740,47 @@ WORLDS = (
             INVALID_JSON,
             ('{"text": "x"}', "_id is missing"),
             ('{"_id": "30", "text": "x"}', "an earlier line has it too"),
+        ),
+    ),
+    World(
+        "mmsci-captions",
+        mmsci_captions,
+        (MMSciReader, F | {"view": "captions"}),
+        "rawdata/Matter/Optics/n2/n2_data.json",
+        (
+            ('{"image_filename": nul}', "invalid JSON"),
+            NOT_AN_OBJECT,
+            ('{"caption": "x"}', "image_filename is missing"),
+            ('{"image_filename": "figure_9.png", "caption": 3}', "caption must be a string, got 3"),
+            ('{"image_filename": "figure_1.png"}', "image_filename: an earlier image is 'figure_1.png', too"),
+        ),
+    ),
+    World(
+        "mmsci-references",
+        mmsci_references,
+        (MMSciReader, F | {"view": "references"}),
+        "rawdata/Matter/Cells/n3/n3_data.json",
+        (
+            ('{"title": nul}', "invalid JSON"),
+            NOT_AN_OBJECT,
+            ('{"title": 3}', "title must be a string, got 3"),
+            ('{"title": "x", "link": ["x"]}', "link must be a string, got ['x']"),
+        ),
+    ),
+    World(
+        "mmsci-choices",
+        mmsci_choices,
+        (MMSciReader, F | {"view": "choices", "setting": 2}),
+        f"benchmark/dev/{MATCHING}",
+        (
+            ('{"uid": nul}', "invalid JSON"),
+            NOT_AN_OBJECT,
+            ('{"uid": "n0", "question": "x"}', "image is missing"),
+            ('{"uid": "n0", "image": "i", "question": "x", "answer": "A"}', "expected the four options A to D"),
+            (
+                '{"uid": "n0", "image": "i", "question": "x\\nA: 1\\nB: 2\\nC: 3\\nD: 4", "answer": "E"}',
+                "answer: expected one of A, B, C, D, got 'E'",
+            ),
         ),
     ),
 )

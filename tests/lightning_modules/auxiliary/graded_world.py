@@ -18,6 +18,7 @@ from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.lightning_modules.quiet_trainer import quiet_trainer
@@ -26,6 +27,7 @@ TRAIN, TEST = 96, 64  # papers
 TOPICS, FIELDS = 12, 4  # numbers of them; 8 of both if they are the same
 WORDS, CITATIONS = 4, 3  # words of each facet in a text, and citations of a paper
 TASKS = {"links": "links", "fields": "fields"}
+OBJECTIVE = ObjectiveOptions(similarity="cosine", temperature=0.1)
 
 
 def word(facet: str, value: int, number: int) -> str:
@@ -68,7 +70,11 @@ def world(same_facet: bool, citing: int, shuffled: bool) -> dict[str, Collection
 
 def trained(folder, collections, seed, loss=None, steps=150, resume=None, stop=None, dropout=0.0, **options):
     """Train an encoder whose tasks share only word vectors, and return the module and its data."""
-    texts = [document.text + document.title for c in collections.values() for document in (*c.corpus.values(), *c.queries.values())]
+    texts = [
+        document.text + document.title
+        for c in collections.values()
+        for document in (*c.corpus.values(), *c.queries.values())
+    ]
     shape = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -84,11 +90,12 @@ def trained(folder, collections, seed, loss=None, steps=150, resume=None, stop=N
     tasks = [kinds[name](Task(name), {name: collection}) for name, collection in collections.items()]
     data = MultiTaskDataModule(tasks, BatchOptions(batch_size=32, max_length=16, num_workers=0, seed=seed), tokenizer)
     data.setup()
-    encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, layers="all", pooling="mean", max_length=16)
+    encoder = MoEEncoder(
+        backbone, tokenizer, TASKS, attention=True, ffn=True, layers="all", pooling="mean", max_length=16
+    )
     module = ContrastiveModule(
         encoder,
-        similarity="cosine",
-        temperature=0.1,
+        **vars(OBJECTIVE),
         total_steps=steps,
         optim=OptimOptions(lr=6e-3, schedule="constant", warmup=0.0),
         losses={} if loss is None else {"extra": loss},

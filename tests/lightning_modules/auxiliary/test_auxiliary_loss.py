@@ -82,6 +82,15 @@ def test_companions_are_the_texts_that_a_loss_asks_for_encoded_as_its_task(make_
     assert module.num_companions == {"classification": [2], "link_prediction": [0], "search": [2]}
 
 
+def test_each_of_several_losses_gets_its_own_companions(make_encoder, three_tasks, tmp_path):
+    losses = {"first": Likeness(), "second": Likeness()}
+    module = ContrastiveModule(make_encoder(), similarity="cosine", total_steps=1, losses=losses)
+    quiet_trainer(tmp_path, max_steps=1).fit(module, three_tasks)
+    (first, *_), (second, *_) = (loss.seen[0] for loss in losses.values())
+    assert len(first.companions) == len(second.companions) == 2
+    assert first.companions[0].seed != second.companions[0].seed
+
+
 def test_companions_count_as_tokens_and_operations(make_encoder, three_tasks, tmp_path):
     loss = Likeness()
     trained(make_encoder, three_tasks, tmp_path, loss, steps=1)

@@ -9,11 +9,11 @@ import torch
 from lightning_modules.auxiliary.cross_task import CrossTaskDistillation
 from lightning_modules.auxiliary.quadruplets import QuadrupletRanking
 from lightning_modules.retrieval.significance import compare
-from tests.lightning_modules.auxiliary.graded_world import TASKS, measured, trained, world
+from tests.lightning_modules.auxiliary.graded_world import OBJECTIVE, TASKS, measured, trained, world
 
 LOSSES = {
-    "distillation": partial(CrossTaskDistillation, {"links": ["fields"]}, list(TASKS)),
-    "quadruplets": partial(QuadrupletRanking, {"links": "fields"}, list(TASKS)),
+    "distillation": partial(CrossTaskDistillation, {"links": ["fields"]}, list(TASKS), objective=OBJECTIVE),
+    "quadruplets": partial(QuadrupletRanking, {"links": "fields"}, list(TASKS), objective=OBJECTIVE),
 }
 # Few citations, by field: the labels say more of them. Many citations, by topic: only labels order the other papers.
 PREMISE = {"distillation": {"same_facet": True, "citing": 24}, "quadruplets": {"same_facet": False, "citing": 96}}
@@ -33,7 +33,9 @@ def gain(kind, folder, shuffled, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("distillation", {"margin": None}), ("quadruplets", {})])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_labels_of_the_other_task_improve_the_graded_ranking_unless_they_are_shuffled(kind, options, shuffled, tmp_path):
+def test_labels_of_the_other_task_improve_the_graded_ranking_unless_they_are_shuffled(
+    kind, options, shuffled, tmp_path
+):
     result, cosine = gain(kind, tmp_path, shuffled, **options)
     print(f"{kind} {result.mean_b:.3f} {result.mean_a:.3f} {result.low:.3f} {result.high:.3f} {cosine:.2f}")
     if shuffled:

@@ -11,7 +11,7 @@ def test_positives_that_were_not_sampled_are_positives_and_the_query_and_texts_l
     batch.rows = torch.tensor([4, 9, *range(6)])  # query 0 is document 4
     batch.known_positives = torch.tensor([[0, 3, 4], [1, -1, -1]])
     batch.text_keys = torch.tensor([50, 51, 10, 11, 12, 10, 50, 11])  # document 3 reads as 0, 4 as query 0, 5 as 1
-    pairs = in_batch_pairs(batch, torch.eye(8))
+    pairs = in_batch_pairs(batch, torch.eye(8), "dot")
     assert [row.nonzero().flatten().tolist() for row in pairs.positive] == [[0, 3], [1]]
     assert [row.nonzero().flatten().tolist() for row in pairs.known] == [[0, 1, 2, 3, 5], [0, 1, 2, 3, 4]]
     assert pairs.query_rows.tolist() == [4, 9]

@@ -12,6 +12,7 @@ from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.auxiliary import quadruplets
 from lightning_modules.auxiliary.quadruplets import QuadrupletRanking, label_table, quadruplet_loss
+from lightning_modules.objective_options import ObjectiveOptions
 from tests.lightning_modules.auxiliary.batches import batch_of
 
 ORDER = [(1, 1), (1, 0), (0, 1), (0, 0)]  # labels of A and B, best first
@@ -41,7 +42,9 @@ def test_loss_is_that_of_loops_and_passes_gradcheck(monkeypatch, block):
     monkeypatch.setattr(quadruplets, "MAX_COMPARISONS", block)
     scores, *labels = random_case()
     value = quadruplet_loss(scores, *labels, 0.7, 1.3)
-    assert value.tolist() == pytest.approx(expected_loss(scores.tolist(), *(x.tolist() for x in labels), 0.7, 1.3), rel=1e-12)
+    assert value.tolist() == pytest.approx(
+        expected_loss(scores.tolist(), *(x.tolist() for x in labels), 0.7, 1.3), rel=1e-12
+    )
     assert torch.autograd.gradcheck(lambda x: quadruplet_loss(x, *labels, 0.7, 1.3), scores.requires_grad_())
 
 
@@ -98,14 +101,19 @@ def fields():
     """Papers 0 and 1 have field x, paper 2 has y, paper 3 has both; paper 4 is only in the test split."""
     labels = {f"l{name}": Document(f"l{name}", name) for name in "xy"}
     train = {"p0": {"lx": 1}, "p1": {"lx": 1}, "p2": {"ly": 1}, "p3": {"lx": 1, "ly": 1}}
-    return prepared(ClassificationDataModule, Collection(labels, papers(*range(6)), {"train": train, "test": {"p4": {"lx": 1}}}))
+    return prepared(
+        ClassificationDataModule, Collection(labels, papers(*range(6)), {"train": train, "test": {"p4": {"lx": 1}}})
+    )
 
 
 @pytest.fixture
 def searches():
     """The query q has papers 0 and 3, and the query r has paper 1."""
     queries = {name: Document(name, "", name) for name in "qr"}
-    return prepared(SearchDataModule, Collection(papers(*range(5)), queries, {"train": {"q": {"p0": 1, "p3": 2, "p4": 0}, "r": {"p1": 1}}}))
+    return prepared(
+        SearchDataModule,
+        Collection(papers(*range(5)), queries, {"train": {"q": {"p0": 1, "p3": 2, "p4": 0}, "r": {"p1": 1}}}),
+    )
 
 
 @pytest.fixture
@@ -126,7 +134,9 @@ SHARED = {(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 3), (2, 2), (2, 3), (3, 0)
         ("citations", {(0, 2), (0, 3)}, {0}, {0, 1, 2, 3, 4, 5}),
     ],
 )
-def test_labels_of_papers_are_those_of_the_other_tasks_training_data(request, links, other, labelled, queries, documents):
+def test_labels_of_papers_are_those_of_the_other_tasks_training_data(
+    request, links, other, labelled, queries, documents
+):
     related, keys = label_table(links, request.getfixturevalue(other), "title")
     shared = {(q, d) for q in range(6) for d in range(6) if set(related[q]) & set(keys[d])}
     assert shared == labelled
@@ -134,8 +144,11 @@ def test_labels_of_papers_are_those_of_the_other_tasks_training_data(request, li
     assert {d for d in range(6) if (keys[d] >= 0).any()} == documents
 
 
-def test_loss_of_a_batch_uses_the_labels_of_both_tasks(links, fields):
-    loss = QuadrupletRanking({"links": "b"}, ["links", "b"], temperature=0.5)
+@pytest.mark.parametrize("own", [{"temperature": 0.5}, {}])
+@pytest.mark.parametrize("temperature", [0.5, {"links": 0.5, "b": 3.0}])
+def test_loss_of_a_batch_uses_the_labels_of_both_tasks(links, fields, own, temperature):
+    objective = ObjectiveOptions(similarity="cosine", temperature=7.0 if own else temperature)
+    loss = QuadrupletRanking({"links": "b"}, ["links", "b"], objective=objective, **own)
     loss.prepare(MultiTaskDataModule([links, fields]))
     batch = batch_of([[1], [3]], 6)  # rows of the documents are those of the papers
     batch.rows = torch.tensor([0, 2, *range(6)])
@@ -181,7 +194,6 @@ def test_tasks_without_labels_in_common_raise_user_error(links, task, other, wha
         ({"beta1": -1.0}, "beta1: expected a number of at least 0, got -1.0"),
         ({"beta2": math.nan}, "beta2: expected a number of at least 0, got nan"),
         ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
-        ({"similarity": "l2"}, "similarity: expected one of dot, cosine, got 'l2'"),
         ({"match": "name"}, "match: expected one of title, text, id, got 'name'"),
     ],
 )

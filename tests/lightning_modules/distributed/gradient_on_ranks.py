@@ -5,7 +5,7 @@
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
 other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
-compared through a projection.
+compared through a projection. Every second document has features.
 """
 
 import contextlib
@@ -24,9 +24,16 @@ from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective_options import VectorTeacherOptions
-from lightning_modules.task_balance import TaskGradients
-from tests.conftest import TASKS, WORDS, text_of
+from lightning_modules.task_balance import (
+    Coefficients,
+    TaskGradients,
+    balanced_coefficients,
+    pcgrad_coefficients,
+    torchjd_weighting,
+)
+from tests.conftest import TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
 KINDS = {
@@ -79,7 +86,8 @@ def encoder_and_tokenizer():
     }
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
     set_dropout(backbone, 0.0, 0.0)
-    return MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32).double()
+    encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32)
+    return with_features(encoder, list(collection().corpus.values())[::2]).double()
 
 
 def batches(tokenizer, tasks, rank, world_size, token_budget):
@@ -126,6 +134,35 @@ def by_task(step, own_batches, plan, synchronised):
     return gradients_by_task
 
 
+def combined(gradients_by_task):
+    """Return the gradient of an optimizer step with each method of combining the gradients of the tasks."""
+    weightings = {name: torchjd_weighting(name) for name in ("mgda", "upgrad")}
+    methods = [lambda products: pcgrad_coefficients(products, seed=0)]
+    methods += [lambda products, w=w: balanced_coefficients(products, w) for w in weightings.values()]
+    results = []
+    for method in methods:
+        shared = method(gradients_by_task.products())
+        gradients_by_task.apply(Coefficients(shared, torch.ones_like(shared)))
+        results.append(torch.cat([p.grad.flatten() for p in gradients_by_task.parameters if p.grad is not None]))
+    return results
+
+
+def weighted(step, own_batches, synchronised):
+    """Return the weights of dynamic weight average after one step per batch, and the weighted gradients of the last."""
+    tasks = sorted({batch.task for batch in own_batches})
+    trainer = SimpleNamespace(global_step=0, loggers=[], precision_plugin=None)
+    balance = DynamicWeights(tasks, temperature=0.1, window=1)
+    balance.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    for batch in own_batches:
+        step.zero_grad(set_to_none=True)
+        balance.on_train_batch_start(trainer, None, batch, 0)
+        loss = step(batch)
+        balance.on_before_backward(trainer, None, loss)
+        loss.backward()
+        balance.on_before_optimizer_step(trainer)
+    return balance.weights, gradients(step.module.module if synchronised else step.module)
+
+
 def check(ours, whole, used):
     for name, gradient in whole.items():
         assert (gradient is None) == (ours[name] is None), name
@@ -150,7 +187,11 @@ def main(rank, world_size, port):
     wholes = [
         accumulated(Step(module), batches(encoder.tokenizer, plan, 0, 1, 100_000), synchronised=False) for plan in plans
     ]
+    in_turns = ["link_prediction", "search"] * 3
+    whole_weighted = weighted(Step(module), batches(encoder.tokenizer, in_turns, 0, 1, 100_000), False)
+    assert (whole_weighted[0] - 1).abs().max() > 1e-3
     whole_by_task = by_task(Step(module), batches(encoder.tokenizer, plans[2], 0, 1, 100_000), plans[2], False)
+    whole_combined = combined(whole_by_task)
     dist.init_process_group(
         "gloo", store=dist.TCPStore("127.0.0.1", port, world_size, rank == 0), rank=rank, world_size=world_size
     )
@@ -162,11 +203,16 @@ def main(rank, world_size, port):
             assert all(len(batch.chunks) > 1 for batch in own_batches)
             check(accumulated(step, own_batches, synchronised=True), whole, plan)
             print("equal", flush=True)
+        weights, last = weighted(step, batches(encoder.tokenizer, in_turns, rank, world_size, 32), synchronised=True)
+        torch.testing.assert_close(weights, whole_weighted[0], rtol=1e-12, atol=0)
+        check(last, whole_weighted[1], in_turns[-1:])
     for cache in (False, True):  # last, because DDP fails if gradients vanish before it has exchanged them
         module.grad_cache = cache
         gradients_by_task = by_task(step, own_batches, plans[2], synchronised=True)
         assert (gradients_by_task.used == whole_by_task.used).all()
         torch.testing.assert_close(gradients_by_task.products(), whole_by_task.products(), rtol=1e-12, atol=1e-12)
+        for ours, whole in zip(combined(gradients_by_task), whole_combined, strict=True):
+            torch.testing.assert_close(ours, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
     del step  # otherwise DDP would end the process group while holding a lock that the group's thread waits for
     dist.destroy_process_group()
 

@@ -20,13 +20,15 @@ from lightning_modules.auxiliary.quadruplets import QuadrupletRanking
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
-from tests.lightning_modules.auxiliary.graded_world import TASKS, world
+from tests.lightning_modules.auxiliary.graded_world import OBJECTIVE, TASKS, world
 from tests.lightning_modules.distributed.gradient_on_ranks import QUERIES, Step, accumulated, check
 
 KINDS = {"links": LinkPredictionDataModule, "fields": ClassificationDataModule}
 LOSSES = {
-    "distillation": lambda: CrossTaskDistillation({"links": ["fields"], "fields": ["links"]}, list(TASKS)),
-    "quadruplets": lambda: QuadrupletRanking({"links": "fields"}, list(TASKS)),
+    "distillation": lambda: CrossTaskDistillation(
+        {"links": ["fields"], "fields": ["links"]}, list(TASKS), objective=OBJECTIVE
+    ),
+    "quadruplets": lambda: QuadrupletRanking({"links": "fields"}, list(TASKS), objective=OBJECTIVE),
 }
 PLANS = (["links"], ["links", "fields"])
 
@@ -64,7 +66,7 @@ def main(rank, world_size, port):
     collections = world(False, 96, False)
     encoder = encoder_and_tokenizer(collections)
     modules = {
-        name: ContrastiveModule(encoder, similarity="cosine", temperature=0.1, losses={name: make()}).double()
+        name: ContrastiveModule(encoder, **vars(OBJECTIVE), losses={name: make()}).double()
         for name, make in LOSSES.items()
     }
     wholes = {

@@ -11,13 +11,14 @@ from datamodules.records import Document, UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.export import average, save_dense
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.loading import build, describe, load_encoder, load_weights
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
-from tests.conftest import TASKS, packed, text_of
+from tests.conftest import TASKS, packed, text_of, with_features
 
 INSTRUCTIONS = {"classification": "tag bara beli", "link_prediction": "cite bomu", "search": "find bito buna"}
 KINDS = {
@@ -29,6 +30,7 @@ KINDS = {
     "instruction": (InstructEncoder, {"instructions": INSTRUCTIONS}),
     "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
     "prompt": (PromptEncoder, {"instructions": INSTRUCTIONS, "pool_prompt": False}),
+    "dual prompt": (DualPromptEncoder, {"instructions": INSTRUCTIONS, "num_anchors": 3}),
     "adapters": (AdapterEncoder, {"reduction_factor": 4, "activation": "gelu"}),
 }
 TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 2 * i))) for i in range(6)]
@@ -39,6 +41,8 @@ def encoder(request, make_backbone):
     """Each kind of encoder, with changed weights."""
     kind, arguments = KINDS[request.param]
     encoder = kind(*make_backbone(), TASKS, pooling="mean", normalize=True, max_length=32, **arguments)
+    if encoder.features:
+        with_features(encoder, TEXTS[::2])
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in encoder.parameters():

@@ -1,0 +1,354 @@
+"""MMSci: articles of Nature Communications with their subjects, references, figures and captions.
+
+Source: Li et al., MMSci: A Dataset for Graduate-Level Multi-Discipline Multimodal Scientific Understanding, 2024
+(github.com/Leezekun/MMSci).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
+
+from datamodules.leakage import normal
+from datamodules.readers.checks import SPLITS, check_choice, split_of
+from datamodules.readers.collecting import check_collection
+from datamodules.readers.io import check_folder, find_optional_file
+from datamodules.readers.json_files import as_object, read_lists, read_members, read_whole_json
+from datamodules.readers.rows import BadLines, Record, Row
+from datamodules.records import Collection, Document, Qrels, UserError
+
+log = logging.getLogger(__name__)
+
+MATCHING = "image_caption_matching_data.json"
+SETTINGS = (1, 2, 3)
+MISSING = ("No caption available", "No description available")  # what the published files have for an empty caption
+NUMBER = re.compile(r"\s*fig\w*\.?\s*(\d{1,3})\s*[:.|]?\s*", re.IGNORECASE)  # "Figure 2: ..."
+PANEL = re.compile(r"(?:^|(?<=[.!?;:] ))\(([a-z])\)")  # of a caption: "(a) Spectra. (b) ..."
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])")
+MENTION = re.compile(r"(?<!Supplementary )\bFig(?:ure)?s?\.?\s*(\d{1,3})([a-z]?)")
+OPTION = re.compile(r"\n([A-D]): ")
+
+
+@dataclass
+class _Figure:
+    """A figure. number: as in its caption. caption, description: "" if missing; the description has the panels."""
+
+    id: str
+    number: int
+    caption: str
+    description: str
+
+    def captions(self) -> dict[str, str]:
+        """Return the caption of each panel by its letter, or that of the whole figure under ""."""
+        parts = PANEL.split(self.description)
+        panels = {letter: text.strip() for letter, text in zip(parts[1::2], parts[2::2], strict=True) if text.strip()}
+        return panels if len(panels) > 1 else {"": f"{self.caption} {self.description}".strip()}
+
+
+@dataclass
+class _Article:
+    """An article, without the members that a view does not need."""
+
+    id: str
+    split: str
+    subjects: Sequence[str]
+    title: str = ""
+    abstract: str = ""
+    figures: list[_Figure] = field(default_factory=list)
+    references: list[tuple[str, str]] = field(default_factory=list)  # title and link of each
+    sections: list[str] = field(default_factory=list)
+
+    @property
+    def document(self) -> Document:
+        return Document(self.id, self.title, self.abstract)
+
+
+MEMBERS = {
+    "captions": ("images",),
+    "figures": ("images", "sections"),
+    "subjects": (),
+    "references": ("references",),
+    "choices": ("images", "sections"),
+}
+
+
+class MMSciReader:
+    """Reader of MMSci's source data and multiple-choice questions.
+
+    folder/rawdata/CATEGORY/SUBJECT/ID/ID_data.json    an article: {"title", "abstract",
+        "images": [{"image_filename", "caption", "description"}], "sections": [{"section", "content"}],
+        "references": [{"title", "link"}]}; ID_processed_data.json is read instead if it is there
+    folder/rawdata/train_split_ids.json                {CATEGORY: {SUBJECT: [ID]}}; dev and test likewise
+    folder/benchmark/dev/image_caption_matching_data.json    three lists of {"uid", "image", "question", "answer"}
+
+    Files may be compressed as .gz or .zst. Figures and references are in the split of their article. An article that is
+    in the lists of two splits belongs to test before dev before train. Without these lists, a hash of the id decides.
+
+    view: what queries and documents are:
+        captions    caption of a figure -> its article. What title or abstract repeat of a caption is left out.
+        figures     caption of a panel, or of a figure without panels -> figure
+        subjects    article -> its subjects, one for each folder that it is in
+        references  article -> articles that it cites. A reference is a link if it has the title of an article of the
+                    folder (ignoring case, accents and punctuation), or a link that ends with its id.
+        choices     figure -> its caption among the four of a question. The answers of the test questions are not
+                    published, so there are questions of train and dev only.
+        The text of a figure is the sentences of the article that mention it, without its caption.
+    setting: questions of the view choices: 1 whole figures of an article, 2 panels of several figures, 3 of one figure.
+    dev_percent, test_percent: percentages of articles in the dev and test splits, if the folder has no lists.
+    on_error, quarantine: see BadLines.
+    """
+
+    VIEWS = tuple(MEMBERS)
+
+    def __init__(
+        self,
+        folder: str,
+        view: str,
+        setting: int = 1,
+        dev_percent: int = 5,
+        test_percent: int = 5,
+        on_error: str = "fail",
+        quarantine: str | None = None,
+    ):
+        self.folder, self.view, self.setting = Path(folder), check_choice("view", view, self.VIEWS), setting
+        if setting not in SETTINGS:
+            raise UserError(f"setting: expected 1, 2 or 3, got {setting!r}")
+        if min(dev_percent, test_percent) < 0 or dev_percent + test_percent >= 100:
+            raise UserError(
+                "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
+                f"got {dev_percent} and {test_percent}"
+            )
+        self.dev_percent, self.test_percent = dev_percent, test_percent
+        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+
+    def sources(self) -> list[Path]:
+        """Return the files to read."""
+        articles = [path for path, _ in self._article_files().values()]
+        return [*self._question_files().values(), *self._split_files().values(), *articles]
+
+    def read(self) -> Collection:
+        """Read and check the folder. Raises UserError with file, line and reason."""
+        make = {
+            "captions": self._captions,
+            "figures": self._figures,
+            "subjects": self._subjects,
+            "references": self._references,
+            "choices": self._choices,
+        }[self.view]
+        with BadLines(self.on_error, self.quarantine) as bad:
+            articles = {article.id: article for article in self._articles(bad)}
+            corpus, queries, judged = make(articles, bad)
+        qrels: dict[str, dict[str, Mapping[str, int]]] = {}
+        for query, (split, grades) in judged.items():
+            qrels.setdefault(split, {})[query] = grades
+        ordered: dict[str, Qrels] = {split: qrels[split] for split in SPLITS if split in qrels}
+        return check_collection(Collection(corpus, queries, ordered), f"{self.folder}, view {self.view}")
+
+    # --- files ---
+
+    def _article_files(self) -> dict[str, tuple[Path, list[tuple[str, str]]]]:
+        """Return the file of each article, and the (category, subject) of each folder that it is in."""
+        raw = self.folder / "rawdata"
+        check_folder(raw, "CATEGORY/SUBJECT/ID/ID_data.json")
+        files: dict[str, tuple[Path, list[tuple[str, str]]]] = {}
+        for folder in sorted(raw.glob("*/*/*/")):
+            id, place = folder.name, (folder.parts[-3], folder.parts[-2])
+            if id in files:
+                files[id][1].append(place)
+            elif path := find_optional_file(folder, f"{id}_processed_data.json", f"{id}_data.json"):
+                files[id] = path, [place]
+        if not files:
+            raise UserError(f"{raw}: contains no articles; expected CATEGORY/SUBJECT/ID/ID_data.json")
+        return files
+
+    def _split_files(self) -> dict[str, Path]:
+        paths = {split: find_optional_file(self.folder / "rawdata", f"{split}_split_ids.json") for split in SPLITS}
+        return {split: path for split, path in paths.items() if path}
+
+    def _question_files(self) -> dict[str, Path]:
+        if self.view != "choices":
+            return {}
+        paths = {split: find_optional_file(self.folder / "benchmark" / split, MATCHING) for split in ("train", "dev")}
+        if not (found := {split: path for split, path in paths.items() if path}):
+            raise UserError(f"{self.folder / 'benchmark' / 'dev' / MATCHING}: no such file (also not as .gz or .zst)")
+        return found
+
+    def _splits(self) -> dict[str, str]:
+        """Return the published split of each article."""
+        splits: dict[str, str] = {}
+        for split, path in self._split_files().items():  # train, dev, test: later ones win
+            categories = read_whole_json(path)
+            try:
+                ids = [id for subjects in categories.values() for listed in subjects.values() for id in listed]
+                splits |= dict.fromkeys(ids, split)
+            except (AttributeError, TypeError) as error:
+                raise UserError(f"{path}: expected {{CATEGORY: {{SUBJECT: [ID]}}}} ({error})") from error
+        return splits
+
+    # --- articles ---
+
+    def _articles(self, bad: BadLines) -> Iterator[_Article]:
+        splits = self._splits()
+        for id, (path, places) in self._article_files().items():
+            split = splits.get(id, "train") if splits else split_of(id, self.dev_percent, self.test_percent)
+            article = _Article(id, split, list(dict.fromkeys(subject for _, subject in places)))
+            for key, row in read_members(path, bad, (), optional=("title", "abstract", *MEMBERS[self.view])):
+                with row:
+                    _add_member(article, key, row)
+            bad.gaps.add_document(self.folder, article.document, {})
+            yield article
+
+    def _captions(self, articles: Mapping[str, _Article], bad: BadLines):
+        queries, judged = {}, {}
+        for article in articles.values():
+            paper = f" {normal(f'{article.title} {article.abstract}')} "
+            for figure in article.figures:
+                parts = [part for part in (figure.caption, figure.description) if f" {normal(part)} " not in paper]
+                if text := " ".join(part for part in parts if normal(part)):
+                    queries[figure.id] = Document(figure.id, "", text)
+                    judged[figure.id] = article.split, {article.id: 1}
+        return {id: article.document for id, article in articles.items()}, queries, judged
+
+    def _figures(self, articles: Mapping[str, _Article], bad: BadLines):
+        corpus, queries, judged = {}, {}, {}
+        for article in articles.values():
+            mentions = _mentions(article)
+            for figure in article.figures:
+                text = " ".join(mentions.get((figure.number, ""), ()))
+                corpus[figure.id] = Document(figure.id, "", text)
+                bad.gaps.add_document(Path(f"{self.folder} (figures)"), corpus[figure.id], {})
+                for letter, caption in figure.captions().items():
+                    if normal(caption):
+                        query = f"{figure.id}#{letter}" if letter else figure.id
+                        queries[query] = Document(query, "", caption)
+                        judged[query] = article.split, {figure.id: 1}
+        return corpus, queries, judged
+
+    def _subjects(self, articles: Mapping[str, _Article], bad: BadLines):
+        categories: dict[str, list[str]] = {}
+        for _, places in self._article_files().values():
+            for category, subject in places:
+                if category not in (known := categories.setdefault(subject, [])):
+                    known.append(category)
+        corpus = {subject: Document(subject, subject, ", ".join(known)) for subject, known in categories.items()}
+        queries = {id: article.document for id, article in articles.items() if not article.document.is_blank}
+        judged = {id: (articles[id].split, dict.fromkeys(articles[id].subjects, 1)) for id in queries}
+        return corpus, queries, judged
+
+    def _references(self, articles: Mapping[str, _Article], bad: BadLines):
+        by_title: dict[str, str] = {}
+        for id, article in articles.items():
+            title = normal(article.title)
+            by_title[title] = "" if title in by_title else id  # a title of two articles names neither
+        by_title[""] = ""
+        judged, total = {}, 0
+        for id, article in articles.items():
+            cited = (_cited(title, link, by_title, articles) for title, link in article.references)
+            if grades := {other: 1 for other in cited if other and other != id}:
+                judged[id] = article.split, grades
+            total += len(article.references)
+        links = sum(len(grades) for _, grades in judged.values())
+        log.info("%s: %d of %d references are links between its articles", self.folder, links, total)
+        corpus = {id: article.document for id, article in articles.items()}
+        return corpus, {id: corpus[id] for id in judged}, judged
+
+    # --- questions ---
+
+    def _choices(self, articles: Mapping[str, _Article], bad: BadLines):
+        corpus, queries, judged = {}, {}, {}
+        for split, path in self._question_files().items():
+            for number, row in read_lists(path, bad):
+                if number != self.setting - 1:
+                    continue
+                with row:
+                    record = as_object(row, " with uid, image, question and answer")
+                    uid, image = record.words("uid"), record.words("image")
+                    stem, options = _options(record.words("question"))
+                    answer = check_choice("answer", record.text("answer", required=True), list(options))
+                    panel = re.search(r"\(([a-z])\)", stem)
+                    id = f"{image}#{panel[1]}" if panel else image
+                    if id in queries:  # another question about it
+                        id += f".{len(queries)}"
+                    text = _question_text(articles.get(uid), image, panel[1] if panel else "") or stem
+                    queries[id] = Document(id, "", text)
+                    for letter, option in options.items():
+                        corpus[f"{id}.{letter}"] = Document(f"{id}.{letter}", "", option)
+                    judged[id] = split, {f"{id}.{letter}": int(letter == answer) for letter in options}
+        return corpus, queries, judged
+
+
+def _add_member(article: _Article, key: str, row: Row) -> None:
+    """Add an entry of an article's JSON to it. Raises UserError if its type is wrong."""
+    if key in ("title", "abstract"):
+        setattr(article, key, Record({key: row.value}).text(key).strip())
+        return
+    record = as_object(row)
+    if key == "sections":
+        article.sections.append(record.text("content"))
+    elif key == "references":
+        article.references.append((record.text("title"), record.text("link")))
+    else:
+        id = f"{article.id}_{record.words('image_filename')}"  # as in the published questions
+        if any(figure.id == id for figure in article.figures):
+            raise UserError(f"image_filename: an earlier image is {record['image_filename']!r}, too")
+        caption, description = (record.text(name).strip() for name in ("caption", "description"))
+        caption, description = ("" if text in MISSING else text for text in (caption, description))
+        match = NUMBER.match(caption)
+        number = int(match[1]) if match else len(article.figures) + 1
+        article.figures.append(_Figure(id, number, caption[match.end() :] if match else caption, description))
+
+
+def _cited(title: str, link: str, by_title: Mapping[str, str], articles: Mapping[str, _Article]) -> str:
+    """Return the id of the article that a reference cites, or "".
+
+    title: title of the reference, or the whole of it, as in "Reik, W. & Walter, J. The title.Science 293, 1089 (2001)".
+        Of a whole reference, each run of its parts between full stops may be the title.
+    """
+    if (id := unquote(link).rpartition("/")[2]) in articles:
+        return id
+    parts = [normal(part) for part in re.split(r"[.?!]", title)]
+    parts = [part for part in parts if part]
+    runs = (" ".join(parts[i:j]) for j in range(len(parts), 0, -1) for i in range(j))  # long ones first
+    return next((by_title[run] for run in runs if by_title.get(run)), "")
+
+
+def _mentions(article: _Article) -> dict[tuple[int, str], list[str]]:
+    """Return the sentences that mention each figure and each panel, by number and letter ("" for the whole figure).
+
+    Sections of the published files contain the captions, which are removed.
+    """
+    captions = [text for figure in article.figures for text in (figure.caption, figure.description) if normal(text)]
+    plain_captions = [normal(caption) for caption in captions]
+    mentions: dict[tuple[int, str], list[str]] = {}
+    for section in article.sections:
+        for caption in captions:
+            section = section.replace(caption, " ")
+        for sentence in SENTENCE.split(section):
+            keys = {(int(match[1]), letter) for match in MENTION.finditer(sentence) for letter in ("", match[2])}
+            plain = normal(sentence) if keys else ""
+            if keys and not any(plain in caption or caption in plain for caption in plain_captions):
+                for key in keys:
+                    mentions.setdefault(key, []).append(sentence.strip())
+    return mentions
+
+
+def _options(question: str) -> tuple[str, dict[str, str]]:
+    """Return a question without its options, and the options by letter. Raises UserError unless they are A to D."""
+    stem, *parts = OPTION.split(question)
+    options = {letter: text.strip() for letter, text in zip(parts[::2], parts[1::2], strict=True)}
+    if "".join(parts[::2]) != "ABCD" or not all(options.values()):
+        raise UserError(f"question: expected the four options A to D, one a line, got {question[-60:]!r}")
+    return stem, options
+
+
+def _question_text(article: _Article | None, image: str, panel: str) -> str:
+    """Return the sentences that mention a panel of a figure, else those that mention the figure, else ""."""
+    figures = article.figures if article else ()
+    for figure in (figure for figure in figures if article and figure.id == image):
+        mentions = _mentions(article)
+        return " ".join(mentions.get((figure.number, panel)) or mentions.get((figure.number, ""), ()))
+    return ""

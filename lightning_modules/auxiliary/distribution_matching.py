@@ -1,0 +1,293 @@
+"""Transfer predictions from one task to the labels of another (arXiv 2105.03790, 2401.01219).
+
+A paper of the source task has no labels of the target task, but the tasks are related: with R[a, b] = p(b | a),
+
+    q(b | x) = sum_a p(a | x) R[a, b]        L = -sum_b q(b | x) log p(b | x)
+
+for a paper x, its probabilities p(a | x) in the source task, and the softmax p(b | x) over the target's labels, by the
+target's expert. In link prediction and search, the documents of the batch take the place of the labels a, and
+R[d, b] = sum_c p(c | d) R'[c, b] for the target's labels c of a document d and a relation R' among them. The papers use
+this loss for binary labels, one sum for each; here it is the cross-entropy of two distributions.
+
+Shapes
+    B   queries of a batch on this rank
+    m   documents on this rank, M on all ranks
+    a   labels of the source, or labels c of documents
+    b   labels of the target
+    n   labels of the target that are encoded with the batch
+    k   known labels of a paper, padded with -1
+    D   dimensions of a vector
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.batches import CompanionSource, ContrastiveDataModule
+from datamodules.co_annotation import lists_at, padded_lists
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Ragged, UserError
+from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
+from datamodules.tasks import ClassificationDataModule
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.distributed.collectives import gather_documents
+from lightning_modules.losses import comparable, duplicate_mask
+from lightning_modules.objective_options import ObjectiveOptions
+
+log = logging.getLogger(__name__)
+
+TEACHERS = ("relation", "prediction")
+FLOOR = 1e-6  # probability that a label without relation has in a logarithm
+RELATED = 8  # labels of the target that are always encoded for each known label of the source
+
+
+def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_gradient: bool = True) -> Tensor:
+    """Return the cross-entropy of the transferred and the predicted distribution of each paper, (B,).
+
+    A paper counts as much as its q sums to: less than 1 if labels of the source relate to no encoded label.
+
+    log_p: logarithms of the predicted probabilities, (B, n).
+    q: transferred probabilities, (B, n).
+    teacher: the distribution that weighs the logarithms of the other one. "relation" is q, which trains the target
+        task; "prediction" is p, as in the papers, which trains the source task.
+    stop_gradient: whether the teacher is a constant. Without it, as in the papers, both tasks are trained.
+    """
+    coverage = q.sum(1).detach()
+    q = q / q.sum(1, keepdim=True).clamp(min=FLOOR)
+    weights, logarithms = (q, log_p) if teacher == "relation" else (log_p.exp(), q.clamp(min=FLOOR).log())
+    if stop_gradient:
+        weights = weights.detach()
+    return -coverage * (weights * logarithms).sum(1)
+
+
+@dataclass(frozen=True)
+class LabelSample:
+    """The labels to encode with a batch: all, or a sample that is equal on all ranks, and those related to the batch.
+
+    rows: row of each label in its document table.
+    size: number of labels in the sample.
+    known: labels of each row of the batch's document table.
+    related: positions of the labels related to each known label.
+    """
+
+    rows: np.ndarray
+    size: int
+    known: Ragged
+    related: Ragged
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.rows) <= self.size
+
+    def __call__(self, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+        if self.is_complete:
+            return self.rows
+        known = lists_at(self.known, np.concatenate([queries, documents])).values
+        sample = rng.sample(range(len(self.rows)), self.size)
+        return self.rows[np.union1d(sample, lists_at(self.related, known).values)]
+
+
+def queries_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+    return queries
+
+
+def documents_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+    return documents
+
+
+class Labels(NamedTuple):
+    """Labels that are encoded with a batch, of all ranks if these differ."""
+
+    vectors: Tensor  # (n, D)
+    positions: Tensor  # (n,) position of each label in its space
+    copies: Tensor  # (n,) whether it repeats an earlier one
+
+
+class DistributionMatching(AuxiliaryLoss):
+    """Transfer predictions or annotations of a source task to the labels of a target task.
+
+    source: task whose batches get the loss, or TASK/COLLECTION for one of a classification's several collections.
+    target: classification whose labels are predicted, as TASK or TASK/COLLECTION.
+    relation: probability of each label of the target given a label of the source: "estimated" from the papers of the
+        train splits that have both; "same", which relates labels of the same name; or a file with label of the source,
+        label of the target, and weight per line, separated by tabs. For link prediction and search it relates the
+        labels (of the target) of a document to those of the query.
+    known: whether p(a | x) is uniform over the annotations of the source (co-annotation) instead of the model's
+        softmax. Documents with labels of the target always count as annotated.
+    certain: with `known`, a relation of at least this weight gives a paper hard labels, which then are its only ones.
+    teacher: the side that is the target of the cross-entropy, "relation" or "prediction" (see matching_loss).
+    stop_gradient: whether the teacher is a constant.
+    smoothing: number of average papers added to those of each label when a relation is estimated.
+    match: how papers of the two tasks are compared: "title", "text" or "id" (datamodules/co_annotation.py).
+    max_labels: labels of each task that are encoded with a batch. Of more labels, a sample is encoded, and those
+        related to the batch.
+    objective: options of the objective, whose similarity and temperature (of each task) the softmaxes have. If the
+        temperature is learned, its initial value.
+    """
+
+    relation: Tensor  # (a, b)
+    is_certain: Tensor  # (a, b) bool
+    lists: Tensor  # (rows, k) labels of each row of the source's document table
+    unlabelled: Tensor  # (rows,) bool
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        relation: str = "estimated",
+        known: bool = False,
+        certain: float = 0.95,
+        teacher: str = "relation",
+        stop_gradient: bool = True,
+        smoothing: float = 1.0,
+        match: str = "title",
+        max_labels: int = 256,
+        weight: float = 1.0,
+        objective: ObjectiveOptions | None = None,
+    ):
+        super().__init__(weight)
+        if teacher not in TEACHERS:
+            raise UserError(f"teacher: expected one of {', '.join(TEACHERS)}, got {teacher!r}")
+        for key, value, minimum in (("smoothing", smoothing, 0), ("max_labels", max_labels, 1)):
+            if not minimum <= value < float("inf"):
+                raise UserError(f"{key}: expected a number of at least {minimum}, got {value}")
+        if not 0 < certain <= 1:
+            raise UserError(f"certain: expected a number above 0 and at most 1, got {certain}")
+        self.source, self.target, self.relation_name, self.known, self.certain = (
+            source,
+            target,
+            relation,
+            known,
+            certain,
+        )
+        self.teacher, self.stop_gradient, self.smoothing, self.match = teacher, stop_gradient, smoothing, match
+        self.max_labels, self.objective = max_labels, objective or ObjectiveOptions()
+
+    def prepare(self, data: ContrastiveDataModule) -> None:
+        source, target = (find_collection(data, key, getattr(self, key)) for key in ("source", "target"))
+        self.source_task, self.target_task = source[0].task.name, target[0].task.name
+        self.has_labels = isinstance(source[0], ClassificationDataModule)
+        papers = PartialAnnotation.of(source, target, self.match)
+        if not papers.unlabelled.any():
+            raise UserError(
+                f"source: every training query of {self.source} has labels of {self.target}, so there is nothing to "
+                "transfer; choose another source or target"
+            )
+        log.info("%d training queries of %s have no labels of %s", papers.unlabelled.sum(), self.source, self.target)
+        weights = relation_of(papers, self.relation_name, self.smoothing)
+        related = most_related(weights, RELATED)
+        count = len(papers.source)
+        own = Ragged(np.arange(count + 1), np.arange(count))
+        self.source_labels = LabelSample(papers.source.rows, self.max_labels, papers.known, own)
+        self.target_labels = LabelSample(papers.target.rows, self.max_labels, papers.known, related)
+        tables = {
+            "relation": distributions(weights),
+            "is_certain": weights >= self.certain,
+            "lists": padded_lists(papers.known),
+            "unlabelled": papers.unlabelled,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, torch.from_numpy(table), persistent=False)
+
+    def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
+        if task != self.source_task:
+            return ()
+        tables = {each.task.name: each for each in data.tasks}
+        source, target = tables[self.source_task], tables[self.target_task]
+        companions = [
+            CompanionSource(source, self.target_task, queries_of_batch),
+            CompanionSource(target, self.target_task, self.target_labels),
+        ]
+        if self.known:
+            return companions
+        if self.has_labels:
+            return [*companions, CompanionSource(source, self.source_task, self.source_labels)]
+        return [*companions, CompanionSource(source, self.target_task, documents_of_batch)]
+
+    def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
+        if batch.task != self.source_task:
+            return 0.0 * vectors.sum()
+        assert batch.rows is not None
+        labels = encoded_labels(companions[1], batch.companions[1].rows, self.target_labels)
+        rows, queries = batch.rows[batch.queries], vectors[batch.queries]
+        if self.has_labels and self.known:
+            q = self._annotated(self.lists[rows], labels, hard=True)
+        elif self.has_labels:
+            source = encoded_labels(companions[2], batch.companions[2].rows, self.source_labels)
+            q = self._softmax(queries, source.vectors, self.source_task, source.copies) @ self._related(source, labels)
+        elif self.known:
+            documents = self._annotated(self.lists[batch.document_ids], labels)  # (m, n)
+            present = (batch.positives >= 0).to(documents.dtype)[:, :, None]  # (B, P, 1)
+            q = (documents[batch.positives.clamp(min=0)] * present).sum(1) / present.sum(1)
+        else:
+            q = self._from_documents(batch, rows, queries, vectors[batch.documents], companions[2], labels)
+        log_p = self._logits(companions[0], labels.vectors, self.target_task, labels.copies).log_softmax(1)
+        losses = matching_loss(log_p, q, self.teacher, self.stop_gradient)  # (B,)
+        return (losses * self.unlabelled[rows]).mean()
+
+    def _from_documents(
+        self,
+        batch: ContrastiveBatch,
+        rows: Tensor,
+        queries: Tensor,
+        documents: Tensor,
+        documents_as_target: Tensor,
+        labels: Labels,
+    ) -> Tensor:
+        """Return q of queries (B, D), from the documents (m, D) of all ranks and their labels, (B, n)."""
+        documents, ids, _ = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
+        documents_as_target = gather_documents(documents_as_target, batch.document_ids).vectors
+        known = self.lists[ids]  # (M, k)
+        predicted = self._softmax(documents_as_target, labels.vectors, self.target_task, labels.copies)
+        predicted = predicted @ self._related(labels, labels)
+        of_documents = torch.where(known[:, :1] >= 0, self._annotated(known, labels), predicted)  # (M, n)
+        masked = duplicate_mask(ids) | (ids == rows[:, None])  # a query that is a document does not find itself
+        return self._softmax(queries, documents, self.source_task, masked) @ of_documents
+
+    def _annotated(self, known: Tensor, labels: Labels, hard: bool = False) -> Tensor:
+        """Return q of papers with known labels, (p, n). known: labels of each paper, (p, k).
+
+        hard: whether labels that are certain replace all others.
+        """
+        present = (known >= 0)[:, :, None]  # (p, k, 1)
+        pairs = known.clamp(min=0)[:, :, None], labels.positions
+        q = (self.relation[pairs] * present).sum(1) / present.sum(1).clamp(min=1)
+        q = q.masked_fill(labels.copies, 0.0)
+        if not hard:
+            return q
+        certain = ((self.is_certain[pairs] & present).any(1) & ~labels.copies).to(q.dtype)
+        count = certain.sum(1, keepdim=True)
+        return torch.where(count > 0, certain / count.clamp(min=1), q)
+
+    def _related(self, source: Labels, labels: Labels) -> Tensor:
+        """Return the relation from labels of the source to those of the target, (labels of the source, n)."""
+        relation = self.relation[source.positions[:, None], labels.positions].masked_fill(labels.copies, 0.0)
+        return relation.to(labels.vectors.dtype)
+
+    def _softmax(self, first: Tensor, second: Tensor, task: str, masked: Tensor) -> Tensor:
+        return self._logits(first, second, task, masked).softmax(1)
+
+    def _logits(self, first: Tensor, second: Tensor, task: str, masked: Tensor) -> Tensor:
+        """Return the similarities of vectors (p, D) and (n, D), divided by the temperature of a task, (p, n).
+
+        masked: which of the second have probability 0. Not -inf, because 0 times its logarithm would be NaN.
+        """
+        temperature, similarity = self.objective.temperature, self.objective.similarity
+        scores = comparable(first, similarity) @ comparable(second, similarity).T
+        scores = scores / (temperature[task] if isinstance(temperature, Mapping) else temperature)
+        return scores.masked_fill(masked, torch.finfo(scores.dtype).min)
+
+
+def encoded_labels(vectors: Tensor, rows: Tensor, sample: LabelSample) -> Labels:
+    """Return the labels of a companion. vectors: (n, D). rows: their rows, (n,)."""
+    if not sample.is_complete:
+        vectors, rows, _ = gather_documents(vectors, rows)
+    return Labels(vectors, rows - int(sample.rows[0]), duplicate_mask(rows))

@@ -1,0 +1,98 @@
+"""Two prompts: the instruction of the task, and the position of the paper in the citation graph.
+
+ULTRA-DP (Chen et al., arXiv 2310.14845, section 3) attaches a node to a paper's graph. Its features are a vector of the
+task plus tanh(W r / std(r) + b), where r is the reachability of the anchors: the probabilities that a random walk from
+the paper is at each of the papers that walks visit most. Here the text attends to the instruction (instruct.py), and
+the second term is added to the embedding of its first token (text_features.py).
+
+Queries and papers that the graph lacks have no position, and their vectors are those of an encoder without positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.citation_graph import graph_of, positions
+from datamodules.records import UserError
+from datamodules.tokens import Encoding
+from lightning_modules.encoders.base import Condition
+from lightning_modules.encoders.instruct import InstructEncoder
+from lightning_modules.encoders.text_features import TextFeatures
+
+
+class DualPromptEncoder(InstructEncoder):
+    """An InstructEncoder with the positions of papers in the citation graph.
+
+    The graph consists of the training links. Its positions are made once, before training, and saved with the encoder.
+
+    instructions, separate: as in InstructEncoder.
+    prompt: whether texts attend to the instruction. If not, and without anchors, this is a SharedEncoder.
+    num_anchors: number of anchors; 0 for no positions, and the encoder is an InstructEncoder.
+    steps: largest number of steps of a walk.
+    graph: file with pairs of paper ids, one pair per line, whose links replace the training links.
+    link_task: task whose papers are in the graph; by default the only one of kind link_prediction.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, str],
+        instructions: Mapping[str, str],
+        separate: bool = False,
+        prompt: bool = True,
+        num_anchors: int = 32,
+        steps: int = 9,
+        graph: str = "",
+        link_task: str = "",
+        pooling: str = "cls",
+        normalize: bool = False,
+        max_length: int = 256,
+    ):
+        if separate and not prompt:
+            raise UserError("separate: trains an encoder of instructions, which prompt=false leaves out")
+        if num_anchors < 0:
+            raise UserError(f"num_anchors: expected a number of at least 0, got {num_anchors}")
+        if steps < 1:
+            raise UserError(f"steps: expected a number of at least 1, got {steps}")
+        super().__init__(backbone, tokenizer, tasks, instructions, separate, pooling, normalize, max_length)
+        self.prompt, self.num_anchors, self.steps = prompt, num_anchors, steps
+        self.graph, self.link_task = graph, link_task
+        if not prompt:
+            self.instruction_family = None  # type: ignore[assignment]
+        if num_anchors:
+            self.features["positions"] = TextFeatures(num_anchors, self.dimension)
+
+    @property
+    def num_shared_layers(self) -> int:
+        return 0 if self.prompt else self.num_layers
+
+    def served_by(self, task: str) -> str:
+        return super().served_by(task) if self.prompt else ""
+
+    def condition(self, task: str) -> Condition:
+        self.expert_of(task)
+        return super().condition(task) if self.prompt else Condition()
+
+    def prepare(self, data: Any) -> None:
+        """Make the positions, unless the encoder was loaded with some: new papers then have none."""
+        if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
+            return
+        task = self._link_task(data)
+        rows, vectors = positions(graph_of(task, self.graph or None), self.num_anchors, self.steps)
+        tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
+        features.fill([tokens[row] for row in rows.tolist()], vectors)
+
+    def _link_task(self, data: Any) -> Any:
+        """Return the data of the task whose papers are in the graph."""
+        kinds = {task.task.name: task for task in getattr(data, "tasks", ())}
+        names = [name for name, task in kinds.items() if task.queries_are_documents]
+        chosen = [name for name in names if self.link_task in ("", name)]
+        if len(chosen) != 1:
+            found = f"{self.link_task!r}" if self.link_task else f"{len(names)} such tasks"
+            expected = f"one of {', '.join(names)}" if names else "a task of kind link_prediction in the training"
+            raise UserError(f"link_task: the positions need a citation graph; expected {expected}, got {found}")
+        return kinds[chosen[0]]

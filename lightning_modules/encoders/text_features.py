@@ -1,0 +1,106 @@
+"""Feature vectors of texts as a further input of an encoder, such as the position of a paper in the citation graph.
+
+    h <- h + tanh(W f + b)        h: embedding of the first token of a text, f: its features
+
+A text without features is encoded as if there were none, bit for bit. W and b start at 0, so that new features change
+nothing either.
+
+A text is recognised by its first tokens, so its features follow it to wherever the encoder reads it: training,
+evaluation, mining, export. Vectors of texts can be cached as always, since they depend on text and encoder alone. The
+table is part of the encoder's state_dict, and so of checkpoints and fingerprints.
+
+Shapes: n texts with features, F features, B texts of T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.packed import Tokens
+from datamodules.records import UserError
+
+# Tokens by which a text is recognised: title and start of the abstract. The same, if texts are truncated later.
+KEY_TOKENS = 64
+KEYS_AT_ONCE = 1 << 16  # texts
+MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # of SplitMix64 (Steele et al., 2014), as signed numbers
+
+
+class TextFeatures(nn.Module):
+    """A table of features by text, and their projection to the hidden size.
+
+    size: number of features, F. hidden_size: D. bounded: whether tanh follows the projection.
+    """
+
+    keys: Tensor  # (n,) int64, ascending
+    vectors: Tensor  # (n, F)
+
+    def __init__(self, size: int, hidden_size: int, bounded: bool = True):
+        super().__init__()
+        self.projection, self.bounded = nn.Linear(size, hidden_size), bounded
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+        self.resize(0)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def resize(self, count: int) -> None:
+        """Make room for `count` texts, with features 0."""
+        weight = self.projection.weight
+        device = "cpu" if weight.is_meta else weight.device
+        self.register_buffer("keys", torch.arange(count, device=device))
+        vectors = torch.zeros(count, self.projection.in_features, dtype=weight.dtype, device=device)
+        self.register_buffer("vectors", vectors)
+
+    def fill(self, texts: Sequence[np.ndarray], vectors: np.ndarray) -> None:
+        """Set the features of texts. Of texts that start with the same KEY_TOKENS tokens, the first one counts.
+
+        texts: token ids of each text, n arrays. vectors: (n, F). Raises UserError for vectors that are not finite, or
+        of another size.
+        """
+        if vectors.shape != (len(texts), self.projection.in_features):
+            expected = f"{len(texts)} vectors of {self.projection.in_features} numbers"
+            raise UserError(f"features: expected {expected}, got an array of shape {vectors.shape}")
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+            raise UserError(f"features: the vector of text {row} contains a number that is not finite")
+        starts = range(0, len(texts), KEYS_AT_ONCE)
+        parts = [text_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE])).numpy() for i in starts]
+        keys, first = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]), return_index=True)
+        self.resize(len(keys))
+        self.keys.copy_(torch.from_numpy(keys))
+        self.vectors.copy_(torch.from_numpy(np.ascontiguousarray(vectors[first])))
+
+    def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return the row of each text in the table, (B,), and whether the table has it, (B,). It must not be empty."""
+        keys = text_keys(tokens)
+        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self) - 1)
+        return rows, self.keys[rows] == keys
+
+    def add_to(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Return the embeddings (T, D) of texts, with the features added to the first token of each."""
+        if not len(self):
+            return hidden
+        rows, is_known = self.rows(tokens)
+        projected = self.projection(self.vectors[rows])  # (B, D)
+        added = torch.where(is_known[:, None], projected.tanh() if self.bounded else projected, 0)
+        return hidden.index_add(0, tokens.offsets[:-1], added.to(hidden.dtype))
+
+
+def text_keys(tokens: Tokens) -> Tensor:
+    """Return a hash of the first KEY_TOKENS tokens of each text, (B,) int64, the same on every device.
+
+    The host does not wait for the device.
+    """
+    positions = tokens.positions()
+    mixed = tokens.input_ids * KEY_TOKENS + positions + 1
+    for multiplier, shift in zip(MULTIPLIERS, (32, 29), strict=True):
+        mixed = mixed * multiplier
+        mixed = mixed ^ (mixed >> shift)
+    totals = F.pad(torch.where(positions < KEY_TOKENS, mixed, 0).cumsum(0), (1, 0))  # overflows wrap around
+    return totals[tokens.offsets[1:]] - totals[tokens.offsets[:-1]]

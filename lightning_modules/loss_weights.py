@@ -1,0 +1,136 @@
+"""Weight the losses of tasks that train one encoder.
+
+    uncertainty   a learned weight for the loss of each task (Kendall et al., arXiv 1705.07115, section 3.2)
+    dwa           dynamic weight average: larger weights where losses fall slowly (Liu et al., arXiv 1803.10704)
+
+Shapes
+    T   tasks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from datamodules.packed import ContrastiveBatch
+from lightning_modules.distributed.collectives import world_size
+
+
+def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
+    """Return what scales losses and gradients in fp16, or None in another precision or without a trainer."""
+    return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+
+
+class UncertaintyWeights(nn.Module):
+    """Turns the loss L of a task into exp(-s) L + s / 2, where s is a learned log-variance, 0 at the start."""
+
+    def __init__(self, tasks: Sequence[str]):
+        super().__init__()
+        self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
+
+    def forward(self, loss: Tensor, task: str) -> tuple[Tensor, Tensor]:
+        """Return the loss to minimise, and the weight exp(-s) to log."""
+        log_variance = self.log_variance[task]
+        weight = torch.exp(-log_variance)
+        return weight * loss + log_variance / 2, weight.detach()
+
+
+class LossRecorder(L.Callback):
+    """Sums the losses of each task over the batches of an optimizer step. tasks: names of the tasks in training."""
+
+    def __init__(self, tasks: Sequence[str]):
+        self.tasks = tuple(tasks)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.losses = torch.zeros(len(self.tasks), dtype=torch.float64, device=module.device)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: ContrastiveBatch, batch_idx: int) -> None:
+        self.task = batch.task
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
+        if scaler := loss_scaler(trainer):
+            loss = loss / scaler.scale(torch.ones_like(loss))  # Lightning has scaled it already
+        self.losses[self.tasks.index(self.task)] += loss.detach()
+
+    def take_losses(self) -> Tensor:
+        """Return the sums of this step as means over ranks, (T,), and set them to 0."""
+        losses = self.losses.clone()
+        self.losses.zero_()
+        if world_size() > 1:
+            dist.all_reduce(losses)
+        return losses / world_size()
+
+    def log_weights(self, trainer: L.Trainer, weights: Tensor, every_n_steps: int) -> None:
+        """Log the weights of an optimizer step, (T,), if its number is a multiple of every_n_steps."""
+        step = trainer.global_step + 1
+        if step % every_n_steps == 0:
+            values = {f"train/{task}/weight": w for task, w in zip(self.tasks, weights.tolist(), strict=True)}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
+
+
+def dwa_weights(losses: Tensor, previous: Tensor, temperature: float) -> Tensor:
+    """Return T softmax(r / temperature), where r is losses / previous: the weights of the tasks, (T,).
+
+    losses, previous: mean losses of the tasks in the last two windows, (T,).
+    """
+    rates = losses / previous.clamp(min=torch.finfo(previous.dtype).tiny)
+    return len(rates) * torch.softmax(rates / temperature, dim=0)
+
+
+class DynamicWeights(LossRecorder):
+    """Weights the loss of each task by how slowly it falls from one window of batches to the next.
+
+    The paper compares mean losses of epochs. Here tasks take turns, some more often than others, and a run may be
+    shorter than an epoch, so a window ends when each task has had a number of batches. All weights are 1 in the
+    first two windows.
+
+    temperature: higher values bring the weights closer together.
+    window: number of batches that each task has at least in a window.
+    every_n_steps: number of optimizer steps between logs of the weights.
+    """
+
+    def __init__(self, tasks: Sequence[str], temperature: float = 2.0, window: int = 50, every_n_steps: int = 20):
+        super().__init__(tasks)
+        self.temperature, self.window, self.every_n_steps = temperature, window, every_n_steps
+        self.weights = torch.ones(len(self.tasks), dtype=torch.float64)  # (T,)
+        self.sums = torch.zeros_like(self.weights)  # losses in this window
+        self.previous: Tensor | None = None  # mean losses of the window before, (T,)
+        self.num_batches = [0] * len(self.tasks)  # of each task in this window
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.weights, self.sums = self.weights.to(module.device), self.sums.to(module.device)
+        self.previous = None if self.previous is None else self.previous.to(module.device)
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
+        super().on_before_backward(trainer, module, loss)
+        row = self.tasks.index(self.task)
+        self.num_batches[row] += 1
+        weight = self.weights[row].to(loss.dtype)
+        loss.register_hook(lambda gradient: weight * gradient)  # the loss itself is logged without the weight
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        self.log_weights(trainer, self.weights, self.every_n_steps)
+        self.sums += self.take_losses()
+        if min(self.num_batches) < self.window:
+            return
+        losses = torch.stack([total / count for total, count in zip(self.sums, self.num_batches, strict=True)])
+        if self.previous is not None:
+            self.weights = dwa_weights(losses, self.previous, self.temperature)
+        self.previous, self.sums, self.num_batches = losses, torch.zeros_like(losses), [0] * len(self.tasks)
+
+    def state_dict(self) -> dict[str, Any]:
+        tensors = {"weights": self.weights, "sums": self.sums, "previous": self.previous}
+        return {"num_batches": self.num_batches} | {
+            name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights, self.sums, self.previous = state["weights"], state["sums"], state.get("previous")
+        self.num_batches = state["num_batches"]
