@@ -77,6 +77,18 @@ class CitationGraph:
             visited.append((rows, probabilities))
         return visited
 
+    def walks(self, row: int, steps: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Return where random walks from a row are after 1, ..., `steps` steps, (steps, count).
+
+        The paper must have a link.
+        """
+        at = np.full(count, self.node_of[row])
+        visited = np.empty((steps, count), dtype=np.int64)
+        for step in range(steps):
+            link = (rng.random(count) * self.degrees[at]).astype(np.int64)
+            at = visited[step] = self.neighbours[self.starts[at] + link]
+        return visited
+
     def reachability(self, anchors: np.ndarray, steps: int) -> np.ndarray:
         """Return the mean probability, over 1 to `steps` steps, that a walk from each row is at each anchor.
 

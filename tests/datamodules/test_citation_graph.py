@@ -44,6 +44,18 @@ def test_visits_are_the_rows_of_powers_of_the_transition_matrix(graph, transitio
             np.testing.assert_allclose(probabilities, expected[rows], atol=1e-15)
 
 
+def test_walks_visit_papers_with_these_probabilities(graph, transitions):
+    count = 20000
+    for start in range(4):
+        walks = graph.walks(start, 3, count, np.random.default_rng(start))
+        for step, rows in enumerate(walks, start=1):
+            expected = np.linalg.matrix_power(transitions, step)[start]
+            assert set(rows.tolist()) == set(np.flatnonzero(expected).tolist())
+            # Six standard deviations of a share of `count` draws.
+            bound = 6 * np.sqrt(expected * (1 - expected) / count).max()
+            assert np.abs(np.bincount(rows, minlength=5) / count - expected).max() < bound + 1e-12
+
+
 def test_reachability_of_five_nodes_in_closed_form(graph, transitions):
     expected = np.mean([np.linalg.matrix_power(transitions, step) for step in (1, 2, 3)], axis=0)
     np.testing.assert_allclose(graph.reachability(np.array([1, 3, 4]), 3), expected[:, [1, 3, 4]], atol=1e-7)
