@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ContrastiveDataModule
@@ -54,22 +54,22 @@ def quadruplet_loss(
     known: whether both labels are known, (B, M) bool.
     """
     size = max(1, MAX_COMPARISONS // scores.shape[1] ** 2)
+    block_loss = partial(_block_loss, beta1=beta1, beta2=beta2)
+    if len(scores) <= size:
+        return block_loss(scores, label_a, label_b, known)
+    block_loss = partial(checkpoint, block_loss, use_reentrant=False, preserve_rng_state=False)
     blocks = zip(*(x.split(size) for x in (scores, label_a, label_b, known)), strict=True)
-    losses = [
-        checkpoint(_block_loss, *block, beta1, beta2, use_reentrant=False, preserve_rng_state=False) for block in blocks
-    ]
-    return torch.cat(losses)
+    return torch.cat([block_loss(*block) for block in blocks])
 
 
 def _block_loss(scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor, beta1: float, beta2: float) -> Tensor:
-    costs = -logsigmoid(scores[:, :, None] - scores[:, None, :])  # (B, M, M): of ranking the first before the second
+    costs = softplus(scores[:, None, :] - scores[:, :, None])  # (B, M, M): of ranking the first before the second
     groups = [known & (label_a == a) & (label_b == b) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
-    loss = torch.zeros_like(scores[:, 0])
-    for above, below, beta in zip(groups, groups[1:], (beta1, beta1, beta2), strict=False):
-        above, below = above.to(scores.dtype), below.to(scores.dtype)
-        total = torch.einsum("bi,bij,bj->b", above, costs, below)
-        loss = loss + beta * total / (above.sum(1) * below.sum(1)).clamp(min=1)
-    return loss
+    members = torch.stack(groups, dim=2).to(scores.dtype)  # (B, M, 4)
+    above, below = members[:, :, :3], members[:, :, 1:]
+    sums = (above * torch.bmm(costs, below)).sum(1)  # (B, 3): one for each comparison
+    means = sums / (above.sum(1) * below.sum(1)).clamp(min=1)
+    return beta1 * (means[:, 0] + means[:, 1]) + beta2 * means[:, 2]
 
 
 def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.ndarray, np.ndarray]:
