@@ -132,7 +132,7 @@ def test_file_replaces_the_training_links(tmp_path):
 def test_file_cannot_leak_links_of_the_evaluation(tmp_path, caplog):
     file = tmp_path / "graph.tsv"
     file.write_text("p0 p1\np4 p0\np1 p3\n")  # p0 p4 is a test link, in the other direction
-    graph = graph_of(linked({"train": TRAIN, "test": {"p0": {"p4": 1}}, "dev": {"p1": {"p3": 0}}}), file)
+    graph = graph_of(linked({"train": TRAIN, "test": {"p0": {"p4": 1, "p1": 1}}, "dev": {"p1": {"p3": 0}}}), file)
     assert [graph.neighbours_of(row).tolist() for row in range(5)] == [[1], [0, 3], [], [1], []]
     assert "left out 1 links" in caplog.text
 

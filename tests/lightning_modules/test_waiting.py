@@ -30,9 +30,6 @@ from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
-from tests.lightning_modules.auxiliary.graded_world import trained
-from tests.lightning_modules.auxiliary.graded_world import world as graded_world
-from tests.lightning_modules.auxiliary.test_graded_world import LOSSES
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
@@ -218,17 +215,6 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
             scheduler.step()
             optimizer.zero_grad()
     assert not waits  # in the second step; the first may move instructions to the GPU
-
-
-@pytest.mark.parametrize("name", ["distillation", "quadruplets"])
-def test_additional_losses_do_not_wait(name, tmp_path, gpu):
-    module, data = trained(tmp_path, graded_world(False, 96, False), 0, LOSSES[name](), steps=1)
-    batches = data.train_dataloader().batches
-    batch = next(batch for batch in (batches[0], batches[1]) if batch.task == "links").to(gpu)
-    module.to(gpu)
-    with recorded_waits(gpu) as waits:
-        module.training_step(batch, 0)["loss"].backward()
-    assert not waits
 
 
 @pytest.mark.parametrize("kind", ["shared", "moe", "instruct", "prompt", "adapters"])

@@ -68,7 +68,7 @@ def world(same_facet: bool, citing: int, shuffled: bool) -> dict[str, Collection
     }
 
 
-def trained(folder, collections, seed, loss=None, steps=150, resume=None, stop=None, dropout=0.0, **options):
+def trained(folder, collections, seed, loss, steps=150):
     """Train an encoder whose tasks share only word vectors, and return the module and its data."""
     texts = [
         document.text + document.title
@@ -85,7 +85,7 @@ def trained(folder, collections, seed, loss=None, steps=150, resume=None, stop=N
     }
     torch.manual_seed(seed)
     backbone, tokenizer = random_backbone(shape, word_vocabulary(texts, 1000))
-    set_dropout(backbone, dropout, dropout)
+    set_dropout(backbone, 0.0, 0.0)
     kinds = {"links": LinkPredictionDataModule, "fields": ClassificationDataModule}
     tasks = [kinds[name](Task(name), {name: collection}) for name, collection in collections.items()]
     data = MultiTaskDataModule(tasks, BatchOptions(batch_size=32, max_length=16, num_workers=0, seed=seed), tokenizer)
@@ -98,12 +98,9 @@ def trained(folder, collections, seed, loss=None, steps=150, resume=None, stop=N
         **vars(OBJECTIVE),
         total_steps=steps,
         optim=OptimOptions(lr=6e-3, schedule="constant", warmup=0.0),
-        losses={} if loss is None else {"extra": loss},
-        **options,
+        losses={"extra": loss},
     )
-    trainer = quiet_trainer(folder, max_steps=stop or steps)
-    trainer.fit(module, data, ckpt_path=resume)
-    trainer.save_checkpoint(folder / "last.ckpt")
+    quiet_trainer(folder, max_steps=steps).fit(module, data)
     return module, data
 
 

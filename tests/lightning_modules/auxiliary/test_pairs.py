@@ -1,4 +1,4 @@
-"""What is known of the pairs of a query and a document in a batch."""
+"""Labels and scores of the pairs of a query and a document in a batch."""
 
 import torch
 

@@ -173,7 +173,7 @@ def test_loss_of_another_task_is_0_and_has_a_graph(links, fields):
 
 @pytest.mark.parametrize(("task", "other", "what"), [("links", "b", "query"), ("b", "links", "document")])
 def test_tasks_without_labels_in_common_raise_user_error(links, task, other, what):
-    """Papers of which none is in the other task, and a classification, whose documents are not papers."""
+    """Tasks without a common paper, and a classification, whose documents are not papers."""
     labels = {"lx": Document("lx", "x")}
     numbers = range(20, 23) if task == "links" else range(3)
     qrels = {"train": {f"p{n}": {"lx": 1} for n in numbers}}
