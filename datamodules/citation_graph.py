@@ -11,7 +11,7 @@ Shapes: n rows of the task's document table, e links, k steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,18 @@ class CitationGraph:
             visited.append((rows, probabilities))
         return visited
 
+    def walks(self, row: int, steps: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Return where random walks from a row are after 1, ..., `steps` steps, (steps, count).
+
+        The paper must have a link.
+        """
+        at = np.full(count, self.node_of[row])
+        visited = np.empty((steps, count), dtype=np.int64)
+        for step in range(steps):
+            link = (rng.random(count) * self.degrees[at]).astype(np.int64)
+            at = visited[step] = self.neighbours[self.starts[at] + link]
+        return visited
+
     def reachability(self, anchors: np.ndarray, steps: int) -> np.ndarray:
         """Return the mean probability, over 1 to `steps` steps, that a walk from each row is at each anchor.
 
@@ -127,8 +139,8 @@ def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray,
 def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGraph:
     """Return the citation graph of a link-prediction task, whose data are set up.
 
-    file: pairs of ids, one per line, with a space or tab between; by default the training links are used. Pairs that
-        are judged in other splits are left out.
+    file: pairs of ids, one per line, with a space or tab between; by default the training links are used. Links that
+        only other splits have are left out.
 
     Raises UserError if the task is of another kind, or if the file names a paper that the corpus lacks.
     """
@@ -155,7 +167,7 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
 
 
 def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
-    """Return the rows of the pairs in a file that other splits do not judge, (e, 2)."""
+    """Return the rows of the pairs in a file, (e, 2), without those that only other splits have."""
     rows, held_out = _rows_by_id(task), _held_out(task)
     pairs: list[tuple[int, int]] = []
     missing: dict[str, int] = {}  # id -> first line that names it
@@ -175,7 +187,7 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
             f"({len(missing)} such papers); expected ids of the corpus; add the papers, or remove their lines"
         )
     if skipped:
-        log.warning("%s: left out %d links that are judged in the dev or test split", path, skipped)
+        log.warning("%s: left out %d links of the dev or test split", path, skipped)
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
@@ -204,14 +216,11 @@ def _rows_by_id(task: TaskDataModule) -> dict[str, list[tuple[int, int]]]:
 
 
 def _held_out(task: TaskDataModule) -> set[frozenset[str]]:
-    """Return the pairs of ids with a positive grade in a split other than train."""
-    judged: Iterable = (
-        (query, document)
-        for collection in task.collections.values()
-        for split in collection.splits
-        if split != "train"
-        for query, grades in collection.judged(split)[1].items()
-        for document, grade in grades.items()
-        if grade > 0
-    )
-    return {frozenset(pair) for pair in judged}
+    """Return the pairs of ids that have a positive grade only in splits other than train."""
+    linked: dict[bool, set[frozenset[str]]] = {True: set(), False: set()}  # whether in the train split
+    for collection in task.collections.values():
+        for split in collection.splits:
+            for query, grades in collection.judged(split)[1].items():
+                pairs = (frozenset((query, document)) for document, grade in grades.items() if grade > 0)
+                linked[split == "train"].update(pairs)
+    return linked[False] - linked[True]

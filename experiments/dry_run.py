@@ -143,7 +143,6 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
         module = build_module(config, data)
-        module.prepare_losses(data)
         if module.objective.vector_teacher is not None and config.objective.vector_teacher.cached:
             for task in data.tasks:
                 task.teacher_vectors = {task.task.name: ZeroVectors(module.objective.vector_teacher.dimension)}

@@ -91,6 +91,7 @@ class ContrastiveModule(L.LightningModule):
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
+        self._prepared_for: int | None = None  # id of the data that the losses have seen
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -109,8 +110,12 @@ class ContrastiveModule(L.LightningModule):
         self.prepare_losses(data)
 
     def prepare_losses(self, data: ContrastiveDataModule) -> None:
-        """Give the losses what they need of the data, and the data the texts that they need in each batch."""
-        if not self.named_losses:
+        """Give the losses what they need of the data, and the data the texts that they need in each batch.
+
+        Training calls this itself. With an average of the weights, call it before the trainer is started, because
+        Lightning copies the module for the average before it calls setup.
+        """
+        if not self.named_losses or self._prepared_for == id(data):
             return
         if not isinstance(data, ContrastiveDataModule):
             raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
@@ -123,6 +128,7 @@ class ContrastiveModule(L.LightningModule):
             sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
             self.num_companions[task.task.name] = [len(each) for each in sources]
             task.companions = [source for each in sources for source in each]
+        self._prepared_for = id(data)
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""

@@ -96,7 +96,8 @@ class MMSciReader:
                     folder (ignoring case, accents and punctuation), or a link that ends with its id.
         choices     figure -> its caption among the four of a question. The answers of the test questions are not
                     published, so there are questions of train and dev only.
-        The text of a figure is the sentences of the article that mention it, without its caption.
+        The text of a figure is the sentences of its article that mention it, without its caption, or the name of its
+        image if there are none.
     setting: questions of the view choices: 1 whole figures of an article, 2 panels of several figures, 3 of one figure.
     dev_percent, test_percent: percentages of articles in the dev and test splits, if the folder has no lists.
     on_error, quarantine: see BadLines.
@@ -214,18 +215,20 @@ class MMSciReader:
         return {id: article.document for id, article in articles.items()}, queries, judged
 
     def _figures(self, articles: Mapping[str, _Article], bad: BadLines):
-        corpus, queries, judged = {}, {}, {}
+        corpus, queries, judged, unmentioned = {}, {}, {}, 0
         for article in articles.values():
             mentions = _mentions(article)
             for figure in article.figures:
                 text = " ".join(mentions.get((figure.number, ""), ()))
-                corpus[figure.id] = Document(figure.id, "", text)
-                bad.gaps.add_document(Path(f"{self.folder} (figures)"), corpus[figure.id], {})
+                unmentioned += not text
+                corpus[figure.id] = Document(figure.id, "", text or figure.id)
                 for letter, caption in figure.captions().items():
                     if normal(caption):
                         query = f"{figure.id}#{letter}" if letter else figure.id
                         queries[query] = Document(query, "", caption)
                         judged[query] = article.split, {figure.id: 1}
+        if unmentioned:
+            log.warning("%s: no sentence mentions %d of %d figures", self.folder, unmentioned, len(corpus))
         return corpus, queries, judged
 
     def _subjects(self, articles: Mapping[str, _Article], bad: BadLines):
@@ -273,7 +276,7 @@ class MMSciReader:
                     id = f"{image}#{panel[1]}" if panel else image
                     if id in queries:  # another question about it
                         id += f".{len(queries)}"
-                    text = _question_text(articles.get(uid), image, panel[1] if panel else "") or stem
+                    text = _question_text(articles.get(uid), image, panel[1] if panel else "") or image
                     queries[id] = Document(id, "", text)
                     for letter, option in options.items():
                         corpus[f"{id}.{letter}"] = Document(f"{id}.{letter}", "", option)

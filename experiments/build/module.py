@@ -68,7 +68,9 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
     with prefixed("encoder."):
         encoder.prepare(data)
     resolve_epochs(config, data)
-    return _training_module(config, encoder)
+    module = _training_module(config, encoder)
+    module.prepare_losses(data)
+    return module
 
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
@@ -152,7 +154,9 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
     add_tasks(encoder, tasks, nearest)
     _add_lora(config, encoder)
-    return _training_module(config, encoder)
+    module = _training_module(config, encoder)
+    module.prepare_losses(data)
+    return module
 
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:

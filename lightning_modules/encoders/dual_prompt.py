@@ -82,7 +82,11 @@ class DualPromptEncoder(InstructEncoder):
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)
-        rows, vectors = positions(graph_of(task, self.graph or None), self.num_anchors, self.steps)
+        try:
+            graph = graph_of(task, self.graph or None)
+        except UserError as error:
+            raise UserError(f"graph: {error}") from error
+        rows, vectors = positions(graph, self.num_anchors, self.steps)
         tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
         features.fill([tokens[row] for row in rows.tolist()], vectors)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from datamodules.citation_graph import CitationGraph
 from datamodules.records import MiningPool, UserError
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.search import MEMORY, Shards, top_k
@@ -164,6 +165,15 @@ def positives_of(pool: MiningPool) -> list[np.ndarray]:
     return np.split(pool.positives.values, pool.positives.starts[1:-1])
 
 
+def check_cites(pool: MiningPool, miner: str) -> None:
+    """Raise UserError if no query of a pool is a document of its corpus."""
+    if (pool.document_of_query < 0).all():
+        raise UserError(
+            f"{pool.name}: {miner} needs papers that cite papers (link_prediction), but no query is a document of the "
+            "corpus"
+        )
+
+
 class CitedByCitedMiner(TwoHopMiner):
     """Take papers cited by the papers that the query cites (SPECTER, Cohan et al., 2020; SciMult, section 3.4).
 
@@ -171,15 +181,43 @@ class CitedByCitedMiner(TwoHopMiner):
     """
 
     def links(self, pool, context):
-        if (pool.document_of_query < 0).all():
-            raise UserError(
-                f"{pool.name}: CitedByCitedMiner needs papers that cite papers (link_prediction), but no query is a "
-                "document of the corpus"
-            )
+        check_cites(pool, "CitedByCitedMiner")
         positives = positives_of(pool)
         return positives, {
             int(row): cited for row, cited in zip(pool.document_of_query, positives, strict=True) if row >= 0
         }
+
+
+class RandomWalkMiner(Miner):
+    """Rank papers by the mean probability, over 1 to `steps` steps, that a random walk on the citations visits them.
+
+    A walk moves between citing and cited papers. The pool's queries must be documents of its corpus.
+    """
+
+    def __init__(self, steps: int = 2):
+        if steps < 2:
+            raise UserError(f"steps: expected a number of at least 2, got {steps}")
+        self.steps = steps
+
+    def rank(self, pool, queries, k, context):
+        if "graph" not in context.prepared:
+            check_cites(pool, "RandomWalkMiner")
+            # Queries that are not documents of the corpus are nodes after its documents.
+            other_nodes = len(pool.corpus) + np.arange(len(pool.queries))
+            nodes = np.where(pool.document_of_query < 0, other_nodes, pool.document_of_query)
+            pairs = np.stack([np.repeat(nodes, np.diff(pool.positives.starts)), pool.positives.values], axis=1)
+            context.prepared["graph"] = CitationGraph(pairs, len(pool.corpus) + len(pool.queries)), nodes
+        graph, nodes = context.prepared["graph"]
+        k = min(k, len(pool.corpus))
+        rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
+        for i, query in enumerate(queries):
+            visits = graph.visits(nodes[query], self.steps)
+            visited, step = np.unique(np.concatenate([documents for documents, _ in visits]), return_inverse=True)
+            shares = np.bincount(step, np.concatenate([shares for _, shares in visits]), len(visited)) / self.steps
+            shares[(visited == nodes[query]) | (visited >= len(pool.corpus))] = 0
+            best = np.lexsort((visited, -shares))[: min(k, np.count_nonzero(shares))]
+            rows[i, : len(best)], scores[i, : len(best)] = visited[best], shares[best]
+        return rows, scores
 
 
 class LabelsOfCitedMiner(TwoHopMiner):

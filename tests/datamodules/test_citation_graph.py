@@ -44,6 +44,18 @@ def test_visits_are_the_rows_of_powers_of_the_transition_matrix(graph, transitio
             np.testing.assert_allclose(probabilities, expected[rows], atol=1e-15)
 
 
+def test_walks_visit_papers_with_these_probabilities(graph, transitions):
+    count = 20000
+    for start in range(4):
+        walks = graph.walks(start, 3, count, np.random.default_rng(start))
+        for step, rows in enumerate(walks, start=1):
+            expected = np.linalg.matrix_power(transitions, step)[start]
+            assert set(rows.tolist()) == set(np.flatnonzero(expected).tolist())
+            # Six standard deviations of a share of `count` draws.
+            bound = 6 * np.sqrt(expected * (1 - expected) / count).max()
+            assert np.abs(np.bincount(rows, minlength=5) / count - expected).max() < bound + 1e-12
+
+
 def test_reachability_of_five_nodes_in_closed_form(graph, transitions):
     expected = np.mean([np.linalg.matrix_power(transitions, step) for step in (1, 2, 3)], axis=0)
     np.testing.assert_allclose(graph.reachability(np.array([1, 3, 4]), 3), expected[:, [1, 3, 4]], atol=1e-7)
@@ -120,7 +132,7 @@ def test_file_replaces_the_training_links(tmp_path):
 def test_file_cannot_leak_links_of_the_evaluation(tmp_path, caplog):
     file = tmp_path / "graph.tsv"
     file.write_text("p0 p1\np4 p0\np1 p3\n")  # p0 p4 is a test link, in the other direction
-    graph = graph_of(linked({"train": TRAIN, "test": {"p0": {"p4": 1}}, "dev": {"p1": {"p3": 0}}}), file)
+    graph = graph_of(linked({"train": TRAIN, "test": {"p0": {"p4": 1, "p1": 1}}, "dev": {"p1": {"p3": 0}}}), file)
     assert [graph.neighbours_of(row).tolist() for row in range(5)] == [[1], [0, 3], [], [1], []]
     assert "left out 1 links" in caplog.text
 

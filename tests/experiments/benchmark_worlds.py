@@ -201,7 +201,7 @@ def mmsci(root: Path) -> None:
     for setting in ("AB", "BBC", "ABCD"):
         text = "what is 1?\nA: of 3\nB: of 4\nC: of 0\nD: of 2"
         questions.append(
-            [{"uid": "b", "image": f"{i}.png", "question": text, "answer": answer} for i, answer in enumerate(setting)]
+            [{"uid": "b", "image": f"1{i}.png", "question": text, "answer": answer} for i, answer in enumerate(setting)]
         )
     put(folder / "benchmark" / "dev" / MATCHING, questions)
 

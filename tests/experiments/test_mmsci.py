@@ -9,15 +9,19 @@ import torch
 from torch.nn.functional import normalize
 
 from datamodules.readers.mmsci import MATCHING, MMSciReader
+from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
 from experiments.build.benchmarks import BenchmarkOptions, CollectionReader, build_benchmark, suite_benchmarks
 from experiments.build.suite import load_suite
-from lightning_modules import ContrastiveModule
+from experiments.train import train
+from lightning_modules import ContrastiveModule, load_encoder
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
+from lightning_modules.encoders.figures import FigureEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.datamodules.readers.worlds import mmsci_choices, put, put_article
+from tests.experiments.test_train import check_complete, two_steps
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 FACETS, VALUES = ("material", "method", "effect"), 6
@@ -55,6 +59,79 @@ def write_world(folder, seed: int) -> None:
         put_article(folder, place, f"n{number}", title=text(False), abstract=text(False), images=images)
 
 
+def image_vectors(folder, shuffled: bool, seed: int) -> str:
+    """Write a vector for each figure: the sum of a random vector for each word of its caption, or that of another."""
+    rng = np.random.default_rng(seed)
+    captions = MMSciReader(str(folder), "captions", dev_percent=0, test_percent=25).read().queries
+    codes: dict[str, np.ndarray] = {}
+    for facet in range(3):
+        for value in range(VALUES):
+            codes |= dict.fromkeys(words_of(facet, value, True), rng.normal(size=16))
+    vectors = np.array([sum(codes[word] for word in query.text.split()) for query in captions.values()])
+    path = folder / f"images{shuffled:d}.npz"
+    np.savez(path, ids=np.array(list(captions)), vectors=rng.permutation(vectors) if shuffled else vectors)
+    return str(path)
+
+
+def vocabulary() -> dict[str, int]:
+    words = [word for f in range(3) for v in range(VALUES) for c in (False, True) for word in words_of(f, v, c)]
+    return word_vocabulary([" ".join(words), "n0123456789_figure.png"], 200)
+
+
+def score_of_figures(folder, seed: int, **images) -> float:
+    """Train on caption -> figure, and return the nDCG@10 of the test articles."""
+    torch.manual_seed(seed)
+    data = SearchDataModule(
+        "figure",
+        MMSciReader(str(folder), "figures", dev_percent=0, test_percent=25),
+        batch_size=30,
+        max_length=32,
+    )
+    encoder = FigureEncoder(
+        *random_backbone(SHAPE, vocabulary()), {"figure": "figure"}, max_length=32, pooling="mean", **images
+    )
+    module = ContrastiveModule(encoder, similarity="cosine", temperature=0.05, optim=OptimOptions(lr=5e-3))
+    quiet_trainer(folder, max_steps=100).fit(module, data)
+    (benchmark,) = data.benchmarks("test")
+    return evaluate(encoder.eval(), benchmark, ["ndcg@10"], similarity="cosine").metrics["ndcg@10"]
+
+
+@pytest.mark.slow
+def test_image_vectors_find_figures_unless_they_are_shuffled(tmp_path):
+    """No sentence mentions these figures, so their texts say nothing. Differences of three seeds, with t intervals."""
+    gains = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        write_world(folder, seed)
+        without = score_of_figures(folder, seed)
+        arms = [
+            score_of_figures(folder, seed, image_size=16, vectors=image_vectors(folder, shuffled, seed))
+            for shuffled in (False, True)
+        ]
+        print(f"seed {seed}: without {without:.3f}, with {arms[0]:.3f}, shuffled {arms[1]:.3f}")
+        gains.append([arm - without for arm in arms])
+    means, deviations = np.mean(gains, axis=0), np.std(gains, axis=0, ddof=1)
+    widths = 4.303 * deviations / 3**0.5  # 97.5 % quantile of t with 2 degrees of freedom
+    print(f"gains {means.round(3)} +- {widths.round(3)}")
+    assert means[0] - widths[0] > 0
+    assert means[1] - widths[1] <= 0
+
+
+@pytest.mark.slow
+def test_experiment_reads_image_vectors(tmp_path):
+    write_world(tmp_path, 0)
+    reader = f"{{_target_: mmsci.MMSciReader, folder: {tmp_path}, view: figures, test_percent: 25}}"
+    vectors = image_vectors(tmp_path, False, 0)
+    settings = ["tasks=[figure]", f"task.figure.data={{figures: {reader}}}", f"encoder.vectors={vectors}"]
+    run = two_steps(tmp_path / "run", *settings, "backbone.config.hidden_size=32", "data.cache=null")
+    with pytest.raises(UserError, match=r"images0.npz: expected ids .* vectors of shape \(n, 17\), as image_size says"):
+        train("mmsci", [*run, "encoder.image_size=17"])
+    train("mmsci", [*run, "encoder.image_size=16"])
+    encoder = load_encoder(tmp_path / "run")
+    assert len(encoder.features["images"]) == 120
+    assert check_complete(tmp_path / "run", benchmarks=1)["benchmarks"].keys() == {"figures"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_training_on_captions_finds_articles_of_the_test_split(tmp_path, seed):
@@ -63,10 +140,9 @@ def test_training_on_captions_finds_articles_of_the_test_split(tmp_path, seed):
     collection = reader.read()
     assert (len(collection.corpus), len(collection.queries)) == (40, 120)
     torch.manual_seed(seed)
-    vocabulary = word_vocabulary(
-        [" ".join(words_of(f, v, c)) for f in range(3) for v in range(VALUES) for c in (0, 1)], 200
+    encoder = SharedEncoder(
+        *random_backbone(SHAPE, vocabulary()), {"caption": "caption"}, max_length=32, pooling="mean"
     )
-    encoder = SharedEncoder(*random_backbone(SHAPE, vocabulary), {"caption": "caption"}, max_length=32, pooling="mean")
     data = SearchDataModule("caption", reader, batch_size=30, max_length=32)
     module = ContrastiveModule(encoder, similarity="cosine", temperature=0.05, optim=OptimOptions(lr=5e-3))
     data.setup()

@@ -467,8 +467,8 @@ def mmsci_choices(folder: Path) -> Collection:
     asked = {
         "n0": (0, "what is in sub-figure (a)?", "We see n0 in Fig. 1a.", "#a"),
         "n1": (1, "what is in sub-figure (c)?", "See Fig. 2 of n1.", "#c"),
-        "n2": (7, "what is in sub-figure (b)?", "what is in sub-figure (b)?", "#b"),
-        "n9": (0, "what is the whöle figure?", "what is the whöle figure?", ""),
+        "n2": (7, "what is in sub-figure (b)?", "n2_figure_7.png", "#b"),
+        "n9": (0, "what is the whöle figure?", "n9_figure_0.png", ""),
     }
     questions = []
     corpus, queries, qrels = {}, {}, {}

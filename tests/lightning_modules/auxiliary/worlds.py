@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Collection, Document, Task
@@ -20,15 +21,16 @@ from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 
 KINDS = {"fields": ClassificationDataModule, "topics": ClassificationDataModule, "links": LinkPredictionDataModule}
-WORDS_PER_VALUE, WORDS_IN_TEXT, CITATIONS = 16, 4, 3
+WORDS_IN_TEXT = 4  # of the field, and of the topic
+CITATIONS = 3
 
 
 @dataclass(frozen=True)
 class PartialWorld:
-    """Collections by task. Their test split has the same papers, and no training paper is in it.
+    """Collections by task. Their test splits have the same papers, which are not among the training papers.
 
     relation: probability of each topic, given the field, (F, T).
-    fields, topics: field and topic of each paper, training papers first, (papers,).
+    fields, topics: field and topic of each paper, training papers first.
     """
 
     relation: np.ndarray
@@ -38,18 +40,15 @@ class PartialWorld:
 
     def data(self, **options) -> MultiTaskDataModule:
         """Return the data module, after its setup. options: fields of BatchOptions."""
+        options = BatchOptions(**({"max_length": 32} | options))
         tasks = [KINDS[name](Task(name), {name: collection}) for name, collection in self.collections.items()]
-        data = MultiTaskDataModule(tasks, BatchOptions(**({"max_length": 32} | options)), self.backbone(0)[1])
+        data = MultiTaskDataModule(tasks, options, self.backbone()[1])
         data.setup()
         return data
 
-    def backbone(self, seed: int, **config):
+    def backbone(self, seed: int = 0, **config):
         """Return a random BERT of two layers and 32 dimensions that knows all words, and its tokenizer."""
-        import torch
-
-        texts = [
-            f"{d.title} {d.text}" for c in self.collections.values() for d in (*c.corpus.values(), *c.queries.values())
-        ]
+        documents = [d for c in self.collections.values() for d in (*c.corpus.values(), *c.queries.values())]
         shape = {
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -59,7 +58,7 @@ class PartialWorld:
             "initializer_range": 0.2,
         }
         torch.manual_seed(seed)
-        return random_backbone(shape | config, word_vocabulary(texts, 4000))
+        return random_backbone(shape | config, word_vocabulary((document.text for document in documents), 4000))
 
 
 def partial_world(
@@ -68,11 +67,15 @@ def partial_world(
     tasks: Sequence[str] = ("fields", "topics"),
     num_papers: int = 96,
     num_test: int = 96,
+    words_per_value: int = 16,
     share_of_both: float = 0.0,
 ) -> PartialWorld:
     """Make a world in which each training paper is annotated for one of the tasks, drawn at random.
 
-    relation: probability of each topic, given the field, (F, T); by default eight of each, in pairs.
+    relation: probability of each topic, given the field, (F, T); by default eight fields determine eight topics. With
+        np.full((8, 8), 1 / 8) they are unrelated.
+    num_papers: number of training papers.
+    words_per_value: number of words that texts on a field or topic draw from. The more, the less a paper teaches.
     share_of_both: share of the training papers that are annotated for all tasks.
     """
     rng = np.random.default_rng(seed)
@@ -80,14 +83,26 @@ def partial_world(
     total = num_papers + num_test
     fields = rng.permutation(np.arange(total) % len(relation))
     topics = np.array([rng.choice(relation.shape[1], p=relation[field]) for field in fields])
-    papers = [_paper(number, fields[number], topics[number], rng) for number in range(total)]
-    annotated = rng.permutation(np.arange(num_papers) % len(tasks))  # number of the one task of each training paper
-    both = rng.random(num_papers) < share_of_both
-    collections = {}
+    papers = []
+    for number, values in enumerate(zip(fields, topics, strict=True)):
+        words = [
+            _word(kind, value, word)
+            for kind, value in zip(("field", "topic"), values, strict=True)
+            for word in rng.choice(words_per_value, WORDS_IN_TEXT, replace=False)
+        ]
+        papers.append(Document(f"paper{number}", "", " ".join(rng.permutation(words))))
+    task_of = rng.permutation(np.arange(num_papers) % len(tasks))
+    has_all = rng.random(num_papers) < share_of_both
+    test, collections = np.arange(num_papers, total), {}
     for number, task in enumerate(tasks):
-        train = np.flatnonzero((annotated == number) | both)
-        test = np.arange(num_papers, total)
-        collections[task] = _collection(task, papers, fields, topics, relation.shape, train, test, rng)
+        train = np.flatnonzero((task_of == number) | has_all)
+        if task == "links":
+            collections[task] = _links(papers, topics, train, test, rng)
+        else:
+            values, count = (fields, relation.shape[0]) if task == "fields" else (topics, relation.shape[1])
+            labels = [Document(f"{task}{value}", "", _word(f"{task}label", value, 0)) for value in range(count)]
+            positives = {n: [labels[values[n]].id] for n in (*train, *test)}
+            collections[task] = _collection(labels, papers, positives, train, test)
     return PartialWorld(relation, fields, topics, collections)
 
 
@@ -95,29 +110,19 @@ def _word(kind: str, value: int, number: int) -> str:
     return kind + "".join(chr(ord("a") + digit) for digit in (value, number // 20, number % 20))
 
 
-def _paper(number: int, field: int, topic: int, rng: np.random.Generator) -> Document:
-    words = [
-        _word(kind, value, word)
-        for kind, value in (("field", field), ("topic", topic))
-        for word in rng.choice(WORDS_PER_VALUE, WORDS_IN_TEXT, replace=False)
-    ]
-    return Document(f"paper{number}", "", " ".join(rng.permutation(words)))
+def _links(papers, topics, train, test, rng) -> Collection:
+    """Each paper cites a few training papers of its topic."""
+    positives = {}
+    for n in (*train, *test):
+        cited = rng.permutation([m for m in train if topics[m] == topics[n] and m != n])[:CITATIONS]
+        positives[n] = [papers[m].id for m in cited]
+    return _collection([papers[n] for n in (*train, *test)], papers, positives, train, test)
 
 
-def _collection(task, papers, fields, topics, shape, train, test, rng) -> Collection:
-    """Return the collection of a task. train, test: numbers of its papers."""
-    values = fields if task == "fields" else topics
-    if task == "links":
-        corpus = {papers[n].id: papers[n] for n in (*train, *test)}
-        linked = {n: [m for m in train if topics[m] == topics[n] and m != n] for n in (*train, *test)}
-        positives = {n: [papers[m].id for m in rng.permutation(others)[:CITATIONS]] for n, others in linked.items()}
-    else:
-        count = shape[task == "topics"]
-        corpus = {f"{task}{v}": Document(f"{task}{v}", _word(f"{task}label", v, 0)) for v in range(count)}
-        positives = {n: [f"{task}{values[n]}"] for n in (*train, *test)}
+def _collection(corpus, papers, positives, train, test) -> Collection:
+    queries = {papers[n].id: papers[n] for n in (*train, *test)}
     qrels = {
         split: {papers[n].id: dict.fromkeys(positives[n], 1) for n in numbers if positives[n]}
         for split, numbers in (("train", train), ("test", test))
     }
-    queries = {papers[n].id: papers[n] for n in (*train, *test)}
-    return Collection(corpus, queries, qrels)
+    return Collection({document.id: document for document in corpus}, queries, qrels)

@@ -18,6 +18,7 @@ from lightning_modules.mining.miners import (
     Miner,
     MiningContext,
     RandomMiner,
+    RandomWalkMiner,
     RankBandMiner,
     SharingMiner,
     ShownMiner,
@@ -48,6 +49,7 @@ ALL = {
     CitedByCitedMiner: CitedByCitedMiner,
     LabelsOfCitedMiner: LabelsOfCitedMiner,
     ShownMiner: ShownMiner,
+    RandomWalkMiner: lambda: RandomWalkMiner(3),
 }
 
 
@@ -136,6 +138,33 @@ def test_cited_by_cited_counts_paths(make_task):
         assert ways[q][rows[q] >= 0].tolist() == [count[d] for d in expected]
     with pytest.raises(UserError, match="CitedByCitedMiner needs papers that cite papers"):
         CitedByCitedMiner().rank(pool_of(make_task), range(3), 3, context_of(pool))
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_random_walks_visit_with_the_probabilities_of_powers_of_the_transition_matrix(make_task, steps):
+    """Query q0 is a paper outside of the corpus, which walks pass through but which is never returned."""
+    stranger = Document("q0", "", "another paper")
+    judged = PAPERS.qrels["train"] | {"q0": {"d0": 1, "d5": 1}}
+    collection = Collection(PAPERS.corpus, PAPERS.queries | {"q0": stranger}, {"train": judged})
+    pool = pool_of(make_task, LinkPredictionDataModule, collection=collection)
+    nodes = [*PAPERS.corpus, "q0"]
+    links = np.zeros((11, 11))
+    for query, grades in judged.items():
+        for document, grade in grades.items():
+            links[nodes.index(query), nodes.index(document)] = grade > 0
+    links = np.maximum(links, links.T)
+    step = links / links.sum(1, keepdims=True)
+    mean = sum(np.linalg.matrix_power(step, n) for n in range(1, steps + 1)) / steps
+    rows, shares = RandomWalkMiner(steps).rank(pool, range(11), 10, context_of(pool))
+    for q, query in enumerate(pool.queries):
+        start = nodes.index(query.id)
+        reached = set(np.flatnonzero(mean[start, :10]).tolist()) - {start}
+        assert set(rows[q][rows[q] >= 0].tolist()) == reached
+        np.testing.assert_allclose(shares[q][: len(reached)], mean[start, rows[q][: len(reached)]])
+    with pytest.raises(UserError, match="RandomWalkMiner needs papers that cite papers"):
+        RandomWalkMiner().rank(pool_of(make_task), range(3), 3, context_of(pool))
+    with pytest.raises(UserError, match="steps: expected a number of at least 2, got 1"):
+        RandomWalkMiner(1)
 
 
 def test_shown_documents_keep_their_order(make_task):

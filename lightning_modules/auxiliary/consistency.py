@@ -1,0 +1,197 @@
+"""Consistency between tasks, for papers that are annotated for only some of them (MTPSL, arXiv 2111.14893).
+
+A paper of a batch is labelled by the batch's task t. For another task s, the encoder predicts its labels, and a network
+maps both into a space in which they must agree:
+
+    y_t    label: mean of the query's positives in the batch, encoded as t
+    y^_s   prediction: mean of candidates of task s, weighted by the softmax of their cosines with the query, all
+           encoded as s
+    f      the query's own vector, encoded as t
+    m_st   the network for a vector of s that is compared with one of t
+
+    loss = 1 - cos(m_st(y^_s), m_ts(y_t)) + trunk_weight (1 - cos(m_st(y^_s), f) + 1 - cos(m_ts(y_t), f))
+
+Labels, candidates as values, and f are constants, like the annotations and the detached features of the paper. So the
+loss trains the network and, through the softmax, what task s says about the query. The last two terms prevent a
+network that maps everything to one point.
+
+A relation between the tasks that is learned from bad predictions makes them worse: every permutation of the labels is
+consistent with itself. In the first `warmup` batches, therefore, only the network learns.
+
+Shapes
+    B   queries on this rank
+    n   candidates
+    D   dimensions of a vector
+    H   hidden units of the network
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.batches import CompanionSource, ContrastiveDataModule
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
+from datamodules.tasks import TaskDataModule
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+
+Pair = tuple[str, str]
+
+
+class CrossTaskConsistency(AuxiliaryLoss):
+    """Agreement of a paper's labels in one task with its predictions in the others.
+
+    weight: factor of the loss.
+    lr: peak learning rate of the network; None for that of the encoder.
+    pairs: pairs of tasks that must agree, each in both directions; None for all pairs.
+    candidates: maximum number of documents of the other task that a prediction is made of. They are drawn for each
+        batch, the same on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
+    temperature: divisor of the cosines in the softmax.
+    trunk_weight: weight of the terms that prevent a collapse.
+    hidden: hidden units of the network, H.
+    warmup: number of batches in which only the network learns.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        dimension: int,
+        weight: float = 2.0,
+        lr: float | None = 1e-3,
+        pairs: Sequence[Sequence[str]] | None = None,
+        candidates: int = 128,
+        temperature: float = 0.1,
+        trunk_weight: float = 0.5,
+        hidden: int = 256,
+        warmup: int = 1000,
+    ):
+        super().__init__(weight, lr)
+        for name, value, minimum in (("candidates", candidates, 2), ("hidden", hidden, 1), ("warmup", warmup, 0)):
+            if value < minimum:
+                raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"temperature: expected a number above 0, got {temperature}")
+        if not 0 <= trunk_weight < float("inf"):
+            raise UserError(f"trunk_weight: expected a number of at least 0, got {trunk_weight}")
+        self.candidates, self.temperature = candidates, temperature
+        self.trunk_weight, self.warmup = trunk_weight, warmup
+        self.network = JointSpace(ordered_pairs(tasks, pairs), dimension, hidden)
+
+    def others(self, task: str) -> list[str]:
+        """Return the tasks whose predictions for a paper must agree with its labels of this task."""
+        return [other for other, labelled in self.network.index if labelled == task]
+
+    def prepare(self, data: ContrastiveDataModule) -> None:
+        tables = {table.task.name: table for table in data.tasks}
+        for task in dict.fromkeys(itertools.chain.from_iterable(self.network.index)):
+            if task not in tables:
+                raise UserError(f"pairs: task {task!r} has no data; expected one of {', '.join(tables)}")
+            if (count := len(candidate_rows(tables[task]))) < 2:
+                raise UserError(f"pairs: a prediction needs two documents, but task {task} has {count} to train on")
+
+    def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
+        """Return, for each other task, the queries and the candidates, both encoded as this other task."""
+        tables = {table.task.name: table for table in data.tasks}
+        sources = []
+        for other in self.others(task):
+            sources.append(CompanionSource(tables[task], other, lambda queries, documents, rng: queries))
+            sources.append(CompanionSource(tables[other], other, sampler(tables[other], self.candidates)))
+        return sources
+
+    def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
+        others = self.others(batch.task)
+        if not others:
+            return 0 * vectors.sum()
+        trunk, documents = vectors[batch.queries].detach(), vectors[batch.documents].detach()
+        labels = mean_of_columns(documents, batch.positives)
+        losses = []
+        for other, queries, candidates in zip(others, companions[::2], companions[1::2], strict=True):
+            predictions = predicted(queries, candidates, self.temperature)
+            if batch.step < self.warmup:
+                predictions = predictions.detach()
+            mapped = self.network(predictions, (other, batch.task)), self.network(labels, (batch.task, other))
+            losses.append(consistency(*mapped, trunk, self.trunk_weight).mean())
+        return torch.stack(losses).sum()
+
+
+class JointSpace(nn.Module):
+    """One two-layer network for all pairs of tasks, whose hidden units are scaled and shifted by pair (FiLM).
+
+    pairs: (own, other) task of a vector and of the vector that it is compared with.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], dimension: int, hidden: int):
+        super().__init__()
+        self.index = {pair: row for row, pair in enumerate(pairs)}
+        with torch.random.fork_rng(devices=[]):  # so that the encoder's dropout and data do not change
+            torch.manual_seed(0)
+            self.enter = nn.Linear(dimension, hidden, bias=False)
+            self.leave = nn.Linear(hidden, dimension)
+        self.scale = nn.Parameter(torch.ones(len(pairs), hidden))  # gamma
+        self.shift = nn.Parameter(torch.zeros(len(pairs), hidden))  # beta
+
+    def forward(self, vectors: Tensor, pair: Pair) -> Tensor:
+        """Map vectors (B, D) to the joint space, (B, D)."""
+        row = self.index[pair]
+        hidden = F.layer_norm(self.enter(vectors), self.scale.shape[1:])  # (B, H); batch norm would differ by rank
+        return self.leave(F.relu(self.scale[row] * hidden + self.shift[row]))
+
+
+def ordered_pairs(tasks: Sequence[str], pairs: Sequence[Sequence[str]] | None = None) -> list[Pair]:
+    """Return both directions of each pair. pairs: None for all pairs. Raises UserError for impossible pairs."""
+    if pairs is None:
+        if len(tasks) < 2:
+            raise UserError(f"expected at least two tasks in training, got {', '.join(tasks) or 'none'}")
+        return list(itertools.permutations(tasks, 2))
+    chosen: dict[Pair, None] = {}
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
+            raise UserError(f"pairs: expected pairs of two tasks, got {pair!r}")
+        for task in pair:
+            if task not in tasks:
+                raise UserError(f"pairs: expected tasks among {', '.join(tasks)}, got {task!r}")
+        chosen |= {(pair[0], pair[1]): None, (pair[1], pair[0]): None}
+    if not chosen:
+        raise UserError("pairs: expected at least one pair of tasks, got none")
+    return list(chosen)
+
+
+def candidate_rows(table: TaskDataModule) -> np.ndarray:
+    """Return the rows of a task's corpora, without documents left out of training."""
+    return np.setdiff1d(np.flatnonzero(table.corpus_rows()), table.stripped)
+
+
+def sampler(table: TaskDataModule, count: int) -> Callable[[np.ndarray, np.ndarray, random.Random], np.ndarray]:
+    """Return a function that draws at most `count` rows of a task's corpora, for a CompanionSource."""
+    rows = candidate_rows(table)
+
+    def draw(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+        return rows if len(rows) <= count else rows[sorted(rng.sample(range(len(rows)), count))]
+
+    return draw
+
+
+def predicted(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    """Return the prediction for each query (B, D) from candidates (n, D): their weighted mean, (B, D)."""
+    scores = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, n)
+    return (scores / temperature).softmax(-1) @ candidates.detach()
+
+
+def mean_of_columns(documents: Tensor, columns: Tensor) -> Tensor:
+    """Return the mean of each query's documents. columns: rows of documents (m, D), padded with -1, (B, P)."""
+    present = (columns >= 0).to(documents.dtype)[..., None]  # (B, P, 1)
+    return (documents[columns.clamp(min=0)] * present).sum(1) / present.sum(1)
+
+
+def consistency(predictions: Tensor, labels: Tensor, trunk: Tensor, trunk_weight: float) -> Tensor:
+    """Return the loss of each query, (B,). predictions, labels: mapped vectors, (B, D). trunk: constants, (B, D)."""
+    agreement = 1 - F.cosine_similarity(predictions, labels)
+    from_trunk = 2 - F.cosine_similarity(predictions, trunk) - F.cosine_similarity(labels, trunk)
+    return agreement + trunk_weight * from_trunk

@@ -1,0 +1,152 @@
+"""The group loss of ULTRA-DP (Chen et al., 2023, arXiv 2310.14845): a paper and the papers that walks reach from it.
+
+Each query of a link-prediction task is the head of a group: papers that random walks on the citation graph visit within
+k steps are its positives, and papers that they rarely visit at step k its negatives. With unit vectors h of the head
+and x of the others, and the distance d = 1 - cosine to the anchor a = mean(h, positives):
+
+    center      mean of d(x)^2 over head and positives
+    separation  relu(log sum exp(d(x)) over head and positives + log sum exp(margin - d(y)) over negatives y)^2
+    loss        share * center + (1 - share) * separation
+
+The authors' code (train.py of Keytoyze/ULTRA-DP) has the same loss and the same way to draw positives: a step from 1 to
+k for the group, then papers by the probability of a walk at that step. Here,
+
+* each query of a batch is a head; theirs has one head per batch, with half of the batch as positives
+* papers are drawn without replacement, as long as there are others
+* a negative is never linked with the head, nor one of its positives
+* the probabilities at step k are those of a sample of walks; theirs are exact for papers with up to 256 links
+
+Shapes
+    B   queries on this rank
+    p   positives of a head
+    n   negatives of a head
+    D   dimensions of a vector
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from datamodules.batches import CompanionSource, ContrastiveDataModule
+from datamodules.citation_graph import CitationGraph, graph_of
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
+from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+
+WALKS = 256  # from each head
+
+
+def group_loss(heads: Tensor, positives: Tensor, negatives: Tensor, margin: float = 1.0, share: float = 0.5) -> Tensor:
+    """Return the loss of each group, (B,).
+
+    heads: vectors (B, D). positives: (B, p, D). negatives: (B, n, D).
+    margin: distance from the anchor beyond which a negative counts little.
+    share: share of the center term, from 0 to 1.
+    """
+    members = normalize(torch.cat([heads[:, None], positives], 1), dim=-1)  # (B, 1 + p, D)
+    anchors = members.mean(1, keepdim=True)  # (B, 1, D)
+    near = 1 - cosine_similarity(anchors, members, dim=-1)  # (B, 1 + p)
+    far = 1 - cosine_similarity(anchors, negatives, dim=-1)  # (B, n)
+    # Sums, as in the authors' code: with two or more negatives, relu is rarely 0.
+    separation = torch.relu(near.logsumexp(1) + (margin - far).logsumexp(1)).square()
+    return share * near.square().mean(1) + (1 - share) * separation
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Draw the positives and negatives of queries by random walks of up to `steps` steps."""
+
+    graph: CitationGraph
+    steps: int
+    positives: int
+    negatives: int
+
+    def __call__(self, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+        """Return the rows of all groups, (B * (p + n),): p positives and n negatives of each query.
+
+        They depend on the generator and the query alone, so ranks that share a batch draw the same groups.
+        """
+        seed = rng.getrandbits(64)
+        return np.concatenate([self.group(row, np.random.default_rng([seed, row])) for row in queries.tolist()])
+
+    def group(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """Return p positives and n negatives of a query, (p + n,): its own row, if walks reach none of either."""
+        head = self.graph.node_of[row]
+        walks = self.graph.walks(row, self.steps, WALKS, rng)  # (steps, WALKS)
+        steps = np.flatnonzero((walks != head).any(1))
+        if not len(steps):
+            return np.full(self.positives + self.negatives, row)
+        at_step = walks[rng.choice(steps)]
+        # Walks are independent, so the first distinct ones are a draw without replacement.
+        positives = np.array(list(dict.fromkeys(at_step[at_step != head].tolist()))[: self.positives])
+        reached, visits = np.unique(walks[-1], return_counts=True)
+        rare = ~np.isin(reached, [head, *positives, *self.graph.neighbours_of(row)])
+        if not rare.any():
+            return np.full(self.positives + self.negatives, row)
+        count, weights = min(self.negatives, int(rare.sum())), 1 / visits[rare]
+        negatives = rng.choice(reached[rare], count, replace=False, p=weights / weights.sum())
+        return np.concatenate([np.resize(positives, self.positives), np.resize(negatives, self.negatives)])
+
+
+class GroupLoss(AuxiliaryLoss):
+    """Bring each paper near those that random walks on the citation graph reach, and away from those rarely reached.
+
+    weight: factor of the loss.
+    steps: maximum number of steps of a walk, k; at least 2.
+    positives, negatives: papers of each kind that are encoded for each query.
+    margin: distance from the anchor beyond which a negative counts little.
+    share: share of the center term, from 0 to 1.
+    graph: file with the links of the graph, pairs of ids; by default the training links of each link-prediction task.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        steps: int = 6,
+        positives: int = 2,
+        negatives: int = 2,
+        margin: float = 1.0,
+        share: float = 0.5,
+        graph: str = "",
+    ):
+        super().__init__(weight)
+        for name, value, minimum in (("steps", steps, 2), ("positives", positives, 1), ("negatives", negatives, 1)):
+            if value < minimum:
+                raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
+        if not 0 <= share <= 1:
+            raise UserError(f"share: expected a number from 0 to 1, got {share}")
+        self.steps, self.positives, self.negatives = steps, positives, negatives
+        self.margin, self.share, self.graph = margin, share, graph
+        self._samplers: dict[str, GroupSampler] = {}
+
+    def prepare(self, data: ContrastiveDataModule) -> None:
+        tasks = [task for task in data.tasks if task.queries_are_documents]
+        if not tasks:
+            names = ", ".join(task.task.name for task in data.tasks)
+            raise UserError(f"the group loss needs a task of kind link_prediction; the tasks are {names}")
+        self._samplers = {
+            task.task.name: GroupSampler(graph_of(task, self.graph or None), self.steps, self.positives, self.negatives)
+            for task in tasks
+        }
+
+    def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
+        if task not in self._samplers:
+            return ()
+        (table,) = [table for table in data.tasks if table.task.name == task]
+        return (CompanionSource(table, task, self._samplers[task]),)
+
+    def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
+        if not companions:
+            return 0 * vectors.sum()
+        heads = vectors[batch.queries]
+        groups = companions[0].view(len(heads), self.positives + self.negatives, -1)
+        losses = group_loss(heads, groups[:, : self.positives], groups[:, self.positives :], self.margin, self.share)
+        rows = batch.companions[0].rows.view(len(heads), -1)[:, 0]
+        return (losses * (rows != batch.rows[batch.queries])).mean()  # queries without a group count as 0

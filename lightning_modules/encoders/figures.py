@@ -1,0 +1,111 @@
+"""Figures with image vectors: an encoder of text that also reads a vector of each figure, precomputed by any model.
+
+A linear layer maps the vector of an image, such as CLIP's, to the hidden size. The result is added to the embedding of
+the first token of the figure's text (text_features.py). No image is decoded here.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.records import UserError
+from datamodules.tokens import Encoding
+from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.text_features import TextFeatures
+
+
+class FigureEncoder(MoEEncoder):
+    """A MoEEncoder that adds image vectors to the texts of figures. Other texts are encoded as without them.
+
+    The vectors are read once, before training, and saved with the encoder.
+
+    attention, ffn, layers: as in MoEEncoder.
+    image_size: numbers per image vector; 0 for none, and the encoder is a MoEEncoder.
+    vectors: .npz file with the arrays `ids`, names of figures (n,), and `vectors`, (n, image_size).
+    figure_task: task whose corpus has the figures. Each of them needs a vector.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, str],
+        attention: bool = True,
+        ffn: bool = False,
+        layers: str | list[int] = "mod2",
+        image_size: int = 0,
+        vectors: str = "",
+        figure_task: str = "figure",
+        pooling: str = "cls",
+        normalize: bool = False,
+        max_length: int = 256,
+    ):
+        if image_size < 0:
+            raise UserError(f"image_size: expected a number of at least 0, got {image_size}")
+        if vectors and not image_size:
+            raise UserError(f"image_size: expected the size of the image vectors in {vectors}, got 0")
+        super().__init__(backbone, tokenizer, tasks, attention, ffn, layers, pooling, normalize, max_length)
+        self.image_size, self.vectors, self.figure_task = image_size, vectors, figure_task
+        if image_size:
+            self.features["images"] = TextFeatures(image_size, self.dimension, bounded=False)
+
+    def prepare(self, data: Any) -> None:
+        """Read the vectors of all figures, unless the encoder was loaded with some."""
+        if not self.image_size or len(features := cast(TextFeatures, self.features["images"])):
+            return
+        tasks = {task.task.name: task for task in getattr(data, "tasks", ())}
+        if self.figure_task not in tasks:
+            names = ", ".join(tasks) or "none"
+            raise UserError(
+                f"figure_task: expected the task that ranks figures, got {self.figure_task!r}; tasks: {names}"
+            )
+        if not self.vectors:
+            raise UserError("vectors: required with image_size, a .npz file with ids and vectors")
+        rows_of, vectors = read_image_vectors(Path(self.vectors), self.image_size)
+        task = tasks[self.figure_task]
+        rows = [row for row in np.flatnonzero(task.corpus_rows()).tolist() if not task.documents[row].is_blank]
+        ids = [task.documents[row].id for row in rows]
+        if missing := [id for id in ids if id not in rows_of]:
+            raise UserError(
+                f"{self.vectors}: {len(missing)} of {len(ids)} figures of task {self.figure_task} have no vector, "
+                f"first {missing[0]!r}; add their vectors"
+            )
+        tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
+        features.fill([tokens[row] for row in rows], vectors[[rows_of[id] for id in ids]])
+
+
+def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarray]:
+    """Return the row of each figure, and the vectors (n, size), float32. Raises UserError for another kind of file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, vectors = file["ids"], file["vectors"]
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path}: expected a .npz file with the arrays ids and vectors ({error})") from error
+    if ids.ndim != 1 or ids.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.shape != (len(ids), size):
+        raise UserError(
+            f"{path}: expected ids of shape (n,) and vectors of shape (n, {size}), as image_size says; got ids "
+            f"{ids.shape} of {ids.dtype} and vectors {vectors.shape} of {vectors.dtype}"
+        )
+    rows = {id: row for row, id in enumerate(ids.tolist())}
+    if len(rows) < len(ids):
+        raise UserError(f"{path}: expected a vector per figure, got {len(ids)} vectors of {len(rows)} figures")
+    if not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+        raise UserError(f"{path}: the vector of {str(ids[row])!r} contains a number that is not finite")
+    return rows, vectors.astype(np.float32)
