@@ -30,6 +30,7 @@ from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
+from tests.lightning_modules.auxiliary import cases as losses
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
@@ -215,6 +216,18 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
             scheduler.step()
             optimizer.zero_grad()
     assert not waits  # in the second step; the first may move instructions to the GPU
+
+
+@pytest.mark.parametrize("case", losses.CASES)
+def test_added_losses_do_not_wait(case, gpu):
+    module, data = losses.module_of(case), losses.world().data(batch_size=4)
+    module.prepare_losses(data)
+    module, batches = module.to(gpu), data.train_dataloader().batches
+    for step in range(len(losses.TASKS)):
+        batch = batches[step].to(gpu)
+        with recorded_waits(gpu) as waits:
+            module.training_step(batch, 0)["loss"].backward()
+        assert not waits
 
 
 @pytest.mark.parametrize("kind", ["shared", "moe", "instruct", "prompt", "adapters"])
