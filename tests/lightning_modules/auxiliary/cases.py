@@ -18,8 +18,10 @@ import torch
 from lightning_modules import auxiliary
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.consistency import CrossTaskConsistency
+from lightning_modules.auxiliary.cross_task import CrossTaskDistillation
 from lightning_modules.auxiliary.distribution_matching import DistributionMatching
 from lightning_modules.auxiliary.group import GroupLoss
+from lightning_modules.auxiliary.quadruplets import QuadrupletRanking
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.moe import MoEEncoder
@@ -31,6 +33,7 @@ TASKS = ("fields", "topics", "links")
 OBJECTIVE = {"similarity": "cosine", "temperature": 0.1}
 CASES: dict[str, tuple[type[AuxiliaryLoss], dict[str, Any]]] = {
     "consistency": (CrossTaskConsistency, {"candidates": 8, "hidden": 8, "warmup": 0}),
+    "distillation": (CrossTaskDistillation, {"teachers": {"links": ["topics", "fields"], "fields": ["topics"]}}),
     "group": (GroupLoss, {"steps": 3}),
     "matching_labels": (DistributionMatching, {"source": "fields", "target": "topics"}),
     "matching_links": (DistributionMatching, {"source": "links", "target": "topics", "relation": "same"}),
@@ -40,6 +43,7 @@ CASES: dict[str, tuple[type[AuxiliaryLoss], dict[str, Any]]] = {
         DistributionMatching,
         {"source": "links", "target": "topics", "known": True, "max_labels": 2},
     ),
+    "quadruplets": (QuadrupletRanking, {"labels": {"links": "topics"}}),
 }
 
 
