@@ -38,6 +38,11 @@ CASES: dict[str, tuple[type[AuxiliaryLoss], dict[str, Any]]] = {
     "matching_labels": (DistributionMatching, {"source": "fields", "target": "topics"}),
     "matching_links": (DistributionMatching, {"source": "links", "target": "topics", "relation": "same"}),
     "matching_some_labels": (DistributionMatching, {"source": "fields", "target": "topics", "max_labels": 2}),
+    "matching_known_labels": (DistributionMatching, {"source": "fields", "target": "topics", "known": True}),
+    "matching_some_known_links": (
+        DistributionMatching,
+        {"source": "links", "target": "topics", "known": True, "max_labels": 2},
+    ),
     "quadruplets": (QuadrupletRanking, {"labels": {"links": "topics"}}),
 }
 
