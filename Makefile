@@ -164,7 +164,7 @@ index: $(STAMP) ## build a FAISS index of embeddings: make index embeddings=FOLD
 find: $(STAMP) ## find the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
 	@$(PY) -m experiments.find $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10]
+compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10], or A=RUN single=TASK:RUN,...
 	@$(PY) -m experiments.compare $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER

@@ -85,12 +85,6 @@ def padded(lists: Sequence[Sequence[int]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def text_key(ids: np.ndarray) -> int:
-    """Return a hash of a text's token ids: equal, on every rank, for texts with the same tokens."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype=np.uint32).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
-
-
 class StoredVectors(Protocol):
     """Vectors of the rows of a task's document table."""
 
@@ -175,7 +169,7 @@ class Collator:
             positives=padded([[column[row] for row in rows] for rows in positives]),
             hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
             known_positives=padded(known),
-            text_keys=torch.tensor([text_key(self.tokens[row]) for row in text_index]),
+            text_keys=torch.tensor([key for chunk in chunks for key in chunk.keys]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
             teacher_vectors=self._teacher_vectors(list(text_index)),
             rows=torch.tensor(list(text_index)),

@@ -16,7 +16,7 @@ import numpy as np
 
 from datamodules.leakage import MIN_TITLE, normal
 from datamodules.records import Document, Ragged, UserError
-from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, TaskDataModule
+from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule, TaskDataModule
 
 MATCHES = ("title", "text", "id")
 
@@ -68,13 +68,16 @@ def known_annotations(
     """Return the training positives that each paper of one task has in another, such as its labels.
 
     papers: task whose document table has the papers; the result has a list for each of its rows.
-    task: task that annotates papers. The lists have rows of its document table, sorted and without repetitions.
+    task: task that annotates papers. The lists have rows of its document table, sorted and without repetitions. A
+        search annotates a paper with the queries that it answers.
     match: how papers are compared, one of MATCHES.
     collection: collection of `task` that annotates; by default all of them.
     """
     keys = paper_keys(task, match)
     queries, (starts, positives) = train_positives(task, collection)
-    pairs = np.stack([keys[queries].repeat(np.diff(starts)), positives.astype(np.uint64)])
+    queries = queries.repeat(np.diff(starts))
+    annotated, values = (positives, queries) if isinstance(task, SearchDataModule) else (queries, positives)
+    pairs = np.stack([keys[annotated], values.astype(np.uint64)])
     annotated, values = np.unique(pairs[:, pairs[0] > 0], axis=1)
     distinct, first = np.unique(annotated, return_index=True)
     wanted = paper_keys(papers, match)

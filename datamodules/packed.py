@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,16 @@ class Tokens:
 
     input_ids    (T,) int64
     offsets      (b + 1,) int32, where each text starts, and T
-    lengths      number of tokens of each text. The host knows them, so that no computation waits for the device.
+    lengths      number of tokens of each text
+    keys         hash of each text (see text_key)
+
+    The host knows lengths and keys, so that no computation waits for the device.
     """
 
     input_ids: Tensor
     offsets: Tensor
     lengths: tuple[int, ...]
+    keys: tuple[int, ...]
 
     @classmethod
     def pack(cls, texts: Iterable[Sequence[int] | np.ndarray]) -> Tokens:
@@ -35,13 +40,15 @@ class Tokens:
         arrays = [np.asarray(ids, dtype=np.int64) for ids in texts]
         lengths = tuple(len(ids) for ids in arrays)
         ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths)
+        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths, tuple(map(text_key, arrays)))
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
         """Return the token ids of padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
         lengths = tuple(attention_mask.sum(1).tolist())
-        return cls(input_ids[attention_mask.bool()], offsets_of(lengths).to(input_ids.device), lengths)
+        ids = input_ids[attention_mask.bool()]
+        keys = tuple(map(text_key, np.split(ids.cpu().numpy(), np.cumsum(lengths)[:-1])))
+        return cls(ids, offsets_of(lengths).to(ids.device), lengths, keys)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,8 +79,8 @@ class Tokens:
         starts = np.cumsum((0, *self.lengths))
         ranges = [np.arange(starts[text], starts[text + 1]) for text in texts]
         rows = torch.from_numpy(np.concatenate(ranges)).to(self.input_ids.device)
-        lengths = tuple(self.lengths[text] for text in texts)
-        return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths)
+        lengths, keys = (tuple(values[text] for text in texts) for values in (self.lengths, self.keys))
+        return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths, keys)
 
     def fill(self, num_texts: int, num_tokens: int, longest: int) -> Tokens:
         """Append filler texts, one of them of `longest` tokens, so that all batches have the same shape.
@@ -89,16 +96,22 @@ class Tokens:
             missing -= extra
         device, lengths = self.input_ids.device, (*self.lengths, *fillers)
         ids = torch.cat([self.input_ids, self.input_ids.new_zeros(rest)])
-        return Tokens(ids, offsets_of(lengths).to(device), lengths)
+        return Tokens(ids, offsets_of(lengths).to(device), lengths, (*self.keys, *[0] * count))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
         ids, offsets = (x.to(device, non_blocking=non_blocking) for x in (self.input_ids, self.offsets))
-        return Tokens(ids, offsets, self.lengths)
+        return Tokens(ids, offsets, self.lengths, self.keys)
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
     """Return where each of the texts of these lengths starts, and the end of the last one, (b + 1,) int32."""
     return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
+
+
+def text_key(ids: np.ndarray) -> int:
+    """Return a hash of a text's token ids: equal, on every rank and machine, for texts with the same tokens."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compare two systems query by query."""
+"""Compare two systems query by query, or a joint model with one model per task."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ from experiments.results.comparison import (
     largest_differences,
     open_systems,
 )
+from experiments.results.delta_mtl import (
+    compare_with_single_tasks,
+    gain_records,
+    gain_table,
+    open_single_task_models,
+)
 from experiments.shared.console import PlainConsole, entry_point, table_console
 from experiments.shared.output import shortened
 from experiments.shared.plain import say
@@ -35,18 +41,27 @@ EXAMPLES = 3
 
 @dataclass(kw_only=True)
 class CompareOptions:
-    """Compare two systems query by query.
+    """Compare two systems query by query, or a joint model with one model per task (Delta_MTL).
 
     The interval is from a paired bootstrap over queries, and with several seeds over queries and seeds. p is from a
     paired randomisation test over queries, whose values are first averaged over the seeds, and corrected for the number
     of benchmarks (Holm). Benchmarks with different protocols, data, splits or tasks are left out, with the reason.
+
+    With single=..., the gain of A over the model of each task is relative to that model's value. Delta_MTL is the mean
+    over tasks.
     """
 
     A: tuple[str, ...] = option(
         help="run folder or output of make eval, such as A=runs/RUN; FOLDER:SYSTEM selects a system, by default the "
         "trained encoder; several, separated by commas, are seeds of one system"
     )
-    B: tuple[str, ...] = option(help="the system to compare with, such as B=runs/RUN:bm25")
+    B: tuple[str, ...] = option((), "the system to compare with, such as B=runs/RUN:bm25; or set single")
+    single: tuple[str, ...] = option(
+        (),
+        "TASK:FOLDER of the single-task models to compare the joint model A with, such as "
+        "single=classification:runs/C,search:runs/S; several of one task are its seeds",
+    )
+    lower_is_better: bool = option(False, "with single: lower values of the metric are better")
     metric: str | None = option(None, "metric to compare, by default the main metric of each benchmark")
     benchmark: tuple[str, ...] = option((), "benchmarks, by default all on which both systems were evaluated")
     output: Path | None = option(None, "folder for compare.json, by default a new folder in comparisons/")
@@ -65,21 +80,54 @@ class CompareOptions:
 def main(arguments: Sequence[str]) -> None:
     options = parse(CompareOptions, arguments)
     reserve_stdout(options.format)
-    a, b = (open_systems(key, getattr(options, key), options.packages) for key in ("A", "B"))
-    content = _compare(a, b, options)
-    if not content["benchmarks"]:
-        reasons = "; ".join(_group_by_reason(content["left_out"]))
-        raise UserError(
-            f"nothing could be compared ({reasons}). To evaluate both on the same data: "
-            f"make eval model={a[0].folder},{b[0].folder} beir=FOLDER task=NAME (or benchmarks=all data.root=FOLDER)"
+    _check(options)
+    a = open_systems("A", options.A, options.packages)
+    if options.single:
+        single = open_single_task_models(options.single, a, options.packages)
+        names = ("lower_is_better", "level", "draws", "seed")
+        content = compare_with_single_tasks(
+            a,
+            single,
+            benchmarks=options.benchmark,
+            metric=options.metric,
+            **{name: getattr(options, name) for name in names},
         )
+        _write(content, options, a, [system for systems in single.values() for system in systems])
+        _show_gains(content, options.format)
+    else:
+        b = open_systems("B", options.B, options.packages)
+        content = _compare(a, b, options)
+        if not content["benchmarks"]:
+            reasons = "; ".join(_group_by_reason(content["left_out"]))
+            raise UserError(
+                f"nothing could be compared ({reasons}). To evaluate both on the same data: make eval "
+                f"model={a[0].folder},{b[0].folder} beir=FOLDER task=NAME (or benchmarks=all data.root=FOLDER)"
+            )
+        _write(content, options, a, b)
+        _show(content, options.format, always_examples=bool(options.examples))
+
+
+def _check(options: CompareOptions) -> None:
+    if not options.B and not options.single:
+        raise UserError("B: required, the system to compare with, such as B=runs/RUN:bm25, or single=TASK:FOLDER,...")
+    if options.B and options.single:
+        raise UserError("B and single: set only one of them")
+    if options.single and options.examples is not None:
+        raise UserError("examples: shows queries of A and B; leave it out with single")
+    if options.B and options.lower_is_better:
+        raise UserError("lower_is_better: only used with single")
+
+
+def _write(
+    content: Mapping[str, Any], options: CompareOptions, a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem]
+) -> None:
+    """Write compare.json, and log where it is."""
     folder = options.output or _default_output(a, b)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "compare.json", content)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be used ({error})") from error
-    _show(content, options.format, always_examples=bool(options.examples))
     log.info("The comparison is in %s", folder / "compare.json")
 
 
@@ -142,6 +190,17 @@ def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> 
         for side, examples in comparison["examples"].items() if is_shown else ():
             for example in examples:
                 _show_example(table_console(), name, side, comparison["metric"], example)
+    for line in _group_by_reason(content["left_out"]):
+        note(f"not compared: {line}")
+
+
+def _show_gains(content: Mapping[str, Any], format: Format) -> None:
+    """Print a compare.json of a joint model and single-task models."""
+    note = say if format == "table" else log.info
+    note(f"A = {', '.join(content['A'])}")
+    for task, systems in content["single"].items():
+        note(f"single, {task} = {', '.join(systems)}")
+    print_tables(format, [gain_table(content)], gain_records(content))
     for line in _group_by_reason(content["left_out"]):
         note(f"not compared: {line}")
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.backbone import random_backbone as random_backbone
     from lightning_modules.encoders.backbone import word_vocabulary as word_vocabulary
     from lightning_modules.encoders.base import Encoder as Encoder
+    from lightning_modules.encoders.control import ControlEncoder as ControlEncoder
+    from lightning_modules.encoders.cross_stitch import CrossStitchEncoder as CrossStitchEncoder
+    from lightning_modules.encoders.dual_prompt import DualPromptEncoder as DualPromptEncoder
     from lightning_modules.encoders.instruct import InstructEncoder as InstructEncoder
     from lightning_modules.encoders.instruct import PromptEncoder as PromptEncoder
     from lightning_modules.encoders.loading import load_encoder as load_encoder
@@ -37,6 +40,9 @@ _MODULES = {
     "AdapterEncoder": "encoders.adapters",
     "BenchmarkResult": "retrieval.evaluation",
     "ContrastiveModule": "contrastive",
+    "ControlEncoder": "encoders.control",
+    "CrossStitchEncoder": "encoders.cross_stitch",
+    "DualPromptEncoder": "encoders.dual_prompt",
     "Encoder": "encoders.base",
     "FrozenEncoder": "objective",
     "InstructEncoder": "encoders.instruct",

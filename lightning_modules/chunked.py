@@ -86,7 +86,7 @@ def embed_chunk(encoder: Encoder, batch: Texts, index: int) -> Embedded:
 def _embed_nothing(encoder: Encoder, batch: Texts) -> Embedded:
     """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
     chunk = batch.chunks[0]
-    first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1])
+    first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1], chunk.keys[:1])
     vectors, penalty = encoder.forward_with_penalty(first_text, batch.task)
     return Embedded(vectors[:0], 0.0 * penalty)
 

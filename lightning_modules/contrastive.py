@@ -27,7 +27,7 @@ from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
-from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
+from lightning_modules.optim import ExpertDecay, OptimOptions, freeze, parameter_groups, schedule
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class ContrastiveModule(L.LightningModule):
             name = getattr(options, role).model
             if name and model is None:
                 raise UserError(f"{role}.model: {name!r} is not loaded here; pass a FrozenEncoder as {role}_model")
+        freeze(encoder, self.optim.lr_scale)
         self.encoder = encoder
         encoder.similarity = options.similarity  # part of its description in checkpoints
         self.objective = Objective(options, tasks, encoder.dimension, *frozen_models.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class OptimOptions:
     warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
     lr_scale: dict[str, float] = option(
         {},
-        "factor of the learning rate of a part: embeddings, shared, experts, or the name of one expert; 0 freezes it",
+        "factor of the learning rate of a part: embeddings, shared, experts, stitches, or one expert; 0 freezes it",
         minimum=0,
     )
     expert_decay: float = option(
@@ -43,6 +43,15 @@ class OptimOptions:
         minimum=0,
     )
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
+
+
+def freeze(model: nn.Module, lr_scale: Mapping[str, float]) -> None:
+    """Freeze the parts whose learning rate is 0, so that they get no gradients. Raises UserError if that is all."""
+    for name, parameter in model.named_parameters():
+        if not value_of(name, lr_scale, 1.0):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("lr_scale: it freezes all trained parts of the encoder; set one of them above 0")
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:

@@ -91,10 +91,12 @@ def _layers(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) ->
         computed = num_texts if is_pooled else num_tokens
         keys = _keys_of_first(lengths, window) if is_pooled else _keys_of_all(lengths, window)
         adapters = _adapters(encoder, index)
-        weights = 2 * size**2 + feed_forward + sum(p.numel() for p in _matrices(adapters[:1]))
+        attentions, feed_forwards = _copies(encoder, index)
+        weights = 2 * size**2 * attentions + feed_forward * feed_forwards
+        weights += sum(p.numel() for p in _matrices(adapters[:1]))
         yield LayerFlops(
-            products=2.0 * (computed * weights + num_tokens * 2 * size**2),  # keys and values of all tokens
-            attention=4.0 * size * (int(keys.sum()) + prefix * computed),
+            products=2.0 * (computed * weights + num_tokens * 2 * size**2 * attentions),  # keys, values of all tokens
+            attention=4.0 * size * (int(keys.sum()) + prefix * computed) * attentions,
         )
 
 
@@ -119,6 +121,14 @@ def _prefix_length(encoder: Encoder, task: str) -> int:
     return len(encoder.tokenizer(instructions[task])["input_ids"])
 
 
+def _copies(encoder: Encoder, index: int) -> tuple[int, int]:
+    """Return how many experts compute a token in attention, and in the feed-forward sub-layer, of a layer."""
+    if str(index) not in getattr(encoder, "stitches", ()):
+        return 1, 1
+    moe: Any = encoder
+    return len(moe.experts) if moe.attention else 1, len(moe.experts) if moe.ffn else 1
+
+
 def _adapters(encoder: Encoder, index: int) -> list[torch.nn.Module]:
     """Return the adapters of a layer, one for each expert."""
     return [adapters[index] for adapters in getattr(encoder, "adapters", {}).values()]
@@ -130,7 +140,7 @@ def _matrices(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
 
 def _trained_share(encoder: Encoder, index: int, task: str) -> float:
     """Return the share of a layer's weights that are trained, among those that serve a task."""
-    expert = f".experts.{encoder.tasks[task]}."
+    expert = ".experts." if max(_copies(encoder, index)) > 1 else f".experts.{encoder.tasks[task]}."
     named = encoder.family.layers[index].named_parameters()
     weights = [p for name, p in named if p.ndim == 2 and (".experts." not in name or expert in name)]
     weights += _matrices(_adapters(encoder, index)[:1])

@@ -7,6 +7,7 @@ Source: Li et al., MMSci: A Dataset for Graduate-Level Multi-Discipline Multimod
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ from datamodules.leakage import normal
 from datamodules.readers.checks import SPLITS, check_choice, split_of
 from datamodules.readers.collecting import check_collection
 from datamodules.readers.io import check_folder, find_optional_file
-from datamodules.readers.json_files import as_object, read_lists, read_members, read_whole_json
+from datamodules.readers.json_files import as_object, read_entries, read_lists, read_members, read_whole_json
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import Collection, Document, Qrels, UserError
 
 log = logging.getLogger(__name__)
 
-MATCHING = "image_caption_matching_data.json"
+MATCHING, GENERATION = "image_caption_matching_data.json", "image_caption_generation_data.json"
 SETTINGS = (1, 2, 3)
 MISSING = ("No caption available", "No description available")  # what the published files have for an empty caption
 NUMBER = re.compile(r"\s*fig\w*\.?\s*(\d{1,3})\s*[:.|]?\s*", re.IGNORECASE)  # "Figure 2: ..."
@@ -86,7 +87,8 @@ class MMSciReader:
     folder/benchmark/dev/image_caption_matching_data.json    three lists of {"uid", "image", "question", "answer"}
 
     Files may be compressed as .gz or .zst. Figures and references are in the split of their article. An article that is
-    in the lists of two splits belongs to test before dev before train. Without these lists, a hash of the id decides.
+    in the lists of two splits belongs to test before dev before train. Without lists, the articles in benchmark/dev and
+    benchmark/test belong to these splits; without benchmark, a hash of the id decides.
 
     view: what queries and documents are:
         captions    caption of a figure -> its article. What title or abstract repeat of a caption is left out.
@@ -129,7 +131,7 @@ class MMSciReader:
     def sources(self) -> list[Path]:
         """Return the files to read."""
         articles = [path for path, _ in self._article_files().values()]
-        return [*self._question_files().values(), *self._split_files().values(), *articles]
+        return [*self._question_files().values(), *(path for _, path in self._split_files()), *articles]
 
     def read(self) -> Collection:
         """Read and check the folder. Raises UserError with file, line and reason."""
@@ -166,9 +168,14 @@ class MMSciReader:
             raise UserError(f"{raw}: contains no articles; expected CATEGORY/SUBJECT/ID/ID_data.json")
         return files
 
-    def _split_files(self) -> dict[str, Path]:
-        paths = {split: find_optional_file(self.folder / "rawdata", f"{split}_split_ids.json") for split in SPLITS}
-        return {split: path for split, path in paths.items() if path}
+    def _split_files(self) -> list[tuple[str, Path]]:
+        """Return (split, file) of the lists, or without any of the files that benchmark has for dev and test."""
+        raw, benchmark = self.folder / "rawdata", self.folder / "benchmark"
+        lists = [(split, find_optional_file(raw, f"{split}_split_ids.json")) for split in SPLITS]
+        if not any(path for _, path in lists):
+            names = ((split, name) for split in ("dev", "test") for name in (GENERATION, MATCHING))
+            lists = [(split, find_optional_file(benchmark / split, name)) for split, name in names]
+        return [(split, path) for split, path in lists if path]
 
     def _question_files(self) -> dict[str, Path]:
         if self.view != "choices":
@@ -181,13 +188,8 @@ class MMSciReader:
     def _splits(self) -> dict[str, str]:
         """Return the published split of each article."""
         splits: dict[str, str] = {}
-        for split, path in self._split_files().items():  # train, dev, test: later ones win
-            categories = read_whole_json(path)
-            try:
-                ids = [id for subjects in categories.values() for listed in subjects.values() for id in listed]
-                splits |= dict.fromkeys(ids, split)
-            except (AttributeError, TypeError) as error:
-                raise UserError(f"{path}: expected {{CATEGORY: {{SUBJECT: [ID]}}}} ({error})") from error
+        for split, path in self._split_files():  # train, dev, test: later ones win
+            splits |= dict.fromkeys(_listed_ids(path), split)
         return splits
 
     # --- articles ---
@@ -282,6 +284,26 @@ class MMSciReader:
                         corpus[f"{id}.{letter}"] = Document(f"{id}.{letter}", "", option)
                     judged[id] = split, {f"{id}.{letter}": int(letter == answer) for letter in options}
         return corpus, queries, judged
+
+
+def _listed_ids(path: Path) -> list[str]:
+    """Return the ids of the articles in a list, or in a file of benchmark, without those of bad lines."""
+    ids: list[str] = []
+    if path.name.startswith((GENERATION, MATCHING)):
+        bad = BadLines("skip", os.devnull)  # the view choices reports bad lines
+        rows = (row for _, row in read_lists(path, bad)) if path.name.startswith(MATCHING) else read_entries(path, bad)
+        for row in rows:
+            with row:
+                ids.append(as_object(row).words("uid"))
+        return ids
+    categories = read_whole_json(path)
+    try:
+        for subjects in categories.values():
+            for listed in subjects.values():
+                ids += map(str, listed)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path}: expected {{CATEGORY: {{SUBJECT: [ID]}}}} ({error})") from error
+    return ids
 
 
 def _add_member(article: _Article, key: str, row: Row) -> None:

@@ -14,6 +14,8 @@ from experiments.bench.timing import DEVICES, Run, backbone_of, tasks_of, time_r
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
@@ -75,6 +77,9 @@ def encoders(options: CostOptions) -> Iterator[tuple[str, Encoder]]:
         for count in options.experts:
             encoder = MoEEncoder(*backbone_of(size), tasks_of(count), attention=not ffn, ffn=ffn)
             yield f"{name}, {count} experts", encoder
+    count = options.experts[0]
+    for name, kind in (("Cross-stitch MHA", CrossStitchEncoder), ("Control MHA", ControlEncoder)):
+        yield f"{name}, {count} experts", kind(*backbone_of(size), tasks_of(count))
     instructions = {"task0": " ".join(["t1"] * (options.instruction - 2))}  # without [CLS] and [SEP]
     yield "Instruction", InstructEncoder(*backbone_of(size), {"task0": "task0"}, instructions)
     max_length = options.tokens + options.instruction

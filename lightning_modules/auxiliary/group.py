@@ -77,19 +77,19 @@ class GroupSampler:
         return np.concatenate([self.group(row, np.random.default_rng([seed, row])) for row in queries.tolist()])
 
     def group(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Return p positives and n negatives of a query, (p + n,): its own row, if walks reach none of either."""
+        """Return p positives and n negatives of a query, (p + n,): its own row, if there are none of either."""
+        nobody = np.full(self.positives + self.negatives, row)
+        if row not in self.graph:
+            return nobody
         head = self.graph.node_of[row]
         walks = self.graph.walks(row, self.steps, WALKS, rng)  # (steps, WALKS)
-        steps = np.flatnonzero((walks != head).any(1))
-        if not len(steps):
-            return np.full(self.positives + self.negatives, row)
-        at_step = walks[rng.choice(steps)]
+        at_step = walks[rng.choice(np.flatnonzero((walks != head).any(1)))]  # the first step always leaves the head
         # Walks are independent, so the first distinct ones are a draw without replacement.
         positives = np.array(list(dict.fromkeys(at_step[at_step != head].tolist()))[: self.positives])
         reached, visits = np.unique(walks[-1], return_counts=True)
         rare = ~np.isin(reached, [head, *positives, *self.graph.neighbours_of(row)])
         if not rare.any():
-            return np.full(self.positives + self.negatives, row)
+            return nobody
         count, weights = min(self.negatives, int(rare.sum())), 1 / visits[rare]
         negatives = rng.choice(reached[rare], count, replace=False, p=weights / weights.sum())
         return np.concatenate([np.resize(positives, self.positives), np.resize(negatives, self.negatives)])

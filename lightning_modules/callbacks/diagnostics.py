@@ -30,6 +30,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.loading import merged
 from lightning_modules.loggers import log_picture
 from lightning_modules.loss_weights import loss_scaler
@@ -55,6 +56,7 @@ class Diagnostics(L.Callback):
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
         diag/experts/<one>-<other>/cosine       cosine of the parameters of two experts
+        diag/stitches/<one>/<other>             weight with which tasks of one expert read another, mean over layers
         diag/seconds                            time that the diagnostics took
 
     Training itself is not affected. Each measurement costs T steps without an optimizer, T * T forward passes, and the
@@ -96,6 +98,7 @@ class Diagnostics(L.Callback):
             dist.all_reduce(means)
             values = dict(zip(values, (means / world_size()).tolist(), strict=True))
         values |= {f"experts/{name}": value for name, value in expert_distances(encoder).items()}
+        values |= {f"stitches/{name}": value for name, value in mean_stitches(encoder).items()}
         values["seconds"] = time.perf_counter() - started
         for logger in trainer.loggers:
             logger.log_metrics({f"diag/{name}": value for name, value in values.items()}, step=step)
@@ -242,6 +245,18 @@ def expert_distances(encoder: Encoder) -> dict[str, float]:
         values[f"{one}-{other}/distance"] = ((a - b).norm() / ((a + b) / 2).norm()).item()
         values[f"{one}-{other}/cosine"] = nn.functional.cosine_similarity(a, b, dim=0).item()
     return values
+
+
+def mean_stitches(encoder: Encoder) -> dict[str, float]:
+    """Return the mean over layers of each weight of a CrossStitchEncoder, under EXPERT/OTHER; empty for others."""
+    if not isinstance(encoder, CrossStitchEncoder):
+        return {}
+    return {
+        f"{expert}/{other}": sum(row[other].item() for row in rows) / len(rows)
+        for expert in encoder.experts
+        for rows in [[encoder.stitch_weights(index, expert) for index in encoder.expert_layers]]
+        for other in encoder.experts
+    }
 
 
 @contextmanager

@@ -52,11 +52,13 @@ class Condition(NamedTuple):
     experts: the expert of all texts, or the experts of groups of texts.
     prefixes: keys and values of the task's instruction, one Prefix per layer.
     routing: one-hot choice of an expert for each computed position, (L, E).
+    mixtures: layer -> expert -> weight of its outputs, a scalar.
     """
 
     experts: Choice = None
     prefixes: tuple[Prefix, ...] = ()
     routing: Tensor | None = None
+    mixtures: Mapping[int, Mapping[str, Tensor]] = {}
 
 
 class Encoder(nn.Module):
@@ -162,6 +164,10 @@ class Encoder(nn.Module):
     def add_expert(self, name: str, like: str) -> None:
         """Add a trainable copy of the expert `like`. Raises UserError if the encoder has no experts."""
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
+
+    def neutral_weights(self) -> dict[str, Tensor]:
+        """Return values with which parameters have no effect, by name, for sources that lack these parameters."""
+        return {}
 
     def prepare(self, data: Any) -> None:
         """Read what the encoder needs of the data, once and before training. Raises UserError. Most need nothing.

@@ -306,7 +306,8 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
     """Initialize an encoder from a trained one (the paper's second stage, appendix C).
 
     From a SharedEncoder, each expert and instruction encoder starts as a copy of the shared weights; gates and adapters
-    keep their initial values. Any other source must have the architecture of the target.
+    keep their initial values. A CrossStitchEncoder may also start from an MoEEncoder. Any other source must have the
+    architecture of the target.
 
     name: name of the source, for error messages.
     """
@@ -320,13 +321,14 @@ def weights_for(source: Encoder, target: Encoder) -> dict[str, Tensor]:
     """Return the weights of an encoder under the names that they have in another.
 
     From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights in its place.
+    Parameters that only the target has get values without an effect (Encoder.neutral_weights).
     """
-    weights = source.state_dict()
+    weights, neutral = source.state_dict(), target.neutral_weights()
     if not isinstance(source, SharedEncoder):
-        return weights
+        return neutral | weights
     origins = {key: origin for key in target.state_dict() if (origin := dense_key(key)).startswith("backbone.")}
     unexpected = {key: tensor for key, tensor in weights.items() if key not in set(origins.values())}
-    return {key: weights[origin] for key, origin in origins.items() if origin in weights} | unexpected
+    return neutral | {key: weights[origin] for key, origin in origins.items() if origin in weights} | unexpected
 
 
 def dense_key(key: str) -> str:

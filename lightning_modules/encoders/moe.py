@@ -127,10 +127,12 @@ class MoEEncoder(Encoder):
 def check_expert_names(experts: Sequence[str]) -> None:
     """Raise UserError for a name that torch does not accept for a submodule."""
     for name in experts:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or hasattr(nn.ModuleDict, name):
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or any(
+            hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)
+        ):
             raise UserError(
                 f"expert {name!r}: expected a name of letters, digits and _ that starts with a letter and is not a "
-                "method of torch.nn.ModuleDict"
+                "method of torch.nn.ModuleDict or torch.nn.ParameterDict"
             )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.packed import Tokens
+from datamodules.packed import Tokens, text_key
 from datamodules.records import Document
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
@@ -202,16 +202,17 @@ def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int]) ->
     all_lengths = table.lengths()
     lengths = [all_lengths[end - count : end] for count, end in zip(counts, ends, strict=True)]
     offsets = [np.cumsum([0, *batch]) for batch in lengths]
+    keys = tuple(map(text_key, table))
     host = host_buffer(sum(map(len, offsets)) + len(table.ids), torch.int32, device)
     np.concatenate([*offsets, table.ids], out=host.numpy(), casting="same_kind")
     moved = host.to(device, non_blocking=True)
-    first, token = 0, len(moved) - len(table.ids)
+    first, text, token = 0, 0, len(moved) - len(table.ids)
     for batch, count in zip(lengths, counts, strict=True):
         size = int(batch.sum())
         # Copies, because kernels assume the alignment of a tensor of its own.
         ids, starts = moved[token : token + size].long(), moved[first : first + count + 1].clone()
-        yield Tokens(ids, starts, tuple(batch.tolist()))
-        first, token = first + count + 1, token + size
+        yield Tokens(ids, starts, tuple(batch.tolist()), keys[text : text + count])
+        first, text, token = first + count + 1, text + count, token + size
 
 
 class HostCopy:

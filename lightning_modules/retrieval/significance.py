@@ -79,19 +79,42 @@ def bootstrap_interval(
     benchmarks. They share the seeds that are drawn, because one training has a value on each.
     """
     rng = np.random.default_rng([seed, 1])
-    seeds = [rng.multinomial(len(side), [1 / len(side)] * len(side), size=draws) / len(side) for side in pairs[0]]
+    shares = [resampled_seeds(len(side), draws, rng) for side in pairs[0]]
     differences = np.zeros(draws)
-    for a, b in pairs:
-        rows, num_queries, done = np.concatenate([a, b]), a.shape[1], 0
-        for size in _blocks(draws, num_queries):
-            chosen = rng.integers(num_queries, size=(size, num_queries), dtype=np.int32)
-            chosen += np.arange(size, dtype=np.int32)[:, None] * num_queries
-            times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
-            means = times @ rows.T / num_queries  # (size, S + S')
-            part = slice(done, done := done + size)
-            differences[part] += (means[:, : len(a)] * seeds[0][part]).sum(1)
-            differences[part] -= (means[:, len(a) :] * seeds[1][part]).sum(1)
-    low, high = np.quantile(differences / len(pairs), [(1 - level) / 2, (1 + level) / 2])
+    for pair in pairs:
+        means_a, means_b = resampled_means(pair, shares, rng)
+        differences += means_a - means_b
+    return percentile_interval(differences / len(pairs), level)
+
+
+def resampled_seeds(num_seeds: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the share of each seed when the seeds are resampled, (draws, S)."""
+    return rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=draws) / num_seeds
+
+
+def resampled_means(
+    tables: Sequence[np.ndarray], shares: Sequence[np.ndarray], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the mean of each system when the queries are resampled, the same ones for all systems, (draws,) each.
+
+    tables: values of each system on the same queries, (S, Q).
+    shares: share of each seed of the system in each draw, (draws, S).
+    """
+    rows, num_queries, draws = np.concatenate(tables), tables[0].shape[1], len(shares[0])
+    means, done = np.empty((draws, len(rows))), 0
+    for size in _blocks(draws, num_queries):
+        chosen = rng.integers(num_queries, size=(size, num_queries), dtype=np.int32)
+        chosen += np.arange(size, dtype=np.int32)[:, None] * num_queries
+        times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
+        means[done : done + size] = times @ rows.T / num_queries  # (size, S of all systems)
+        done += size
+    of_systems = np.split(means, np.cumsum([len(table) for table in tables])[:-1], axis=1)
+    return [(values * share).sum(1) for values, share in zip(of_systems, shares, strict=True)]
+
+
+def percentile_interval(draws: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the interval between the outer quantiles of a bootstrap's draws, (draws,)."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

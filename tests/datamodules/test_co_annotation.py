@@ -81,6 +81,16 @@ def test_links_annotate_papers_of_a_classification(links, classification):
     assert names(known_annotations(classification, links), classification, links) == {"x0": ["y1"]}
 
 
+def test_search_annotates_papers_with_the_queries_that_they_answer(links):
+    corpus = {f"s{i}": Document(f"s{i}", title(i)) for i in range(3)}
+    queries = {name: Document(name, "", name) for name in ("first", "second")}
+    judged = {"first": {"s0": 1, "s1": 2, "s2": 0}, "second": {"s1": 1}}
+    search = SearchDataModule("search", Collection(corpus, queries, {"train": judged}))
+    search.setup()
+    expected = {"y0": ["first"], "y1": ["first", "second"]}
+    assert names(known_annotations(links, search), links, search) == expected
+
+
 def test_papers_without_a_common_paper_have_no_annotations(classification):
     papers = {"z": Document("z", "Nothing that others have", "either")}
     other = ClassificationDataModule("other", labelled(papers, {"z": ["l0"]}))

@@ -20,12 +20,12 @@ METRICS = ("ndcg@10", "recall@20")
 DIMENSIONS = 16
 
 
-def world(num_queries: int = 150, num_documents: int = 300) -> Benchmark:
+def world(num_queries: int = 150, num_documents: int = 300, name: str = "generated", task: str = "search") -> Benchmark:
     """Return a benchmark in which documents i (grade 2) and i + 1 are relevant to query i."""
     corpus = {f"d{i}": Document(f"d{i}", f"paper {i}") for i in range(num_documents)}
     queries = {f"q{i}": Document(f"q{i}", "", f"query {i}") for i in range(num_queries)}
     qrels = {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 1} for i in range(num_queries)}
-    return Benchmark("generated", "search", "test", corpus, queries, qrels, protocol="generated/test", metrics=METRICS)
+    return Benchmark(name, task, "test", corpus, queries, qrels, protocol="generated/test", metrics=METRICS)
 
 
 def ranked(benchmark: Benchmark, noise: float, seed: int):
@@ -48,7 +48,9 @@ def measured(folder, noise: float, seed: int, benchmark: Benchmark | None = None
     BenchmarkResult(benchmark, means, "dot", 0, {}, run, values).write(folder / "runs", system)
     table = {key: getattr(benchmark, key) for key in ("task", "split", "protocol")} | {"metrics": list(METRICS)}
     table |= {"data": benchmark.fingerprint(), "systems": {system: means}}
-    (folder / "results.json").write_text(json.dumps({"benchmarks": {benchmark.name: table}}))
+    path = folder / "results.json"
+    others = json.loads(path.read_text())["benchmarks"] if path.is_file() else {}
+    path.write_text(json.dumps({"benchmarks": others | {benchmark.name: table}}))
     return folder
 
 
@@ -166,7 +168,10 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
     ("arguments", "message"),
     [
         ([], "A: required, run folder"),
-        (["A={a}"], "B: required, the system to compare with"),
+        (["A={a}"], "B: required, the system to compare with, .* or single=TASK:FOLDER"),
+        (["A={a}", "B={a}", "single=search:{a}"], "B and single: set only one"),
+        (["A={a}", "B={a}", "lower_is_better=yes"], "lower_is_better: only used with single"),
+        (["A={a}", "single=search:{a}", "examples=2"], "examples: .*leave it out with single"),
         (["A={a}", "B=nowhere"], "B: nowhere does not exist. In runs/ there are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*Expected one of .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: no results on other; choose from generated"),

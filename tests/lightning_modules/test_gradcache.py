@@ -10,6 +10,8 @@ from lightning_modules.chunked import embed_chunk
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import set_dropout
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.optim import OptimOptions
@@ -21,6 +23,8 @@ VARIANTS = {
     "instruct": (InstructEncoder, {"instructions": INSTRUCTIONS}),
     "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
     "adapters": (AdapterEncoder, {"freeze_backbone": False}),
+    "stitched": (CrossStitchEncoder, {"ffn": True}),
+    "control": (ControlEncoder, {"ffn": True}),
     "routed": (RoutedEncoder, {"entropy_weight": 0.3, "attention": True}),
     "routed tokens": (RoutedEncoder, {"entropy_weight": 0.3, "level": "token"}),
 }

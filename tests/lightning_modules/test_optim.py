@@ -59,6 +59,18 @@ def test_learning_rate_of_zero_freezes_a_part(make_encoder):
         assert torch.equal(tensor, before[name]) == (".embeddings." in name), name
 
 
+def test_parts_with_a_learning_rate_of_zero_get_no_gradients(make_encoder):
+    """Their gradients would count when the norm of all gradients is clipped."""
+    encoder = make_encoder("attention")
+    module = ContrastiveModule(encoder, total_steps=10, optim=OptimOptions(lr_scale={"experts": 0.0, "search": 1.0}))
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in encoder.named_parameters() if ".experts." in name and ".search." not in name}
+    grouped = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    assert not grouped & {id(parameter) for parameter in encoder.parameters() if not parameter.requires_grad}
+    with pytest.raises(UserError, match="lr_scale: it freezes all trained parts"):
+        ContrastiveModule(make_encoder("shared"), optim=OptimOptions(lr_scale={"embeddings": 0.0, "shared": 0.0}))
+
+
 def test_expert_decay_moves_experts_towards_their_mean(make_encoder):
     """Compared with the same step without it: the distance to the mean shrinks by the share lr * expert_decay."""
 

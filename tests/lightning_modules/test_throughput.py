@@ -13,6 +13,8 @@ from datamodules.packed import Tokens
 from datamodules.records import Document
 from lightning_modules import throughput
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.extend import add_tasks
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.moe import MoEEncoder
@@ -39,6 +41,11 @@ BACKBONES = {
 ENCODERS = {
     "shared": lambda *arguments, **options: SharedEncoder(*arguments, TASKS, **options),
     "moe": lambda *arguments, **options: MoEEncoder(*arguments, TASKS, ffn=True, **options),
+    "stitched": lambda *arguments, **options: CrossStitchEncoder(*arguments, TASKS, **options),
+    "stitched_ffn": lambda *arguments, **options: CrossStitchEncoder(
+        *arguments, TASKS, attention=False, ffn=True, **options
+    ),
+    "control": lambda *arguments, **options: ControlEncoder(*arguments, TASKS, ffn=True, **options),
     "routed": lambda *arguments, **options: RoutedEncoder(*arguments, TASKS, **options),
     "adapters": lambda *arguments, **options: AdapterEncoder(*arguments, TASKS, freeze_backbone=False, **options),
     "instruct": lambda *arguments, **options: InstructEncoder(
@@ -75,7 +82,7 @@ def counted(encoder, backward=False):
 @pytest.mark.parametrize(
     ("kind", "backbone"),
     [(kind, "bert") for kind in ENCODERS]
-    + [(kind, b) for kind in ("shared", "moe") for b in ("roberta", "modernbert", "mpnet")],
+    + [(kind, b) for kind in ("shared", "moe", "stitched") for b in ("roberta", "modernbert", "mpnet")],
 )
 def test_forward_operations_equal_those_that_torch_counts(make, kind, backbone, pooling):
     encoder = make(kind, backbone, pooling=pooling)
@@ -85,7 +92,8 @@ def test_forward_operations_equal_those_that_torch_counts(make, kind, backbone, 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(
-    ("kind", "backbone"), [("shared", "bert"), ("shared", "roberta"), ("shared", "modernbert"), ("moe", "bert")]
+    ("kind", "backbone"),
+    [("shared", "bert"), ("shared", "roberta"), ("shared", "modernbert"), ("moe", "bert"), ("stitched", "bert")],
 )
 def test_training_has_three_times_the_operations_of_a_forward_pass(make, kind, backbone, pooling):
     encoder, lengths = make(kind, backbone, pooling=pooling), [LENGTH] * TEXTS

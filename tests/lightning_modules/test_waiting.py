@@ -21,6 +21,8 @@ from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
@@ -30,6 +32,7 @@ from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
+from tests.lightning_modules.auxiliary import cases as losses
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
@@ -44,6 +47,8 @@ ENCODERS = {
     "prefix": partial(InstructEncoder, instructions=INSTRUCTIONS, separate=True),
     "dual_prompt": partial(DualPromptEncoder, instructions=INSTRUCTIONS),
     "prompt": partial(PromptEncoder, instructions=INSTRUCTIONS, pool_prompt=False, pooling="mean"),
+    "stitched": partial(CrossStitchEncoder, ffn=True),
+    "control": partial(ControlEncoder, ffn=True),
     "routed": partial(RoutedEncoder, entropy_weight=0.1),
     "routed_tokens": partial(RoutedEncoder, entropy_weight=0.1, level="token", pooling="mean"),
     "adapters": AdapterEncoder,
@@ -217,7 +222,19 @@ def test_training_step_does_not_wait(kind, cache, make_backbone, three_tasks, gp
     assert not waits  # in the second step; the first may move instructions to the GPU
 
 
-@pytest.mark.parametrize("kind", ["shared", "moe", "instruct", "prompt", "adapters"])
+@pytest.mark.parametrize("case", losses.CASES)
+def test_added_losses_do_not_wait(case, gpu):
+    module, data = losses.module_of(case), losses.world().data(batch_size=4)
+    module.prepare_losses(data)
+    module, batches = module.to(gpu), data.train_dataloader().batches
+    for step in range(len(losses.TASKS)):
+        batch = batches[step].to(gpu)
+        with recorded_waits(gpu) as waits:
+            module.training_step(batch, 0)["loss"].backward()
+        assert not waits
+
+
+@pytest.mark.parametrize("kind", ["shared", "moe", "stitched", "control", "instruct", "prompt", "adapters"])
 def test_frozen_models_do_not_wait(kind, make_backbone, make_task, gpu):
     frozen = FrozenEncoder(ENCODERS[kind](*make_backbone(), TASKS, max_length=32).to(gpu))
     batches = make_task(SearchDataModule, carry_texts=True).train_dataloader().batches

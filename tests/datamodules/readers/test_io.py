@@ -12,7 +12,14 @@ from datamodules.readers import io
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.checks import check_grade
 from datamodules.readers.io import read_lines
-from datamodules.readers.json_files import as_object, read_entries, read_members, read_records, read_whole_json
+from datamodules.readers.json_files import (
+    as_object,
+    read_entries,
+    read_lists,
+    read_members,
+    read_records,
+    read_whole_json,
+)
 from datamodules.readers.rows import BadLines, Record
 from datamodules.records import UserError
 
@@ -185,6 +192,37 @@ def test_entries_equal_those_of_the_json_module(path, chunk, monkeypatch):
 def test_damage_around_members_raises_user_error(path, content, message):
     path.write_text(content)
     assert message in error_of(lambda: list(read_members(path, BadLines(), ("b",))))
+
+
+def test_optional_members_may_be_missing_and_need_not_be_lists(path):
+    path.write_text('{"a": "x",\n"b": [1,\n2], "c": {"b": [3]}}')
+    rows = list(read_members(path, BadLines(), (), optional=("a", "b", "d")))
+    assert [(key, row.number, row.value) for key, row in rows] == [("a", 1, "x"), ("b", 2, 1), ("b", 3, 2)]
+
+
+def test_lists_of_a_list_are_numbered(path):
+    path.write_text('[[1,\n2], [], [{"a": [3]}]]\n')
+    rows = list(read_lists(path, BadLines()))
+    assert [(number, row.entry, row.number) for number, row in rows] == [(0, 1, 1), (0, 2, 2), (2, 1, 2)]
+    assert [row.value for _, row in rows] == [1, 2, {"a": [3]}]
+    path.write_text("[]")
+    assert list(read_lists(path, BadLines())) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "expected a JSON list of lists, got '{}'"),
+        ("[1]", "expected a JSON list, got '1]'"),
+        ("[[1] [2]]", "expected a comma after list 1"),
+        ("[[1], ]", "expected a JSON list, got ']'"),
+        ("[[1]", "expected a comma after list 1, but the file ends"),
+        ("[[1]] 2", "unexpected text after the JSON list"),
+    ],
+)
+def test_damage_around_lists_raises_user_error(path, content, message):
+    path.write_text(content)
+    assert message in error_of(lambda: list(read_lists(path, BadLines())))
 
 
 def test_entries_have_line_numbers(path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.readers.mmsci import MMSciReader
+from datamodules.readers.mmsci import GENERATION, MATCHING, MMSciReader
 from datamodules.records import Document, UserError
 from tests.datamodules.readers.worlds import MMSCI, mmsci_articles, mmsci_choices, mmsci_subjects, put, put_article
 
@@ -68,6 +68,22 @@ def test_figures_and_references_of_an_article_are_in_one_split(tmp_path, publish
     if published:
         assert {id for id, split in splits.items() if split == "dev"} == {"n1"}
         assert {id for id, split in splits.items() if split == "test"} == {"n2", "n3"}
+
+
+def test_articles_of_the_benchmark_are_not_trained_on_without_lists(tmp_path):
+    for number in range(6):
+        images = [{"image_filename": "0.png", "caption": f"c{number}"}]
+        put_article(tmp_path, "a/b", f"n{number}", title=f"t{number}", images=images)
+    put(tmp_path / "benchmark" / "dev" / GENERATION, [{"uid": "n0", "caption": "x"}, {"uid": 3}, {"uid": "n1"}])
+    put(tmp_path / "benchmark" / "test" / MATCHING, [[{"uid": "n2"}], [{"uid": "n1"}, {"uid": "n9"}], []])
+    put(tmp_path / "benchmark" / "train" / MATCHING, [[{"uid": "n0"}], [], []])
+    qrels = read(tmp_path, "captions").qrels
+    assert {split: [article_of(id) for id in judged] for split, judged in qrels.items()} == {
+        "train": ["n3", "n4", "n5"],
+        "dev": ["n0"],
+        "test": ["n1", "n2"],
+    }
+    assert len(MMSciReader(str(tmp_path), "captions").sources()) == 6 + 2
 
 
 def test_a_title_of_two_articles_is_not_a_link(tmp_path):

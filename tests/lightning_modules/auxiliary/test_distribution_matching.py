@@ -1,21 +1,29 @@
 """Matching of distributions over the labels of two tasks: its formulas, the labels it encodes, and what it teaches."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from datamodules.examples import ragged
+from datamodules.records import UserError
 from lightning_modules.auxiliary.distribution_matching import (
     FLOOR,
     DistributionMatching,
     Labels,
+    LabelSample,
     matching_loss,
 )
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.objective_options import ObjectiveOptions
+from lightning_modules.optim import OptimOptions
+from lightning_modules.retrieval.evaluation import evaluate
 from tests.lightning_modules.auxiliary.worlds import partial_world
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 TEMPERATURES = {"fields": 0.3, "topics": 0.2, "links": 0.4}
 OBJECTIVE = ObjectiveOptions(similarity="cosine", temperature=TEMPERATURES)
@@ -197,3 +205,103 @@ def test_certain_relations_give_hard_labels(write_relation):
         if field < 4:
             expected = np.eye(8)[field] if field else (np.eye(8)[0] + np.eye(8)[7]) / 2
         assert loss._annotated(known[None], labels, hard=True)[0].tolist() == pytest.approx(expected.tolist())
+
+
+def test_all_labels_or_a_sample_with_the_related_ones_are_encoded():
+    known, related = ragged([[], [0], [1, 2]]), ragged([[3], [4, 5], []])
+    rows = np.arange(10, 30)
+    assert LabelSample(rows, 20, known, related)(np.array([0]), np.array([1]), random.Random(0)).tolist() == [*rows]
+    sample = LabelSample(rows, 6, known, related)
+    samples = [sample(np.array([query]), np.array([1]), random.Random(5)).tolist() for query in (0, 2)]
+    drawn = {10 + position for position in random.Random(5).sample(range(20), 6)}
+    assert samples == [sorted(drawn | {13}), sorted(drawn | {13, 14, 15})], "the draw does not depend on the batch"
+
+
+ERRORS = [
+    ({"source": "filds"}, "source: unknown task 'filds'; expected one of fields, topics"),
+    ({"target": "serach"}, "target: unknown task 'serach'"),
+    ({"source": "topics"}, "source: every training query of topics has labels of topics"),
+    ({"relation": "estimated"}, "relation: cannot be estimated, because no paper has labels of both"),
+    ({"relation": "same"}, "relation: no label of fields has the name of one of topics"),
+    ({"match": "name"}, "match: expected one of title, text, id, got 'name'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS)
+def test_mistakes_raise_user_error_before_training(write_relation, options, message):
+    world = partial_world(0, num_papers=32)
+    arguments = {"source": "fields", "target": "topics", "relation": write_relation(np.eye(8))} | options
+    with pytest.raises(UserError) as error:
+        module_of(world, world.data(batch_size=4), DistributionMatching(**arguments))
+    assert str(error.value).startswith(f"losses.match: {message}")
+
+
+def test_target_that_is_not_a_classification_raises_user_error():
+    world = partial_world(0, tasks=("links", "topics"), num_papers=32)
+    with pytest.raises(UserError, match="losses.match: task links has no labels; expected a task of kind classificat"):
+        module_of(world, world.data(batch_size=4), DistributionMatching("topics", "links"))
+
+
+def test_file_with_an_unknown_label_raises_user_error_with_its_line(tmp_path):
+    world, path = partial_world(0, num_papers=32), tmp_path / "relation.tsv"
+    path.write_text("fields0\ttopics0\t1\nfields1\ttopic1\t1\n")
+    with pytest.raises(UserError, match=r"relation\.tsv, line 2: 'topic1' is not a label of topics; did you mean 'top"):
+        module_of(world, world.data(batch_size=4), DistributionMatching("fields", "topics", str(path)))
+
+
+@pytest.mark.parametrize("options", [{"teacher": "x"}, {"smoothing": -1.0}, {"max_labels": 0}, {"certain": 0.0}])
+def test_impossible_options_raise_user_error(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))}: expected"):
+        DistributionMatching("fields", "topics", **options)
+
+
+def test_relation_estimated_in_training_is_close_to_the_true_one():
+    true = 0.75 * np.eye(8) + 0.25 * np.roll(np.eye(8), 1, 1)
+    world = partial_world(0, true, num_papers=800, share_of_both=0.7)
+    loss = DistributionMatching("fields", "topics")
+    loss.prepare(world.data(batch_size=4))
+    assert np.abs(loss.relation.numpy() - true).max() < 0.12
+    assert np.abs(1 / 8 - true).max() > 0.5
+
+
+def trained(world, folder, seed, weight, relation):
+    """Train for 60 steps, and return the module and its data."""
+    data = world.data(batch_size=8, seed=seed)
+    backbone, tokenizer = world.backbone(seed, num_hidden_layers=1, initializer_range=0.02)
+    tasks = {name: name for name in world.collections}
+    encoder = MoEEncoder(backbone, tokenizer, tasks, layers="all", pooling="mean", max_length=32)
+    objective = {"similarity": "cosine", "temperature": 0.1}
+    arguments = {"weight": weight, "objective": ObjectiveOptions(**objective)}
+    losses = {"match": DistributionMatching("fields", "topics", relation, **arguments)}
+    optim = OptimOptions(lr=5e-3, schedule="constant")
+    module = ContrastiveModule(encoder, **objective, total_steps=60, optim=optim, losses=losses)
+    quiet_trainer(folder, max_steps=60).fit(module, data)
+    return module, data
+
+
+@pytest.mark.slow
+def test_papers_without_topics_learn_them_from_their_fields_if_these_are_related(tmp_path, write_relation):
+    """No paper has both labels. The interval is that of the paired differences of all test queries of three seeds."""
+    true = 0.75 * np.eye(8) + 0.25 * np.roll(np.eye(8), 1, 1)
+    relations = {"none": None, "true": true, "uniform": np.full((8, 8), 1 / 8)}
+    values, cosines = {name: [] for name in relations}, {name: [] for name in relations}
+    for seed in range(3):
+        world = partial_world(seed, true, num_papers=48, words_per_value=32)
+        for name, relation in relations.items():
+            path = write_relation(true if relation is None else relation)
+            module, data = trained(world, tmp_path, seed, 0.0 if relation is None else 1.0, path)
+            (benchmark,) = [each for each in data.benchmarks("test") if each.task == "topics"]
+            encoder = module.encoder.eval()
+            result = evaluate(encoder, benchmark, ["ndcg@10"], similarity="cosine")
+            values[name].append(result.query_values.values[:, 0])
+            vectors = normalize(encoder.encode(list(benchmark.queries.values()), "topics"), dim=-1)
+            cosines[name].append((vectors @ vectors.T)[~torch.eye(len(vectors), dtype=torch.bool)].mean().item())
+    gains = {}
+    for name in ("true", "uniform"):
+        differences = np.array(values[name]) - np.array(values["none"])
+        seeds, width = differences.mean(1), 1.96 * differences.std(ddof=1) / np.sqrt(differences.size)
+        gains[name] = differences.mean() - width, differences.mean() + width
+        print(f"{name}: {differences.mean():.3f} ± {width:.3f}, by seed {seeds.round(3)}, cosine {cosines[name]}")
+    assert gains["true"][0] > 0
+    assert gains["uniform"][0] <= 0
+    assert max(map(max, cosines.values())) < 0.95, "no collapse"

@@ -94,7 +94,7 @@ def test_papers_are_drawn_by_the_probabilities_of_walks(monkeypatch):
 
 def test_groups_have_distinct_papers_apart_from_the_head_and_no_linked_negatives():
     graph = CitationGraph(np.random.default_rng(0).integers(0, 20, size=(40, 2)), 20)
-    for row in range(20):
+    for row in np.flatnonzero(graph.degrees).tolist():
         group = GroupSampler(graph, 5, 2, 3).group(row, np.random.default_rng(row))
         assert len({row, *group}) == 1 + 2 + 3
         assert not set(graph.neighbours_of(row).tolist()) & set(group[2:].tolist())
@@ -123,6 +123,8 @@ def test_query_without_a_group_has_no_loss(make_encoder, make_task):
     judged = {"train": collection.qrels["train"] | {"d8": {"d9": 1}}}
     papers = Collection(corpus, collection.queries | {"d8": corpus["d8"]}, judged)
     assert sampler().group(10, np.random.default_rng(0)).tolist() == [10, 10]
+    unlinked = GroupSampler(CitationGraph(LINKS, 14), 4, 1, 1)  # a file may lack links of a query
+    assert [unlinked.group(row, np.random.default_rng(0)).tolist() for row in (12, 13)] == [[12, 12], [13, 13]]
     data = make_task(LinkPredictionDataModule, collection=papers, batch_size=9, num_hard_negatives=0)
     loss = GroupLoss(steps=4)
     ContrastiveModule(make_encoder(), losses={"group": loss}).prepare_losses(data)

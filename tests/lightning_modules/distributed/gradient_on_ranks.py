@@ -1,7 +1,8 @@
 """Compare the gradient of an optimizer step under DDP with that of one process. test_ranks.py starts every rank.
 
-    python -m tests.lightning_modules.distributed.gradient_on_ranks RANK WORLD_SIZE PORT
+    python -m tests.lightning_modules.distributed.gradient_on_ranks RANK WORLD_SIZE PORT KIND
 
+KIND is one of ENCODERS.
 The single process has the whole batch in one chunk, without GradCache. The setting is float64, experts in attention and
 feed-forward, two positives per query, hard negatives that several ranks draw, documents that are known positives of
 other ranks' queries, a learned temperature, both directions of the loss, and stored vectors of a teacher that are
@@ -10,6 +11,7 @@ compared through a projection. Every second document has features.
 
 import contextlib
 import dataclasses
+import re
 import sys
 from types import SimpleNamespace
 
@@ -23,6 +25,8 @@ from datamodules.records import Collection, Document, Task
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.objective_options import VectorTeacherOptions
@@ -36,6 +40,7 @@ from lightning_modules.task_balance import (
 from tests.conftest import TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
+ENCODERS = {"moe": MoEEncoder, "stitched": CrossStitchEncoder, "control": ControlEncoder}
 KINDS = {
     "classification": ClassificationDataModule,
     "link_prediction": LinkPredictionDataModule,
@@ -74,7 +79,7 @@ def collection():
     return Collection(corpus, queries, {"train": judged})
 
 
-def encoder_and_tokenizer():
+def make_encoder(kind):
     torch.manual_seed(0)
     shape = {
         "hidden_size": 32,
@@ -86,7 +91,11 @@ def encoder_and_tokenizer():
     }
     backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
     set_dropout(backbone, 0.0, 0.0)
-    encoder = MoEEncoder(backbone, tokenizer, TASKS, attention=True, ffn=True, pooling="mean", max_length=32)
+    arguments = {"attention": True, "ffn": True, "pooling": "mean", "max_length": 32}
+    encoder = ENCODERS[kind](backbone, tokenizer, TASKS, **arguments)
+    with torch.no_grad():  # at the start, no expert of another task would have a gradient
+        for row in (row for name, row in encoder.named_parameters() if name.startswith("stitches.")):
+            row.add_(0.2 * torch.randn_like(row))
     return with_features(encoder, list(collection().corpus.values())[::2]).double()
 
 
@@ -163,11 +172,12 @@ def weighted(step, own_batches, synchronised):
     return balance.weights, gradients(step.module.module if synchronised else step.module)
 
 
-def check(ours, whole, used):
+def check(ours, whole, used, kind):
     for name, gradient in whole.items():
         assert (gradient is None) == (ours[name] is None), name
-        expert = name.split(".experts.")[1].split(".")[0] if ".experts." in name else None
-        assert (gradient is None) == (expert is not None and expert not in used), name
+        # Of a stitched or control encoder, each task trains all experts.
+        owner = re.search(r"\.experts\.(\w+)\." if kind == "moe" else r"^encoder\.stitches\.\d+\.(\w+)$", name)
+        assert (gradient is None) == (owner is not None and owner[1] not in used), name
     pairs = [(ours[name], gradient) for name, gradient in whole.items() if gradient is not None]
     error = max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)
     assert error < 1e-12, error
@@ -176,8 +186,8 @@ def check(ours, whole, used):
     torch.testing.assert_close(*norms, rtol=1e-12, atol=0)  # so that clipping has the same effect
 
 
-def main(rank, world_size, port):
-    encoder = encoder_and_tokenizer()
+def main(rank, world_size, port, kind):
+    encoder = make_encoder(kind)
     options = {"similarity": "cosine", "temperature": 0.1, "learn_temperature": "one", "symmetric": True}
     options["vector_teacher"] = VectorTeacherOptions(
         "random", {"classification": 0.0, "link_prediction": 2, "search": 1}
@@ -201,11 +211,11 @@ def main(rank, world_size, port):
         for plan, whole in zip(plans, wholes, strict=True):
             own_batches = batches(encoder.tokenizer, plan, rank, world_size, 32)
             assert all(len(batch.chunks) > 1 for batch in own_batches)
-            check(accumulated(step, own_batches, synchronised=True), whole, plan)
+            check(accumulated(step, own_batches, synchronised=True), whole, plan, kind)
             print("equal", flush=True)
         weights, last = weighted(step, batches(encoder.tokenizer, in_turns, rank, world_size, 32), synchronised=True)
         torch.testing.assert_close(weights, whole_weighted[0], rtol=1e-12, atol=0)
-        check(last, whole_weighted[1], in_turns[-1:])
+        check(last, whole_weighted[1], in_turns[-1:], kind)
     for cache in (False, True):  # last, because DDP fails if gradients vanish before it has exchanged them
         module.grad_cache = cache
         gradients_by_task = by_task(step, own_batches, plans[2], synchronised=True)
@@ -218,4 +228,4 @@ def main(rank, world_size, port):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4])

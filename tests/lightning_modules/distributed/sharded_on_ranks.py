@@ -19,6 +19,8 @@ from lightning_modules.distributed.collectives import largest
 from lightning_modules.distributed.sharding import gathered, replica, shard, slice_of, sliced
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import random_backbone, set_dropout, word_vocabulary
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.lora import LoraOptions, add_lora
@@ -34,6 +36,8 @@ ENCODERS = {
     "moe": (MoEEncoder, {"attention": True, "ffn": True}),
     "modernbert": (MoEEncoder, {"attention": True, "ffn": True}),
     "mpnet": (InstructEncoder, INSTRUCTIONS),
+    "stitched": (CrossStitchEncoder, {"ffn": True}),
+    "control": (ControlEncoder, {"ffn": True}),
     "routed": (RoutedEncoder, {"attention": True, "entropy_weight": 0.1}),
     "dual prompt": (DualPromptEncoder, INSTRUCTIONS | {"num_anchors": 3}),
     "prefix": (InstructEncoder, INSTRUCTIONS | {"separate": True}),
@@ -45,6 +49,8 @@ CASES = [  # encoder, GradCache, gradient checkpointing
     ("moe", True, True),
     ("modernbert", False, True),
     ("mpnet", False, True),
+    ("stitched", True, True),
+    ("control", True, True),
     ("routed", True, False),
     ("dual prompt", False, False),
     ("prefix", True, False),

@@ -10,6 +10,7 @@ from datamodules.tasks import SearchDataModule
 from experiments.build.module import first_batches
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.extend import add_tasks, losses_by_task
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.optim import OptimOptions, parameter_groups
@@ -18,10 +19,11 @@ from tests.conftest import TASKS, packed
 TEXTS = ["bara beli", "bomu bito buna", "cara"]
 
 
-@pytest.fixture(params=["attention", "ffn", "both", "adapters"])
+@pytest.fixture(params=["attention", "ffn", "both", "adapters", "stitched"])
 def encoder(request, make_encoder, make_backbone):
-    if request.param == "adapters":
-        encoder = AdapterEncoder(*make_backbone(), TASKS, max_length=32)
+    kinds = {"adapters": AdapterEncoder, "stitched": CrossStitchEncoder}
+    if request.param in kinds:
+        encoder = kinds[request.param](*make_backbone(), TASKS, max_length=32)
     else:
         encoder = make_encoder(request.param)
     torch.manual_seed(2)

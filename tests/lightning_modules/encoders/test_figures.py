@@ -11,7 +11,7 @@ from lightning_modules import ContrastiveModule, load_encoder
 from lightning_modules.encoders.figures import FigureEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from tests.conftest import toy_collection
-from tests.lightning_modules.quiet_trainer import quiet_trainer
+from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
 
 TASKS = {"figure": "figure", "search": "search"}
 FIGURES = toy_collection().corpus
@@ -70,6 +70,19 @@ def test_vectors_are_saved_with_the_encoder(make, figures, tmp_path):
     documents = list(FIGURES.values())
     assert torch.equal(loaded.encode(documents, "figure"), module.encoder.eval().encode(documents, "figure"))
     loaded.prepare(figures)  # has vectors already
+
+
+def test_resumed_training_equals_an_undisturbed_one(make, figures, tmp_path):
+    write(tmp_path / "images.npz")
+    states = []
+    for resumes in (False, True):
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[SaveOnce(tmp_path / "two.ckpt")])
+        torch.manual_seed(resumes)
+        module = ContrastiveModule(make().train(), total_steps=4)
+        trainer.fit(module, figures, ckpt_path=tmp_path / "two.ckpt" if resumes else None, weights_only=True)
+        states.append(module.state_dict())
+    assert states[0]["encoder.features.images.projection.weight"].any()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 NAMES = list(FIGURES)

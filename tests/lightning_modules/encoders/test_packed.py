@@ -23,6 +23,8 @@ from datamodules.text import length_sorted_chunks
 from lightning_modules.encoders import attention
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.attention import AttentionContext, Prefix, Settings
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.moe import MoEEncoder
@@ -62,6 +64,9 @@ VARIANTS = {
     "shared": (SharedEncoder, {}),
     "attention experts": (MoEEncoder, {"attention": True, "layers": "mod2"}),
     "ffn experts": (MoEEncoder, {"attention": False, "ffn": True, "layers": "last2"}),
+    "stitched": (CrossStitchEncoder, {"layers": "last2"}),
+    "stitched ffn": (CrossStitchEncoder, {"attention": False, "ffn": True}),
+    "control": (ControlEncoder, {"attention": True, "ffn": True}),
     "instruction": (InstructEncoder, {"instructions": INSTRUCTIONS}),
     "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
     "prompt": (PromptEncoder, {"instructions": INSTRUCTIONS, "pool_prompt": False}),
@@ -71,6 +76,7 @@ VARIANTS = {
     "lora": (SharedEncoder, {}),
     "lora experts": (MoEEncoder, {"attention": True, "ffn": True, "layers": "last2"}),
     "lora prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),
+    "lora stitched": (CrossStitchEncoder, {"ffn": True}),
 }
 
 
@@ -224,7 +230,9 @@ def test_vectors_do_not_depend_on_the_other_texts(make, kernel, family, variant)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", ["shared", "attention experts", "ffn experts", "instruction"])
+@pytest.mark.parametrize(
+    "variant", ["shared", "attention experts", "ffn experts", "stitched ffn", "control", "instruction"]
+)
 def test_bfloat16_is_near_float32(make, family, variant):
     encoder = make(variant, family)
     tokens = make_tokens(encoder.backbone.config.pad_token_id)[0]
@@ -338,7 +346,9 @@ def test_dropout_of_attention_keeps_the_mean(kernel):
     torch.testing.assert_close(outputs.mean(0), expected, atol=0.06, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["attention experts", "ffn experts", "adapters", "instruction", "prompt"])
+@pytest.mark.parametrize(
+    "variant", ["attention experts", "ffn experts", "stitched", "control", "adapters", "instruction", "prompt"]
+)
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_batch_of_several_tasks_equals_one_task_at_a_time(make, kernel, family, variant):
     encoder = make(variant, family).double().eval()

@@ -11,6 +11,8 @@ from datamodules.records import Document, UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.control import ControlEncoder
+from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.export import average, save_dense
 from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
@@ -26,6 +28,8 @@ KINDS = {
     "attention": (MoEEncoder, {"layers": [0, 2]}),
     "ffn": (MoEEncoder, {"attention": False, "ffn": True, "layers": "last1"}),
     "both": (MoEEncoder, {"ffn": True}),
+    "stitched": (CrossStitchEncoder, {"ffn": True}),
+    "control": (ControlEncoder, {"layers": "last2"}),
     "routed": (RoutedEncoder, {"num_experts": 2, "level": "token"}),
     "instruction": (InstructEncoder, {"instructions": INSTRUCTIONS}),
     "prefix": (InstructEncoder, {"instructions": INSTRUCTIONS, "separate": True}),

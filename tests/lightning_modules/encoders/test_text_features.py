@@ -6,7 +6,10 @@ import torch
 
 from datamodules.packed import Tokens
 from datamodules.records import Document, UserError
+from lightning_modules.encoders.dual_prompt import DualPromptEncoder
+from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.loading import with_weights
+from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.text_features import KEY_TOKENS, TextFeatures, text_keys
 from lightning_modules.merging import Weights, check_members, merge
 from lightning_modules.retrieval.vector_cache import VectorCache, encoder_state, fingerprint
@@ -81,9 +84,6 @@ def test_wrong_vectors_raise_user_error(vectors, message):
 
 @pytest.fixture(params=["shared", "both", "routed", "instruct"])
 def make(request, make_backbone, make_encoder):
-    from lightning_modules.encoders.instruct import InstructEncoder
-    from lightning_modules.encoders.routed import RoutedEncoder
-
     def make():
         if request.param in ("shared", "both"):
             return make_encoder(request.param, pooling="mean")
@@ -132,10 +132,7 @@ def test_gradients_of_the_projection_are_those_of_finite_differences(make_encode
         parameters = {"features.positions.projection.weight": weight, "features.positions.projection.bias": bias}
         return torch.func.functional_call(encoder, parameters, (tokens, "search"))
 
-    weight, bias = (
-        p.detach().clone()[:, :].requires_grad_() if p.ndim > 1 else p.detach().clone().requires_grad_()
-        for p in features.projection.parameters()
-    )
+    weight, bias = (p.detach().clone().requires_grad_() for p in features.projection.parameters())
     assert torch.autograd.gradcheck(vectors, (weight, bias), fast_mode=True)
     vectors(weight, bias)[[0, 2]].sum().backward()
     assert not weight.grad.any(), "texts without features do not train the projection"
@@ -156,8 +153,6 @@ def test_caches_know_the_features(make_encoder, tmp_path):
 
 
 def test_merging_keeps_the_keys_and_refuses_features_of_other_texts(make_encoder, make_backbone):
-    from lightning_modules.encoders.dual_prompt import DualPromptEncoder
-
     def make(documents):
         instructions = dict.fromkeys(TASKS, "bara")
         encoder = DualPromptEncoder(*make_backbone(), TASKS, instructions, num_anchors=3, max_length=32)

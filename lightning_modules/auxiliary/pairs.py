@@ -1,0 +1,73 @@
+"""The pairs of a query and a document that a batch contains: their scores, and what is known about them.
+
+Shapes
+    B   queries on this rank
+    m   documents on this rank, M on all ranks
+    D   dimensions of a vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import UserError
+from lightning_modules.distributed.collectives import gather_documents, gather_rows
+from lightning_modules.losses import comparable, duplicate_mask, membership_mask
+from lightning_modules.objective import text_keys_of_queries
+
+
+class Pairs(NamedTuple):
+    """Queries of this rank with the documents of all ranks."""
+
+    scores: Tensor  # (B, M) similarities
+    positive: Tensor  # (B, M) bool: whether the document is a positive of the query, also if it was not sampled
+    known: Tensor  # (B, M) bool: False for the query itself, copies of a document, and texts that read as a positive
+    query_rows: Tensor  # (B,) rows of the task's document table
+    document_rows: Tensor  # (M,)
+
+
+def check_other_task(key: str, task: str, other: str, tasks: Sequence[str]) -> None:
+    """Raise UserError unless both are tasks in training, and different. key: option that names them, for errors."""
+    for name in (task, other):
+        if name not in tasks:
+            raise UserError(f"{key}: unknown task {name!r}; the tasks in training are {', '.join(tasks)}")
+    if task == other:
+        raise UserError(f"{key}: got the task itself; expected one of {', '.join(t for t in tasks if t != task)}")
+
+
+def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) -> Pairs:
+    """Return the pairs of a batch.
+
+    vectors: vectors of the batch, (U, D). Their gradients reach the documents of other ranks.
+    """
+    queries, documents = vectors[batch.queries], vectors[batch.documents]
+    documents, ids, offset = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
+    query_rows = batch.rows[batch.queries]
+    is_query = query_rows[:, None] == ids
+    positive = membership_mask(batch.known_positives, ids) & ~is_query
+    is_copy = duplicate_mask(ids.roll(-offset)).roll(offset)  # of several copies, this rank's counts
+    unknown = is_query | is_copy
+    if batch.text_keys is not None:
+        keys, document_keys = text_keys_of_queries(batch), gather_rows(batch.text_keys[batch.documents])
+        unknown = unknown | (membership_mask(keys, document_keys) & ~positive)
+    scores = comparable(queries, similarity) @ comparable(documents, similarity).T
+    return Pairs(scores, positive, ~unknown, query_rows, ids)
+
+
+def fixed_scores(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
+    """Return the scores (B, M) of a batch's queries (B, D) and documents (m, D) by vectors without gradients."""
+    documents = gather_rows(documents.detach())
+    return comparable(queries.detach(), similarity) @ comparable(documents, similarity).T
+
+
+def sum_over_pairs(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean over queries of the sum of the values of each query's chosen pairs, a scalar.
+
+    values: (B, M). chosen: (B, M) bool.
+    """
+    return torch.where(chosen, values, 0.0).sum(1).mean()

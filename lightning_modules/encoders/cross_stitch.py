@@ -1,0 +1,109 @@
+"""Cross-stitch units between experts (Misra et al., arXiv 1604.03539).
+
+In each layer with experts, an E x E matrix A mixes the outputs of all experts for the task that expert t serves:
+
+    out_t = sum_j A[t, j] expert_j(x)
+
+In the paper, all tasks read the same image, and each expert has inputs of its own. Here a text is encoded for one task,
+and all experts have the same inputs x. expert_j is a sub-layer with its residual connection and LayerNorm. A starts as
+the identity, so a new encoder equals an MoEEncoder. Training finds how much each task takes from each expert, and its
+gradients reach all of them.
+
+The sub-layers that have experts are computed E times, in training and inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.packed import Tokens
+from lightning_modules.encoders.base import Condition, Encoder
+from lightning_modules.encoders.moe import MoEEncoder
+
+
+class CrossStitchEncoder(MoEEncoder):
+    """An MoEEncoder whose tasks also read the experts of other tasks.
+
+    attention, ffn, layers: as in MoEEncoder. A layer with experts in both sub-layers has one matrix for both.
+
+    Each row of a matrix is a parameter of its own, stitches.LAYER.EXPERT (E,), with the experts in alphabetical order.
+    So a step on one task does not move the rows of others.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, str],
+        attention: bool = True,
+        ffn: bool = False,
+        layers: str | list[int] = "mod2",
+        pooling: str = "cls",
+        normalize: bool = False,
+        max_length: int = 256,
+    ):
+        super().__init__(backbone, tokenizer, tasks, attention, ffn, layers, pooling, normalize, max_length)
+        rows = self.neutral_weights()
+        self.stitches = nn.ModuleDict()
+        for index in self.expert_layers:
+            own = {name: nn.Parameter(rows[f"stitches.{index}.{name}"]) for name in self.experts}
+            self.stitches[str(index)] = nn.ParameterDict(own)
+
+    def neutral_weights(self) -> dict[str, Tensor]:
+        identity = torch.eye(len(self.experts))
+        rows = dict(zip(sorted(self.experts), identity, strict=True))
+        return {f"stitches.{i}.{name}": row.clone() for i in self.expert_layers for name, row in rows.items()}
+
+    def stitch_weights(self, index: int, expert: str) -> dict[str, Tensor]:
+        """Return a row of the matrix of a layer: expert -> weight of its output, a scalar."""
+        return dict(zip(sorted(self.experts), self.stitches[str(index)][expert], strict=True))
+
+    def condition(self, task: str) -> Condition:
+        expert = self.expert_of(task)
+        mixtures = {index: self.stitch_weights(index, expert) for index in self.expert_layers}
+        if self.training:
+            # The gradient of an expert whose weight stays 0 is not 0 but None, so AdamW does not move it.
+            for index, weights in mixtures.items():
+                if not self.stitches[str(index)][expert].requires_grad:
+                    mixtures[index] = {name: weight for name, weight in weights.items() if weight}
+        return Condition(experts=expert, mixtures=mixtures)
+
+    def layer(self, index, hidden, states, context, condition):
+        if index not in condition.mixtures:
+            return super().layer(index, hidden, states, context, condition)
+        layer, family, weights = self.family.layers[index], self.family, condition.mixtures[index]
+
+        def mixed(compute: Callable[[str], Tensor], has_experts: bool) -> Tensor:
+            if not has_experts:
+                return compute(condition.experts)
+            outputs = ((compute(name), weight) for name, weight in weights.items())
+            return reduce(torch.add, (output * weight.to(output.dtype) for output, weight in outputs))
+
+        attended = mixed(lambda name: family.attention(layer, hidden, states, context, name), self.attention)
+        return mixed(lambda name: family.feed_forward(layer, attended, context, name), self.ffn)
+
+    def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
+        return Encoder._forward_mixed(self, tokens, tasks)  # every expert computes every text, for each task
+
+    def add_expert(self, name: str, like: str) -> None:
+        """Add a copy of an expert. Its row reads the copy in place of the original; other rows do not read it."""
+        super().add_expert(name, like)
+        order = sorted(self.experts)
+        for rows in self.stitches.values():
+            for expert, row in list(rows.items()):
+                weights = dict(zip((other for other in order if other != name), row.detach(), strict=True))
+                rows[expert] = nn.Parameter(stacked(weights, order), row.requires_grad)
+                if expert == like:
+                    weights |= {name: weights[like], like: torch.zeros_like(weights[like])}
+                    rows[name] = nn.Parameter(stacked(weights, order))
+
+
+def stacked(weights: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
+    """Return weights as a tensor, with 0 for names without one. order: all names."""
+    zero = torch.zeros_like(next(iter(weights.values())))
+    return torch.stack([weights.get(name, zero) for name in order])
