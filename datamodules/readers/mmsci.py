@@ -264,7 +264,9 @@ class MMSciReader:
     # --- questions ---
 
     def _choices(self, articles: Mapping[str, _Article], bad: BadLines):
-        corpus, queries, judged = {}, {}, {}
+        corpus: dict[str, Document] = {}
+        queries: dict[str, Document] = {}
+        judged = {}
         for split, path in self._question_files().items():
             for number, row in read_lists(path, bad):
                 if number != self.setting - 1:
@@ -372,8 +374,8 @@ def _options(question: str) -> tuple[str, dict[str, str]]:
 
 def _question_text(article: _Article | None, image: str, panel: str) -> str:
     """Return the sentences that mention a panel of a figure, else those that mention the figure, else ""."""
-    figures = article.figures if article else ()
-    for figure in (figure for figure in figures if article and figure.id == image):
-        mentions = _mentions(article)
-        return " ".join(mentions.get((figure.number, panel)) or mentions.get((figure.number, ""), ()))
-    return ""
+    figure = next((figure for figure in article.figures if figure.id == image), None) if article else None
+    if article is None or figure is None:
+        return ""
+    mentions = _mentions(article)
+    return " ".join(mentions.get((figure.number, panel)) or mentions.get((figure.number, ""), []))

@@ -120,7 +120,8 @@ class CrossTaskDistillation(AuxiliaryLoss):
         labels = pairs.positive.to(pairs.scores.dtype)
         own, loss = self._log_odds(batch.task, batch.task, pairs.scores, labels)
         for teacher, texts in zip(teachers, companions, strict=True):
-            scores = fixed_scores(*texts.split([len(batch.queries), len(batch.documents)]), self.similarity)
+            queries, documents = texts.split([len(batch.queries), len(batch.documents)])
+            scores = fixed_scores(queries, documents, self.similarity)
             log_odds, calibration = self._log_odds(batch.task, teacher, scores, labels)
             if self.margin is not None:
                 log_odds = corrected(log_odds, pairs.positive, self.margin, self.correct_negatives)

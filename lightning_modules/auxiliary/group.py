@@ -145,6 +145,7 @@ class GroupLoss(AuxiliaryLoss):
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
         if not companions:
             return 0 * vectors.sum()
+        assert batch.rows is not None
         heads = vectors[batch.queries]
         groups = companions[0].view(len(heads), self.positives + self.negatives, -1)
         losses = group_loss(heads, groups[:, : self.positives], groups[:, self.positives :], self.margin, self.share)

@@ -45,6 +45,7 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) ->
 
     vectors: vectors of the batch, (U, D). Their gradients reach the documents of other ranks.
     """
+    assert batch.rows is not None
     queries, documents = vectors[batch.queries], vectors[batch.documents]
     documents, ids, offset = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
     query_rows = batch.rows[batch.queries]

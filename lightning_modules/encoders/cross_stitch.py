@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,12 @@ class CrossStitchEncoder(MoEEncoder):
         rows = dict(zip(sorted(self.experts), identity, strict=True))
         return {f"stitches.{i}.{name}": row.clone() for i in self.expert_layers for name, row in rows.items()}
 
+    def _matrix(self, index: int) -> nn.ParameterDict:
+        return cast(nn.ParameterDict, self.stitches[str(index)])
+
     def stitch_weights(self, index: int, expert: str) -> dict[str, Tensor]:
         """Return a row of the matrix of a layer: expert -> weight of its output, a scalar."""
-        return dict(zip(sorted(self.experts), self.stitches[str(index)][expert], strict=True))
+        return dict(zip(sorted(self.experts), self._matrix(index)[expert], strict=True))
 
     def condition(self, task: str) -> Condition:
         expert = self.expert_of(task)
@@ -69,7 +73,7 @@ class CrossStitchEncoder(MoEEncoder):
         if self.training:
             # The gradient of an expert whose weight stays 0 is not 0 but None, so AdamW does not move it.
             for index, weights in mixtures.items():
-                if not self.stitches[str(index)][expert].requires_grad:
+                if not self._matrix(index)[expert].requires_grad:
                     mixtures[index] = {name: weight for name, weight in weights.items() if weight}
         return Condition(experts=expert, mixtures=mixtures)
 
@@ -94,7 +98,7 @@ class CrossStitchEncoder(MoEEncoder):
         """Add a copy of an expert. Its row reads the copy in place of the original; other rows do not read it."""
         super().add_expert(name, like)
         order = sorted(self.experts)
-        for rows in self.stitches.values():
+        for rows in map(self._matrix, self.expert_layers):
             for expert, row in list(rows.items()):
                 weights = dict(zip((other for other in order if other != name), row.detach(), strict=True))
                 rows[expert] = nn.Parameter(stacked(weights, order), row.requires_grad)
