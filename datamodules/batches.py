@@ -100,11 +100,13 @@ class CompanionSource:
     task: task as which they are encoded.
     rows: function of the rows of a batch's queries (B,) and documents (m,), and of a random generator that is equal on
         all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat.
+    detached: whether the loss needs no gradient of their vectors, which saves time and memory.
     """
 
     table: TaskDataModule
     task: str
     rows: Callable[[np.ndarray, np.ndarray, random.Random], np.ndarray]
+    detached: bool = False
 
 
 class Collator:
@@ -182,8 +184,8 @@ class Collator:
             rng = random.Random(mix(self.seed, "companions", self.task, step, number))
             rows = source.rows(queries, documents, rng).tolist()
             chunks, index = self._chunks(list(dict.fromkeys(rows)), tokens)
-            positions = torch.tensor([index[row] for row in rows])
-            companions.append(Companion(source.task, mix(seed, number), chunks, positions, torch.tensor(rows)))
+            tables = torch.tensor([index[row] for row in rows]), torch.tensor(rows)
+            companions.append(Companion(source.task, mix(seed, number), chunks, *tables, source.detached))
         return tuple(companions)
 
     def _teacher_vectors(self, rows: list[int]) -> Tensor | None:

@@ -123,6 +123,7 @@ class Companion:
     chunks   token ids of the distinct texts, as in a batch
     index    (n,) position of each text among the distinct ones
     rows     (n,) row of each text in the document table that it comes from
+    detached whether the vectors have no gradient
     """
 
     task: str
@@ -130,6 +131,7 @@ class Companion:
     chunks: tuple[Tokens, ...]
     index: Tensor
     rows: Tensor
+    detached: bool = False
 
 
 @dataclass

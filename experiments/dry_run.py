@@ -40,7 +40,6 @@ from lightning_modules.throughput import (
     num_positions,
     pads_attention,
     text_lengths,
-    training_flops,
 )
 
 log = logging.getLogger(__name__)
@@ -307,7 +306,7 @@ def _cost(
         documents=documents,
         batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
         scores=4 * queries * documents,
-        flops=mean(lambda batch: sum(training_flops(module.encoder, x, task) for task, x in text_lengths(batch))),
+        flops=mean(lambda batch: sum(group.flops(module.encoder, x) for group, x in text_lengths(batch))),
     )
 
 

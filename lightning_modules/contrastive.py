@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import ContrastiveDataModule
 from datamodules.options import check_options
-from datamodules.packed import ContrastiveBatch
+from datamodules.packed import Companion, ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
@@ -92,7 +93,7 @@ class ContrastiveModule(L.LightningModule):
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
-        self._prepared_for: int | None = None  # id of the data that the losses have seen
+        self._prepared_for: weakref.ref[Any] | None = None  # the data that the losses have seen
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -116,7 +117,7 @@ class ContrastiveModule(L.LightningModule):
         Training calls this itself. With an average of the weights, call it before the trainer is started, because
         Lightning copies the module for the average before it calls setup.
         """
-        if not self.named_losses or self._prepared_for == id(data):
+        if not self.named_losses or (self._prepared_for is not None and self._prepared_for() is data):
             return
         if not isinstance(data, ContrastiveDataModule):
             raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
@@ -129,7 +130,7 @@ class ContrastiveModule(L.LightningModule):
             sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
             self.num_companions[task.task.name] = [len(each) for each in sources]
             task.companions = [source for each in sources for source in each]
-        self._prepared_for = id(data)
+        self._prepared_for = weakref.ref(data)  # not its id, which other data may get once these are gone
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
@@ -174,12 +175,17 @@ class ContrastiveModule(L.LightningModule):
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
             own = tuple(islice(companions, count))
-            encoded = [comparable(self.embed(texts).vectors[texts.index]) for texts in own]
+            encoded = [self._embed_companion(texts) for texts in own]
             with torch.autocast(vectors.device.type, enabled=False):
                 values[name] = loss(dataclasses.replace(batch, companions=own), vectors, encoded)
             if (parameters := list(loss.parameters())) and self.training:
                 values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
         return values
+
+    def _embed_companion(self, texts: Companion) -> Tensor:
+        """Return the vectors of a companion's texts, (n, D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not texts.detached):
+            return comparable(self.embed(texts).vectors[texts.index])
 
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.optim

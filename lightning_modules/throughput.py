@@ -189,9 +189,23 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def text_lengths(batch: ContrastiveBatch) -> list[tuple[str, np.ndarray]]:
-    """Return the number of tokens of each text of a batch (U,), with its task, and those of each companion."""
-    return [(texts.task, np.concatenate([chunk.lengths for chunk in texts.chunks])) for texts in _all_texts(batch)]
+class Group(NamedTuple):
+    """Texts that are encoded in the same way: as a task, and with or without a backward pass."""
+
+    task: str
+    has_backward: bool
+
+    def flops(self, encoder: Encoder, lengths: Sequence[int] | np.ndarray) -> float:
+        """Return the useful operations of a step for texts of the group. lengths: as in forward_flops."""
+        return (training_flops if self.has_backward else forward_flops)(encoder, lengths, self.task)
+
+
+def text_lengths(batch: ContrastiveBatch) -> list[tuple[Group, np.ndarray]]:
+    """Return the number of tokens of each text of a batch (U,), and of those of each companion, with their group."""
+    return [
+        (Group(texts.task, not getattr(texts, "detached", False)), np.concatenate([c.lengths for c in texts.chunks]))
+        for texts in _all_texts(batch)
+    ]
 
 
 def _all_texts(batch: ContrastiveBatch) -> tuple[ContrastiveBatch | Companion, ...]:
@@ -266,7 +280,7 @@ class ThroughputMeter:
     def _clear(self) -> None:
         self.seconds, self.waited, self.tokens, self.positions = 0.0, 0.0, 0, 0
         self.pairs: list[Tensor] = []  # on the GPU until they are read
-        self.lengths: dict[str, list[np.ndarray]] = defaultdict(list)  # task -> lengths of the texts of each batch
+        self.lengths: dict[Group, list[np.ndarray]] = defaultdict(list)  # lengths of the texts of each batch
 
     def add(self, batch: ContrastiveBatch, seconds: float, waited: float) -> None:
         """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
@@ -274,12 +288,12 @@ class ThroughputMeter:
         self.tokens += batch.num_tokens
         self.positions += num_positions(batch, self.padded)
         self.pairs.append((batch.positives >= 0).sum())
-        for task, lengths in text_lengths(batch):
-            self.lengths[task].append(lengths)
+        for group, lengths in text_lengths(batch):
+            self.lengths[group].append(lengths)
 
     def read(self) -> Speed:
         """Return the speed of all ranks since the last reading. All ranks must call this."""
-        flops = sum(training_flops(self.encoder, np.concatenate(x), task) for task, x in self.lengths.items())
+        flops = sum(group.flops(self.encoder, np.concatenate(x)) for group, x in self.lengths.items())
         sums = [self.tokens, int(torch.stack(self.pairs).sum()), flops, self.positions, self.ceiling]
         row = torch.tensor([[*sums, self.seconds, self.waited, self.memory.peak()]], dtype=torch.float64)
         rows = gather_rows(row.to(self.encoder.device) if world_size() > 1 else row).cpu()

@@ -1,11 +1,13 @@
 """Losses that are added to InfoNCE: the texts that they get, their part of training, and their errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from datamodules.batches import CompanionSource
+from datamodules.batches import CompanionSource, MultiTaskDataModule
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.contrastive import ContrastiveModule
@@ -96,8 +98,26 @@ def test_companions_count_as_tokens_and_operations(make_encoder, three_tasks, tm
     trained(make_encoder, three_tasks, tmp_path, loss, steps=1)
     batch = loss.seen[0][0]
     lengths = text_lengths(batch)
-    assert [task for task, _ in lengths] == [batch.task, OTHER[batch.task], OTHER[batch.task]]
+    assert [group.task for group, _ in lengths] == [batch.task, OTHER[batch.task], OTHER[batch.task]]
     assert sum(x.sum() for _, x in lengths) == batch.num_tokens == num_positions(batch, padded=False)
+
+
+def test_detached_companions_have_no_gradient_and_no_backward_pass(make_encoder, three_tasks, tmp_path):
+    class Detached(Likeness):
+        def companions(self, data, task):
+            return [dataclasses.replace(source, detached=True) for source in super().companions(data, task)]
+
+    attached, detached = Likeness(), Detached()
+    operations = []
+    for loss in (attached, detached):
+        module = trained(make_encoder, three_tasks, tmp_path, loss, steps=1, config=NO_DROPOUT)
+        (own, _), *others = text_lengths(loss.seen[0][0])
+        assert own.has_backward
+        operations.append(sum(group.flops(module.encoder, lengths) for group, lengths in others))
+    for first, second in zip(attached.seen[0][2], detached.seen[0][2], strict=True):
+        assert (first.requires_grad, second.requires_grad) == (True, False)
+        assert torch.equal(first, second)
+    assert operations[1] < 0.5 * operations[0]
 
 
 def test_weight_0_trains_as_without_the_loss_to_the_bit(make_encoder, three_tasks, tmp_path):
@@ -152,3 +172,18 @@ def test_error_in_prepare_names_the_loss(make_encoder, three_tasks, tmp_path):
 
     with pytest.raises(UserError, match="^losses.likeness: file.tsv, line 3: unknown label 'x'$"):
         trained(make_encoder, three_tasks, tmp_path, Refusing())
+
+
+def test_other_data_get_companions_even_at_the_address_of_the_first(make_encoder, three_tasks):
+    """Fifty data modules, each made when the last one is gone, share a few addresses."""
+    module = ContrastiveModule(make_encoder(), losses={"likeness": Likeness()})
+    addresses = set()
+    for _ in range(50):
+        data = MultiTaskDataModule(three_tasks.tasks)
+        for task in data.tasks:
+            task.companions = ()
+        module.prepare_losses(data)
+        addresses.add(id(data))
+        assert [len(task.companions) for task in data.tasks] == [2, 0, 2]
+        del data
+    assert len(addresses) < 50
