@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import re
 import signal
 import subprocess
@@ -246,13 +245,13 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
     command = [sys.executable, "-m", "experiments.embed", *arguments]
     workers = [subprocess.Popen([*command, f"part={i}/3"], cwd=ROOT) for i in (1, 2, 3)]
-    shards, killed = tmp_path / "parts" / "shards", 0
+    shards, doomed = tmp_path / "parts" / "shards", {0, 1}
     deadline = time.monotonic() + 120
-    while killed < 2 and time.monotonic() < deadline:
+    while doomed and time.monotonic() < deadline:
         writers = {int(path.stem) % 3 for path in shards.glob("0*.json")}
-        if killed in writers and workers[killed].poll() is None:
-            os.kill(workers[killed].pid, signal.SIGKILL)
-            killed += 1
+        for number in doomed & writers:
+            workers[number].kill()
+        doomed -= writers
         time.sleep(0.002)
     codes = [worker.wait(timeout=120) for worker in workers]
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
