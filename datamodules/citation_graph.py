@@ -31,8 +31,8 @@ class CitationGraph:
 
     pairs: rows of the two papers of each link, (e, 2). Order, repetitions and links of a paper to itself do not count.
     num_rows: number of rows of the table, n.
-    node_of: row that stands for each row in the graph, (n,); by default each row is its own node. A query whose text
-        differs from that of its paper has a row of its own, and the paper's node.
+    node_of: node of each row, (n,); by default the row itself. A query whose text differs from that of its paper has a
+        row of its own, and the paper's node.
     """
 
     def __init__(self, pairs: np.ndarray, num_rows: int, node_of: np.ndarray | None = None):

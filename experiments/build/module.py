@@ -246,7 +246,7 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
 
 
 def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
-    """Build the losses that are added to InfoNCE, except those of weight 0."""
+    """Build the losses that are added to InfoNCE."""
     provided = {"tasks": list(config.task), "dimension": encoder.dimension, "objective": config.objective}
     losses = {}
     for name, node in config.losses.items():

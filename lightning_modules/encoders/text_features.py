@@ -70,7 +70,7 @@ class TextFeatures(nn.Module):
             row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
             raise UserError(f"features: the vector of text {row} contains a number that is not finite")
         starts = range(0, len(texts), KEYS_AT_ONCE)
-        parts = [text_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE])).numpy() for i in starts]
+        parts = [opening_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE])).numpy() for i in starts]
         keys, first = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]), return_index=True)
         self.resize(len(keys))
         self.keys.copy_(torch.from_numpy(keys))
@@ -78,7 +78,7 @@ class TextFeatures(nn.Module):
 
     def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the row of each text in the table, (B,), and whether the table has it, (B,). It must not be empty."""
-        keys = text_keys(tokens)
+        keys = opening_keys(tokens)
         rows = torch.searchsorted(self.keys, keys).clamp(max=len(self) - 1)
         return rows, self.keys[rows] == keys
 
@@ -92,7 +92,7 @@ class TextFeatures(nn.Module):
         return hidden.index_add(0, tokens.offsets[:-1], added.to(hidden.dtype))
 
 
-def text_keys(tokens: Tokens) -> Tensor:
+def opening_keys(tokens: Tokens) -> Tensor:
     """Return a hash of the first KEY_TOKENS tokens of each text, (B,) int64, the same on every device.
 
     The host does not wait for the device.

@@ -10,7 +10,7 @@ from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.loading import with_weights
 from lightning_modules.encoders.routed import RoutedEncoder
-from lightning_modules.encoders.text_features import KEY_TOKENS, TextFeatures, text_keys
+from lightning_modules.encoders.text_features import KEY_TOKENS, TextFeatures, opening_keys
 from lightning_modules.merging import Weights, check_members, merge
 from lightning_modules.retrieval.vector_cache import VectorCache, encoder_state, fingerprint
 from tests.conftest import TASKS, text_of, with_features
@@ -39,14 +39,14 @@ def key_by_hand(ids):
 
 def test_keys_equal_a_computation_with_exact_integers():
     texts = random_texts(20)
-    assert text_keys(Tokens.pack(texts)).tolist() == [key_by_hand(text) for text in texts]
+    assert opening_keys(Tokens.pack(texts)).tolist() == [key_by_hand(text) for text in texts]
 
 
 def test_different_texts_have_different_keys_whatever_the_batch():
     texts = random_texts(5000, most=6)
-    keys = text_keys(Tokens.pack(texts))
+    keys = opening_keys(Tokens.pack(texts))
     assert len(keys.unique()) == len({tuple(text) for text in texts})
-    assert torch.equal(keys[17:18], text_keys(Tokens.pack(texts[17:18])))
+    assert torch.equal(keys[17:18], opening_keys(Tokens.pack(texts[17:18])))
 
 
 def test_features_of_each_text_are_found_in_any_order():
