@@ -200,7 +200,8 @@ class ContrastiveModule(L.LightningModule):
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
         if self.uncertainty is not None:
-            groups.insert(0, {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
+            rate = {"lr": self.objective.options.uncertainty_lr, "weight_decay": 0.0}
+            groups.insert(0, {"params": list(self.uncertainty.parameters())} | rate)
         optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
         )

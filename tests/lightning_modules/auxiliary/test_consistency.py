@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 from datamodules.records import UserError
 from lightning_modules.auxiliary.consistency import (
@@ -23,6 +22,7 @@ from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.conftest import TASKS
 from tests.lightning_modules.auxiliary.worlds import partial_world
+from tests.lightning_modules.paired import gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -254,28 +254,22 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
 
 
 def gains(folder, relation=None, **options):
-    """Return the mean gain of nDCG@10 over weight 0 in three worlds, and its 95 % interval, by task."""
+    """Return the gain in nDCG@10 over weight 0 in three worlds, by task."""
     arms = [[outcome(seed, folder, relation, weight=weight, **options) for seed in range(3)] for weight in (0.0, 2.0)]
-    result = {}
-    for task in arms[0][0].ndcg:
-        differences = np.array([ours.ndcg[task] - theirs.ndcg[task] for theirs, ours in zip(*arms, strict=True)])
-        half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / np.sqrt(3)
-        result[task] = differences.mean(), differences.mean() - half, differences.mean() + half
-    return result
+    before, after = ({task: [each.ndcg[task] for each in arm] for task in arm[0].ndcg} for arm in arms)
+    return {task: gain_of(after[task], before[task]) for task in after}
 
 
 @pytest.mark.slow
 def test_papers_annotated_for_one_task_teach_the_other(tmp_path):
-    for task, (mean, low, _) in gains(tmp_path).items():
-        assert mean > 0.04, task
-        assert low > 0, task
+    for task, gain in gains(tmp_path).items():
+        assert gain.mean > max(0.04, gain.of_seeds), task
 
 
 @pytest.mark.slow
 def test_unrelated_tasks_gain_nothing(tmp_path):
-    for task, (mean, low, _) in gains(tmp_path, UNRELATED).items():
-        assert mean < 0.01, task
-        assert low < 0, task
+    for task, gain in gains(tmp_path, UNRELATED).items():
+        assert gain.mean < min(0.01, gain.of_seeds), task
 
 
 @pytest.mark.slow
