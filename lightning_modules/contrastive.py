@@ -87,7 +87,7 @@ class ContrastiveModule(L.LightningModule):
         encoder.similarity = options.similarity  # part of its description in checkpoints
         self.objective = Objective(options, tasks, encoder.dimension, *frozen_models.values())
         for name in losses or ():
-            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
                 raise UserError(f"losses: {name!r} cannot be the name of a loss; choose a word, such as consistency")
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)

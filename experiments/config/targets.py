@@ -96,6 +96,8 @@ def check_target(
     if not issubclass(cls, base):
         raise UserError(f"{key}._target_: expected a subclass of {base.__name__}, got {path!r}")
     arguments = {name: value for name, value in node.items() if name != "_target_"}
+    if inspect.isabstract(cls):
+        raise UserError(f"{key}._target_: expected a class that can be used, got {path!r}, which only others build on")
     return {"_target_": _full_path(node["_target_"], package)} | _check_arguments(key, cls, arguments, provided)
 
 

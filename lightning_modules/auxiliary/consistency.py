@@ -156,7 +156,7 @@ def ordered_pairs(tasks: Sequence[str], pairs: Sequence[Sequence[str]] | None = 
     """Return both directions of each pair. pairs: None for all pairs. Raises UserError for impossible pairs."""
     if pairs is None:
         if len(tasks) < 2:
-            raise UserError(f"expected at least two tasks in training, got {', '.join(tasks) or 'none'}")
+            raise UserError(f"pairs: expected at least two tasks in training, got {', '.join(tasks) or 'none'}")
         return list(itertools.permutations(tasks, 2))
     chosen: dict[Pair, None] = {}
     for pair in pairs:

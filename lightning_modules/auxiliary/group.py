@@ -120,6 +120,8 @@ class GroupLoss(AuxiliaryLoss):
         for name, value, minimum in (("steps", steps, 2), ("positives", positives, 1), ("negatives", negatives, 1)):
             if value < minimum:
                 raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
+        if not abs(margin) < float("inf"):
+            raise UserError(f"margin: expected a finite number, got {margin}")
         if not 0 <= share <= 1:
             raise UserError(f"share: expected a number from 0 to 1, got {share}")
         self.steps, self.positives, self.negatives = steps, positives, negatives

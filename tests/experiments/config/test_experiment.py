@@ -185,6 +185,10 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["moe", "callbacks.x._target_=lightning_modules.optim.OptimOptions"],
             ["callbacks.x._target_: expected a subclass of Callback"],
         ),
+        (
+            ["moe", "losses={a: {_target_: lightning_modules.auxiliary.auxiliary_loss.AuxiliaryLoss}}"],
+            ["losses.a._target_: expected a class that can be used"],
+        ),
         (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
         (["moe", "tasks=[search,search]"], ["tasks: each task may be named only once"]),
         (["moe", "run.seed=-1"], ["run.seed: expected a number of at least 0 and at most 4294967295, got -1"]),

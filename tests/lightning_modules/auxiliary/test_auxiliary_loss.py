@@ -153,7 +153,7 @@ def test_own_learning_rate_is_that_of_the_loss_alone(make_encoder, three_tasks):
     assert sum(len(g["params"]) for g in groups if g["initial_lr"] == 0.5) == 1
 
 
-@pytest.mark.parametrize("name", ["keys", "a.b", "", "two words"])
+@pytest.mark.parametrize("name", ["keys", "training", "a.b", "", "two words"])
 def test_impossible_name_raises_user_error(make_encoder, name):
     with pytest.raises(UserError, match="cannot be the name of a loss"):
         ContrastiveModule(make_encoder(), losses={name: Likeness()})

@@ -142,6 +142,7 @@ def test_impossible_options_and_tasks_raise_user_errors(make_encoder, make_task,
         ({"steps": 1}, "steps: expected a number of at least 2, got 1"),
         ({"positives": 0}, "positives: expected a number of at least 1, got 0"),
         ({"negatives": 0}, "negatives: expected a number of at least 1, got 0"),
+        ({"margin": float("nan")}, "margin: expected a finite number, got nan"),
         ({"share": 1.5}, "share: expected a number from 0 to 1, got 1.5"),
         ({"weight": -1}, "weight: expected a number of at least 0, got -1"),
     ):
