@@ -152,7 +152,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     if like != "nearest" and like not in encoder.tasks:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
-    add_tasks(encoder, tasks, nearest)
+    add_tasks(encoder, tasks, nearest, config.extend.freeze)
     _add_lora(config, encoder)
     module = _training_module(config, encoder)
     module.prepare_losses(data)

@@ -254,7 +254,7 @@ class TaskConfig:
 
 @dataclass
 class ExtendConfig:
-    """New tasks for a trained encoder, of which only the experts are trained; and classes of other packages."""
+    """New tasks for a trained encoder, and classes of other packages."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
     packages: list[str] = option(
@@ -264,6 +264,10 @@ class ExtendConfig:
     )
     like: str = option(
         "nearest", "task whose expert the new ones are copied from; nearest: the one with the lowest loss"
+    )
+    freeze: bool = option(
+        True,
+        "train only the new experts, so that the vectors of the old tasks do not change; false: train all parameters",
     )
 
 

@@ -53,7 +53,13 @@ class StudySettings:
     values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
     start: str = option("", "arm that the gains of the others are measured against")
     held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
-    compare: list[list[str]] = option([], "pairs of arms whose difference is tested")
+    transplants: dict[str, str] = option(
+        {},
+        "benchmark that another task's expert ranks -> the same data under their own task; the first is in no mean",
+    )
+    compare: list[list[str]] = option(
+        [], "pairs of arms whose difference is tested; a task as third word tests it on that task alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,11 @@ def _check(study: Study) -> None:
         raise UserError(f"values.{min(taken)}: this name has a meaning of its own in commands; choose another")
     pairs = [("start", [settings.start])] if settings.start else []
     for key, pair in pairs + [("compare", pair) for pair in settings.compare]:
-        for arm in pair:
+        for arm in pair[:2]:
             if arm not in study.arms:
                 raise UserError(f"{key}: unknown arm {arm!r}; expected one of {', '.join(study.arms)}")
-        if key == "compare" and len(pair) != 2:
-            raise UserError(f"compare: expected pairs of arms, got {pair}")
+        if key == "compare" and len(pair) not in (2, 3):
+            raise UserError(f"compare: expected pairs of arms, and perhaps a task, got {pair}")
 
 
 def _jobs(study: Study) -> Iterator[Job]:

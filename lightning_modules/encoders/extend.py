@@ -1,4 +1,4 @@
-"""New tasks for a trained encoder. Only their experts are trained, so the vectors of its old tasks do not change."""
+"""New tasks for a trained encoder. If only their experts are trained, the vectors of its old tasks do not change."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
             raise UserError(f"task {task}: the expert {expert} already exists; a new task needs a new expert")
 
 
-def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str]) -> None:
-    """Add tasks to an encoder, and freeze everything except their experts. Raises UserError as check_new_tasks does.
+def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str], freeze: bool = True) -> None:
+    """Add tasks to an encoder. Raises UserError as check_new_tasks does.
 
     tasks: task -> expert. New tasks can share an expert.
     like: task -> the existing task whose expert is copied.
+    freeze: whether to freeze everything except the new experts.
     """
     check_new_tasks(encoder, tasks)
-    encoder.requires_grad_(False)
+    if freeze:
+        encoder.requires_grad_(False)
     for task, expert in tasks.items():
         if expert not in encoder.tasks.values():
             encoder.add_expert(expert, encoder.expert_of(like[task]))

@@ -648,6 +648,11 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
     card = (tmp_path / "new" / "export" / "tasks" / "classification" / "README.md").read_text()
     assert "Its vectors are those of old." in card
     texts = ["some words", "and others"]
+    train("moe", two_steps(tmp_path / "unfrozen", *new, "extend.freeze=false"))
+    unfrozen = load_encoder(tmp_path / "unfrozen")
+    assert not torch.allclose(
+        unfrozen.encode(texts, "classification"), before.encode(texts, "classification"), atol=1e-3
+    )
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)
 
