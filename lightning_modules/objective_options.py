@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 
 
 @dataclass
@@ -136,8 +136,7 @@ def check_objective(
     if len(weights) not in (0, len(prefixes)):
         raise UserError(f"{prefix}matryoshka_weights: expected one per entry of matryoshka, got {len(weights)}")
     for task in options.task_weights:
-        if task not in tasks:
-            raise UserError(f"{prefix}task_weights: expected one of {', '.join(tasks)}, got {task!r}")
+        check_choice(f"{prefix}task_weights", task, tasks)
 
 
 def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:

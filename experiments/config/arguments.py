@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
-from experiments.config.structured import did_you_mean, expected_one_of
+from experiments.config.structured import unknown
 from experiments.shared.plain import say
 
 T = TypeVar("T")
@@ -34,9 +34,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
         word, equals, _ = rest[0].partition("=")
         if not equals:
             raise UserError(f"command line: expected key=value, got {word!r}")
-        hint = did_you_mean(word, option_keys(options))
-        expected = expected_one_of(option_keys(options), hint)
-        raise UserError(f"command line: unknown key {word!r}; {hint}{expected} (or --help)")
+        raise UserError(f"command line: {unknown('key', word, option_keys(options))} (or --help)")
     return parsed
 
 

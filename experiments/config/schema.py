@@ -10,8 +10,7 @@ import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
-from datamodules.records import UserError
-from experiments.config.structured import prefixed
+from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS

@@ -16,7 +16,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.citation_graph import graph_of, positions
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from datamodules.tokens import Encoding
 from lightning_modules.encoders.base import Condition
 from lightning_modules.encoders.instruct import InstructEncoder
@@ -82,10 +82,8 @@ class DualPromptEncoder(InstructEncoder):
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)
-        try:
+        with prefixed("graph: "):
             graph = graph_of(task, self.graph or None)
-        except UserError as error:
-            raise UserError(f"graph: {error}") from error
         rows, vectors = positions(graph, self.num_anchors, self.steps)
         tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
         features.fill([tokens[row] for row in rows.tolist()], vectors)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datamodules.files import regular
 from datamodules.packed import Tokens
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import build, describe_architecture, load_weights, merged
@@ -114,10 +114,8 @@ def load_pretrained(name: str | Path, revision: str | None = None, packages: Seq
             raise UserError(f"{folder / CONFIG}: does not describe an encoder of this project")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoder = build(description, tokenizer, str(folder / CONFIG), packages)
-    try:
+    with explained(f"{folder / WEIGHTS}: cannot be read", OSError, SafetensorError):
         weights = load_file(regular(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     load_weights(encoder, weights, str(folder / WEIGHTS))
     return encoder.eval()
