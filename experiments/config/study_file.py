@@ -46,7 +46,7 @@ class Arm:
 class StudySettings:
     """A study's file."""
 
-    title: str = option(help="heading of the page")
+    title: str = option(help="heading of the page; it may name values")
     arms: dict[str, Arm] = option(help="arm -> model or commands")
     evaluate: str = option(help="command that evaluates {model} and writes results.json into {output}")
     seeds: list[int] = option([0], "seeds of all arms with commands", minimum=0)
@@ -115,6 +115,7 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
     with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)
+        settings.title = " ".join(_inserted(settings.title, study.values, "title"))
         _check(study)
         study.jobs.extend(_in_order(list(_jobs(study))))
     return study
