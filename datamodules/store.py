@@ -190,8 +190,6 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
             return False
         if folder.is_dir():
             log.warning("cache: %s is damaged (%s); making it again", folder, problem)
-        for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
         try:
             if folder.is_dir():
                 shutil.rmtree(folder)  # not after writing, which might read the damaged files

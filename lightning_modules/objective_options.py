@@ -103,6 +103,7 @@ class ObjectiveOptions:
         "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how "
         "their gradients are combined",
     )
+    uncertainty_lr: float = option(0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0)
     dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
     dwa_window: int = option(
         50, "DWA: batches of each task in a window; the mean losses of the last two windows are compared", minimum=1

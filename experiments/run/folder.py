@@ -202,6 +202,21 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
+    then, now = _cache_of(folder.path), config.data.cache
+    if folder.complete or bool(then) == bool(now) or not folder.manifest.is_file():
+        return
+    recorded, current = read_manifest(folder.manifest)["data"], describe_data(data)
+    # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
+    if any(_part(recorded, name, "fingerprint") != _part(current, name, "fingerprint") for name in current):
+        raise UserError(
+            f"data.cache: {then or 'null'} when the run began, {now or 'null'} now. A run cannot resume with another "
+            f"kind of collections; set data.cache={then or 'null'}"
+        )
+
+
+def _cache_of(path: Path) -> str | None:
+    """Return the cache of a run's data. path: folder of the run."""
+    return read_config(path).get("data", {}).get("cache")
 
 
 def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
@@ -210,8 +225,7 @@ def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> l
         return []
     then, now = read_manifest(path / "manifest.json")["data"], describe_data(data)
     # Collections in memory and in the cache have different fingerprints.
-    was_cached = bool(read_config(path).get("data", {}).get("cache"))
-    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
+    keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
     return [
         f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
         for name in dict.fromkeys((*then, *now) if then else ())

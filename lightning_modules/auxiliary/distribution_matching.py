@@ -38,6 +38,7 @@ from datamodules.records import Ragged, UserError
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch
 from lightning_modules.distributed.collectives import gather_documents
 from lightning_modules.losses import comparable, duplicate_mask
 from lightning_modules.objective_options import ObjectiveOptions
@@ -93,14 +94,6 @@ class LabelSample:
         known = lists_at(self.known, np.concatenate([queries, documents])).values
         sample = rng.sample(range(len(self.rows)), self.size)
         return self.rows[np.union1d(sample, lists_at(self.related, known).values)]
-
-
-def queries_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
-    return queries
-
-
-def documents_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
-    return documents
 
 
 class Labels(NamedTuple):

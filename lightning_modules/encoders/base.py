@@ -76,6 +76,9 @@ class Encoder(nn.Module):
 
     # Whether a step on one task leaves some parameters without gradient, so that DDP must look for unused parameters.
     has_idle_parameters: ClassVar[bool] = False
+    # Whether texts have different experts. Then the rows that an expert computes together depend on the batch.
+    groups_texts: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False  # whether it needs the hashes of texts, Tokens.keys
     # Names of the methods that compute one layer. Their first argument is its index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
     lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
@@ -377,7 +380,8 @@ class Encoder(nn.Module):
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
         batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
-            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13.
+            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13, and encoders whose
+            experts do not depend on the text.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
         (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
@@ -418,6 +422,11 @@ class Encoder(nn.Module):
         units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
         if batch_invariant and self.device.type == "cuda" and not NUM_SPLITS:
             raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
+        if batch_invariant and self.device.type != "cpu" and self.groups_texts:
+            raise UserError(
+                f"batch_invariant: {type(self).__name__} supports it on CPUs only, because the number of texts that an "
+                "expert computes together, and so the last bits of their vectors, depend on the other texts"
+            )
         token_budget = token_budget or default_token_budget(self.device)
         results = encode_units(self, units, names, token_budget, advance, batch_invariant)
         return results if task is None else only(results, task)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.citation_graph import graph_of, positions
 from datamodules.records import UserError
-from datamodules.tokens import Encoding
 from lightning_modules.encoders.base import Condition
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.text_features import TextFeatures
@@ -87,8 +86,7 @@ class DualPromptEncoder(InstructEncoder):
         except UserError as error:
             raise UserError(f"graph: {error}") from error
         rows, vectors = positions(graph, self.num_anchors, self.steps)
-        tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
-        features.fill([tokens[row] for row in rows.tolist()], vectors)
+        features.fill_rows(self, data, task, rows.tolist(), vectors)
 
     def _link_task(self, data: Any) -> Any:
         """Return the data of the task whose papers are in the graph."""

@@ -22,7 +22,13 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.files import atomic_file
 from datamodules.records import UserError
-from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
+from lightning_modules.encoders.backbone import (
+    apply_umask,
+    meta_backbone,
+    options_of,
+    quiet_transformers,
+    write_checksum,
+)
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.loading import dense_key, load_weights, merged
@@ -78,6 +84,7 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
     plain.backbone.save_pretrained(folder)
+    write_checksum(folder)
     tokenizer = copy.deepcopy(plain.tokenizer)
     tokenizer.model_max_length = plain.max_length
     tokenizer.save_pretrained(folder)

@@ -39,6 +39,8 @@ class RoutedEncoder(Encoder):
         undecided, so that all experts are tried (TASER's sign; its own runs use 0). A negative one makes them decide.
     """
 
+    groups_texts = True
+
     def __init__(
         self,
         backbone: PreTrainedModel,

@@ -40,7 +40,7 @@ class Shards(Sequence[np.ndarray]):
 
     def __init__(self, parts: Sequence[Array], prepare: Callable[[np.ndarray], np.ndarray] | None = None):
         self.parts = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
-        self.prepare = prepare or (lambda vectors: vectors)
+        self.prepare = prepare or np.asarray  # not a lambda, because worker processes get teacher vectors
         self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
 
     def __len__(self) -> int:

@@ -44,8 +44,11 @@ def test_uncertainty_equals_its_formula_and_learns_the_scale_of_losses():
         assert weights.log_variance[task].item() == pytest.approx(math.log(2 * scale), abs=1e-6)
 
 
-def test_uncertainty_is_trained_with_the_encoder(make_encoder, three_tasks, tmp_path):
-    module = make_module(make_encoder, balance="uncertainty")
+def test_uncertainty_is_trained_with_the_encoder_at_its_own_rate(make_encoder, three_tasks, tmp_path):
+    module = make_module(make_encoder, balance="uncertainty", uncertainty_lr=0.3, total_steps=2)
+    learned = list(module.uncertainty.parameters())
+    (group,) = [g for g in module.configure_optimizers()["optimizer"].param_groups if g["params"] == learned]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.3, 0.0)
     fitted(module, three_tasks, tmp_path)
     values = [p.item() for p in module.uncertainty.parameters()]
     assert len(values) == 3
