@@ -170,7 +170,9 @@ def completion() -> str:
 def _command(module: str, options: type) -> str:
     hints = get_type_hints(options)
     name = module.rpartition(".")[2]
-    target = f"make bench BENCH={name}" if ".bench." in module else NOT_TARGETS.get(name, f"make {NAMES.get(name, name)}")
+    target = (
+        f"make bench BENCH={name}" if ".bench." in module else NOT_TARGETS.get(name, f"make {NAMES.get(name, name)}")
+    )
     rows = [_row(option_key(field), field, hints[field.name]) for field in dataclasses.fields(options)]
     parts = (f"### `{module}`", f"`{target}`", inspect.getdoc(options), "\n".join([TABLE, *rows]) if rows else "")
     return "\n\n".join(filter(None, parts))
