@@ -15,8 +15,8 @@ Labels, candidates as values, and f are constants, like the annotations and the 
 loss trains the network and, through the softmax, what task s says about the query. The last two terms prevent a
 network that maps everything to one point.
 
-If the network learns from bad predictions, it makes them worse: any permutation of the labels is consistent with itself.
-Therefore only the network learns in the first part of the training, `warmup`.
+Learning from bad predictions makes them worse, because any permutation of the labels is consistent with itself. So only
+the network learns in the first part of the training, `warmup`.
 
 Shapes
     B   queries on this rank
