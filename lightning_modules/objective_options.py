@@ -106,7 +106,7 @@ class ObjectiveOptions:
     uncertainty_lr: float = option(0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0)
     dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
     dwa_window: int = option(
-        50, "DWA: the mean losses of the last two windows are compared; batches that each task has in one", minimum=1
+        50, "DWA: batches of each task in a window; the mean losses of the last two windows are compared", minimum=1
     )
     gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)

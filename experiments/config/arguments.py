@@ -143,7 +143,7 @@ def default_of(field: dataclasses.Field) -> Any:
 def type_name(hint: Any) -> str:
     """Return the name of a type in --help: its choices, or INTEGER, NUMBER, PATH, TEXT, ..."""
     if choices := literal_choices(hint):
-        return "|".join(map(str, choices))
+        return "|".join(filter(None, map(str, choices)))
     if get_origin(hint) in (Union, types.UnionType):
         return "|".join(type_name(each) for each in get_args(hint) if each is not type(None))
     if get_origin(hint) in (tuple, list):

@@ -200,7 +200,7 @@ class EvaluationConfig:
     )
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
-    baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
+    baselines: bool = option(True, "also evaluate BM25 and the encoder before training")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from lightning_modules.encoders.text_features import TextFeatures
 class DualPromptEncoder(InstructEncoder):
     """An InstructEncoder with the positions of papers in the citation graph.
 
-    The graph consists of the training links. Its positions are made once, before training, and saved with the encoder.
+    The graph consists of the training links. Positions are computed once, before training, and saved with the encoder.
 
     instructions, separate: as in InstructEncoder.
     prompt: whether texts attend to the instruction. If not, and without anchors, this is a SharedEncoder.
@@ -77,7 +77,7 @@ class DualPromptEncoder(InstructEncoder):
         return super().condition(task) if self.prompt else Condition()
 
     def prepare(self, data: Any) -> None:
-        """Make the positions, unless the encoder was loaded with some: new papers then have none."""
+        """Compute the positions, unless the encoder was loaded with some: new papers then have none."""
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)
