@@ -34,7 +34,8 @@ UNRELATED = np.full((8, 8), 1 / 8)
 
 def small_case(step=5):
     """Return a loss with random parameters, a batch of three queries, their vectors, and those of the companions."""
-    loss = CrossTaskConsistency(["a", "b", "c"], 4, pairs=[["a", "b"], ["b", "c"]], hidden=6, warmup=5).double()
+    loss = CrossTaskConsistency(["a", "b", "c"], 4, pairs=[["a", "b"], ["b", "c"]], hidden=6).double()
+    loss.warmup_batches = 5
     generator = torch.Generator().manual_seed(0)
     for parameter in loss.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -126,6 +127,17 @@ def test_network_treats_all_pairs_alike_at_first_and_does_not_touch_random_numbe
 # Companions and errors
 
 
+def test_warmup_is_a_share_of_the_training(make_encoder, three_tasks):
+    """It was a number of batches, 1000 by default: a shorter training trained the network alone."""
+    loss = CrossTaskConsistency(list(TASKS), 32, warmup=0.4)
+    module = ContrastiveModule(make_encoder(), losses={"consistency": loss})
+    module.prepare_losses(three_tasks)
+    assert loss.warmup_batches == round(0.4 * 12)
+    three_tasks.options, three_tasks.prepared_by = three_tasks.options.override(num_batches=0), None
+    with pytest.raises(UserError, match="losses.consistency: warmup: the length of the training is not known yet"):
+        module.prepare_losses(three_tasks)
+
+
 def batches(make_encoder, data):
     """Return the batches of training, with companions."""
     loss = CrossTaskConsistency(list(TASKS), 32, candidates=5)
@@ -174,7 +186,8 @@ def test_documents_left_out_of_training_are_not_candidates(make_encoder, three_t
         ({"tasks": ["search"]}, "expected at least two tasks in training, got search"),
         ({"candidates": 1}, "candidates: expected a number of at least 2, got 1"),
         ({"hidden": 0}, "hidden: expected"),
-        ({"warmup": -1}, "warmup: expected"),
+        ({"warmup": -0.1}, "warmup: expected"),
+        ({"warmup": 400}, "warmup: expected a share of the training of at least 0 and below 1, got 400"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"trunk_weight": -0.5}, "trunk_weight: expected"),
     ],
@@ -216,7 +229,7 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
     encoder = MoEEncoder(
         *world.backbone(seed, **NO_DROPOUT), tasks, ffn=True, layers="all", pooling="mean", max_length=32
     )
-    options = {"lr": 3e-3, "hidden": 64, "warmup": steps // 2} | options
+    options = {"lr": 3e-3, "hidden": 64, "warmup": 0.5} | options
     loss = CrossTaskConsistency(list(tasks), 32, weight, **options)
     module = ContrastiveModule(
         encoder,
