@@ -72,7 +72,7 @@ help: ## show this page
 	@echo
 	@echo "experiments (EXP=)"
 	@for f in $(filter-out experiments/base.yaml,$(wildcard experiments/*.yaml)); do \
-		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+		printf '  %-23s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
 	@echo
 	@echo "scales (SCALE=)"
 	@for f in $(wildcard experiments/scale/*.yaml); do \

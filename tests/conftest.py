@@ -125,7 +125,7 @@ def with_features(encoder, documents: Sequence[Document], size: int = 3):
     random = torch.Generator().manual_seed(3)
     features = encoder.features["positions"] = TextFeatures(size, encoder.dimension)
     ((table,),) = [list(tokenise_ahead([(Encoding(encoder.tokenizer, "", encoder.max_length), documents)]))]
-    features.fill(list(table), torch.randn(len(documents), size, generator=random).numpy())
+    features.fill(list(table), torch.randn(len(documents), size, generator=random).numpy(), encoder.max_length)
     with torch.no_grad():
         features.projection.weight.copy_(torch.randn(encoder.dimension, size, generator=random))
     return encoder

@@ -24,9 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError, check_name
+from datamodules.records import UserError, check_name, explained
 from experiments.config.arguments import command_of, option_keys, parse_known
-from experiments.config.moved import current_path, with_first_paths
 from experiments.config.overrides import check_override, packages_in, parse_override, replacement_of
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
@@ -39,7 +38,7 @@ from experiments.config.structured import (
     unknown,
     yaml_text,
 )
-from experiments.config.targets import check_targets
+from experiments.config.targets import check_targets, current_path, with_first_paths
 from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
@@ -167,13 +166,11 @@ def folder_of(config: Config) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
-    try:
+    with explained(f"{path / 'config.yaml'}: cannot be read", OSError, ValueError, RecursionError, yaml.YAMLError):
         text = yaml_text(path / "config.yaml")
         if "${" in text:  # a saved configuration is resolved, and references can expand without end
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
     return _with_current_paths(settings)

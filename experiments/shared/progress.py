@@ -66,7 +66,7 @@ class Progress:
             self._log_sometimes(f"{done / 1e6:,.0f}{of_total} MB")
         else:
             rate = done / (time.monotonic() - self.started)
-            remaining = f", {(total - done) / rate / 60:,.0f} minutes left" if total and rate else ""
+            remaining = f", {(total - done) / rate / 60:,.0f} min left" if total and rate else ""
             of_total = f" of {total:,}" if total else ""
             self._log_sometimes(f"{done:,}{of_total} {self.unit}, {rate:,.1f}/s{remaining}")
 

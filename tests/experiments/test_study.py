@@ -114,6 +114,8 @@ def test_commands_of_each_job(make_study):
     merge = ("merge", f"model={folder}/one-seed1,package:start", f"output={folder}/both-seed1")
     assert both.commands[0] == merge
     assert make_study(values=["steps=7"]).jobs[1].commands[0][-1] == "steps=7"
+    titled = FILE.replace("title: A study", "title: After {steps} steps")
+    assert make_study(titled, values=["steps=7"]).settings.title == "After 7 steps"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,7 @@ def test_commands_of_each_job(make_study):
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
         ("title:", "titel:", "titel"),
+        ("title: A study", "title: On {stops}", "title: unknown placeholder 'stops'"),
     ],
 )
 def test_errors_of_the_file(make_study, old, new, message):

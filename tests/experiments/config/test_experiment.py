@@ -11,8 +11,7 @@ import yaml
 from datamodules.records import UserError
 from experiments.config import experiment as module
 from experiments.config.experiment import as_dict, digest, experiments, from_dict, load_config, scales
-from experiments.config.moved import MOVED, with_first_paths
-from experiments.config.targets import check_target, instantiate
+from experiments.config.targets import MOVED, check_target, instantiate, with_first_paths
 
 
 def error_of(*arguments):
