@@ -320,6 +320,25 @@ def test_every_moved_class_is_at_its_new_path():
         assert hasattr(importlib.import_module(module_name), name)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_mapping_replaces_the_old_one(order):
+    """Also if single keys, which add to it, come first. Settings and arguments of a class keep their other values."""
+    overrides = [
+        "losses.cross_task.teachers={search: [classification]}",
+        "losses.cross_task.teachers.link_prediction=[search]",
+        "optim.lr_scale={}",
+        "trainer={max_steps: 7}",
+        "losses.cross_task={temperature: 2.0}",
+    ]
+    config = load_config("cross_distillation", overrides[::order])
+    loss = config.losses["cross_task"]
+    assert loss["teachers"] == {"search": ["classification"], "link_prediction": ["search"]}
+    assert (loss["temperature"], loss["weight"], config.trainer.max_steps) == (2.0, 1.0, 7)
+    assert config.trainer.log_every_n_steps == load_config("moe").trainer.log_every_n_steps
+    assert load_config("graph_prompt").optim.lr_scale == {"features": 10}
+    assert load_config("graph_prompt", ["optim.lr_scale={}"]).optim.lr_scale == {}
+
+
 def test_null_removes_a_collection():
     nodes = "task.search.data.mine={_target_: datamodules.sample.SampleReader, view: searches}"
     config = load_config("moe", ["tasks=[search]", nodes, "task.search.data.searches=null"])
