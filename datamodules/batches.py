@@ -99,7 +99,8 @@ class CompanionSource:
     table: task whose document table has the texts.
     task: task as which they are encoded.
     rows: function of the rows of a batch's queries (B,) and documents (m,), and of a random generator that is equal on
-        all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat.
+        all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat. Not a
+        lambda, because it is pickled for worker processes.
     detached: whether the loss needs no gradient of their vectors, which saves time and memory.
     """
 
@@ -107,6 +108,10 @@ class CompanionSource:
     task: str
     rows: Callable[[np.ndarray, np.ndarray, random.Random], np.ndarray]
     detached: bool = False
+
+    def without_table(self) -> CompanionSource:
+        """Return a copy for worker processes, which need neither the data module nor its trainer."""
+        return dataclasses.replace(self, table=None)  # type: ignore[arg-type]
 
 
 class Collator:
@@ -232,6 +237,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     rounds: mined hard negatives.
     teacher_vectors: task -> vectors of a teacher, which its batches then contain.
     companions: sources of the companions of this task's batches.
+    prepared_by: mark of the module whose losses need these companions.
     """
 
     options: BatchOptions
@@ -240,6 +246,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     rounds: Rounds | None = None
     teacher_vectors: Mapping[str, StoredVectors] = {}
     companions: Sequence[CompanionSource] = ()
+    prepared_by: object = None
 
     @property
     @abstractmethod
@@ -298,9 +305,10 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         if workers is None:
             workers = default_num_workers(on_gpu, self.trainer.num_devices if self.trainer else 1)
         log.info("batches are prepared by %s", f"worker processes ({workers})" if workers else "the training process")
-        return ResumableLoader(batches, self._num_batches(), signature, workers, self.rounds, pin_memory=on_gpu)
+        return ResumableLoader(batches, self.num_batches(), signature, workers, self.rounds, pin_memory=on_gpu)
 
-    def _num_batches(self) -> int:
+    def num_batches(self) -> int:
+        """Return the number of batches in the training."""
         if self.options.num_batches:
             return self.options.num_batches
         if self.trainer and self.trainer.max_steps > 0:
@@ -344,7 +352,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
             teacher_vectors=self.teacher_vectors.get(task.task.name),
             seed=self.options.seed,
             example_at=self.rounds.examples_for(task.task.name) if self.rounds else example_of_data,
-            companions=[(c, c.table.tokens(self._encoding(c.table, c.task))) for c in task.companions],
+            companions=[(c.without_table(), c.table.tokens(self._encoding(c.table, c.task))) for c in task.companions],
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:

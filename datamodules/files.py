@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -20,6 +22,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from datamodules.records import UserError
+
+PARTIAL = ".partial"  # ends the name of a temporary folder
 
 # Names of types in messages.
 JSON_TYPES: dict[type, str] = {
@@ -68,7 +72,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()  # a link stays, and its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    _remove_leftovers(path)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+    lock = os.open(partial, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield partial
         partial.chmod(0o755)
@@ -79,12 +87,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             except BaseException:
                 old.replace(path)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             partial.replace(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary folders that killed processes left of a folder. A live process has a lock on its own."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}"):
+        with contextlib.suppress(OSError):  # in use, or a file system without locks
+            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:

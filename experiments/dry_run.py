@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 import time
@@ -212,7 +213,8 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
 def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> list[ContrastiveBatch]:
     task.prompts = data.prompts
-    return first_batches(task, data.tokenizer, count)
+    last = data.num_batches() - 1  # as late as possible, because a loss costs less in its warm-up
+    return [dataclasses.replace(batch, step=last) for batch in first_batches(task, data.tokenizer, count)]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from datamodules.batches import ContrastiveDataModule
 from datamodules.options import check_options
 from datamodules.packed import Companion, ContrastiveBatch
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
@@ -93,7 +92,7 @@ class ContrastiveModule(L.LightningModule):
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
-        self._prepared_for: weakref.ref[Any] | None = None  # the data that the losses have seen
+        self._mark = object()  # of the data that the losses have prepared
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -117,20 +116,18 @@ class ContrastiveModule(L.LightningModule):
         Training calls this itself. With an average of the weights, call it before the trainer is started, because
         Lightning copies the module for the average before it calls setup.
         """
-        if not self.named_losses or (self._prepared_for is not None and self._prepared_for() is data):
+        if not self.named_losses or getattr(data, "prepared_by", None) is self._mark:
             return
         if not isinstance(data, ContrastiveDataModule):
             raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
         for name, loss in self.named_losses.items():
-            try:
+            with prefixed(f"losses.{name}: "):
                 loss.prepare(data)
-            except UserError as error:
-                raise UserError(f"losses.{name}: {error}") from error
         for task in data.tasks:
             sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
             self.num_companions[task.task.name] = [len(each) for each in sources]
             task.companions = [source for each in sources for source in each]
-        self._prepared_for = weakref.ref(data)  # not its id, which other data may get once these are gone
+        data.prepared_by = self._mark
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
         """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
@@ -201,7 +198,8 @@ class ContrastiveModule(L.LightningModule):
             lr = self.objective.options.temperature_lr or options.lr
             groups.insert(0, {"params": temperatures, "lr": lr, "weight_decay": 0.0})
         if self.uncertainty is not None:
-            groups.insert(0, {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
+            rate = {"lr": self.objective.options.uncertainty_lr, "weight_decay": 0.0}
+            groups.insert(0, {"params": list(self.uncertainty.parameters())} | rate)
         optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
         )

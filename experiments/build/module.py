@@ -11,13 +11,12 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, prefixed
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
-from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.contrastive import START, ContrastiveModule

@@ -10,8 +10,7 @@ import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
-from datamodules.records import UserError
-from experiments.config.structured import prefixed
+from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS
@@ -201,7 +200,7 @@ class EvaluationConfig:
     )
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
-    baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
+    baselines: bool = option(True, "also evaluate BM25 and the encoder before training")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained, prefixed
 from experiments.config.experiment import FOLDER, names
 from experiments.config.structured import read_yaml, structured, unknown
 
@@ -119,13 +119,11 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
         settings.values[key] = value
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
-    try:
+    with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)
         settings.title = " ".join(_inserted(settings.title, study.values, "title"))
         _check(study)
         study.jobs.extend(_in_order(list(_jobs(study))))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return study
 
 
@@ -214,10 +212,8 @@ def _models(study: Study, arm: str, seed: int | None) -> dict[str, tuple[str, st
 
 
 def _split(key: str, command: str) -> list[str]:
-    try:
+    with explained(f"{key}: {command!r} cannot be split into words", ValueError):
         return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"{key}: {command!r} cannot be split into words ({error})") from error
 
 
 def _in_order(jobs: Sequence[Job]) -> Iterator[Job]:

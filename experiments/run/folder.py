@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.files import RECREATED, read_json, write_json, write_text
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
@@ -100,10 +100,8 @@ def open_run(config: Config) -> RunFolder:
     path, is_first = folder_of(config), rank_zero_only.rank == 0
     starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
     if is_first:
-        try:
+        with explained(f"run.dir: {path} cannot be used"):
             _prepare(config, path, starts_over)
-        except OSError as error:
-            raise UserError(f"run.dir: {path} cannot be used ({error})") from error
     if starts_over:  # the first rank may be renaming the old run right now, so the others must not read it
         return RunFolder(path, None, False)
     try:
@@ -202,6 +200,21 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
+    then, now = _cache_of(folder.path), config.data.cache
+    if folder.complete or bool(then) == bool(now) or not folder.manifest.is_file():
+        return
+    recorded, current = read_manifest(folder.manifest)["data"], describe_data(data)
+    # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
+    if any(_part(recorded, name, "fingerprint") != _part(current, name, "fingerprint") for name in current):
+        raise UserError(
+            f"data.cache: {then or 'null'} when the run began, {now or 'null'} now. A run cannot resume with another "
+            f"kind of collections; set data.cache={then or 'null'}"
+        )
+
+
+def _cache_of(path: Path) -> str | None:
+    """Return the cache of a run's data. path: folder of the run."""
+    return read_config(path).get("data", {}).get("cache")
 
 
 def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
@@ -210,8 +223,7 @@ def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> l
         return []
     then, now = read_manifest(path / "manifest.json")["data"], describe_data(data)
     # Collections in memory and in the cache have different fingerprints.
-    was_cached = bool(read_config(path).get("data", {}).get("cache"))
-    keys = ("documents", "queries", *(["fingerprint"] if was_cached == bool(config.data.cache) else []))
+    keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
     return [
         f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
         for name in dict.fromkeys((*then, *now) if then else ())
@@ -243,11 +255,9 @@ def write_config(folder: RunFolder, config: Config) -> None:
     Raises UserError if the folder cannot be created.
     """
     if rank_zero_only.rank == 0:
-        try:
+        with explained(f"run.dir: {folder.path} cannot be used"):
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
 
 
 @rank_zero_only

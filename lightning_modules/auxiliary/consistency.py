@@ -15,8 +15,8 @@ Labels, candidates as values, and f are constants, like the annotations and the 
 loss trains the network and, through the softmax, what task s says about the query. The last two terms prevent a
 network that maps everything to one point.
 
-A relation between the tasks that is learned from bad predictions makes them worse: every permutation of the labels is
-consistent with itself. In the first `warmup` batches, therefore, only the network learns.
+Learning from bad predictions makes them worse, because any permutation of the labels is consistent with itself. So only
+the network learns in the first part of the training, `warmup`.
 
 Shapes
     B   queries on this rank
@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from datamodules.tasks import TaskDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.auxiliary.pairs import queries_of_batch
 
 Pair = tuple[str, str]
 
@@ -51,12 +53,12 @@ class CrossTaskConsistency(AuxiliaryLoss):
     weight: factor of the loss.
     lr: peak learning rate of the network; None for that of the encoder.
     pairs: pairs of tasks that must agree, each in both directions; None for all pairs.
-    candidates: maximum number of documents of the other task that a prediction is made of. They are drawn for each
-        batch, the same on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
+    candidates: maximum number of documents of the other task in a prediction. They are drawn for each batch, the same
+        on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
     temperature: divisor of the cosines in the softmax.
     trunk_weight: weight of the terms that prevent a collapse.
     hidden: hidden units of the network, H.
-    warmup: number of batches in which only the network learns.
+    warmup: share of the training in which only the network learns, at least 0 and below 1.
     """
 
     def __init__(
@@ -70,16 +72,18 @@ class CrossTaskConsistency(AuxiliaryLoss):
         temperature: float = 0.1,
         trunk_weight: float = 0.5,
         hidden: int = 256,
-        warmup: int = 1000,
+        warmup: float = 0.5,
     ):
         super().__init__(weight, lr)
-        for name, value, minimum in (("candidates", candidates, 2), ("hidden", hidden, 1), ("warmup", warmup, 0)):
+        for name, value, minimum in (("candidates", candidates, 2), ("hidden", hidden, 1)):
             if value < minimum:
                 raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
         if not 0 < temperature < float("inf"):
             raise UserError(f"temperature: expected a number above 0, got {temperature}")
         if not 0 <= trunk_weight < float("inf"):
             raise UserError(f"trunk_weight: expected a number of at least 0, got {trunk_weight}")
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup: expected a share of the training of at least 0 and below 1, got {warmup}")
         self.candidates, self.temperature = candidates, temperature
         self.trunk_weight, self.warmup = trunk_weight, warmup
         self.network = JointSpace(ordered_pairs(tasks, pairs), dimension, hidden)
@@ -95,14 +99,18 @@ class CrossTaskConsistency(AuxiliaryLoss):
                 raise UserError(f"pairs: task {task!r} has no data; expected one of {', '.join(tables)}")
             if (count := len(candidate_rows(tables[task]))) < 2:
                 raise UserError(f"pairs: a prediction needs two documents, but task {task} has {count} to train on")
+        if self.warmup and not data.options.num_batches and data.trainer is None:
+            raise UserError("warmup: the length of the training is not known yet; set num_batches of the data")
+        self.warmup_batches = round(self.warmup * data.num_batches())
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         """Return, for each other task, the queries and the candidates, both encoded as this other task."""
         tables = {table.task.name: table for table in data.tasks}
         sources = []
         for other in self.others(task):
-            sources.append(CompanionSource(tables[task], other, lambda queries, documents, rng: queries))
-            sources.append(CompanionSource(tables[other], other, sampler(tables[other], self.candidates)))
+            sources.append(CompanionSource(tables[task], other, queries_of_batch))
+            draw = partial(drawn, candidate_rows(tables[other]), self.candidates)
+            sources.append(CompanionSource(tables[other], other, draw))
         return sources
 
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
@@ -114,7 +122,7 @@ class CrossTaskConsistency(AuxiliaryLoss):
         losses = []
         for other, queries, candidates in zip(others, companions[::2], companions[1::2], strict=True):
             predictions = predicted(queries, candidates, self.temperature)
-            if batch.step < self.warmup:
+            if batch.step < self.warmup_batches:
                 predictions = predictions.detach()
             mapped = self.network(predictions, (other, batch.task)), self.network(labels, (batch.task, other))
             losses.append(consistency(*mapped, trunk, self.trunk_weight).mean())
@@ -168,14 +176,9 @@ def candidate_rows(table: TaskDataModule) -> np.ndarray:
     return np.setdiff1d(np.flatnonzero(table.corpus_rows()), table.stripped)
 
 
-def sampler(table: TaskDataModule, count: int) -> Callable[[np.ndarray, np.ndarray, random.Random], np.ndarray]:
-    """Return a function that draws at most `count` rows of a task's corpora, for a CompanionSource."""
-    rows = candidate_rows(table)
-
-    def draw(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
-        return rows if len(rows) <= count else rows[sorted(rng.sample(range(len(rows)), count))]
-
-    return draw
+def drawn(rows: np.ndarray, count: int, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Return at most `count` of some rows, drawn for a batch."""
+    return rows if len(rows) <= count else rows[sorted(rng.sample(range(len(rows)), count))]
 
 
 def predicted(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor:

@@ -38,6 +38,7 @@ from datamodules.records import Ragged, UserError
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch
 from lightning_modules.distributed.collectives import gather_documents
 from lightning_modules.losses import comparable, duplicate_mask
 from lightning_modules.objective_options import ObjectiveOptions
@@ -52,7 +53,7 @@ RELATED = 8  # labels of the target that are always encoded for each known label
 def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_gradient: bool = True) -> Tensor:
     """Return the cross-entropy of the transferred and the predicted distribution of each paper, (B,).
 
-    A paper counts as much as its q sums to: less than 1 if labels of the source relate to no encoded label.
+    The weight of a paper is the sum of its q: less than 1 if labels of the source relate to no encoded label.
 
     log_p: logarithms of the predicted probabilities, (B, n).
     q: transferred probabilities, (B, n).
@@ -95,14 +96,6 @@ class LabelSample:
         return self.rows[np.union1d(sample, lists_at(self.related, known).values)]
 
 
-def queries_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
-    return queries
-
-
-def documents_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
-    return documents
-
-
 class Labels(NamedTuple):
     """Labels that are encoded with a batch, of all ranks if these differ."""
 
@@ -122,7 +115,7 @@ class DistributionMatching(AuxiliaryLoss):
         labels (of the target) of a document to those of the query.
     known: whether p(a | x) is uniform over the annotations of the source (co-annotation) instead of the model's
         softmax. Documents with labels of the target always count as annotated.
-    certain: with `known`, a relation of at least this weight gives a paper hard labels, which then are its only ones.
+    certain: with `known`, a relation of at least this weight gives a paper hard labels, and it gets no others.
     teacher: the side that is the target of the cross-entropy, "relation" or "prediction" (see matching_loss).
     stop_gradient: whether the teacher is a constant.
     smoothing: number of average papers added to those of each label when a relation is estimated.

@@ -8,9 +8,11 @@ Shapes
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,16 @@ from datamodules.records import UserError
 from lightning_modules.distributed.collectives import gather_documents, gather_rows
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
+
+
+def queries_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Return the rows of a batch's queries (B,), for a CompanionSource."""
+    return queries
+
+
+def documents_of_batch(queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Return the rows of a batch's documents (m,), for a CompanionSource."""
+    return documents
 
 
 class Pairs(NamedTuple):

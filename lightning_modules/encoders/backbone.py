@@ -29,13 +29,16 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from datamodules.files import read_json, regular, write_json
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
+from datamodules.store import checksum
 from lightning_modules.encoders.families import FAMILIES
 from lightning_modules.encoders.lora import LoraOptions
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
+WEIGHTS, CHECKSUM = "model.safetensors", "checksum.json"
 # Far above every published encoder of text.
 MAX_SIZES = {
     "num_hidden_layers": 1_000,
@@ -145,10 +148,8 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
         raise UserError("backbone config: num_hidden_layers must be at least 1, got 0")
     if unknown := sorted(set(config) - set(BertConfig().to_dict())):
         raise UserError(f"backbone config: transformers.BertConfig has no field {', '.join(unknown)}")
-    try:
+    with prefixed("backbone config: "):
         check_size(config)
-    except UserError as error:
-        raise UserError(f"backbone config: {error}") from error
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
@@ -164,10 +165,8 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
     with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
     """
     with reading(name, key):
-        try:
+        with prefixed(f"{key}: {name!r}: config.json: "):
             check_size(PreTrainedConfig.get_config_dict(name)[0])
-        except UserError as error:
-            raise UserError(f"{key}: {name!r}: config.json: {error}") from error
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "dpr" and with_weights:
@@ -177,6 +176,7 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
             raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types} or dpr")
         if not with_weights:
             return meta_backbone(config), tokenizer
+        check_checksum(Path(name))
         options = options_of(config) | {"trust_remote_code": False}
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
         if (Path(name) / "adapter_config.json").exists() or getattr(model, "_hf_peft_config_loaded", False):
@@ -227,6 +227,22 @@ def reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{text} is missing"
     return (text or type(error).__name__).splitlines()[0]
+
+
+def write_checksum(folder: Path) -> None:
+    """Write the CRC-32 of the weights in a folder to checksum.json."""
+    write_json(folder / CHECKSUM, {WEIGHTS: checksum(folder / WEIGHTS)})
+
+
+def check_checksum(folder: Path) -> None:
+    """Raise UserError if the weights in a folder differ from its checksum.json. Folders of others have none."""
+    if not (folder / CHECKSUM).exists():
+        return
+    if read_json(folder / CHECKSUM).get(WEIGHTS) != checksum(regular(folder / WEIGHTS)):
+        raise UserError(
+            f"{folder / WEIGHTS}: was altered or damaged after the export; export the model again, or delete "
+            f"{CHECKSUM} if you changed the weights yourself"
+        )
 
 
 def apply_umask(folder: Path) -> None:

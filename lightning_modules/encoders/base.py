@@ -23,16 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
-from datamodules.records import Document, UserError, check_name
+from datamodules.records import Document, UserError, check_choice, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
+from lightning_modules.encoders.pooling import POOLINGS, pooled
 from lightning_modules.encoders.text_features import TextFeatures
-from lightning_modules.retrieval.compute import default_token_budget
+from lightning_modules.retrieval.compute import default_token_budget, evaluating
 
-POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
 Advance = Callable[[int], None]
 Texts = Sequence[Document | Mapping[str, Any] | str]
 TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
@@ -76,6 +76,9 @@ class Encoder(nn.Module):
 
     # Whether a step on one task leaves some parameters without gradient, so that DDP must look for unused parameters.
     has_idle_parameters: ClassVar[bool] = False
+    # Whether texts have different experts. Then the rows that an expert computes together depend on the batch.
+    groups_texts: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False  # whether it needs the hashes of texts, Tokens.keys
     # Names of the methods that compute one layer. Their first argument is its index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
     lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
@@ -92,8 +95,7 @@ class Encoder(nn.Module):
         max_length: int = 256,
     ):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise UserError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        check_choice("pooling", pooling, POOLINGS)
         if not tasks:
             raise UserError("tasks: expected at least one, got none")
         for task in tasks:
@@ -322,31 +324,11 @@ class Encoder(nn.Module):
 
     def pool(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
         """Pool the states of the last layer, (L, D), to vectors (B, D)."""
-        pooled = hidden if self.pools_one_position else self._reduce(hidden, context, task)
-        return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
-
-    def _reduce(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
-        """Reduce the positions of each text that pooling includes to one vector, (B, D)."""
-        skipped, offsets = self.skipped_positions(task), context.tokens.offsets
-        if self.pooling == "lasttoken":
-            return hidden[offsets[1:] - 1]
-        included = (context.positions >= skipped)[:, None]
-        if self.pooling == "max":
-            hidden = hidden.masked_fill(~included, float("-inf")) if skipped else hidden
-            return torch.segment_reduce(hidden, "max", offsets=offsets.long(), unsafe=True)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 sums of 200 tokens are 1 % off
-        if self.pooling == "weightedmean":  # weights 1, 2, ... from the start of the text
-            hidden = hidden * (context.positions + 1)[:, None]
-        if skipped:
-            hidden = hidden * included
-        sums = torch.segment_reduce(hidden, "sum", offsets=offsets.long(), unsafe=True)
-        lengths = offsets.diff()
-        totals = {
-            "mean": lengths - skipped,
-            "mean_sqrt_len_tokens": (lengths - skipped).sqrt(),
-            "weightedmean": (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2,
-        }
-        return sums / totals[self.pooling][:, None].to(sums.dtype)
+        if not self.pools_one_position:
+            hidden = pooled(
+                self.pooling, hidden, context.tokens.offsets, context.positions, self.skipped_positions(task)
+            )
+        return F.normalize(hidden.float(), dim=-1) if self.normalize else hidden
 
     def skipped_positions(self, task: str) -> int:
         """Return the number of positions at the start of a text that pooling leaves out."""
@@ -377,7 +359,8 @@ class Encoder(nn.Module):
         token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
         advance: function called after each forward pass with its number of texts.
         batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
-            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13.
+            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13, and encoders whose
+            experts do not depend on the text.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
         (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
@@ -418,6 +401,11 @@ class Encoder(nn.Module):
         units = (group if isinstance(group, Rows) else as_documents(group) for group in groups)
         if batch_invariant and self.device.type == "cuda" and not NUM_SPLITS:
             raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
+        if batch_invariant and self.device.type != "cpu" and self.groups_texts:
+            raise UserError(
+                f"batch_invariant: {type(self).__name__} supports it on CPUs only, because the number of texts that an "
+                "expert computes together, and so the last bits of their vectors, depend on the other texts"
+            )
         token_budget = token_budget or default_token_budget(self.device)
         results = encode_units(self, units, names, token_budget, advance, batch_invariant)
         return results if task is None else only(results, task)
@@ -425,14 +413,8 @@ class Encoder(nn.Module):
     @contextmanager
     def inferring(self) -> Iterator[None]:
         """Compute without dropout and gradients, in the precision of autocast."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.inference_mode(), self.casting():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self), torch.inference_mode(), self.casting():
+            yield
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the encoder to a folder for from_pretrained, load_encoder and transformers.AutoModel."""

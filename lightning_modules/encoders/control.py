@@ -29,6 +29,8 @@ class ControlEncoder(Encoder):
     attention, ffn, layers: sub-layers that have experts, as in MoEEncoder.
     """
 
+    groups_texts = reads_keys = True
+
     def __init__(
         self,
         backbone: PreTrainedModel,

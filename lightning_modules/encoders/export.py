@@ -21,8 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from datamodules.files import atomic_file
-from datamodules.records import UserError
-from lightning_modules.encoders.backbone import apply_umask, meta_backbone, options_of, quiet_transformers
+from datamodules.records import UserError, explained
+from lightning_modules.encoders.backbone import (
+    apply_umask,
+    meta_backbone,
+    options_of,
+    quiet_transformers,
+    write_checksum,
+)
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.encoders.loading import dense_key, load_weights, merged
@@ -78,6 +84,7 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
     plain.backbone.save_pretrained(folder)
+    write_checksum(folder)
     tokenizer = copy.deepcopy(plain.tokenizer)
     tokenizer.model_max_length = plain.max_length
     tokenizer.save_pretrained(folder)
@@ -175,10 +182,8 @@ def save_onnx(folder: str | Path) -> Path:
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
     """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
     path, checkpoint = Path(path), to_reference(merged(encoder))
-    try:
+    with explained(f"{path}: cannot be written", OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from error
     return path

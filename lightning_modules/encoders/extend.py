@@ -11,6 +11,7 @@ from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.compute import evaluating
 
 
 def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
@@ -43,11 +44,8 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
     """Return existing task -> mean loss of a new task's batches when encoded for that task. The lowest is nearest."""
     tasks, batches = list(module.encoder.tasks), list(batches)
-    training = module.training
-    module.eval()
-    with torch.no_grad():
+    with evaluating(module), torch.no_grad():
         losses = {task: sum(_loss_as(module, batch, task) for batch in batches) for task in tasks}
-    module.train(training)
     return {task: total / len(batches) for task, total in losses.items()}
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.records import UserError
-from datamodules.tokens import Encoding
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.text_features import TextFeatures
 
@@ -77,8 +76,7 @@ class FigureEncoder(MoEEncoder):
                 f"{self.vectors}: {len(missing)} of {len(ids)} figures of task {self.figure_task} have no vector, "
                 f"first {missing[0]!r}; add their vectors"
             )
-        tokens = task.tokens(Encoding(self.tokenizer, "", task.options.max_length))
-        features.fill([tokens[row] for row in rows], vectors[[rows_of[id] for id in ids]])
+        features.fill_rows(self, data, task, rows, vectors[[rows_of[id] for id in ids]])
 
 
 def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarray]:

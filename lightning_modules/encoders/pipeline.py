@@ -33,7 +33,7 @@ BLOCK = 8192  # number of texts that are sorted by length and copied together; a
 class PassShape:
     """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
 
-    Kernels for matrix products differ with the number of rows, and their results in the last bits. So on a GPU, a
+    Kernels for matrix products, and the last bits of their results, depend on the number of rows. So on a GPU, a
     batch-invariant pass always has the same number of tokens and of texts, and the same longest text: the rest are
     fillers. On a CPU, threads divide the rows, and the bits depend on where a text is; so it gets a pass of its own.
 
@@ -143,7 +143,8 @@ def _compute(
     computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
     with encoder.inferring():
         conditions = {task: encoder.condition(task) for task in tasks}
-        for tokens in copied_to(encoder.device, table.take(rows), [len(chunk) for chunk in chunks]):
+        counts = [len(chunk) for chunk in chunks]
+        for tokens in copied_to(encoder.device, table.take(rows), counts, encoder.reads_keys):
             for task, vectors in encoder.forward_tasks(shape.fill(tokens), tasks, conditions).items():
                 computed[task].append(vectors[: len(tokens)].float())
             encoder.encoded["texts"] += len(tokens)
@@ -196,13 +197,16 @@ def is_asynchronous(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int]) -> Iterator[Tokens]:
-    """Copy the ids of consecutive texts to the device at once, and yield them in batches of `counts` texts."""
+def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int], has_keys: bool) -> Iterator[Tokens]:
+    """Copy the ids of consecutive texts to the device at once, and yield them in batches of `counts` texts.
+
+    has_keys: whether to compute the keys of the texts, which are 0 otherwise.
+    """
     ends = np.cumsum(counts)
     all_lengths = table.lengths()
     lengths = [all_lengths[end - count : end] for count, end in zip(counts, ends, strict=True)]
     offsets = [np.cumsum([0, *batch]) for batch in lengths]
-    keys = tuple(map(text_key, table))
+    keys = tuple(map(text_key, table)) if has_keys else (0,) * len(table)
     host = host_buffer(sum(map(len, offsets)) + len(table.ids), torch.int32, device)
     np.concatenate([*offsets, table.ids], out=host.numpy(), casting="same_kind")
     moved = host.to(device, non_blocking=True)

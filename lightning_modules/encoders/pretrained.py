@@ -1,5 +1,7 @@
 """Encoders as transformers models: folders with config.json, model.safetensors and the files of the tokenizer.
 
+checksum.json has the CRC-32 of the weights, so that a damaged copy is not loaded.
+
     encoder.save_pretrained(folder)     MoEEncoder.from_pretrained(folder)     AutoModel.from_pretrained(folder).encoder
 
 AutoModel knows this model type once this module has been imported.
@@ -21,12 +23,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datamodules.files import regular
 from datamodules.packed import Tokens
-from datamodules.records import UserError
-from lightning_modules.encoders.backbone import apply_umask, quiet_transformers, reading
+from datamodules.records import UserError, explained
+from lightning_modules.encoders.backbone import (
+    WEIGHTS,
+    apply_umask,
+    check_checksum,
+    quiet_transformers,
+    reading,
+    write_checksum,
+)
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import build, describe_architecture, load_weights, merged
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 class SciMultConfig(PreTrainedConfig):
@@ -71,6 +80,7 @@ class SciMultModel(PreTrainedModel):
     def save_pretrained(self, folder: str | Path, *arguments, **options) -> None:
         super().save_pretrained(folder, *arguments, **options)
         self.encoder.tokenizer.save_pretrained(folder)
+        write_checksum(Path(folder))
         apply_umask(Path(folder))
 
     @classmethod
@@ -85,7 +95,7 @@ AutoModel.register(SciMultConfig, SciMultModel, exist_ok=True)
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
-    """Write config.json, model.safetensors and the files of the tokenizer to a folder, which is created if needed."""
+    """Write an encoder with its tokenizer and the checksum of its weights to a folder, which is created if needed."""
     quiet_transformers()
     encoder, folder = merged(encoder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,10 +124,9 @@ def load_pretrained(name: str | Path, revision: str | None = None, packages: Seq
             raise UserError(f"{folder / CONFIG}: does not describe an encoder of this project")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoder = build(description, tokenizer, str(folder / CONFIG), packages)
-    try:
+    with explained(f"{folder / WEIGHTS}: cannot be read", OSError, SafetensorError):
+        check_checksum(folder)
         weights = load_file(regular(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     load_weights(encoder, weights, str(folder / WEIGHTS))
     return encoder.eval()

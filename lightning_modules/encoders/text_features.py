@@ -5,16 +5,19 @@
 A text without features is encoded as if there were none, bit for bit. W and b start at 0, so that new features change
 nothing either.
 
-A text is recognised by its first tokens, so its features follow it to wherever the encoder reads it: training,
-evaluation, mining, export. Vectors of texts can be cached as always, since they depend on text and encoder alone. The
-table is part of the encoder's state_dict, and so of checkpoints and fingerprints.
+A text is recognised by its tokens, so its features follow it to wherever the encoder reads it: training, evaluation,
+mining, export. If texts are truncated to fewer tokens there, those that are longer have no features. Vectors of texts
+can be cached as always, since they depend on text and encoder alone. The table is part of the encoder's state_dict, and
+so of checkpoints and fingerprints.
 
 Shapes: n texts with features, F features, B texts of T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,9 +26,14 @@ from torch import Tensor, nn
 
 from datamodules.packed import Tokens
 from datamodules.records import UserError
+from datamodules.tokens import Encoding
 
-# Tokens by which a text is recognised: title and start of the abstract. The same, if texts are truncated later.
-KEY_TOKENS = 64
+if TYPE_CHECKING:
+    from lightning_modules.encoders.base import Encoder
+
+log = logging.getLogger(__name__)
+
+POSITIONS = 1 << 16  # more than a text has tokens
 KEYS_AT_ONCE = 1 << 16  # texts
 MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # of SplitMix64 (Steele et al., 2014), as signed numbers
 
@@ -37,6 +45,7 @@ class TextFeatures(nn.Module):
     """
 
     keys: Tensor  # (n,) int64, ascending
+    num_tokens: Tensor  # (1,) int64, number of tokens at the start of a text that its key depends on
     vectors: Tensor  # (n, F)
 
     def __init__(self, size: int, hidden_size: int, bounded: bool = True):
@@ -54,14 +63,21 @@ class TextFeatures(nn.Module):
         weight = self.projection.weight
         device = "cpu" if weight.is_meta else weight.device
         self.register_buffer("keys", torch.arange(count, device=device))
+        self.register_buffer("num_tokens", torch.tensor([POSITIONS], device=device))
         vectors = torch.zeros(count, self.projection.in_features, dtype=weight.dtype, device=device)
         self.register_buffer("vectors", vectors)
 
-    def fill(self, texts: Sequence[np.ndarray], vectors: np.ndarray) -> None:
-        """Set the features of texts. Of texts that start with the same KEY_TOKENS tokens, the first one counts.
+    def fill_rows(self, encoder: Encoder, data: Any, task: Any, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Set the features of rows of a task's document table (see fill). data: the data of all tasks."""
+        max_length = min(encoder.max_length, *(each.options.max_length for each in data.tasks))
+        tokens = task.tokens(Encoding(encoder.tokenizer, "", max_length))
+        self.fill([tokens[row] for row in rows], vectors, max_length)
 
-        texts: token ids of each text, n arrays. vectors: (n, F). Raises UserError for vectors that are not finite, or
-        of another size.
+    def fill(self, texts: Sequence[np.ndarray], vectors: np.ndarray, max_length: int) -> None:
+        """Set the features of texts. Of texts with the same tokens, the first one counts.
+
+        texts: token ids of each text, n arrays. vectors: (n, F). max_length: number of tokens that texts were truncated
+        to. Raises UserError for vectors that are not finite, or of another size.
         """
         if vectors.shape != (len(texts), self.projection.in_features):
             expected = f"{len(texts)} vectors of {self.projection.in_features} numbers"
@@ -70,15 +86,20 @@ class TextFeatures(nn.Module):
             row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
             raise UserError(f"features: the vector of text {row} contains a number that is not finite")
         starts = range(0, len(texts), KEYS_AT_ONCE)
-        parts = [opening_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE])).numpy() for i in starts]
-        keys, first = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]), return_index=True)
+        num_tokens = max_length - 1  # the last token of a truncated text is not one of its words
+        parts = [token_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE]), num_tokens).numpy() for i in starts]
+        all_keys = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        keys, first, inverse = np.unique(all_keys, return_index=True, return_inverse=True)
+        if lost := int((vectors[first][inverse] != vectors).any(1).sum()):
+            log.warning("features: %d of %d texts get those of another text with the same tokens", lost, len(texts))
         self.resize(len(keys))
         self.keys.copy_(torch.from_numpy(keys))
+        self.num_tokens.fill_(num_tokens)
         self.vectors.copy_(torch.from_numpy(np.ascontiguousarray(vectors[first])))
 
     def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the row of each text in the table, (B,), and whether the table has it, (B,). It must not be empty."""
-        keys = opening_keys(tokens)
+        keys = token_keys(tokens, self.num_tokens)
         rows = torch.searchsorted(self.keys, keys).clamp(max=len(self) - 1)
         return rows, self.keys[rows] == keys
 
@@ -92,15 +113,15 @@ class TextFeatures(nn.Module):
         return hidden.index_add(0, tokens.offsets[:-1], added.to(hidden.dtype))
 
 
-def opening_keys(tokens: Tokens) -> Tensor:
-    """Return a hash of the first KEY_TOKENS tokens of each text, (B,) int64, the same on every device.
+def token_keys(tokens: Tokens, num_tokens: int | Tensor) -> Tensor:
+    """Return a hash of the first `num_tokens` tokens of each text, (B,) int64, the same on every device.
 
     The host does not wait for the device.
     """
     positions = tokens.positions()
-    mixed = tokens.input_ids * KEY_TOKENS + positions + 1
+    mixed = tokens.input_ids * POSITIONS + positions + 1
     for multiplier, shift in zip(MULTIPLIERS, (32, 29), strict=True):
         mixed = mixed * multiplier
         mixed = mixed ^ (mixed >> shift)
-    totals = F.pad(torch.where(positions < KEY_TOKENS, mixed, 0).cumsum(0), (1, 0))  # overflows wrap around
+    totals = F.pad(torch.where(positions < num_tokens, mixed, 0).cumsum(0), (1, 0))  # overflows wrap around
     return totals[tokens.offsets[1:]] - totals[tokens.offsets[:-1]]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from lightning_modules.retrieval.compute import matrix_products_in
 
 Array = np.ndarray | Tensor
@@ -40,7 +40,7 @@ class Shards(Sequence[np.ndarray]):
 
     def __init__(self, parts: Sequence[Array], prepare: Callable[[np.ndarray], np.ndarray] | None = None):
         self.parts = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
-        self.prepare = prepare or (lambda vectors: vectors)
+        self.prepare = prepare or np.asarray  # not a lambda, because worker processes get teacher vectors
         self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
 
     def __len__(self) -> int:
@@ -148,8 +148,7 @@ def _best(
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "faiss" and importlib.util.find_spec("faiss") is None:
         raise UserError("backend: faiss is not installed (pip install faiss-cpu or faiss-gpu); use torch instead")
 

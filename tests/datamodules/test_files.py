@@ -72,6 +72,22 @@ def test_folder_replaces_the_old_one_only_if_it_is_complete(tmp_path):
     assert len(list(path.parent.iterdir())) == 1
 
 
+def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path):
+    """A kill of an export or import left a hidden folder, which nobody removed."""
+    path, beside = tmp_path / "a[b]", tmp_path / ".a[b]-personal"
+    beside.mkdir()
+    if not (child := os.fork()):
+        with atomic_folder(path) as folder:
+            (folder / "half").touch()
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_folder(path), atomic_folder(path) as second:  # the first one is in use
+        (second / "new").touch()
+        assert len(list(tmp_path.iterdir())) == 3
+    assert sorted(tmp_path.iterdir()) == [beside, path]
+
+
 def test_any_damage_to_an_array_raises_two_kinds_of_errors(tmp_path):
     """Damaged headers raised tokenize.TokenError, SyntaxError and MemoryError; a pipe was waited for."""
     path, numbers = tmp_path / "a.npy", np.arange(30)

@@ -1,5 +1,6 @@
 """Experiments with losses that are added to InfoNCE: killed runs resume, and the dry run counts the losses' texts."""
 
+import multiprocessing
 import os
 import signal
 
@@ -56,6 +57,19 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, experiment):
     assert 0 < saved["global_step"] <= KILLED
     run(tmp_path / "killed", experiment)
     check_same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_spawned_workers_prepare_the_same_training(tmp_path, monkeypatch):
+    """Also with what else they get: cached data and the vectors of a teacher."""
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
+    settings = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.max_steps=2"]
+    settings += ["objective.vector_teacher.model=start", f"data.cache={tmp_path}/cache"]
+    for workers in (0, 1):
+        run = [f"run.dir={tmp_path}/{workers}", f"data.num_workers={workers}"]
+        train("consistency", [*run, *TINY, *settings])
+    check_same_state(tmp_path / "0", tmp_path / "1")
 
 
 @pytest.mark.slow

@@ -44,8 +44,11 @@ def test_uncertainty_equals_its_formula_and_learns_the_scale_of_losses():
         assert weights.log_variance[task].item() == pytest.approx(math.log(2 * scale), abs=1e-6)
 
 
-def test_uncertainty_is_trained_with_the_encoder(make_encoder, three_tasks, tmp_path):
-    module = make_module(make_encoder, balance="uncertainty")
+def test_uncertainty_is_trained_with_the_encoder_at_its_own_rate(make_encoder, three_tasks, tmp_path):
+    module = make_module(make_encoder, balance="uncertainty", uncertainty_lr=0.3, total_steps=2)
+    learned = list(module.uncertainty.parameters())
+    (group,) = [g for g in module.configure_optimizers()["optimizer"].param_groups if g["params"] == learned]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.3, 0.0)
     fitted(module, three_tasks, tmp_path)
     values = [p.item() for p in module.uncertainty.parameters()]
     assert len(values) == 3
@@ -89,7 +92,14 @@ def scripted_steps(order):
 
 
 def fake_trainer(**options):
-    return SimpleNamespace(**({"global_step": 0, "loggers": [], "precision_plugin": None} | options))
+    defaults = {
+        "global_step": 0,
+        "loggers": [],
+        "precision_plugin": None,
+        "max_steps": -1,
+        "accumulate_grad_batches": 1,
+    }
+    return SimpleNamespace(**(defaults | options))
 
 
 @pytest.mark.parametrize("order", ["turns", "together", "uneven"])
@@ -113,6 +123,15 @@ def test_dynamic_weights_of_scripted_losses_equal_numpy(order):
     fast, slow, rising = expected[-1]
     assert fast < 0.95 < slow < rising
     np.testing.assert_allclose(expected.sum(1), 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "accumulated", "warns"), [(18, 1, True), (19, 1, False), (9, 2, True), (-1, 1, False)]
+)
+def test_training_too_short_for_dynamic_weights_says_so(max_steps, accumulated, warns, caplog):
+    trainer = fake_trainer(max_steps=max_steps, accumulate_grad_batches=accumulated)
+    DynamicWeights(NAMES, window=3).on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    assert ("6 batches per task; lower dwa_window" in caplog.text) is warns
 
 
 def test_loss_of_0_gives_finite_weights():

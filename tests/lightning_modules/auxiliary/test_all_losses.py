@@ -5,6 +5,7 @@ GPU, and tests/experiments/test_losses.py kills runs of their experiments.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -90,3 +91,19 @@ def test_copy_of_a_prepared_module_computes_the_same_loss(case):
     batches = batches_of(module, 100_000)
     values = [copied.training_step(batches[2], 0)["loss"] for copied in (module, copy.deepcopy(module))]
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_worker_processes_that_are_not_forked_make_the_same_batches(case):
+    """They get everything by pickle, on macOS and from Python 3.14 on, but not the data module with its trainer."""
+    module, data = module_of(case), world().data(batch_size=4)
+    pickle.loads(pickle.dumps(module)).prepare_losses(data)
+    source = data.train_dataloader().batches
+    content = pickle.dumps(source)
+    assert b"DataModule" not in content
+    for step in range(3):
+        batches = [each[step] for each in (source, pickle.loads(content))]
+        assert len({batch.fingerprint for batch in batches}) == 1
+        for ours, theirs in zip(*(batch.companions for batch in batches), strict=True):
+            assert ours.rows.tolist() == theirs.rows.tolist()
+            assert [chunk.keys for chunk in ours.chunks] == [chunk.keys for chunk in theirs.chunks]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 from datamodules.records import UserError
 from lightning_modules.auxiliary.consistency import (
@@ -23,6 +22,7 @@ from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.conftest import TASKS
 from tests.lightning_modules.auxiliary.worlds import partial_world
+from tests.lightning_modules.paired import gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -34,7 +34,8 @@ UNRELATED = np.full((8, 8), 1 / 8)
 
 def small_case(step=5):
     """Return a loss with random parameters, a batch of three queries, their vectors, and those of the companions."""
-    loss = CrossTaskConsistency(["a", "b", "c"], 4, pairs=[["a", "b"], ["b", "c"]], hidden=6, warmup=5).double()
+    loss = CrossTaskConsistency(["a", "b", "c"], 4, pairs=[["a", "b"], ["b", "c"]], hidden=6).double()
+    loss.warmup_batches = 5
     generator = torch.Generator().manual_seed(0)
     for parameter in loss.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -126,6 +127,17 @@ def test_network_treats_all_pairs_alike_at_first_and_does_not_touch_random_numbe
 # Companions and errors
 
 
+def test_warmup_is_a_share_of_the_training(make_encoder, three_tasks):
+    """It was a number of batches, 1000 by default: a shorter training trained the network alone."""
+    loss = CrossTaskConsistency(list(TASKS), 32, warmup=0.4)
+    module = ContrastiveModule(make_encoder(), losses={"consistency": loss})
+    module.prepare_losses(three_tasks)
+    assert loss.warmup_batches == round(0.4 * 12)
+    three_tasks.options, three_tasks.prepared_by = three_tasks.options.override(num_batches=0), None
+    with pytest.raises(UserError, match="losses.consistency: warmup: the length of the training is not known yet"):
+        module.prepare_losses(three_tasks)
+
+
 def batches(make_encoder, data):
     """Return the batches of training, with companions."""
     loss = CrossTaskConsistency(list(TASKS), 32, candidates=5)
@@ -174,7 +186,8 @@ def test_documents_left_out_of_training_are_not_candidates(make_encoder, three_t
         ({"tasks": ["search"]}, "expected at least two tasks in training, got search"),
         ({"candidates": 1}, "candidates: expected a number of at least 2, got 1"),
         ({"hidden": 0}, "hidden: expected"),
-        ({"warmup": -1}, "warmup: expected"),
+        ({"warmup": -0.1}, "warmup: expected"),
+        ({"warmup": 400}, "warmup: expected a share of the training of at least 0 and below 1, got 400"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"trunk_weight": -0.5}, "trunk_weight: expected"),
     ],
@@ -216,7 +229,7 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
     encoder = MoEEncoder(
         *world.backbone(seed, **NO_DROPOUT), tasks, ffn=True, layers="all", pooling="mean", max_length=32
     )
-    options = {"lr": 3e-3, "hidden": 64, "warmup": steps // 2} | options
+    options = {"lr": 3e-3, "hidden": 64, "warmup": 0.5} | options
     loss = CrossTaskConsistency(list(tasks), 32, weight, **options)
     module = ContrastiveModule(
         encoder,
@@ -241,28 +254,22 @@ def outcome(seed, folder, relation=None, steps=300, weight=2.0, **options):
 
 
 def gains(folder, relation=None, **options):
-    """Return the mean gain of nDCG@10 over weight 0 in three worlds, and its 95 % interval, by task."""
+    """Return the gain in nDCG@10 over weight 0 in three worlds, by task."""
     arms = [[outcome(seed, folder, relation, weight=weight, **options) for seed in range(3)] for weight in (0.0, 2.0)]
-    result = {}
-    for task in arms[0][0].ndcg:
-        differences = np.array([ours.ndcg[task] - theirs.ndcg[task] for theirs, ours in zip(*arms, strict=True)])
-        half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / np.sqrt(3)
-        result[task] = differences.mean(), differences.mean() - half, differences.mean() + half
-    return result
+    before, after = ({task: [each.ndcg[task] for each in arm] for task in arm[0].ndcg} for arm in arms)
+    return {task: gain_of(after[task], before[task]) for task in after}
 
 
 @pytest.mark.slow
 def test_papers_annotated_for_one_task_teach_the_other(tmp_path):
-    for task, (mean, low, _) in gains(tmp_path).items():
-        assert mean > 0.04, task
-        assert low > 0, task
+    for task, gain in gains(tmp_path).items():
+        assert gain.mean > max(0.04, gain.of_seeds), task
 
 
 @pytest.mark.slow
 def test_unrelated_tasks_gain_nothing(tmp_path):
-    for task, (mean, low, _) in gains(tmp_path, UNRELATED).items():
-        assert mean < 0.01, task
-        assert low < 0, task
+    for task, gain in gains(tmp_path, UNRELATED).items():
+        assert gain.mean < min(0.01, gain.of_seeds), task
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from scipy.stats import t as student
 
 from datamodules.batches import BatchOptions
 from datamodules.citation_graph import CitationGraph
@@ -17,6 +16,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.conftest import text_of, toy_collection
+from tests.lightning_modules.paired import gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
@@ -212,12 +212,6 @@ def figures_of_arm(make_encoder, folder, seed, weight, shuffled=False):
     return ndcg, (units @ units.T)[~torch.eye(len(units), dtype=bool)].mean().item()
 
 
-def gain_of(arm, other):
-    """Return the mean gain over seeds, and half of its interval of 95 % (paired t)."""
-    gains = np.array(arm) - np.array(other)
-    return gains.mean(), student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
-
-
 @pytest.mark.slow
 def test_papers_two_steps_away_are_found_better_unless_the_graph_is_shuffled(make_encoder, tmp_path):
     arms = {"without": {"weight": 0.0}, "with": {"weight": 1.0}, "shuffled": {"weight": 1.0, "shuffled": True}}
@@ -226,9 +220,8 @@ def test_papers_two_steps_away_are_found_better_unless_the_graph_is_shuffled(mak
     }
     ndcg = {name: [figure[0] for figure in arm] for name, arm in figures.items()}
     cosine = {name: np.mean([figure[1] for figure in arm]) for name, arm in figures.items()}
-    gain, interval = gain_of(ndcg["with"], ndcg["without"])
-    wrong, wrong_interval = gain_of(ndcg["shuffled"], ndcg["without"])
-    print(f"gain {gain:.3f} +- {interval:.3f}, shuffled {wrong:.3f} +- {wrong_interval:.3f}, {ndcg}, {cosine}")
-    assert gain > interval
-    assert wrong < wrong_interval
+    gain, shuffled = (gain_of(ndcg[name], ndcg["without"]) for name in ("with", "shuffled"))
+    print(f"gain {gain}, shuffled {shuffled}, {ndcg}, {cosine}")
+    assert gain.mean > gain.of_seeds
+    assert shuffled.mean < shuffled.of_seeds
     assert cosine["with"] < cosine["without"] + 0.05  # no collapse

@@ -15,6 +15,7 @@ from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.control import ControlEncoder
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.moe import MoEEncoder
+from lightning_modules.encoders.routed import RoutedEncoder
 from tests.conftest import TASKS, packed
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
 
@@ -115,6 +116,15 @@ def test_a_text_has_the_same_expert_in_training_and_inference(make_control, thre
     assert training.keys() <= experts.keys()
     for text, numbers in experts.items():
         assert numbers == {hashed(text)} == training.get(text, numbers)
+
+
+@pytest.mark.parametrize("kind", [ControlEncoder, RoutedEncoder])
+def test_batch_invariant_vectors_are_refused_on_a_gpu(make_backbone, monkeypatch, kind):
+    """Kernels differ with the number of rows of an expert, and fillers keep only the number of all rows."""
+    encoder = kind(*make_backbone(), TASKS, max_length=32)
+    monkeypatch.setattr(kind, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match=f"batch_invariant: {kind.__name__} supports it on CPUs only"):
+        encoder.encode(["bara"], "search", batch_invariant=True)
 
 
 def test_experts_get_similar_numbers_of_texts(make_control):

@@ -2,8 +2,8 @@
 
 import copy
 import random
-import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +24,7 @@ from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.conftest import TASKS, WORDS, packed
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
+from tests.lightning_modules.paired import gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 FORMS = [(True, False), (False, True), (True, True)]
@@ -247,8 +248,8 @@ def topic_collection(rng, topics, num_train, num_positives):
     return Collection(corpus, queries, {"train": train, "test": test})
 
 
-def gains(make_stitched, folder, seed, related):
-    """Return the gain in nDCG@10 of each test query of the small task, and the mean cosine of its texts in both arms.
+def values_of_arms(make_stitched, folder, seed, related):
+    """Return nDCG@10 of each test query of the small task, (2, Q), and the mean cosine of its texts, both by arm.
 
     The expert of the large task is trained alone, then both tasks together: as an MoE, or with trained matrices.
     """
@@ -279,20 +280,20 @@ def gains(make_stitched, folder, seed, related):
         values.append(result.query_values.values[:, 0].tolist())
         vectors = torch.nn.functional.normalize(encoder.encode(list(collections["small"].corpus.values()), "small"))
         cosines.append(((vectors.sum(0).square().sum() - 60) / (60 * 59)).item())
-    return [100 * (b - a) for a, b in zip(*values, strict=True)], cosines
+    return values, cosines
+
+
+SEEDS = range(100, 105)  # none of them took part in the choice of this world
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("related", [True, False])
 def test_stitching_helps_a_small_task_if_a_large_one_is_related(make_stitched, tmp_path, related):
-    """The interval covers the test queries of three seeds."""
-    differences = []
-    for seed in range(3):
-        values, cosines = gains(make_stitched, tmp_path, seed, related)
-        differences += values
-        print(f"seed {seed}: {statistics.mean(values):+.1f} points, mean cosine {cosines[0]:.2f} -> {cosines[1]:.2f}")
-        assert cosines[1] < 0.9
-    mean = statistics.mean(differences)
-    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
-    print(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] points of nDCG@10")
-    assert (mean - half > 0) == related
+    results = [values_of_arms(make_stitched, tmp_path, seed, related) for seed in SEEDS]
+    values, cosines = (np.array(parts) for parts in zip(*results, strict=True))  # (S, 2, Q), (S, 2)
+    frozen, trained = values[:, 0], values[:, 1]
+    gain = gain_of(trained, frozen)
+    print(f"{gain}; by seed {(trained - frozen).mean(1).round(3)}; nDCG@10 and cosines, without and with matrices:")
+    print(values.mean((0, 2)).round(3), cosines.round(2).T)
+    assert cosines[:, 1].max() < 0.9
+    assert (gain.mean > gain.of_queries) == related

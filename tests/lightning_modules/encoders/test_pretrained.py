@@ -72,6 +72,22 @@ def test_saved_folder_loads_as_the_same_encoder_of_the_same_class(encoder, tmp_p
         other.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "write", [lambda e, folder: e.save_pretrained(folder), lambda e, folder: save_dense(e, "search", folder)]
+)
+def test_flipped_bit_in_the_weights_raises_user_error(make_encoder, tmp_path, write):
+    """Safetensors has no checksum: the model was loaded with another weight."""
+    path = write(make_encoder("attention"), tmp_path / "model") / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    load_encoder(path.parent)
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors: was altered or damaged after the export"):
+        load_encoder(path.parent)
+    (path.parent / "checksum.json").unlink()
+    load_encoder(path.parent)
+
+
 def test_automodel_loads_and_saves_encoders(encoder, tmp_path):
     folder = encoder.save_pretrained(tmp_path / "model")
     model = AutoModel.from_pretrained(folder)

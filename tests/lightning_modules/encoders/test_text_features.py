@@ -10,16 +10,17 @@ from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.loading import with_weights
 from lightning_modules.encoders.routed import RoutedEncoder
-from lightning_modules.encoders.text_features import KEY_TOKENS, TextFeatures, opening_keys
+from lightning_modules.encoders.text_features import POSITIONS, TextFeatures, token_keys
 from lightning_modules.merging import Weights, check_members, merge
 from lightning_modules.retrieval.vector_cache import VectorCache, encoder_state, fingerprint
 from tests.conftest import TASKS, text_of, with_features
 
 TEXTS = [Document(str(i), text_of(i), text_of(*range(i, 2 * i))) for i in range(8)]
 KNOWN = TEXTS[::2]
+LENGTH = 65  # of truncated texts
 
 
-def random_texts(count, most=2 * KEY_TOKENS, seed=0):
+def random_texts(count, most=2 * LENGTH, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 30_000, rng.integers(1, most)) for _ in range(count)]
 
@@ -27,8 +28,8 @@ def random_texts(count, most=2 * KEY_TOKENS, seed=0):
 def key_by_hand(ids):
     """Return the hash with Python's integers."""
     total = 0
-    for position, token in enumerate(ids[:KEY_TOKENS].tolist()):
-        x = token * KEY_TOKENS + position + 1
+    for position, token in enumerate(ids[: LENGTH - 1].tolist()):
+        x = token * POSITIONS + position + 1
         for multiplier, shift in ((0x9E3779B97F4A7C15, 32), (0xBF58476D1CE4E5B9, 29)):
             x = x * multiplier % 2**64
             x -= 2**64 * (x >= 2**63)
@@ -39,34 +40,47 @@ def key_by_hand(ids):
 
 def test_keys_equal_a_computation_with_exact_integers():
     texts = random_texts(20)
-    assert opening_keys(Tokens.pack(texts)).tolist() == [key_by_hand(text) for text in texts]
+    assert token_keys(Tokens.pack(texts), LENGTH - 1).tolist() == [key_by_hand(text) for text in texts]
 
 
 def test_different_texts_have_different_keys_whatever_the_batch():
     texts = random_texts(5000, most=6)
-    keys = opening_keys(Tokens.pack(texts))
+    keys = token_keys(Tokens.pack(texts), LENGTH)
     assert len(keys.unique()) == len({tuple(text) for text in texts})
-    assert torch.equal(keys[17:18], opening_keys(Tokens.pack(texts[17:18])))
+    assert torch.equal(keys[17:18], token_keys(Tokens.pack(texts[17:18]), torch.tensor(LENGTH)))
 
 
 def test_features_of_each_text_are_found_in_any_order():
     texts = random_texts(300)
     vectors = np.random.default_rng(1).normal(size=(200, 3)).astype(np.float32)
     features = TextFeatures(3, 8)
-    features.fill(texts[:200], vectors)
+    features.fill(texts[:200], vectors, 2 * LENGTH)
     rows, is_known = features.rows(Tokens.pack(texts[::-1]))
     assert is_known.tolist() == [False] * 100 + [True] * 200
     np.testing.assert_array_equal(features.vectors[rows][100:].numpy(), vectors[::-1])
 
 
-def test_texts_that_are_truncated_later_keep_their_features():
-    (text,) = random_texts(1, most=2 * KEY_TOKENS, seed=4)
-    text = np.concatenate([text, text, text])
+def test_texts_that_were_truncated_have_their_features_where_more_of_them_is_read():
+    text = np.arange(1000, 1000 + 3 * LENGTH)
     features = TextFeatures(1, 4)
-    features.fill([text], np.ones((1, 1)))
-    for length, expected in ((2 * KEY_TOKENS, True), (KEY_TOKENS + 1, True), (KEY_TOKENS - 1, False)):
+    features.fill([np.append(text[: LENGTH - 1], 102)], np.ones((1, 1)), LENGTH)
+    for length, expected in ((2 * LENGTH, True), (LENGTH + 1, True), (LENGTH, True), (LENGTH - 1, False)):
         (known,) = features.rows(Tokens.pack([np.append(text[: length - 1], 102)]))[1].tolist()
         assert known == expected
+
+
+def test_texts_that_begin_equally_have_their_own_features(caplog):
+    """Texts were recognised by their first 64 tokens: the second of these figures had the vector of the first."""
+    opening = np.arange(1000, 1100)
+    texts = [np.append(opening, word) for word in (1, 2, 3)]
+    features = TextFeatures(1, 4)
+    features.fill(texts, np.array([[1.0], [2.0], [3.0]]), 256)
+    rows, is_known = features.rows(Tokens.pack([*texts, opening]))
+    assert is_known.tolist() == [True, True, True, False]
+    assert features.vectors[rows[:3], 0].tolist() == [1, 2, 3]
+    assert not caplog.messages
+    features.fill([texts[0], texts[1], texts[0], texts[1]], np.array([[1.0], [2.0], [3.0], [2.0]]), 256)
+    assert caplog.messages == ["features: 1 of 4 texts get those of another text with the same tokens"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +93,7 @@ def test_texts_that_are_truncated_later_keep_their_features():
 )
 def test_wrong_vectors_raise_user_error(vectors, message):
     with pytest.raises(UserError, match=message):
-        TextFeatures(3, 8).fill(random_texts(2), vectors)
+        TextFeatures(3, 8).fill(random_texts(2), vectors, 256)
 
 
 @pytest.fixture(params=["shared", "both", "routed", "instruct"])
@@ -113,7 +127,7 @@ def test_features_are_added_to_the_embedding_of_the_first_token(make_encoder):
     encoder = with_features(make_encoder("shared"), KNOWN).double().eval()
     ids = encoder.tokenizer(["bara"], return_tensors="pt")["input_ids"]
     features = encoder.features["positions"]
-    features.fill([ids[0].numpy()], np.array([[0.3, -1.0, 2.0]]))
+    features.fill([ids[0].numpy()], np.array([[0.3, -1.0, 2.0]]), 32)
     with torch.no_grad():
         embedded = encoder.backbone.embeddings(input_ids=ids)
         row = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
@@ -126,7 +140,7 @@ def test_gradients_of_the_projection_are_those_of_finite_differences(make_encode
     encoder = with_features(make_encoder("shared", config={"num_hidden_layers": 1}), KNOWN).double().eval()
     tokens = Tokens.pack([encoder.tokenizer(text_of(i, i))["input_ids"] for i in range(3)])
     features = encoder.features["positions"]
-    features.fill([np.array(encoder.tokenizer(text_of(1, 1))["input_ids"])], np.array([[0.3, -1.0, 2.0]]))
+    features.fill([np.array(encoder.tokenizer(text_of(1, 1))["input_ids"])], np.array([[0.3, -1.0, 2.0]]), 32)
 
     def vectors(weight, bias):
         parameters = {"features.positions.projection.weight": weight, "features.positions.projection.bias": bias}
