@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import atomic_folder, load_array, read_regular
-from datamodules.records import DROP, KEEP, POSITIVE, Example, MinedNegatives, UserError, check_name
+from datamodules.records import DROP, KEEP, POSITIVE, Example, MinedNegatives, UserError, check_choice, check_name
 
 VERSION = 1  # of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores", "labels")
@@ -180,9 +180,7 @@ class Rounds:
     """
 
     def __init__(self, folder: Path, source: str = "mined", data: Mapping[str, Mapping[str, str]] | None = None):
-        if source not in SOURCES:
-            raise UserError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
-        self.folder, self.source, self.data = Path(folder), source, data or {}
+        self.folder, self.source, self.data = Path(folder), check_choice("source", source, SOURCES), data or {}
         self.first, self.every = 0, 0  # rounds may start at batches first, first + every, ...
         self._rounds: list[Round] = []
         self._stores: dict[int, HardNegativeStore] = {}

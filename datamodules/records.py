@@ -8,15 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 
 class UserError(ValueError):
     """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put a key or a file before the messages of errors raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+@contextmanager
+def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of some kinds, by default OSError, into a UserError: the problem, and the error in parentheses."""
+    kinds = kinds or (OSError,)
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{problem} ({error})") from error
 
 
 LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
@@ -36,6 +56,18 @@ def check_name(what: str, name: object) -> None:
             f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
             "or control characters, and not starting with a dot"
         )
+
+
+def check_choice(argument: str, value: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return the value of an argument. Raises UserError unless it is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_choices(argument: str, values: Sequence[str], choices: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
+    """Return the values of an argument. Raises UserError unless each is one of the choices."""
+    return tuple(check_choice(argument, value, choices) for value in values)
 
 
 # Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.

@@ -18,7 +18,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice
 
 NUM_FIELDS, SUBFIELDS_PER_FIELD, TOPICS_PER_SUBFIELD = 12, 5, 4
 NUM_ASPECTS, NUM_METHODS, NUM_MATERIALS = 24, 40, 80
@@ -239,11 +239,9 @@ class SampleReader:
     VIEWS = ("topics", "citations", "searches", "captions")
 
     def __init__(self, view: str, num_papers: int = 5000, seed: int = 0):
-        if view not in self.VIEWS:
-            raise UserError(f"view: expected one of {', '.join(self.VIEWS)}, got {view!r}")
         if num_papers < 500:
             raise UserError(f"num_papers: expected at least 500, got {num_papers} (fewer leave some topics empty)")
-        self.view, self.num_papers, self.seed = view, num_papers, seed
+        self.view, self.num_papers, self.seed = check_choice("view", view, self.VIEWS), num_papers, seed
 
     def read(self) -> Collection:
         world = science(self.seed, self.num_papers)

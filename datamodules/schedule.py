@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 
 BLOCK = 1000  # number of steps after which the shares of a weighted schedule are exact
 STRATEGIES = ("round_robin", "together", "proportional", "temperature", "weights")
@@ -69,8 +69,7 @@ def task_weights(
 
     Raises UserError for an unknown schedule, or if the weights do not match it.
     """
-    if schedule not in STRATEGIES:
-        raise UserError(f"schedule: expected one of {', '.join(STRATEGIES)}, got {schedule!r}")
+    check_choice("schedule", schedule, STRATEGIES)
     if weights and schedule != "weights":
         raise UserError(f"weights: only the schedule 'weights' uses them, but the schedule is {schedule!r}")
     if schedule in ("round_robin", "together"):

@@ -28,7 +28,7 @@ import numpy as np
 from datamodules.examples import ExampleTable, query_rows
 from datamodules.files import atomic_folder, load_array, read_json, write_json
 from datamodules.locks import lock_file
-from datamodules.records import Document, Qrels, UserError
+from datamodules.records import Document, Qrels, UserError, explained
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +169,9 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises UserError if the parent folder cannot be used.
     """
-    try:
+    with explained(f"cache: cannot use the folder {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_file(path.parent / f".{path.name}.lock")
-    except OSError as error:
-        raise UserError(f"cache: cannot use the folder {path.parent} ({error})") from error
     with lock or nullcontext():
         yield
 
@@ -190,14 +188,12 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
             return False
         if folder.is_dir():
             log.warning("cache: %s is damaged (%s); making it again", folder, problem)
-        try:
+        with explained(f"cache: cannot write to the folder {folder.parent}"):
             if folder.is_dir():
                 shutil.rmtree(folder)  # not after writing, which might read the damaged files
             with atomic_folder(folder) as new:
                 write(new)
                 _seal(new)
-        except OSError as error:
-            raise UserError(f"cache: cannot write to the folder {folder.parent} ({error})") from error
         return True
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from datamodules.files import write_json
 from datamodules.leakage import WAYS
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.build.data import build_data
 from experiments.build.leaks import EXAMPLES, Leaks, find_leaks
 from experiments.config.experiment import ExperimentOptions, digest, parse_experiment
@@ -50,11 +50,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("nothing to compare with: no task has a dev or test split; set beir=FOLDER to an evaluation")
     report = _report(leaks, options.examples)
     _show(report)
-    try:
+    with explained(f"output: {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report)
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error})") from error
     seconds = time.perf_counter() - started
     log.info("compared %s training texts in %.1f s; the report is in %s", f"{leaks.trained:,}", seconds, output)
 

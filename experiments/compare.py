@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.files import write_json
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.results.comparison import (
@@ -123,11 +123,9 @@ def _write(
 ) -> None:
     """Write compare.json, and log where it is."""
     folder = options.output or _default_output(a, b)
-    try:
+    with explained(f"output: {folder} cannot be used"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "compare.json", content)
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be used ({error})") from error
     log.info("The comparison is in %s", folder / "compare.json")
 
 

@@ -103,7 +103,7 @@ class EmbeddingJob:
         encoder, tasks, similarity = self._load()
         shards = ShardFolder(self.folder, self._metadata(encoder, tasks, similarity))
         numbers = self.share.shards(num_shards)
-        log.info("%s: %d of %d shards", self.source, len(numbers), num_shards)
+        log.info("this process embeds %d of %d shards of %s", len(numbers), num_shards, self.source)
         num_texts = sum(min(options.shard_size, num_lines - number * options.shard_size) for number in numbers)
         self._embed_shards(encoder, shards, numbers, num_texts)
         if missing := shards.missing(num_shards):

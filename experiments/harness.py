@@ -27,7 +27,7 @@ from datamodules.readers.pmc_patients import PmcPatientsReader
 from datamodules.readers.rows import BadLines
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
-from datamodules.records import Benchmark, Document, UserError
+from datamodules.records import Benchmark, Document, UserError, check_choice, check_choices
 from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
@@ -94,8 +94,7 @@ class Job:
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """Return the names that only= selects, by default all. Raises UserError if it has other names."""
-        for name in self.options.only:
-            _check_choice("only", name, names)
+        check_choices("only", self.options.only, names)
         return [name for name in names if not self.options.only or name in self.options.only]
 
     def bad_lines(self) -> BadLines:
@@ -184,7 +183,7 @@ def _read_tasks(path: Path) -> dict[str, SciRepEvalTask]:
         for place in read_records(path, bad):
             with place:
                 record = as_object(place)
-                _check_choice("type", record.get("type"), list(SCIREPEVAL))
+                check_choice("type", record.get("type"), list(SCIREPEVAL))
                 try:
                     config = str(record["data"]["meta"]["config"])
                     tasks[str(record["name"])] = SciRepEvalTask(record, config, record["type"])
@@ -212,7 +211,7 @@ def _write_pmc_patients(job: Job) -> list[Path]:
             continue
         reader = PmcPatientsReader(str(options.data), name, options.on_error, str(job.output / "quarantine.jsonl"))
         collection = reader.read()
-        _check_choice("split", options.split, list(collection.qrels))
+        check_choice("split", options.split, list(collection.qrels))
         queries, qrels = collection.judged(options.split)
         benchmark = Benchmark(name, "link_prediction", options.split, collection.corpus, queries, qrels)
         with Progress(f"encoding {name}", "texts", len(queries) + len(collection.corpus)) as progress:
@@ -235,11 +234,6 @@ def _write_pmc_patients(job: Job) -> list[Path]:
     if not written:
         raise UserError(f"data: {options.data} has neither PAR nor PPR (the ReCDS benchmark of PMC-Patients)")
     return written
-
-
-def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:

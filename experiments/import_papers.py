@@ -23,7 +23,7 @@ from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
 from datamodules.readers.beir import BeirWriter
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.rows import BadLines
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, near, table_console
 from experiments.shared.output import whole_folder
@@ -108,10 +108,8 @@ def _pairs(texts: Iterable[str]) -> dict[str, str]:
 
 def _files(text: str) -> list[Path]:
     sources = [text] if Path(text).exists() else text.split(",")  # the name of a file may have a comma
-    try:
+    with prefixed("input: "):
         files = [path for source in sources for path in files_of(expanded(source, "papers"))]
-    except UserError as error:
-        raise UserError(f"input: {error}") from error
     return list(dict.fromkeys(files))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from experiments.shared.progress import Progress
@@ -52,13 +52,11 @@ def main(arguments: Sequence[str]) -> None:
     nprobe = _choose_nprobe(recalls, shape, options.recall)
     metadata = {key: matrix.metadata[key] for key in INHERITED} | vars(shape)
     metadata |= {"nprobe": nprobe, "recall": recalls, "embeddings": str(matrix.path.absolute())}
-    try:
+    with explained(f"output: {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         delete_metadata(output)  # left from an earlier index
         write_index(index, output)
         write_metadata(output, matrix.ids, metadata)
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error})") from error
     _show(recalls, nprobe, shape, output)
 
 

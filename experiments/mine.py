@@ -16,8 +16,8 @@ from experiments.build.mining import build_mining
 from experiments.build.models import EncodingOptions, device_of
 from experiments.config.arguments import option_keys, parse_known
 from experiments.config.experiment import load_config
-from experiments.config.moved import current_path
 from experiments.config.schema import Config
+from experiments.config.targets import current_path
 from experiments.run.folder import flat
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point

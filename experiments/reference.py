@@ -46,6 +46,7 @@ Settings come from files in a fixed order, and the last one wins: `experiments/b
 `tasks/*.yaml`, `<EXPERIMENT>.yaml`, and `key=value` on the command line.
 """
 NAMES = {module: name for name, module in MODULES.items()}  # of make targets, too
+NOT_TARGETS = {"reference": "python -m experiments.reference", "sample": "scimult sample"}
 COMPLETION = """# Completes the command scimult in bash and zsh. Written by scimult --completion.
 [ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
 _scimult() {{
@@ -169,7 +170,9 @@ def completion() -> str:
 def _command(module: str, options: type) -> str:
     hints = get_type_hints(options)
     name = module.rpartition(".")[2]
-    target = f"make bench BENCH={name}" if ".bench." in module else f"make {NAMES.get(name, name)}"
+    target = (
+        f"make bench BENCH={name}" if ".bench." in module else NOT_TARGETS.get(name, f"make {NAMES.get(name, name)}")
+    )
     rows = [_row(option_key(field), field, hints[field.name]) for field in dataclasses.fields(options)]
     parts = (f"### `{module}`", f"`{target}`", inspect.getdoc(options), "\n".join([TABLE, *rows]) if rows else "")
     return "\n\n".join(filter(None, parts))

@@ -11,7 +11,7 @@ from jinja2 import UndefinedError
 
 from datamodules.files import write_json, write_text
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.build.models import packages_option
 from experiments.config.arguments import parse
 from experiments.reporting.computed import compute
@@ -45,12 +45,10 @@ def main(arguments: Sequence[str]) -> None:
         page = render(run)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error
-    try:
+    with explained(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(COMPUTED), run.computed)
         write_text(output, page)
-    except OSError as error:
-        raise UserError(f"output: cannot write {output} ({error})") from error
     log.info("Report: %s", output)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from experiments.config.arguments import parse
 from experiments.results.paper import CellComparison, compare_with_paper, tables
 from experiments.results.results import Results, read_results
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if not path.is_file():
         raise UserError(f"results: expected a folder with results.json, made by make eval, got {options.results}")
     rows = dict.fromkeys(row for table in tables() for row in table.rows)
-    if options.system not in rows:
-        raise UserError(f"system: expected one of {', '.join(rows)}, got {options.system!r}")
+    check_choice("system", options.system, rows)
     results = read_results(path)
     cells = compare_with_paper(results.benchmarks, _our_system(results, options.ours), options.system)
     _show(cells, f"{options.results}, compared with {options.system} in the paper")

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from datamodules.files import write_text
 from datamodules.options import option
-from datamodules.records import UserError, check_name
+from datamodules.records import UserError, check_name, explained
 from experiments.config.arguments import as_argument, option_key, option_keys
 from experiments.config.experiment import FOLDER, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.structured import read_yaml, structured
@@ -100,11 +100,9 @@ def slurm(arguments: Sequence[str]) -> Path:
     script = Path("slurm", f"{name}.sbatch").absolute()
     if NOT_IN_LOG.search(str(script)):
         raise UserError(f"{str(script)!r}: expected a path without %, \\ and control characters, because of sbatch")
-    try:
+    with explained(f"{script}: cannot be written"):
         script.parent.mkdir(exist_ok=True)
         write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _template_fields(options, runs, script)))
-    except OSError as error:
-        raise UserError(f"{script}: cannot be written ({error})") from error
     log.info("the job: %s", script)
     for run in runs:
         log.info("  %s, in %s", run.experiment, run.folder)
@@ -232,10 +230,8 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 def _as_words(key: str, text: str) -> str:
     """Quote the words of a command for the shell. Environment variables such as $SCRATCH are still replaced."""
-    try:
+    with explained(f"{key}: {text!r} cannot be split into words", ValueError):
         words = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{key}: {text!r} cannot be split into words ({error})") from error
     return " ".join(word if PLAIN_WORD.fullmatch(word) else shlex.quote(word) for word in words)
 
 

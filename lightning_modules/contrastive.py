@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from datamodules.batches import ContrastiveDataModule
 from datamodules.options import check_options
 from datamodules.packed import Companion, ContrastiveBatch
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
@@ -121,10 +121,8 @@ class ContrastiveModule(L.LightningModule):
         if not isinstance(data, ContrastiveDataModule):
             raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
         for name, loss in self.named_losses.items():
-            try:
+            with prefixed(f"losses.{name}: "):
                 loss.prepare(data)
-            except UserError as error:
-                raise UserError(f"losses.{name}: {error}") from error
         for task in data.tasks:
             sources = [list(loss.companions(data, task.task.name)) for loss in self.named_losses.values()]
             self.num_companions[task.task.name] = [len(each) for each in sources]

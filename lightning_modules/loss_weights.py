@@ -9,6 +9,7 @@ Shapes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from datamodules.packed import ContrastiveBatch
 from lightning_modules.distributed.collectives import world_size
+
+log = logging.getLogger(__name__)
 
 
 def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
@@ -105,6 +108,14 @@ class DynamicWeights(LossRecorder):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
+        batches = trainer.max_steps * trainer.accumulate_grad_batches / len(self.tasks)
+        if 0 < batches <= 2 * self.window:
+            log.warning(
+                "dwa_window: weights stay 1 until each task has had two windows of %d batches, and this training has "
+                "%d batches per task; lower dwa_window",
+                self.window,
+                batches,
+            )
         self.weights, self.sums = self.weights.to(module.device), self.sums.to(module.device)
         self.previous = None if self.previous is None else self.previous.to(module.device)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.records import UserError
+from datamodules.records import check_choice
 
 SIMILARITIES = ("dot", "cosine")
 FORMS = ("mean_log", "log_mean")
@@ -32,8 +32,7 @@ def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
 
     Raw dot products are large, so half precision is too coarse for them.
     """
-    if similarity not in SIMILARITIES:
-        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    check_choice("similarity", similarity, SIMILARITIES)
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
     return F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ObjectiveOptions:
     uncertainty_lr: float = option(0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0)
     dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
     dwa_window: int = option(
-        50, "DWA: the mean losses of the last two windows are compared; batches that each task has in one", minimum=1
+        50, "DWA: batches of each task in a window; the mean losses of the last two windows are compared", minimum=1
     )
     gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)
@@ -137,8 +137,7 @@ def check_objective(
     if len(weights) not in (0, len(prefixes)):
         raise UserError(f"{prefix}matryoshka_weights: expected one per entry of matryoshka, got {len(weights)}")
     for task in options.task_weights:
-        if task not in tasks:
-            raise UserError(f"{prefix}task_weights: expected one of {', '.join(tasks)}, got {task!r}")
+        check_choice(f"{prefix}task_weights", task, tasks)
 
 
 def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:

@@ -34,7 +34,8 @@ class OptimOptions:
     warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
     lr_scale: dict[str, float] = option(
         {},
-        "factor of the learning rate of a part: embeddings, shared, experts, stitches, or one expert; 0 freezes it",
+        "factor of the learning rate of a part: embeddings, shared, experts, stitches, features, or one expert; "
+        "0 freezes it",
         minimum=0,
     )
     expert_decay: float = option(

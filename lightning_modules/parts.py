@@ -4,6 +4,7 @@ embeddings   the embeddings of the backbone
 shared       all other parameters that serve every task
 experts      the experts and adapters of all tasks; the name of an expert is that one alone
 stitches     the weights with which a CrossStitchEncoder mixes its experts
+features     the layers that read features of texts: positions in the citation graph, vectors of images
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def parts_of(name: str) -> tuple[str, ...]:
     """Return the parts that a parameter of an encoder belongs to, the narrowest first."""
     if expert := re.search(r"(?:\.experts|^adapters)\.(\w+)\.", name):
         return expert[1], "experts"
-    if name.startswith("stitches."):
-        return ("stitches",)
+    if (own := name.partition(".")[0]) in ("stitches", "features"):
+        return (own,)
     return ("embeddings",) if ".embeddings." in name else ("shared",)
 
 

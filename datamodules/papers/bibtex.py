@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
 from datamodules.readers.io import open_text, read_chunk
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
 MAX_VALUE = 2**20  # characters after strings are replaced, which could double it again and again
@@ -31,10 +31,8 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     library = bibtexparser.parse_string(text, parse_stack=[])
     strings: dict[str, str] = {}
     for string in library.strings:  # each may contain earlier ones
-        try:
+        with prefixed(f"{path}, line {(string.start_line or 0) + 1}: "):
             strings[string.key.lower()] = _text_of(string.value, strings)
-        except UserError as error:
-            raise UserError(f"{path}, line {(string.start_line or 0) + 1}: {error}") from error
     parents, count = {entry.key.lower(): entry for entry in library.entries}, 0
     for block in library.blocks:
         if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts

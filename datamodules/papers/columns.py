@@ -22,11 +22,11 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.checks import check_id
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.tables import read_tables
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice, explained
 from datamodules.text import TEXT_KEYS
 
 log = logging.getLogger(__name__)
@@ -138,10 +138,8 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     header_line = next((line for line in lines if line.strip()), "")
     # strict: otherwise an open quote swallows the rows up to the next one.
     dialect: dict[str, Any] = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
-    try:
+    with explained(f"{path}: the header is not valid CSV", csv.Error):
         header = next(csv.reader([header_line], **dialect), [])
-    except csv.Error as error:
-        raise UserError(f"{path}: the header is not valid CSV ({error})") from error
     count = 0
     cells: list[str] | None = []
     while cells is not None:

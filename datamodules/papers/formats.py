@@ -12,11 +12,10 @@ from typing import Any
 
 from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ris, semantic_scholar
 from datamodules.papers.paper_record import Paper
-from datamodules.readers.checks import check_choice
 from datamodules.readers.io import SUFFIXES, numbered_lines, read_lines
 from datamodules.readers.json_files import as_object, read_entries, read_values
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 
 PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
 

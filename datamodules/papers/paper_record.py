@@ -105,9 +105,9 @@ def labels_of(names: Iterable[Any], key: str) -> list[Label]:
     return [Label(without_blanks(name.casefold()), name) for name in labels if name]
 
 
-def label(record: Record, id: str, name: str, prefix: str = "") -> Label:
-    """Return the label under two keys of an object. prefix: start of its id that is removed."""
-    return Label(without_blanks(record.id(id).removeprefix(prefix)), clean(record.words(name), name))
+def label(record: Record, id: str, name: str) -> Label:
+    """Return the label under two keys of an object."""
+    return Label(without_blanks(record.id(id)), clean(record.words(name), name))
 
 
 def check_name(value: Any, key: str) -> str:

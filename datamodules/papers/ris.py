@@ -10,7 +10,7 @@ from typing import Any
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 
 TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")
 MAX_LINES = 100_000  # lines of one record
@@ -56,10 +56,8 @@ def _parse(parser, lines: list[str]) -> dict[str, Any]:
         raise UserError(f"expected TY as the first field of a record, got {lines[0][:60]!r}")
     if not lines[-1].startswith("ER  -"):
         raise UserError("the record does not end with ER")
-    try:
+    with explained("cannot be read", KeyError, TypeError, ValueError):  # of lines that continue no field
         (record,) = parser.parse_lines(iter(lines))
-    except (KeyError, TypeError, ValueError) as error:  # of lines that continue no field
-        raise UserError(f"cannot be read ({error})") from error
     return record
 
 

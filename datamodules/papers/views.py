@@ -13,11 +13,11 @@ from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
 from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
-from datamodules.readers.checks import SPLITS, check_choices
+from datamodules.readers.checks import SPLITS
 from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Document, Sink, UserError
+from datamodules.records import Document, Sink, UserError, check_choices
 
 SEARCHES = ("title", "keywords")
 
@@ -96,11 +96,9 @@ class View(ABC):
         counts = dict(self.database.execute(f"SELECT split, {counted} FROM {self.judged} GROUP BY split"))
         return {split: counts[split] for split in SPLITS if split in counts}
 
-    def _count_without_split(self, condition: str = "") -> None:
+    def _count_without_split(self) -> None:
         needs = self.library.splits.needs
-        self.left_out[f"papers without a {needs} as queries"] = self.library.count(
-            f"papers WHERE split = '' {condition}"
-        )
+        self.left_out[f"papers without a {needs} as queries"] = self.library.count("papers WHERE split = ''")
 
     def stream(self, sink: Sink) -> None:
         """Write the documents, queries and judgements to a sink."""

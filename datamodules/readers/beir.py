@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import TextIO
 
-from datamodules.readers.checks import SPLITS, check_choice, check_grade
+from datamodules.readers.checks import SPLITS, check_grade
 from datamodules.readers.collecting import Judgements, read_into_memory, stream_collection
 from datamodules.readers.io import check_folder, find_file, find_split_files, read_lines, warn_of_unread_files
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_choice, check_name
 
 TAB_OR_BREAK = re.compile(r"[\t\n\r]")
 NUMBER = r"[+-]?[0-9.]+"

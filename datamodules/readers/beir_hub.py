@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from datamodules.readers.checks import check_choice
 from datamodules.readers.collecting import check_collection, read_into_memory
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import load_hub, load_hub_splits, read_hub_table
-from datamodules.records import Collection, Sink, UserError
+from datamodules.records import Collection, Sink, UserError, check_choice
 
 
 class BeirHubReader:

@@ -1,10 +1,9 @@
-"""Checks of values in files and of arguments of readers, and ids and splits for files without them."""
+"""Checks of values in files, and ids and splits for files without them."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from datamodules.records import UserError
@@ -18,21 +17,6 @@ SPLIT_NAMES = {
 MAX_GRADE = 10**9
 # Lone surrogates are not text. Bytes that are not UTF-8 are decoded to lone surrogates.
 SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-# --- arguments of readers ---
-
-
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> str:
-    """Return the value of an argument. Raises UserError unless it is one of the choices."""
-    if value not in choices:
-        raise UserError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def check_choices(argument: str, values: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
-    """Return the values of an argument. Raises UserError unless each is one of the choices."""
-    return tuple(check_choice(argument, value, choices) for value in values)
 
 
 # --- fields of records ---
@@ -79,6 +63,15 @@ def content_id(title: str, body: str) -> str:
 def stable_hash(text: str) -> int:
     """Return a hash from 0 to 2**64 - 1, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def check_percentages(dev: int, test: int) -> None:
+    """Raise UserError unless the percentages of two splits leave some papers for training."""
+    if min(dev, test) < 0 or dev + test >= 100:
+        raise UserError(
+            "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
+            f"got {dev} and {test}"
+        )
 
 
 def split_of(

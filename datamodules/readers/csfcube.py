@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice, check_grade, check_id
+from datamodules.readers.checks import check_grade, check_id
 from datamodules.readers.collecting import add_document, check_collection, check_known
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object, read_records, read_whole_json
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, Qrels, UserError
+from datamodules.records import Collection, Document, Qrels, UserError, check_choice, prefixed
 
 
 class CsfCubeReader:
@@ -60,7 +60,7 @@ def _read_paper(record: Record) -> Document:
 
 def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) -> Qrels:
     content, qrels = read_whole_json(path), {}
-    try:
+    with prefixed(f"{path}: "):
         if not isinstance(content, dict):
             raise UserError("expected an object of queries")
         queries = Record(content)
@@ -73,6 +73,4 @@ def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) 
             check_known([query], papers, "query")
             bad.gaps.add_judgements(path, ids, papers)
             qrels[query] = dict(zip(ids, grades, strict=True))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return qrels

@@ -11,12 +11,12 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.checks import check_id
 from datamodules.readers.collecting import check_collection
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object, read_members
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice
 
 
 @dataclass(frozen=True, slots=True)

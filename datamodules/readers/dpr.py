@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from datamodules.readers.checks import SPLITS, check_choice, check_choices, content_id
+from datamodules.readers.checks import SPLITS, content_id
 from datamodules.readers.collecting import add_repeated, check_collection
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice, check_choices, prefixed
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,10 @@ def _read_passages(record: Record, key: str) -> list[Document]:
     for number, passage in enumerate(record.array(key, required=key == POSITIVES), start=1):
         if not isinstance(passage, dict):
             raise UserError(f"{key}: expected objects with title and text, got {str(passage)[:60]!r}")
-        try:
+        with prefixed(f"{key}, passage {number}: "):
             passage = Record.of(record.row, passage)
             id = content_id(passage.text("title"), passage.text(text_key(passage)))
             if passage.get("passage_id") is not None or passage.get("psg_id") is not None:
                 id = passage.id("passage_id", "psg_id")
             passages.append(passage.document(body="text", id=id, may_be_blank=True))
-        except UserError as error:
-            raise UserError(f"{key}, passage {number}: {error}") from error
     return passages

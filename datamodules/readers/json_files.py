@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from datamodules.readers import io
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 
 MAX_WHOLE = 2**28  # characters of a file that is read as a whole
 
@@ -123,10 +123,8 @@ def read_whole_json(path: Path) -> Any:
         text = io.read_chunk(stream, path, 0, MAX_WHOLE + 1)
     if len(text) > MAX_WHOLE:
         raise UserError(f"{path}: longer than {MAX_WHOLE:,} characters")
-    try:
+    with prefixed(f"{path}: "):
         return _parse(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def as_object(row: Row, expected: str = "") -> Record:

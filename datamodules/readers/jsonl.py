@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import SPLITS, check_choice, check_grade, check_text, split_of
+from datamodules.readers.checks import SPLITS, check_grade, check_text, split_of
 from datamodules.readers.collecting import check_known, read_into_memory
 from datamodules.readers.io import find_file, find_split_files, warn_of_unread_files
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import Collection, Document, Sink, UserError
+from datamodules.records import Collection, Document, Sink, UserError, check_choice
 
 
 class JsonlReader:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice
 from datamodules.readers.collecting import add_document, check_collection
 from datamodules.readers.io import check_folder
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines
 from datamodules.readers.tables import read_tables
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 

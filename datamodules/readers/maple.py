@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice, check_choices, split_of, stable_hash
+from datamodules.readers.checks import check_percentages, split_of, stable_hash
 from datamodules.readers.collecting import add_id, check_collection
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice, check_choices
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,7 @@ class MapleReader:
         on_error: str = "fail",
         quarantine: str | None = None,
     ):
-        if min(dev_percent, test_percent) < 0 or dev_percent + test_percent >= 100:
-            raise UserError(
-                "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
-                f"got {dev_percent} and {test_percent}"
-            )
+        check_percentages(dev_percent, test_percent)
         if min(max_per_label, num_negatives) < 0:
             raise UserError(
                 f"max_per_label, num_negatives: expected numbers of at least 0, got {max_per_label} and {num_negatives}"

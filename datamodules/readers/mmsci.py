@@ -15,12 +15,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from datamodules.leakage import normal
-from datamodules.readers.checks import SPLITS, check_choice, split_of
+from datamodules.readers.checks import SPLITS, check_percentages, split_of
 from datamodules.readers.collecting import check_collection
 from datamodules.readers.io import check_folder, find_optional_file
 from datamodules.readers.json_files import as_object, read_entries, read_lists, read_members, read_whole_json
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import Collection, Document, Qrels, UserError
+from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +120,7 @@ class MMSciReader:
         self.folder, self.view, self.setting = Path(folder), check_choice("view", view, self.VIEWS), setting
         if setting not in SETTINGS:
             raise UserError(f"setting: expected 1, 2 or 3, got {setting!r}")
-        if min(dev_percent, test_percent) < 0 or dev_percent + test_percent >= 100:
-            raise UserError(
-                "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
-                f"got {dev_percent} and {test_percent}"
-            )
+        check_percentages(dev_percent, test_percent)
         self.dev_percent, self.test_percent = dev_percent, test_percent
         self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
@@ -299,12 +295,10 @@ def _listed_ids(path: Path) -> list[str]:
                 ids.append(as_object(row).words("uid"))
         return ids
     categories = read_whole_json(path)
-    try:
+    with explained(f"{path}: expected {{CATEGORY: {{SUBJECT: [ID]}}}}", AttributeError, TypeError):
         for subjects in categories.values():
             for listed in subjects.values():
                 ids += map(str, listed)
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{path}: expected {{CATEGORY: {{SUBJECT: [ID]}}}} ({error})") from error
     return ids
 
 

@@ -10,10 +10,9 @@ from datamodules.papers.formats import FORMATS, files_of, read_papers
 from datamodules.papers.library import EmptyLibrary, library_in
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEWS, EmptyView, ViewOptions
-from datamodules.readers.checks import check_choice
 from datamodules.readers.collecting import read_into_memory
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Sink, UserError
+from datamodules.records import Collection, Sink, UserError, check_choice
 
 log = logging.getLogger(__name__)
 

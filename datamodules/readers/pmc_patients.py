@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
-from datamodules.readers.checks import check_choice
 from datamodules.readers.collecting import Judgements, add_document, check_collection
 from datamodules.readers.io import find_file, find_split_files, warn_of_unread_files
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Document
+from datamodules.records import Collection, Document, check_choice
 
 
 class PmcPatientsReader:

@@ -10,13 +10,13 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice, check_grade
+from datamodules.readers.checks import check_grade
 from datamodules.readers.collecting import Judgements, add_document, check_collection
 from datamodules.readers.io import find_file, find_split_files, read_lines
 from datamodules.readers.json_files import as_object, read_entries
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Document, Qrels, UserError
+from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained
 
 CLASSIFICATION = ("mag", "mesh")
 LINKS = ("cite", "cocite", "coview", "coread")
@@ -127,10 +127,8 @@ def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
 
 
 def _split_columns(line: str) -> tuple[str, str]:
-    try:
+    with explained("invalid CSV", csv.Error):
         columns = next(csv.reader([line]))
-    except csv.Error as error:
-        raise UserError(f"invalid CSV ({error})") from error
     if len(columns) != 2 or not all(column.strip() for column in columns):
         raise UserError(f"expected a paper's id and its label, separated by a comma, got {line[:60]!r}")
     return columns[0].strip(), columns[1].strip()

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
-from datamodules.readers.checks import check_choice
 from datamodules.readers.collecting import Judgements, add_document, check_collection
 from datamodules.readers.io import check_folder, find_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice
 
 DATASETS = {
     "classification_fine": ("CSConference", "ChemistryMeSH", "Geography", "Psychology"),

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.checks import check_id
 from datamodules.readers.collecting import add_grades, add_repeated, check_collection
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice, prefixed
 from datamodules.text import TEXT_KEYS
 
 ID_KEYS = ("doc_id", "corpus_id", "paper_id")
@@ -169,11 +169,9 @@ def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, 
     query = _read_query(record, id)
     papers, grades = list[Document](), dict[str, int]()
     for number, candidate in enumerate(_candidates(record), start=1):
-        try:
+        with prefixed(f"candidate {number}: "):
             papers.append(candidate.document(*ID_KEYS, may_be_blank=True))
             score = candidate.grade("score")
-        except UserError as error:
-            raise UserError(f"candidate {number}: {error}") from error
         if grades.setdefault(papers[-1].id, score) != score:
             raise UserError(f"candidate {number}: {papers[-1].id!r} has two scores")
     if not papers:
@@ -196,10 +194,8 @@ def _read_query(record: Record, new_id: str) -> Document:
 def _read_paper(record: Record, key: str) -> Document:
     """Return the paper that a record has under a key. Errors start with the key."""
     paper = record.object(key)
-    try:
+    with prefixed(f"{key}: "):
         return paper.document(*ID_KEYS)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
 
 
 def _check_same(queries: Mapping[str, Document], query: Document) -> None:

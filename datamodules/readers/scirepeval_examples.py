@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.checks import check_choice, check_id
+from datamodules.readers.checks import check_id
 from datamodules.readers.collecting import check_collection
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
 from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
-from datamodules.records import Collection, Document, UserError
+from datamodules.records import Collection, Document, UserError, check_choice
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from datamodules.readers.io import CHUNK, open_text, read_chunk
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 
 MAX_DEPTH = 200  # nested elements; PubMed has about 15
 
@@ -21,28 +21,26 @@ def read_elements(path: Path, roots: Collection[str]) -> Iterator[ElementTree.El
     parser: ElementTree.XMLPullParser = ElementTree.XMLPullParser(["start", "end"])
     root: ElementTree.Element | None = None
     prolog, depth = "", 0
-    with open_text(path) as stream:
-        try:
-            while text := read_chunk(stream, path, 0, CHUNK):
+    damage = (ElementTree.ParseError, UnicodeEncodeError)  # the latter for bytes that are not UTF-8
+    with open_text(path) as stream, explained(f"{path}: the XML file is damaged", *damage):
+        while text := read_chunk(stream, path, 0, CHUNK):
+            if root is None:
+                prolog += text
+                if len(prolog) > 2 * CHUNK:
+                    raise UserError(f"{path}: expected an element within the first {CHUNK:,} characters")
+                if "<!ENTITY" in prolog:  # nested ones expand without end
+                    raise UserError(f"{path}: defines XML entities, which this format does not have")
+            parser.feed(text)
+            events: Iterator[tuple[str, ElementTree.Element]] = parser.read_events()  # type: ignore[assignment]
+            for event, element in events:
                 if root is None:
-                    prolog += text
-                    if len(prolog) > 2 * CHUNK:
-                        raise UserError(f"{path}: expected an element within the first {CHUNK:,} characters")
-                    if "<!ENTITY" in prolog:  # nested ones expand without end
-                        raise UserError(f"{path}: defines XML entities, which this format does not have")
-                parser.feed(text)
-                events: Iterator[tuple[str, ElementTree.Element]] = parser.read_events()  # type: ignore[assignment]
-                for event, element in events:
-                    if root is None:
-                        root, prolog = element, ""
-                        if root.tag not in roots:
-                            raise UserError(f"{path}: expected {' or '.join(roots)}, got {root.tag[:60]}")
-                    depth += 1 if event == "start" else -1
-                    if depth > MAX_DEPTH:
-                        raise UserError(f"{path}: more than {MAX_DEPTH} nested elements")
-                    if event == "end" and depth == 1:
-                        yield element
-                        root.clear()
-            parser.close()
-        except (ElementTree.ParseError, UnicodeEncodeError) as error:  # the latter for bytes that are not UTF-8
-            raise UserError(f"{path}: the XML file is damaged ({error})") from error
+                    root, prolog = element, ""
+                    if root.tag not in roots:
+                        raise UserError(f"{path}: expected {' or '.join(roots)}, got {root.tag[:60]}")
+                depth += 1 if event == "start" else -1
+                if depth > MAX_DEPTH:
+                    raise UserError(f"{path}: more than {MAX_DEPTH} nested elements")
+                if event == "end" and depth == 1:
+                    yield element
+                    root.clear()
+        parser.close()

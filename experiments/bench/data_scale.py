@@ -11,20 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from transformers import BertTokenizer
 
 from datamodules.batches import BatchOptions
 from datamodules.files import atomic_folder
 from datamodules.options import option
 from datamodules.packed import ContrastiveBatch
+from datamodules.readers.beir import BeirReader
 from datamodules.records import Task
 from datamodules.tasks import SearchDataModule
-from experiments.bench.timing import DEVICES, in_new_process, memory
+from experiments.bench.timing import DEVICES, in_new_process, memory, training_step
+from experiments.bench.workload import SHAPES
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
+from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.compute import resolve_device
+from lightning_modules.throughput import synchronize
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 STEPS = 2  # timed training steps, after a warm-up step
 
 
@@ -99,8 +105,6 @@ def words(rng: random.Random) -> list[str]:
 
 
 def build_task(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0) -> SearchDataModule:
-    from datamodules.readers.beir import BeirReader
-
     options = BatchOptions(
         batch_size=16, num_batches=num_batches, max_length=192, token_budget=2048, cache=str(cache), num_workers=workers
     )
@@ -111,10 +115,6 @@ def build_task(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0
 
 def tokenizer():
     """Return a tokenizer whose vocabulary has the words of the texts, but not the numbers in titles."""
-    from transformers import BertTokenizer
-
-    from lightning_modules.encoders.backbone import word_vocabulary
-
     return BertTokenizer(vocab=word_vocabulary(words(random.Random(0)), 30_000))
 
 
@@ -145,20 +145,15 @@ def measure_batches(
 
 def training_rate(batches: Sequence[ContrastiveBatch], vocabulary: dict[str, int], device: str) -> float:
     """Return the texts per second of training on the batches. The first one is a warm-up."""
-    from lightning_modules.contrastive import ContrastiveModule
-    from lightning_modules.encoders.backbone import random_backbone
-    from lightning_modules.encoders.shared import SharedEncoder
-
-    encoder = SharedEncoder(*random_backbone(MINILM, vocabulary), {"search": "search"}, pooling="mean")
-    module = ContrastiveModule(encoder, total_steps=1000).to(device).train()
-    optimizer, started = module.configure_optimizers()["optimizer"], 0.0
-    for number, batch in enumerate(batches):
-        optimizer.zero_grad()
-        loss = module.training_step(batch.to(device), number)["loss"]
-        loss.backward()
-        optimizer.step()
-        float(loss.detach())  # waits for the GPU
-        started = started or time.perf_counter()
+    encoder = SharedEncoder(*random_backbone(SHAPES["minilm"], vocabulary), {"search": "search"}, pooling="mean")
+    module = ContrastiveModule(encoder, total_steps=1000).to(device)
+    step = training_step(module, [batch.to(device) for batch in batches])
+    step()
+    synchronize(module.device)
+    started = time.perf_counter()
+    for _ in batches[1:]:
+        step()
+    synchronize(module.device)
     return num_texts(batches[1:]) / (time.perf_counter() - started)
 
 

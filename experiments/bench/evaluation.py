@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.timing import DEVICES, backbone_of
+from experiments.bench.timing import DEVICES, backbone_of, peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
@@ -181,7 +180,7 @@ def _large(options: BenchOptions, folder: Path) -> None:
         {query: Document(query) for query in ids},
         {query: {f"d{i}": 1 for i in rng.integers(0, count, 10)} for query in ids},
     )
-    before = _peak_memory()
+    before = peak_memory()
     started = time.perf_counter()
     with Progress("ranking", "pairs", count * len(ids)) as progress:
         device = resolve_device(options.device)
@@ -189,18 +188,13 @@ def _large(options: BenchOptions, folder: Path) -> None:
     ranked = time.perf_counter() - started
     metrics = measure(run, benchmark, ["mrr@10000", "precision@10", "ndcg@10", "recall@1000"])
     log.info("ranking %.0f s, measuring %.0f s", ranked, time.perf_counter() - started - ranked)
-    log.info("peak memory %.1f GB, before the ranking %.1f GB", _peak_memory(), before)
+    log.info("peak memory %.1f GB, before the ranking %.1f GB", peak_memory(), before)
     log.info("metrics of random vectors: %s", {name: round(value, 5) for name, value in metrics.items()})
 
 
 def _clock() -> np.ndarray:
     """Return wall-clock seconds, and CPU seconds of this process, which mean more on a busy machine."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def _peak_memory() -> float:
-    """Return the peak memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from rich.table import Table
 
-from datamodules.batches import Collator
 from datamodules.options import option
-from datamodules.packed import ContrastiveBatch
-from datamodules.records import Example
-from experiments.bench.timing import DEVICES, backbone_of, in_new_process, seconds
+from experiments.bench.timing import (
+    DEVICES,
+    VOCABULARY,
+    Run,
+    backbone_of,
+    in_new_process,
+    random_pairs,
+    seconds,
+    training_step,
+)
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
@@ -24,17 +29,15 @@ from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
 from lightning_modules.throughput import synchronize
 
-VOCABULARY = 30_522
-
 
 @dataclass(kw_only=True)
 class GradCacheOptions:
     """Compare a step on a large batch with GradCache to a plain step on a small batch.
 
-    The default sizes are those of MiniLM. A step is forward, backward and AdamW. The small batch is one chunk, and the
-    large batch has chunks of the same size. Memory is the peak of two steps minus that of the model, in a new process:
-    resident memory on the CPU, allocated memory on a GPU. Time is per pair; small steps run before and after each large
-    one.
+    The default sizes are those of MiniLM. A step is forward, backward, clipping and AdamW. The small batch is one
+    chunk, and the large batch has chunks of the same size. Memory is the peak of two steps minus that of the model, in
+    a new process: resident memory on the CPU, allocated memory on a GPU. Time is per pair; small steps run before and
+    after each large one.
     """
 
     pairs: int = option(1024, "pairs of the large batch", minimum=1)
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
     """Return the peak memory of two steps minus that of the model, in GB."""
-    step, memory = training_step(options, pairs, cache), Memory(torch.device(options.device))
+    step, memory = step_of(options, pairs, cache), Memory(torch.device(options.device))
     model = memory.now()
     step(), step()
     return (memory.peak() - model) / 1e9
@@ -70,7 +73,7 @@ def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
 
 def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
     """Return the median seconds per pair, of small steps and of large steps."""
-    small, large = training_step(options, options.small, False), training_step(options, options.pairs, True)
+    small, large = step_of(options, options.small, False), step_of(options, options.pairs, True)
     small()
     small_times, large_times = [], []
     for _ in range(options.rounds):
@@ -80,29 +83,19 @@ def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
     return statistics.median(small_times) / options.small, statistics.median(large_times) / options.pairs
 
 
-def training_step(options: GradCacheOptions, pairs: int, cache: bool) -> Callable[[], None]:
-    """Return a function that runs one training step."""
+def step_of(options: GradCacheOptions, pairs: int, cache: bool) -> Run:
+    """Return a function that runs one training step, to its end."""
     encoder = SharedEncoder(*backbone_of(vars(options), VOCABULARY - 5), {"search": "search"}, pooling="mean")
     module = ContrastiveModule(encoder, grad_cache=cache, total_steps=1000, similarity="cosine", temperature=0.05)
-    module, batch = module.to(options.device), make_batch(options, pairs)
-    optimizer = module.configure_optimizers()["optimizer"]
+    budget = 2 * options.small * options.tokens  # chunks as large as the small batch
+    batch = random_pairs("search", pairs, options.tokens, budget).to(options.device)
+    step = training_step(module.to(options.device), [batch])
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        module.training_step(batch, 0)["loss"].backward()
-        optimizer.step()
+    def run() -> None:
+        step()
         synchronize(torch.device(options.device))
 
-    return step
-
-
-def make_batch(options: GradCacheOptions, pairs: int) -> ContrastiveBatch:
-    """Return pairs of full-length texts, in chunks as large as the small batch."""
-    texts = np.random.default_rng(0).integers(5, VOCABULARY, (2 * pairs, options.tokens))
-    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
-    budget = 2 * options.small * options.tokens
-    collator = Collator("search", examples, texts, token_budget=budget, num_hard_negatives=0, seed=0)
-    return collator([(i, 0) for i in range(pairs)], 0).to(options.device)
+    return run
 
 
 if __name__ == "__main__":

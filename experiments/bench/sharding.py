@@ -12,17 +12,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor, nn
 
-from datamodules.batches import Collator
 from datamodules.options import option
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Example
-from experiments.bench.timing import backbone_of, seconds, tasks_of
+from experiments.bench.timing import VOCABULARY, backbone_of, random_pairs, seconds, tasks_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
@@ -31,7 +28,6 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
 
-VOCABULARY = 30_522
 M_MMAP_THRESHOLD = -3  # option of glibc's mallopt
 STRATEGIES = ("ddp", "fsdp", "fsdp, GradCache")
 
@@ -94,7 +90,8 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
         step = nn.parallel.DistributedDataParallel(step, device_ids=ids, find_unused_parameters=True)
     else:
         shard(module.encoder, device)
-    optimizer, batch = module.configure_optimizers()["optimizer"], make_batch(options, rank).to(device)
+    optimizer, budget = module.configure_optimizers()["optimizer"], options.pairs * options.tokens  # two chunks
+    batch = random_pairs("task0", options.pairs, options.tokens, budget, seed=rank).to(device)
 
     def take() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -134,16 +131,6 @@ def make_module(options: ShardingOptions, grad_cache: bool) -> ContrastiveModule
     backbone, tokenizer = backbone_of(vars(options), VOCABULARY - 5)
     encoder = MoEEncoder(backbone, tokenizer, tasks_of(options.experts), pooling="mean")
     return ContrastiveModule(encoder, grad_cache=grad_cache, total_steps=1000, similarity="cosine", temperature=0.05)
-
-
-def make_batch(options: ShardingOptions, rank: int) -> ContrastiveBatch:
-    """Return pairs of full-length texts, in two chunks."""
-    pairs = options.pairs
-    texts = np.random.default_rng(rank).integers(5, VOCABULARY, (2 * pairs, options.tokens))
-    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
-    budget = pairs * options.tokens
-    collator = Collator("task0", examples, texts, token_budget=budget, num_hard_negatives=0, seed=0)
-    return collator([(i, 0) for i in range(pairs)], 0)
 
 
 def megabytes(tensors: Sequence[Tensor]) -> float:

@@ -1,21 +1,29 @@
-"""Helpers of the benchmarks: random models, times and memory."""
+"""Helpers of the benchmarks: random models and texts, training steps, times and memory."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BertTokenizer
 
+from datamodules.batches import Collator
+from datamodules.packed import ContrastiveBatch
+from datamodules.records import Example
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
 
+VOCABULARY = 30_522  # number of tokens of BERT
 DEVICES = "auto (a GPU if there is one), cpu, cuda or cuda:N"  # help of the option device
 T = TypeVar("T")
 Run = Callable[[], object]
@@ -40,6 +48,33 @@ def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Modu
 def tasks_of(count: int) -> dict[str, str]:
     """Return tasks that each have an expert of their own."""
     return {f"task{i}": f"expert{i}" for i in range(count)}
+
+
+def random_pairs(task: str, pairs: int, tokens: int, token_budget: int, seed: int = 0) -> ContrastiveBatch:
+    """Return queries with one positive each. All texts have `tokens` random tokens of VOCABULARY."""
+    texts = np.random.default_rng(seed).integers(5, VOCABULARY, (2 * pairs, tokens))
+    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
+    collator = Collator(task, examples, texts, token_budget=token_budget, num_hard_negatives=0, seed=0)
+    return collator([(i, 0) for i in range(pairs)], 0)
+
+
+def training_step(
+    module: ContrastiveModule,
+    batches: Sequence[ContrastiveBatch],
+    computing: Callable[[], AbstractContextManager] = nullcontext,
+) -> Callable[[], None]:
+    """Return a function that trains on the next of some batches: forward, backward, clipping and fused AdamW."""
+    optimizer, rotation = module.train().configure_optimizers()["optimizer"], itertools.cycle(batches)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with computing():
+            loss = module.training_step(next(rotation), 0)["loss"]
+        loss.backward()
+        module.configure_gradient_clipping(optimizer, 1.0)
+        optimizer.step()
+
+    return step
 
 
 def seconds(function: Run) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 import string
@@ -22,6 +21,7 @@ from datamodules.batches import Collator
 from datamodules.packed import ContrastiveBatch, Tokens
 from datamodules.records import Document, Example, UserError
 from datamodules.text import input_text, length_sorted_chunks, token_ids
+from experiments.bench.timing import training_step
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout
 from lightning_modules.encoders.base import Encoder
@@ -96,13 +96,12 @@ class Workload:
         """Compute in the precision of the workload, as training and `make embed` do."""
         return computing_in(self.precision, self.device)
 
-    def encoder(self, kind: str = "Vanilla", dropout: float = 0.0, attention_dropout: float = 0.0) -> Encoder:
-        """Return the encoder of a kind, with random weights. Calls with the same kind share it."""
+    def encoder(self, kind: str = "Vanilla") -> Encoder:
+        """Return the encoder of a kind, with random weights and no dropout. Calls with the same kind share it."""
         if kind not in self._encoders:
             self._encoders[kind] = self.new_encoder(kind)
-        encoder = self._encoders[kind]
-        set_dropout(encoder.backbone, dropout, attention_dropout)
-        return encoder
+            set_dropout(self._encoders[kind].backbone, 0.0, 0.0)
+        return self._encoders[kind]
 
     def new_encoder(self, kind: str = "Vanilla") -> Encoder:
         torch.manual_seed(0)
@@ -110,13 +109,12 @@ class Workload:
             backbone, _ = random_backbone(self.shape, self.tokenizer.get_vocab())
         return wrapped(kind, backbone, self.tokenizer, self.pooling, self.max_length).to(self.device)
 
-    def packed(self, count: int | None = None) -> list[Tokens]:
-        """Return the first `count` texts, by default all, as batches on the device."""
-        ids = self.ids[:count]
-        chunks = length_sorted_chunks([len(text) for text in ids], default_token_budget(self.device))
-        return [Tokens.pack(ids[row] for row in rows).to(self.device) for rows in chunks]
+    def packed(self) -> list[Tokens]:
+        """Return all texts as batches on the device."""
+        chunks = length_sorted_chunks([len(text) for text in self.ids], default_token_budget(self.device))
+        return [Tokens.pack(self.ids[row] for row in rows).to(self.device) for rows in chunks]
 
-    def batch(self, pairs: int, hard_negatives: int = 1, number: int = 0, task: str = TASK) -> ContrastiveBatch:
+    def batch(self, pairs: int, hard_negatives: int = 1, number: int = 0) -> ContrastiveBatch:
         """Return a training batch on the device. Texts are reused if there are too few.
 
         number: number of the batch; batches with different numbers have different texts.
@@ -129,30 +127,17 @@ class Workload:
             for i in range(pairs)
         ]
         budget = default_token_budget(self.device)
-        collator = Collator(task, examples, ids, token_budget=budget, num_hard_negatives=hard_negatives, seed=number)
+        collator = Collator(TASK, examples, ids, token_budget=budget, num_hard_negatives=hard_negatives, seed=number)
         return collator([(i, 0) for i in range(pairs)], number).to(self.device)
 
     def training_step(
         self, encoder: Encoder, batches: Sequence[ContrastiveBatch], grad_cache: bool = False
     ) -> Callable[[], None]:
-        """Return a function that trains on the next of some batches: forward, backward, clipping and fused AdamW."""
+        """Return a function that trains on the next of some batches, in the precision of the workload."""
         module = ContrastiveModule(
             encoder, grad_cache=grad_cache, total_steps=10**6, similarity="cosine", temperature=0.05
         )
-        optimizer, rotation = (
-            module.to(self.device).train().configure_optimizers()["optimizer"],
-            itertools.cycle(batches),
-        )
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with self.computing():
-                loss = module.training_step(next(rotation), 0)["loss"]
-            loss.backward()
-            module.configure_gradient_clipping(optimizer, 1.0)
-            optimizer.step()
-
-        return step
+        return training_step(module.to(self.device), batches, self.computing)
 
     def median_seconds(self, run: Callable[[], Any], warm_up: Callable[[], Any] | None = None, most: int = 50) -> float:
         """Return the median time of a function, which runs again and again for `seconds`, but at most `most` times.

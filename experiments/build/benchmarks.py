@@ -12,7 +12,7 @@ from typing import Literal
 from datamodules.options import option
 from datamodules.readers import reader_class_of
 from datamodules.readers.checks import SPLIT_NAMES
-from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol
+from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol, prefixed
 from datamodules.tasks import Reader
 from datamodules.text import NameMatcher
 from experiments.build.data import build_data
@@ -170,7 +170,7 @@ def build_benchmark(
     name: str, config: BenchmarkConfig, collections: CollectionReader, limits: Limits = Limits()
 ) -> Benchmark:
     """Build a benchmark with its data. Limits that apply change its protocol. Raises UserError."""
-    try:
+    with prefixed(f"{name}: "):
         collection = collections.read(config)
         queries, qrels = _merge_splits(collection, config.splits)
         protocol = config.protocol
@@ -186,8 +186,6 @@ def build_benchmark(
         first = _labels_ranked_first(config, collections, corpus, queries)
         if config.documents == "title":
             corpus = {id: Document(id, document.title) for id, document in corpus.items()}
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
     return Benchmark(
         name=name,
         task=config.task,

@@ -13,14 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.files import expanded
-from datamodules.records import Task, UserError
+from datamodules.records import Task, UserError, prefixed
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
 from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
 from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
-from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.objective_options import ObjectiveOptions
 

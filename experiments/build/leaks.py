@@ -15,7 +15,7 @@ from datamodules.leakage import Index, Overlap
 from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, explained, prefixed
 from datamodules.store import locked
 from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
@@ -152,11 +152,9 @@ def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora:
 
 def _reader(folder: str) -> BeirReader | JsonlReader:
     """Return the reader of an evaluation's folder. Raises UserError if the folder is missing or has no known layout."""
-    try:
+    with prefixed("evaluation to compare with (data.leaks_in, or beir of make audit): "):
         reader = reader_class_of(folder)(folder)
         reader.sources()
-    except UserError as error:
-        raise UserError(f"evaluation to compare with (data.leaks_in, or beir of make audit): {error}") from error
     return reader
 
 
@@ -207,10 +205,8 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
                 log.warning("data.cache: %s is damaged (%s); comparing again", path, error)
         log.info("comparing the training data with the evaluation (only once; data.on_leak=ignore skips it)")
         leaks = find_leaks(tasks, config.leaks_in)
-        try:
+        with explained(f"data.cache: {path.parent} cannot be written"):
             write_json(path, asdict(leaks))
-        except OSError as error:
-            raise UserError(f"data.cache: {path.parent} cannot be written ({error})") from error
         return leaks
 
 

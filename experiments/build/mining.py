@@ -11,11 +11,10 @@ import torch
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from experiments.build.models import device_of
 from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
-from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.backbone import installed
@@ -33,10 +32,8 @@ def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
         return
     data.rounds = Rounds(folder_of(config).absolute() / NEGATIVES, settings.use, data.fingerprints())
     if settings.store:
-        try:
+        with prefixed("mining.store: "):
             data.rounds.begin(0, str(Path(settings.store).absolute()))
-        except UserError as error:
-            raise UserError(f"mining.store: {error}") from error
 
 
 def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: int) -> int:

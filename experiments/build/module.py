@@ -11,13 +11,12 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, prefixed
 from datamodules.tasks import TaskDataModule
 from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
-from experiments.config.structured import prefixed
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.contrastive import START, ContrastiveModule
@@ -152,7 +151,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
     if like != "nearest" and like not in encoder.tasks:
         raise UserError(f"extend.like: expected one of nearest, {', '.join(encoder.tasks)}, got {like!r}")
     nearest = _nearest_tasks(config, data, encoder) if like == "nearest" else dict.fromkeys(tasks, like)
-    add_tasks(encoder, tasks, nearest)
+    add_tasks(encoder, tasks, nearest, config.extend.freeze)
     _add_lora(config, encoder)
     module = _training_module(config, encoder)
     module.prepare_losses(data)

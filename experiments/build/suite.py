@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from datamodules.options import option
-from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError
+from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError, check_choice, prefixed
 from datamodules.tasks import Reader
 from experiments.config.structured import did_you_mean, read_yaml, refuse_unknown_keys, structured
 from experiments.config.targets import READERS, check_target
@@ -107,10 +107,8 @@ def _read_benchmark(path: Path, family: DictConfig, name: str) -> BenchmarkConfi
     if not all(isinstance(layer, DictConfig | dict | None) for layer in layers):
         raise UserError(f"{path}: benchmark {name!r}: expected settings under its name and under defaults, got a value")
     config = structured(BenchmarkConfig, [OmegaConf.create(layer or {}) for layer in layers], str(path), f"{name}.")
-    try:
+    with prefixed(f"{path}: {name}."):
         _check(config)
-    except UserError as error:
-        raise UserError(f"{path}: {name}.{error}") from error
     return config
 
 
@@ -131,8 +129,7 @@ def _check_probe(probe: Probe, used: bool) -> None:
     if not used and probe != Probe():
         raise UserError("probe: needs train_on, the splits that a linear model learns from")
     for key, value, choices in (("learns", probe.learns, LEARNS), ("loss", probe.loss, LOSSES)):
-        if value not in choices:
-            raise UserError(f"probe.{key}: expected one of {', '.join(choices)}, got {value!r}")
+        check_choice(f"probe.{key}", value, choices)
     if not probe.costs or min(probe.costs) <= 0:
         raise UserError(f"probe.costs: expected positive numbers, at least one, got {probe.costs}")
     if probe.samples < 0 or probe.draws < 1:

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
 from datamodules.records import UserError
-from experiments.config.structured import did_you_mean, expected_one_of
+from experiments.config.structured import unknown
 from experiments.shared.plain import say
 
 T = TypeVar("T")
@@ -34,9 +34,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
         word, equals, _ = rest[0].partition("=")
         if not equals:
             raise UserError(f"command line: expected key=value, got {word!r}")
-        hint = did_you_mean(word, option_keys(options))
-        expected = expected_one_of(option_keys(options), hint)
-        raise UserError(f"command line: unknown key {word!r}; {hint}{expected} (or --help)")
+        raise UserError(f"command line: {unknown('key', word, option_keys(options))} (or --help)")
     return parsed
 
 
@@ -145,7 +143,7 @@ def default_of(field: dataclasses.Field) -> Any:
 def type_name(hint: Any) -> str:
     """Return the name of a type in --help: its choices, or INTEGER, NUMBER, PATH, TEXT, ..."""
     if choices := literal_choices(hint):
-        return "|".join(map(str, choices))
+        return "|".join(filter(None, map(str, choices)))
     if get_origin(hint) in (Union, types.UnionType):
         return "|".join(type_name(each) for each in get_args(hint) if each is not type(None))
     if get_origin(hint) in (tuple, list):

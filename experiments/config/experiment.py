@@ -24,10 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError, check_name
+from datamodules.records import UserError, check_name, explained
 from experiments.config.arguments import command_of, option_keys, parse_known
-from experiments.config.moved import current_path, with_first_paths
-from experiments.config.overrides import check_override, packages_in, parse_override, replacement_of
+from experiments.config.overrides import Replacement, check_override, packages_in, parse_override, replacement_of
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
     LOADER,
@@ -39,7 +38,7 @@ from experiments.config.structured import (
     unknown,
     yaml_text,
 )
-from experiments.config.targets import check_targets
+from experiments.config.targets import check_targets, current_path, with_first_paths
 from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
@@ -167,13 +166,11 @@ def folder_of(config: Config) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
-    try:
+    with explained(f"{path / 'config.yaml'}: cannot be read", OSError, ValueError, RecursionError, yaml.YAMLError):
         text = yaml_text(path / "config.yaml")
         if "${" in text:  # a saved configuration is resolved, and references can expand without end
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
     return _with_current_paths(settings)
@@ -349,13 +346,15 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
 def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Sequence[str]) -> DictConfig:
     """Merge overrides such as "optim.lr=1e-4". others: as for _merge.
 
-    make passes them in any order, so sort them: first those that replace all data of a task, then single collections,
-    then the rest.
+    A mapping of free names, such as lr_scale={experts: 2}, replaces the old one. make passes overrides in any order, so
+    sort them: first those that replace all data of a task, then single collections, other mappings, and the rest.
     """
     parsed = [(text, layer := parse_override(text), replacement_of(text, layer)) for text in overrides]
-    parsed.sort(key=lambda each: 2 if each[2] is None else int(each[2].collection is not None))
+    parsed.sort(key=lambda each: _rank(*each))
     tasks = set(config.task)
     for text, layer, replacement in parsed:
+        if not replacement:
+            _clear_mapping(config, layer, text.partition("=")[0])
         if replacement and replacement.task in tasks:
             data = config.task[replacement.task].data
             if replacement.collection is None:
@@ -364,6 +363,26 @@ def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Seque
                 data.pop(replacement.collection, None)
         config = _merge(config, layer, f"command line ({text})", others)
     return config
+
+
+def _rank(text: str, layer: DictConfig, replacement: Replacement | None) -> int:
+    if replacement:
+        return int(replacement.collection is not None)
+    return 2 if _mapping(layer, text.partition("=")[0]) is not None else 3
+
+
+def _mapping(config: DictConfig, key: str) -> DictConfig | None:
+    node = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+    return node if isinstance(node, DictConfig) else None
+
+
+def _clear_mapping(config: DictConfig, layer: DictConfig, key: str) -> None:
+    """Clear the mapping that a mapping replaces. Settings of a dataclass and arguments of a `_target_` are not one."""
+    old, new = _mapping(config, key), _mapping(layer, key)
+    if old is None or new is None or "_target_" in {*old, *new} or key == "task":
+        return
+    if not dataclasses.is_dataclass(OmegaConf.get_type(old)):
+        old.clear()
 
 
 def _clear_replaced_targets(config: DictConfig, layer: DictConfig) -> None:

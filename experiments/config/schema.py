@@ -10,8 +10,7 @@ import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
-from datamodules.records import UserError
-from experiments.config.structured import prefixed
+from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.encoders.lora import check_peft
 from lightning_modules.loggers import LIGHTNING_LOGGERS
@@ -201,7 +200,7 @@ class EvaluationConfig:
     )
     split: Literal["train", "dev", "test"] = option("test", "split of the final table")
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
-    baselines: bool = option(True, "also evaluate BM25 and the untrained encoder")
+    baselines: bool = option(True, "also evaluate BM25 and the encoder before training")
 
 
 @dataclass
@@ -254,7 +253,7 @@ class TaskConfig:
 
 @dataclass
 class ExtendConfig:
-    """New tasks for a trained encoder, of which only the experts are trained; and classes of other packages."""
+    """New tasks for a trained encoder, and classes of other packages."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
     packages: list[str] = option(
@@ -264,6 +263,10 @@ class ExtendConfig:
     )
     like: str = option(
         "nearest", "task whose expert the new ones are copied from; nearest: the one with the lowest loss"
+    )
+    freeze: bool = option(
+        True,
+        "train only the new experts, so that the vectors of the old tasks do not change; false: train all parameters",
     )
 
 

@@ -7,7 +7,6 @@ import difflib
 import io
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.files import read_regular
 from datamodules.options import check_options
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 
 T = TypeVar("T")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -118,15 +117,6 @@ def restore_yes_and_no(hint: Any, node: Any) -> None:
         if word in typing.get_args(child):
             node[key] = word
         restore_yes_and_no(child, node[key])
-
-
-@contextmanager
-def prefixed(prefix: str) -> Iterator[None]:
-    """Put a key or a file before the messages of errors raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{prefix}{error}") from error
 
 
 def describe(error: OmegaConfBaseException | TypeError) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained, prefixed
 from experiments.config.experiment import FOLDER, names
 from experiments.config.structured import read_yaml, structured, unknown
 
@@ -53,7 +53,13 @@ class StudySettings:
     values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
     start: str = option("", "arm that the gains of the others are measured against")
     held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
-    compare: list[list[str]] = option([], "pairs of arms whose difference is tested")
+    transplants: dict[str, str] = option(
+        {},
+        "benchmark that another task's expert ranks -> the same data under their own task; the first is in no mean",
+    )
+    compare: list[list[str]] = option(
+        [], "pairs of arms whose difference is tested; a task as third word tests it on that task alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,11 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
         settings.values[key] = value
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
-    try:
+    with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)
         settings.title = " ".join(_inserted(settings.title, study.values, "title"))
         _check(study)
         study.jobs.extend(_in_order(list(_jobs(study))))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return study
 
 
@@ -159,11 +163,11 @@ def _check(study: Study) -> None:
         raise UserError(f"values.{min(taken)}: this name has a meaning of its own in commands; choose another")
     pairs = [("start", [settings.start])] if settings.start else []
     for key, pair in pairs + [("compare", pair) for pair in settings.compare]:
-        for arm in pair:
+        for arm in pair[:2]:
             if arm not in study.arms:
                 raise UserError(f"{key}: unknown arm {arm!r}; expected one of {', '.join(study.arms)}")
-        if key == "compare" and len(pair) != 2:
-            raise UserError(f"compare: expected pairs of arms, got {pair}")
+        if key == "compare" and len(pair) not in (2, 3):
+            raise UserError(f"compare: expected pairs of arms, and perhaps a task, got {pair}")
 
 
 def _jobs(study: Study) -> Iterator[Job]:
@@ -208,10 +212,8 @@ def _models(study: Study, arm: str, seed: int | None) -> dict[str, tuple[str, st
 
 
 def _split(key: str, command: str) -> list[str]:
-    try:
+    with explained(f"{key}: {command!r} cannot be split into words", ValueError):
         return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"{key}: {command!r} cannot be split into words ({error})") from error
 
 
 def _in_order(jobs: Sequence[Job]) -> Iterator[Job]:

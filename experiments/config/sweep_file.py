@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, names
 from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
@@ -123,11 +123,9 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
     if Path(experiment).suffix:  # trials may run in another folder
         experiment = str(experiment_file(experiment).absolute())
     content = OmegaConf.to_container(read_yaml(path), resolve=False)
-    try:
+    with prefixed(f"{path}: "):
         _check_types(content)
         parameters = read_parameters(content["parameters"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     # These two keys are replaced because OmegaConf must not resolve a ${...} in them.
     settings = structured(SweepSettings, [OmegaConf.create(content | {"parameters": {}, "command": []})], str(path))
     return Sweep(
@@ -191,15 +189,13 @@ def check_trials(sweep: Sweep) -> Config:
     trials = fixed_trials("random", sweep.parameters, MAX_CHECKED) if is_bayes else sweep.trials()
     first: Config | None = None
     for number, values in itertools.islice(_with_new_values(trials), MAX_CHECKED):
-        try:
+        with prefixed(f"sweep {sweep.name}, trial {number}: "):
             config = load_config(sweep.experiment, [*sweep.overrides, *starmap(as_override, values.items())])
             if first is None:
                 first = config
                 check_metric(sweep.metric, config)
                 if sweep.early_terminate:
                     sweep.early_terminate.check_reached(sweep.metric, config)
-        except UserError as error:
-            raise UserError(f"sweep {sweep.name}, trial {number}: {error}") from error
     return first
 
 

@@ -23,9 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.papers.views import VIEW_OF_KIND
 from datamodules.readers import reader_class_of
 from datamodules.readers.papers import PapersReader
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from datamodules.tasks import Reader
-from experiments.config.moved import current_path
 from experiments.config.schema import Config
 from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -42,6 +41,10 @@ VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Paramete
 ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
 LOSS_ARGUMENTS = ("tasks", "dimension", "objective")  # given by build_module
 JUDGE_ARGUMENTS = ("tasks", "packages")  # given by build_mining
+# Classes that have moved since `_target_` could name them: old path -> present path. Old configurations still load.
+MOVED: dict[str, str] = {
+    "lightning_modules.mining.sharing.SharingMiner": "lightning_modules.mining.miners.SharingMiner",
+}
 
 
 def check_targets(config: Config) -> None:
@@ -195,11 +198,21 @@ def with_reader(key: str, node: Any, kind: str) -> Any:
         if not (folder / kind).is_dir():
             raise UserError(f"{key}: {folder} has no data for {kind}; {folder / IMPORTED} has the reason")
         folder = folder / kind
-    try:
+    with prefixed(f"{key}: "):
         reader = reader_class_of(folder)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
     return {"_target_": f"{reader.__module__}.{reader.__name__}"} | dict(node) | {"folder": str(folder)}
+
+
+def current_path(path: str) -> str:
+    """Return the present dotted path of a class."""
+    return MOVED.get(path, path)
+
+
+def with_first_paths(text: str) -> str:
+    """Return JSON text with the first path of every moved class: a move does not change the hash of a run's folder."""
+    for old, new in reversed(MOVED.items()):
+        text = text.replace(f'"{new}"', f'"{old}"')
+    return text
 
 
 def is_library(path: Path) -> bool:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO
 
 from datamodules.files import open_new, read_regular, write_text
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,10 @@ def download(
 
 def check_url(key: str, url: str) -> None:
     """Raise UserError unless a text is an http or https URL. key: where it comes from."""
-    try:
+    with explained(f"{key}: {url!r} is not a valid URL", ValueError):
         parts = urllib.parse.urlsplit(url)
         parts.netloc.encode("idna")
         is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError as error:
-        raise UserError(f"{key}: {url!r} is not a valid URL ({error})") from error
     if not is_url or re.search(r"[\x00-\x20\x7f]", url):
         raise UserError(f"{key}: expected http:// or https:// and a host, got {url!r}")
 

@@ -15,7 +15,7 @@ from datamodules.readers.checks import SPLITS
 from datamodules.records import UserError, check_name
 from datamodules.tasks import Reader
 from experiments.config.experiment import names
-from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured
+from experiments.config.structured import read_yaml, structured, unknown
 from experiments.config.targets import check_target
 from experiments.download.fetch import check_url
 
@@ -78,9 +78,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(name)
     if path.suffix != ".yaml":
         if name not in recipes():
-            hint = did_you_mean(name, recipes())
-            expected = expected_one_of([*recipes(), "a YAML file"], hint)
-            raise UserError(f"recipe: unknown recipe {name!r}; {hint}{expected}")
+            raise UserError(f"recipe: {unknown('recipe', name, [*recipes(), 'a YAML file'])}")
         path = FOLDER / f"{name}.yaml"
     recipe = structured(Recipe, [read_yaml(path), OmegaConf.from_dotlist(list(overrides))], str(path))
     _check(path, recipe)
@@ -107,8 +105,7 @@ def _check(path: Path, recipe: Recipe) -> None:
         for missing in ([], list(output.without)):
             check_target(f"{key}.reader", reader_node(output, missing), Reader)
         for source in {*needed_sources(output), *output.without} - recipe.sources.keys():
-            hint = did_you_mean(source, recipe.sources)
-            raise UserError(f"{key}: unknown source {source!r}; {hint}{expected_one_of(recipe.sources, hint)}")
+            raise UserError(f"{key}: {unknown('source', source, list(recipe.sources))}")
 
 
 def _check_file(key: str, file: str, spec: FileSpec) -> None:
@@ -125,8 +122,7 @@ def _check_file(key: str, file: str, spec: FileSpec) -> None:
 def _check_keys(key: str, values: dict[str, Any], expected: Sequence[str]) -> None:
     for name in values:
         if name not in expected:
-            hint = did_you_mean(name, expected)
-            raise UserError(f"{key}: unknown key {name!r}; {hint}{expected_one_of(expected, hint)}")
+            raise UserError(f"{key}: {unknown('key', name, expected)}")
 
 
 def _check_name(key: str, name: str) -> None:

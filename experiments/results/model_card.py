@@ -166,8 +166,10 @@ def _training(run: Path, task: str) -> list[str]:
     config, manifest, sections = read_config(run), _manifest(run), []
     data = manifest.get("data", {})
     if task not in ("", "average") and data and task not in _trained_tasks(run):
-        extended = escape_markdown(without_paths(config.get("extend", {}).get("model") or "its start"))
-        return [f"## Training\n\nThe exported run did not train this task. Its vectors are those of {extended}."]
+        extend = config.get("extend", {})
+        name = escape_markdown(without_paths(extend.get("model") or "its start"))
+        vectors = f"Its vectors are those of {name}." if extend.get("freeze", True) else f"It started from {name}."
+        return [f"## Training\n\nThe exported run did not train this task. {vectors}"]
     if data:
         rows = [
             (name, d["task"], f"{d['documents']:,}", f"{d['queries'].get('train', 0):,}", d["fingerprint"])

@@ -14,12 +14,18 @@ from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.study_file import Study
 from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
+from experiments.results.interference import (
+    check_transplants,
+    gradient_cosines,
+    interference,
+    interference_table,
+)
 from experiments.run.jobs import is_complete, seconds_of
 from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown
 from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
 from lightning_modules.retrieval.significance import bootstrap_interval, holm, mean_difference_p
 
-TRAINED_ON, HELD_OUT = "trained on", "held out"
+TRAINED_ON, HELD_OUT, TRANSPLANTED = "trained on", "held out", "other expert"
 LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
 
 Content = Mapping[str, Any]
@@ -32,14 +38,24 @@ def collect(study: Study) -> dict[str, Any]:
     if not systems:
         raise UserError("no job of the study is complete, so there is nothing to show")
     tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
-    if unknown := set(study.settings.held_out) - set(tables):
-        raise UserError(
-            f"held_out: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
-        )
+    incomplete = [job.name for job in study.jobs if not is_complete(study.folder, job)]
+    transplants = study.settings.transplants
+    named = {"held_out": study.settings.held_out}
+    if not incomplete:  # until then, the only arms that have a task may be missing
+        named["transplants"] = [*transplants, *transplants.values()]
+    for key, names in named.items():
+        if unknown := set(names) - set(tables):
+            raise UserError(
+                f"{key}: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
+            )
     benchmarks = {
         name: {
             "task": table.task,
-            "group": HELD_OUT if name in study.settings.held_out else TRAINED_ON,
+            "group": TRANSPLANTED
+            if name in transplants
+            else HELD_OUT
+            if name in study.settings.held_out
+            else TRAINED_ON,
             "metric": next(iter(systems.values()))[0].main_metric(name),
             **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
         }
@@ -49,11 +65,18 @@ def collect(study: Study) -> dict[str, Any]:
     for name in benchmarks:
         if reason := incomparable([system for system in everything if name in system.benchmarks], name):
             raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
+    check_transplants(transplants, benchmarks)
+    arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
+    held_out = {(HELD_OUT, name): [name] for name, each in benchmarks.items() if each["group"] == HELD_OUT}
     start = study.settings.start
     gains = [(arm, start) for arm in systems if arm != start] if start in systems else []
-    pairs = [tuple(pair) for pair in study.settings.compare if set(pair) <= set(systems)]
-    tests = [difference(systems[a], systems[b], a, b, benchmarks) for a, b in pairs]
-    tests = [row for rows in tests for row in rows]
+    tests = [
+        row
+        for a, b, *tasks in study.settings.compare
+        if {a, b} <= systems.keys()
+        for row in difference(systems[a], systems[b], a, b, benchmarks)
+        if not tasks or row["task"] in tasks
+    ]
     for row, p in zip(tests, holm([row["p"] for row in tests]), strict=True):
         row["p_holm"] = p
     return {
@@ -62,10 +85,16 @@ def collect(study: Study) -> dict[str, Any]:
         "values": dict(study.settings.values),
         "start": start if start in systems else "",
         "benchmarks": benchmarks,
-        "arms": {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()},
+        "arms": arms,
         "gains": [row for a, b in gains for row in difference(systems[a], systems[b], a, b, benchmarks)],
+        "held_out": [row for a, b in gains for row in difference(systems[a], systems[b], a, b, benchmarks, held_out)],
         "tests": tests,
-        "incomplete": [job.name for job in study.jobs if not is_complete(study.folder, job)],
+        "interference": [
+            row
+            for arm, seeds in systems.items()
+            for row in interference(arm, arms[arm]["runs"], seeds, transplants, benchmarks)
+        ],
+        "incomplete": incomplete,
     }
 
 
@@ -90,6 +119,7 @@ def _arm(study: Study, arm: str, systems: Sequence[MeasuredSystem], benchmarks: 
                     for name, each in benchmarks.items()
                     if name in metrics
                 },
+                "cosines": gradient_cosines(study.folder / job.name),
                 "seconds": seconds_of(study.folder, job),
                 "devices": sorted(filter(None, devices)),
             }
@@ -115,16 +145,24 @@ def groups_of(benchmarks: Content) -> dict[tuple[str, str], list[str]]:
 
 
 def difference(
-    a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], name_a: str, name_b: str, benchmarks: Content
+    a: Sequence[MeasuredSystem],
+    b: Sequence[MeasuredSystem],
+    name_a: str,
+    name_b: str,
+    benchmarks: Content,
+    groups: Mapping[tuple[str, str], list[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p."""
+    """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p.
+
+    groups: (group, task or benchmark) -> benchmarks, by default those of groups_of.
+    """
     values = {
         name: aligned_values(a, b, name, each["metric"])[:2]
         for name, each in benchmarks.items()
         if all(name in system.benchmarks for system in (*a, *b))
     }
     rows = []
-    for (group, task), inside in groups_of(benchmarks).items():
+    for (group, task), inside in (groups_of(benchmarks) if groups is None else groups).items():
         if not values.keys() >= set(inside):
             continue
         pairs = [values[name] for name in inside]
@@ -139,14 +177,20 @@ def tables(content: Content) -> dict[str, Table]:
     """Return heading -> table. All values are in points."""
     groups = groups_of(content["benchmarks"])
     benchmarks = {
-        f"{name} ({each['task']}, {each['queries']:,} queries)": [name] for name, each in content["benchmarks"].items()
+        f"{name} ({each['task']}, {each['queries']:,} queries)": [name]
+        for name, each in content["benchmarks"].items()
+        if each["group"] != TRANSPLANTED
     }
     means = {f"{task}, {group} ({len(inside)})": inside for (group, task), inside in groups.items()}
     result = {"Arms": _arm_table(content), "Means over benchmarks": _value_table(content, means)}
     if content["gains"]:
         result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
+    if content.get("held_out"):
+        result[FORGETTING] = _forgetting_table(content)
     if content["tests"]:
         result["Comparisons"] = _difference_table(content["tests"])
+    if content.get("interference"):
+        result[INTERFERENCE] = interference_table(content["interference"])
     return result | {"Each benchmark": _value_table(content, benchmarks)}
 
 
@@ -178,10 +222,19 @@ def page(content: Content, plot: str) -> str:
             lines += ["", INTERVALS, "", f"![Gain over {content['start']} with 95 % intervals]({plot})"]
         elif heading == "Comparisons":
             lines += ["", f"{INTERVALS} {TESTS}"]
+        elif heading in NOTES:
+            lines += ["", NOTES[heading]]
     return "\n".join([*lines, ""])
 
 
 INTERVALS = "The intervals are from a paired bootstrap over queries and seeds, in which each benchmark weighs the same."
+FORGETTING, INTERFERENCE = "Held out: the worst of each arm", "Interference of tasks"
+NOTES = {
+    FORGETTING: "The held-out benchmark with the lowest difference from the start, and the task with the lowest mean "
+    "over such benchmarks, with 95 % intervals. The arm that loses most comes first.",
+    INTERFERENCE: "A cosine below 0 means that the gradients of two tasks conflict in the parameters that they share. "
+    "The experts are compared on the test sets of the first task.",
+}
 TESTS = "p is from a paired randomisation test over queries, corrected for the number of rows (Holm)."
 
 
@@ -239,6 +292,24 @@ def _difference_table(rows: Sequence[Content]) -> Table:
         table.add(
             f"{row['a']} − {row['b']}", row["task"], row["group"], *points, *([row["p_holm"]] if is_tested else [])
         )
+    return table
+
+
+def _forgetting_table(content: Content) -> Table:
+    """Return the task and the single benchmark with the lowest difference from the start, for each arm, worst first."""
+    numbers = [Column("difference", "+.1f"), Column("from", "+.1f"), Column("to", "+.1f")]
+    table = Table([Column("arm"), Column("worst benchmark"), *numbers, Column("worst task"), *numbers])
+    worst = []
+    for arm in content["arms"]:
+        singles = [row for row in content["held_out"] if row["a"] == arm]
+        tasks = [
+            row for row in content["gains"] if (row["a"], row["group"]) == (arm, HELD_OUT) and row["task"] != "all"
+        ]
+        if singles and tasks:
+            worst.append([min(rows, key=lambda row: row["difference"]) for rows in (singles, tasks)])
+    for rows in sorted(worst, key=lambda rows: rows[0]["difference"]):
+        cells = [[row["task"], *(100 * row[key] for key in ("difference", "low", "high"))] for row in rows]
+        table.add(rows[0]["a"], *cells[0], *cells[1])
     return table
 
 

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.files import RECREATED, read_json, write_json, write_text
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
@@ -100,10 +100,8 @@ def open_run(config: Config) -> RunFolder:
     path, is_first = folder_of(config), rank_zero_only.rank == 0
     starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
     if is_first:
-        try:
+        with explained(f"run.dir: {path} cannot be used"):
             _prepare(config, path, starts_over)
-        except OSError as error:
-            raise UserError(f"run.dir: {path} cannot be used ({error})") from error
     if starts_over:  # the first rank may be renaming the old run right now, so the others must not read it
         return RunFolder(path, None, False)
     try:
@@ -257,11 +255,9 @@ def write_config(folder: RunFolder, config: Config) -> None:
     Raises UserError if the folder cannot be created.
     """
     if rank_zero_only.rank == 0:
-        try:
+        with explained(f"run.dir: {folder.path} cannot be used"):
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f"run.dir: {folder.path} cannot be used ({error})") from error
 
 
 @rank_zero_only

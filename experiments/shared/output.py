@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datamodules.files import atomic_folder
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 
 
 @contextmanager
@@ -20,10 +20,8 @@ def writable_folder(key: str, path: Path) -> Iterator[None]:
     key: option that names the folder, for errors. Raises UserError if it cannot be created.
     """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
+    with explained(f"{key}: {path} cannot be used"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be used ({error})") from error
     try:
         yield
     except BaseException:
@@ -43,10 +41,8 @@ def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
         raise UserError(f"output: {path} already exists; choose another folder, or remove this one")
     with writable_folder("output", path.parent), contextlib.ExitStack() as stack:
-        try:
+        with explained(f"output: {path} cannot be written"):
             folder = stack.enter_context(atomic_folder(path))
-        except OSError as error:
-            raise UserError(f"output: {path} cannot be written ({error})") from error
         yield folder
 
 

@@ -1,4 +1,4 @@
-"""What a loss that is added to InfoNCE provides.
+"""Interface of the losses that are added to InfoNCE.
 
 Shapes
     U   distinct texts of a batch on this rank
@@ -22,11 +22,11 @@ from datamodules.records import UserError
 class AuxiliaryLoss(nn.Module, ABC):
     """A loss that is added to InfoNCE.
 
-    Its parameters are trained along with the encoder and are part of checkpoints. Tables that `prepare` makes are
-    buffers that are not persistent. Do not keep the data as an attribute: an average of the weights copies the module.
+    Its parameters are trained along with the encoder and saved in checkpoints. `prepare` keeps its tables in buffers
+    that are not persistent. Do not store the data in an attribute, because averaging the weights copies the module.
 
-    Constructors may also take `tasks`, the names of the tasks in training, `dimension`, D, and `objective`, the
-    ObjectiveOptions. An experiment then gives them to the loss.
+    A constructor may also take `tasks`, the names of the tasks in training, `dimension`, D, and `objective`, the
+    ObjectiveOptions. Experiments pass these.
 
     weight: factor of the loss. With 0, it is not computed.
     lr: peak learning rate of the loss's own parameters; by default that of the encoder.
@@ -51,7 +51,7 @@ class AuxiliaryLoss(nn.Module, ABC):
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """Return the mean of the loss over the queries of this rank, a scalar, without its weight.
 
-        On a task that it does not concern, return a zero that has a graph, such as 0 * vectors.sum().
+        For a task that the loss does not concern, return a zero with a graph, such as 0 * vectors.sum().
 
         batch: batch, whose companions are those of this loss. vectors: vectors of the batch, (U, D). companions:
         vectors of each companion's texts, (n, D). They are not normalised, and in at least float32.

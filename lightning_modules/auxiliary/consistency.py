@@ -15,8 +15,8 @@ Labels, candidates as values, and f are constants, like the annotations and the 
 loss trains the network and, through the softmax, what task s says about the query. The last two terms prevent a
 network that maps everything to one point.
 
-A relation between the tasks that is learned from bad predictions makes them worse: every permutation of the labels is
-consistent with itself. In the first part of the training, `warmup`, therefore, only the network learns.
+Learning from bad predictions makes them worse, because any permutation of the labels is consistent with itself. So only
+the network learns in the first part of the training, `warmup`.
 
 Shapes
     B   queries on this rank
@@ -53,8 +53,8 @@ class CrossTaskConsistency(AuxiliaryLoss):
     weight: factor of the loss.
     lr: peak learning rate of the network; None for that of the encoder.
     pairs: pairs of tasks that must agree, each in both directions; None for all pairs.
-    candidates: maximum number of documents of the other task that a prediction is made of. They are drawn for each
-        batch, the same on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
+    candidates: maximum number of documents of the other task in a prediction. They are drawn for each batch, the same
+        on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
     temperature: divisor of the cosines in the softmax.
     trunk_weight: weight of the terms that prevent a collapse.
     hidden: hidden units of the network, H.

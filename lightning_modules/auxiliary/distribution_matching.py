@@ -53,7 +53,7 @@ RELATED = 8  # labels of the target that are always encoded for each known label
 def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_gradient: bool = True) -> Tensor:
     """Return the cross-entropy of the transferred and the predicted distribution of each paper, (B,).
 
-    A paper counts as much as its q sums to: less than 1 if labels of the source relate to no encoded label.
+    The weight of a paper is the sum of its q: less than 1 if labels of the source relate to no encoded label.
 
     log_p: logarithms of the predicted probabilities, (B, n).
     q: transferred probabilities, (B, n).
@@ -115,7 +115,7 @@ class DistributionMatching(AuxiliaryLoss):
         labels (of the target) of a document to those of the query.
     known: whether p(a | x) is uniform over the annotations of the source (co-annotation) instead of the model's
         softmax. Documents with labels of the target always count as annotated.
-    certain: with `known`, a relation of at least this weight gives a paper hard labels, which then are its only ones.
+    certain: with `known`, a relation of at least this weight gives a paper hard labels, and it gets no others.
     teacher: the side that is the target of the cross-entropy, "relation" or "prediction" (see matching_loss).
     stop_gradient: whether the teacher is a constant.
     smoothing: number of average papers added to those of each label when a relation is estimated.

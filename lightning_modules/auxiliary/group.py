@@ -13,7 +13,7 @@ k for the group, then papers by the probability of a walk at that step. Here,
 
 * each query of a batch is a head; theirs has one head per batch, with half of the batch as positives
 * papers are drawn without replacement, as long as there are others
-* a negative is never linked with the head, nor one of its positives
+* a negative is neither linked with the head nor one of its positives
 * the probabilities at step k are those of a sample of walks; theirs are exact for papers with up to 256 links
 
 Shapes

@@ -75,8 +75,8 @@ def _block_loss(scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor,
 def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.ndarray, np.ndarray]:
     """Return what task B's training data say about the n rows of task A's document table, (n, K) and (n, L) int64.
 
-    A query and a document have label B if a number of the query's row in the first table is in the document's row of
-    the second. They have an unknown label if either has no number. Lists are padded with -1, and -2 in the second.
+    A query and a document have label B if the query's row of the first table and the document's row of the second share
+    a number. Their label is unknown if either has no number. Lists are padded with -1, and -2 in the second.
     """
     related = padded_lists(known_annotations(a, b, match))
     if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or a query that they answer

@@ -14,8 +14,6 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from lightning_modules.loss_weights import loss_scaler
 from lightning_modules.losses import comparable, duplicate_mask, membership_mask
 from lightning_modules.objective import text_keys_of_queries
 from lightning_modules.pictures import write_expert_picture
+from lightning_modules.retrieval.compute import evaluating
 from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ class Diagnostics(L.Callback):
     def _vectors(self, trainer: L.Trainer, module: ContrastiveModule, encoder: Encoder) -> dict[str, float]:
         """Return transplants and figures on negatives and vectors for each task, computed without dropout."""
         values: dict[str, float] = {}
-        with _evaluating(module), trainer.precision_plugin.train_step_context():
+        with evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
                 batch = self.batches[task]
                 for other in sorted(self.batches):
@@ -257,15 +256,3 @@ def mean_stitches(encoder: Encoder) -> dict[str, float]:
         for rows in [[encoder.stitch_weights(index, expert) for index in encoder.expert_layers]]
         for other in encoder.experts
     }
-
-
-@contextmanager
-def _evaluating(module: ContrastiveModule) -> Iterator[None]:
-    """Turn dropout off, and restore the mode of each submodule on exit."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training

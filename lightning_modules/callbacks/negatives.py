@@ -35,8 +35,9 @@ class NegativesReport(L.Callback):
         self.tasks.add(batch.task)
         counts = count_negatives(batch, module.objective.options)
         least, most, ranks = int(counts.min()), int(counts.max()), world_size()
+        count = f"{least} to {most}" if least < most else f"{most}"
         source = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        log.info("in the first batch of %s, a query has %d to %d negatives, from %s", batch.task, least, most, source)
+        log.info("in the first batch of %s, a query has %s negatives, from %s", batch.task, count, source)
         if most == 0:
             log.warning(
                 "the loss of %s is 0, and it learns nothing, because no query of the batch has a negative; use larger "

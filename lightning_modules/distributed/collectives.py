@@ -111,12 +111,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def gather_lists(lists: Tensor, padding: int = -1) -> Tensor:
-    """Return the lists (n, k) of all ranks, padded to the longest. n and k may differ by rank."""
+def gather_lists(lists: Tensor) -> Tensor:
+    """Return the lists (n, k) of all ranks, padded with -1 to the longest. n and k may differ by rank."""
     if world_size() == 1:
         return lists
     missing = largest(lists.shape[1]) - lists.shape[1]
-    return gather_rows(torch.nn.functional.pad(lists, (0, missing), value=padding))
+    return gather_rows(torch.nn.functional.pad(lists, (0, missing), value=-1))
 
 
 class GatheredDocuments(NamedTuple):

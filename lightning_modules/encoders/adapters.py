@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from datamodules.files import read_regular
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import reading
 from lightning_modules.encoders.base import Condition, Encoder
@@ -77,8 +77,7 @@ class AdapterEncoder(Encoder):
             raise UserError("backbone: a ModernBertModel cannot have adapters; they need the LayerNorm of a BERT layer")
         if not 1 <= reduction_factor <= self.dimension:
             raise UserError(f"reduction_factor: expected 1 to {self.dimension}, got {reduction_factor}")
-        if activation not in ACT2FN:
-            raise UserError(f"activation: expected one of {', '.join(ACT2FN)}, got {activation!r}")
+        check_choice("activation", activation, ACT2FN)
         self.reduction_factor, self.activation, self.freeze_backbone = reduction_factor, activation, freeze_backbone
         self.document_tasks = dict(document_tasks or {})
         for name in (*self.document_tasks, *self.document_tasks.values()):

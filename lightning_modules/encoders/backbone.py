@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from datamodules.files import read_json, regular, write_json
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from datamodules.store import checksum
 from lightning_modules.encoders.families import FAMILIES
 from lightning_modules.encoders.lora import LoraOptions
@@ -148,10 +148,8 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
         raise UserError("backbone config: num_hidden_layers must be at least 1, got 0")
     if unknown := sorted(set(config) - set(BertConfig().to_dict())):
         raise UserError(f"backbone config: transformers.BertConfig has no field {', '.join(unknown)}")
-    try:
+    with prefixed("backbone config: "):
         check_size(config)
-    except UserError as error:
-        raise UserError(f"backbone config: {error}") from error
     try:
         bert = BertConfig(vocab_size=len(vocabulary), **config)
         backbone = BertModel(bert, add_pooling_layer=False)
@@ -167,10 +165,8 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
     with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
     """
     with reading(name, key):
-        try:
+        with prefixed(f"{key}: {name!r}: config.json: "):
             check_size(PreTrainedConfig.get_config_dict(name)[0])
-        except UserError as error:
-            raise UserError(f"{key}: {name!r}: config.json: {error}") from error
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "dpr" and with_weights:

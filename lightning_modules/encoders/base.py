@@ -23,16 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
-from datamodules.records import Document, UserError, check_name
+from datamodules.records import Document, UserError, check_choice, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, RowFunctions, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
+from lightning_modules.encoders.pooling import POOLINGS, pooled
 from lightning_modules.encoders.text_features import TextFeatures
-from lightning_modules.retrieval.compute import default_token_budget
+from lightning_modules.retrieval.compute import default_token_budget, evaluating
 
-POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # as in sentence-transformers
 Advance = Callable[[int], None]
 Texts = Sequence[Document | Mapping[str, Any] | str]
 TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
@@ -95,8 +95,7 @@ class Encoder(nn.Module):
         max_length: int = 256,
     ):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise UserError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        check_choice("pooling", pooling, POOLINGS)
         if not tasks:
             raise UserError("tasks: expected at least one, got none")
         for task in tasks:
@@ -325,31 +324,11 @@ class Encoder(nn.Module):
 
     def pool(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
         """Pool the states of the last layer, (L, D), to vectors (B, D)."""
-        pooled = hidden if self.pools_one_position else self._reduce(hidden, context, task)
-        return F.normalize(pooled.float(), dim=-1) if self.normalize else pooled
-
-    def _reduce(self, hidden: Tensor, context: AttentionContext, task: str) -> Tensor:
-        """Reduce the positions of each text that pooling includes to one vector, (B, D)."""
-        skipped, offsets = self.skipped_positions(task), context.tokens.offsets
-        if self.pooling == "lasttoken":
-            return hidden[offsets[1:] - 1]
-        included = (context.positions >= skipped)[:, None]
-        if self.pooling == "max":
-            hidden = hidden.masked_fill(~included, float("-inf")) if skipped else hidden
-            return torch.segment_reduce(hidden, "max", offsets=offsets.long(), unsafe=True)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 sums of 200 tokens are 1 % off
-        if self.pooling == "weightedmean":  # weights 1, 2, ... from the start of the text
-            hidden = hidden * (context.positions + 1)[:, None]
-        if skipped:
-            hidden = hidden * included
-        sums = torch.segment_reduce(hidden, "sum", offsets=offsets.long(), unsafe=True)
-        lengths = offsets.diff()
-        totals = {
-            "mean": lengths - skipped,
-            "mean_sqrt_len_tokens": (lengths - skipped).sqrt(),
-            "weightedmean": (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2,
-        }
-        return sums / totals[self.pooling][:, None].to(sums.dtype)
+        if not self.pools_one_position:
+            hidden = pooled(
+                self.pooling, hidden, context.tokens.offsets, context.positions, self.skipped_positions(task)
+            )
+        return F.normalize(hidden.float(), dim=-1) if self.normalize else hidden
 
     def skipped_positions(self, task: str) -> int:
         """Return the number of positions at the start of a text that pooling leaves out."""
@@ -434,14 +413,8 @@ class Encoder(nn.Module):
     @contextmanager
     def inferring(self) -> Iterator[None]:
         """Compute without dropout and gradients, in the precision of autocast."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.inference_mode(), self.casting():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self), torch.inference_mode(), self.casting():
+            yield
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the encoder to a folder for from_pretrained, load_encoder and transformers.AutoModel."""

@@ -6,7 +6,7 @@ In each layer with experts, an E x E matrix A mixes the outputs of all experts f
 
 In the paper, all tasks read the same image, and each expert has inputs of its own. Here a text is encoded for one task,
 and all experts have the same inputs x. expert_j is a sub-layer with its residual connection and LayerNorm. A starts as
-the identity, so a new encoder equals an MoEEncoder. Training finds how much each task takes from each expert, and its
+the identity, so a new encoder equals an MoEEncoder. Training learns how much each task takes from each expert, and its
 gradients reach all of them.
 
 The sub-layers that have experts are computed E times, in training and inference.

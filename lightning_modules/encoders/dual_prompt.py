@@ -16,7 +16,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.citation_graph import graph_of, positions
-from datamodules.records import UserError
+from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.base import Condition
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.text_features import TextFeatures
@@ -25,7 +25,7 @@ from lightning_modules.encoders.text_features import TextFeatures
 class DualPromptEncoder(InstructEncoder):
     """An InstructEncoder with the positions of papers in the citation graph.
 
-    The graph consists of the training links. Its positions are made once, before training, and saved with the encoder.
+    The graph consists of the training links. Positions are computed once, before training, and saved with the encoder.
 
     instructions, separate: as in InstructEncoder.
     prompt: whether texts attend to the instruction. If not, and without anchors, this is a SharedEncoder.
@@ -77,14 +77,12 @@ class DualPromptEncoder(InstructEncoder):
         return super().condition(task) if self.prompt else Condition()
 
     def prepare(self, data: Any) -> None:
-        """Make the positions, unless the encoder was loaded with some: new papers then have none."""
+        """Compute the positions, unless the encoder was loaded with some: new papers then have none."""
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)
-        try:
+        with prefixed("graph: "):
             graph = graph_of(task, self.graph or None)
-        except UserError as error:
-            raise UserError(f"graph: {error}") from error
         rows, vectors = positions(graph, self.num_anchors, self.steps)
         features.fill_rows(self, data, task, rows.tolist(), vectors)
 

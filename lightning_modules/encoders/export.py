@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from datamodules.files import atomic_file
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from lightning_modules.encoders.backbone import (
     apply_umask,
     meta_backbone,
@@ -182,10 +182,8 @@ def save_onnx(folder: str | Path) -> Path:
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
     """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
     path, checkpoint = Path(path), to_reference(merged(encoder))
-    try:
+    with explained(f"{path}: cannot be written", OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from error
     return path

@@ -1,4 +1,4 @@
-"""New tasks for a trained encoder. Only their experts are trained, so the vectors of its old tasks do not change."""
+"""New tasks for a trained encoder. If only their experts are trained, the vectors of its old tasks do not change."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.retrieval.compute import evaluating
 
 
 def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
@@ -24,14 +25,16 @@ def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
             raise UserError(f"task {task}: the expert {expert} already exists; a new task needs a new expert")
 
 
-def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str]) -> None:
-    """Add tasks to an encoder, and freeze everything except their experts. Raises UserError as check_new_tasks does.
+def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str], freeze: bool = True) -> None:
+    """Add tasks to an encoder. Raises UserError as check_new_tasks does.
 
     tasks: task -> expert. New tasks can share an expert.
     like: task -> the existing task whose expert is copied.
+    freeze: whether to freeze everything except the new experts.
     """
     check_new_tasks(encoder, tasks)
-    encoder.requires_grad_(False)
+    if freeze:
+        encoder.requires_grad_(False)
     for task, expert in tasks.items():
         if expert not in encoder.tasks.values():
             encoder.add_expert(expert, encoder.expert_of(like[task]))
@@ -41,11 +44,8 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
     """Return existing task -> mean loss of a new task's batches when encoded for that task. The lowest is nearest."""
     tasks, batches = list(module.encoder.tasks), list(batches)
-    training = module.training
-    module.eval()
-    with torch.no_grad():
+    with evaluating(module), torch.no_grad():
         losses = {task: sum(_loss_as(module, batch, task) for batch in batches) for task in tasks}
-    module.train(training)
     return {task: total / len(batches) for task, total in losses.items()}
 
 

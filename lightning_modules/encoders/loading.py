@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import (
     check_size,
@@ -89,18 +89,13 @@ def build(
         check_size(settings)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         encoder = kind(meta_backbone(config), tokenizer, **description["arguments"])
-        encoder.similarity = _known_similarity(description.get("similarity"))  # older descriptions have none
+        if (similarity := description.get("similarity")) is not None:  # older descriptions have none
+            encoder.similarity = check_choice("similarity", similarity, SIMILARITIES)
         return encoder
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except Exception as error:  # a damaged description can raise anything
         raise UserError(f"{source}: cannot build a {kind.__name__} from its description ({reason(error)})") from error
-
-
-def _known_similarity(similarity: object) -> str | None:
-    if similarity not in (None, *SIMILARITIES):
-        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-    return similarity
 
 
 def is_in(module: str, packages: Sequence[str]) -> bool:

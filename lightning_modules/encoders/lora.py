@@ -3,7 +3,7 @@
 A linear layer of the backbone computes W x + alpha / rank * B A x instead of W x. W is frozen; A (rank, in) and B (out,
 rank) are trained. B starts at 0, so a new encoder equals its backbone.
 
-Encoders have these matrices in training only. Whatever is loaded or exported has them merged into W, and needs no peft.
+Encoders have these matrices in training only. Loading and exporting merge them into W, and need no peft.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ BLOCK = 8192  # number of texts that are sorted by length and copied together; a
 class PassShape:
     """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
 
-    Kernels for matrix products differ with the number of rows, and their results in the last bits. So on a GPU, a
+    Kernels for matrix products, and the last bits of their results, depend on the number of rows. So on a GPU, a
     batch-invariant pass always has the same number of tokens and of texts, and the same longest text: the rest are
     fillers. On a CPU, threads divide the rows, and the bits depend on where a text is; so it gets a pass of its own.
 

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datamodules.files import regular
 from datamodules.packed import Tokens
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from lightning_modules.encoders.backbone import (
     WEIGHTS,
     apply_umask,
@@ -124,11 +124,9 @@ def load_pretrained(name: str | Path, revision: str | None = None, packages: Seq
             raise UserError(f"{folder / CONFIG}: does not describe an encoder of this project")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoder = build(description, tokenizer, str(folder / CONFIG), packages)
-    try:
+    with explained(f"{folder / WEIGHTS}: cannot be read", OSError, SafetensorError):
         check_checksum(folder)
         weights = load_file(regular(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     load_weights(encoder, weights, str(folder / WEIGHTS))
     return encoder.eval()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Groups
@@ -61,8 +61,7 @@ class RoutedEncoder(Encoder):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         if not 2 <= num_experts <= MAX_EXPERTS:
             raise UserError(f"num_experts: expected 2 to {MAX_EXPERTS:,}, got {num_experts}")
-        if level not in LEVELS:
-            raise UserError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+        check_choice("level", level, LEVELS)
         if not (attention or ffn):
             raise UserError("a routed encoder needs experts in attention, ffn or both")
         if level == "token" and attention:

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from lightning_modules.encoders.base import POOLINGS
+from lightning_modules.encoders.pooling import POOLINGS
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from datamodules.citation_graph import CitationGraph
-from datamodules.records import MiningPool, UserError
+from datamodules.records import MiningPool, UserError, explained
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
@@ -311,19 +311,19 @@ class _SharedValues:
 def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str, list[str]]:
     """Return each paper's distinct values of a field. Raises UserError for an unreadable file or an invalid line."""
     values: dict[str, list[str]] = {}
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    record = None
-                if not isinstance(record, dict) or id not in record:
-                    raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")
-                if str(record[id]) in papers:
-                    value = record.get(field) or []
-                    value = value if isinstance(value, list) else [value]
-                    values[str(record[id])] = list(dict.fromkeys(map(str, value)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"papers: {path} cannot be read ({error})") from error
+    with (
+        explained(f"papers: {path} cannot be read", OSError, UnicodeDecodeError),
+        open(path, encoding="utf-8") as lines,
+    ):
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or id not in record:
+                raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")
+            if str(record[id]) in papers:
+                value = record.get(field) or []
+                value = value if isinstance(value, list) else [value]
+                values[str(record[id])] = list(dict.fromkeys(map(str, value)))
     return values

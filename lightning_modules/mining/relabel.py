@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError
+from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError, explained
 from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.filters import positive_score, query_of_values
@@ -155,10 +155,8 @@ class FileJudge(Judge):
     def __init__(self, path: str, drop_above: float | None = 0.5, positive_above: float | None = None):
         super().__init__(drop_above, positive_above)
         self.path = path
-        try:
+        with explained(f"path: {path} cannot be read", OSError, UnicodeDecodeError):
             self._content = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"path: {path} cannot be read ({error})") from error
 
     @property
     def fingerprint(self) -> str:

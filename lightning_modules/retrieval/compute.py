@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from datamodules.records import UserError
 
@@ -85,6 +86,18 @@ def matrix_products_in(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Turn dropout off, and restore the mode of each submodule on exit."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
 
 
 def active_precision(device: torch.device) -> str:

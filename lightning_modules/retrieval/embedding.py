@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import atomic_file, load_array, read_json, read_regular, write_json, write_text
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, explained
 from datamodules.store import CHECKED, checksum
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
@@ -90,13 +90,11 @@ class ShardFolder:
     def __init__(self, folder: Path, metadata: Mapping[str, Any]):
         self.folder, self.metadata = folder, dict(metadata)
         path = folder / "about.json"
-        try:
+        with explained(f"{folder}: cannot be used as a folder of shards"):
             folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
                 _write_json(path, self.metadata)
             stored = read_json(path, hint="")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be used as a folder of shards ({error})") from error
         stored["precision"] = FORMER_PRECISIONS.get(str(stored.get("precision")), stored.get("precision"))
         changes = [
             f"{key}: {stored.get(key)} then, {self.metadata.get(key)} now"
@@ -137,11 +135,9 @@ class ShardFolder:
     def vectors(self, number: int, task: str, record: Mapping[str, Any]) -> np.ndarray:
         """Return the vectors (n, D) of a shard for a task. Raises UserError if the file is damaged."""
         path = self._vectors_path(number, task)
-        try:
+        with explained(f"{path}: damaged", OSError, ValueError, EOFError, KeyError):
             vectors = load_array(path)
             intact = len(vectors) == len(record["ids"]) and _array_hash(vectors) == record["vectors"][task]
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise UserError(f"{path}: damaged ({error})") from error
         if not intact:
             raise UserError(f"{path}: damaged (its content differs from what was written)")
         return vectors
@@ -153,14 +149,12 @@ class ShardFolder:
             "texts": text_hash(documents),
             "vectors": {task: _array_hash(array) for task, array in vectors.items()},
         }
-        try:
+        with explained(f"{self.folder}: cannot be written"):
             self._record_path(number).unlink(missing_ok=True)  # it may describe older texts
             for task, array in vectors.items():
                 with atomic_file(self._vectors_path(number, task)) as file:
                     np.save(file, array)
             _write_json(self._record_path(number), record)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error})") from error
 
     def missing(self, count: int) -> list[int]:
         """Return which of the first `count` shards are not complete yet."""
@@ -184,7 +178,7 @@ class ShardFolder:
             if _is_merged(path, metadata, [(record["ids"], record["vectors"][task]) for record in records]):
                 return len(ids)
             log.info("%s: merging the shards again", path)
-        try:
+        with explained(f"{path}: cannot be written"):
             delete_metadata(path)  # it describes the old vectors
             with atomic_file(path) as file:
                 for number, record in enumerate(records):
@@ -195,8 +189,6 @@ class ShardFolder:
                         np.lib.format.write_array_header_1_0(file, header)
                     file.write(vectors.data)
             write_metadata(path, ids, metadata)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error})") from error
         return len(ids)
 
     def _record_path(self, number: int) -> Path:
@@ -242,10 +234,8 @@ class Matrix:
 
     def __init__(self, path: Path):
         self.path, self.metadata = path, read_metadata(path)
-        try:
+        with explained(f"{path}: cannot be read", OSError, ValueError, EOFError):
             vectors = load_array(path, "c")  # copy-on-write; torch warns about read-only arrays
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
         if vectors.ndim != 2 or len(vectors) != self.metadata.get("count"):
             raise UserError(
                 f"{path}: expected {self.metadata.get('count')} vectors, according to {path.name}.json, got an array "
@@ -288,10 +278,8 @@ def read_metadata(path: Path, others: Mapping[str, type] = MappingProxyType({}))
 def read_ids(path: Path, count: int) -> list[str]:
     """Return the `count` ids of a matrix or an index. Raises UserError if the file is missing or damaged."""
     file = _sidecar(path, ".ids.txt")
-    try:
+    with explained(f"{file}: cannot be read", OSError, ValueError):
         ids = read_regular(file).split("\n")[:-1]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
     if len(ids) != count:
         raise UserError(f"{file}: expected {count} ids, one for each vector, got {len(ids)}")
     return ids

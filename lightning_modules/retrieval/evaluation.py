@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, UserError, check_choice
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval import trec
@@ -34,7 +34,7 @@ from lightning_modules.retrieval.metrics import (
     positions_of,
 )
 from lightning_modules.retrieval.probes import probe_runs
-from lightning_modules.retrieval.ranking import checked_similarity, rank_bm25, rank_vectors
+from lightning_modules.retrieval.ranking import SIMILARITIES, rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache
 
@@ -142,7 +142,8 @@ def evaluate(
     """
     benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
-    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
+    similarity = benchmark.similarity or similarity or encoder.similarity or "dot"
+    check_choice("similarity", similarity, SIMILARITIES)
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or (lambda *_: None)
     k = k or ranking_depth(metrics, benchmark)
@@ -181,7 +182,8 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     benchmark = benchmark.without_blank()
-    similarity = checked_similarity(benchmark.similarity or similarity or encoder.similarity or "dot")
+    similarity = benchmark.similarity or similarity or encoder.similarity or "dot"
+    check_choice("similarity", similarity, SIMILARITIES)
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     encoded = _encode(encoder, benchmark, vectors, advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)

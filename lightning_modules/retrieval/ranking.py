@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from datamodules.records import Benchmark, UserError
+from datamodules.records import Benchmark, check_choice
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, positions_of, sorted_run
@@ -41,7 +41,7 @@ def rank_vectors(
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own.
     advance: called with the number of query-document pairs compared since the last call.
     """
-    similarity = checked_similarity(benchmark.similarity or similarity)
+    similarity = check_choice("similarity", benchmark.similarity or similarity, SIMILARITIES)
     prepared, documents = _prepare_queries(queries, similarity), _prepare_documents(documents, similarity)
     positions = positions_of(list(benchmark.corpus))
     order = id_order(list(positions))
@@ -74,13 +74,6 @@ def rank_bm25(benchmark: Benchmark, k: int) -> Run:
         first = _first_positions(benchmark, query_ids, positions)
         indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), first=first)
     return _to_run(benchmark, query_ids, positions, indices, scores, k, first)
-
-
-def checked_similarity(similarity: str) -> str:
-    """Return a similarity. Raises UserError if it is unknown."""
-    if similarity not in SIMILARITIES:
-        raise UserError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-    return similarity
 
 
 def _prepare_queries(vectors: np.ndarray, similarity: str) -> np.ndarray:

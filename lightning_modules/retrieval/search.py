@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from lightning_modules.retrieval.compute import matrix_products_in
 
 Array = np.ndarray | Tensor
@@ -148,8 +148,7 @@ def _best(
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "faiss" and importlib.util.find_spec("faiss") is None:
         raise UserError("backend: faiss is not installed (pip install faiss-cpu or faiss-gpu); use torch instead")
 

@@ -41,7 +41,8 @@ arms:
 evaluate: eval {model} output={output}
 start: start
 held_out: [links]
-compare: [[one, start]]
+transplants: {links_by_search: links}
+compare: [[one, start], [both, one, search]]
 """
 # A stand-in for all commands. It notes its arguments, and evaluates a model to numbers that its name determines.
 STUB = """
@@ -55,16 +56,22 @@ if command == "train" and "sleep" in words[-1]:
     time.sleep(60)
 if command == "train" and "fail" in words[-1]:
     sys.exit("no such luck")
+if command == "train":
+    Path(words[1]).mkdir(exist_ok=True)
+    cosines = [zlib.crc32(f"{words[1]}{step}".encode()) % 200 / 100 - 1 for step in (1, 2)]
+    rows = [json.dumps({"diag/search/gradient_cosine/link_prediction": cosine}) for cosine in cosines]
+    (Path(words[1]) / "metrics.jsonl").write_text(chr(10).join(rows))
 if command == "eval":
     output = Path(words[-1].partition("=")[2])
     (output / "runs").mkdir(parents=True)
     benchmarks = {}
-    for name, task in (("questions", "search"), ("links", "link_prediction")):
+    tasks = {"questions": "search", "links": "link_prediction", "links_by_search": "search"}
+    for name, task in tasks.items():
         values = [zlib.crc32(f"{words[0]}{name}{query}".encode()) % 1000 / 1000 for query in range(30)]
         lines = [f"q{query}" + chr(9) + str(value) for query, value in enumerate(values)]
         lines.insert(0, "query" + chr(9) + "ndcg@10")
         (output / "runs" / f"{name}.encoder.queries.tsv").write_text(chr(10).join(lines))
-        keys = {"task": task, "split": "test", "protocol": name, "data": "0", "metrics": ["ndcg@10"]}
+        keys = {"task": task, "split": "test", "protocol": name, "data": name[0], "metrics": ["ndcg@10"]}
         keys |= {"queries": 30, "documents": 9}
         systems = {"systems": {"encoder": {"ndcg@10": sum(values) / 30}}, "measured": {"encoder": {"device": "a CPU"}}}
         benchmarks[name] = keys | systems
@@ -128,7 +135,7 @@ def test_commands_of_each_job(make_study):
         ("seeds: [1]", "seeds: [1, 1]", "arms.both: expected different seeds"),
         ("  start:", "  ../start:", "arms.../start: expected a name"),
         ("start: start", "start: none", "start: unknown arm 'none'"),
-        ("[[one, start]]", "[[one]]", "compare: expected pairs of arms"),
+        ("[one, start]", "[one]", "compare: expected pairs of arms"),
         ('steps: "3"', 'seed: "3", steps: "3"', "values.seed: this name has a meaning of its own"),
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
@@ -228,7 +235,7 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
     content = collect(study)
     values = {}
     for job in study.jobs:
-        for benchmark in ("questions", "links"):
+        for benchmark in ("questions", "links", "links_by_search"):
             lines = (job.output / "runs" / f"{benchmark}.encoder.queries.tsv").read_text().splitlines()[1:]
             values[job.name, benchmark] = np.array([float(line.split("\t")[1]) for line in lines])
     text = page(content, "mine.svg")
@@ -261,12 +268,60 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
         assert record["value"] == pytest.approx(values[job, record["benchmark"]].mean(), abs=1e-12)
 
 
+def test_interference_and_forgetting_are_those_of_the_files(make_study):
+    study = make_study()
+    JobRunner(study.folder, study.jobs).run()
+    content = collect(study)
+
+    def mean(arm, benchmark):
+        runs = content["arms"][arm]["runs"]
+        return np.mean([run["values"][benchmark] for run in runs])
+
+    assert content["benchmarks"]["links_by_search"]["group"] == "other expert"
+    rows = {(row["arm"], row["task"], row["other"]): row for row in content["interference"]}
+    pairs = [("link_prediction", "search"), ("search", "link_prediction")]
+    assert set(rows) == {("one", *pair) for pair in pairs} | {(arm, *pairs[0]) for arm in ("start", "both")}
+    for arm in study.arms:
+        row = rows[arm, *pairs[0]]
+        assert (row["own"], row["transplanted"]) == pytest.approx((mean(arm, "links"), mean(arm, "links_by_search")))
+        assert row["difference"] == pytest.approx(row["transplanted"] - row["own"])
+        assert row["low"] < row["difference"] < row["high"]
+    logged = "\n".join(path.read_text() for path in study.folder.glob("one-seed?/metrics.jsonl")).splitlines()
+    cosine = np.mean([json.loads(line)["diag/search/gradient_cosine/link_prediction"] for line in logged])
+    assert len(logged) == 4
+    assert [rows["one", *pair]["cosine"] for pair in pairs] == pytest.approx([cosine] * 2)
+    gained = {arm: 100 * (mean(arm, "links") - mean("start", "links")) for arm in ("one", "both")}
+    table = page(content, "").partition("## Held out")[2].partition("##")[0]
+    shown = {line.split("|")[1].strip(): numbers(line)[0] for line in table.splitlines() if "| links |" in line}
+    assert list(shown) == sorted(gained, key=gained.get)
+    assert shown == pytest.approx(gained, abs=0.05 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "links_by_search: links",
+            "links_by_search: questions",
+            "transplants.links_by_search: expected the data .* of q",
+        ),
+        ("links_by_search: links", "links_by_serach: links", "transplants: no arm was evaluated on links_by_serach"),
+        ("held_out: [links]", "held_out: [link]", "held_out: no arm was evaluated on link;"),
+    ],
+)
+def test_benchmarks_that_do_not_fit_raise_user_error(make_study, old, new, message):
+    study = make_study(FILE.replace(old, new))
+    JobRunner(study.folder, study.jobs).run()
+    with pytest.raises(UserError, match=message):
+        collect(study)
+
+
 def test_arms_measured_on_other_data_are_refused(make_study):
     study = make_study()
     JobRunner(study.folder, study.jobs).run()
     path = study.jobs[1].output / "results.json"
-    path.write_text(path.read_text().replace('"data": "0"', '"data": "1"', 1))
-    with pytest.raises(UserError, match="questions: arms cannot be compared \\(different data: 0 and 1\\)"):
+    path.write_text(path.read_text().replace('"data": "q"', '"data": "r"', 1))
+    with pytest.raises(UserError, match="questions: arms cannot be compared \\(different data: q and r\\)"):
         collect(study)
 
 
@@ -293,12 +348,15 @@ def test_commands_of_every_study_can_be_read(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_a_small_study_trains_evaluates_and_writes_its_page(tmp_path):
     tiny = "backbone.config.hidden_size=32 backbone.config.intermediate_size=32 data.batch_size=8 trainer.max_steps=2"
-    values = f"values=train=evaluation.every_n_steps=0 evaluation.baselines=no {tiny} {{papers}}"
+    shared = "evaluation.every_n_steps=0 evaluation.baselines=no diagnostics.every_n_steps=1"
+    values = f"values=train={shared} {tiny} {{papers}}"
     main(["study=sample", values, f"output={tmp_path / 'study'}"])
     content = json.loads((tmp_path / "study" / "sample.json").read_text())
     assert set(content["arms"]) == {"vanilla", "moe"}
+    assert {row["arm"] for row in content["interference"]} == {"vanilla", "moe"}
     assert (tmp_path / "study" / "sample.md").read_text() == page(content, "sample.svg")
     for arm in content["arms"].values():
         for run in arm["runs"]:

@@ -537,6 +537,7 @@ LONG = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -567,6 +568,7 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_two_ranks_train_and_share_the_evaluation(tmp_path):
     every = ["evaluation.every_n_steps=2", "trainer.log_every_n_steps=1"]
     overrides = ["trainer.max_steps=4", "trainer.devices=2", *every]
@@ -610,6 +612,7 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_wandb_logs_offline_by_default_and_without_a_server(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
@@ -625,6 +628,7 @@ def test_wandb_logs_offline_by_default_and_without_a_server(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_an_error_is_one_line_without_traceback(tmp_path):
     done = subprocess.run(command(tmp_path, "optim.lrr=1"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
@@ -648,6 +652,11 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
     card = (tmp_path / "new" / "export" / "tasks" / "classification" / "README.md").read_text()
     assert "Its vectors are those of old." in card
     texts = ["some words", "and others"]
+    train("moe", two_steps(tmp_path / "unfrozen", *new, "extend.freeze=false"))
+    unfrozen = load_encoder(tmp_path / "unfrozen")
+    assert not torch.allclose(
+        unfrozen.encode(texts, "classification"), before.encode(texts, "classification"), atol=1e-3
+    )
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)
 

@@ -116,9 +116,9 @@ def trained(folder, seed, unequal, callback=None, **options):
     backbone, tokenizer = random_backbone(SHAPE, word_vocabulary((d.text for d in documents), 2000))
     set_dropout(backbone, 0.0, 0.0)
     encoder = SharedEncoder(backbone, tokenizer, dict.fromkeys(NAMES, "shared"), pooling="mean", max_length=16)
-    options = BatchOptions(batch_size=16, max_length=16, seed=seed)
-    tasks = [SearchDataModule(Task(name), {name: collections[name]}, options, tokenizer) for name in NAMES]
-    data = MultiTaskDataModule(tasks, options, tokenizer)
+    batches = BatchOptions(batch_size=16, max_length=16, seed=seed)
+    tasks = [SearchDataModule(Task(name), {name: collections[name]}, batches, tokenizer) for name in NAMES]
+    data = MultiTaskDataModule(tasks, batches, tokenizer)
     data.setup()
     module = ContrastiveModule(
         encoder,

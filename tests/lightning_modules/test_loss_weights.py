@@ -92,7 +92,14 @@ def scripted_steps(order):
 
 
 def fake_trainer(**options):
-    return SimpleNamespace(**({"global_step": 0, "loggers": [], "precision_plugin": None} | options))
+    defaults = {
+        "global_step": 0,
+        "loggers": [],
+        "precision_plugin": None,
+        "max_steps": -1,
+        "accumulate_grad_batches": 1,
+    }
+    return SimpleNamespace(**(defaults | options))
 
 
 @pytest.mark.parametrize("order", ["turns", "together", "uneven"])
@@ -116,6 +123,15 @@ def test_dynamic_weights_of_scripted_losses_equal_numpy(order):
     fast, slow, rising = expected[-1]
     assert fast < 0.95 < slow < rising
     np.testing.assert_allclose(expected.sum(1), 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "accumulated", "warns"), [(18, 1, True), (19, 1, False), (9, 2, True), (-1, 1, False)]
+)
+def test_training_too_short_for_dynamic_weights_says_so(max_steps, accumulated, warns, caplog):
+    trainer = fake_trainer(max_steps=max_steps, accumulate_grad_batches=accumulated)
+    DynamicWeights(NAMES, window=3).on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    assert ("6 batches per task; lower dwa_window" in caplog.text) is warns
 
 
 def test_loss_of_0_gives_finite_weights():

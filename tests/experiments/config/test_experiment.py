@@ -11,8 +11,7 @@ import yaml
 from datamodules.records import UserError
 from experiments.config import experiment as module
 from experiments.config.experiment import as_dict, digest, experiments, from_dict, load_config, scales
-from experiments.config.moved import MOVED, with_first_paths
-from experiments.config.targets import check_target, instantiate
+from experiments.config.targets import MOVED, check_target, instantiate, with_first_paths
 
 
 def error_of(*arguments):
@@ -323,6 +322,25 @@ def test_every_moved_class_is_at_its_new_path():
     for path in MOVED.values():
         module_name, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module_name), name)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_mapping_replaces_the_old_one(order):
+    """Also if single keys, which add to it, come first. Settings and arguments of a class keep their other values."""
+    overrides = [
+        "losses.cross_task.teachers={search: [classification]}",
+        "losses.cross_task.teachers.link_prediction=[search]",
+        "optim.lr_scale={}",
+        "trainer={max_steps: 7}",
+        "losses.cross_task={temperature: 2.0}",
+    ]
+    config = load_config("cross_distillation", overrides[::order])
+    loss = config.losses["cross_task"]
+    assert loss["teachers"] == {"search": ["classification"], "link_prediction": ["search"]}
+    assert (loss["temperature"], loss["weight"], config.trainer.max_steps) == (2.0, 1.0, 7)
+    assert config.trainer.log_every_n_steps == load_config("moe").trainer.log_every_n_steps
+    assert load_config("graph_prompt").optim.lr_scale == {"features": 10}
+    assert load_config("graph_prompt", ["optim.lr_scale={}"]).optim.lr_scale == {}
 
 
 def test_null_removes_a_collection():

@@ -4,7 +4,7 @@ A paper has a field and a topic, and its text has words of both. Labels have wor
 
     fields   classification    the field of a paper
     topics   classification    the topic of a paper
-    links    link prediction   papers of the same topic cite each other
+    links    link prediction   papers cite a few of their topic; relevant to test papers are all papers of the topic
 """
 
 from __future__ import annotations
@@ -111,11 +111,12 @@ def _word(kind: str, value: int, number: int) -> str:
 
 
 def _links(papers, topics, train, test, rng) -> Collection:
-    """Each paper cites a few training papers of its topic."""
     positives = {}
-    for n in (*train, *test):
+    for n in train:
         cited = rng.permutation([m for m in train if topics[m] == topics[n] and m != n])[:CITATIONS]
         positives[n] = [papers[m].id for m in cited]
+    for n in test:  # the few that a paper cites are a draw that no model can predict
+        positives[n] = [papers[m].id for m in (*train, *test) if topics[m] == topics[n] and m != n]
     return _collection([papers[n] for n in (*train, *test)], papers, positives, train, test)
 
 

@@ -19,7 +19,7 @@ from lightning_modules.encoders.dual_prompt import DualPromptEncoder
 from lightning_modules.encoders.instruct import InstructEncoder
 from lightning_modules.encoders.loading import continue_from, load_encoder
 from lightning_modules.encoders.shared import SharedEncoder
-from lightning_modules.optim import OptimOptions
+from lightning_modules.optim import OptimOptions, parameter_groups
 from tests.conftest import TASKS, WORDS, toy_collection
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
@@ -293,3 +293,12 @@ def test_positions_find_links_within_communities_that_texts_do_not_show(make_bac
     assert intervals["positions"][0] > 3
     assert intervals["null"][0] < 0 < intervals["null"][1]
     assert intervals["shuffled"][0] < 0
+
+
+def test_positions_have_a_learning_rate_of_their_own(make):
+    encoder = make(num_anchors=3)
+    groups = parameter_groups(encoder, OptimOptions(lr=2.0, lr_scale={"features": 10.0}), encoder.num_layers)
+    lr = {id(p): group["lr"] for group in groups for p in group["params"]}
+    by_name = {name: lr[id(p)] for name, p in encoder.named_parameters()}
+    own = {name for name, value in by_name.items() if value == 20}
+    assert own == {f"features.positions.projection.{name}" for name in ("weight", "bias")}

@@ -1,0 +1,97 @@
+"""How the tasks of an arm of a study disturb each other: cosines of their gradients, and rankings by other experts."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.records import UserError
+from experiments.results.comparison import MeasuredSystem
+from experiments.run.trials import read_rows
+from experiments.shared.table_formats import Column, Table
+from lightning_modules.retrieval.significance import bootstrap_interval
+
+COSINE = re.compile(r"diag/([^/]+)/gradient_cosine/([^/]+)")
+
+Content = Mapping[str, Any]
+
+
+def gradient_cosines(run: Path) -> dict[str, float]:
+    """Return TASK/OTHER -> cosine of the two tasks' gradients, a mean over the steps that a run logged."""
+    cosines: dict[str, list[float]] = defaultdict(list)
+    for row in read_rows(run / "metrics.jsonl"):
+        for key, value in row.items():
+            if (match := COSINE.fullmatch(key)) and isinstance(value, float) and math.isfinite(value):
+                cosines[f"{match[1]}/{match[2]}"].append(value)
+    return {pair: statistics.fmean(values) for pair, values in cosines.items()}
+
+
+def check_transplants(transplants: Mapping[str, str], benchmarks: Content) -> None:
+    """Raise UserError unless the two benchmarks of each transplant, if they were measured, are the same data."""
+    for name, own in transplants.items():
+        if {name, own} <= benchmarks.keys() and any(
+            benchmarks[name][key] != benchmarks[own][key] for key in ("data", "metric")
+        ):
+            raise UserError(f"transplants.{name}: expected the data and the main metric of {own}, got others")
+
+
+def interference(
+    arm: str,
+    runs: Sequence[Content],
+    systems: Sequence[MeasuredSystem],
+    transplants: Mapping[str, str],
+    benchmarks: Content,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each task of an arm and each other one. Values are means over seeds, steps and benchmarks.
+
+    runs: content of study.json for each seed, with the cosines.
+    transplants: benchmark that another task's expert ranks -> the same data under their own task.
+    """
+    measured: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    for name, own in transplants.items():
+        if all({name, own} <= system.benchmarks.keys() for system in systems):
+            pair = _values(systems, name, own, benchmarks[own]["metric"])
+            measured[benchmarks[own]["task"], benchmarks[name]["task"]].append(pair)
+    cosines: dict[tuple[str, str], float] = {}
+    for key in runs[0]["cosines"] if all(run["cosines"] for run in runs) else ():
+        task, other = key.split("/")
+        cosines[task, other] = cosines[other, task] = statistics.fmean(run["cosines"][key] for run in runs)
+    if not cosines and all(np.array_equal(a, b) for pairs in measured.values() for a, b in pairs):
+        return  # all tasks have the same vectors, and nothing was logged
+    for task, other in sorted({*cosines, *measured}):
+        row = {"arm": arm, "task": task, "other": other, "cosine": cosines.get((task, other))}
+        if pairs := measured.get((task, other)):
+            by_other, by_own = (
+                statistics.fmean(float(values.mean()) for values in side) for side in zip(*pairs, strict=True)
+            )
+            low, high = bootstrap_interval(pairs)
+            row |= {"own": by_own, "transplanted": by_other, "difference": by_other - by_own, "low": low, "high": high}
+        yield row
+
+
+def _values(systems: Sequence[MeasuredSystem], name: str, own: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a transplant and of the own task on the same queries, (S, Q) each."""
+    tables = [[system.values(benchmark, metric) for system in systems] for benchmark in (name, own)]
+    queries = list(tables[0][0])
+    by_other, by_own = (np.array([[table[query] for query in queries] for table in side]) for side in tables)
+    return by_other, by_own
+
+
+def interference_table(rows: Sequence[Content]) -> Table:
+    """Return a table of rows of interference, in points."""
+    columns = [*map(Column, ("arm", "task", "other task")), Column("cosine of gradients", ".2f")]
+    columns += [Column("own expert", ".1f"), Column("other's expert", ".1f"), Column("difference", "+.1f")]
+    table = Table([*columns, Column("from", "+.1f"), Column("to (95 %)", "+.1f")])
+    for row in rows:
+        points = [
+            100 * row[key] if key in row else None for key in ("own", "transplanted", "difference", "low", "high")
+        ]
+        table.add(row["arm"], row["task"], row["other"], row["cosine"], *points)
+    return table
