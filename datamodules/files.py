@@ -73,10 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # a link stays, and its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
-    lock = os.open(partial, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    partial, lock = _locked_folder(path)
     try:
         yield partial
         partial.chmod(0o755)
@@ -97,9 +94,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Create a temporary folder for path, and lock it. Another process may remove it before it is locked."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if partial.exists():
+                return partial, lock
+            os.close(lock)
+
+
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders that killed processes left of a folder. A live process has a lock on its own."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}"):
+    """Remove the temporary folders that killed processes left of a folder. A live process has a lock on its own.
+
+    A folder that was about to be replaced (.old) is removed only if there is a new one.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}*"):
+        if leftover.suffix == ".old" and not path.exists():
+            continue
         with contextlib.suppress(OSError):  # in use, or a file system without locks
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
             try:

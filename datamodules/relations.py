@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarr
                 if len(columns) != 3:
                     raise UserError(f"expected two labels and a weight, separated by tabs, got {line.text[:60]!r}")
                 weight = _number(columns[2])
-                if weight is None and index == 0:
+                if index == 0 and weight is None and not _are_labels(columns, spaces):
                     continue  # the header
                 if weight is None or not 0 <= weight <= 1:
                     raise UserError(f"expected a weight from 0 to 1, got {columns[2][:60]!r}")
@@ -218,6 +219,10 @@ def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarr
     if missing := int((weights.sum(1) == 0).sum()):
         log.warning("%s: %d of %d labels of %s relate to no label", path, missing, len(first), first.name)
     return weights
+
+
+def _are_labels(columns: Sequence[str], spaces: Sequence[tuple[LabelSpace, dict[str, int]]]) -> bool:
+    return all(label in positions for label, (_, positions) in zip(columns, spaces, strict=False))
 
 
 def _number(text: str) -> float | None:

@@ -1,7 +1,9 @@
 """Files and folders are replaced whole, or stay unchanged."""
 
 import contextlib
+import fcntl
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -86,6 +88,41 @@ def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path):
         (second / "new").touch()
         assert len(list(tmp_path.iterdir())) == 3
     assert sorted(tmp_path.iterdir()) == [beside, path]
+    old = tmp_path / ".a[b]-12345678.partial.old"
+    old.mkdir()
+    path.rename(tmp_path / "moved")
+    with atomic_folder(path):
+        assert old.exists()  # killed before the new folder was in its place
+    with atomic_folder(path):
+        assert not old.exists()
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_folder_that_another_process_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, when):
+    make, lock, removed = tempfile.mkdtemp, fcntl.flock, []
+
+    def remove_first(folder):
+        if not removed:
+            removed.append(folder)
+            os.rmdir(folder)
+
+    def mkdtemp(**options):
+        folder = make(**options)
+        if when == "before it is opened":
+            remove_first(folder)
+        return folder
+
+    def flock(file, how):
+        if when == "before it is locked":
+            remove_first(next(tmp_path.glob(".new-*")))
+        lock(file, how)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "file").touch()
+    assert removed
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
 
 
 def test_any_damage_to_an_array_raises_two_kinds_of_errors(tmp_path):

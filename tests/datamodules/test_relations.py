@@ -79,6 +79,7 @@ def test_file_names_labels_by_name_or_id(tmp_path):
         ("Algebra\tzzz\t1\n", "line 1: 'zzz' is not a label of s; expected the id or the name of a label"),
         ("algebra\tAlgebra\t1\n", "line 1: 'algebra' is not a label of f"),
         ("Algebra\talgebra\t1.5\n", "line 1: expected a weight from 0 to 1, got '1.5'"),
+        ("Algebra\talgebra\t0,5\n", "line 1: expected a weight from 0 to 1, got '0,5'"),
         ("Algebra\talgebra\tnan\n", "line 1: expected a weight from 0 to 1, got 'nan'"),
         ("Algebra\talgebra\t1\nBiology\talgebra\thigh\n", "line 2: expected a weight from 0 to 1, got 'high'"),
         ("Algebra\talgebra\n", "line 1: expected two labels and a weight, separated by tabs, got 'Algebra"),
