@@ -157,6 +157,9 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
     table_console().print(table)
     if created := [kind for kind, count in counts.items() if not count.problem]:
         data = [shlex.quote(f"task.{kind}.data={near(output)}") for kind in created]
+        filled = {split for kind in created for split, number in counts[kind].queries.items() if number}
+        if "test" not in filled:  # as in a small library
+            data.append(f"evaluation.split={'dev' if 'dev' in filled else 'train'}")
         log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
     else:
         raise UserError(f"input: no task can be made of these papers; {near(output) / 'papers.jsonl'} has them all")

@@ -282,3 +282,14 @@ def test_bad_records_are_counted_and_saved(tmp_path):
     with pytest.raises(UserError, match=r"works.jsonl, line 51: title must be a string, got 5"):
         main([str(tmp_path / "works.jsonl"), f"output={tmp_path / 'other'}", "on_error=fail"])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("year", "split"), [(2010, "train"), (2020, "test")])
+def test_printed_command_evaluates_on_a_split_that_has_queries(tmp_path, caplog, year, split):
+    rows = [{"title": f"Title {number}", "abstract": f"Text {number}.", "year": 2010} for number in range(3)]
+    rows.append({"title": "Last title", "abstract": "Last text.", "year": year})
+    (tmp_path / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with caplog.at_level("INFO"):
+        imported(tmp_path / "papers.jsonl", tmp_path / "out", "split=2015")
+    (command,) = [message for message in caplog.messages if message.startswith("Next: make train")]
+    assert command.endswith(f"evaluation.split={split}") == (split != "test")
