@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -31,7 +30,6 @@ from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.encoders.text_features import TextFeatures
-from tests.forked import ForkedPopen
 
 TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito", "una")]
@@ -57,13 +55,6 @@ def time_limit():
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-@pytest.fixture
-def forked_commands(monkeypatch):
-    """Start commands of experiments from a process that has imported everything. On GPUs, they start as usual."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 @pytest.fixture

@@ -83,7 +83,6 @@ def test_only_the_first_rank_publishes_its_trial(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, free_port):
     """Two ranks start as srun would start them. W&B's server has one trial for both."""
     run = tmp_path / "run"

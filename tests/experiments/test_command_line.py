@@ -123,7 +123,6 @@ def test_completion_in_bash(tmp_path, words, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_quiet_verbose_and_a_closed_pipe(tmp_path):
     def run(*arguments, **options):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

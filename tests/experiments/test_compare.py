@@ -188,7 +188,6 @@ def test_invalid_options_raise_user_error(tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_machine_formats_have_the_figures_of_compare_json_and_nothing_else_on_stdout(tmp_path):
     names = dict(zip("AB", (measured(tmp_path / "a_%$", 0.3, 1), measured(tmp_path / "b", 0.6, 2)), strict=True))
     command = [sys.executable, "-m", "experiments.compare", f"output={tmp_path / 'out'}", "draws=200"]

@@ -320,7 +320,6 @@ def test_checksum_of_an_invalid_archive_is_forgotten(files, server, tmp_path, re
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_killed_download_resumes(files, server, tmp_path, recipe):
     """Another process is killed with SIGKILL while it downloads from a slow server."""
     root = tmp_path / "root"

@@ -221,7 +221,6 @@ def test_sources_and_bad_lines(embed, papers, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path):
     whole = embed("whole.npy")
     arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts.npy'}", "shard_size=5"]
@@ -239,7 +238,6 @@ def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     """SIGKILL two of three processes as they write. The third finishes, and the next command does the rest."""
     many = [{"id": f"m{i}", "text": text_of(*range(i % 50, i % 50 + 2 + i % 13))} for i in range(4000)]

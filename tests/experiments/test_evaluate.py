@@ -234,7 +234,6 @@ def test_sample_command_writes_beir_folders(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_machine_formats_have_the_results_and_nothing_else_on_stdout(beir_root, tmp_path):
     command = [sys.executable, "-m", "experiments.evaluate", "model=bm25", f"beir={beir_root / 'mlcite'}"]
     command += ["task=link_prediction", f"output={tmp_path / 'out'}"]

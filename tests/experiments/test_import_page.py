@@ -1,6 +1,5 @@
 """The commands on docs/import.md run as they are, from a library to a trained and measured encoder."""
 
-import os
 import re
 import shlex
 import shutil
@@ -28,7 +27,6 @@ def command_of(line: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_commands_of_the_page_run(tmp_path):
     for name in ("Makefile", "setup.cfg", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -39,7 +37,7 @@ def test_commands_of_the_page_run(tmp_path):
     outputs = []
     for line in lines:
         line = line.replace("trainer.max_steps=150", "trainer.max_steps=5")
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
             command_of(line, tmp_path), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )

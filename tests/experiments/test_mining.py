@@ -210,7 +210,6 @@ def test_make_mine_finds_the_negatives_of_an_independent_ranking(run, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_killed_mining_continues_without_embedding_again(run, tmp_path):
     """SIGKILL while it embeds: complete shards are reused, and the store equals that of an uninterrupted mining."""
     output, vectors = tmp_path / "store", tmp_path / "store.vectors"
@@ -361,7 +360,6 @@ def test_invalid_settings_raise_user_errors(tmp_path, overrides, message):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_a_killed_run_continues_with_its_hard_negatives(tmp_path):
     """Two ranks, two workers, mining at steps 4 and 8: batches, stores and weights equal those of a complete run."""
     rng = random.Random()  # training seeds the global generator

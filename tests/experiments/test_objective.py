@@ -140,7 +140,6 @@ def test_frozen_models_must_know_the_tasks(plain, tmp_path, make_encoder):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_two_ranks_train_with_all_options(plain, tmp_path):
     """The temperature of each task is unused in the steps of the others, whatever the encoder."""
     frozen = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]

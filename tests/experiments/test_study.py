@@ -348,7 +348,6 @@ def test_commands_of_every_study_can_be_read(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_a_small_study_trains_evaluates_and_writes_its_page(tmp_path):
     tiny = "backbone.config.hidden_size=32 backbone.config.intermediate_size=32 data.batch_size=8 trainer.max_steps=2"
     shared = "evaluation.every_n_steps=0 evaluation.baselines=no diagnostics.every_n_steps=1"

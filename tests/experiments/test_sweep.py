@@ -207,7 +207,6 @@ while config["optim"]["lr"] == 0.1:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_a_training_that_is_behind_saves_before_it_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(trials_module, "POLL_EVERY", 0.1)
     path, output = tmp_path / "early.yaml", tmp_path / "out"

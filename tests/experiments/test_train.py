@@ -537,7 +537,6 @@ LONG = [
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -568,7 +567,6 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_two_ranks_train_and_share_the_evaluation(tmp_path):
     every = ["evaluation.every_n_steps=2", "trainer.log_every_n_steps=1"]
     overrides = ["trainer.max_steps=4", "trainer.devices=2", *every]
@@ -612,7 +610,6 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_wandb_logs_offline_by_default_and_without_a_server(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
@@ -628,7 +625,6 @@ def test_wandb_logs_offline_by_default_and_without_a_server(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_commands")
 def test_an_error_is_one_line_without_traceback(tmp_path):
     done = subprocess.run(command(tmp_path, "optim.lrr=1"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2

@@ -12,9 +12,6 @@ from tests.experiments.test_train import ROOT, command
 QUICK = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.devices=2", "trainer.precision=fp32"]
 
 
-pytestmark = pytest.mark.usefixtures("forked_commands")
-
-
 def run(folder, *overrides):
     """Train, and return the state of the last checkpoint."""
     done = subprocess.run(command(folder, *QUICK, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
