@@ -192,7 +192,7 @@ def test_overwrite_replaces_only_its_own_checkpoints(run, tmp_path):
 def test_overwrite_replaces_unmarked_exports_of_older_versions(run, tmp_path):
     output = tmp_path / "out"
     main([f"model={run}", f"output={output}"])
-    for marker in output.rglob(".scimult-export"):
+    for marker in [*output.rglob(".scimult-export"), *output.rglob("checksum.json")]:
         marker.unlink()
     main([f"model={run}", f"output={output}", "overwrite=yes"])
     for marker in output.rglob(".scimult-export"):

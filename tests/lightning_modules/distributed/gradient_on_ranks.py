@@ -159,7 +159,7 @@ def combined(gradients_by_task):
 def weighted(step, own_batches, synchronised):
     """Return the weights of dynamic weight average after one step per batch, and the weighted gradients of the last."""
     tasks = sorted({batch.task for batch in own_batches})
-    trainer = SimpleNamespace(global_step=0, loggers=[], precision_plugin=None)
+    trainer = SimpleNamespace(global_step=0, loggers=[], precision_plugin=None, max_steps=-1, accumulate_grad_batches=1)
     balance = DynamicWeights(tasks, temperature=0.1, window=1)
     balance.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
     for batch in own_batches:

@@ -10,6 +10,7 @@ import torch
 import datamodules.tokens
 from datamodules.batches import BatchOptions
 from datamodules.conversion import stored
+from datamodules.packed import text_key
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Document, Task
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
@@ -110,11 +111,16 @@ def test_batches_are_slices_of_one_copy():
     lengths = [3, 1, 4, 1, 5]
     ids = np.arange(sum(lengths), dtype=np.uint32) + 70_000
     table = TokenTable(ids, np.cumsum([0, *lengths]))
-    batches = list(copied_to(torch.device("cpu"), table, [2, 1, 2]))
+    batches = list(copied_to(torch.device("cpu"), table, [2, 1, 2], has_keys=True))
     assert [batch.lengths for batch in batches] == [(3, 1), (4,), (1, 5)]
     assert [batch.offsets.tolist() for batch in batches] == [[0, 3, 4], [0, 4], [0, 1, 6]]
     assert torch.cat([batch.input_ids for batch in batches]).tolist() == ids.tolist()
     assert {(batch.input_ids.dtype, batch.offsets.dtype) for batch in batches} == {(torch.int64, torch.int32)}
+    keys = [key for batch in batches for key in batch.keys]
+    assert keys == [text_key(text) for text in table]
+    assert len(set(keys)) == 5
+    batches = copied_to(torch.device("cpu"), table, [2, 1, 2], has_keys=False)
+    assert [batch.keys for batch in batches] == [(0, 0), (0,), (0, 0)]
 
 
 def test_each_forward_pass_runs_while_the_next_texts_are_tokenised(encoder, monkeypatch):
