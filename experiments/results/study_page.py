@@ -48,15 +48,12 @@ def collect(study: Study) -> dict[str, Any]:
             raise UserError(
                 f"{key}: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
             )
+    first = next(iter(systems.values()))[0]
     benchmarks = {
         name: {
             "task": table.task,
-            "group": TRANSPLANTED
-            if name in transplants
-            else HELD_OUT
-            if name in study.settings.held_out
-            else TRAINED_ON,
-            "metric": next(iter(systems.values()))[0].main_metric(name),
+            "group": _group(study, name),
+            "metric": first.main_metric(name),
             **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
         }
         for name, table in tables.items()
@@ -96,6 +93,12 @@ def collect(study: Study) -> dict[str, Any]:
         ],
         "incomplete": incomplete,
     }
+
+
+def _group(study: Study, benchmark: str) -> str:
+    if benchmark in study.settings.transplants:
+        return TRANSPLANTED
+    return HELD_OUT if benchmark in study.settings.held_out else TRAINED_ON
 
 
 def _systems(study: Study, arm: str) -> list[MeasuredSystem]:
