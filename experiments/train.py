@@ -98,7 +98,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
     write_config(folder, config)
     callbacks = build_callbacks(config, data, folder.path)
-    if config.evaluation.baselines:
+    if config.evaluation.baselines and table.benchmarks:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
     precision = precision_of(config, folder.recorded_precision())
@@ -167,7 +167,8 @@ def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: S
     """Log the final table and, with wandb.checkpoints, the model's files. Then close the loggers."""
     for logger in loggers:
         logger.log_metrics(table.flat(), step=step)
-        logger.log_table("results", *table.rows(), step=step)
+        if table.benchmarks:
+            logger.log_table("results", *table.rows(), step=step)
         if table.config.wandb.checkpoints:
             logger.log_model(files)
         logger.close()
@@ -182,7 +183,7 @@ def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.
     compiled = ", with compiled layers" if compiles(config) else ""
     steps = config.trainer.max_steps
     log.info("training on %s: %s steps%s, in %s%s%s", where, steps, origin, precision, kept, compiled)
-    if config.evaluation.baselines and not folder.checkpoint:
+    if config.evaluation.baselines and config.evaluation.split != "none" and not folder.checkpoint:
         log.info(
             "first, BM25 and the encoder before training are evaluated (evaluation.baselines=false leaves them out)"
         )

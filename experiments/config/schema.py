@@ -198,7 +198,9 @@ class EvaluationConfig:
     patience: int = option(
         0, "evaluations in a row without a new best checkpoint after which training stops early; 0: never", minimum=0
     )
-    split: Literal["train", "dev", "test"] = option("test", "split of the final table")
+    split: Literal["train", "dev", "test", "none"] = option(
+        "test", "split of the final table; none: no table, for a run that is evaluated by other commands"
+    )
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
     baselines: bool = option(True, "also evaluate BM25 and the encoder before training")
 

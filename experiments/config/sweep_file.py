@@ -213,6 +213,7 @@ def check_metric(name: str, config: Config) -> None:
     """Raise UserError if runs with this configuration do not log a metric."""
     evaluation, benchmarks = config.evaluation, [key for task in config.task.values() for key in task.data]
     splits = dict.fromkeys([evaluation.split, *(["val"] if evaluation.every_n_steps else [])])
+    splits.pop("none", None)
     known = [f"train/{task}/loss" for task in config.tasks]
     known += [f"{split}/mean/{evaluation.metrics[0]}" for split in splits]
     known += [f"{split}/{name}/{metric}" for split in splits for name in benchmarks for metric in evaluation.metrics]

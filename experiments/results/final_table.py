@@ -41,12 +41,12 @@ class FinalTable:
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
         self.config, self.benchmarks, self.folder = config, list(benchmarks), folder
         split = config.evaluation.split
-        if not self.benchmarks:
+        if not self.benchmarks and split != "none":
             raise UserError(
                 f"evaluation.split: no collection has a split {split!r} for the final table; add {split}.jsonl or "
                 f"qrels/{split}.tsv to one, or set evaluation.split=dev (or train, to see whether it learns)"
             )
-        if missing := set(config.task) - {benchmark.task for benchmark in self.benchmarks}:
+        if self.benchmarks and (missing := set(config.task) - {benchmark.task for benchmark in self.benchmarks}):
             log.warning("the final table has no results for %s: no %s split", ", ".join(sorted(missing)), split)
         self.baselines_file = folder.path / "baselines.json"  # so that a resumed run need not evaluate them again
         self.results: Results | None = None
@@ -74,7 +74,8 @@ class FinalTable:
         last_step: optimizer step at which training ended.
         document_vectors: vectors of documents, for an encoder that was trained for queries alone.
         """
-        log.info("final table on %s", describe_device(encoder.device))
+        if self.benchmarks:
+            log.info("final table on %s", describe_device(encoder.device))
         info = RunInfo(
             experiment=self.config.experiment,
             scale=self.config.scale,
@@ -97,6 +98,8 @@ class FinalTable:
         split, first = self.results.info.split, self.results.info.metrics[0]
         trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
         values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
+        if not trained:
+            return {}
         mean = sum(metrics[first] for metrics in trained.values()) / len(trained)
         return values | {f"{split}/mean/{first}": mean}
 
@@ -114,6 +117,9 @@ class FinalTable:
     def show(results: Results) -> None:
         """Print the results of a run."""
         info = results.info
+        if not results.benchmarks:
+            log.info("no final table (evaluation.split=none): the run ended with step %d", info.checkpoint_step)
+            return
         chosen = "" if info.checkpoint == BEST.name else " (the dev splits were not used)"
         stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
         starts = {table.systems["start"].model for table in results.benchmarks.values() if "start" in table.systems}

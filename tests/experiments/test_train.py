@@ -28,6 +28,7 @@ from experiments import train as train_command
 from experiments.build import module as build_module
 from experiments.build.data import build_data
 from experiments.build.trainer import build_callbacks
+from experiments.compare import main as compare
 from experiments.config.experiment import experiments, folder_of, load_config
 from experiments.dry_run import dry_run
 from experiments.export import main as export
@@ -417,6 +418,23 @@ def test_results_of_another_split_or_metric_are_not_mixed(tmp_path, caplog):
         assert result["split"] == "dev"
         assert set(result["systems"]) == {"trained"}
     assert "the final table leaves them out" in caplog.text
+
+
+def test_a_run_without_final_table_gets_it_later(tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    quick = [*two_steps(tmp_path, *TINY), "evaluation.every_n_steps=0"]
+    for _ in range(2):
+        train("vanilla", [*quick, "evaluation.split=none"])
+        assert "no final table (evaluation.split=none)" in caplog.text
+    assert "is complete" in caplog.text
+    assert json.loads((tmp_path / "results.json").read_text())["benchmarks"] == {}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"A: .*results\.json has no results \(evaluation\.split=none\)"):
+        compare([f"A={tmp_path}", f"B={tmp_path}"])
+    train("vanilla", quick)
+    systems = [table["systems"] for table in json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()]
+    assert len(systems) == 3
+    assert all("trained" in each for each in systems)
 
 
 @pytest.mark.slow
