@@ -11,7 +11,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -151,6 +151,13 @@ class Collection:
                 digest.update(repr((document.id, document.title, document.text)).encode())
         digest.update(repr({split: dict(qrels) for split, qrels in self.qrels.items()}).encode())
         return digest.hexdigest()
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A reader of one data format; datamodules/readers has one per format."""
+
+    def read(self) -> Collection: ...
 
 
 class CollectionWriter(Protocol):

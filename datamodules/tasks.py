@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from datamodules.records import (
     Document,
     MiningPool,
     Ragged,
+    Reader,
     Task,
     UserError,
     check_name,
@@ -30,13 +31,6 @@ from datamodules.records import (
 )
 from datamodules.store import Rows, StoredCollection
 from datamodules.tokens import Encoding, token_tables
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """A reader of one data format; datamodules/readers has one per format."""
-
-    def read(self) -> Collection: ...
 
 
 class CollectionError(UserError):

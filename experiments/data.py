@@ -18,8 +18,7 @@ from datamodules.files import atomic_folder, expanded, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.options import option
 from datamodules.readers.beir import write_beir
-from datamodules.records import Collection, UserError, check_choices
-from datamodules.tasks import Reader
+from datamodules.records import Collection, Reader, UserError, check_choices
 from experiments.config.arguments import parse
 from experiments.config.targets import accepted_arguments, check_target, instantiate
 from experiments.download.fetch import check_url

@@ -15,12 +15,11 @@ from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.config.study_file import Job, Study, read_study, studies
 from experiments.results.study_page import collect, page, plot_of, read_study_json, records, tables
-from experiments.run.endings import PREEMPTED
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.shared.console import counted, entry_point, near
 from experiments.shared.output import writable_folder
 from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
-from lightning_modules.distributed.signals import Preempted
+from lightning_modules.distributed.signals import PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 

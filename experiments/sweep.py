@@ -21,11 +21,10 @@ from experiments.config.arguments import option_keys
 from experiments.config.experiment import ExperimentOptions, as_dict, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
-from experiments.run.endings import PREEMPTED
 from experiments.run.trials import Controller, Trial
 from experiments.shared.console import entry_point, near, table_console
 from experiments.shared.plain import say
-from lightning_modules.distributed.signals import Preempted
+from lightning_modules.distributed.signals import PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class VectorTeacherOptions:
         return self.weight_of(task) > 0 or bool(self.model and self.asymmetric)
 
 
+PACKAGES = {"mgda": ("torchjd",), "upgrad": ("torchjd", "qpsolvers", "quadprog")}  # that a balance needs
 COMBINES_GRADIENTS = ("gradnorm", "pcgrad", "mgda", "upgrad")  # values of balance
 
 
@@ -112,6 +114,15 @@ class ObjectiveOptions:
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)
     task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0)
     score_memory: int = option(512, "MiB for the scores of a batch; larger matrices are computed in blocks", above=0)
+
+
+def check_balance_packages(method: str) -> None:
+    """Raise UserError if a method needs packages that are not installed."""
+    if missing := [name for name in PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"balance: {method} needs {' and '.join(missing)}; install torchjd (make install EXTRAS=cpu,torchjd, or "
+            "pip install 'torchjd[quadprog-projector]')"
+        )
 
 
 def check_objective(

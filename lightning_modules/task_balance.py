@@ -16,7 +16,6 @@ Shapes
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import world_size
 from lightning_modules.loss_weights import LossRecorder
+from lightning_modules.objective_options import check_balance_packages
 
 
 def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
@@ -75,17 +75,7 @@ def gradnorm_weights(
 
 
 Weighting = Callable[[Tensor], Tensor]  # from dot products of gradients (T, T) to coefficients (T,)
-PACKAGES = {"mgda": ("torchjd",), "upgrad": ("torchjd", "qpsolvers", "quadprog")}
 RIDGE = 1e-8  # smallest eigenvalue of the dot products that the solvers receive, relative to their trace
-
-
-def check_balance_packages(method: str) -> None:
-    """Raise UserError if a method needs packages that are not installed."""
-    if missing := [name for name in PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"balance: {method} needs {' and '.join(missing)}; install torchjd (make install EXTRAS=cpu,torchjd, or "
-            "pip install 'torchjd[quadprog-projector]')"
-        )
 
 
 def torchjd_weighting(method: str) -> Weighting:

@@ -5,6 +5,7 @@ import configparser
 import importlib.metadata
 import inspect
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_optional_packages_are_imported_where_they_are_used():
 def test_pure_modules_import_no_framework(path):
     top = {name.split(".")[0] for name in imports(ROOT / path)}
     assert not top & {"lightning", "omegaconf", "wandb", "transformers"}
+
+
+def test_only_commands_that_read_training_data_import_lightning():
+    """It takes more than half of the time until a command starts."""
+    readers = {"train", "dry_run", "mine", "audit"}
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - readers - {"__init__", "__main__"}
+    assert {"compare", "evaluate", "find", "merge"} <= names
+    code = "".join(f"import experiments.{name}\n" for name in sorted(names))
+    code += "import sys\nassert 'lightning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=300)
 
 
 def test_methods_that_subclasses_implement_are_abstract():

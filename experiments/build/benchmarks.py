@@ -12,10 +12,8 @@ from typing import Literal
 from datamodules.options import option
 from datamodules.readers import reader_class_of
 from datamodules.readers.checks import SPLIT_NAMES
-from datamodules.records import Benchmark, Collection, Document, Qrels, UserError, plain_protocol, prefixed
-from datamodules.tasks import Reader
+from datamodules.records import Benchmark, Collection, Document, Qrels, Reader, UserError, plain_protocol, prefixed
 from datamodules.text import NameMatcher
-from experiments.build.data import build_data
 from experiments.build.suite import BenchmarkConfig, choose, load_suite
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
@@ -93,6 +91,8 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
         return [_folder_benchmark(options, config)]
     if config is None:
         raise UserError("run, beir: no data to evaluate on; set run=FOLDER, or beir=FOLDER and task=NAME")
+    from experiments.build.data import build_data  # only here, because Lightning takes seconds to import
+
     benchmarks = build_data(config).benchmarks(SPLIT_NAMES.get(options.split, options.split))
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]

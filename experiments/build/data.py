@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.files import expanded
-from datamodules.records import Task, UserError, prefixed
+from datamodules.records import Reader, Task, UserError, prefixed
 from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
-from datamodules.tasks import KINDS, CollectionError, Reader, TaskDataModule
+from datamodules.tasks import KINDS, CollectionError, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
 from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.targets import accepted_arguments, instantiate
+from lightning_modules.distributed import launch
 from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
 
 def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:
     """Create the reader of a collection. Its own on_error overrides data.on_error."""
-    rank = rank_zero_only.rank
+    rank = launch.rank(max(config.trainer.devices, 1))
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
     arguments = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
     return instantiate(node, **{key: arguments[key] for key in accepted_arguments(node, arguments) if key not in node})

@@ -19,8 +19,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from datamodules.options import option
-from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, UserError, check_choice, prefixed
-from datamodules.tasks import Reader
+from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, Reader, UserError, check_choice, prefixed
 from experiments.config.structured import did_you_mean, read_yaml, refuse_unknown_keys, structured
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric

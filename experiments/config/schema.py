@@ -13,12 +13,15 @@ from datamodules.options import option
 from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.backbone import BackboneOptions
 from lightning_modules.encoders.lora import check_peft
-from lightning_modules.loggers import LIGHTNING_LOGGERS
 from lightning_modules.mining.mine import MiningOptions
-from lightning_modules.objective_options import COMBINES_GRADIENTS, ObjectiveOptions, check_objective
+from lightning_modules.objective_options import (
+    COMBINES_GRADIENTS,
+    ObjectiveOptions,
+    check_balance_packages,
+    check_objective,
+)
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.metrics import check_metric
-from lightning_modules.task_balance import check_balance_packages
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]
 DENSE_MINER = {"_target_": "lightning_modules.mining.miners.DenseMiner"}
@@ -212,6 +215,7 @@ class DiagnosticsConfig:
     every_n_steps: int = option(0, "optimizer steps between two sets of statistics; 0: never", minimum=0)
 
 
+LOGGERS = ("tensorboard", "csv")  # Lightning's own, by the names of loggers.py
 MAX_WANDB_NAME, MAX_WANDB_TAG = 128, 64  # characters
 
 
@@ -349,8 +353,8 @@ def _check_wandb(wandb: WandbConfig) -> None:
 
 def _check_loggers(names: list[str]) -> None:
     for name in names:
-        if name not in LIGHTNING_LOGGERS or names.count(name) > 1:
-            raise UserError(f"loggers: expected some of {', '.join(LIGHTNING_LOGGERS)}, each once, got {name!r}")
+        if name not in LOGGERS or names.count(name) > 1:
+            raise UserError(f"loggers: expected some of {', '.join(LOGGERS)}, each once, got {name!r}")
 
 
 def check_machine(config: Config) -> None:

@@ -23,7 +23,6 @@ from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
-from lightning_modules.callbacks.diagnostics import OF_TASK
 from lightning_modules.mining.report import FIGURES
 
 ARGUMENTS = "${args_no_hyphens}"
@@ -226,6 +225,8 @@ def check_metric(name: str, config: Config) -> None:
 def _callback_metrics(config: Config) -> Iterator[str]:
     """Yield the metrics of diagnostics and mining, except distances of experts, which only the encoder knows."""
     if config.diagnostics.every_n_steps:
+        from lightning_modules.callbacks.diagnostics import OF_TASK  # only here: Lightning takes seconds to import
+
         yield "diag/seconds"
         for task in config.tasks:
             yield from (f"diag/{task}/{name}" for name in OF_TASK)

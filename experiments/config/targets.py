@@ -16,15 +16,13 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.papers.views import VIEW_OF_KIND
 from datamodules.readers import reader_class_of
 from datamodules.readers.papers import PapersReader
-from datamodules.records import UserError, prefixed
-from datamodules.tasks import Reader
+from datamodules.records import Reader, UserError, prefixed
 from experiments.config.schema import Config
 from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -51,6 +49,8 @@ def check_targets(config: Config) -> None:
     """Check all nodes of a configuration, and convert their arguments."""
     allowed = config.extend.packages
     config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS, packages=allowed)
+    if config.callbacks:
+        from lightning import Callback  # only here, because Lightning takes seconds to import
     for name, node in config.callbacks.items():
         config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback, packages=allowed)
     for name, node in config.losses.items():

@@ -12,8 +12,7 @@ from omegaconf import MISSING, OmegaConf
 
 from datamodules.options import option
 from datamodules.readers.checks import SPLITS
-from datamodules.records import UserError, check_name
-from datamodules.tasks import Reader
+from datamodules.records import Reader, UserError, check_name
 from experiments.config.experiment import names
 from experiments.config.structured import read_yaml, structured, unknown
 from experiments.config.targets import check_target

@@ -17,7 +17,6 @@ import numpy as np
 from datamodules.files import regular
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.data import build_data
 from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
 from experiments.config.experiment import runs_there
@@ -275,5 +274,7 @@ def _read_benchmark(folder: Path, name: str, split: str, packages: tuple[str, ..
 @functools.lru_cache(maxsize=1)
 def benchmarks_of_run(folder: Path, split: str, packages: tuple[str, ...] = ()) -> dict[str, Benchmark]:
     """Return the benchmarks of a run's final table, by name. Raises UserError if the data cannot be read."""
+    from experiments.build.data import build_data  # only here, because Lightning takes seconds to import
+
     data = build_data(config_of_run(folder, packages))
     return {benchmark.name: benchmark for benchmark in data.benchmarks(split)}

@@ -71,7 +71,7 @@ def interference(
             by_other, by_own = (
                 statistics.fmean(float(values.mean()) for values in side) for side in zip(*pairs, strict=True)
             )
-            low, high = bootstrap_interval(pairs)
+            low, high = bootstrap_interval(pairs, paired_seeds=True)
             row |= {"own": by_own, "transplanted": by_other, "difference": by_other - by_own, "low": low, "high": high}
         yield row
 

@@ -6,7 +6,7 @@ study.json has every number, and where it comes from. The page and the plot are 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ TRAINED_ON, HELD_OUT, TRANSPLANTED = "trained on", "held out", "other expert"
 LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
 
 Content = Mapping[str, Any]
+Groups = Mapping[tuple[str, str], list[str]]  # (group, task or benchmark) -> benchmarks
 
 
 def collect(study: Study) -> dict[str, Any]:
@@ -64,6 +65,13 @@ def collect(study: Study) -> dict[str, Any]:
             raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
     check_transplants(transplants, benchmarks)
     arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
+
+    def compared(a: str, b: str, groups: Groups) -> list[dict[str, Any]]:
+        paired = [run["seed"] for run in arms[a]["runs"]] == [run["seed"] for run in arms[b]["runs"]]
+        rows = difference(systems[a], systems[b], benchmarks, groups, paired)
+        return [{"a": a, "b": b} | row for row in rows]
+
+    means = groups_of(benchmarks)
     held_out = {(HELD_OUT, name): [name] for name, each in benchmarks.items() if each["group"] == HELD_OUT}
     start = study.settings.start
     gains = [(arm, start) for arm in systems if arm != start] if start in systems else []
@@ -71,7 +79,7 @@ def collect(study: Study) -> dict[str, Any]:
         row
         for a, b, *tasks in study.settings.compare
         if {a, b} <= systems.keys()
-        for row in difference(systems[a], systems[b], a, b, benchmarks)
+        for row in compared(a, b, means)
         if not tasks or row["task"] in tasks
     ]
     for row, p in zip(tests, holm([row["p"] for row in tests]), strict=True):
@@ -83,8 +91,8 @@ def collect(study: Study) -> dict[str, Any]:
         "start": start if start in systems else "",
         "benchmarks": benchmarks,
         "arms": arms,
-        "gains": [row for a, b in gains for row in difference(systems[a], systems[b], a, b, benchmarks)],
-        "held_out": [row for a, b in gains for row in difference(systems[a], systems[b], a, b, benchmarks, held_out)],
+        "gains": [row for a, b in gains for row in compared(a, b, means)],
+        "held_out": [row for a, b in gains for row in compared(a, b, held_out)],
         "tests": tests,
         "interference": [
             row
@@ -135,7 +143,7 @@ def _commands(study: Study, arm: str) -> list[str]:
     return [f"eval model={study.arms[arm].model}"] if study.arms[arm].model else list(study.arms[arm].commands)
 
 
-def groups_of(benchmarks: Content) -> dict[tuple[str, str], list[str]]:
+def groups_of(benchmarks: Content) -> Groups:
     """Return (group, task) -> its benchmarks; the task "all" has those of every task."""
     groups: dict[tuple[str, str], list[str]] = {}
     for group in (TRAINED_ON, HELD_OUT):
@@ -150,30 +158,27 @@ def groups_of(benchmarks: Content) -> dict[tuple[str, str], list[str]]:
 def difference(
     a: Sequence[MeasuredSystem],
     b: Sequence[MeasuredSystem],
-    name_a: str,
-    name_b: str,
     benchmarks: Content,
-    groups: Mapping[tuple[str, str], list[str]] | None = None,
-) -> list[dict[str, Any]]:
+    groups: Groups,
+    paired_seeds: bool,
+) -> Iterator[dict[str, Any]]:
     """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p.
 
-    groups: (group, task or benchmark) -> benchmarks, by default those of groups_of.
+    paired_seeds: whether both arms have the same seeds, in the same order.
     """
     values = {
         name: aligned_values(a, b, name, each["metric"])[:2]
         for name, each in benchmarks.items()
         if all(name in system.benchmarks for system in (*a, *b))
     }
-    rows = []
-    for (group, task), inside in (groups_of(benchmarks) if groups is None else groups).items():
+    for (group, task), inside in groups.items():
         if not values.keys() >= set(inside):
             continue
         pairs = [values[name] for name in inside]
-        low, high = bootstrap_interval(pairs)
+        low, high = bootstrap_interval(pairs, paired_seeds=paired_seeds)
         mean = statistics.fmean(float(x.mean() - y.mean()) for x, y in pairs)
-        row = {"a": name_a, "b": name_b, "group": group, "task": task, "difference": mean, "low": low, "high": high}
-        rows.append(row | {"seeds": [len(a), len(b)], "p": mean_difference_p(pairs)})
-    return rows
+        row = {"group": group, "task": task, "difference": mean, "low": low, "high": high}
+        yield row | {"seeds": [len(a), len(b)], "p": mean_difference_p(pairs)}
 
 
 def tables(content: Content) -> dict[str, Table]:
@@ -230,7 +235,9 @@ def page(content: Content, plot: str) -> str:
     return "\n".join([*lines, ""])
 
 
-INTERVALS = "The intervals are from a paired bootstrap over queries and seeds, in which each benchmark weighs the same."
+INTERVALS = (
+    "The intervals are from a bootstrap over queries and seeds, both paired, in which each benchmark weighs the same."
+)
 FORGETTING, INTERFERENCE = "Held out: the worst of each arm", "Interference of tasks"
 NOTES = {
     FORGETTING: "The held-out benchmark with the lowest difference from the start, and the task with the lowest mean "

@@ -31,12 +31,11 @@ from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates, read_checkpoint
 from lightning_modules.distributed import launch
-from lightning_modules.distributed.signals import Preempted
+from lightning_modules.distributed.signals import PREEMPTED, Preempted
 from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)
 
-PREEMPTED = 75
 THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that do not carry over to another run
 
 

@@ -25,13 +25,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from datamodules.batches import MultiTaskDataModule
 from datamodules.files import RECREATED, read_json, write_json, write_text
 from datamodules.records import UserError, explained
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
@@ -40,6 +38,9 @@ from experiments.run.lock import replace_folder
 from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import reason
+
+if TYPE_CHECKING:  # because Lightning takes seconds to import
+    from datamodules.batches import MultiTaskDataModule
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def open_run(config: Config) -> RunFolder:
     and the whole old run with run.resume=never. Raises UserError if the folder holds another run or something else,
     or if all checkpoints are damaged.
     """
-    path, is_first = folder_of(config), rank_zero_only.rank == 0
+    path, is_first = folder_of(config), launch.rank() == 0
     starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
     if is_first:
         with explained(f"run.dir: {path} cannot be used"):
@@ -254,13 +255,12 @@ def write_config(folder: RunFolder, config: Config) -> None:
 
     Raises UserError if the folder cannot be created.
     """
-    if rank_zero_only.rank == 0:
+    if launch.rank() == 0:
         with explained(f"run.dir: {folder.path} cannot be used"):
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_text(folder.path / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
-@rank_zero_only
 def record_start(
     folder: RunFolder,
     data: MultiTaskDataModule,
@@ -271,11 +271,13 @@ def record_start(
     precision: str,
     start: str | None,
 ) -> None:
-    """Record the start of an attempt in the manifest, with what is needed to understand and repeat the run.
+    """On the first rank, record in the manifest what is needed to understand and repeat an attempt of the run.
 
     schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
     start: model that the run started from, None for random weights.
     """
+    if launch.rank() > 0:
+        return
     manifest = read_manifest(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
     if job := launch.slurm_job():
@@ -295,9 +297,10 @@ def record_start(
     write_json(folder.manifest, manifest)
 
 
-@rank_zero_only
 def record_end(folder: RunFolder, seconds: float) -> None:
-    """Record in the manifest how long this attempt trained."""
+    """On the first rank, record in the manifest how long this attempt trained."""
+    if launch.rank() > 0:
+        return
     if not folder.manifest.is_file():
         raise UserError(f"run.dir: {folder.path} was deleted or moved during the training")
     manifest = read_manifest(folder.manifest)

@@ -18,10 +18,9 @@ from datamodules.files import read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.study_file import Job
-from experiments.run.endings import PREEMPTED
 from experiments.run.trials import LOG_TAIL, environment, send, start
 from experiments.shared.console import near
-from lightning_modules.distributed.signals import ASKING, Preempted
+from lightning_modules.distributed.signals import ASKING, PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from datamodules.locks import is_locked, lock_file
 from datamodules.records import UserError
 from lightning_modules.distributed import launch
@@ -31,7 +29,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
     Raises UserError if another process still holds the lock after PATIENCE seconds.
     """
-    if rank_zero_only.rank > 0:
+    if launch.rank() > 0:
         yield
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]

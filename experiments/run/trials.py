@@ -29,9 +29,8 @@ from datamodules.records import UserError
 from experiments.config.experiment import ROOT
 from experiments.config.sweep_file import Sweep, as_override
 from experiments.config.sweep_parameters import suggest_trial
-from experiments.run.endings import PREEMPTED
 from experiments.shared.console import near
-from lightning_modules.distributed.signals import ASKING, Preempted
+from lightning_modules.distributed.signals import ASKING, PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
-from experiments.run.endings import PREEMPTED
 from experiments.run.wandb_sender import is_sent
+from lightning_modules.distributed.signals import PREEMPTED
 from lightning_modules.loggers import JsonlLogger, LightningLogger, RunLogger
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
+
+if TYPE_CHECKING:  # because Lightning takes seconds to import
+    from datamodules.batches import CompanionSource, ContrastiveDataModule
 
 
 class AuxiliaryLoss(nn.Module, ABC):

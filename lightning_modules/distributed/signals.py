@@ -15,6 +15,7 @@ import signal
 
 from lightning_modules.distributed import launch
 
+PREEMPTED = 75  # exit status: the same command resumes the run (EX_TEMPFAIL of sysexits.h)
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # from weakest to strongest; the strongest signal counts
 _noted: signal.Signals | None = None
 _owner = 0  # id of the process that catches signals, 0 if none

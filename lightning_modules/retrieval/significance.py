@@ -67,7 +67,12 @@ def spread(values: np.ndarray) -> float | None:
 
 
 def bootstrap_interval(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+    paired_seeds: bool = False,
 ) -> tuple[float, float]:
     """Return the percentile interval of mean(a) - mean(b) when the queries are resampled, the same ones for both.
 
@@ -77,9 +82,13 @@ def bootstrap_interval(
 
     pairs: values of A, (S, Q), and of B, (S', Q), on each of several benchmarks. The interval is that of the mean over
     benchmarks. They share the seeds that are drawn, because one training has a value on each.
+    paired_seeds: whether A and B have the same seeds, in the same order. Both then get the same draws of seeds, so what
+    a seed does to both cancels. Such trainings have the same batches and the same random initial weights.
     """
     rng = np.random.default_rng([seed, 1])
     shares = [resampled_seeds(len(side), draws, rng) for side in pairs[0]]
+    if paired_seeds:
+        shares[1] = shares[0]
     differences = np.zeros(draws)
     for pair in pairs:
         means_a, means_b = resampled_means(pair, shares, rng)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.tasks import Reader
+from datamodules.records import Reader
 from experiments.config.targets import READERS, check_target, instantiate
 from tests.datamodules.papers.worlds import WORLDS, papers
 

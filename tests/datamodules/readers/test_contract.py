@@ -9,8 +9,7 @@ import pyarrow
 import pytest
 import yaml
 
-from datamodules.records import Collection, UserError
-from datamodules.tasks import Reader
+from datamodules.records import Collection, Reader, UserError
 from experiments.config.targets import READERS, check_target, instantiate
 from tests.datamodules.readers.worlds import WORLDS, World
 

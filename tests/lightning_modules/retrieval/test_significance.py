@@ -83,6 +83,18 @@ def test_seeds_that_disagree_widen_the_interval_and_average_in_p():
     assert one.spread_b is None
 
 
+def test_what_a_seed_does_to_both_systems_cancels_if_seeds_are_paired():
+    a, b = values(200, 0.0, seed=5)
+    shift = np.array([[-0.2], [0.0], [0.2]])
+    of_seeds = a + shift, b + shift
+    assert bootstrap_interval([of_seeds], paired_seeds=True) == pytest.approx(bootstrap_interval([(a, b)]), abs=0.003)
+    low, high = bootstrap_interval([of_seeds])
+    assert high - low > 0.4
+    assert bootstrap_interval([(of_seeds[0], of_seeds[0])], paired_seeds=True) == pytest.approx((0, 0), abs=1e-15)
+    opposed = bootstrap_interval([(a + shift, b - shift)], paired_seeds=True)
+    assert opposed[1] - opposed[0] > 1.3 * (high - low)
+
+
 def test_the_mean_over_benchmarks_weighs_each_benchmark_equally():
     """Against SciPy, whose statistic is the mean of the benchmarks' means."""
     pairs = [values(count, better, seed=count) for count, better in ((4, 0.1), (7, 0.02))]
