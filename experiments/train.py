@@ -22,7 +22,7 @@ from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module, describe_parameters, start_of
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
-from experiments.config.experiment import LAST, ExperimentOptions, folder_of, load_config, parse_overrides
+from experiments.config.experiment import LAST, MERGED, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
@@ -34,12 +34,13 @@ from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
 from lightning_modules.checkpoint_files import read_checkpoint
-from lightning_modules.contrastive import CheckpointMismatch
+from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.families import num_graphs
 from lightning_modules.encoders.loading import checkpoint_of, load_encoder
 from lightning_modules.loggers import RunLogger
+from lightning_modules.merging import merge_with_start
 from lightning_modules.retrieval.compute import describe_device, matrix_products_in
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     precision = precision_of(config, folder.recorded_precision())
     trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
+    start_weights = weights_before_training(config, module, folder)
     if compiles(config):
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
@@ -127,6 +129,11 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         raise_if_preempted(trainer)
         checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
         step = read_checkpoint(checkpoint)["global_step"]
+        if start_weights:
+            if trainer.is_global_zero:
+                merge_with_start(checkpoint, start_weights, config.trainer.start_share, folder.path / MERGED)
+            trainer.strategy.barrier()
+            checkpoint = folder.path / MERGED
         # Not module.device: Lightning has moved the module to the CPU by now.
         encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
         table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
@@ -135,6 +142,20 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         table.show(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
+
+
+def weights_before_training(config: Config, module: ContrastiveModule, folder: RunFolder) -> dict[str, torch.Tensor]:
+    """Return a copy of the encoder's weights for trainer.start_share. {} without it, or if they are random.
+
+    Removes the average of an earlier, shorter training, which would otherwise pass for the model of this run.
+    """
+    if launch.rank() == 0:
+        (folder.path / MERGED).unlink(missing_ok=True)
+    if config.trainer.start_share and start_of(config) is None:
+        log.warning("trainer.start_share has no effect: the weights before training are random")
+        return {}
+    state = module.encoder.state_dict() if config.trainer.start_share else {}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:

@@ -11,12 +11,14 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.records import UserError
+from lightning_modules.checkpoint_files import read_checkpoint, write_checkpoint
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import load_weights, weights_for
 from lightning_modules.encoders.shared import SharedEncoder
@@ -73,6 +75,21 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
         averages[name] = average(*zip(*used, strict=True)) if is_averaged else used[0][0]
     load_weights(merged, averages, "the merged encoder")
     return merged.eval()
+
+
+def merge_with_start(checkpoint: Path, start: Mapping[str, Tensor], share: float, merged: Path) -> None:
+    """Write a checkpoint with the weighted average of a run's encoder and of its weights before training (WiSE-FT).
+
+    checkpoint: checkpoint of the run. start: state dict of the encoder before training, whose weight is `share`.
+    merged: file to write. It has no optimizer states, so training cannot resume from it.
+    """
+    content = read_checkpoint(checkpoint)
+    state = dict(content["state_dict"])
+    for name, before in start.items():
+        trained = state[f"encoder.{name}"]
+        if before.is_floating_point():
+            state[f"encoder.{name}"] = _linear((trained, before), (1 - share, share)).to(trained.dtype)
+    write_checkpoint(content | {"state_dict": state, "optimizer_states": []}, merged)
 
 
 def _linear(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -162,6 +162,13 @@ class TrainerConfig:
         minimum=0,
         below=1,
     )
+    start_share: float = option(
+        0.0,
+        "share of the weights before training in an average that is evaluated and saved as merged.ckpt after training, "
+        "such as 0.3, against forgetting; 0: none",
+        minimum=0,
+        below=1,
+    )
     gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     accumulate_grad_batches: int = option(
         1, "batches per optimizer step (per task with data.schedule=together)", minimum=1
@@ -367,6 +374,8 @@ def check_machine(config: Config) -> None:
     with prefixed("objective."):
         check_balance_packages(config.objective.balance)
     trainer = config.trainer
+    if trainer.start_share and config.backbone.lora.rank:  # an average of A and of B is no average of their product
+        raise UserError("trainer.start_share: does not support backbone.lora; use make merge after training")
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")
     if trainer.devices == -1 and not torch.cuda.is_available():

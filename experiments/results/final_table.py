@@ -10,7 +10,7 @@ from datamodules.files import read_json, write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.build.module import start_of
-from experiments.config.experiment import BEST
+from experiments.config.experiment import LAST
 from experiments.config.schema import Config
 from experiments.results.result_tables import result_tables
 from experiments.results.results import (
@@ -120,7 +120,7 @@ class FinalTable:
         if not results.benchmarks:
             log.info("no final table (evaluation.split=none): the run ended with step %d", info.checkpoint_step)
             return
-        chosen = "" if info.checkpoint == BEST.name else " (the dev splits were not used)"
+        chosen = "" if info.checkpoint != LAST.name else " (the dev splits were not used)"
         stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
         starts = {table.systems["start"].model for table in results.benchmarks.values() if "start" in table.systems}
         start = f", start: {starts.pop()}" if len(starts) == 1 and starts != {"start"} else ""  # "start" in old files

@@ -4,7 +4,7 @@ config.yaml       resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
 experts.svg       last picture of tasks and experts, if diagnostics are on
-checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt
+checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt, merged.ckpt
 results.json      final table; a run that has it is complete
 negatives/        mined hard negatives: one folder per mining, with its report
 runs/             TREC run files of the final table

@@ -183,8 +183,8 @@ def is_plain(model: str | Path, key: str = "model") -> bool:
 
 
 def checkpoint_of(run: Path) -> Path:
-    """Return the best checkpoint of a run, or else its last one."""
-    for name in ("best.ckpt", "last.ckpt"):
+    """Return a run's average with its start, or else its best checkpoint, or else its last one."""
+    for name in ("merged.ckpt", "best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
     raise UserError(f"{run}: the run has no checkpoints/best.ckpt or last.ckpt yet")

@@ -12,6 +12,8 @@ from experiments.export import main as export
 from experiments.merge import main as merge
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.merging import Weights
+from lightning_modules.merging import merge as merged_encoder
 from tests.conftest import TASKS, toy_collection
 from tests.experiments.test_train import TINY
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
@@ -158,3 +160,27 @@ def test_impossible_merges_are_refused_and_leave_no_folder(models, arguments, me
     with pytest.raises(UserError, match=message):
         merge([argument.format(**names) for argument in arguments] + [f"output={models / 'new'}"])
     assert not (models / "new").exists()
+
+
+def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
+    """Also after a resume, when the run's weights are no longer those of the start."""
+    run, start = tmp_path / "run", load_encoder(models / "a")
+    shared = [*TINY, "evaluation.split=none", "encoder.pooling=cls", f"init_from={models / 'a'}", f"run.dir={run}"]
+    for steps in (2, 4):
+        length = [f"trainer.max_steps={steps}", "evaluation.every_n_steps=0"]
+        train("moe", [*shared, *length, "trainer.start_share=0.25"])
+        trained = load_encoder(run / "checkpoints" / "last.ckpt")
+        expected = merged_encoder({"trained": trained, "start": start}, Weights((0.75, 0.25))).state_dict()
+        found = load_encoder(run).state_dict()
+        assert all(torch.equal(expected[name], found[name]) for name in expected | found)
+        assert any(not torch.equal(found[name], tensor) for name, tensor in trained.state_dict().items())
+        results = json.loads((run / "results.json").read_text())
+        assert (results["checkpoint"], results["checkpoint_step"]) == ("merged.ckpt", steps)
+
+
+def test_random_weights_are_not_averaged_with_their_start(tmp_path, caplog):
+    train("vanilla", [*SHORT, f"run.dir={tmp_path}", "trainer.start_share=0.25"])
+    assert "trainer.start_share has no effect: the weights before training are random" in caplog.text
+    assert not (tmp_path / "checkpoints" / "merged.ckpt").exists()
+    with pytest.raises(UserError, match=r"trainer\.start_share: does not support backbone\.lora; use make merge"):
+        train("lora", [*SHORT, f"run.dir={tmp_path / 'lora'}", "trainer.start_share=0.25"])
