@@ -374,7 +374,7 @@ def check_machine(config: Config) -> None:
     with prefixed("objective."):
         check_balance_packages(config.objective.balance)
     trainer = config.trainer
-    if trainer.start_share and config.backbone.lora.rank:  # an average of A and of B is no average of their product
+    if trainer.start_share and config.backbone.lora.rank:  # A and B averaged give another product
         raise UserError("trainer.start_share: does not support backbone.lora; use make merge after training")
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")
