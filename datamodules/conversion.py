@@ -79,14 +79,15 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
 
 
 def _convert(reader: FileReader, folder: Path, description: str) -> None:
-    log.info("converting %s (once) into %s", description, folder.parent)
+    sources = [str(source) for source in reader.sources()]
+    shown = [*sources[:2], "..."] if len(sources) > 2 else sources
+    log.info("converting %s (once) into %s", ", ".join(shown), folder.parent)
     with _recorded_warnings() as warnings:
         if isinstance(reader, StreamingReader):
             meta = write(reader.stream, folder)
         else:
             meta = write(lambda sink: stream_collection(reader.read(), sink), folder)
-    meta |= {"version": VERSION, "reader": description, "warnings": warnings}
-    meta["sources"] = [str(source) for source in reader.sources()]
+    meta |= {"version": VERSION, "reader": description, "warnings": warnings, "sources": sources}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 

@@ -343,7 +343,7 @@ def _num_threads() -> int:
 
 
 def _write(texts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:
-    log.info("tokenising %s (once)", folder.parent)
+    log.info("tokenising %d texts (once) into %s", sum(map(len, texts.values())), folder.parent)
     for name, documents in texts.items():
         lengths = [np.zeros(1, np.int64)]
         with open(folder / f"{name}.ids", "wb") as file:
