@@ -146,7 +146,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
         raise UserError(f"{key}: {folder} has no results.json{hint}")
     results = read_results(path)
     systems = results.systems
-    if not systems:
+    if not results.benchmarks:
         raise UserError(f"{key}: {path} has no results (evaluation.split=none); evaluate it: make eval MODEL={folder}")
     if not system:
         system = "trained" if "trained" in systems else systems[-1] if len(systems) == 1 else ""
