@@ -236,7 +236,8 @@ def page(content: Content, plot: str) -> str:
 
 
 INTERVALS = (
-    "The intervals are from a bootstrap over queries and seeds, both paired, in which each benchmark weighs the same."
+    "The intervals are from a bootstrap in which each benchmark weighs the same. Both arms get the same draws of "
+    "queries, and of seeds if they have the same ones."
 )
 FORGETTING, INTERFERENCE = "Held out: the worst of each arm", "Interference of tasks"
 NOTES = {
