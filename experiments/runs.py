@@ -104,9 +104,9 @@ def list_run(run: RunFiles) -> ListedRun:
     record = {
         "run": str(run.path),
         **{"experiment": experiment, "scale": scale, "seed": seed},
-        "steps": (results.info.stopped_at or max_steps) if results else run.last_step,
+        "steps": (results.info.stopped_at or results.info.steps) if results else run.last_step,
         "max_steps": max_steps,
-        "complete": results is not None,
+        "complete": results is not None and bool(results.info.stopped_at or results.info.steps >= max_steps),
         "mean": means.get("trained"),
         "metric": results.info.metrics[0] if results else None,
         "BM25": means.get("bm25"),

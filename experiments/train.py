@@ -22,23 +22,40 @@ from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module, describe_parameters, start_of
 from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
-from experiments.config.experiment import LAST, MERGED, ExperimentOptions, folder_of, load_config, parse_overrides
+from experiments.config.experiment import (
+    BEST,
+    LAST,
+    MERGED,
+    START,
+    ExperimentOptions,
+    folder_of,
+    load_config,
+    parse_overrides,
+)
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
 from experiments.results.results import read_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
-from experiments.run.folder import RunFolder, check_same_data, open_run, record_end, record_start, write_config
+from experiments.run.folder import (
+    RunFolder,
+    check_same_data,
+    open_run,
+    read_manifest,
+    record_end,
+    record_start,
+    write_config,
+)
 from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
-from lightning_modules.checkpoint_files import read_checkpoint
+from lightning_modules.checkpoint_files import read_checkpoint, write_checkpoint
 from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
 from lightning_modules.encoders.families import num_graphs
-from lightning_modules.encoders.loading import checkpoint_of, load_encoder
+from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.loggers import RunLogger
 from lightning_modules.merging import merge_with_start
 from lightning_modules.retrieval.compute import describe_device, matrix_products_in
@@ -105,7 +122,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     precision = precision_of(config, folder.recorded_precision())
     trainer = build_trainer(config, module.encoder, callbacks, loggers, folder.path, precision)
 
-    start_weights = weights_before_training(config, module, folder)
+    ends_with_merge = keep_start(config, module, folder)
     if compiles(config):
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
@@ -127,11 +144,12 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
             log.info("the layers were compiled %d times", num_graphs())
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
-        checkpoint = checkpoint_of(folder.path) if config.evaluation.every_n_steps else folder.path / LAST
+        with_best = config.evaluation.every_n_steps and (folder.path / BEST).is_file()
+        checkpoint = folder.path / (BEST if with_best else LAST)
         step = read_checkpoint(checkpoint)["global_step"]
-        if start_weights:
+        if ends_with_merge:
             if trainer.is_global_zero:
-                merge_with_start(checkpoint, start_weights, config.trainer.start_share, folder.path / MERGED)
+                merge_with_start(checkpoint, folder.path / START, config.trainer.start_share, folder.path / MERGED)
             trainer.strategy.barrier()
             checkpoint = folder.path / MERGED
         # Not module.device: Lightning has moved the module to the CPU by now.
@@ -144,18 +162,25 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         log.info("%s", next_steps(config, overrides, folder.path))
 
 
-def weights_before_training(config: Config, module: ContrastiveModule, folder: RunFolder) -> dict[str, torch.Tensor]:
-    """Return a copy of the encoder's weights for trainer.start_share. {} without it, or if they are random.
+def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> bool:
+    """Write the encoder before training to start.ckpt. Return whether the run ends with an average of it.
 
-    Removes the average of an earlier, shorter training, which would otherwise pass for the model of this run.
+    A resumed run keeps the file of its first attempt, because the model that it started from may have changed since.
+    Raises UserError if that file is missing.
     """
-    if launch.rank() == 0:
-        (folder.path / MERGED).unlink(missing_ok=True)
-    if config.trainer.start_share and start_of(config) is None:
+    path = folder.path / START
+    if not config.trainer.start_share:
+        return False
+    start = read_manifest(folder.manifest).get("start") if folder.checkpoint else start_of(config)
+    if start is None:
         log.warning("trainer.start_share has no effect: the weights before training are random")
-        return {}
-    state = module.encoder.state_dict() if config.trainer.start_share else {}
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+        return False
+    if folder.checkpoint and not path.is_file():
+        raise UserError(f"trainer.start_share: {path}, the encoder before training, is missing; use make merge instead")
+    if not folder.checkpoint and launch.rank() == 0:
+        state = {f"encoder.{name}": tensor for name, tensor in module.encoder.state_dict().items()}
+        write_checkpoint({"state_dict": state}, path)
+    return True
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
@@ -187,8 +212,8 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
 def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: Sequence[Path]) -> None:
     """Log the final table and, with wandb.checkpoints, the model's files. Then close the loggers."""
     for logger in loggers:
-        logger.log_metrics(table.flat(), step=step)
         if table.benchmarks:
+            logger.log_metrics(table.flat(), step=step)
             logger.log_table("results", *table.rows(), step=step)
         if table.config.wandb.checkpoints:
             logger.log_model(files)

@@ -27,6 +27,7 @@ from lightning_modules.retrieval.vector_cache import backbone_settings, tokeniza
 
 Method = Literal["linear", "slerp"]
 NEARLY_PARALLEL = 1e-3  # radians; below, slerp and linear differ by less than float32 resolves
+TRAINING_ONLY = ("current_model_state", "averaging_state")  # entries that trainer.ema adds to a checkpoint
 USE_ONLY = ("tasks", "normalize", "max_length")  # arguments of an encoder that say nothing about its weights
 
 
@@ -77,19 +78,19 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
     return merged.eval()
 
 
-def merge_with_start(checkpoint: Path, start: Mapping[str, Tensor], share: float, merged: Path) -> None:
+def merge_with_start(checkpoint: Path, start: Path, share: float, merged: Path) -> None:
     """Write a checkpoint with the weighted average of a run's encoder and of its weights before training (WiSE-FT).
 
-    checkpoint: checkpoint of the run. start: state dict of the encoder before training, whose weight is `share`.
-    merged: file to write. It has no optimizer states, so training cannot resume from it.
+    checkpoint: checkpoint of the run. start: checkpoint of the encoder before training, whose weight is `share`.
+    merged: file to write. It has no states of optimizers, so training cannot resume from it.
     """
     content = read_checkpoint(checkpoint)
     state = dict(content["state_dict"])
-    for name, before in start.items():
-        trained = state[f"encoder.{name}"]
+    for name, before in read_checkpoint(start)["state_dict"].items():
         if before.is_floating_point():
-            state[f"encoder.{name}"] = _linear((trained, before), (1 - share, share)).to(trained.dtype)
-    write_checkpoint(content | {"state_dict": state, "optimizer_states": []}, merged)
+            state[name] = _linear((state[name], before), (1 - share, share)).to(state[name].dtype)
+    kept = {key: content[key] for key in content if key not in TRAINING_ONLY}
+    write_checkpoint(kept | {"state_dict": state, "optimizer_states": []}, merged)
 
 
 def _linear(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

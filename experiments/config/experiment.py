@@ -52,7 +52,7 @@ MAKE_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target th
 # Files of a run, relative to its folder.
 LAST = Path("checkpoints", "last.ckpt")
 BEST = Path("checkpoints", "best.ckpt")
-MERGED = Path("checkpoints", "merged.ckpt")
+START, MERGED = Path("checkpoints", "start.ckpt"), Path("checkpoints", "merged.ckpt")
 EXPERTS = "experts.svg"  # latest picture of tasks and experts
 NEGATIVES = "negatives"  # mined hard negatives
 

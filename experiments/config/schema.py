@@ -238,7 +238,7 @@ class WandbConfig:
     name: str | None = option(None, "name of the run; by default, that of its folder")
     group: str | None = option(None, "group; by default, experiment and scale")
     tags: list[str] = option([], "tags, in addition to experiment, scale and seed")
-    checkpoints: bool = option(False, "upload the best checkpoint as an artifact")
+    checkpoints: bool = option(False, "upload the checkpoint that the final table measures as an artifact")
     finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0)
 
 

@@ -98,8 +98,6 @@ class FinalTable:
         split, first = self.results.info.split, self.results.info.metrics[0]
         trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
         values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
-        if not trained:
-            return {}
         mean = sum(metrics[first] for metrics in trained.values()) / len(trained)
         return values | {f"{split}/mean/{first}": mean}
 
@@ -147,6 +145,8 @@ class FinalTable:
     def _read_baselines(self) -> Benchmarks:
         """Return the baselines, if they were evaluated on the same data with the same metrics and protocols."""
         if not self.baselines_file.is_file():
+            if self.config.evaluation.baselines and self.benchmarks:
+                log.warning("the final table has no baselines: they are only evaluated when a run starts")
             return {}
         try:
             content = read_json(self.baselines_file, {"benchmarks": dict})

@@ -197,6 +197,8 @@ def _run(run: Path, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> s
         f"{config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in total. The run started from "
         f"{escape_markdown(without_paths(start)) if start else 'random weights'}."
     )
+    if share := config["trainer"].get("start_share"):
+        text += f" It ended with an average of the weights, in which those before training have the share {share}."
     if prefixes := ", ".join(map(str, config["objective"].get("matryoshka", []))):
         text += f" The first {prefixes} dimensions of a vector can be used alone (with cosine: normalize them)."
     block = "\n".join(["```", *dict.fromkeys(commands), "```"])
@@ -234,6 +236,8 @@ def _results(results: Results, measured: Mapping[str, BenchmarkTable], task: str
     info = results.info
     if task == "average":
         return "## Results\n\nThe run did not evaluate the average of its experts. Use `make eval model=THIS FOLDER`."
+    if not results.benchmarks:
+        return "## Results\n\nThe run was not evaluated. Use `make eval model=THIS FOLDER`."
     if not measured:
         return "## Results\n\nThe run measured another checkpoint or similarity. Use `make eval model=THIS FOLDER`."
     metrics = [Column(metric, ".4f", "highest") for metric in info.metrics]

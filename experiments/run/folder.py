@@ -4,7 +4,8 @@ config.yaml       resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
 experts.svg       last picture of tasks and experts, if diagnostics are on
-checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt, merged.ckpt
+checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt;
+                  start.ckpt and merged.ckpt with trainer.start_share
 results.json      final table; a run that has it is complete
 negatives/        mined hard negatives: one folder per mining, with its report
 runs/             TREC run files of the final table
@@ -146,7 +147,9 @@ def _is_complete(path: Path, config: Config) -> bool:
         return False
     results = read_json(path / "results.json", {"split": str, "metrics": list, "steps": int})
     evaluation = config.evaluation
-    same_protocol = results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
+    same_protocol = evaluation.split == "none" or (
+        results["split"] == evaluation.split and results["metrics"] == evaluation.metrics
+    )
     recorded, trained_steps = read_config(path), results["steps"]
     if isinstance(stopped_at := results.get("stopped_at"), int):
         if recorded.get("evaluation", {}).get("patience") == evaluation.patience:

@@ -136,7 +136,7 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
-    model: a run's folder (its best checkpoint, or else its last), a checkpoint of this project, SciMult's authors or
+    model: a run's folder (which file: see checkpoint_of), a checkpoint of this project, SciMult's authors or
         DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
     backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.

@@ -1,6 +1,7 @@
 """The command merge: fixed weights and weights chosen on dev data, and what can be done with a merged model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -163,12 +164,12 @@ def test_impossible_merges_are_refused_and_leave_no_folder(models, arguments, me
 
 
 def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
-    """Also after a resume, when the run's weights are no longer those of the start."""
+    """Also after a resume, when the run's weights are no longer those of the start, and the start has changed."""
     run, start = tmp_path / "run", load_encoder(models / "a")
     shared = [*TINY, "evaluation.split=none", "encoder.pooling=cls", f"init_from={models / 'a'}", f"run.dir={run}"]
+    shared += ["evaluation.every_n_steps=0", "trainer.start_share=0.25", "trainer.ema=0.5"]
     for steps in (2, 4):
-        length = [f"trainer.max_steps={steps}", "evaluation.every_n_steps=0"]
-        train("moe", [*shared, *length, "trainer.start_share=0.25"])
+        train("moe", [*shared, f"trainer.max_steps={steps}"])
         trained = load_encoder(run / "checkpoints" / "last.ckpt")
         expected = merged_encoder({"trained": trained, "start": start}, Weights((0.75, 0.25))).state_dict()
         found = load_encoder(run).state_dict()
@@ -176,6 +177,16 @@ def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
         assert any(not torch.equal(found[name], tensor) for name, tensor in trained.state_dict().items())
         results = json.loads((run / "results.json").read_text())
         assert (results["checkpoint"], results["checkpoint_step"]) == ("merged.ckpt", steps)
+        shutil.rmtree(models / "a")
+        load_encoder(models / "b").save_pretrained(models / "a")
+    with pytest.raises(UserError):  # the batches of a longer training differ
+        train("moe", [*shared, "trainer.max_steps=6", "data.batch_size=3"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in load_encoder(run).state_dict().items())
+    (run / "checkpoints" / "start.ckpt").unlink()
+    with pytest.raises(
+        UserError, match=r"start_share: .*start\.ckpt, the encoder before training, is missing; use make"
+    ):
+        train("moe", [*shared, "trainer.max_steps=6"])
 
 
 def test_random_weights_are_not_averaged_with_their_start(tmp_path, caplog):

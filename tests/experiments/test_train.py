@@ -435,6 +435,9 @@ def test_a_run_without_final_table_gets_it_later(tmp_path, capsys, caplog):
     systems = [table["systems"] for table in json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()]
     assert len(systems) == 3
     assert all("trained" in each for each in systems)
+    assert "the final table has no baselines: they are only evaluated when a run starts" in caplog.text
+    train("vanilla", [*quick, "evaluation.split=none"])
+    assert json.loads((tmp_path / "results.json").read_text())["split"] == "test"
 
 
 @pytest.mark.slow
