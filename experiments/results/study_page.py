@@ -39,7 +39,7 @@ def collect(study: Study) -> dict[str, Any]:
     if not systems:
         raise UserError("no job of the study is complete, so there is nothing to show")
     tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
-    incomplete = [job.name for job in study.jobs if not is_complete(study.folder, job)]
+    incomplete = list(_incomplete(study))
     transplants = study.settings.transplants
     named = {"held_out": study.settings.held_out}
     if not incomplete:  # until then, the only arms that have a task may be missing
@@ -101,6 +101,17 @@ def collect(study: Study) -> dict[str, Any]:
         ],
         "incomplete": incomplete,
     }
+
+
+def _incomplete(study: Study) -> Iterator[str]:
+    """Yield the arms without any result, and those that lack seeds, with these seeds."""
+    for arm in study.arms:
+        jobs = study.jobs_of(arm)
+        missing = [job for job in jobs if not is_complete(study.folder, job)]
+        if missing == jobs:
+            yield arm
+        elif missing:
+            yield f"{arm} (seed {' '.join(str(job.seed) for job in missing)})"
 
 
 def _group(study: Study, benchmark: str) -> str:

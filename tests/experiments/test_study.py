@@ -316,6 +316,15 @@ def test_benchmarks_that_do_not_fit_raise_user_error(make_study, old, new, messa
         collect(study)
 
 
+def test_what_is_missing_is_named_by_arm_and_seed(make_study):
+    study = make_study()
+    chosen = {"start", "one-seed0"}
+    JobRunner(study.folder, [job for job in study.jobs if job.name in chosen]).run()
+    content = collect(study)
+    assert content["incomplete"] == ["one (seed 1)", "both"]
+    assert "**Not complete:** one (seed 1), both." in page(content, "mine.svg")
+
+
 def test_arms_measured_on_other_data_are_refused(make_study):
     study = make_study()
     JobRunner(study.folder, study.jobs).run()
