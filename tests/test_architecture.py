@@ -118,7 +118,7 @@ def test_pure_modules_import_no_framework(path):
 
 
 def test_only_commands_that_read_training_data_import_lightning():
-    """It takes more than half of the time until a command starts."""
+    """It takes about a second, in addition to torch and transformers."""
     readers = {"train", "dry_run", "mine", "audit"}
     names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - readers - {"__init__", "__main__"}
     assert {"compare", "evaluate", "find", "merge"} <= names
