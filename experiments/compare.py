@@ -21,6 +21,7 @@ from experiments.results.comparison import (
     incomparable,
     largest_differences,
     open_systems,
+    seeds_of,
 )
 from experiments.results.delta_mtl import (
     compare_with_single_tasks,
@@ -159,7 +160,14 @@ def _compare_on(
         raise UserError(reason)
     table, metric = a[0].benchmarks[name], options.metric or a[0].main_metric(name)
     values_a, values_b, queries = aligned_values(a, b, name, metric)
-    comparison = compare(values_a, values_b, level=options.level, draws=options.draws, seed=options.seed)
+    comparison = compare(
+        values_a,
+        values_b,
+        level=options.level,
+        draws=options.draws,
+        seed=options.seed,
+        paired_seeds=seeds_of(a) == seeds_of(b) != (),
+    )
     count = EXAMPLES if options.examples is None else options.examples
     examples = largest_differences(a[0], b[0], name, queries, values_a.mean(0), values_b.mean(0), count)
     return {

@@ -20,7 +20,7 @@ from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks
 from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
 from experiments.config.experiment import runs_there
-from experiments.results.results import BenchmarkTable, EvaluationInfo, Results, read_results
+from experiments.results.results import BenchmarkTable, Results, RunInfo, read_results
 from lightning_modules.retrieval.trec import decode_id
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,12 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
     return MeasuredSystem(folder, system, results)
 
 
+def seeds_of(systems: Sequence[MeasuredSystem]) -> tuple[int, ...]:
+    """Return the seeds of the runs that systems are from, or () if one is not from a run or two have the same seed."""
+    seeds = [info.seed for system in systems if isinstance(info := system.results.info, RunInfo)]
+    return tuple(seeds) if len({*seeds}) == len(systems) else ()
+
+
 def aligned_values(
     a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], benchmark: str, metric: str
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -262,8 +268,9 @@ def _read_benchmark(folder: Path, name: str, split: str, packages: tuple[str, ..
     if (folder / "config.yaml").is_file():
         return benchmarks_of_run(folder, split, packages).get(name)
     info = read_results(folder / "results.json").info
-    command = info.command if isinstance(info, EvaluationInfo) else []
-    options, _ = parse_known(BenchmarkOptions, command)
+    if isinstance(info, RunInfo):
+        raise UserError(f"{folder}: config.yaml, which names the data of the run, is missing")
+    options, _ = parse_known(BenchmarkOptions, info.command)
     if options.benchmarks:
         options.benchmarks = (name,)
         return next(suite_benchmarks(options), None)

@@ -41,10 +41,18 @@ class Comparison:
     losses: int
 
 
-def compare(a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Comparison:
-    """Compare two systems on the same queries. a: (S, Q), b: (S', Q)."""
+def compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+    paired_seeds: bool = False,
+) -> Comparison:
+    """Compare two systems on the same queries. a: (S, Q), b: (S', Q). paired_seeds: as in bootstrap_interval."""
     differences = _differences(a, b)
-    low, high = bootstrap_interval([(a, b)], level=level, draws=draws, seed=seed)
+    low, high = bootstrap_interval([(a, b)], level=level, draws=draws, seed=seed, paired_seeds=paired_seeds)
     return Comparison(
         queries=len(differences),
         mean_a=float(a.mean()),

@@ -15,6 +15,7 @@ from lightning_modules.retrieval.evaluation import BenchmarkResult, mean_metrics
 from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.significance import compare
+from tests.experiments.test_results import RUN
 
 METRICS = ("ndcg@10", "recall@20")
 DIMENSIONS = 16
@@ -97,6 +98,18 @@ def test_seeds_are_averaged_for_each_query(tmp_path):
     assert comparison["mean_a"] == pytest.approx(np.mean(values[:3]))
     assert comparison["spread_a"] == pytest.approx(np.std(values[:3], ddof=1))
     assert comparison["difference"] == pytest.approx(np.mean(values[:3]) - np.mean(values[3:]))
+
+
+def test_runs_with_the_same_seeds_are_compared_seed_by_seed(tmp_path):
+    """Two copies of three runs: what a seed does cancels if the seeds are paired, and not otherwise."""
+    folders = [measured(tmp_path / f"run{seed}", (0.2, 0.5, 0.8)[seed], seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        content = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(content | RUN | {"seed": seed}))
+    a, b = ",".join(map(str, folders)), ",".join(map(str, reversed(folders)))
+    paired, unpaired = (compared(tmp_path, a, other)["benchmarks"]["generated"] for other in (a, b))
+    assert (paired["low"], paired["high"]) == pytest.approx((0, 0), abs=1e-12)
+    assert unpaired["high"] - unpaired["low"] > 0.1
 
 
 def test_queries_with_the_largest_differences_are_described(tmp_path):
