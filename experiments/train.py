@@ -144,14 +144,8 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
             log.info("the layers were compiled %d times", num_graphs())
         record_end(folder, time.perf_counter() - start)
         raise_if_preempted(trainer)
-        with_best = config.evaluation.every_n_steps and (folder.path / BEST).is_file()
-        checkpoint = folder.path / (BEST if with_best else LAST)
+        checkpoint = final_checkpoint(config, folder.path, trainer, ends_with_merge)
         step = read_checkpoint(checkpoint)["global_step"]
-        if ends_with_merge:
-            if trainer.is_global_zero:
-                merge_with_start(checkpoint, folder.path / START, config.trainer.start_share, folder.path / MERGED)
-            trainer.strategy.barrier()
-            checkpoint = folder.path / MERGED
         # Not module.device: Lightning has moved the module to the CPU by now.
         encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
         table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
@@ -181,6 +175,21 @@ def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> 
         state = {f"encoder.{name}": tensor for name, tensor in module.encoder.state_dict().items()}
         write_checkpoint({"state_dict": state}, path)
     return True
+
+
+def final_checkpoint(config: Config, folder: Path, trainer: L.Trainer, ends_with_merge: bool) -> Path:
+    """Return the checkpoint of the trained encoder: the best, or else the last, or its average with the start.
+
+    The first rank writes the average, and the others wait for it.
+    """
+    with_best = config.evaluation.every_n_steps and (folder / BEST).is_file()
+    checkpoint = folder / (BEST if with_best else LAST)
+    if not ends_with_merge:
+        return checkpoint
+    if trainer.is_global_zero:
+        merge_with_start(checkpoint, folder / START, config.trainer.start_share, folder / MERGED)
+    trainer.strategy.barrier()
+    return folder / MERGED
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:

@@ -20,6 +20,7 @@ from experiments.results.interference import (
     interference,
     interference_table,
 )
+from experiments.results.results import BenchmarkTable
 from experiments.run.jobs import is_complete, seconds_of
 from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown
 from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
@@ -49,20 +50,7 @@ def collect(study: Study) -> dict[str, Any]:
             raise UserError(
                 f"{key}: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
             )
-    first = next(iter(systems.values()))[0]
-    benchmarks = {
-        name: {
-            "task": table.task,
-            "group": _group(study, name),
-            "metric": first.main_metric(name),
-            **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
-        }
-        for name, table in tables.items()
-    }
-    everything = [system for seeds in systems.values() for system in seeds]
-    for name in benchmarks:
-        if reason := incomparable([system for system in everything if name in system.benchmarks], name):
-            raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
+    benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds])
     check_transplants(transplants, benchmarks)
     arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
 
@@ -100,6 +88,24 @@ def collect(study: Study) -> dict[str, Any]:
             for row in interference(arm, arms[arm]["runs"], seeds, transplants, benchmarks)
         ],
         "incomplete": incomplete,
+    }
+
+
+def _benchmarks(
+    study: Study, tables: Mapping[str, BenchmarkTable], systems: Sequence[MeasuredSystem]
+) -> dict[str, dict[str, Any]]:
+    """Describe each benchmark. Raises UserError if two systems were evaluated on different data."""
+    for name in tables:
+        if reason := incomparable([system for system in systems if name in system.benchmarks], name):
+            raise UserError(f"{name}: arms cannot be compared ({reason}); evaluate them again on the same data")
+    return {
+        name: {
+            "task": table.task,
+            "group": _group(study, name),
+            "metric": systems[0].main_metric(name),
+            **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
+        }
+        for name, table in tables.items()
     }
 
 

@@ -164,7 +164,7 @@ def test_impossible_merges_are_refused_and_leave_no_folder(models, arguments, me
 
 
 def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
-    """Also after a resume, when the run's weights are no longer those of the start, and the start has changed."""
+    """A resumed run still averages with the model that it began from, even if its folder holds another one by now."""
     run, start = tmp_path / "run", load_encoder(models / "a")
     shared = [*TINY, "evaluation.split=none", "encoder.pooling=cls", f"init_from={models / 'a'}", f"run.dir={run}"]
     shared += ["evaluation.every_n_steps=0", "trainer.start_share=0.25", "trainer.ema=0.5"]

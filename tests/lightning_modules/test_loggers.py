@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config.schema import LOGGERS
 from lightning_modules.loggers import LIGHTNING_LOGGERS, JsonlLogger, LightningLogger
 
 
@@ -112,6 +113,11 @@ def test_each_start_of_a_run_writes_a_csv_file(tmp_path):
         [("3", "2.3"), ("4", "2.4"), ("5", "2.5")],
     ]
     assert tables[1][-1]["test/mean/ndcg@10"] == "0.5"
+
+
+def test_the_configuration_knows_the_loggers():
+    """It names them itself, so that most commands need not import Lightning."""
+    assert tuple(LIGHTNING_LOGGERS) == LOGGERS
 
 
 @pytest.mark.parametrize("folder", ["$HOME", "${HOME}/run", "~", "~root"])
