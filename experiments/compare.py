@@ -71,7 +71,8 @@ class CompareOptions:
     seed: int = option(0, "seed for the draws", minimum=0)
     examples: int | None = option(
         None,
-        f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
+        f"number of queries to show for each side, largest differences first; by default {EXAMPLES} where a difference "
+        "is marked",
         minimum=0,
     )
     format: Format = format_option()

@@ -32,4 +32,8 @@ class OptimOptions:
         "pull of the experts towards their mean: each step removes the share lr * expert_decay of their distance to it",
         minimum=0,
     )
-    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
+    layer_decay: float = option(
+        1.0,
+        "learning rate of a layer, as a share of that of the layer above, such as 0.9; 1: the same for all",
+        above=0,
+    )

@@ -67,8 +67,8 @@ class DataConfig:
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
     collection_temperature: float = option(
         1.0,
-        "temperature of the collections of a task: their shares of its batches are their numbers of examples to the "
-        "power 1 / collection_temperature, so a higher one is more even",
+        "shares of a task's collections in its batches: proportional to their numbers of examples to the power "
+        "1 / collection_temperature, so a higher one is more even",
         minimum=0.1,
     )
     mixed_batches: bool = option(
@@ -162,8 +162,8 @@ class TrainerConfig:
     )
     start_share: float = option(
         0.0,
-        "share of the weights before training in an average that is evaluated and saved as merged.ckpt after training, "
-        "such as 0.3, against forgetting; 0: none",
+        "after training, average the best checkpoint with the weights before training, which get this share, such as "
+        "0.3, against forgetting; the average is evaluated, and saved as merged.ckpt; 0: none",
         minimum=0,
         below=1,
     )
