@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.records import UserError, check_choice
+from datamodules.records import UserError, check_choice, is_in, reason
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import (
     check_size,
@@ -28,7 +28,6 @@ from lightning_modules.encoders.backbone import (
     meta_backbone,
     quiet_transformers,
     reading,
-    reason,
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
@@ -101,11 +100,6 @@ def build(
         raise UserError(f"{source}: {error}") from error
     except Exception as error:  # a damaged description can raise anything
         raise UserError(f"{source}: cannot build a {kind.__name__} from its description ({reason(error)})") from error
-
-
-def is_in(module: str, packages: Sequence[str]) -> bool:
-    """Return whether a module is one of the packages, or inside one."""
-    return any(module == package or module.startswith(f"{package}.") for package in packages if package)
 
 
 def _encoder_class(path: object, packages: Sequence[str]) -> type[Encoder]:
