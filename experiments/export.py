@@ -124,7 +124,12 @@ def main(arguments: Sequence[str]) -> None:
                 save_dense(encoder, task, place, similarity)
                 plain = dense(encoder, task)
             hub = options.hub_details(task)
-            write_card(place, plain, options.model, run, similarity, task, fingerprint=measured, hub=hub)
+            write_card(
+                *(place, plain, options.model, run, similarity, task),
+                origin=encoder.origin,
+                fingerprint=measured,
+                hub=hub,
+            )
             (place / MARKER).write_text(MARKER_TEXT)
             if options.onnx:
                 save_onnx(place)

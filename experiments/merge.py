@@ -201,7 +201,12 @@ class Search:
         """Return the content of merge.json."""
         return {
             "members": [
-                {"model": name, "fingerprint": fingerprint(encoder), "weight": weight / sum(weights.members)}
+                {
+                    "model": name,
+                    "checkpoint": encoder.origin,
+                    "fingerprint": fingerprint(encoder),
+                    "weight": weight / sum(weights.members),
+                }
                 for (name, encoder), weight in zip(self.members.items(), weights.members, strict=True)
             ],
             "parts": dict(weights.parts),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import read_json, write_json
+from datamodules.files import RECREATED, read_json, write_json
 from datamodules.records import UserError, check_name
 
 OMITTED_IF_NONE = (
@@ -155,16 +155,24 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
+    """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
     content = read_json(path, {"benchmarks": dict})
     if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
-        raise UserError(f"{path}: expected a list as metrics")
+        raise UserError(f"{path}: expected a list as metrics. {RECREATED}")
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo
         return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: expected the results of benchmarks") from error
+        raise UserError(f"{path}: expected the results of benchmarks. {RECREATED}") from error
+
+
+def read_run_results(path: Path) -> tuple[Results, RunInfo]:
+    """Read the results.json of a training run."""
+    results = read_results(path)
+    if not isinstance(results.info, RunInfo):
+        raise UserError(f"{path}: expected the results of a training run. {RECREATED}")
+    return results, results.info
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:
