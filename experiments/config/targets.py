@@ -71,11 +71,16 @@ def check_targets(config: Config) -> None:
             raise unknown("task in mining.judges", name, config.tasks)
         key = f"mining.judges.{name}"
         config.mining.judges[name] = check_target(key, node, Judge, JUDGE_ARGUMENTS, packages=allowed) if node else None
+    check_readers(config)
+
+
+def check_readers(config: Config) -> None:
+    """Check the nodes of readers, and convert their arguments. Folders get the class of their reader."""
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
             node = with_reader(key, node, settings.kind)
-            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=allowed)
+            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=config.extend.packages)
 
 
 def check_target(

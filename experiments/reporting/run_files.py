@@ -13,7 +13,8 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.experiment import read_config, runs_there
+from experiments.config.experiment import read_config
+from experiments.config.run_config import runs_there
 from experiments.results.results import Results, read_results
 from experiments.run.folder import read_manifest
 from experiments.run.trials import read_rows
