@@ -69,6 +69,12 @@ def check_options(options: Any, prefix: str = "") -> None:
                 raise UserError(f"{path}: expected {describe_bounds(field)}, got {item!r}")
 
 
+def check_number(name: str, value: float, **bounds: float) -> None:
+    """Raise UserError for an argument outside its bounds. bounds: minimum, above, maximum and below, as in option."""
+    if not _within(value, bounds):
+        raise UserError(f"{name}: expected {_in_words(bounds)}, got {value!r}")
+
+
 def _shortened(number: int) -> str:
     digits = str(number) if number.bit_length() < 10_000 else "one of thousands of digits"
     return digits if len(digits) <= 40 else f"{digits[:20]}... ({len(digits)} digits)"
@@ -85,7 +91,10 @@ def literal_choices(hint: Any) -> tuple[Any, ...]:
 
 def describe_bounds(field: dataclasses.Field) -> str:
     """Return the range of a numeric field in words, such as "a number above 0"; "" without bounds."""
-    bounds = field.metadata.get("bounds", {})
+    return _in_words(field.metadata.get("bounds", {}))
+
+
+def _in_words(bounds: Mapping[str, float]) -> str:
     words = {"minimum": "of at least", "above": "above", "maximum": "at most", "below": "below"}
     limits = " and ".join(
         f"{words[name]} {bound if isinstance(bound, int) else format(bound, 'g')}" for name, bound in bounds.items()

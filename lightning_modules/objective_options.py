@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,7 +17,9 @@ class GuideOptions:
 
     model: str | None = option(None, "frozen model that finds false negatives: a run, checkpoint, folder or hub name")
     margin: float = option(
-        0.0, "documents that the guide scores above the positives minus this margin are not negatives", minimum=0
+        0.0,
+        "documents that the guide scores above the positives minus this margin are not negatives",
+        minimum=0,
     )
     kind: Literal["absolute", "relative"] = option(
         "absolute", "whether the margin is a difference of scores or a share of the positive's score"
@@ -39,9 +40,9 @@ class TeacherOptions:
     candidates: Literal["batch", "own"] = option(
         "batch", "compare on all documents that are not masked, or on the query's own positives and hard negatives"
     )
-    temperature: float = option(0.05, "temperature of the teacher's softmax", above=0)
+    temperature: float = option(0.05, "temperature of the teacher's softmax", minimum=1e-6, maximum=1e6)
     similarity: Literal["cosine", "dot"] = option("cosine", "similarity of the teacher's vectors")
-    weight: float = option(1.0, "weight of the distillation loss; InfoNCE has weight 1", above=0)
+    weight: float = option(1.0, "weight of the distillation loss; InfoNCE has weight 1", above=0, maximum=1e6)
 
 
 @dataclass
@@ -86,8 +87,12 @@ class ObjectiveOptions:
     learn_temperature: Literal["no", "one", "per_task"] = option(
         "no", "learn one temperature for all tasks, or one per task"
     )
-    temperature_range: list[float] = option([0.01, 100.0], "lowest and highest value of a learned temperature", above=0)
-    temperature_lr: float | None = option(None, "peak learning rate of the temperature; by default optim.lr", above=0)
+    temperature_range: list[float] = option(
+        [0.01, 100.0], "lowest and highest value of a learned temperature", minimum=1e-6, maximum=1e6
+    )
+    temperature_lr: float | None = option(
+        None, "peak learning rate of the temperature; by default optim.lr", above=0, maximum=10
+    )
     mask_known_positives: bool = option(True, "never use a known positive of a query as its negative")
     mask_same_text: bool = option(True, "mask negatives whose text equals the query or one of its positives")
     positives: Literal["mean_log", "log_mean"] = option(
@@ -100,7 +105,9 @@ class ObjectiveOptions:
         "sizes of shorter vectors (the first dimensions) to train along with the full ones, such as [64, 128]",
         above=0,
     )
-    matryoshka_weights: list[float] = option([], "weight of the loss of each shorter size; by default 1", above=0)
+    matryoshka_weights: list[float] = option(
+        [], "weight of the loss of each shorter size; by default 1", above=0, maximum=1e6
+    )
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)
@@ -109,14 +116,21 @@ class ObjectiveOptions:
         "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how "
         "their gradients are combined",
     )
-    uncertainty_lr: float = option(0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0)
-    dwa_temperature: float = option(2.0, "DWA: higher values bring the weights of the tasks closer together", above=0)
-    dwa_window: int = option(
-        50, "DWA: batches of each task in a window; the mean losses of the last two windows are compared", minimum=1
+    uncertainty_lr: float = option(
+        0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0, maximum=10
     )
-    gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0)
-    gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0)
-    task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0)
+    dwa_temperature: float = option(
+        2.0, "DWA: higher values bring the weights of the tasks closer together", minimum=1e-3, maximum=1e6
+    )
+    dwa_window: int = option(
+        50,
+        "DWA: batches of each task in a window; the mean losses of the last two windows are compared",
+        minimum=1,
+        maximum=1_000_000,
+    )
+    gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0, maximum=100)
+    gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0, maximum=10)
+    task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0, maximum=1e6)
     score_memory: int = option(512, "MiB for the scores of a batch; larger matrices are computed in blocks", above=0)
 
 
@@ -163,8 +177,8 @@ def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: 
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise UserError(f"{key}_range: expected a lower and a higher number, got {bounds}")
     for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{key}: expected a number above 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
+            raise UserError(f"{key}: expected a number of at least 1e-6 and at most 1e6, got {value!r}")
         if options.learn_temperature != "no" and not bounds[0] <= value <= bounds[1]:
             raise UserError(f"{key}: expected a number in {prefix}temperature_range {bounds}, got {value}")
 
@@ -172,8 +186,8 @@ def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: 
 def _check_vector_teacher(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
     teacher, prefix = options.vector_teacher, f"{prefix}vector_teacher."
     for key, value in _values_by_key(f"{prefix}weight", teacher.weight, tasks).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UserError(f"{key}: expected a number of at least 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
+            raise UserError(f"{key}: expected a number of at least 0 and at most 1e6, got {value!r}")
     if teacher.model and teacher.asymmetric and options.similarity != "cosine":
         raise UserError(f"{prefix}asymmetric: needs similarity=cosine, because the teacher's vectors are normalised")
 

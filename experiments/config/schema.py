@@ -41,7 +41,7 @@ class PhaseConfig:
     """A phase of the curriculum, which changes the shares of the tasks."""
 
     from_step: int = option(MISSING, "first optimizer step of the phase", minimum=0)
-    weights: dict[str, float] = option({}, "relative share of the steps of each task", above=0)
+    weights: dict[str, float] = option({}, "relative share of the steps of each task", above=0, maximum=1e9)
 
 
 @dataclass
@@ -55,21 +55,23 @@ class DataConfig:
     on_error: Literal["fail", "skip"] = option(
         "fail", "at a bad line, fail, or skip it and write it to quarantine.jsonl in the run's folder"
     )
-    batch_size: int = option(32, "queries per batch and rank", minimum=1)
+    batch_size: int = option(32, "queries per batch and rank", minimum=1, maximum=1_000_000)
     batch_tokens: int = option(
         0,
         "tokens per batch and rank (queries, positives, hard negatives), instead of batch_size; 0: use batch_size",
         minimum=0,
+        maximum=1_000_000_000,
     )
     max_length: int = option(256, "maximum number of tokens of a text: [CLS], at least one word, [SEP]", minimum=3)
     token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
-    num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1)
-    num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
+    num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1, maximum=10_000)
+    num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0, maximum=10_000)
     collection_temperature: float = option(
         1.0,
         "shares of a task's collections in its batches: proportional to their numbers of examples to the power "
         "1 / collection_temperature, so a higher one is more even",
         minimum=0.1,
+        maximum=1e6,
     )
     mixed_batches: bool = option(
         False, "mix the collections of a task in each batch, in the same shares; by default a batch has one of them"
@@ -79,6 +81,7 @@ class DataConfig:
         "processes that prepare batches on each rank; 0: the training process itself; by default one for each "
         "spare core, up to 4, on a GPU, and 0 on a CPU",
         minimum=0,
+        maximum=1024,
     )
     on_leak: Literal["ignore", "warn", "strip", "error"] = option(
         "warn",
@@ -93,9 +96,11 @@ class DataConfig:
         "examples), temperature (by that number to the power 1 / schedule_temperature), weights (by data.weights)",
     )
     schedule_temperature: float = option(
-        2.0, "temperature of schedule=temperature; 1 is proportional, higher is more even", above=0
+        2.0, "temperature of schedule=temperature; 1 is proportional, higher is more even", minimum=0.1, maximum=1e6
     )
-    weights: dict[str, float] = option({}, "relative share of the steps of each task, for schedule=weights", above=0)
+    weights: dict[str, float] = option(
+        {}, "relative share of the steps of each task, for schedule=weights", above=0, maximum=1e9
+    )
     curriculum: list[PhaseConfig] = option([], "phases that change the weights during training")
 
 
@@ -107,7 +112,7 @@ class MiningConfig(MiningOptions):
         0, "number of optimizer steps after which to mine again with the current model; 0: never", minimum=0
     )
     every_n_epochs: float = option(
-        0.0, "number of passes over all examples after which to mine again; 0: never", minimum=0
+        0.0, "number of passes over all examples after which to mine again; 0: never", minimum=0, maximum=1e6
     )
     first_step: int | None = option(
         None, "step of the first mining, by default after one interval; 0 mines before training", minimum=0
@@ -138,7 +143,7 @@ class MiningConfig(MiningOptions):
 class TrainerConfig:
     """Length of the training, hardware, and precision."""
 
-    max_steps: int = option(1000, "number of optimizer steps", minimum=1)
+    max_steps: int = option(1000, "number of optimizer steps", minimum=1, maximum=1_000_000_000)
     max_epochs: float = option(
         0.0,
         "number of passes over the examples of all tasks, instead of max_steps; 0: use max_steps",
@@ -146,8 +151,8 @@ class TrainerConfig:
         maximum=1e6,
     )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "hardware; auto: GPUs if there are any")
-    devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1)
-    num_nodes: int = option(1, "number of machines", minimum=1)
+    devices: int = option(1, "processes (ranks) per node; -1: one per GPU", minimum=-1, maximum=1024)
+    num_nodes: int = option(1, "number of machines", minimum=1, maximum=100_000)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
         "auto",
         "auto: bf16 on hardware made for it (GPUs, CPUs with AMX), else fp32; fp16 is for GPUs without bf16, tf32 is "
@@ -167,9 +172,9 @@ class TrainerConfig:
         minimum=0,
         below=1,
     )
-    gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
+    gradient_clip_val: float = option(1.0, "maximum norm of the gradient; 0: no clipping", minimum=0, maximum=1e9)
     accumulate_grad_batches: int = option(
-        1, "batches per optimizer step (per task with data.schedule=together)", minimum=1
+        1, "batches per optimizer step (per task with data.schedule=together)", minimum=1, maximum=1_000_000
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     grad_cache: bool = option(
@@ -181,12 +186,13 @@ class TrainerConfig:
     compile: Literal["auto", "yes", "no"] = option(
         "auto", "torch.compile for the layers; auto: on a GPU, in runs that are long enough to pay for it"
     )
-    timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1)
+    timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1, maximum=10_000_000)
     log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
     peak_tflops: float = option(
         0.0,
         "speed of a device that MFU is relative to, in TFLOP/s; 0 measures a matrix product at the start",
         minimum=0,
+        maximum=1e9,
     )
 
 
@@ -195,7 +201,7 @@ class CheckpointConfig:
     """Checkpointing: when to save, and what to keep."""
 
     every_n_steps: int = option(200, "optimizer steps between two checkpoints", minimum=1)
-    keep: int = option(2, "number of checkpoints to keep, including the last one", minimum=1)
+    keep: int = option(2, "number of checkpoints to keep, including the last one", minimum=1, maximum=10_000)
 
 
 @dataclass
@@ -237,7 +243,7 @@ class WandbConfig:
     group: str | None = option(None, "group; by default, experiment and scale")
     tags: list[str] = option([], "tags, in addition to experiment, scale and seed")
     checkpoints: bool = option(False, "upload the checkpoint that the final table measures as an artifact")
-    finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0)
+    finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0, maximum=10_000_000)
 
 
 @dataclass
@@ -247,14 +253,18 @@ class TaskConfig:
     kind: Literal["classification", "link_prediction", "search"] = option(MISSING, "kind of the task")
     expert: str = option(MISSING, "name of the expert that serves the task")
     instruction: str = option("", "sentence that describes the task, for encoders that read instructions")
-    batch_size: int | None = option(None, "queries per batch and rank; by default, data.batch_size", minimum=1)
+    batch_size: int | None = option(
+        None, "queries per batch and rank; by default, data.batch_size", minimum=1, maximum=1_000_000
+    )
     max_length: int | None = option(None, "maximum number of tokens; by default, data.max_length", minimum=3)
-    num_positives: int | None = option(None, "positives per query; by default, data.num_positives", minimum=1)
+    num_positives: int | None = option(
+        None, "positives per query; by default, data.num_positives", minimum=1, maximum=10_000
+    )
     num_hard_negatives: int | None = option(
-        None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0
+        None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0, maximum=10_000
     )
     collection_temperature: float | None = option(
-        None, "temperature of its collections; by default, data.collection_temperature", minimum=0.1
+        None, "temperature of its collections; by default, data.collection_temperature", minimum=0.1, maximum=1e6
     )
     mixed_batches: bool | None = option(None, "mix its collections in each batch; by default, data.mixed_batches")
     data: dict[str, Any] = option(

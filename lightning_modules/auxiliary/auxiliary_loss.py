@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import UserError
 
 if TYPE_CHECKING:  # because Lightning takes seconds to import
     from datamodules.batches import CompanionSource, ContrastiveDataModule
@@ -37,10 +37,9 @@ class AuxiliaryLoss(nn.Module, ABC):
 
     def __init__(self, weight: float = 1.0, lr: float | None = None):
         super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"weight: expected a number of at least 0, got {weight}")
-        if lr is not None and not 0 < lr < float("inf"):
-            raise UserError(f"lr: expected a number above 0, got {lr}")
+        check_number("weight", weight, minimum=0, maximum=1e6)
+        if lr is not None:
+            check_number("lr", lr, above=0, maximum=10)
         self.weight, self.lr = weight, lr
 
     def prepare(self, data: ContrastiveDataModule) -> None:

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from datamodules.tasks import TaskDataModule
@@ -75,15 +76,11 @@ class CrossTaskConsistency(AuxiliaryLoss):
         warmup: float = 0.5,
     ):
         super().__init__(weight, lr)
-        for name, value, minimum in (("candidates", candidates, 2), ("hidden", hidden, 1)):
-            if value < minimum:
-                raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature: expected a number above 0, got {temperature}")
-        if not 0 <= trunk_weight < float("inf"):
-            raise UserError(f"trunk_weight: expected a number of at least 0, got {trunk_weight}")
-        if not 0 <= warmup < 1:
-            raise UserError(f"warmup: expected a share of the training of at least 0 and below 1, got {warmup}")
+        check_number("candidates", candidates, minimum=2, maximum=1_000_000)
+        check_number("hidden", hidden, minimum=1, maximum=100_000)
+        check_number("temperature", temperature, minimum=1e-6, maximum=1e6)
+        check_number("trunk_weight", trunk_weight, minimum=0, maximum=1e6)
+        check_number("warmup", warmup, minimum=0, below=1)
         self.candidates, self.temperature = candidates, temperature
         self.trunk_weight, self.warmup = trunk_weight, warmup
         self.network = JointSpace(ordered_pairs(tasks, pairs), dimension, hidden)

@@ -19,7 +19,6 @@ Shapes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from random import Random
 
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -93,13 +93,11 @@ class CrossTaskDistillation(AuxiliaryLoss):
                 check_other_task(f"teachers.{student}", student, teacher, tasks)
             if len(set(names)) < len(names):
                 raise UserError(f"teachers.{student}: expected each task once, got {', '.join(names)}")
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature: expected a number above 0, got {temperature}")
-        if margin is not None and not 0 <= margin < math.inf:
-            raise UserError(f"margin: expected a number of at least 0, or null, got {margin}")
+        check_number("temperature", temperature, minimum=1e-6, maximum=1e6)
+        if margin is not None:
+            check_number("margin", margin, minimum=0, maximum=1e6)
         for name, value in (("slope", slope), ("intercept", intercept)):
-            if not math.isfinite(value):
-                raise UserError(f"{name}: expected a finite number, got {value}")
+            check_number(name, value, minimum=-1e6, maximum=1e6)
         self.teachers, self.tasks = teachers, list(tasks)
         self.temperature, self.margin, self.correct_negatives = temperature, margin, correct_negatives
         self.similarity = (objective or ObjectiveOptions()).similarity

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.co_annotation import lists_at, padded_lists
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import Ragged, UserError
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
@@ -150,10 +151,8 @@ class DistributionMatching(AuxiliaryLoss):
         if teacher not in TEACHERS:
             raise UserError(f"teacher: expected one of {', '.join(TEACHERS)}, got {teacher!r}")
         for key, value, minimum in (("smoothing", smoothing, 0), ("max_labels", max_labels, 1)):
-            if not minimum <= value < float("inf"):
-                raise UserError(f"{key}: expected a number of at least {minimum}, got {value}")
-        if not 0 < certain <= 1:
-            raise UserError(f"certain: expected a number above 0 and at most 1, got {certain}")
+            check_number(key, value, minimum=minimum, maximum=1e9)
+        check_number("certain", certain, above=0, maximum=1)
         self.source, self.target, self.relation_name, self.known, self.certain = (
             source,
             target,

@@ -36,6 +36,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.citation_graph import CitationGraph, graph_of
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -118,12 +119,9 @@ class GroupLoss(AuxiliaryLoss):
     ):
         super().__init__(weight)
         for name, value, minimum in (("steps", steps, 2), ("positives", positives, 1), ("negatives", negatives, 1)):
-            if value < minimum:
-                raise UserError(f"{name}: expected a number of at least {minimum}, got {value}")
-        if not abs(margin) < float("inf"):
-            raise UserError(f"margin: expected a finite number, got {margin}")
-        if not 0 <= share <= 1:
-            raise UserError(f"share: expected a number from 0 to 1, got {share}")
+            check_number(name, value, minimum=minimum, maximum=10_000)
+        check_number("margin", margin, minimum=-1e6, maximum=1e6)
+        check_number("share", share, minimum=0, maximum=1)
         self.steps, self.positives, self.negatives = steps, positives, negatives
         self.margin, self.share, self.graph = margin, share, graph
         self._samplers: dict[str, GroupSampler] = {}

@@ -21,7 +21,6 @@ Shapes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 
@@ -33,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ContrastiveDataModule
 from datamodules.co_annotation import MATCHES, known_annotations, padded_lists, paper_keys
+from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from datamodules.tasks import LinkPredictionDataModule, TaskDataModule
@@ -117,10 +117,9 @@ class QuadrupletRanking(AuxiliaryLoss):
         for task, other in labels.items():
             check_other_task(f"labels.{task}", task, other, tasks)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name}: expected a number of at least 0, got {value}")
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise UserError(f"temperature: expected a number above 0, got {temperature}")
+            check_number(name, value, minimum=0, maximum=1e6)
+        if temperature is not None:
+            check_number("temperature", temperature, minimum=1e-6, maximum=1e6)
         if match not in MATCHES:
             raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
         self.labels, self.beta1, self.beta2 = labels, beta1, beta2

@@ -14,8 +14,8 @@ from datamodules.records import UserError
 class LoraOptions:
     """LoRA: train two small matrices for each linear layer instead of its weights. It needs the package peft."""
 
-    rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0)
-    alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0)
+    rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0, maximum=100_000)
+    alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0, maximum=1e6)
     dropout: float = option(0.0, "dropout of the inputs of the matrices", minimum=0, below=1)
     targets: list[str] = option(
         [], "ends of the names of linear layers, such as [query, value]; by default attention, and all of experts"
@@ -30,7 +30,9 @@ class BackboneOptions:
         None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"
     )
     config: dict[str, Any] = option({}, "shape of a random BERT: fields of transformers.BertConfig")
-    vocab_size: int = option(8192, "number of tokens of a random BERT, taken from the training texts", minimum=1)
+    vocab_size: int = option(
+        8192, "number of tokens of a random BERT, taken from the training texts", minimum=1, maximum=10_000_000
+    )
     dropout: float | None = option(
         None, "dropout of embeddings and sub-layers, by default the backbone's", minimum=0, below=1
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datamodules.options import check_number
 from datamodules.packed import Tokens
 from datamodules.records import UserError, check_choice
 from lightning_modules.encoders.attention import AttentionContext
@@ -66,8 +67,7 @@ class RoutedEncoder(Encoder):
             raise UserError("a routed encoder needs experts in attention, ffn or both")
         if level == "token" and attention:
             raise UserError("level: tokens are routed only in the feed-forward sub-layer; set attention=false")
-        if gumbel_temperature <= 0:
-            raise UserError(f"gumbel_temperature: expected a number above 0, got {gumbel_temperature}")
+        check_number("gumbel_temperature", gumbel_temperature, minimum=1e-6, maximum=1e6)
         self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.num_experts, self.level, self.gate_per_layer = num_experts, level, gate_per_layer
         self.gumbel_temperature, self.entropy_weight = gumbel_temperature, entropy_weight

@@ -12,8 +12,10 @@ from datamodules.options import option
 class MiningOptions:
     """Which candidates become hard negatives. The filters apply in the order of the fields."""
 
-    k: int = option(100, "number of candidates per query", above=0)
-    num_negatives: int = option(8, "number of hard negatives per query; each step draws from them", above=0)
+    k: int = option(100, "number of candidates per query", above=0, maximum=1_000_000)
+    num_negatives: int = option(
+        8, "number of hard negatives per query; each step draws from them", above=0, maximum=10_000
+    )
     same_text: bool = option(True, "drop candidates with the text of the query or of one of its positives")
     first_rank: int = option(
         0, "number of nearest candidates to drop, because they are the most likely unjudged positives", minimum=0
@@ -22,19 +24,22 @@ class MiningOptions:
         0.05, "keep candidates that score below (1 - margin) times the positive; null for all", minimum=0, below=1
     )
     absolute_margin: float | None = option(
-        None, "keep candidates that score below the positive by this margin; null for all", minimum=0
+        None, "keep candidates that score below the positive by this margin; null for all", minimum=0, maximum=1e6
     )
     positive: Literal["mean", "lowest", "highest"] = option(
         "mean", "which score the margins use if a query has several positives"
     )
     guide: str | None = option(None, "folder, checkpoint or hub name of a guide model; null for none")
     guide_margin: float = option(
-        0.0, "keep candidates that the guide model scores below the positive by this margin, in cosine", minimum=0
+        0.0,
+        "keep candidates that the guide model scores below the positive by this margin, in cosine",
+        minimum=0,
+        maximum=2,
     )
     sampling: Literal["top", "random", "softmax"] = option(
         "top", "which remaining candidates to keep: the best, random ones, or a sample by the softmax of the scores"
     )
-    sampling_temperature: float = option(0.05, "temperature of sampling=softmax", above=0)
+    sampling_temperature: float = option(0.05, "temperature of sampling=softmax", minimum=1e-6, maximum=1e6)
     memory_mb: int = option(512, "memory for scores, in MB, not counting the vectors", above=0)
     backend: Literal["auto", "faiss", "torch"] = option("auto", "library for exact search; the result is the same")
 

@@ -767,7 +767,7 @@ def test_expert_decay_without_experts_is_refused_before_training(tmp_path):
         ),
         (["data.curriculum=[{weights: {search: 1}}]"], "no value for data.curriculum"),
         (["optim.lr_scale={serach: 1}"], "optim.lr_scale: unknown part 'serach'; the parts of this encoder are"),
-        (["optim.lr_scale={search: -1}"], "optim.lr_scale.search: expected a number of at least 0, got -1"),
+        (["optim.lr_scale={search: -1}"], "optim.lr_scale.search: expected a number of at least 0"),
         (["task.search.collection_temperature=0"], r"task\.search\.collection_temperature: expected .* got 0"),
         (["task.search.batch_size=0"], r"task\.search\.batch_size: expected .* got 0"),
         (["task.search.max_length=2"], r"task\.search\.max_length: expected .* got 2"),
@@ -821,7 +821,7 @@ def test_every_balance_takes_two_steps(tmp_path, balance):
         (["objective.balance=upgrad", "data.schedule=temperature"], "upgrad compares"),
         (["objective.balance=dwa", "tasks=[search]"], "dwa needs several tasks"),
         (["objective.gradnorm_lr=0"], "objective.gradnorm_lr: expected a number above 0"),
-        (["objective.dwa_temperature=0"], "objective.dwa_temperature: expected a number above 0"),
+        (["objective.dwa_temperature=0"], "objective.dwa_temperature: expected a number of at least 0.001"),
         (["objective.dwa_window=0"], "objective.dwa_window: expected a number of at least 1"),
     ],
 )

@@ -139,12 +139,12 @@ def test_query_without_a_group_has_no_loss(make_encoder, make_task):
 
 def test_impossible_options_and_tasks_raise_user_errors(make_encoder, make_task, tmp_path):
     for options, message in (
-        ({"steps": 1}, "steps: expected a number of at least 2, got 1"),
-        ({"positives": 0}, "positives: expected a number of at least 1, got 0"),
-        ({"negatives": 0}, "negatives: expected a number of at least 1, got 0"),
-        ({"margin": float("nan")}, "margin: expected a finite number, got nan"),
-        ({"share": 1.5}, "share: expected a number from 0 to 1, got 1.5"),
-        ({"weight": -1}, "weight: expected a number of at least 0, got -1"),
+        ({"steps": 1}, "steps: expected a number of at least 2"),
+        ({"positives": 0}, "positives: expected a number of at least 1"),
+        ({"negatives": 0}, "negatives: expected a number of at least 1"),
+        ({"margin": float("nan")}, "margin: expected a number of at least -1e.06"),
+        ({"share": 1.5}, "share: expected a number of at least 0 and at most 1, got 1.5"),
+        ({"weight": -1}, "weight: expected a number of at least 0"),
     ):
         with pytest.raises(UserError, match=message):
             GroupLoss(**options)
