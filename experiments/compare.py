@@ -13,8 +13,8 @@ from typing import Any
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError, explained
-from experiments.build.models import packages_option
 from experiments.config.arguments import parse
+from experiments.config.run_config import packages_option
 from experiments.results.comparison import (
     MeasuredSystem,
     aligned_values,

@@ -153,7 +153,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 def _current_settings(experiment: str, scale: str) -> dict[str, Any]:
     """Return an experiment's settings by dotted key; {} if it no longer exists or needs further keys."""
     try:
-        return dict(flat(as_dict(load_config(experiment, [f"scale={scale}"]))))
+        return dict(flat(as_dict(load_config(experiment, [f"scale={scale}"], checks_classes=False))))
     except UserError:
         return {}
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError, check_name, explained
+from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.overrides import Replacement, check_override, packages_in, parse_override, replacement_of
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
@@ -38,7 +38,7 @@ from experiments.config.structured import (
     unknown,
     yaml_text,
 )
-from experiments.config.targets import check_targets, current_path, with_first_paths
+from experiments.config.targets import check_readers, check_targets, current_path, with_first_paths
 from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,14 @@ def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list
     return parsed, overrides
 
 
-def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:
+def load_config(
+    experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = (), *, checks_classes: bool = True
+) -> Config:
     """Load the configuration of an experiment.
 
     overrides: key=value arguments. others: options of the command, to suggest for a misspelt key.
+    checks_classes: whether to check this machine and all classes that `_target_` names, which imports torch. Commands
+        that only show settings do not need it; they are the same for an experiment without mistakes.
     Raises UserError that names file and key, what is wrong, and what is expected.
     """
     for text in overrides:
@@ -119,8 +123,9 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
             raise error
         log.warning("task %s is ignored: %s", name, error)
     new_tasks = set(config.task) - {*known_tasks, *broken}
-    finished = _finish(config, packages_in(overrides))
-    check_machine(finished)
+    finished = _finish(config, packages_in(overrides), checks_classes)
+    if checks_classes:
+        check_machine(finished)
     for name in new_tasks - set(finished.tasks):  # a misspelt task in task.NAME.key=value
         _check_name("task", name, known_tasks)
     return finished
@@ -167,20 +172,18 @@ def folder_of(config: Config) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
-    with explained(f"{path / 'config.yaml'}: cannot be read", OSError, ValueError, RecursionError, yaml.YAMLError):
-        text = yaml_text(path / "config.yaml")
+    file = path / "config.yaml"
+    try:
+        text = yaml_text(file)
         if "${" in text:  # a saved configuration is resolved, and references can expand without end
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
+        if not isinstance(settings, dict):
+            raise yaml.YAMLError("it has no keys")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        advice = "The command that trained the run prints this file if you add --cfg (python -m experiments.train)."
+        raise UserError(f"{file}: cannot be read ({error}). {advice}") from error
     return _with_current_paths(settings)
-
-
-def runs_there() -> str:
-    """Return a list of the runs in runs/, for error messages."""
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    return f"In runs/ there are: {', '.join(runs) or 'none'}"
 
 
 def _with_current_paths(node: Any) -> Any:
@@ -264,10 +267,10 @@ def _read_task(path: Path, scale: str) -> DictConfig:
     return task
 
 
-def _finish(config: DictConfig, packages: Sequence[str]) -> Config:
+def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = True) -> Config:
     """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked.
 
-    packages: packages that the user allows.
+    packages: packages that the user allows. checks_classes: as for load_config; readers are always checked.
     """
     known_tasks = sorted(config.task)
     try:
@@ -288,7 +291,7 @@ def _finish(config: DictConfig, packages: Sequence[str]) -> Config:
     finished.task = {name: finished.task[name] for name in finished.tasks}
     check_options(finished)
     check_constraints(finished)
-    check_targets(finished)
+    (check_targets if checks_classes else check_readers)(finished)
     return finished
 
 

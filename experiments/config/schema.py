@@ -6,21 +6,19 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
 from datamodules.records import UserError, prefixed
-from lightning_modules.encoders.backbone import BackboneOptions
-from lightning_modules.encoders.lora import check_peft
-from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.encoders.backbone_options import BackboneOptions, check_peft
+from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.objective_options import (
     COMBINES_GRADIENTS,
     ObjectiveOptions,
     check_balance_packages,
     check_objective,
 )
-from lightning_modules.optim import OptimOptions
+from lightning_modules.optim_options import OptimOptions
 from lightning_modules.retrieval.metrics import check_metric
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]
@@ -366,6 +364,8 @@ def _check_loggers(names: list[str]) -> None:
 
 def check_machine(config: Config) -> None:
     """Raise UserError if this machine lacks the hardware or the packages to train."""
+    import torch  # only here, because it takes a second to import
+
     if "tensorboard" in config.loggers and importlib.util.find_spec("tensorboard") is None:
         raise UserError("loggers: tensorboard is not installed (pip install tensorboard)")
     if config.backbone.lora.rank:

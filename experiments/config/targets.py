@@ -23,14 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.papers.views import VIEW_OF_KIND
 from datamodules.readers import reader_class_of
 from datamodules.readers.papers import PapersReader
-from datamodules.records import Reader, UserError, prefixed
+from datamodules.records import Reader, UserError, is_in, prefixed
 from experiments.config.schema import Config
 from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
-from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import is_in
-from lightning_modules.mining.miners import Miner
-from lightning_modules.mining.relabel import Judge
 
 PACKAGES = ("datamodules", "lightning_modules")
 READERS = "datamodules.readers."
@@ -48,6 +43,12 @@ MOVED: dict[str, str] = {
 
 def check_targets(config: Config) -> None:
     """Check all nodes of a configuration, and convert their arguments."""
+    # Only here, because torch and transformers take seconds to import. Many commands load no experiment.
+    from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+    from lightning_modules.encoders.base import Encoder
+    from lightning_modules.mining.miners import Miner
+    from lightning_modules.mining.relabel import Judge
+
     allowed = config.extend.packages
     config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS, packages=allowed)
     if config.callbacks:
@@ -71,11 +72,16 @@ def check_targets(config: Config) -> None:
             raise unknown("task in mining.judges", name, config.tasks)
         key = f"mining.judges.{name}"
         config.mining.judges[name] = check_target(key, node, Judge, JUDGE_ARGUMENTS, packages=allowed) if node else None
+    check_readers(config)
+
+
+def check_readers(config: Config) -> None:
+    """Check the nodes of readers, and convert their arguments. Folders get the class of their reader."""
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
             node = with_reader(key, node, settings.kind)
-            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=allowed)
+            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=config.extend.packages)
 
 
 def check_target(
