@@ -43,8 +43,7 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
 
     Raises UserError if path exists and is not a store.
     """
-    if path.is_symlink() or (path.exists() and not _is_store(path)):
-        raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
+    check_replaceable(path)
     tasks = {
         task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)} for task, n in mined.items()
     }
@@ -62,10 +61,12 @@ def _arrays(negatives: MinedNegatives) -> list[tuple[str, np.ndarray]]:
     return [(name, np.ascontiguousarray(array)) for name, array in arrays if array is not None]
 
 
-def _is_store(path: Path) -> bool:
-    """Return whether a folder is empty or contains only the files of a store."""
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if path exists and is not a folder that is empty or contains only the files of a store."""
     files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
-    return path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
+    is_store = path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
+    if path.is_symlink() or (path.exists() and not is_store):
+        raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
 
 
 def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
@@ -234,12 +235,13 @@ class Rounds:
     def _open(self, current: Round) -> HardNegativeStore:
         if current.batch not in self._stores:
             path = self.folder / current.store
-            if not (path / "meta.json").is_file():
+            try:
+                store = HardNegativeStore(path)
+            except UserError as error:
                 raise UserError(
-                    f"{path}: the hard negatives used since batch {current.batch} are missing; restore the folder "
-                    f"(hash {current.hash}), or start a new training from the checkpoint's weights"
-                )
-            store = HardNegativeStore(path)
+                    f"{path}: the hard negatives used since batch {current.batch} are missing or damaged; restore the "
+                    f"folder (hash {current.hash}), or start a new training from the checkpoint's weights ({error})"
+                ) from error
             if store.hash != current.hash:
                 raise UserError(
                     f"{path}: not the hard negatives used since batch {current.batch} (expected hash {current.hash}, "

@@ -39,6 +39,16 @@ def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{problem} ({error})") from error
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of an error message, or the error's class if the message is empty."""
+    text = str(error).strip()
+    if "weights_only" in text:  # torch's message advises running the code in the file
+        return "it contains more than tensors and plain containers, or is damaged; no code in it was run"
+    if isinstance(error, KeyError):
+        return f"{text} is missing"
+    return (text or type(error).__name__).splitlines()[0]
+
+
 LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
 # A hidden file, a path, a space at an end, and the devices of Windows.
 NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
@@ -68,6 +78,11 @@ def check_choice(argument: str, value: str, choices: Mapping[str, Any] | Sequenc
 def check_choices(argument: str, values: Sequence[str], choices: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
     """Return the values of an argument. Raises UserError unless each is one of the choices."""
     return tuple(check_choice(argument, value, choices) for value in values)
+
+
+def is_in(module: str, packages: Sequence[str]) -> bool:
+    """Return whether a module is one of the packages, or inside one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages if package)
 
 
 # Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
@@ -203,6 +218,7 @@ def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
     return f"{name}/{split}" + ("/without-own" if exclude_query else "")
 
 
+SIMILARITIES = ("dot", "cosine", "l2")  # values of Benchmark.similarity
 WITHOUT_RELEVANT = ("skip", "zero", "error")  # values of Benchmark.without_relevant
 LEARNS = ("class", "labels", "number")  # values of Probe.learns
 LOSSES = ("squared_hinge", "hinge")  # values of Probe.loss

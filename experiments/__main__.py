@@ -1,6 +1,6 @@
 """The command scimult: each of its commands is a module of experiments, which runs as with `python -m`.
 
-No command is imported before it runs: most take seconds to import, and training catches signals before that.
+No command is imported before it runs: many take seconds to import, and training catches signals before that.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError, explained
-from experiments.build.models import packages_option
 from experiments.config.arguments import parse
+from experiments.config.run_config import packages_option
 from experiments.results.comparison import (
     MeasuredSystem,
     aligned_values,
@@ -71,7 +71,8 @@ class CompareOptions:
     seed: int = option(0, "seed for the draws", minimum=0)
     examples: int | None = option(
         None,
-        f"number of queries to show for each side, largest differences first; by default {EXAMPLES}, if it is marked",
+        f"number of queries to show for each side, largest differences first; by default {EXAMPLES} where a difference "
+        "is marked",
         minimum=0,
     )
     format: Format = format_option()

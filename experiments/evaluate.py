@@ -15,11 +15,13 @@ from typing import Literal
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import EncodingOptions, System, config_of_run, load_systems, run_of, short_name, stem
+from experiments.build.models import EncodingOptions, System, load_systems, short_name, stem
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
+from experiments.config.run_config import config_of_run, run_of
+from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
-from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, evaluate_system, read_results
+from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, read_results
 from experiments.run.folder import git_state, versions
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point

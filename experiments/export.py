@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from datamodules.options import option
-from datamodules.records import UserError, check_name
+from datamodules.records import UserError, check_name, reason
 from experiments.build.models import ModelOptions, default_similarity, stem
 from experiments.config.arguments import parse
 from experiments.results.hub_metadata import CARD, HubDetails
@@ -21,7 +21,6 @@ from experiments.results.model_card import INTRODUCTION, write_card
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
 from lightning_modules.checkpoint_files import read_checkpoint
-from lightning_modules.encoders.backbone import reason
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import dense, save_dense, save_onnx, save_reference
 from lightning_modules.encoders.scimult_format import is_exported_reference
@@ -125,7 +124,12 @@ def main(arguments: Sequence[str]) -> None:
                 save_dense(encoder, task, place, similarity)
                 plain = dense(encoder, task)
             hub = options.hub_details(task)
-            write_card(place, plain, options.model, run, similarity, task, fingerprint=measured, hub=hub)
+            write_card(
+                *(place, plain, options.model, run, similarity, task),
+                origin=encoder.origin,
+                fingerprint=measured,
+                hub=hub,
+            )
             (place / MARKER).write_text(MARKER_TEXT)
             if options.onnx:
                 save_onnx(place)

@@ -12,8 +12,9 @@ from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import EncodingOptions, config_of_run, default_similarity, run_of
+from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import parse
+from experiments.config.run_config import config_of_run, run_of
 from experiments.config.schema import Config
 from experiments.results.model_card import RECIPE, write_card
 from experiments.shared.console import entry_point
@@ -200,7 +201,12 @@ class Search:
         """Return the content of merge.json."""
         return {
             "members": [
-                {"model": name, "fingerprint": fingerprint(encoder), "weight": weight / sum(weights.members)}
+                {
+                    "model": name,
+                    "checkpoint": encoder.origin,
+                    "fingerprint": fingerprint(encoder),
+                    "weight": weight / sum(weights.members),
+                }
                 for (name, encoder), weight in zip(self.members.items(), weights.members, strict=True)
             ],
             "parts": dict(weights.parts),

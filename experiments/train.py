@@ -34,7 +34,7 @@ from experiments.config.experiment import (
 )
 from experiments.config.schema import Config
 from experiments.results.final_table import FinalTable
-from experiments.results.results import read_results
+from experiments.results.results import RunInfo, read_run_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
 from experiments.run.folder import (
@@ -50,7 +50,7 @@ from experiments.run.lock import lock_run
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
-from lightning_modules.checkpoint_files import read_checkpoint, write_checkpoint
+from lightning_modules.checkpoint_files import damage, read_checkpoint, write_checkpoint
 from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import Preempted, leave_if_asked
@@ -103,7 +103,9 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     folder = open_run(config)
     if folder.complete:
         check_data_of_complete_run(folder, config)
-        FinalTable.show(read_results(folder.results))
+        results, info = read_run_results(folder.results)
+        restore_merged(config, folder.path, info)
+        FinalTable.show(results)
         log.info("The run in %s is complete (run.resume=never trains it again).", folder.path)
         return
 
@@ -165,13 +167,19 @@ def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> 
     path = folder.path / START
     if not config.trainer.start_share:
         return False
-    start = read_manifest(folder.manifest).get("start") if folder.checkpoint else start_of(config)
-    if start is None:
+    recorded = read_manifest(folder.manifest) if folder.checkpoint and folder.manifest.is_file() else {}
+    if recorded.get("start", start_of(config)) is None:
         log.warning("trainer.start_share has no effect: the weights before training are random")
         return False
-    if folder.checkpoint and not path.is_file():
-        raise UserError(f"trainer.start_share: {path}, the encoder before training, is missing; use make merge instead")
-    if not folder.checkpoint and launch.rank() == 0:
+    if folder.checkpoint:
+        try:
+            read_checkpoint(path)  # now, because the training may take days
+        except UserError as error:
+            raise UserError(
+                f"trainer.start_share: {error}. It has the encoder before training: restore it, or use make merge with "
+                "the last checkpoint instead of training on"
+            ) from error
+    elif launch.rank() == 0:
         state = {f"encoder.{name}": tensor for name, tensor in module.encoder.state_dict().items()}
         write_checkpoint({"state_dict": state}, path)
     return True
@@ -190,6 +198,25 @@ def final_checkpoint(config: Config, folder: Path, trainer: L.Trainer, ends_with
         merge_with_start(checkpoint, folder / START, config.trainer.start_share, folder / MERGED)
     trainer.strategy.barrier()
     return folder / MERGED
+
+
+def restore_merged(config: Config, folder: Path, info: RunInfo) -> None:
+    """Make the average that a complete run ended with again, if its file is missing or damaged.
+
+    info: from the run's results. Raises UserError if the checkpoint that was averaged is gone.
+    """
+    merged = folder / MERGED
+    if launch.rank() > 0 or info.checkpoint != MERGED.name or not (problem := damage(merged)):
+        return
+    intact = [path for path in (folder / BEST, folder / LAST) if not damage(path)]
+    trained = [path for path in intact if read_checkpoint(path)["global_step"] == info.checkpoint_step]
+    if not trained:
+        raise UserError(
+            f"{merged}: missing or damaged ({problem}), and so is the checkpoint of step {info.checkpoint_step} that "
+            "it was made from. run.resume=never trains the run again."
+        )
+    log.warning("%s: missing or damaged (%s); making it again from %s and the start", merged, problem, trained[0].name)
+    merge_with_start(trained[0], folder / START, config.trainer.start_share, merged)
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:

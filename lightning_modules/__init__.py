@@ -28,11 +28,11 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
     from lightning_modules.merging import Weights as Weights
     from lightning_modules.merging import merge as merge
-    from lightning_modules.mining.mine import MiningOptions as MiningOptions
     from lightning_modules.mining.mine import mine as mine
+    from lightning_modules.mining.mining_options import MiningOptions as MiningOptions
     from lightning_modules.objective import FrozenEncoder as FrozenEncoder
     from lightning_modules.objective_options import ObjectiveOptions as ObjectiveOptions
-    from lightning_modules.optim import OptimOptions as OptimOptions
+    from lightning_modules.optim_options import OptimOptions as OptimOptions
     from lightning_modules.retrieval.evaluation import BenchmarkResult as BenchmarkResult
     from lightning_modules.retrieval.evaluation import evaluate as evaluate
 
@@ -46,10 +46,10 @@ _MODULES = {
     "Encoder": "encoders.base",
     "FrozenEncoder": "objective",
     "InstructEncoder": "encoders.instruct",
-    "MiningOptions": "mining.mine",
+    "MiningOptions": "mining.mining_options",
     "MoEEncoder": "encoders.moe",
     "ObjectiveOptions": "objective_options",
-    "OptimOptions": "optim",
+    "OptimOptions": "optim_options",
     "PromptEncoder": "encoders.instruct",
     "RoutedEncoder": "encoders.routed",
     "SharedEncoder": "encoders.shared",

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from datamodules.files import open_new, regular
-from datamodules.records import UserError
-from lightning_modules.encoders.backbone import reason
+from datamodules.records import UserError, reason
 
 log = logging.getLogger(__name__)
 

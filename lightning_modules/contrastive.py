@@ -27,7 +27,8 @@ from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
 from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
-from lightning_modules.optim import ExpertDecay, OptimOptions, freeze, parameter_groups, schedule
+from lightning_modules.optim import ExpertDecay, freeze, parameter_groups, schedule
+from lightning_modules.optim_options import OptimOptions
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
 
 log = logging.getLogger(__name__)

@@ -64,6 +64,7 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
     tasks, or if the weights do not fit them.
     """
     merged = copy.deepcopy(next(iter(members.values())))
+    merged.origin = ""
     check_members(members)
     _check_weights(weights, len(members), method, merged)
     states = [weights_for(encoder, merged) for encoder in members.values()]

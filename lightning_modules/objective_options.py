@@ -95,8 +95,12 @@ class ObjectiveOptions:
     )
     positives_in_denominator: bool = option(False, "let the positives of a query compete with each other, as in SupCon")
     symmetric: bool = option(False, "also train from documents to queries; each direction has half the weight")
-    matryoshka: list[int] = option([], "shorter dimensions to train along with the full vector", above=0)
-    matryoshka_weights: list[float] = option([], "weight of the loss of each shorter dimension; by default 1", above=0)
+    matryoshka: list[int] = option(
+        [],
+        "sizes of shorter vectors (the first dimensions) to train along with the full ones, such as [64, 128]",
+        above=0,
+    )
+    matryoshka_weights: list[float] = option([], "weight of the loss of each shorter size; by default 1", above=0)
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)

@@ -6,44 +6,16 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from datamodules.options import option
 from datamodules.records import UserError
+from lightning_modules.optim_options import OptimOptions
 from lightning_modules.parts import check_parts, parts_of, value_of
-
-
-@dataclass
-class OptimOptions:
-    """AdamW and its learning rate: a linear warm-up, and then a schedule."""
-
-    lr: float = option(3e-4, "peak learning rate", above=0)
-    weight_decay: float = option(0.01, "weight decay, except on biases and LayerNorms", minimum=0)
-    beta1: float = option(0.9, "decay rate of the mean of the gradients", minimum=0, below=1)
-    beta2: float = option(0.999, "decay rate of the mean of the squared gradients", minimum=0, below=1)
-    eps: float = option(1e-8, "term added to the denominator of an update", above=0)
-    schedule: Literal["linear", "cosine", "constant"] = option(
-        "linear", "learning rate after the warm-up: a linear or cosine decay to 0, or constant"
-    )
-    warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
-    lr_scale: dict[str, float] = option(
-        {},
-        "factor of the learning rate of a part: embeddings, shared, experts, stitches, features, or one expert; "
-        "0 freezes it",
-        minimum=0,
-    )
-    expert_decay: float = option(
-        0.0,
-        "pull of the experts towards their mean: each step removes the share lr * expert_decay of their distance to it",
-        minimum=0,
-    )
-    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the layer below", above=0)
 
 
 def freeze(model: nn.Module, lr_scale: Mapping[str, float]) -> None:

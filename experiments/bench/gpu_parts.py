@@ -24,7 +24,8 @@ from experiments.bench.workload import KINDS, SHAPES, TASK, Workload
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import save_dense
-from lightning_modules.mining.mine import MiningOptions, mine
+from lightning_modules.mining.mine import mine
+from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.retrieval.search import top_k
 from lightning_modules.throughput import encoder_ceiling, forward_flops, gemm_ceiling, training_flops
 

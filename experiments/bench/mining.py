@@ -17,7 +17,8 @@ from datamodules.records import Document, MiningPool, Ragged
 from experiments.bench.timing import DEVICES, peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
-from lightning_modules.mining.mine import MiningOptions, mine
+from lightning_modules.mining.mine import mine
+from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.report import report, table
 from lightning_modules.retrieval.compute import describe_device, resolve_device
 from lightning_modules.retrieval.search import Shards

@@ -42,8 +42,8 @@ class BenchmarkOptions:
     beir: Path | None = option(None, "folder in BEIR layout or of JSON lines; needs task=")
     task: str = option(
         "",
-        "task whose expert ranks beir= or benchmarks=, by default each benchmark's own; without both the only task of "
-        "the run to evaluate",
+        "task whose expert ranks beir= or benchmarks= (by default each benchmark's own); without these two, the only "
+        "task of the run to evaluate",
     )
     split: str = option("test", "split of beir= or of the run's collections")
     exclude: Literal["auto", "yes", "no"] = option(

@@ -8,14 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
-from experiments.config.experiment import from_dict, read_config, runs_there
-from experiments.config.schema import Config, DataConfig
+from experiments.config.experiment import runs_there
+from experiments.config.run_config import config_of_run, packages_option, run_of
+from experiments.config.schema import Config
 from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
 from lightning_modules.encoders.backbone import PACKAGE, installed
@@ -25,15 +26,6 @@ from lightning_modules.retrieval.compute import default_device, describe_device,
 from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
-
-
-def packages_option() -> Any:
-    """Return the field for the packages whose classes a command may load, in addition to ours."""
-    return option(
-        (),
-        "packages whose encoders and readers may be loaded; importing a package runs its code",
-        key="extend.packages",
-    )
 
 
 @dataclass(kw_only=True)
@@ -138,30 +130,6 @@ def _resolve(model: str) -> str:
     if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
         raise UserError(f"model: {model} does not exist. {runs_there()}")
     return installed(model)
-
-
-def run_of(model: str) -> Path | None:
-    """Return the folder of the run that a model belongs to, if any."""
-    if not Path(model).exists():
-        return None
-    for path in (Path(model), Path(model).resolve().parent.parent):
-        if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-            return path
-    return None
-
-
-def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | None:
-    """Return the configuration of a run, or None without a run. packages: packages that the user allows.
-
-    A run may come from somebody else, so its cache is used only if it is there: reading a run creates no folder where
-    its file says.
-    """
-    if run is None:
-        return None
-    config = from_dict(read_config(run), str(run / "config.yaml"), packages)
-    if config.data.cache and not Path(config.data.cache).expanduser().is_dir():
-        config.data.cache = DataConfig.cache
-    return config
 
 
 @dataclass(frozen=True, slots=True)

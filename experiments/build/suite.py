@@ -19,11 +19,20 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from datamodules.options import option
-from datamodules.records import LEARNS, LOSSES, WITHOUT_RELEVANT, Probe, Reader, UserError, check_choice, prefixed
+from datamodules.records import (
+    LEARNS,
+    LOSSES,
+    SIMILARITIES,
+    WITHOUT_RELEVANT,
+    Probe,
+    Reader,
+    UserError,
+    check_choice,
+    prefixed,
+)
 from experiments.config.structured import did_you_mean, read_yaml, refuse_unknown_keys, structured
 from experiments.config.targets import READERS, check_target
 from lightning_modules.retrieval.metrics import check_metric
-from lightning_modules.retrieval.ranking import SIMILARITIES
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

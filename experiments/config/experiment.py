@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import check_options, option
-from datamodules.records import UserError, check_name, explained
+from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.overrides import Replacement, check_override, packages_in, parse_override, replacement_of
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
@@ -167,13 +167,17 @@ def folder_of(config: Config) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
-    with explained(f"{path / 'config.yaml'}: cannot be read", OSError, ValueError, RecursionError, yaml.YAMLError):
-        text = yaml_text(path / "config.yaml")
+    file = path / "config.yaml"
+    try:
+        text = yaml_text(file)
         if "${" in text:  # a saved configuration is resolved, and references can expand without end
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path / 'config.yaml'}: is empty or damaged")
+        if not isinstance(settings, dict):
+            raise yaml.YAMLError("it has no keys")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        advice = "The command that trained the run prints this file if you add --cfg (python -m experiments.train)."
+        raise UserError(f"{file}: cannot be read ({error}). {advice}") from error
     return _with_current_paths(settings)
 
 

@@ -6,21 +6,19 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from omegaconf import MISSING
 
 from datamodules.options import option
 from datamodules.records import UserError, prefixed
-from lightning_modules.encoders.backbone import BackboneOptions
-from lightning_modules.encoders.lora import check_peft
-from lightning_modules.mining.mine import MiningOptions
+from lightning_modules.encoders.backbone_options import BackboneOptions, check_peft
+from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.objective_options import (
     COMBINES_GRADIENTS,
     ObjectiveOptions,
     check_balance_packages,
     check_objective,
 )
-from lightning_modules.optim import OptimOptions
+from lightning_modules.optim_options import OptimOptions
 from lightning_modules.retrieval.metrics import check_metric
 
 METRICS = ["ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100"]
@@ -69,8 +67,8 @@ class DataConfig:
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0)
     collection_temperature: float = option(
         1.0,
-        "temperature of the collections of a task: their shares of its batches are their numbers of examples to the "
-        "power 1 / collection_temperature, so a higher one is more even",
+        "shares of a task's collections in its batches: proportional to their numbers of examples to the power "
+        "1 / collection_temperature, so a higher one is more even",
         minimum=0.1,
     )
     mixed_batches: bool = option(
@@ -164,8 +162,8 @@ class TrainerConfig:
     )
     start_share: float = option(
         0.0,
-        "share of the weights before training in an average that is evaluated and saved as merged.ckpt after training, "
-        "such as 0.3, against forgetting; 0: none",
+        "after training, average the best checkpoint with the weights before training, which get this share, such as "
+        "0.3, against forgetting; the average is evaluated, and saved as merged.ckpt; 0: none",
         minimum=0,
         below=1,
     )
@@ -366,6 +364,8 @@ def _check_loggers(names: list[str]) -> None:
 
 def check_machine(config: Config) -> None:
     """Raise UserError if this machine lacks the hardware or the packages to train."""
+    import torch  # only here, because it takes a second to import
+
     if "tensorboard" in config.loggers and importlib.util.find_spec("tensorboard") is None:
         raise UserError("loggers: tensorboard is not installed (pip install tensorboard)")
     if config.backbone.lora.rank:

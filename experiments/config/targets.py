@@ -22,14 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.papers.views import VIEW_OF_KIND
 from datamodules.readers import reader_class_of
 from datamodules.readers.papers import PapersReader
-from datamodules.records import Reader, UserError, prefixed
+from datamodules.records import Reader, UserError, is_in, prefixed
 from experiments.config.schema import Config
 from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, expected_one_of, unknown
-from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import is_in
-from lightning_modules.mining.miners import Miner
-from lightning_modules.mining.relabel import Judge
 
 PACKAGES = ("datamodules", "lightning_modules")
 READERS = "datamodules.readers."
@@ -47,6 +42,12 @@ MOVED: dict[str, str] = {
 
 def check_targets(config: Config) -> None:
     """Check all nodes of a configuration, and convert their arguments."""
+    # Only here, because torch and transformers take seconds to import. Many commands load no experiment.
+    from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
+    from lightning_modules.encoders.base import Encoder
+    from lightning_modules.mining.miners import Miner
+    from lightning_modules.mining.relabel import Judge
+
     allowed = config.extend.packages
     config.encoder = check_target("encoder", config.encoder, Encoder, ENCODER_ARGUMENTS, packages=allowed)
     if config.callbacks:

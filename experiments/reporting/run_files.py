@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,11 @@ from experiments.config.experiment import read_config, runs_there
 from experiments.results.results import Results, read_results
 from experiments.run.folder import read_manifest
 from experiments.run.trials import read_rows
+from lightning_modules.mining.report import read_values
 
-CONFIG = "config.yaml"
+log = logging.getLogger(__name__)
+
+CONFIG, MANIFEST = "config.yaml", "manifest.json"
 COMPUTED = "report.json"  # the report's own calculations, stored next to the page
 
 
@@ -67,7 +71,7 @@ class RunFiles:
         """Return the content of a file with its location, or None if it is missing."""
         if name == COMPUTED:
             return Source(self.computed, f"{COMPUTED}#")
-        content = self.config if name == CONFIG else self.json(name)
+        content = {CONFIG: self.config, MANIFEST: self.manifest or None}.get(name) or self.json(name)
         return None if content is None else Source(content, f"{name}#")
 
     def row(self, step: int) -> Source:
@@ -76,7 +80,7 @@ class RunFiles:
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         return read_manifest(path) if path.is_file() else {}
 
     @cached_property
@@ -120,20 +124,31 @@ class RunFiles:
     def tasks(self) -> list[str]:
         return list(self.config.get("tasks", ()))
 
-    def matching(self, pattern: str) -> dict[str, Source]:
-        """Return the content of the JSON files whose path matches a pattern, ordered by path."""
-        paths = sorted(str(path.relative_to(self.path)) for path in self.path.glob(pattern))
-        return {path: self.source(path) for path in paths}
+    def matching(self, pattern: str, read: Callable[[Path], Any]) -> dict[str, Source]:
+        """Return the content of the JSON files whose path matches a pattern, ordered by path.
+
+        read: function that raises UserError for a damaged file. Such files are left out, with a warning.
+        """
+        sources = {}
+        for path in sorted(self.path.glob(pattern)):
+            try:
+                read(path)
+            except UserError as error:
+                log.warning("the report leaves out a damaged file: %s", error)
+                continue
+            name = str(path.relative_to(self.path))
+            sources[name] = self.source(name)
+        return sources
 
     @cached_property
     def minings(self) -> Mapping[str, Source]:
         """The report of each mining during training."""
-        return self.matching("negatives/*/report.json")
+        return self.matching("negatives/*/report.json", read_values)
 
     @cached_property
     def evaluations(self) -> Mapping[str, Source]:
         """The results of each `make eval` in the run's folder."""
-        return self.matching("evaluation/*/results.json")
+        return self.matching("evaluation/*/results.json", read_results)
 
 
 def format_number(value: Any, form: str = ".3f") -> str:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ import numpy as np
 from datamodules.files import regular
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import config_of_run, run_of
 from experiments.config.arguments import parse_known
 from experiments.config.experiment import runs_there
+from experiments.config.run_config import config_of_run, run_of
 from experiments.results.results import BenchmarkTable, Results, RunInfo, read_results
 from lightning_modules.retrieval.trec import decode_id
 
 log = logging.getLogger(__name__)
 
+WRITTEN_AGAIN = "delete results.json, and repeat the command that wrote it"
 MUST_AGREE = {"protocol": "protocols", "data": "data", "split": "splits", "task": "tasks"}  # field -> its plural
 MOST_RELEVANT = 3  # relevant documents shown per query
 
@@ -59,19 +61,27 @@ class MeasuredSystem:
         return (self.benchmarks[benchmark].metrics or self.results.info.metrics)[0]
 
     def values(self, benchmark: str, metric: str) -> dict[str, float]:
-        """Return the value of each query. Raises UserError if the metric is not computed per query."""
+        """Return the value of each query.
+
+        Raises UserError if the metric is not computed per query, or if the file is damaged: its mean differs from the
+        metric in results.json.
+        """
         path = self.file(benchmark, "queries.tsv")
         if self.file(benchmark, "draws.tsv").is_file():
             raise UserError(f"{metric} is a mean over draws of training papers, not over queries")
         try:
             with open(regular(path), encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-            return {decode_id(row["query"]): float(row[metric]) for row in rows}
+            values = {decode_id(row["query"]): float(row[metric]) for row in rows}
+            expected = self.benchmarks[benchmark].systems[self.system].metrics[metric]
+            if not math.isclose(mean := sum(values.values()) / max(len(values), 1), expected, abs_tol=1e-6):
+                raise ValueError(f"the mean {metric} of its {len(values)} queries is {mean:.6f}, not {expected:.6f}")
+            return values
         except KeyError as error:
             names = ", ".join(name for name in rows[0] if name != "query") or "no metric"
             raise UserError(f"{path}: has no {metric} per query, only {names}") from error
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
+            raise UserError(f"{path}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
 
     def ranking(self, benchmark: str, queries: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
         """Return the ranked documents of some queries with their scores, best first."""
@@ -117,7 +127,7 @@ def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) 
                     raise UserError(f"{path}:{number}: expected {count} fields with a number, got {line.strip()!r}")
                 yield decode_id(fields[0]), decode_id(fields[2]), value
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run make eval again") from error
+        raise UserError(f"{path}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
 
 
 def open_systems(key: str, names: Sequence[str], packages: Sequence[str] = ()) -> list[MeasuredSystem]:

@@ -12,13 +12,13 @@ from experiments.build.models import System
 from experiments.build.module import start_of
 from experiments.config.experiment import LAST
 from experiments.config.schema import Config
+from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import result_tables
 from experiments.results.results import (
     Benchmarks,
     Results,
     RunInfo,
     combine,
-    evaluate_system,
     tables_from_json,
     tables_to_json,
 )

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
-from experiments.build.models import run_of
 from experiments.config.experiment import read_config
+from experiments.config.run_config import run_of
 from experiments.results.results import BenchmarkTable
 from experiments.run.folder import read_manifest
 from experiments.shared.output import name_of

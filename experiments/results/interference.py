@@ -86,12 +86,18 @@ def _values(systems: Sequence[MeasuredSystem], name: str, own: str, metric: str)
 
 def interference_table(rows: Sequence[Content]) -> Table:
     """Return a table of rows of interference, in points."""
+    has_transplants = any("own" in row for row in rows)
     columns = [*map(Column, ("arm", "task", "other task")), Column("cosine of gradients", ".2f")]
-    columns += [Column("own expert", ".1f"), Column("other's expert", ".1f"), Column("difference", "+.1f")]
-    table = Table([*columns, Column("from", "+.1f"), Column("to (95 %)", "+.1f")])
+    transplants = [Column("own expert", ".1f"), Column("other's expert", ".1f"), Column("difference", "")]
+    table = Table([*columns, *transplants] if has_transplants else columns)
     for row in rows:
-        points = [
-            100 * row[key] if key in row else None for key in ("own", "transplanted", "difference", "low", "high")
-        ]
-        table.add(row["arm"], row["task"], row["other"], row["cosine"], *points)
+        points = [100 * row[key] if key in row else None for key in ("own", "transplanted")]
+        measured = [*points, with_interval(row) if "own" in row else None] if has_transplants else []
+        table.add(row["arm"], row["task"], row["other"], row["cosine"], *measured)
     return table
+
+
+def with_interval(row: Content) -> str:
+    """Return a difference in points with its interval."""
+    difference, low, high = (f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high"))
+    return f"{difference} [{low}, {high}]"

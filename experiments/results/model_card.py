@@ -50,6 +50,7 @@ def write_card(
     similarity: str,
     task: str = "",
     *,
+    origin: str = "",
     fingerprint: str = "",
     hub: HubDetails | None = None,
 ) -> Path:
@@ -57,6 +58,7 @@ def write_card(
 
     source: folder, file or hub name of the model that was exported. run: folder of its run, if any.
     task: task of a plain folder, or "average"; empty for the whole encoder.
+    origin: checkpoint that the weights were loaded from (Encoder.origin), if any.
     fingerprint: that of the whole encoder; results of a run are shown if they are those of this encoder.
     """
     hub = hub or HubDetails()
@@ -66,7 +68,7 @@ def write_card(
         f"---\n{front_matter(source, run, task, measured, hub)}---",
         _introduction(encoder, task),
         _usage(encoder, similarity, task, hub.repository or "THIS FOLDER"),
-        _encoder(encoder, source, similarity),
+        _encoder(encoder, source, origin, similarity),
     ]
     if run is not None:
         sections += _training(run, task)
@@ -138,9 +140,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _encoder(encoder: Encoder, source: str, similarity: str) -> str:
+def _encoder(encoder: Encoder, source: str, origin: str, similarity: str) -> str:
     properties = {
         "exported from": without_paths(source),
+        **({"checkpoint": origin} if origin else {}),
         "kind": type(encoder).__name__,
         "backbone": f"{encoder.backbone.config.model_type}, {encoder.num_layers} layers of {encoder.dimension}",
         "parameters": f"{sum(p.numel() for p in encoder.parameters()):,}",
@@ -216,7 +219,11 @@ def _merge(path: Path) -> str:
     if parts:
         text += f" Parts with other weights: {escape_markdown('; '.join(parts))}."
     rows = [
-        (without_paths(member["model"]), f"{member['weight']:.4g}", member["fingerprint"])
+        (
+            ", ".join(filter(None, [without_paths(member["model"]), member.get("checkpoint")])),
+            f"{member['weight']:.4g}",
+            member["fingerprint"],
+        )
         for member in recipe["members"]
     ]
     section = f"## Merge\n\n{text}\n\n{markdown_table(['model', 'weight', 'fingerprint'], rows)}"

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.build.suite import BenchmarkConfig
-from experiments.results.cost import total_cost
-from experiments.results.results import Benchmarks, SystemResult
+from experiments.results.results import Benchmarks, SystemResult, total_cost
 from experiments.shared.table_formats import PIPE_WIDTH, Column, Table
 
 COST_COLUMNS = (

@@ -1,30 +1,16 @@
-"""The contents of results.json as dataclasses, and the evaluation of a system that fills them."""
+"""The contents of results.json as dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from datamodules.files import RECREATED, read_json, write_json
+from datamodules.records import UserError, check_name
 
-from datamodules.files import read_json, write_json
-from datamodules.records import Benchmark, UserError, check_name
-from experiments.build.models import System
-from experiments.results.cost import Cost, CostMeter
-from experiments.shared.progress import Progress
-from lightning_modules.distributed.signals import leave_if_asked
-from lightning_modules.retrieval.compute import active_precision, computing_in
-from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, evaluate_bm25
-
-log = logging.getLogger(__name__)
-
-STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
 OMITTED_IF_NONE = (
     "document_fingerprint",
     "texts",
@@ -35,6 +21,33 @@ OMITTED_IF_NONE = (
     "mfu",
     "money",
 )  # keys of an entry that are left out, not null
+
+
+@dataclass(kw_only=True)
+class Cost:
+    """The cost of evaluating a system, over all ranks.
+
+    texts, tokens: numbers encoded, without padding. Texts whose vectors were stored do not count.
+    texts_per_second, tokens_per_second: speed of one device while encoding; None if nothing was encoded.
+    mfu: useful operations per second of one device, as a share of a large matrix product's (see throughput.py).
+    device_seconds: seconds of this rank, times the number of devices.
+    memory_mb: peak memory of a GPU, or of a process without one.
+    money: price of the device seconds; None if no price was given.
+    """
+
+    texts: int
+    tokens: int
+    texts_per_second: float | None
+    devices: int
+    device_seconds: float
+    memory_mb: int
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    money: float | None = None
+
+    def price(self, per_hour: float) -> None:
+        """Set the money. per_hour: price of one device per hour."""
+        self.money = round(self.device_seconds / 3600 * per_hour, 6)
 
 
 @dataclass(kw_only=True)
@@ -142,16 +155,24 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json. Raises UserError if it is damaged or is another kind of file."""
+    """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
     content = read_json(path, {"benchmarks": dict})
     if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
-        raise UserError(f"{path}: expected a list as metrics")
+        raise UserError(f"{path}: expected a list as metrics. {RECREATED}")
     try:
         benchmarks = tables_from_json(content["benchmarks"])
         info = RunInfo if "experiment" in content else EvaluationInfo
         return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: expected the results of benchmarks") from error
+        raise UserError(f"{path}: expected the results of benchmarks. {RECREATED}") from error
+
+
+def read_run_results(path: Path) -> tuple[Results, RunInfo]:
+    """Read the results.json of a training run."""
+    results = read_results(path)
+    if not isinstance(results.info, RunInfo):
+        raise UserError(f"{path}: expected the results of a training run. {RECREATED}")
+    return results, results.info
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:
@@ -195,112 +216,6 @@ def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def evaluate_system(
-    system: System,
-    benchmark: Benchmark,
-    metrics: Sequence[str],
-    folder: Path,
-    *,
-    token_budget: int | None = None,
-    precision: str = "fp32",
-) -> Benchmarks:
-    """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
-
-    metrics: names of the metrics, unless the benchmark has its own. folder: where the run files go.
-    token_budget: maximum number of tokens per forward pass. precision: "fp32", "tf32", "bf16", "fp16" or "auto".
-    """
-    if system.encoder is None and importlib.util.find_spec("bm25s") is None:
-        log.warning("bm25s is not installed: the table has no BM25 (pip install bm25s)")
-        return {}
-    names = list(benchmark.metrics or metrics)
-    log.info(
-        "%s on %s (%d queries, %d documents)",
-        *(system.name, benchmark.name, len(benchmark.queries), len(benchmark.corpus)),
-    )
-    if system.encoder is None:
-        meter = CostMeter(None)
-        result = evaluate_bm25(benchmark, names)
-        origin = {"model": "bm25", "device": "cpu"}
-    else:
-        origin = _describe_encoder(system, benchmark)
-        with computing_in(precision, system.encoder.device), _progress(system.name, benchmark.name) as advance:
-            origin["precision"] = active_precision(system.encoder.device)
-            meter = CostMeter(system.encoder, origin["precision"])
-            result = evaluate(
-                system.encoder,
-                benchmark,
-                names,
-                similarity=system.similarity,
-                token_budget=token_budget,
-                vectors=system.vectors,
-                document_vectors=system.document_vectors,
-                advance=advance,
-            )
-        origin["texts"] = result.num_texts
-    result.write(folder, system.name)
-    table = _describe_benchmark(benchmark, names)
-    table.systems[system.name] = SystemResult(
-        **origin,
-        metrics=result.metrics,
-        similarity=result.similarity,
-        seconds={stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
-        draws=len(result.draws) or None,
-        spread=result.spread if result.draws else None,
-        cost=meter.read(result.seconds),
-    )
-    return {benchmark.name: table}
-
-
-def _describe_encoder(system: System, benchmark: Benchmark) -> dict[str, Any]:
-    encoder = system.encoder
-    return {
-        "model": system.model or system.name,
-        "fingerprint": system.vectors.fingerprint,
-        "document_fingerprint": system.document_vectors.fingerprint if system.document_vectors else None,
-        "max_length": encoder.max_length,
-        "expert": encoder.expert_of(benchmark.task),
-        "instruction": getattr(encoder, "instructions", {}).get(benchmark.task, ""),
-        "device": torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device.type,
-    }
-
-
-def _describe_benchmark(benchmark: Benchmark, metrics: list[str]) -> BenchmarkTable:
-    return BenchmarkTable(
-        task=benchmark.task,
-        split=benchmark.split,
-        queries=len(benchmark.queries),
-        documents=len(benchmark.corpus),
-        protocol=benchmark.protocol,
-        metrics=metrics,
-        data=benchmark.fingerprint(),
-        options={
-            "candidates": "corpus" if benchmark.candidates is None else "own",
-            "exclude_query": benchmark.exclude_query,
-            "names_first": benchmark.first is not None,
-            "without_relevant": benchmark.without_relevant,
-            **({"probe": vars(benchmark.probe)} if benchmark.training is not None else {}),
-        },
-    )
-
-
-@contextmanager
-def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
-    """Show the progress of each stage. A signal may end the run between steps, except while ranking."""
-    bars: dict[Stage, Progress] = {}
-    with ExitStack() as stack:
-
-        def advance(stage: Stage, count: int, total: int) -> None:
-            if stage not in bars:
-                stack.close()  # close the bar of the previous stage
-                verb, unit = STAGES[stage]
-                bars[stage] = stack.enter_context(Progress(f"{system} {verb} {benchmark}", unit, total, brief=True))
-            bars[stage].advance(count)
-            if stage != "rank":
-                leave_if_asked()
-
-        yield advance
-
-
 def combine(*results: Benchmarks) -> Benchmarks:
     """Put several systems into the same tables. Raises UserError if benchmarks of the same name differ."""
     combined: Benchmarks = {}
@@ -313,3 +228,25 @@ def combine(*results: Benchmarks) -> Benchmarks:
                     raise UserError(f"{name}: results that differ in {key} cannot share a table ({first} and {second})")
             target.systems |= table.systems
     return combined
+
+
+def total_cost(costs: Sequence[Cost], encode_seconds: Sequence[float]) -> Cost:
+    """Add up the costs of one system on several benchmarks; memory is the largest.
+
+    encode_seconds: seconds of encoding for each benchmark. The sum has money only if every cost does.
+    """
+    with_seconds = [(cost, seconds) for cost, seconds in zip(costs, encode_seconds, strict=True) if cost.texts]
+    encoding, devices = sum(seconds for _, seconds in with_seconds), max(cost.devices for cost in costs)
+    texts, tokens = sum(cost.texts for cost in costs), sum(cost.tokens for cost in costs)
+    has_mfu = encoding and all(cost.mfu is not None for cost, _ in with_seconds)
+    return Cost(
+        texts=texts,
+        tokens=tokens,
+        texts_per_second=texts / devices / encoding if encoding else None,
+        tokens_per_second=tokens / devices / encoding if encoding else None,
+        mfu=sum(cost.mfu * seconds for cost, seconds in with_seconds) / encoding if has_mfu else None,
+        devices=devices,
+        device_seconds=sum(cost.device_seconds for cost in costs),
+        memory_mb=max(cost.memory_mb for cost in costs),
+        money=None if any(cost.money is None for cost in costs) else sum(cost.money for cost in costs),
+    )

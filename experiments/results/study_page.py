@@ -6,6 +6,7 @@ study.json has every number, and where it comes from. The page and the plot are 
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from experiments.results.interference import (
     gradient_cosines,
     interference,
     interference_table,
+    with_interval,
 )
 from experiments.results.results import BenchmarkTable
 from experiments.run.jobs import is_complete, seconds_of
+from experiments.shared.plain import plain
 from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown
 from lightning_modules.pictures import BLUE, GREY, RED, box, document, text
 from lightning_modules.retrieval.significance import bootstrap_interval, holm, mean_difference_p
 
 TRAINED_ON, HELD_OUT, TRANSPLANTED = "trained on", "held out", "other expert"
+SIGNIFICANT = 0.05
 LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
 
 Content = Mapping[str, Any]
@@ -200,14 +204,11 @@ def difference(
 
 def tables(content: Content) -> dict[str, Table]:
     """Return heading -> table. All values are in points."""
+    result = {"Arms": _arm_table(content)}
     groups = groups_of(content["benchmarks"])
-    benchmarks = {
-        f"{name} ({each['task']}, {each['queries']:,} queries)": [name]
-        for name, each in content["benchmarks"].items()
-        if each["group"] != TRANSPLANTED
-    }
-    means = {f"{task}, {group} ({len(inside)})": inside for (group, task), inside in groups.items()}
-    result = {"Arms": _arm_table(content), "Means over benchmarks": _value_table(content, means)}
+    for group in dict.fromkeys(group for group, _ in groups):
+        means = {f"{task} ({len(inside)})": inside for (g, task), inside in groups.items() if g == group}
+        result[f"Means over benchmarks: {group}"] = _value_table(content, means)
     if content["gains"]:
         result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
     if content.get("held_out"):
@@ -216,7 +217,11 @@ def tables(content: Content) -> dict[str, Table]:
         result["Comparisons"] = _difference_table(content["tests"])
     if content.get("interference"):
         result[INTERFERENCE] = interference_table(content["interference"])
-    return result | {"Each benchmark": _value_table(content, benchmarks)}
+    shown = {name: each for name, each in content["benchmarks"].items() if each["group"] != TRANSPLANTED}
+    for task in dict.fromkeys(each["task"] for each in shown.values()):
+        single = {name: [name] for name, each in shown.items() if each["task"] == task}
+        result[f"Each benchmark: {task}"] = _value_table(content, single)
+    return result | {"Benchmarks": _benchmark_table(content["benchmarks"])}
 
 
 def records(content: Content) -> list[dict[str, Any]]:
@@ -237,33 +242,33 @@ def page(content: Content, plot: str) -> str:
         "",
         f"{metrics} in points (100 is best). {_about_seeds(content)}",
     ]
-    if content["incomplete"]:
-        lines += ["", f"**Not complete:** {', '.join(content['incomplete'])}."]
     for heading, table in tables(content).items():
         lines += ["", f"## {heading}", "", as_markdown(table)]
-        if heading == "Arms":
-            lines += ["", *(f"- {{{name}}}: {escape_markdown(text)}" for name, text in content["values"].items())]
+        if heading == "Arms" and content["incomplete"]:
+            lines += ["", f"**Not complete:** {', '.join(content['incomplete'])}."]
         elif heading.startswith("Gain"):
             lines += ["", INTERVALS, "", f"![Gain over {content['start']} with 95 % intervals]({plot})"]
-        elif heading == "Comparisons":
-            lines += ["", f"{INTERVALS} {TESTS}"]
         elif heading in NOTES:
             lines += ["", NOTES[heading]]
+    commands = [f"{arm}: {command}" for arm, each in content["arms"].items() for command in each["commands"]]
+    values = [f"{{{name}}} = {text}" for name, text in content["values"].items()]
+    lines += ["", "## Commands", "", *(f"    {plain(line)}" for line in [*commands, *values])]
     return "\n".join([*lines, ""])
 
 
 INTERVALS = (
-    "The intervals are from a bootstrap in which each benchmark weighs the same. Both arms get the same draws of "
-    "queries, and of seeds if they have the same ones."
+    "In brackets: 95 % intervals from a bootstrap in which each benchmark weighs the same. Both arms get the same "
+    "draws of queries, and of seeds if they have the same ones."
 )
 FORGETTING, INTERFERENCE = "Held out: the worst of each arm", "Interference of tasks"
 NOTES = {
     FORGETTING: "The held-out benchmark with the lowest difference from the start, and the task with the lowest mean "
-    "over such benchmarks, with 95 % intervals. The arm that loses most comes first.",
+    "over such benchmarks. The arm that loses most comes first.",
+    "Comparisons": f"\\* p < {SIGNIFICANT} in a paired randomisation test over queries, corrected for all differences "
+    "of the table (Holm).",
     INTERFERENCE: "A cosine below 0 means that the gradients of two tasks conflict in the parameters that they share. "
     "The experts are compared on the test sets of the first task.",
 }
-TESTS = "p is from a paired randomisation test over queries, corrected for the number of rows (Holm)."
 
 
 def _about_seeds(content: Content) -> str:
@@ -273,33 +278,42 @@ def _about_seeds(content: Content) -> str:
 
 
 def _arm_table(content: Content) -> Table:
-    table = Table(
-        [*map(Column, ("arm", "what it is", "made by", "seeds")), Column("minutes per seed", ".1f"), Column("device")]
-    )
+    table = Table([*map(Column, ("arm", "what it is", "seeds")), Column("minutes per seed", ".1f"), Column("device")])
     for name, arm in content["arms"].items():
         seeds = [str(run["seed"]) for run in arm["runs"] if run["seed"] is not None]
         minutes = statistics.fmean(sum(run["seconds"]) for run in arm["runs"]) / 60
         devices = dict.fromkeys(device for run in arm["runs"] for device in run["devices"])
-        commands = "; ".join(arm["commands"])
-        table.add(name, arm["about"], commands, " ".join(seeds) or "none", minutes, ", ".join(devices))
+        table.add(name, arm["about"], " ".join(seeds) or "none", minutes, ", ".join(devices))
     return table
+
+
+def _benchmark_table(benchmarks: Content) -> Table:
+    table = Table([*map(Column, ("benchmark", "task", "")), Column("queries", ",d"), Column("documents", ",d")])
+    for name, each in benchmarks.items():
+        table.add(name, each["task"], each["group"], each["queries"], each["documents"])
+    return table
+
+
+class Mean(float):
+    """A mean over seeds, shown with its standard deviation."""
+
+    deviation: float
+
+    def __new__(cls, values: Sequence[float]) -> Mean:
+        mean = super().__new__(cls, statistics.fmean(values))
+        mean.deviation = statistics.stdev(values)
+        return mean
+
+    def __format__(self, form: str) -> str:
+        return f"{float(self):{form}} ± {self.deviation:{form}}"
 
 
 def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Table:
     """Return the mean over the benchmarks of each column, and its standard deviation over seeds."""
-    has_seeds = any(len(arm["runs"]) > 1 for arm in content["arms"].values())
-    table = Table([Column("arm")])
-    for heading in columns:
-        spread = [Column("±", ".1f")] if has_seeds else []
-        table.columns = [*table.columns, Column(heading, ".1f", best="highest"), *spread]
+    table = Table([Column("arm"), *(Column(heading, ".1f", best="highest") for heading in columns)])
     for name, arm in content["arms"].items():
-        cells: list[float | None] = []
-        for inside in columns.values():
-            seeds = _means_of_seeds(arm["runs"], inside)
-            cells.append(statistics.fmean(seeds) if seeds else None)
-            if has_seeds:
-                cells.append(statistics.stdev(seeds) if len(seeds) > 1 else None)
-        table.add(name, *cells)
+        seeds = [_means_of_seeds(arm["runs"], inside) for inside in columns.values()]
+        table.add(name, *(Mean(values) if len(values) > 1 else values[0] if values else None for values in seeds))
     return table
 
 
@@ -311,22 +325,22 @@ def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[floa
 
 
 def _difference_table(rows: Sequence[Content]) -> Table:
-    columns = [*map(Column, ("arms", "task", "benchmarks")), Column("difference", "+.1f")]
-    columns += [Column("from", "+.1f"), Column("to (95 %)", "+.1f")]
-    is_tested = "p_holm" in rows[0]
-    table = Table([*columns, Column("p (Holm)", ".4f")] if is_tested else columns)
+    """Return a table with a row for each pair of arms and group of benchmarks, and a column for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    table = Table([*map(Column, ("arms", "benchmarks")), *(Column(task, "") for task in tasks)])
+    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for row in rows:
-        points = [100 * row[key] for key in ("difference", "low", "high")]
-        table.add(
-            f"{row['a']} − {row['b']}", row["task"], row["group"], *points, *([row["p_holm"]] if is_tested else [])
-        )
+        star = " *" if row.get("p_holm", 1) < SIGNIFICANT else ""
+        cells[f"{row['a']} − {row['b']}", row["group"]][row["task"]] = with_interval(row) + star
+    for names, by_task in cells.items():
+        table.add(*names, *(by_task.get(task) for task in tasks))
     return table
 
 
 def _forgetting_table(content: Content) -> Table:
     """Return the task and the single benchmark with the lowest difference from the start, for each arm, worst first."""
-    numbers = [Column("difference", "+.1f"), Column("from", "+.1f"), Column("to", "+.1f")]
-    table = Table([Column("arm"), Column("worst benchmark"), *numbers, Column("worst task"), *numbers])
+    number = Column("difference", "")
+    table = Table([Column("arm"), Column("worst benchmark"), number, Column("worst task"), number])
     worst = []
     for arm in content["arms"]:
         singles = [row for row in content["held_out"] if row["a"] == arm]
@@ -336,8 +350,7 @@ def _forgetting_table(content: Content) -> Table:
         if singles and tasks:
             worst.append([min(rows, key=lambda row: row["difference"]) for rows in (singles, tasks)])
     for rows in sorted(worst, key=lambda rows: rows[0]["difference"]):
-        cells = [[row["task"], *(100 * row[key] for key in ("difference", "low", "high"))] for row in rows]
-        table.add(rows[0]["a"], *cells[0], *cells[1])
+        table.add(rows[0]["a"], *(cell for row in rows for cell in (row["task"], with_interval(row))))
     return table
 
 

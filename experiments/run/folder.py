@@ -32,13 +32,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from datamodules.files import RECREATED, read_json, write_json, write_text
-from datamodules.records import UserError, explained
+from datamodules.records import UserError, explained, reason
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
-from lightning_modules.checkpoint_files import candidates, newest_intact
 from lightning_modules.distributed import launch
-from lightning_modules.encoders.backbone import reason
 
 if TYPE_CHECKING:  # because Lightning takes seconds to import
     from datamodules.batches import MultiTaskDataModule
@@ -99,6 +97,8 @@ def open_run(config: Config) -> RunFolder:
     and the whole old run with run.resume=never. Raises UserError if the folder holds another run or something else,
     or if all checkpoints are damaged.
     """
+    from lightning_modules.checkpoint_files import candidates, newest_intact  # only here, because it imports torch
+
     path, is_first = folder_of(config), launch.rank() == 0
     starts_over = config.run.resume == "never" and not _was_started_by_this_job(path)
     if is_first:

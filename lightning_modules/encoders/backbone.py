@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from datamodules.files import read_json, regular, write_json
-from datamodules.options import option
-from datamodules.records import UserError, prefixed
+from datamodules.records import UserError, prefixed, reason
 from datamodules.store import checksum
 from lightning_modules.encoders.families import FAMILIES
-from lightning_modules.encoders.lora import LoraOptions
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
@@ -51,24 +48,6 @@ MAX_SIZES = {
 }
 MAX_PARAMETERS = 20_000_000_000
 Tokenizer = transformers.PreTrainedTokenizerBase
-
-
-@dataclass
-class BackboneOptions:
-    """The Transformer inside the encoder. Without a name, or if its package is missing, it is a random BERT."""
-
-    name: str | None = option(
-        None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"
-    )
-    config: dict[str, Any] = option({}, "shape of a random BERT: fields of transformers.BertConfig")
-    vocab_size: int = option(8192, "number of tokens of a random BERT, taken from the training texts", minimum=1)
-    dropout: float | None = option(
-        None, "dropout of embeddings and sub-layers, by default the backbone's", minimum=0, below=1
-    )
-    attention_dropout: float | None = option(
-        None, "dropout of attention weights, by default the backbone's", minimum=0, below=1
-    )
-    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 def package_folder(name: str) -> str | None:
@@ -217,16 +196,6 @@ def reading(name: str, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise all kinds of errors for damaged or unrelated files
         raise UserError(f"{key}: {name!r} cannot be loaded from a folder or the hub: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error message, or the error's class if the message is empty."""
-    text = str(error).strip()
-    if "weights_only" in text:  # torch's message advises running the code in the file
-        return "it contains more than tensors and plain containers, or is damaged; no code in it was run"
-    if isinstance(error, KeyError):
-        return f"{text} is missing"
-    return (text or type(error).__name__).splitlines()[0]
 
 
 def write_checksum(folder: Path) -> None:

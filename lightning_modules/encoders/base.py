@@ -84,6 +84,7 @@ class Encoder(nn.Module):
     lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
     # Similarity that the encoder was trained with, "dot" or "cosine"; None if its files do not say.
     similarity: str | None = None
+    origin: str = ""  # checkpoint that the weights were loaded from: file in its run, optimizer step, and kind
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.records import UserError, check_choice
+from datamodules.records import UserError, check_choice, is_in, reason
 from lightning_modules.checkpoint_files import read_checkpoint
 from lightning_modules.encoders.backbone import (
     check_size,
@@ -28,7 +28,6 @@ from lightning_modules.encoders.backbone import (
     meta_backbone,
     quiet_transformers,
     reading,
-    reason,
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import family_of
@@ -43,6 +42,11 @@ from lightning_modules.losses import SIMILARITIES
 log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
+RUN_CHECKPOINTS = {  # in the order of checkpoint_of
+    "merged.ckpt": "average of the trained weights and those before training",
+    "best.ckpt": "best on the dev data",
+    "last.ckpt": "end of the training",
+}
 DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
 
 
@@ -98,11 +102,6 @@ def build(
         raise UserError(f"{source}: cannot build a {kind.__name__} from its description ({reason(error)})") from error
 
 
-def is_in(module: str, packages: Sequence[str]) -> bool:
-    """Return whether a module is one of the packages, or inside one."""
-    return any(module == package or module.startswith(f"{package}.") for package in packages if package)
-
-
 def _encoder_class(path: object, packages: Sequence[str]) -> type[Encoder]:
     """Import an encoder's class. Other packages are refused, because importing them would run their code."""
     module, _, name = str(path).rpartition(".")
@@ -152,12 +151,16 @@ def load_encoder(
     from lightning_modules.encoders.pretrained import load_pretrained
 
     path = Path(model)
-    if (path / "checkpoints").is_dir():
+    is_run = (path / "checkpoints").is_dir()
+    if is_run:
         path = checkpoint_of(path)
     if is_plain(model, key):
         encoder = _load_plain(str(model), tasks or DEFAULT_TASKS, pooling, key)
     elif path.is_file():
-        encoder = _load_checkpoint(path, backbone, tower, packages)
+        try:
+            encoder = _load_checkpoint(path, backbone, tower, packages)
+        except UserError as error:
+            raise UserError(f"{error}{_other_checkpoints(path) if is_run else ''}") from error
     else:
         encoder = load_pretrained(model, packages=packages)
     if pooling and encoder.pooling != pooling:
@@ -184,10 +187,27 @@ def is_plain(model: str | Path, key: str = "model") -> bool:
 
 def checkpoint_of(run: Path) -> Path:
     """Return a run's average with its start, or else its best checkpoint, or else its last one."""
-    for name in ("merged.ckpt", "best.ckpt", "last.ckpt"):
+    for name in RUN_CHECKPOINTS:
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
     raise UserError(f"{run}: the run has no checkpoints/best.ckpt or last.ckpt yet")
+
+
+def _other_checkpoints(path: Path) -> str:
+    """Return advice for a run of which one checkpoint cannot be loaded. path: that checkpoint."""
+    others = [str(other) for name in RUN_CHECKPOINTS if (other := path.with_name(name)) != path and other.is_file()]
+    advice = f". Instead of the run, you may name {' or '.join(others)}" if others else ""
+    if path.name == "merged.ckpt":
+        advice += ". The command that trained the run makes a damaged merged.ckpt again"
+    return advice
+
+
+def _origin(path: Path, step: object) -> str:
+    """Describe a checkpoint in words, without the folder of its run. step: its optimizer step, if it has one."""
+    in_run = path.parent.name == "checkpoints"
+    name = f"checkpoints/{path.name}" if in_run else path.name
+    kind = f" ({RUN_CHECKPOINTS[path.name]})" if in_run and path.name in RUN_CHECKPOINTS else ""
+    return f"{name} of step {step}{kind}" if isinstance(step, int) else name
 
 
 def _load_plain(name: str, tasks: Mapping[str, str], pooling: str | None, key: str) -> Encoder:
@@ -238,6 +258,7 @@ def _load_checkpoint(
     else:
         raise UserError(f"{path}: not a checkpoint of this project (it has no description of an encoder)")
     load_weights(encoder, weights, str(path))
+    encoder.origin = _origin(path, checkpoint.get("global_step"))
     return encoder
 
 

@@ -8,37 +8,17 @@ Encoders have these matrices in training only. Loading and exporting merge them 
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from datamodules.options import option
 from datamodules.records import UserError
+from lightning_modules.encoders.backbone_options import LoraOptions, check_peft
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import Experts, family_of
-
-
-@dataclass
-class LoraOptions:
-    """LoRA: train two small matrices for each linear layer instead of its weights. It needs the package peft."""
-
-    rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0)
-    alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0)
-    dropout: float = option(0.0, "dropout of the inputs of the matrices", minimum=0, below=1)
-    targets: list[str] = option(
-        [], "ends of the names of linear layers, such as [query, value]; by default attention, and all of experts"
-    )
-
-
-def check_peft() -> None:
-    """Raise UserError if the package peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("lora: the package peft is not installed (pip install peft)")
 
 
 def add_lora(encoder: Encoder, options: LoraOptions) -> None:

@@ -13,13 +13,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from datamodules.options import option
 from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, Ragged, UserError
 from lightning_modules.distributed.collectives import rank, together, world_size
 from lightning_modules.encoders.base import Encoder
@@ -27,6 +26,7 @@ from lightning_modules.mining import filters
 from lightning_modules.mining.filters import Sieve, text_numbers
 from lightning_modules.mining.mined import Mined, joined, joined_pools
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
+from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
 from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores
@@ -36,42 +36,6 @@ log = logging.getLogger(__name__)
 
 BLOCK = 8192  # number of queries that are ranked at a time
 SHARD = 16384  # maximum number of texts per file of cached vectors
-
-
-@dataclass
-class MiningOptions:
-    """Which candidates become hard negatives. The filters apply in the order of the fields."""
-
-    k: int = option(100, "number of candidates per query", above=0)
-    num_negatives: int = option(8, "number of hard negatives per query; each step draws from them", above=0)
-    same_text: bool = option(True, "drop candidates with the text of the query or of one of its positives")
-    first_rank: int = option(
-        0, "number of nearest candidates to drop, because they are the most likely unjudged positives", minimum=0
-    )
-    relative_margin: float | None = option(
-        0.05, "keep candidates that score below (1 - margin) times the positive; null for all", minimum=0, below=1
-    )
-    absolute_margin: float | None = option(
-        None, "keep candidates that score below the positive by this margin; null for all", minimum=0
-    )
-    positive: Literal["mean", "lowest", "highest"] = option(
-        "mean", "which score the margins use if a query has several positives"
-    )
-    guide: str | None = option(None, "folder, checkpoint or hub name of a guide model; null for none")
-    guide_margin: float = option(
-        0.0, "keep candidates that the guide model scores below the positive by this margin, in cosine", minimum=0
-    )
-    sampling: Literal["top", "random", "softmax"] = option(
-        "top", "which remaining candidates to keep: the best, random ones, or a sample by the softmax of the scores"
-    )
-    sampling_temperature: float = option(0.05, "temperature of sampling=softmax", above=0)
-    memory_mb: int = option(512, "memory for scores, in MB, not counting the vectors", above=0)
-    backend: Literal["auto", "faiss", "torch"] = option("auto", "library for exact search; the result is the same")
-
-    @property
-    def has_margin(self) -> bool:
-        """Whether a margin is set, which needs scores from an encoder."""
-        return self.relative_margin is not None or self.absolute_margin is not None
 
 
 def mine(

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import read_json, write_json
-from datamodules.records import MinedNegatives, Ragged, UserError
-from lightning_modules.encoders.backbone import reason
+from datamodules.records import MinedNegatives, Ragged, UserError, reason
 from lightning_modules.mining.filters import query_of_values
 from lightning_modules.mining.mined import Mined
 from lightning_modules.mining.relabel import Relabelled

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from datamodules.records import Benchmark, UserError, check_choice
+from datamodules.records import SIMILARITIES, Benchmark, UserError, check_choice
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval import trec
@@ -34,7 +34,7 @@ from lightning_modules.retrieval.metrics import (
     positions_of,
 )
 from lightning_modules.retrieval.probes import probe_runs
-from lightning_modules.retrieval.ranking import SIMILARITIES, rank_bm25, rank_vectors
+from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache
 

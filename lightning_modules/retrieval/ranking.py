@@ -15,13 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from datamodules.records import Benchmark, check_choice
+from datamodules.records import SIMILARITIES, Benchmark, check_choice
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, positions_of, sorted_run
 from lightning_modules.retrieval.search import Shards, pair_scores, top_k
-
-SIMILARITIES = ("dot", "cosine", "l2")
 
 
 def rank_vectors(

@@ -149,7 +149,8 @@ def test_benchmark_that_differs_is_left_out(tmp_path, change, reason):
 def test_results_of_other_queries_are_not_compared(tmp_path):
     a, b = measured(tmp_path / "a", 0.3, 1), measured(tmp_path / "b", 0.3, 2)
     path = b / "runs" / "generated.encoder.queries.tsv"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    *lines, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, f"other{last}"]))
     with pytest.raises(UserError, match=r"nothing could be compared \(generated: .* measured different queries"):
         compared(tmp_path, a, b)
 

@@ -7,12 +7,14 @@ import pytest
 from datamodules.files import read_json
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
-from experiments import report, runs
+from experiments import mine, report, runs
 from experiments.download.sources import Sources
 from experiments.reporting.run_files import RunFiles
+from experiments.results.results import read_results
 from experiments.run.folder import read_manifest
 from experiments.run.trials import Controller, read_rows
-from experiments.train import train
+from experiments.train import main, train
+from lightning_modules.encoders.loading import load_encoder
 from tests.conftest import toy_collection
 from tests.experiments.test_changed_data import ARGUMENTS
 
@@ -69,6 +71,122 @@ def test_damaged_files_of_a_run_are_named(run, tmp_path, name):
         assert not message or name in message or "configuration" in message, message
         message_of(runs.main, [f"root={tmp_path / 'runs'}"])
         message_of(report.main, [f"RUN={folder}", f"output={tmp_path / 'page.html'}", "map=0"])
+
+
+@pytest.fixture(scope="module")
+def merged_run(run, tmp_path_factory):
+    """A run that mines negatives and ends with an average with its start, and its arguments."""
+    start, arguments = run
+    folder = tmp_path_factory.mktemp("merged") / "run"
+    arguments = [*arguments, f"init_from={start}", "trainer.start_share=0.3", "mining.every_n_steps=1"]
+    arguments += [
+        "mining.first_step=0",
+        "mining.relative_margin=null",
+        "mining.k=5",
+        "task.search.num_hard_negatives=1",
+    ]
+    train("vanilla", [*arguments, f"run.dir={folder}"])
+    return folder, arguments
+
+
+def damaged(content):
+    """Return a file's content cut short, emptied, zeroed, with a bit flipped, and replaced by that of another file."""
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 8]) + content[half + 1 :]
+    return [content[:half], b"", bytes(len(content)), flipped, b'{"version": 99}\n']
+
+
+def state_of(folder):
+    return {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()}, load_encoder(folder).origin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("checkpoints/merged.ckpt", ""),
+        ("results.json", "Delete it"),
+        ("manifest.json", "Delete it"),
+        ("config.yaml", "--cfg"),
+    ],
+)
+def test_a_complete_run_restores_derived_files_or_says_how(merged_run, tmp_path, capsys, caplog, name, advice):
+    """advice: what the error says, "" if the command that trained the run repairs the file itself."""
+    source, arguments = merged_run
+    folder = tmp_path / "run"
+    arguments = [*arguments, f"run.dir={folder}"]
+    repaired = 0
+    for content in damaged((source / name).read_bytes()):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        (folder / name).write_bytes(content)
+        if advice:
+            message = message_of(train, "vanilla", arguments)
+            assert not message or (advice in message and name in message) or "another configuration" in message
+            if "Delete it" in message:
+                (folder / name).unlink()
+            elif message:
+                capsys.readouterr()
+                with pytest.raises(SystemExit):
+                    main(["vanilla", *arguments, "--cfg"])
+                (folder / name).write_text(capsys.readouterr().out)
+            repaired += bool(message)
+        caplog.clear()
+        train("vanilla", arguments)
+        assert "making it again from best.ckpt" in caplog.text or "merged" not in name
+        assert state_of(folder) == state_of(source)
+        results = [read_results(path / "results.json").means() for path in (folder, source)]
+        assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert repaired or not advice
+
+
+@pytest.mark.slow
+def test_an_average_that_cannot_be_made_again_raises_user_error(merged_run, tmp_path):
+    source, arguments = merged_run
+    shutil.copytree(source, tmp_path / "run")
+    for name in ("merged.ckpt", "best.ckpt"):
+        (tmp_path / "run" / "checkpoints" / name).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"merged\.ckpt: not a checkpoint.* you may name .*last\.ckpt\. The command that"
+    ):
+        load_encoder(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "start.ckpt").write_bytes(b"")
+    for more in ("trainer.max_steps=2", "trainer.max_steps=4"):
+        with pytest.raises(UserError, match=r"start\.ckpt"):
+            train("vanilla", [*arguments, f"run.dir={tmp_path / 'run'}", more])
+
+
+@pytest.mark.slow
+def test_a_report_leaves_out_damaged_files(merged_run, tmp_path, caplog):
+    source, _ = merged_run
+    mined = "negatives/step-00000001/report.json"
+    for name in (mined, "runs/set.trained.queries.tsv"):
+        for content in damaged((source / name).read_bytes()):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(source, tmp_path / "run")
+            (tmp_path / "run" / name).write_bytes(content)
+            caplog.clear()
+            report.main([f"RUN={tmp_path / 'run'}", f"output={tmp_path / 'page.html'}", "map=0"])
+            assert name in caplog.text
+
+
+@pytest.mark.slow
+def test_mining_again_replaces_a_damaged_store(run, tmp_path, caplog):
+    _, arguments = run
+    arguments = ["vanilla", *arguments, "mining.miner._target_=lightning_modules.mining.miners.BM25Miner"]
+    arguments += ["mining.relative_margin=null", "mining.k=5", f"output={tmp_path / 'store'}"]
+    (tmp_path / "store").mkdir()
+    mine.main(arguments)
+    good = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    for name in ("meta.json", "search.documents.npy"):
+        for content in damaged(good[name]):
+            (tmp_path / "store" / name).write_bytes(content)
+            mine.main(arguments)
+            assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == good
+    (tmp_path / "store" / "mine.txt").write_text("mine")
+    (tmp_path / "store" / "meta.json").write_text("")
+    with pytest.raises(UserError, match="is not a store of hard negatives"):
+        mine.main(arguments)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 def test_each_task_is_exported_with_a_readme(run, capsys):
     main([f"model={run}"])
-    trained = load_encoder(run)
+    trained, results = load_encoder(run), json.loads((run / "results.json").read_text())
     for task in trained.tasks:
         folder = run / "export" / "tasks" / task
         plain = load_encoder(folder, pooling="mean")
@@ -46,6 +46,7 @@ def test_each_task_is_exported_with_a_readme(run, capsys):
         assert f"# Encoder for {task.replace('_', ' ')}" in card
         assert "SentenceTransformer" in card
         assert "2 steps of" in card
+        assert f"| checkpoint | checkpoints/{results['checkpoint']} of step {results['checkpoint_step']} (" in card
         assert "| topics | classification |" in card  # data
         library = SentenceTransformer(str(folder), device="cpu")
         vectors = torch.from_numpy(library.encode(["some words"]))

@@ -123,6 +123,10 @@ def test_runs_and_checkpoints_are_merged_and_the_result_is_used_like_any_model(t
     assert [entry["name"] for entry in recipe["dev"]] == ["topics", "citations", "searches"]
     merged = load_encoder(tmp_path / "merged")
     assert merged.similarity == "cosine"
+    card = (tmp_path / "merged" / "README.md").read_text()
+    for name, path in {"moe": tmp_path / "moe", "last.ckpt": checkpoint}.items():
+        assert f"| {name}, {load_encoder(path).origin} |" in card
+    assert "| checkpoint |" not in card
 
     evaluate([f"model={tmp_path / 'merged'}", f"run={tmp_path / 'moe'}", "split=dev", f"output={tmp_path / 'eval'}"])
     tables = json.loads((tmp_path / "eval" / "results.json").read_text())["benchmarks"]
@@ -173,6 +177,7 @@ def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
         trained = load_encoder(run / "checkpoints" / "last.ckpt")
         expected = merged_encoder({"trained": trained, "start": start}, Weights((0.75, 0.25))).state_dict()
         found = load_encoder(run).state_dict()
+        assert load_encoder(run).origin.startswith(f"checkpoints/merged.ckpt of step {steps} (average of")
         assert all(torch.equal(expected[name], found[name]) for name in expected | found)
         assert any(not torch.equal(found[name], tensor) for name, tensor in trained.state_dict().items())
         results = json.loads((run / "results.json").read_text())
@@ -183,9 +188,7 @@ def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
         train("moe", [*shared, "trainer.max_steps=6", "data.batch_size=3"])
     assert all(torch.equal(found[name], tensor) for name, tensor in load_encoder(run).state_dict().items())
     (run / "checkpoints" / "start.ckpt").unlink()
-    with pytest.raises(
-        UserError, match=r"start_share: .*start\.ckpt, the encoder before training, is missing; use make"
-    ):
+    with pytest.raises(UserError, match=r"start_share: .*start\.ckpt.*No such file.*restore it, or use make merge"):
         train("moe", [*shared, "trainer.max_steps=6"])
 
 

@@ -14,8 +14,9 @@ from datamodules.readers.collecting import check_collection
 from datamodules.records import Benchmark, Collection, Document, MinedNegatives, Task, UserError, check_name
 from datamodules.tasks import SearchDataModule
 from experiments import evaluate, export
-from experiments.build.models import System, config_of_run, short_name, stem
+from experiments.build.models import System, short_name, stem
 from experiments.config.experiment import as_dict, folder_of, from_dict, load_config
+from experiments.config.run_config import config_of_run
 from experiments.config.schema import DataConfig
 from experiments.download.recipe import load_recipe
 from experiments.results.results import tables_from_json

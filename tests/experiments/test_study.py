@@ -226,7 +226,18 @@ def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
 
 
 def numbers(text):
-    return [float(number.replace("−", "-")) for number in re.findall(r"[-+−]?\d+\.\d+", text)]
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
+
+
+def section(text, heading):
+    """Return first cells of a row and heading of a column -> numbers, for the table below a heading of the page."""
+    lines = text.partition(f"## {heading}\n")[2].partition("##")[0].replace("\\", "").splitlines()
+    head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+    return {
+        (*row[: head.index("benchmarks") + 1 if "benchmarks" in head else 1], name): numbers(cell)
+        for row in rows
+        for name, cell in zip(head, row, strict=True)
+    }
 
 
 def test_every_number_of_the_page_is_that_of_a_file(make_study):
@@ -239,15 +250,12 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
             lines = (job.output / "runs" / f"{benchmark}.encoder.queries.tsv").read_text().splitlines()[1:]
             values[job.name, benchmark] = np.array([float(line.split("\t")[1]) for line in lines])
     text = page(content, "mine.svg")
-    table = text.partition("## Each benchmark")[2]
-    rows = {line.split("|")[1].strip(): numbers(line) for line in table.splitlines() if line.startswith("|")}
-    for benchmark, column in (("questions", 0), ("links", 1)):
-        assert rows["start"][column] == round(100 * values["start", benchmark].mean(), 1)
+    for benchmark, heading in (("questions", "search"), ("links", "link_prediction")):
+        table = section(text, f"Each benchmark: {heading}")
+        assert table["start", benchmark] == [round(100 * values["start", benchmark].mean(), 1)]
         seeds = [100 * values[f"one-seed{seed}", benchmark].mean() for seed in (0, 1)]
-        assert rows["one"][2 * column : 2 * column + 2] == [
-            pytest.approx(np.mean(seeds), abs=0.05 + 1e-9),
-            pytest.approx(np.std(seeds, ddof=1), abs=0.05 + 1e-9),
-        ]
+        assert table["one", benchmark] == pytest.approx([np.mean(seeds), np.std(seeds, ddof=1)], abs=0.05 + 1e-9)
+    gains, tests = section(text, "Gain over start"), section(text, "Comparisons")
     for row in content["gains"] + content["tests"]:
         names = {"all": ("questions", "links"), "search": ("questions",), "link_prediction": ("links",)}[row["task"]]
         means = {
@@ -256,6 +264,8 @@ def test_every_number_of_the_page_is_that_of_a_file(make_study):
         }
         assert row["difference"] == pytest.approx(means[row["a"]] - means[row["b"]], abs=1e-12)
         assert row["low"] < row["difference"] < row["high"]
+        shown = (tests if "p_holm" in row else gains)[f"{row['a']} − {row['b']}", row["group"], row["task"]]
+        assert shown == pytest.approx([100 * row[key] for key in ("difference", "low", "high")], abs=0.05 + 1e-9)
     assert {(row["group"], row["task"]) for row in content["gains"]} == {
         ("trained on", "search"),
         ("held out", "link_prediction"),
@@ -291,7 +301,7 @@ def test_interference_and_forgetting_are_those_of_the_files(make_study):
     assert len(logged) == 4
     assert [rows["one", *pair]["cosine"] for pair in pairs] == pytest.approx([cosine] * 2)
     gained = {arm: 100 * (mean(arm, "links") - mean("start", "links")) for arm in ("one", "both")}
-    table = page(content, "").partition("## Held out")[2].partition("##")[0]
+    table = page(content, "").partition("## Held out: the worst")[2].partition("##")[0]
     shown = {line.split("|")[1].strip(): numbers(line)[0] for line in table.splitlines() if "| links |" in line}
     assert list(shown) == sorted(gained, key=gained.get)
     assert shown == pytest.approx(gained, abs=0.05 + 1e-9)

@@ -13,8 +13,9 @@ from experiments.build.benchmarks import BenchmarkOptions, CollectionReader, bui
 from experiments.build.models import System
 from experiments.build.suite import load_suite
 from experiments.evaluate import main
+from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import cost_tables
-from experiments.results.results import combine, evaluate_system, tables_from_json, tables_to_json
+from experiments.results.results import combine, tables_from_json, tables_to_json
 from experiments.shared.table_formats import print_tables
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.retrieval.vector_cache import VectorCache

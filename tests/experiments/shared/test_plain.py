@@ -13,8 +13,7 @@ from rich.table import Table
 from experiments import audit, compare, data, dry_run, find, import_papers, index, merge, mteb, reproduce, runs, sweep
 from experiments.build.suite import BenchmarkConfig
 from experiments.results import result_tables
-from experiments.results.cost import Cost
-from experiments.results.results import BenchmarkTable, SystemResult
+from experiments.results.results import BenchmarkTable, Cost, SystemResult
 from experiments.shared import console
 from experiments.shared.plain import PlainFormatter, plain
 from experiments.shared.progress import Progress
