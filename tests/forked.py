@@ -167,7 +167,7 @@ def _serve(address: str) -> dict[str, Any]:
     listener.listen()
     print("ready", flush=True)
     while listener in select.select([listener, sys.stdin], [], [])[0]:
-        with suppress(ChildProcessError):  # none is left
+        with suppress(ChildProcessError):  # before the first one
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         connection, _ = listener.accept()
