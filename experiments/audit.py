@@ -16,7 +16,6 @@ from datamodules.files import write_json
 from datamodules.leakage import WAYS
 from datamodules.options import option
 from datamodules.records import UserError, explained
-from experiments.build.data import build_data
 from experiments.build.leaks import EXAMPLES, Leaks, find_leaks
 from experiments.config.experiment import ExperimentOptions, digest, parse_experiment
 from experiments.shared.console import entry_point, table_console
@@ -40,6 +39,8 @@ class AuditOptions(ExperimentOptions):
 
 def main(arguments: Sequence[str]) -> None:
     options, config = parse_experiment(AuditOptions, arguments)
+    from experiments.build.data import build_data  # only here, because Lightning takes seconds to import
+
     folders = [str(Path(folder).resolve()) for folder in options.beir]
     digits = hashlib.blake2b(repr((digest(config), folders)).encode(), digest_size=3).hexdigest()
     output = options.output or Path("audits") / f"{config.experiment}-{config.scale}-{digits}.json"

@@ -39,8 +39,8 @@ MAY_IMPORT = {
 LAYERS = ("shared", "config", "build", "run", "results", "reporting", "commands")
 # Callbacks have the name of what they call during training.
 CALLBACKS = {"evaluation.py", "hard_negatives.py"}
-# Commands that need Lightning, and those that only need torch and transformers.
-READ_TRAINING_DATA = {"audit", "dry_run", "mine", "train"}
+# Commands that import Lightning at their start, and those that import torch and transformers.
+READ_TRAINING_DATA = {"dry_run", "mine", "train"}
 LOAD_MODELS = {"embed", "evaluate", "export", "find", "harness", "index", "merge", "mteb", "report"}
 PURE = (
     "lightning_modules/losses.py",

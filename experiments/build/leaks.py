@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, UserError, explained, prefixed
 from datamodules.store import locked
-from datamodules.tasks import TaskDataModule
 from experiments.config.schema import DataConfig
+
+if TYPE_CHECKING:  # because Lightning takes seconds to import
+    from datamodules.tasks import TaskDataModule
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
-from experiments.config.experiment import runs_there
-from experiments.config.run_config import config_of_run, packages_option, run_of
+from experiments.config.run_config import config_of_run, packages_option, run_of, runs_there
 from experiments.config.schema import Config
 from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch

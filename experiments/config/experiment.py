@@ -38,7 +38,7 @@ from experiments.config.structured import (
     unknown,
     yaml_text,
 )
-from experiments.config.targets import check_targets, current_path, with_first_paths
+from experiments.config.targets import check_readers, check_targets, current_path, with_first_paths
 from experiments.shared.plain import say
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,14 @@ def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list
     return parsed, overrides
 
 
-def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:
+def load_config(
+    experiment: str, overrides: Sequence[str] = (), others: Sequence[str] = (), *, checks_classes: bool = True
+) -> Config:
     """Load the configuration of an experiment.
 
     overrides: key=value arguments. others: options of the command, to suggest for a misspelt key.
+    checks_classes: whether to check this machine and all classes that `_target_` names, which imports torch. Commands
+        that only show settings do not need it; they are the same for an experiment without mistakes.
     Raises UserError that names file and key, what is wrong, and what is expected.
     """
     for text in overrides:
@@ -119,8 +123,9 @@ def load_config(experiment: str, overrides: Sequence[str] = (), others: Sequence
             raise error
         log.warning("task %s is ignored: %s", name, error)
     new_tasks = set(config.task) - {*known_tasks, *broken}
-    finished = _finish(config, packages_in(overrides))
-    check_machine(finished)
+    finished = _finish(config, packages_in(overrides), checks_classes)
+    if checks_classes:
+        check_machine(finished)
     for name in new_tasks - set(finished.tasks):  # a misspelt task in task.NAME.key=value
         _check_name("task", name, known_tasks)
     return finished
@@ -179,12 +184,6 @@ def read_config(path: Path) -> dict[str, Any]:
         advice = "The command that trained the run prints this file if you add --cfg (python -m experiments.train)."
         raise UserError(f"{file}: cannot be read ({error}). {advice}") from error
     return _with_current_paths(settings)
-
-
-def runs_there() -> str:
-    """Return a list of the runs in runs/, for error messages."""
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    return f"In runs/ there are: {', '.join(runs) or 'none'}"
 
 
 def _with_current_paths(node: Any) -> Any:
@@ -268,10 +267,10 @@ def _read_task(path: Path, scale: str) -> DictConfig:
     return task
 
 
-def _finish(config: DictConfig, packages: Sequence[str]) -> Config:
+def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = True) -> Config:
     """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked.
 
-    packages: packages that the user allows.
+    packages: packages that the user allows. checks_classes: as for load_config; readers are always checked.
     """
     known_tasks = sorted(config.task)
     try:
@@ -292,7 +291,7 @@ def _finish(config: DictConfig, packages: Sequence[str]) -> Config:
     finished.task = {name: finished.task[name] for name in finished.tasks}
     check_options(finished)
     check_constraints(finished)
-    check_targets(finished)
+    (check_targets if checks_classes else check_readers)(finished)
     return finished
 
 

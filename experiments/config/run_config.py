@@ -1,4 +1,4 @@
-"""Find the run that a model belongs to, and load its configuration."""
+"""Find runs, and load their configurations."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | No
     if config.data.cache and not Path(config.data.cache).expanduser().is_dir():
         config.data.cache = DataConfig.cache
     return config
+
+
+def runs_there() -> str:
+    """Return a list of the runs in runs/, for error messages."""
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    return f"In runs/ there are: {', '.join(runs) or 'none'}"
 
 
 def packages_option() -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,11 +72,16 @@ def check_targets(config: Config) -> None:
             raise unknown("task in mining.judges", name, config.tasks)
         key = f"mining.judges.{name}"
         config.mining.judges[name] = check_target(key, node, Judge, JUDGE_ARGUMENTS, packages=allowed) if node else None
+    check_readers(config)
+
+
+def check_readers(config: Config) -> None:
+    """Check the nodes of readers, and convert their arguments. Folders get the class of their reader."""
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
             node = with_reader(key, node, settings.kind)
-            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=allowed)
+            settings.data[name] = check_target(key, node, Reader, package=READERS, packages=config.extend.packages)
 
 
 def check_target(
@@ -227,9 +233,18 @@ def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[st
     return [name for name in names if name in parameters]
 
 
-def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
-    """Create the object that a checked node describes. arguments: those that are not in the node."""
-    return _checked_class(node)(**{key: value for key, value in node.items() if key != "_target_"}, **arguments)
+def instantiate(node: Mapping[str, Any], key: str, /, **arguments: Any) -> Any:
+    """Create the object that a checked node describes.
+
+    key: key of the node, which errors about its arguments get as prefix. arguments: those that are not in the node.
+    """
+    try:
+        return _checked_class(node)(**{name: value for name, value in node.items() if name != "_target_"}, **arguments)
+    except UserError as error:
+        subject = re.match(r"\w*", str(error))[0]
+        if subject in arguments or not accepted_arguments(node, [subject]):
+            raise
+        raise UserError(f"{key}.{error}") from error
 
 
 def _checked_class(node: Mapping[str, Any]) -> type:

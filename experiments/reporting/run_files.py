@@ -13,11 +13,11 @@ from typing import Any
 
 from datamodules.files import read_json
 from datamodules.records import UserError
-from experiments.config.experiment import read_config, runs_there
+from experiments.config.experiment import read_config
+from experiments.config.run_config import runs_there
 from experiments.results.results import Results, read_results
 from experiments.run.folder import read_manifest
 from experiments.run.trials import read_rows
-from lightning_modules.mining.report import read_values
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,8 @@ class RunFiles:
     @cached_property
     def minings(self) -> Mapping[str, Source]:
         """The report of each mining during training."""
+        from lightning_modules.mining.report import read_values  # only here, because it imports torch
+
         return self.matching("negatives/*/report.json", read_values)
 
     @cached_property

@@ -19,8 +19,7 @@ from datamodules.files import regular
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.config.arguments import parse_known
-from experiments.config.experiment import runs_there
-from experiments.config.run_config import config_of_run, run_of
+from experiments.config.run_config import config_of_run, run_of, runs_there
 from experiments.results.results import BenchmarkTable, Results, RunInfo, read_results
 from lightning_modules.retrieval.trec import decode_id
 
@@ -157,7 +156,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
     results = read_results(path)
     systems = results.systems
     if not results.benchmarks:
-        raise UserError(f"{key}: {path} has no results (evaluation.split=none); evaluate it: make eval MODEL={folder}")
+        raise UserError(f"{key}: {path} has no results (evaluation.split=none); evaluate it: make eval model={folder}")
     if not system:
         system = "trained" if "trained" in systems else systems[-1] if len(systems) == 1 else ""
     if system not in systems:

@@ -55,4 +55,4 @@ def test_nodes_of_the_page_are_readers():
     nodes = [node for block in blocks for node in yaml.safe_load(block).values()]
     assert nodes
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS), "data.x"), Reader)

@@ -1,10 +1,13 @@
 """The list of runs: what differs, under short names, in a table that fits."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
+import yaml
 
-from experiments.config.experiment import as_dict, load_config
+from experiments.config.experiment import as_dict, experiments, load_config
 from experiments.run.folder import flat
 from experiments.runs import OPTIONAL_COLUMNS, SPEED_COLUMNS, ListedRun, differences, records_of, short_keys, table_of
 from experiments.shared.table_formats import PIPE_WIDTH, print_tables
@@ -26,7 +29,24 @@ def printed(capsys, runs, width=PIPE_WIDTH) -> str:
 def test_differences_are_the_settings_that_are_not_the_experiments():
     config = as_dict(load_config("moe", ["optim.lr=0.5", "tasks=[search]", "trainer.grad_cache=true"]))
     assert differences(config) == {"tasks": ["search"], "optim.lr": 0.5, "trainer.grad_cache": True}
-    assert differences(as_dict(load_config("vanilla"))) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", experiments())
+def test_run_with_the_settings_of_its_experiment_has_no_differences(experiment):
+    """The list converts no arguments of classes, because that would import torch."""
+    assert differences(as_dict(load_config(experiment))) == {}
+
+
+@pytest.mark.slow
+def test_list_is_shown_without_torch(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(as_dict(load_config("moe", ["optim.lr=0.5"]))))
+    code = "import sys\nfrom experiments.runs import main\nmain(sys.argv[1:])\nassert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, f"root={tmp_path}"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    assert "lr=0.5" in output
 
 
 def test_short_keys_are_the_shortest_endings_of_one_key_only():

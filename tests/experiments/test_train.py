@@ -430,7 +430,9 @@ def test_a_run_without_final_table_gets_it_later(tmp_path, capsys, caplog):
     assert "is complete" in caplog.text
     assert json.loads((tmp_path / "results.json").read_text())["benchmarks"] == {}
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"A: .*results\.json has no results \(evaluation\.split=none\)"):
+    with pytest.raises(
+        UserError, match=r"A: .*results\.json has no results \(evaluation\.split=none\); .* make eval model="
+    ):
         compare([f"A={tmp_path}", f"B={tmp_path}"])
     train("vanilla", quick)
     systems = [table["systems"] for table in json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()]
