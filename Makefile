@@ -178,11 +178,11 @@ export: $(STAMP) ## export a model for other tools: make export model=M [task=se
 
 test: ## run all tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
-	@$(PY) -m pytest -n 2 $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
+	@$(PY) -m pytest -n 2 --dist worksteal $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
 test-fast: ## run the quick tests: no subprocesses and no trainings
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
-	@$(PY) -m pytest -n 2 -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(call shell-words,$(value TESTS)) $(call shell-words,$(value ARGS))
 
 check: docs ## check formatting, lint, types, sweep files, wording and the site of the documentation
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=

@@ -152,7 +152,7 @@ class Output:
         node = check_target(f"outputs.{name}.reader", node, Reader)
         defaults = {"on_error": on_error, "quarantine": str(self.folder.with_name(f"{name}.quarantine.jsonl"))}
         accepted = [key for key in accepted_arguments(node, defaults) if key not in node]
-        reader = instantiate(node, **{key: defaults[key] for key in accepted})
+        reader = instantiate(node, f"outputs.{name}.reader", **{key: defaults[key] for key in accepted})
         with Progress(f"building {name}"):
             collection = merge_splits(reader.read(), self.spec.splits, name)
             stamp = {"fingerprint": self.fingerprint(), "without": self.missing}

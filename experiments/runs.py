@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
             problems.append(f"{path.parent}: not a run of this version ({error})")
     if not runs and not problems:
-        raise UserError(f"root: found no runs in {options.root}")
+        raise UserError(f"root: found no runs in {options.root}; start one with make train, or set another root")
     runs.sort(key=lambda run: run.record["last logged"] or "", reverse=True)
     print_tables(options.format, [table_of(runs, f"{counted(len(runs), 'run')} in {options.root}")], records_of(runs))
     for problem in problems:

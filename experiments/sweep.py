@@ -107,7 +107,7 @@ def run_all(controller: Controller) -> None:
         )
     best = rows[0]
     if best["value"] is None:
-        raise UserError(f"no trial logged {sweep.metric}")
+        raise UserError(f"metric.name: no trial logged {sweep.metric}; the logs of the trials are next to their runs")
     settings = " ".join(starmap(as_override, best["parameters"].items()))
     log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
     log.info("Its run is in %s. Next: make eval model=%s split=dev", near(best["run"]), near(best["run"]))

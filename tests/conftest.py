@@ -128,11 +128,15 @@ def trainer_on(device: str = "cpu", global_rank: int = 0, world_size: int = 1) -
     return SimpleNamespace(global_rank=global_rank, world_size=world_size, num_devices=world_size, strategy=strategy)
 
 
-@pytest.fixture
-def free_port() -> int:
+def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    return unused_port()
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ class CollectionReader:
 
     def reader(self, config: BenchmarkConfig) -> Reader:
         paths = {key: str(self.root / value) for key, value in config.reader.items() if key in PATH_ARGUMENTS and value}
-        return instantiate(config.reader | paths)
+        return instantiate(config.reader | paths, "reader")
 
     def missing(self, config: BenchmarkConfig) -> str | None:
         """Return why the data cannot be read; None if they are complete."""

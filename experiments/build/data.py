@@ -106,7 +106,7 @@ def resolve_epochs(config: Config, data: MultiTaskDataModule) -> None:
 def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptions) -> TaskDataModule:
     for key, node in task.data.items():
         check_folder(config, name, key, node)
-    readers = {key: _build_reader(config, node) for key, node in task.data.items()}
+    readers = {key: _build_reader(config, f"task.{name}.data.{key}", node) for key, node in task.data.items()}
     overrides = {
         key: value
         for key in (
@@ -118,12 +118,13 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
     return KINDS[task.kind](Task(name, task.expert, task.instruction), readers, options.override(**overrides))
 
 
-def _build_reader(config: Config, node: Mapping[str, Any]) -> Reader:
-    """Create the reader of a collection. Its own on_error overrides data.on_error."""
+def _build_reader(config: Config, key: str, node: Mapping[str, Any]) -> Reader:
+    """Create the reader of a collection. Its own on_error overrides data.on_error. key: key of the node."""
     rank = launch.rank(max(config.trainer.devices, 1))
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
     arguments = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
-    return instantiate(node, **{key: arguments[key] for key in accepted_arguments(node, arguments) if key not in node})
+    accepted = [argument for argument in accepted_arguments(node, arguments) if argument not in node]
+    return instantiate(node, key, **{argument: arguments[argument] for argument in accepted})
 
 
 def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -61,7 +62,7 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
             )
     return Mining(
         settings,
-        {task: instantiate(node) for task, node in nodes.items() if node},
+        {task: instantiate(node, _key(settings.miners, "miner", task)) for task, node in nodes.items() if node},
         vectors,
         similarity=config.objective.similarity,
         token_budget=config.data.token_budget,
@@ -79,10 +80,14 @@ def _build_judges(config: Config, tasks: Sequence[str]) -> dict[str, Judge]:
     nodes = {task: settings.judges.get(task, settings.judge) for task in tasks}
     for task, node in nodes.items():
         if node and repr(node) not in built:
-            with prefixed(f"mining.judges.{task}." if settings.judges.get(task) else "mining.judge."):
-                accepted = {name: arguments[name] for name in accepted_arguments(node, arguments)}
-                built[repr(node)] = instantiate(node, **accepted)
+            accepted = {name: arguments[name] for name in accepted_arguments(node, arguments)}
+            built[repr(node)] = instantiate(node, _key(settings.judges, "judge", task), **accepted)
     return {task: built[repr(node)] for task, node in nodes.items() if node}
+
+
+def _key(by_task: Mapping[str, Any], kind: str, task: str) -> str:
+    """Return the key of a task's miner or judge. by_task: mining.miners or mining.judges. kind: miner or judge."""
+    return f"mining.{kind}s.{task}" if by_task.get(task) else f"mining.{kind}"
 
 
 def build_mining_callback(

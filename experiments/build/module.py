@@ -91,7 +91,7 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
         "max_length": config.data.max_length,
     }
     accepted = accepted_arguments(config.encoder, arguments)
-    encoder = instantiate(config.encoder, **{name: arguments[name] for name in accepted})
+    encoder = instantiate(config.encoder, "encoder", **{name: arguments[name] for name in accepted})
     if source is not None:
         continue_from(source, encoder, config.init_from)
     _add_lora(config, encoder)
@@ -250,8 +250,7 @@ def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
     losses = {}
     for name, node in config.losses.items():
         arguments = {key: provided[key] for key in accepted_arguments(node, provided)}
-        with prefixed(f"losses.{name}."):
-            losses[name] = instantiate(node, **arguments)
+        losses[name] = instantiate(node, f"losses.{name}", **arguments)
     return losses
 
 

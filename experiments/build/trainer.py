@@ -71,7 +71,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     evaluation = _build_evaluation(config, data, folder) if config.evaluation.every_n_steps else None
     callbacks += [evaluation] if evaluation else []
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
-    own = {name: instantiate(node) for name, node in config.callbacks.items()}
+    own = {name: instantiate(node, f"callbacks.{name}") for name, node in config.callbacks.items()}
     for name, callback in own.items():
         _check_monitor(f"callbacks.{name}", callback, evaluation)
     callbacks += own.values()

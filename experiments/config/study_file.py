@@ -159,7 +159,7 @@ def _check(study: Study) -> None:
         if bool(arm.model) == bool(arm.commands):
             raise UserError(f"arms.{name}: expected model or commands, {'got both' if arm.model else 'got neither'}")
         if len(set(arm.seeds or settings.seeds)) < max(len(arm.seeds or settings.seeds), 1):
-            raise UserError(f"arms.{name}: expected different seeds, at least one")
+            raise UserError(f"arms.{name}: expected different seeds, at least one, got {arm.seeds or settings.seeds}")
     if taken := {"folder", "seed", "model", "output", *study.arms} & set(settings.values):
         raise UserError(f"values.{min(taken)}: this name has a meaning of its own in commands; choose another")
     pairs = [("start", [settings.start])] if settings.start else []

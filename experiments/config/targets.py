@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -232,9 +233,18 @@ def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[st
     return [name for name in names if name in parameters]
 
 
-def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
-    """Create the object that a checked node describes. arguments: those that are not in the node."""
-    return _checked_class(node)(**{key: value for key, value in node.items() if key != "_target_"}, **arguments)
+def instantiate(node: Mapping[str, Any], key: str, /, **arguments: Any) -> Any:
+    """Create the object that a checked node describes.
+
+    key: key of the node, which errors about its arguments get as prefix. arguments: those that are not in the node.
+    """
+    try:
+        return _checked_class(node)(**{name: value for name, value in node.items() if name != "_target_"}, **arguments)
+    except UserError as error:
+        subject = re.match(r"\w*", str(error))[0]
+        if subject in arguments or not accepted_arguments(node, [subject]):
+            raise
+        raise UserError(f"{key}.{error}") from error
 
 
 def _checked_class(node: Mapping[str, Any]) -> type:

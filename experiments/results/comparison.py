@@ -156,7 +156,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
     results = read_results(path)
     systems = results.systems
     if not results.benchmarks:
-        raise UserError(f"{key}: {path} has no results (evaluation.split=none); evaluate it: make eval MODEL={folder}")
+        raise UserError(f"{key}: {path} has no results (evaluation.split=none); evaluate it: make eval model={folder}")
     if not system:
         system = "trained" if "trained" in systems else systems[-1] if len(systems) == 1 else ""
     if system not in systems:

@@ -45,7 +45,7 @@ class ControlEncoder(Encoder):
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         if not (attention or ffn):
-            raise UserError("a control encoder needs experts in attention, ffn or both")
+            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.experts = tuple(f"expert{i}" for i in range(len(set(self.tasks.values()))))
         self.expert_layers = expert_layers(layers, self.num_layers)

@@ -80,7 +80,7 @@ class MoEEncoder(Encoder):
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
         if not (attention or ffn):
-            raise UserError("an MoE encoder needs experts in attention, ffn or both (SharedEncoder has none)")
+            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)

@@ -64,7 +64,7 @@ class RoutedEncoder(Encoder):
             raise UserError(f"num_experts: expected 2 to {MAX_EXPERTS:,}, got {num_experts}")
         check_choice("level", level, LEVELS)
         if not (attention or ffn):
-            raise UserError("a routed encoder needs experts in attention, ffn or both")
+            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         if level == "token" and attention:
             raise UserError("level: tokens are routed only in the feed-forward sub-layer; set attention=false")
         check_number("gumbel_temperature", gumbel_temperature, minimum=1e-6, maximum=1e6)

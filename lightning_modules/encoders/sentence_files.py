@@ -212,4 +212,4 @@ def _typed(name: str, config: Mapping[str, Any], key: str, kind: type, default: 
 
 
 def _refuse(name: str, what: str, reason: str) -> None:
-    raise UserError(f"{name}: {what} is not supported ({reason}), and without it the vectors would be others")
+    raise UserError(f"{name}: {what} is not supported ({reason}), and without it the vectors would differ")

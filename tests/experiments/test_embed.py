@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -20,7 +19,7 @@ from experiments.embed import main
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.embedding import open_matrix
 from tests.conftest import packed, text_of, toy_collection
-from tests.experiments.test_train import ROOT
+from tests.forked import Forked, run
 
 PAPERS = [{"id": f"p{i}", "title": text_of(i), "text": text_of(*range(i, i + i % 9))} for i in range(23)]
 
@@ -225,14 +224,14 @@ def test_processes_of_one_machine_divide_its_part(embed, model, papers, tmp_path
     whole = embed("whole.npy")
     arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts.npy'}", "shard_size=5"]
     command = [sys.executable, "-m", "experiments.embed", *arguments]
-    done = subprocess.run([*command, "part=1/2", "devices=2"], cwd=ROOT, capture_output=True, text=True)
+    done = run([*command, "part=1/2", "devices=2"])
     assert (done.returncode, done.stderr) == (0, "")
     shards = {path.stem for path in (tmp_path / "parts.npy.shards").glob("0*.json")}
     assert shards == {"00000", "00001", "00004"}  # of five: processes 1 and 2 of four
     embed("parts.npy")
     assert (tmp_path / "parts.npy").read_bytes() == whole.read_bytes()
     papers.write_text("{")
-    done = subprocess.run([*command, "devices=2"], cwd=ROOT, capture_output=True, text=True)
+    done = run([*command, "devices=2"])
     assert done.returncode == 2
     assert "papers.jsonl" in done.stderr
 
@@ -244,7 +243,7 @@ def test_bits_do_not_depend_on_killed_processes(embed, model, papers, tmp_path):
     papers.write_text("".join(json.dumps(paper) + "\n" for paper in many))
     arguments = [f"model={model}", "task=search", f"input={papers}", f"output={tmp_path / 'parts'}", "shard_size=50"]
     command = [sys.executable, "-m", "experiments.embed", *arguments]
-    workers = [subprocess.Popen([*command, f"part={i}/3"], cwd=ROOT) for i in (1, 2, 3)]
+    workers = [Forked([*command, f"part={i}/3"]) for i in (1, 2, 3)]
     shards, doomed = tmp_path / "parts" / "shards", {0, 1}
     deadline = time.monotonic() + 120
     while doomed and time.monotonic() < deadline:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,10 +11,10 @@ from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
 from experiments import embed, export, mine, sample
-from experiments.bench import data_scale, encoder_cost
 from experiments.evaluate import main
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from tests import forked
 from tests.experiments.test_train import TINY
 
 
@@ -214,17 +213,6 @@ def test_failed_evaluation_leaves_no_folder(run, twins):
     assert not list((run / "evaluation").glob("*serach*"))
 
 
-def test_bench_of_encoder_cost_runs(capsys):
-    encoder_cost.main(["layers=2", "hidden=64", "texts=2", "tokens=8", "rounds=1"])
-    assert "32 experts" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_bench_of_data_scale_runs(tmp_path, capsys):
-    data_scale.main([f"folder={tmp_path}", "documents=200", "pairs=100", "batches=2", "step=7"])
-    assert "step 7: first batch, s" in capsys.readouterr().out
-
-
 def test_sample_command_writes_beir_folders(tmp_path):
     sample.main([f"output={tmp_path}", "papers=500"])
     for view in SampleReader.VIEWS:
@@ -239,7 +227,7 @@ def test_machine_formats_have_the_results_and_nothing_else_on_stdout(beir_root, 
     command += ["task=link_prediction", f"output={tmp_path / 'out'}"]
     printed = {}
     for format in ("json", "csv", "markdown"):
-        process = subprocess.run([*command, f"format={format}"], capture_output=True, text=True, check=True)
+        process = forked.run([*command, f"format={format}"], check=True)
         printed[format] = process.stdout
         assert "Results and run files are in" in process.stderr
     (table,) = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"].values()

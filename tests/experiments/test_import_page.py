@@ -13,6 +13,7 @@ import yaml
 from datamodules.records import Reader
 from experiments.config.targets import READERS, check_target, instantiate
 from tests.datamodules.papers.worlds import WORLDS, papers
+from tests.forked import run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "import.md"
@@ -38,9 +39,7 @@ def test_commands_of_the_page_run(tmp_path):
     for line in lines:
         line = line.replace("trainer.max_steps=150", "trainer.max_steps=5")
         environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(
-            command_of(line, tmp_path), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-        )
+        done = run(command_of(line, tmp_path), cwd=tmp_path, env=environment)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         outputs.append(done.stdout)
     assert "299 papers of 300 records" in outputs[0]
@@ -56,4 +55,4 @@ def test_nodes_of_the_page_are_readers():
     nodes = [node for block in blocks for node in yaml.safe_load(block).values()]
     assert nodes
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS), "data.x"), Reader)

@@ -3,14 +3,14 @@
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.experiments.test_train import LONG, ROOT, command, rows
+from tests.experiments.test_train import LONG, command, rows
+from tests.forked import Forked, run
 
 LONGER = [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)] if "LONG_TESTS" in os.environ else []
 SETTINGS = [*LONG, "evaluation.every_n_steps=0", "trainer.timeout=20"]
@@ -21,19 +21,12 @@ def children(pid):
 
 
 def started(folder, *overrides, **environment):
-    return subprocess.Popen(
-        command(folder, *SETTINGS, *overrides),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+    return Forked(command(folder, *SETTINGS, *overrides), env=os.environ | environment, merged=True)
 
 
 def wait_for_step(folder, step, process):
     while not (folder / "metrics.jsonl").is_file() or rows(folder)[-1]["step"] < step:
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
@@ -42,7 +35,7 @@ def test_two_nodes_with_one_rank_train_like_one_node_with_two(tmp_path, free_por
     """The weights are bit-equal. Both nodes run the same command, and only the first one writes."""
     steps = "trainer.max_steps=6"
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run(command(one, *SETTINGS, steps, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
+    run(command(one, *SETTINGS, steps, "trainer.devices=2"), check=True)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     nodes = [started(two, steps, "trainer.num_nodes=2", NODE_RANK=str(node), **address) for node in range(2)]
     output = [node.communicate(timeout=300)[0] for node in nodes]

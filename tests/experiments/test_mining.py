@@ -1,11 +1,9 @@
 """Hard negatives mined during training or before it, also after a kill."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -23,7 +21,8 @@ from experiments.config.experiment import load_config
 from experiments.mine import main as mine
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
-from tests.experiments.test_train import ROOT, TINY, command, rows
+from tests import forked
+from tests.experiments.test_train import TINY, command, rows
 
 SMALL = [*TINY, "trainer.log_every_n_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
 MINED = ["mining.every_n_steps=2", "mining.relative_margin=null", "mining.use=mined", "mining.k=40"]
@@ -214,7 +213,7 @@ def test_killed_mining_continues_without_embedding_again(run, tmp_path):
     """SIGKILL while it embeds: complete shards are reused, and the store equals that of an uninterrupted mining."""
     output, vectors = tmp_path / "store", tmp_path / "store.vectors"
     arguments = [*SMALL, *MINED[1:], f"model={run}", f"output={output}"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.mine", "moe", *arguments], cwd=ROOT)
+    process = forked.Forked([sys.executable, "-m", "experiments.mine", "moe", *arguments])
     while process.poll() is None and len(list(vectors.glob("*/*.npy"))) < 2:
         time.sleep(0.001)
     process.kill()
@@ -371,18 +370,17 @@ def test_a_killed_run_continues_with_its_hard_negatives(tmp_path):
     overrides = [*SMALL, *MINED, "trainer.devices=2", "data.num_workers=2", *schedule, "trainer.max_steps=12"]
     overrides += ["checkpoint.every_n_steps=3", "backbone.dropout=0.3", "mining.every_n_steps=4"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(command(whole, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(command(killed, *overrides), stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True)
-    while process.poll() is None:
+    forked.run_ranks(command(whole, *overrides), check=True)
+    ranks = forked.start_ranks(command(killed, *overrides))
+    while ranks[0].poll() is None:
         seen = rows(killed) if (killed / "metrics.jsonl").is_file() else []
         if any(row["step"] >= stop_at for row in seen):
-            os.killpg(process.pid, signal.SIGKILL)  # all ranks and workers
+            for rank in ranks:
+                rank.kill()  # with its workers
             break
         time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    done = subprocess.run(command(killed, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2, "the run ended before it was killed"
+    forked.run_ranks(command(killed, *overrides), check=True)
 
     def batches(folder):
         return {row["step"]: row["train/batch"] for row in rows(folder) if "train/batch" in row}

@@ -1,7 +1,6 @@
 """Runs with all options of the objective, from configuration to checkpoint."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from experiments.results.results import read_results
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.vector_cache import VectorCache
-from tests.experiments.test_train import ROOT, TINY
+from tests.experiments.test_train import TINY
+from tests.forked import run_ranks
 
 QUICK = [
     *TINY,
@@ -145,6 +145,5 @@ def test_two_ranks_train_with_all_options(plain, tmp_path):
     frozen = [f"objective.guide.model={plain}", f"objective.teacher.model={plain}"]
     overrides = ["trainer.max_steps=3", "trainer.devices=2", *QUICK, *EVERYTHING, *frozen]
     command = [sys.executable, "-m", "experiments.train", "vanilla", f"run.dir={tmp_path}", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(command, check=True)
     assert Path(tmp_path / "results.json").is_file()

@@ -16,6 +16,7 @@ from experiments.run.processes import run_on_ranks, share_of
 from lightning_modules.distributed import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
+from tests.forked import Forked, run
 
 ZOMBIE = "Z"  # state in /proc of a process that has ended, but whose parent has not waited for it
 COMMAND = """
@@ -62,14 +63,7 @@ def start(folder, what):
     """Start a command with two processes, wait until they run, and return the command and their ids."""
     (folder / "command.py").write_text(COMMAND)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "command", what],
-        cwd=folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
-    )
+    process = Forked([sys.executable, "-m", "command", what], cwd=folder, env=environment)
     paths = [folder / f"pid-{rank}" for rank in range(2)]
     assert wait_until(lambda: all(path.exists() for path in paths) or process.poll() is not None, 90)
     return process, [int(path.read_text()) for path in paths]
@@ -112,7 +106,7 @@ def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
     options = [f"model={tmp_path / 'model'}", f"beir={tmp_path / 'toy'}", "task=search", "metrics=ndcg@10,recall@100"]
     command = [sys.executable, "-m", "experiments.evaluate", *options, f"output={tmp_path / 'two'}", "devices=2"]
     step = {f"SLURM_{key}": value for key, value in {"STEP_ID": "0", "PROCID": "0", "STEP_NUM_TASKS": "1"}.items()}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | step, capture_output=True, text=True, timeout=300)
+    done = run(command, env=os.environ | step)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(str(tmp_path / "two")) == 1  # only the first rank logs
     assert done.stderr == ""
@@ -161,7 +155,7 @@ def test_no_process_outlives_a_command_that_is_ended(tmp_path, what, number, sta
         process.send_signal(number)
         assert process.wait(40) == status  # processes have 30 seconds to end by themselves
         assert wait_until(lambda: not any(map(is_running, pids)), 3)
-        assert process.stderr.read() == message
+        assert process.communicate()[1] == message
     finally:
         process.kill()
         for pid in filter(is_running, pids):

@@ -2,10 +2,7 @@
 
 import dataclasses
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -15,7 +12,8 @@ import torch
 from experiments.train import train
 from lightning_modules.callbacks.checkpoint import SafeCheckpointIO
 from lightning_modules.throughput import Speed
-from tests.experiments.test_train import ROOT, TINY, command, rows
+from tests.experiments.test_train import TINY, command, rows
+from tests.forked import Forked, run_all, start_ranks
 
 STEPS = 8
 SETTINGS = [
@@ -45,17 +43,14 @@ def last(folder):
 
 def kill_a_sharded_run(folder):
     """Start a run on two ranks, and kill both with SIGKILL as soon as there is a checkpoint."""
-    run = subprocess.Popen(
-        command(folder, *ON_TWO, "trainer.strategy=fsdp"),
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "start_new_session": True},
-    )
+    ranks = start_ranks(command(folder, *ON_TWO, "trainer.strategy=fsdp"))
     deadline = time.monotonic() + 120
     while not last(folder).is_file():
-        assert run.poll() is None
+        assert ranks[0].poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    for rank in ranks:
+        rank.kill()
     assert 2 <= torch.load(last(folder), weights_only=True)["global_step"] < STEPS
 
 
@@ -76,15 +71,7 @@ def interrupt_a_run_of_one_process(folder, monkeypatch):
 
 def run_on_two_ranks(folder, port):
     script = [sys.executable, "-m", "tests.experiments.sharded_runs"]
-    ranks = [
-        subprocess.Popen([*script, str(rank), str(port), str(folder), *TINY, *ON_TWO], cwd=ROOT) for rank in (0, 1)
-    ]
-    try:
-        for process in ranks:
-            assert process.wait(timeout=240) == 0
-    finally:
-        for process in ranks:
-            process.kill()
+    run_all([Forked([*script, rank, port, folder, *TINY, *ON_TWO]) for rank in (0, 1)], check=True)
 
 
 def weights(folder):

@@ -20,6 +20,7 @@ from datamodules.records import UserError
 from experiments.slurm import seconds, slurm
 from tests import slurm_loopback
 from tests.experiments.test_train import LONG, ROOT, TINY, batches, check_same_state, command, rows
+from tests.forked import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +217,7 @@ def test_a_preempted_job_equals_an_undisturbed_one(tmp_path, monkeypatch, caplog
     if way == "time":
         settings += [f"trainer.max_steps={os.environ['LONG_TESTS']}", "evaluation.every_n_steps=1"]
     whole, folder = tmp_path / "whole", tmp_path / "preempted"
-    subprocess.run(command(whole, *settings, "trainer.devices=2"), check=True, capture_output=True, cwd=ROOT)
+    run_ranks(command(whole, *settings, "trainer.devices=2"), check=True)
 
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, cluster[key])

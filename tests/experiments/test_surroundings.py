@@ -1,9 +1,7 @@
 """What the machine lacks ends a command with a sentence: a home folder, room on the disk, whole numbers of any size."""
 
 import pwd
-import resource
 import shutil
-import subprocess
 import sys
 
 import lightning as L
@@ -21,7 +19,7 @@ from experiments.shared.console import entry_point, full_disk
 from lightning_modules.encoders.backbone import package_folder
 from tests.conftest import toy_collection
 from tests.experiments.test_changed_data import ARGUMENTS
-from tests.experiments.test_train import ROOT
+from tests.forked import run
 
 
 @pytest.fixture
@@ -111,13 +109,7 @@ def test_full_disk_ends_a_command_with_a_sentence(make_encoder, tmp_path, comman
         arguments = ["vanilla", "tasks=[search]", *arguments, f"data.cache={tmp_path / 'cache'}"]
     elif options == ["format=plain"]:
         arguments.append("task=search")
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000)),
-    )
+    done = run([sys.executable, "-m", f"experiments.{name}", *arguments], max_file=8_000)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")

@@ -34,6 +34,7 @@ from experiments.dry_run import dry_run
 from experiments.export import main as export
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from tests import forked
 from tests.lightning_modules.callbacks.test_training_log import curve
 
 ROOT = Path(__file__).parents[2]
@@ -429,7 +430,9 @@ def test_a_run_without_final_table_gets_it_later(tmp_path, capsys, caplog):
     assert "is complete" in caplog.text
     assert json.loads((tmp_path / "results.json").read_text())["benchmarks"] == {}
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"A: .*results\.json has no results \(evaluation\.split=none\)"):
+    with pytest.raises(
+        UserError, match=r"A: .*results\.json has no results \(evaluation\.split=none\); .* make eval model="
+    ):
         compare([f"A={tmp_path}", f"B={tmp_path}"])
     train("vanilla", quick)
     systems = [table["systems"] for table in json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()]
@@ -471,7 +474,13 @@ def test_folders_that_are_not_runs_are_left_alone(tmp_path):
 
 
 def test_a_non_finite_loss_ends_the_run(tmp_path):
-    overrides = ["optim.lr=1e30", "trainer.gradient_clip_val=0", "trainer.max_steps=40", "trainer.log_every_n_steps=1"]
+    overrides = [
+        "optim.lr=10",
+        "optim.weight_decay=1000",
+        "trainer.gradient_clip_val=0",
+        "trainer.max_steps=40",
+        "trainer.log_every_n_steps=1",
+    ]
     with pytest.raises(UserError, match=r"is not finite at step .*: try a lower learning rate"):
         train("vanilla", [f"run.dir={tmp_path}", *TINY, *overrides, "evaluation.every_n_steps=0"])
 
@@ -571,17 +580,17 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path, settings):
     """Kill -9 twice at random steps: the curve is the same and the weights are bit-equal, even with dropout."""
     overrides = [*LONG, *settings]
     whole = tmp_path / "whole"
-    subprocess.run(command(whole, *overrides), check=True, capture_output=True, cwd=ROOT)
+    forked.run(command(whole, *overrides), check=True)
     killed = tmp_path / "killed"
     for stop_at in sorted(random.SystemRandom().sample(range(2, 23), 2)):
-        process = subprocess.Popen(command(killed, *overrides), stdout=subprocess.DEVNULL, cwd=ROOT)
+        process = forked.Forked(command(killed, *overrides))
         while process.poll() is None:
             if (killed / "metrics.jsonl").is_file() and any(row["step"] >= stop_at for row in rows(killed)):
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.01)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command(killed, *overrides), check=True, capture_output=True, cwd=ROOT)
+    forked.run(command(killed, *overrides), check=True)
     assert len(batches(whole)) == (12 if "trainer.log_every_n_steps=2" in settings else 24)
     assert curve(killed / "metrics.jsonl") == curve(whole / "metrics.jsonl")
     check_same_state(whole, killed)
@@ -600,7 +609,7 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
     one = tmp_path / "one_rank"
     options = [f"model={tmp_path}", f"output={one}", "metrics=ndcg@10,recall@20"]
     evaluate = [sys.executable, "-m", "experiments.evaluate", *options]
-    subprocess.run(evaluate, check=True, capture_output=True, cwd=ROOT)
+    forked.run(evaluate, check=True)
     alone = json.loads((one / "results.json").read_text())["benchmarks"]
     for name, result in results["benchmarks"].items():
         for metric, value in result["systems"]["trained"].items():
@@ -609,14 +618,7 @@ def test_two_ranks_train_and_share_the_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_saves_and_says_how_to_resume(tmp_path):
-    process = subprocess.Popen(
-        command(tmp_path, *LONG, "trainer.max_steps=100000"),  # it must not end before the signal
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        # Shells ignore SIGINT in background processes, and child processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = forked.Forked(command(tmp_path, *LONG, "trainer.max_steps=100000"))  # it must not end before the signal
     while process.poll() is None and not (tmp_path / "checkpoints" / "last.ckpt").is_file():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -625,7 +627,7 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    match = re.search(rb"interrupted: the same command resumes from step (\d+)", errors)
+    match = re.search(r"interrupted: the same command resumes from step (\d+)", errors)
     assert match, errors
     assert rows(tmp_path)[-1]["step"] == int(match[1])  # nothing is lost
 

@@ -2,20 +2,19 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
 
-from tests.experiments.test_train import ROOT, command
+from tests import forked
+from tests.experiments.test_train import command
 
-QUICK = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.devices=2", "trainer.precision=fp32"]
+QUICK = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.precision=fp32"]
 
 
-def run(folder, *overrides):
+def run(folder, *overrides, ranks=2):
     """Train, and return the state of the last checkpoint."""
-    done = subprocess.run(command(folder, *QUICK, *overrides), capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(command(folder, *QUICK, f"trainer.devices={ranks}", *overrides), ranks, check=True)
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
@@ -110,7 +109,7 @@ def test_a_run_of_two_ranks_resumes_on_one_with_the_same_global_batches(tmp_path
     states = {}
     for ranks in (1, 2):
         folder = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
-        arguments = [*overrides, f"trainer.devices={ranks}", f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
-        states[ranks] = run(folder, *arguments)
+        arguments = [*overrides, f"data.batch_size={16 // ranks}", "trainer.max_steps=6"]
+        states[ranks] = run(folder, *arguments, ranks=ranks)
     torch.testing.assert_close(states[2], states[1], atol=1e-5, rtol=1e-5)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in states[1].items())

@@ -178,4 +178,4 @@ def test_documented_nodes_are_readers():
     classes = {node["_target_"].rpartition(".")[2] for node in nodes}
     assert classes == {"BeirHubReader", *(world.reader[0].__name__ for world in WORLDS)}
     for node in nodes:
-        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS)), Reader)
+        assert isinstance(instantiate(check_target("data.x", node, base=Reader, package=READERS), "data.x"), Reader)

@@ -33,7 +33,8 @@ def leaking(tmp_path, beir_root):
 
 def make_config(folder, tmp_path, *settings):
     reader = f"task.search.data.searches={{_target_: datamodules.readers.beir.BeirReader, folder: {folder}}}"
-    return load_config("moe", [*TINY, "tasks=[search]", reader, f"data.cache={tmp_path / 'cache'}", *settings])
+    tiny = [setting for setting in TINY if not setting.startswith("task.search.")]
+    return load_config("moe", [*tiny, "tasks=[search]", reader, f"data.cache={tmp_path / 'cache'}", *settings])
 
 
 def build_task(config):

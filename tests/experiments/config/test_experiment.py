@@ -356,7 +356,7 @@ def test_targets_are_checked_converted_and_built():
     node = {"_target_": "datamodules.sample.SampleReader", "view": "topics", "num_papers": "500"}
     checked = check_target("here", node)
     assert checked == node | {"num_papers": 500}
-    assert instantiate(checked).num_papers == 500
+    assert instantiate(checked, "here").num_papers == 500
     folder = {"_target_": "datamodules.readers.beir.BeirReader", "folder": 2024}
     assert check_target("here", folder)["folder"] == "2024"
     encoder = {"_target_": "lightning_modules.encoders.moe.MoEEncoder", "layers": [1], "normalize": "no"}
@@ -364,6 +364,20 @@ def test_targets_are_checked_converted_and_built():
     assert check_target("encoder", encoder, provided=provided) == encoder | {"normalize": False}
     with pytest.raises(UserError, match=r"here\.num_papers"):
         check_target("here", node | {"num_papers": "many"})
+
+
+def test_errors_about_arguments_of_a_node_name_its_key():
+    miner = check_target("here", {"_target_": "lightning_modules.mining.miners.RandomWalkMiner", "steps": 1})
+    with pytest.raises(UserError, match=r"^mining\.miner\.steps: expected a number of at least 2, got 1$"):
+        instantiate(miner, "mining.miner")
+    reader = check_target(
+        "here", {"_target_": "datamodules.readers.jsonl.JsonlReader", "dev_percent": 100}, provided=["folder"]
+    )
+    with pytest.raises(UserError, match=r"^task\.search\.data\.mine\.dev_percent: expected"):
+        instantiate(reader, "task.search.data.mine", folder="mine")
+    loss = check_target("here", {"_target_": "lightning_modules.auxiliary.group.GroupLoss", "weight": 0.5})
+    with pytest.raises(UserError, match=r"^weight: expected"):  # an argument of the project's own
+        instantiate({"_target_": loss["_target_"]}, "losses.group", weight=-1)
 
 
 def test_moved_class_loads_under_its_old_path_and_keeps_the_run_folder(monkeypatch):

@@ -1,33 +1,19 @@
 """Training on several ranks. Each test starts the ranks of a script, which prints "equal" after each comparison."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked, run_all
 from tests.lightning_modules.auxiliary.cases import CASES as LOSSES
 from tests.lightning_modules.distributed.sharded_on_ranks import CASES
 
-ROOT = Path(__file__).parents[3]
 
-
-def run(script, world_size, port, *arguments, timeout=240):
+def run(script, world_size, port, *arguments):
     """Run all ranks, and return the words that each has printed."""
     command = [sys.executable, "-m", f"tests.lightning_modules.distributed.{script}"]
-    ranks = [
-        subprocess.Popen(
-            [*command, *map(str, (rank, world_size, port)), *arguments], stdout=subprocess.PIPE, cwd=ROOT, text=True
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0].split() for process in ranks]
-        assert [process.returncode for process in ranks] == [0] * world_size
-        return outputs
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = [Forked([*command, rank, world_size, port, *arguments]) for rank in range(world_size)]
+    return [done.stdout.split() for done in run_all(ranks, check=True)]
 
 
 @pytest.mark.slow
@@ -46,7 +32,7 @@ def test_gradient_of_ranks_equals_that_of_one_process(world_size, kind, free_por
 @pytest.mark.slow
 def test_gradient_with_each_added_loss_on_two_ranks_equals_that_of_one_process(free_port):
     """Accumulated over tasks, plain and with GradCache."""
-    assert run("losses_on_ranks", 2, free_port, timeout=600) == [["equal"] * 2 * len(LOSSES)] * 2
+    assert run("losses_on_ranks", 2, free_port) == [["equal"] * 2 * len(LOSSES)] * 2
 
 
 @pytest.mark.slow

@@ -162,5 +162,5 @@ def test_gradients_equal_those_of_each_text_alone(make_control, tokens, checkpoi
 
 
 def test_control_without_experts_raises_user_error(make_control):
-    with pytest.raises(UserError, match="experts in attention, ffn or both"):
+    with pytest.raises(UserError, match="attention, ffn: both are false"):
         make_control(attention=False)

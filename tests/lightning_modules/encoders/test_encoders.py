@@ -324,7 +324,7 @@ def test_unsupported_backbones_and_poolings_raise_user_error(make_backbone):
         Encoder(torch.nn.Linear(2, 2), tokenizer, TASKS)
     with pytest.raises(UserError, match="pooling: expected one of cls, mean, .* got 'median'"):
         Encoder(backbone, tokenizer, TASKS, pooling="median", max_length=32)
-    with pytest.raises(UserError, match="experts in attention, ffn or both"):
+    with pytest.raises(UserError, match="attention, ffn: both are false"):
         MoEEncoder(backbone, tokenizer, TASKS, attention=False, max_length=32)
 
 

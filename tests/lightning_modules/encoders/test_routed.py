@@ -166,7 +166,7 @@ def test_gate_learns_which_expert_is_better(make_routed, tokens):
         ({"num_experts": 1}, "num_experts: expected 2 to 1,024, got 1"),
         ({"level": "word"}, "level: expected one of sequence, token, got 'word'"),
         ({"level": "token", "attention": True}, "set attention=false"),
-        ({"ffn": False}, "experts in attention, ffn or both"),
+        ({"ffn": False}, "attention, ffn: both are false"),
         ({"gumbel_temperature": 0.0}, "gumbel_temperature: expected a number of at least 1e-06"),
     ],
 )

@@ -1,11 +1,8 @@
 """Mining from vectors to the report, compared with rankings from the encoder's own vectors."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.report import FIGURES, check_false_negatives, histograms, metrics, report, svg, table
 from lightning_modules.retrieval.vector_cache import VectorCache
 from tests.conftest import toy_collection
+from tests.forked import Forked, run_all
 
 
 def mining_of(tmp_path, miner=None, tasks=("search",), similarity="cosine", guide=None, **options):
@@ -347,25 +345,14 @@ if world > 1:
 
 @pytest.mark.slow
 def test_ranks_share_the_work_and_get_the_result_of_one_process(tmp_path, free_port):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    (tmp_path / "ranks_of_mining.py").write_text(RANKS)
     outputs = []
     for world in (1, 2):
         folder = str(tmp_path / f"vectors{world}")
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(world), str(free_port), folder],
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            for rank in range(world)
-        ]
-        for process in ranks:
-            out, _ = process.communicate(timeout=120)
-            assert process.returncode == 0
-            outputs.append(out)
-    lines = [out.decode().splitlines() for out in outputs]
+        command = [sys.executable, "-m", "ranks_of_mining"]
+        ranks = [Forked([*command, rank, world, free_port, folder], cwd=tmp_path) for rank in range(world)]
+        outputs += run_all(ranks, check=True)
+    lines = [done.stdout.splitlines() for done in outputs]
     assert len(lines[0][0]) > 300
     assert lines[0][0] == lines[1][0] == lines[2][0]
     for _, ranking_error, vector_error in lines:  # both ranks raise the error of one
