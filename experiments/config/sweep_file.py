@@ -23,6 +23,7 @@ from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
+from lightning_modules.mining.report import FIGURES
 
 ARGUMENTS = "${args_no_hyphens}"
 MAX_CHECKED = 12  # trials whose configurations are loaded before the first one runs
@@ -232,7 +233,5 @@ def _callback_metrics(config: Config) -> Iterator[str]:
             for pair in ("gradient_cosine", "transplant"):
                 yield from (f"diag/{task}/{pair}/{other}" for other in config.tasks)
     if config.mining.every_n_steps:
-        from lightning_modules.mining.report import FIGURES  # only here, because it imports torch
-
         yield "mine/seconds"
         yield from (f"mine/{task}/{name}" for task in config.tasks for name in FIGURES)

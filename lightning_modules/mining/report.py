@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datamodules.files import read_json, write_json
 from datamodules.records import MinedNegatives, Ragged, UserError, reason
 from lightning_modules.mining.filters import query_of_values
-from lightning_modules.mining.mined import Mined
-from lightning_modules.mining.relabel import Relabelled
 from lightning_modules.pictures import box, document, text
+
+if TYPE_CHECKING:  # they import torch, which commands that read a report do not need
+    from lightning_modules.mining.mined import Mined
+    from lightning_modules.mining.relabel import Relabelled
 
 NUM_BINS = 24
 WIDTH, HEIGHT, GAP = 420, 160, 46  # of a histogram, in pixels
