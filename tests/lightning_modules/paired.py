@@ -1,9 +1,16 @@
-"""Gains of one arm over another, with 95 % intervals, from runs that share seeds and test queries."""
+"""Gains of one arm over another, with 95 % intervals, from runs that share seeds and test queries.
 
+With LONG_TESTS=1, worlds have all seeds and arms of the table in docs/neighbours.md, else those that their assertions
+need.
+"""
+
+import os
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+LONG = "LONG_TESTS" in os.environ
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.lightning_modules.auxiliary.worlds import partial_world
-from tests.lightning_modules.paired import gain_of
+from tests.lightning_modules.paired import LONG, gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 TEMPERATURES = {"fields": 0.3, "topics": 0.2, "links": 0.4}
@@ -300,9 +300,10 @@ def test_papers_without_topics_learn_them_from_their_fields_if_these_are_related
     """No paper has both labels. Unrelated labels are independent, so the uniform relation is the true one."""
     cyclic, uniform = 0.75 * np.eye(8) + 0.25 * np.roll(np.eye(8), 1, 1), np.full((8, 8), 1 / 8)
     truth, values = cyclic if related else uniform, {}
+    seeds = SEEDS if related or LONG else SEEDS[:3]
     for name, weight, relation in (("none", 0.0, cyclic), ("cyclic", 1.0, cyclic), ("uniform", 1.0, uniform)):
         path = write_relation(relation)
-        arms = [outcome(tmp_path, seed, truth, weight, path) for seed in SEEDS]
+        arms = [outcome(tmp_path, seed, truth, weight, path) for seed in seeds]
         values[name], cosines = zip(*arms, strict=True)
         print(f"{name}: {np.mean(values[name]):.3f}, mean cosine {np.mean(cosines):.2f}")
         assert max(cosines) < 0.95, "no collapse"
