@@ -24,7 +24,7 @@ from datamodules.readers.beir import BeirWriter
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.rows import BadLines
 from datamodules.records import UserError, prefixed
-from experiments.config.arguments import parse
+from experiments.config.arguments import named_values, parse
 from experiments.shared.console import entry_point, near, table_console
 from experiments.shared.output import whole_folder
 from experiments.shared.progress import Progress
@@ -70,7 +70,8 @@ class Counts:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(ImportOptions, arguments)
-    splits, columns = Splits(options.split), parse_columns(_pairs(options.columns))
+    named = named_values("columns", options.columns, "NAME:COLUMN, such as title:Titel")
+    splits, columns = Splits(options.split), parse_columns(named)
     views = ViewOptions(options.labels, options.min_papers, options.definitions, options.search)
     files = _files(options.input)
     formats = Counter(options.format or format_of(path) for path in files)
@@ -96,14 +97,6 @@ def main(arguments: Sequence[str]) -> None:
             }
             write_json(folder / "import.json", summary)
     _report(options.output, summary, counts)
-
-
-def _pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Return the columns of NAME:COLUMN texts."""
-    for text in texts:
-        if ":" not in text:
-            raise UserError(f"columns: expected NAME:COLUMN, such as title:Titel, got {text!r}")
-    return dict(text.split(":", 1) for text in texts)
 
 
 def _files(text: str) -> list[Path]:

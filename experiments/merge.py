@@ -13,7 +13,7 @@ from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.build.models import EncodingOptions, default_similarity
-from experiments.config.arguments import parse
+from experiments.config.arguments import named_values, parse
 from experiments.config.run_config import config_of_run, run_of
 from experiments.config.schema import Config
 from experiments.results.model_card import RECIPE, write_card
@@ -126,13 +126,12 @@ def _load(options: MergeOptions, names: Sequence[str], config: Config | None) ->
 
 def _parse_parts(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """Return part -> weights from texts such as search:0.8:0.2."""
-    parts = {}
-    for text in texts:
-        part, *weights = text.split(":")
+    parts, expected = {}, "PART:WEIGHT:WEIGHT, such as search:0.8:0.2"
+    for part, weights in named_values("parts", texts, expected).items():
         try:
-            parts[part] = tuple(map(float, weights))
+            parts[part] = tuple(map(float, weights.split(":")))
         except ValueError:
-            raise UserError(f"parts: expected PART:WEIGHT:WEIGHT, such as search:0.8:0.2, got {text!r}") from None
+            raise UserError(f"parts: expected {expected}, got '{part}:{weights}'") from None
     return parts
 
 

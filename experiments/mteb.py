@@ -14,7 +14,7 @@ from rich.table import Table
 from datamodules.options import option
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity, short_name
-from experiments.config.arguments import parse
+from experiments.config.arguments import named_values, parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.vector_cache import fingerprint
@@ -70,7 +70,7 @@ class MtebOptions(EncodingOptions):
 def main(arguments: Sequence[str]) -> None:
     options = parse(MtebOptions, arguments)
     run, config = options.run_folder(), options.run_config()
-    experts = dict(name.partition(":")[::2] for name in options.tasks)
+    experts = named_values("tasks", options.tasks, "NAME or NAME:TASK", optional=True)
     tasks = _find_tasks(list(experts))
     experts = {name: task for name, task in experts.items() if task}
     encoder = options.load_on_device(config)

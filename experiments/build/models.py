@@ -14,6 +14,7 @@ import torch
 
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
+from experiments.config.arguments import named_values
 from experiments.config.run_config import config_of_run, packages_option, run_of, runs_there
 from experiments.config.schema import Config
 from experiments.shared.output import name_of, shortened
@@ -81,18 +82,9 @@ class ModelOptions:
             backbone=self.backbone,
             pooling=self.pooling or (pooling if pooling and is_plain(model) else None),
             tower=self.tower,
-            adapters=self._adapter_folders() or None,
+            adapters=named_values("adapters", self.adapters, "task:FOLDER, with commas between several") or None,
             packages=self.packages,
         )
-
-    def _adapter_folders(self) -> dict[str, str]:
-        folders = {}
-        for adapter in self.adapters:
-            task, colon, folder = adapter.partition(":")
-            if not (task and colon and folder):
-                raise UserError(f"adapters: expected task:FOLDER, with commas between several, got {adapter!r}")
-            folders[task] = folder
-        return folders
 
 
 @dataclass(kw_only=True)

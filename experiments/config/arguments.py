@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -62,6 +62,22 @@ def parse_known(options: type[T], arguments: Sequence[str], further: type | None
     parsed = options(**values)
     check_options(parsed)
     return parsed, unknown
+
+
+def named_values(key: str, texts: Iterable[str], expected: str, optional: bool = False) -> dict[str, str]:
+    """Return NAME -> VALUE from texts such as NAME:VALUE. Raises UserError for other texts, and for two of one name.
+
+    expected: the form of a text, for the message. optional: whether :VALUE may be left out; the value is then "".
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition(":")
+        if not name or not (value or optional):
+            raise UserError(f"{key}: expected {expected}, got {text!r}")
+        if name in values:
+            raise UserError(f"{key}: expected one value for {name}, got {values[name]!r} and {value!r}")
+        values[name] = value
+    return values
 
 
 def option_keys(options: type) -> list[str]:

@@ -114,11 +114,15 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     if not path.is_file():
         raise unknown("study", name, [*studies(), "a path"])
     settings = structured(StudySettings, [read_yaml(path)], str(path))
+    given: dict[str, str] = {}
     for text in values:
         key, equals, value = text.partition("=")
         if not equals or key not in settings.values:
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
-        settings.values[key] = value
+        if key in given:
+            raise UserError(f"values: expected one value for {key}, got {given[key]!r} and {value!r}")
+        given[key] = value
+    settings.values.update(given)
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
     with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)

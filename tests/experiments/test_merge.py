@@ -156,6 +156,7 @@ def test_runs_and_checkpoints_are_merged_and_the_result_is_used_like_any_model(t
         (["model={a},{b}", "metric=ndgc"], "ndgc"),
         (["model={a},{b}", "weights=1"], "weights: expected 2 weights"),
         (["model={a},{b}", "parts=search:x:1"], "parts: expected PART:WEIGHT:WEIGHT"),
+        (["model={a},{b}", "parts=search:1:0,search:0:1"], "parts: expected one value for search, got '1:0' and '0:1'"),
         (["model={a},{b}", "parts=serach:1:1"], "unknown part 'serach'"),
         (["model={start},{a}"], "name the MoEEncoder first"),
     ],

@@ -225,6 +225,11 @@ def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
         _chosen(study, StudyOptions(arms=("none",)))
 
 
+def test_a_value_given_twice_raises_user_error(make_study):
+    with pytest.raises(UserError, match="values: expected one value for steps, got '3' and '4'"):
+        make_study(values=["steps=3", "steps=4"])
+
+
 def numbers(text):
     return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
 

@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.options import check_options, option
 from datamodules.records import UserError
-from experiments.config.arguments import as_argument, parse, parse_known
+from experiments.config.arguments import as_argument, named_values, parse, parse_known
 
 
 @dataclass(kw_only=True)
@@ -97,6 +97,16 @@ def test_an_option_survives_being_written_and_parsed():
     options = parse(Options, ["model=m", "tasks=a,b", "overwrite=yes"])
     arguments = [f"{key}={as_argument(getattr(options, key))}" for key in ("model", "tasks", "overwrite", "output")]
     assert parse(Options, arguments) == options
+
+
+def test_named_values_are_complete_and_have_one_value_for_each_name():
+    assert named_values("parts", ["a:1:2", "b:c"], "NAME:VALUE") == {"a": "1:2", "b": "c"}
+    assert named_values("tasks", ["a", "b:c"], "NAME", optional=True) == {"a": "", "b": "c"}
+    for text in ("a", "a:", ":1"):
+        with pytest.raises(UserError, match=f"^parts: expected NAME:VALUE, got '{text}'$"):
+            named_values("parts", [text], "NAME:VALUE")
+    with pytest.raises(UserError, match="^parts: expected one value for a, got '1:0' and '0:1'$"):
+        named_values("parts", ["a:1:0", "b:1:1", "a:0:1"], "NAME:VALUE")
 
 
 def test_nested_dataclasses_are_checked_with_their_path():
