@@ -59,8 +59,12 @@ def collect(study: Study) -> dict[str, Any]:
     arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
 
     def compared(a: str, b: str, groups: Groups) -> list[dict[str, Any]]:
-        paired = [run["seed"] for run in arms[a]["runs"]] == [run["seed"] for run in arms[b]["runs"]]
-        rows = difference(systems[a], systems[b], benchmarks, groups, paired)
+        by_seed = [
+            {run["seed"]: system for run, system in zip(arms[arm]["runs"], systems[arm], strict=True)} for arm in (a, b)
+        ]
+        common = [seed for seed in by_seed[0] if seed in by_seed[1]]
+        sides = [[side[seed] for seed in common or side] for side in by_seed]
+        rows = difference(*sides, benchmarks, groups, paired_seeds=bool(common))
         return [{"a": a, "b": b} | row for row in rows]
 
     means = groups_of(benchmarks)
@@ -257,8 +261,8 @@ def page(content: Content, plot: str) -> str:
 
 
 INTERVALS = (
-    "In brackets: 95 % intervals from a bootstrap in which each benchmark weighs the same. Both arms get the same "
-    "draws of queries, and of seeds if they have the same ones."
+    "In brackets: 95 % intervals from a bootstrap in which each benchmark weighs the same. Arms are compared on "
+    "the seeds that both have, and both get the same draws of queries and of these seeds."
 )
 FORGETTING, INTERFERENCE = "Held out: the worst of each arm", "Interference of tasks"
 NOTES = {
