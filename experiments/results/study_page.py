@@ -276,9 +276,11 @@ NOTES = {
 
 
 def _about_seeds(content: Content) -> str:
-    if all(len(arm["runs"]) == 1 for arm in content["arms"].values()):
+    seeds = {len(arm["runs"]) for arm in content["arms"].values() if arm["runs"][0]["seed"] is not None}
+    if max(seeds, default=1) == 1:
         return "One seed, so differences between trainings are not covered."
-    return "± is the standard deviation over seeds."
+    single = " Arms that are trained once have none, and their intervals cover other queries, not other trainings."
+    return "± is the standard deviation over seeds." + (single if 1 in seeds else "")
 
 
 def _arm_table(content: Content) -> Table:
