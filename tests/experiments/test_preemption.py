@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from experiments.results import results as final_results
+from experiments.results import measuring
 from experiments.train import train
 from lightning_modules.callbacks import evaluation
 from lightning_modules.distributed import signals
@@ -96,7 +96,7 @@ def test_an_interrupted_mining_is_repeated(tmp_path, whole, monkeypatch):
 
 
 def test_an_interrupted_final_table_is_repeated(tmp_path, whole, monkeypatch):
-    signal_in(monkeypatch, final_results, "evaluate", signal.SIGTERM)
+    signal_in(monkeypatch, measuring, "evaluate", signal.SIGTERM)
     assert preempted(tmp_path) == 9
     assert not (tmp_path / "results.json").exists()
     signals.catch()

@@ -7,6 +7,7 @@ import pytest
 import pytrec_eval
 
 from experiments.results.comparison import MeasuredSystem
+from experiments.results.results import BenchmarkTable, SystemResult
 from lightning_modules.retrieval.metrics import Run
 from lightning_modules.retrieval.trec import decode_id, encode_id, write_qrels, write_query_values, write_trec
 
@@ -64,7 +65,9 @@ def test_pytrec_eval_and_comparisons_read_what_is_written(tmp_path):
         queries[int(number)]: value for number, value in expected.items()
     }
 
-    system = MeasuredSystem(tmp_path, "my system", SimpleNamespace(benchmarks={}))
+    mean = SystemResult(metrics={"ndcg@10": sum(values.values()) / len(values)})
+    results = SimpleNamespace(benchmarks={"set": BenchmarkTable(systems={"my system": mean})})
+    system = MeasuredSystem(tmp_path, "my system", results)
     ranking = system.ranking("set", queries)
     assert {q: [d for d, _ in ranked] for q, ranked in ranking.items()} == {
         query: [IDS[i] for i in row] for query, row in zip(queries, indices.tolist(), strict=True)
