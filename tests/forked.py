@@ -213,6 +213,7 @@ def main(address: str) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
     if request["max_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file"],) * 2)
     random.seed()
