@@ -125,10 +125,7 @@ def main(arguments: Sequence[str]) -> None:
                 plain = dense(encoder, task)
             hub = options.hub_details(task)
             write_card(
-                *(place, plain, options.model, run, similarity, task),
-                origin=encoder.origin,
-                fingerprint=measured,
-                hub=hub,
+                place, plain, options.model, run, similarity, task, origin=encoder.origin, fingerprint=measured, hub=hub
             )
             (place / MARKER).write_text(MARKER_TEXT)
             if options.onnx:

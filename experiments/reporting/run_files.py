@@ -18,6 +18,7 @@ from experiments.config.run_config import runs_there
 from experiments.results.results import Results, read_results
 from experiments.run.folder import read_manifest
 from experiments.run.trials import read_rows
+from lightning_modules.mining.report import read_values
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class RunFiles:
         """Return the content of a file with its location, or None if it is missing."""
         if name == COMPUTED:
             return Source(self.computed, f"{COMPUTED}#")
-        content = {CONFIG: self.config, MANIFEST: self.manifest or None}.get(name) or self.json(name)
+        read = {CONFIG: lambda: self.config, MANIFEST: lambda: self.manifest or None}
+        content = read[name]() if name in read else self.json(name)
         return None if content is None else Source(content, f"{name}#")
 
     def row(self, step: int) -> Source:
@@ -143,8 +145,6 @@ class RunFiles:
     @cached_property
     def minings(self) -> Mapping[str, Source]:
         """The report of each mining during training."""
-        from lightning_modules.mining.report import read_values  # only here, because it imports torch
-
         return self.matching("negatives/*/report.json", read_values)
 
     @cached_property
