@@ -110,7 +110,7 @@ def _benchmarks(
         name: {
             "task": table.task,
             "group": _group(study, name),
-            "metric": systems[0].main_metric(name),
+            "metric": next(system for system in systems if name in system.benchmarks).main_metric(name),
             **{key: getattr(table, key) for key in ("queries", "documents", "protocol", "data")},
         }
         for name, table in tables.items()

@@ -343,6 +343,25 @@ def test_what_is_missing_is_named_by_arm_and_seed(make_study):
     assert "**Not complete:** one (seed 1), both." in page(content, "mine.svg")
 
 
+def test_a_benchmark_that_the_first_arm_lacks_has_the_values_of_the_others(make_study):
+    """The first arm of a study may lack the task that the others add."""
+    study = make_study()
+    JobRunner(study.folder, study.jobs).run()
+    expected = collect(study)
+    path = study.jobs[0].output / "results.json"
+    results = json.loads(path.read_text())
+    del results["benchmarks"]["questions"]
+    path.write_text(json.dumps(results))
+    content = collect(study)
+    described, arms = content["benchmarks"], content["arms"]
+    assert {name: described[name] for name in expected["benchmarks"]} == expected["benchmarks"]
+    assert "questions" not in arms["start"]["runs"][0]["values"]
+    assert [arms[arm] for arm in ("one", "both")] == [expected["arms"][arm] for arm in ("one", "both")]
+    table = section(page(content, plot_of(content)), "Each benchmark: search")
+    assert table["start", "questions"] == []
+    assert len(table["one", "questions"]) == 2
+
+
 def test_arms_measured_on_other_data_are_refused(make_study):
     study = make_study()
     JobRunner(study.folder, study.jobs).run()
