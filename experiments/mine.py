@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from datamodules.hard_negatives import HardNegativeStore, check_replaceable, write_store
 from datamodules.options import option
 from datamodules.records import UserError
@@ -27,6 +29,7 @@ from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.mined import Mined, unrated
 from lightning_modules.mining.report import check_false_negatives, read_values, reports_of, table, write_report
 from lightning_modules.retrieval.compute import resolve_device
+from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,9 @@ class MineOptions(EncodingOptions):
 
     experiment: str = option(help="name of the experiment, such as moe, or path of your own", positional=True)
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
+    document_model: str = option(
+        "", "model that encodes the documents, for a model that was trained for queries alone (a teacher of vectors)"
+    )
     vectors: Path | None = option(
         None, "folder for cached vectors, by default OUTPUT.vectors; you can delete it afterwards"
     )
@@ -68,12 +74,14 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     if config.mining.store:
         _relabel(config, options, mining)
         return
-    vectors = None
+    vectors, document_vectors = None, None
     if options.model:
-        encoder = options.load_on_device(config, device=device)
-        for task in mining.miners:
-            encoder.expert_of(task)
-        vectors = mining.cache(encoder)
+        vectors = _cache(options, config, mining, device)
+        if options.document_model:
+            documents = EncodingOptions(model=options.document_model, packages=options.packages)
+            document_vectors = _cache(documents, config, mining, device)
+    elif options.document_model:
+        raise UserError("document_model: expected together with model, which encodes the queries")
     elif mining.needs_encoder:
         raise UserError(
             "model: required by this miner or margin; to mine without a model, choose a miner that needs none, and set "
@@ -83,26 +91,35 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
     meta = {
         "miner": mining.description,
         "model": vectors.fingerprint if vectors else None,
+        "document_model": document_vectors.fingerprint if document_vectors else None,
         "data": data.fingerprints(),
         "step": 0,
         "relabelled": None,
         **mining.judging,
     }
     if not _is_done(options.output, meta):
-        mined = mining.run(vectors, data.pools())
+        mined = mining.run(vectors, data.pools(), document_vectors=document_vectors)
         _write(config, options, mined, meta, f"mined by {options.model or 'no model'}")
+
+
+def _cache(options: EncodingOptions, config: Config, mining: Mining, device: torch.device) -> VectorCache:
+    """Load the model on a device, and return the cache of its vectors. Raises UserError if it lacks a mined task."""
+    encoder = options.load_on_device(config, device=device)
+    for task in mining.miners:
+        encoder.expert_of(task)
+    return mining.cache(encoder)
 
 
 def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
     """Relabel the negatives of mining.store on all ranks."""
-    if not mining.judges or options.model:
+    if not mining.judges or options.model or options.document_model:
         raise UserError(
             "mining.store: make mine relabels its negatives, so it needs mining.judge and no model; leave mining.store "
             "out to mine new ones"
         )
     data = build_data(config, training=True)
     store, pools = data.rounds.at(0), data.pools()
-    meta = {key: store.meta.get(key) for key in ("miner", "model", "data", "step")}
+    meta = {key: store.meta.get(key) for key in ("miner", "model", "document_model", "data", "step")}
     meta |= {"relabelled": store.hash} | mining.judging
     if _is_done(options.output, meta):
         return

@@ -67,36 +67,39 @@ class HardNegativeMining(L.Callback):
         cache = self.mining.cache(replica(module.encoder))
         name = f"step-{step:08d}"
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
-        meta |= self.mining.judging
+        documents = module.document_vectors
+        meta |= {"document_model": documents.fingerprint if documents else None} | self.mining.judging
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
         values: Any = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
         else:
-            values = self._mine_anew(trainer, cache, name, meta)
+            values = self._mine_now(trainer, cache, documents, name, meta)
+        cache.remove()
         for logger in trainer.loggers:
             logger.log_metrics(metrics(values) | {"mine/seconds": time.perf_counter() - started}, step=step)
         check_false_negatives(values, self.stop_at)
         data.rounds.begin(batch, name)
 
-    def _mine_anew(
-        self, trainer: L.Trainer, cache: VectorCache, name: str, meta: Mapping[str, Any]
+    def _mine_now(
+        self, trainer: L.Trainer, cache: VectorCache, documents: VectorCache | None, name: str, meta: Mapping[str, Any]
     ) -> dict[str, Mapping[str, float]]:
-        """Mine, write the store and its report, and return the figures of each task."""
+        """Mine, write the store and its report, and return the figures of each task.
+
+        All ranks return together, so that the vectors can then be removed.
+        """
         data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
         self._pools = self._pools or data.pools()
-        former = data.rounds.at(step * trainer.accumulate_grad_batches)
-        mined = self.mining.run(cache, self._pools, step)
-        reports = reports_of(mined, step, former)
+        previous = data.rounds.at(step * trainer.accumulate_grad_batches)
+        mined = self.mining.run(cache, self._pools, step, documents)
+        reports = reports_of(mined, step, previous)
         for line in table(reports):
             log.info("%s", line)
         log_histograms(trainer.loggers, histograms(reports), step)
-        trainer.strategy.barrier()  # another rank may still read the vectors, which are removed below
         if trainer.is_global_zero:
             path = data.rounds.write(name, {task: result.negatives for task, result in mined.items()}, meta)
             write_report(path, reports, f"hard negatives mined at step {step}")
             log_picture(trainer.loggers, "mine/report", path / "report.svg", step)
-            cache.remove()
         trainer.strategy.barrier()
         return {task: each.values for task, each in reports.items()}
 

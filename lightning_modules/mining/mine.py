@@ -46,6 +46,7 @@ def mine(
     *,
     similarity: str | None = None,
     vectors: VectorCache | None = None,
+    document_vectors: VectorCache | None = None,
     guide: VectorCache | None = None,
     pools: Sequence[MiningPool] = (),
     seeds: Sequence[int] = (0,),
@@ -57,6 +58,8 @@ def mine(
     miner: miner that proposes the candidates, by default DenseMiner.
     similarity: "dot" or "cosine", by default the one that the encoder was trained with, dot if unknown.
     vectors: cache of the encoder's vectors, by default in memory.
+    document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
+        default `vectors`.
     guide: cache of a guide model's vectors, for options.guide_margin.
     pools: pools of all tasks, for miners that use other tasks.
     seeds: sampling seeds.
@@ -84,7 +87,8 @@ def mine(
                 "absolute_margin to null"
             )
         similarity = similarity or encoder.similarity or "dot"
-        queries, documents = vectors_of_pool(vectors or VectorCache(encoder, similarity=similarity), pool)
+        cache = vectors or VectorCache(encoder, similarity=similarity)
+        queries, documents = vectors_of_pool(cache, pool, document_vectors)
         context = dataclasses.replace(context, queries=queries, documents=documents, device=encoder.device)
     if "texts" not in prepared:
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
@@ -107,7 +111,7 @@ class Mining:
     token_budget: maximum number of tokens per forward pass.
     seed: sampling seed.
     guide: guide model.
-    device: device of the guide model where no encoder has one.
+    device: device of the guide model if mining runs without an encoder.
     judges: task -> judge of its mined negatives.
     """
 
@@ -154,12 +158,19 @@ class Mining:
             encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget, shard_size=SHARD
         )
 
-    def run(self, vectors: VectorCache | None, pools: Sequence[MiningPool], step: int = 0) -> dict[str, Mined]:
+    def run(
+        self,
+        vectors: VectorCache | None,
+        pools: Sequence[MiningPool],
+        step: int = 0,
+        document_vectors: VectorCache | None = None,
+    ) -> dict[str, Mined]:
         """Mine for each task that has a miner. All ranks call this together.
 
         vectors: cache of the encoder's vectors; None if nothing needs an encoder.
         pools: pools of all tasks.
         step: optimizer step, used as an additional sampling seed.
+        document_vectors: as in mine().
         Raises UserError if a task has no negatives left.
         """
         guide, device = None, vectors.encoder.device if vectors else self.device
@@ -176,6 +187,7 @@ class Mining:
                     self.miners[pool.task],
                     self.options,
                     vectors=vectors,
+                    document_vectors=document_vectors,
                     guide=guide,
                     pools=pools,
                     seeds=(self.seed, step),

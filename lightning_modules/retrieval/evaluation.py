@@ -36,7 +36,7 @@ from lightning_modules.retrieval.metrics import (
 from lightning_modules.retrieval.probes import probe_runs
 from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
-from lightning_modules.retrieval.vector_cache import VectorCache
+from lightning_modules.retrieval.vector_cache import VectorCache, check_same_size
 
 METRICS = ("ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100")
 JUDGE_BLOCK = 2**22  # ranked documents judged at a time
@@ -132,8 +132,8 @@ def evaluate(
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, dot if unknown.
     token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
-    document_vectors: source of the documents' vectors, for an encoder of queries that was trained for them; by default
-    that of the queries. Probes do not use it.
+    document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
+    default `vectors`. Probes do not use it.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
     a query-document pair to rank, or a draw of training papers to learn from.
@@ -218,11 +218,7 @@ def _encode(
     documents = source.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
-    sizes = queries.shape[1], documents[0].shape[1]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"document_vectors: expected {sizes[0]} dimensions, those of the queries' vectors, got {sizes[1]}"
-        )
+    check_same_size(queries, documents[0])
     return query_ids, queries, documents
 
 

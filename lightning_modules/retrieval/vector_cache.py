@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from datamodules.files import atomic_file, load_array
-from datamodules.records import Document, MiningPool
+from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
@@ -182,11 +182,27 @@ class VectorCache:
         return compared
 
 
-def vectors_of_pool(cache: VectorCache, pool: MiningPool) -> tuple[Shards, Shards]:
-    """Return the vectors of a pool's queries and documents. All ranks call this together."""
-    document_task = cache.encoder.document_task(pool.task)
-    documents = cache.vectors(pool.corpus, document_task, f"documents of {pool.name}")
-    return cache.vectors(pool.queries, pool.task, f"queries of {pool.name}"), documents
+def vectors_of_pool(
+    cache: VectorCache, pool: MiningPool, document_vectors: VectorCache | None = None
+) -> tuple[Shards, Shards]:
+    """Return the vectors of a pool's queries and documents. All ranks call this together.
+
+    document_vectors: cache of another model's document vectors, by default `cache`.
+    """
+    source = document_vectors or cache
+    documents = source.vectors(pool.corpus, source.encoder.document_task(pool.task), f"documents of {pool.name}")
+    queries = cache.vectors(pool.queries, pool.task, f"queries of {pool.name}")
+    check_same_size(queries[0], documents[0])
+    return queries, documents
+
+
+def check_same_size(queries: np.ndarray, documents: np.ndarray) -> None:
+    """Raise UserError if the vectors of queries, (Q, D), and documents, (M, D), differ in size."""
+    sizes = queries.shape[1], documents.shape[1]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"document_vectors: expected {sizes[0]} dimensions, those of the queries' vectors, got {sizes[1]}"
+        )
 
 
 def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document], bool]], task: str) -> Shards:

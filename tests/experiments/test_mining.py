@@ -21,6 +21,7 @@ from experiments.config.experiment import load_config
 from experiments.mine import main as mine
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.retrieval.vector_cache import VectorCache
 from tests import forked
 from tests.experiments.test_train import TINY, command, rows
 
@@ -206,6 +207,47 @@ def test_make_mine_finds_the_negatives_of_an_independent_ranking(run, tmp_path, 
     state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]
     (rounds,) = [loader["rounds"] for loader in state["combined_loader"]]
     assert [(r["batch"], r["store"], r["hash"]) for r in rounds] == [(0, str(output), store.hash)]
+
+
+@pytest.mark.slow
+def test_asymmetric_student_mines_among_its_teachers_documents(run, tmp_path, make_encoder):
+    """During the training as by make mine: the student is never trained to encode documents."""
+    teacher, stores = tmp_path / "teacher", []
+    tasks = dict.fromkeys(("classification", "link_prediction", "search"), "one")
+    make_encoder("shared", tasks=tasks).save_pretrained(teacher)
+    student = ["objective.similarity=cosine", f"objective.vector_teacher.model={teacher}"]
+    student += ["objective.vector_teacher.asymmetric=true", f"init_from={run}", "trainer.max_steps=1"]
+    train("moe_mined", [f"run.dir={tmp_path / 'run'}", *SMALL, *MINED, *student, "mining.first_step=0"])
+    for name, options in (("with", [f"document_model={teacher}"]), ("without", [])):
+        mine(["moe", *SMALL, *MINED[1:], f"model={run}", *options, f"output={tmp_path / name}"])
+        stores.append(HardNegativeStore(tmp_path / name))
+    mined = HardNegativeStore(tmp_path / "run" / "negatives" / "step-00000000")
+    assert mined.hash == stores[0].hash != stores[1].hash
+    assert mined.meta["document_model"] == stores[0].meta["document_model"] != mined.meta["model"]
+    with pytest.raises(UserError, match="mined with other settings .document_model: None then"):
+        mine(["moe", *SMALL, *MINED[1:], f"model={run}", f"document_model={teacher}", f"output={tmp_path / 'without'}"])
+    with pytest.raises(UserError, match="document_model: expected together with model"):
+        mine(["moe", *SMALL, *MINED[1:], f"document_model={teacher}", f"output={tmp_path / 'none'}"])
+
+
+@pytest.mark.slow
+def test_vectors_of_a_killed_mining_are_deleted_when_the_run_resumes(tmp_path, monkeypatch, caplog):
+    """The run dies after the report of a mining is written, and before the vectors are deleted."""
+    caplog.set_level("INFO")
+    vectors = tmp_path / "negatives" / "vectors"
+    arguments = ["moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, "mining.first_step=0", "trainer.max_steps=1"]]
+
+    def die(cache):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VectorCache, "remove", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(*arguments)
+    assert list(vectors.rglob("*.npy"))
+    train(*arguments)
+    assert "step 0: these hard negatives have already been mined" in caplog.text
+    assert not list(vectors.rglob("*.npy"))
 
 
 @pytest.mark.slow

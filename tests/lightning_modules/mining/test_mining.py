@@ -383,6 +383,23 @@ def test_mining_in_memory_equals_mining_with_a_folder(make_task, make_encoder, t
     assert mined.negatives.taken == from_folder.negatives.taken
 
 
+def test_documents_have_the_vectors_of_another_model(make_task, make_encoder):
+    """An asymmetric student is never trained to encode documents, so its teacher's vectors are searched."""
+    data, student, teacher = make_task(SearchDataModule), make_encoder("shared"), make_encoder("attention", seed=7)
+    (pool,), options = data.pools(), MiningOptions(k=10, relative_margin=None, num_negatives=10)
+    teachers = VectorCache(teacher, similarity="cosine")
+    mined = mine(student, pool, None, options, similarity="cosine", document_vectors=teachers)
+    texts = [student.encode([data.documents[example.query] for example in data.examples], "search")]
+    texts.append(teacher.encode(list(data.collections["toy"].corpus.values()), "search"))
+    queries, documents = (torch.nn.functional.normalize(vectors, dim=-1).double().numpy() for vectors in texts)
+    for scores, rows, example in zip(queries @ documents.T, lists_of(mined), data.examples, strict=True):
+        order = np.argsort(-scores, kind="stable").tolist()
+        assert rows == [row for row in order if row not in example.positives]
+    larger = VectorCache(make_encoder("shared", config={"hidden_size": 48}), similarity="cosine")
+    with pytest.raises(UserError, match="document_vectors: expected 32 dimensions, .* got 48"):
+        mine(student, pool, None, options, document_vectors=larger)
+
+
 @pytest.mark.parametrize("field", ["corpus", "queries"])
 @pytest.mark.parametrize("miner", [DenseMiner(), RandomMiner(), BM25Miner()])
 def test_empty_pool_raises_user_error(make_task, make_encoder, field, miner):
