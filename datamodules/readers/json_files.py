@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -31,14 +31,18 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
+def is_list(path: Path) -> bool:
+    """Return whether a file is one JSON list, by its first character."""
+    with io.open_text(path) as stream:
+        return _JsonWindow(stream, path).peek() == "["
+
+
 def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the lines of a JSON lines file, or the entries of a file that is one JSON list.
 
     Raises UserError as `read_entries` does.
     """
-    with io.open_text(path) as stream:
-        is_list = _JsonWindow(stream, path).peek() == "["
-    return read_entries(path, bad) if is_list else io.read_lines(path, bad)
+    return read_entries(path, bad) if is_list(path) else io.read_lines(path, bad)
 
 
 def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
@@ -47,11 +51,13 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
     An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
     start of the next entry is then unknown.
     """
+    count = 0
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
-        count = yield from _entries(window, bad, kind)
-        if window.peek():
-            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON {kind}")
+        for count, _ in window.items(kind):
+            if row := _entry(window, bad, count):
+                yield row
+        window.end(kind)
     bad.end_of_file(path, count)
 
 
@@ -60,22 +66,16 @@ def read_lists(path: Path, bad: BadLines) -> Iterator[tuple[int, Row]]:
 
     Bad entries and damage are handled as in `read_entries`.
     """
-    number, count = 0, 0
+    num_entries = 0
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
-        window.expect("[", "a JSON list of lists")
-        while window.peek() != "]" or number:
-            for row in _entries(window, bad, "list"):
-                count += 1
-                yield number, row
-            number += 1
-            if window.peek() == "]":
-                break
-            window.expect(",", f"a comma after list {number}")
-        window.expect("]", "the closing ]")
-        if window.peek():
-            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON list")
-    bad.end_of_file(path, count + bad.by_file[path])
+        for number, _ in window.items("list", "list", "a JSON list of lists"):
+            for count, _ in window.items("list"):
+                num_entries += 1
+                if row := _entry(window, bad, count):
+                    yield number - 1, row
+        window.end("list")
+    bad.end_of_file(path, num_entries)
 
 
 def read_members(
@@ -91,30 +91,23 @@ def read_members(
     num_entries, seen = 0, set[str]()
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
-        window.expect("{", "a JSON object")
-        while window.peek() != "}" or seen:
-            seen.add(key := _read_key(window, "a member of the object"))
-            if key in optional and window.peek() != "[":
+        for _, key in window.items("object", "member"):
+            seen.add(key)
+            if key in keys or (key in optional and window.peek() == "["):
+                for count, _ in window.items("list"):
+                    num_entries += 1
+                    if row := _entry(window, bad, count):
+                        yield key, row
+            elif key in optional:
+                num_entries += 1
                 if row := _entry(window, bad, 1, key):
-                    num_entries += 1
-                    yield key, row
-            elif key in keys or window.peek() in ("[", "{"):
-                policy = bad if key in (*keys, *optional) else None
-                kind = "object" if policy is None and window.peek() == "{" else "list"
-                for row in _entries(window, policy, kind):
-                    num_entries += 1
                     yield key, row
             else:
-                window.next_value(key)
-            if window.peek() == "}":
-                break
-            window.expect(",", f"a comma after {key}")
-        window.expect("}", "the closing }")
-        if window.peek():
-            raise UserError(f"{path}, line {window.line}: unexpected text after the JSON object")
+                window.skip(key)
+        window.end("object")
     if missing := [key for key in keys if key not in seen]:
         raise UserError(f"{path}: the object has no {missing[0]}")
-    bad.end_of_file(path, num_entries + bad.by_file[path])
+    bad.end_of_file(path, num_entries)
 
 
 def read_whole_json(path: Path) -> Any:
@@ -154,42 +147,14 @@ def _json_error(error: Exception, start: int = 0) -> str:
     return "contains a number that is too long"  # Python converts at most 4,300 digits
 
 
-def _read_key(window: _JsonWindow, what: str) -> str:
-    key, text, reason = window.next_value(f"the key of {what}")
-    if reason or not isinstance(key, str):
-        raise UserError(f"{window.path}, line {window.line}: {what} has no key, got {text[:60]!r}")
-    window.expect(":", f"a colon after the key {text[:60]}")
-    return key
+def _entry(window: _JsonWindow, bad: BadLines, count: int, what: str = "") -> Row | None:
+    """Return the value at the window's position as a row, or None if it is invalid, which is reported as bad.
 
-
-def _entries(window: _JsonWindow, bad: BadLines | None, kind: str) -> Generator[Row, None, int]:
-    """Yield the entries of the list or object at the window's position, then return how many there were.
-
-    bad: policy for bad entries. If it is None, entries are only counted, not yielded.
+    count: number of the entry. what: its name in errors, by default its number.
     """
-    opening, closing = {"list": ("[", "]"), "object": ("{", "}")}[kind]
-    count = 0
-    window.expect(opening, f"a JSON {kind}")
-    while window.peek() != closing or count:
-        count += 1
-        if kind == "object":
-            _read_key(window, f"entry {count}")
-        if bad is None:
-            window.next_value(f"entry {count}")
-        elif row := _entry(window, bad, count, f"entry {count}"):
-            yield row
-        if window.peek() == closing:
-            break
-        window.expect(",", f"a comma after entry {count}")
-    window.expect(closing, f"the closing {closing}")
-    return count
-
-
-def _entry(window: _JsonWindow, bad: BadLines, count: int, what: str) -> Row | None:
-    """Return the value at the window's position as a row, or None if it is invalid, which is reported as bad."""
     window.peek()
     number = window.line
-    value, text, reason = window.next_value(what)
+    value, text, reason = window.next_value(what or f"entry {count}")
     row = Row(bad, window.path, number, text, count, value)
     if reason := io.not_text(text) or reason:
         bad.report(row, reason)
@@ -229,6 +194,44 @@ class _JsonWindow:
         if self.peek() != character:
             self._refuse(what)
         self._move(self.position + 1)
+
+    def items(self, kind: str, item: str = "entry", what: str = "") -> Iterator[tuple[int, str]]:
+        """Yield number and key of each item of a list (which has no keys) or object. The caller reads its value.
+
+        kind: "list" or "object". item: name of an item in errors. what: name of the whole in errors.
+        """
+        opening, closing = {"list": ("[", "]"), "object": ("{", "}")}[kind]
+        self.expect(opening, what or f"a JSON {kind}")
+        number, key = 0, ""
+        while self.peek() != closing or number:
+            number += 1
+            if kind == "object":
+                key = self._key(f"{item} {number}")
+            yield number, key
+            if self.peek() == closing:
+                break
+            self.expect(",", f"a comma after {key[:60] or f'{item} {number}'}")
+        self.expect(closing, f"the closing {closing}")
+
+    def _key(self, what: str) -> str:
+        key, text, reason = self.next_value(f"the key of {what}")
+        if reason or not isinstance(key, str):
+            raise UserError(f"{self.path}, line {self.line}: {what} has no key, got {text[:60]!r}")
+        self.expect(":", f"a colon after the key {text[:60]}")
+        return key
+
+    def skip(self, what: str) -> None:
+        """Move past a value, whose entries may together be larger than memory. what: its name in errors."""
+        if self.peek() not in ("[", "{"):
+            self.next_value(what)
+            return
+        for number, _ in self.items("list" if self.peek() == "[" else "object"):
+            self.next_value(f"entry {number}")
+
+    def end(self, kind: str) -> None:
+        """Raise UserError unless the file ends here. kind: what it contains, "list" or "object"."""
+        if self.peek():
+            raise UserError(f"{self.path}, line {self.line}: unexpected text after the JSON {kind}")
 
     def next_value(self, what: str) -> tuple[Any, str, str]:
         """Return the next value, its text, and the reason why it is invalid, or "".

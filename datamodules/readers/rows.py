@@ -75,6 +75,7 @@ class BadLines:
         self.fails = check_choice("on_error", on_error, self.POLICIES) == "fail"
         self.quarantine = Path(quarantine or "quarantine.jsonl")
         self.by_file: Counter[Path] = Counter()
+        self.num_lines: Counter[Path] = Counter()
         self.by_reason: Counter[str] = Counter()
         self.gaps = Gaps()
         self._file: TextIO | None = None
@@ -101,11 +102,15 @@ class BadLines:
             raise UserError(f"{self.quarantine}: cannot write the quarantine file ({error.strerror})") from error
 
     def end_of_file(self, path: Path, num_lines: int) -> None:
-        """Raise UserError if more than half of the file's lines are bad."""
-        bad = self.by_file[path]
-        if bad * 2 > num_lines:
+        """Raise UserError if more than half of the file's lines are bad.
+
+        num_lines: number of lines of this pass over the file, with the bad ones.
+        """
+        self.num_lines[path] += num_lines
+        bad, total = self.by_file[path], self.num_lines[path]
+        if bad * 2 > total:
             raise UserError(
-                f"{path}: {bad} of {num_lines} lines are bad, more than half ({self.summary()}). "
+                f"{path}: {bad} of {total} lines are bad, more than half ({self.summary()}). "
                 f"Is the file in this reader's format? The bad lines are in {self.quarantine}"
             )
 

@@ -7,7 +7,6 @@ Findings of EMNLP 2023, section 4 and table A2 (yuzhimanhua/SciMult).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from datamodules.readers.beir import read_qrels
@@ -15,7 +14,7 @@ from datamodules.readers.collecting import Judgements, add_document, check_colle
 from datamodules.readers.io import check_folder, find_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import Collection, Document, UserError, check_choice
 
 DATASETS = {
@@ -151,23 +150,18 @@ class SciMultReader:
     def _read_linked_papers(self, bad: BadLines, grades_of: GradesOf) -> Collection:
         """Return a collection whose queries are the papers of the corpus that have judgements."""
         corpus: dict[str, Document] = {}
-        pending: list[tuple[Row, str, dict[str, int]]] = []
-        path, num_lines = self._file("papers_test"), 0
+        qrels: dict[str, dict[str, int]] = {}
+        path = self._file("papers_test")
         for row in read_records(path, bad):
-            num_lines += 1
             with row:
                 record = as_object(row)
                 grades = grades_of(record)
-                add_document(corpus, record.document("paper", may_be_blank=True))
+                paper = record.document("paper", may_be_blank=True)
+                add_document(corpus, paper)
                 if grades:
-                    short = replace(row, text=row.text[:QUARANTINED_TEXT], value=None)
-                    pending.append((short, record.id("paper"), grades))
-        qrels = {}
-        for row, paper, grades in pending:  # papers also cite papers of later lines
-            with row:
-                bad.gaps.add_judgements(path, grades, corpus)
-                qrels[paper] = grades
-        bad.end_of_file(path, num_lines)
+                    qrels[paper.id] = grades
+        for grades in qrels.values():  # papers also cite papers of later lines
+            bad.gaps.add_judgements(path, grades, corpus)
         return Collection(corpus, {id: corpus[id] for id in qrels}, {"test": qrels})
 
     def _read_pmc_patients(self, bad: BadLines) -> Collection:

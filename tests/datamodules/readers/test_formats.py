@@ -423,6 +423,17 @@ def test_scimult_links_to_unknown_papers_are_kept_for_the_evaluation(tmp_path, c
     )
 
 
+def test_scimult_counts_lines_that_are_not_text_among_all_lines(tmp_path):
+    """Four bad lines of ten were reported as 4 of 6, more than half, because only readable lines counted."""
+    rows = [json.dumps(written(p, cite=["p1"])).encode() for p in papers().values()][:6]
+    path = tmp_path / "link_prediction_retrieval" / "SciDocs_papers_test.json"
+    path.parent.mkdir()
+    path.write_bytes(b"\n".join([*rows, *[b"\xff"] * 4]))
+    arguments = (str(tmp_path), "link_prediction_retrieval", "SciDocs")
+    collection = SciMultReader(*arguments, on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl")).read()
+    assert len(collection.corpus) == 6
+
+
 def labelled(folder, view, *labels, split="test"):
     put(folder / "texts" / "evaluation.jsonl", *({"doc_id": f"p{i}", "title": f"t{i}"} for i in range(4)))
     rows = ({"paper_id": f"p{i}", "label": label} for i, label in enumerate(labels))

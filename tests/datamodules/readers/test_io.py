@@ -186,12 +186,47 @@ def test_entries_equal_those_of_the_json_module(path, chunk, monkeypatch):
         ('{"b": []}]', "unexpected text after the JSON object"),
         ('{"a": [1]}', "the object has no b"),
         ("{}", "the object has no b"),
-        ('{"b": [],}', "expected a value for the key of a member of the object, got '}'"),
+        ('{"b": [],}', "expected a value for the key of member 2, got '}'"),
     ],
 )
 def test_damage_around_members_raises_user_error(path, content, message):
     path.write_text(content)
     assert message in error_of(lambda: list(read_members(path, BadLines(), ("b",))))
+
+
+@pytest.mark.parametrize(
+    ("read", "before", "after"),
+    [
+        (read_entries, "", ""),
+        (lambda path, bad: (row for _, row in read_lists(path, bad)), "[[], ", "]"),
+        (lambda path, bad: (row for _, row in read_members(path, bad, ("b",))), '{"a": [1], "b": ', "}"),
+    ],
+)
+def test_file_with_more_bad_entries_than_good_ones_is_refused(path, tmp_path, read, before, after):
+    """An entry of the wrong type counted twice in two of the three, as if there were a good one for each bad one."""
+    for content, is_refused in (([1, 2, 3, {}], True), ([1, 2, {}, {}], False)):
+        path.write_text(before + json.dumps(content) + after)
+        with BadLines("skip", str(tmp_path / "quarantine.jsonl")) as bad:
+
+            def objects(bad=bad):
+                for row in read(path, bad):
+                    with row:
+                        as_object(row)
+
+            if is_refused:
+                assert "3 of 4 lines are bad, more than half" in error_of(objects)
+            else:
+                objects()
+
+
+def test_second_pass_over_a_file_counts_its_bad_lines_once(path, tmp_path):
+    path.write_text(json.dumps({"a": [1, 2, 3, 4, 5], "b": [6, 7]}))
+    with BadLines("skip", str(tmp_path / "quarantine.jsonl")) as bad:
+        for _, row in read_members(path, bad, ("a",)):
+            with row:
+                if row.value < 3:
+                    raise UserError("too small")
+        assert len(list(read_members(path, bad, ("b",)))) == 2
 
 
 def test_optional_members_may_be_missing_and_need_not_be_lists(path):
