@@ -13,7 +13,7 @@ from typing import Any
 from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ris, semantic_scholar
 from datamodules.papers.paper_record import Paper
 from datamodules.readers.io import SUFFIXES, numbered_lines, read_lines
-from datamodules.readers.json_files import as_object, read_entries, read_values
+from datamodules.readers.json_files import as_object, is_list, read_entries, read_values
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.records import UserError, check_choice
 
@@ -22,11 +22,11 @@ PAGES = ("results", "data", "items")  # keys of the list of records in a page of
 
 def json_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the records of JSON lines, of a JSON list, or of pages of an API (objects with a list of records)."""
+    if is_list(path):
+        return read_entries(path, bad)
     lines = (line.strip() for _, line in numbered_lines(path))
     lines = (line for line in lines if line.strip("\ufeff"))
     first, second = next(lines, ""), next(lines, "")
-    if first.startswith("["):
-        return read_entries(path, bad)
     value = _parsed(first)
     is_page = value is not None and _page(value) is not None
     spans_lines = value is None and second != "" and not second.startswith("{")

@@ -11,6 +11,7 @@ from datamodules.papers.columns import MAX_EXCEL
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
 from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
 from datamodules.papers.splits import Splits
+from datamodules.readers import io
 from datamodules.readers.rows import BadLines
 from datamodules.records import UserError
 
@@ -20,6 +21,12 @@ def read(path, content, policy="fail", format=""):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with BadLines(policy, str(path.with_name("quarantine.jsonl"))) as bad:
         return list(read_papers(files_of(path), bad, format))
+
+
+def test_list_of_papers_may_be_one_line_that_is_longer_than_other_lines_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "MAX_LINE", 1000)
+    records = [{"id": f"p{number}", "title": "A title", "abstract": "x" * 50} for number in range(100)]
+    assert len(read(tmp_path / "papers.json", json.dumps(records))) == 100
 
 
 def error(path, content) -> str:
