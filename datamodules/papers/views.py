@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
@@ -15,6 +16,7 @@ from datamodules.papers.library import Library
 from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.json_files import as_object
+from datamodules.readers.jsonl import judgements
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Document, Sink, UserError, check_choices
@@ -249,10 +251,17 @@ class Searches(View):
 
     def _add_query(self, number: int, record: Record) -> None:
         text = clean(record.words("query"), "query")
-        grades = _grades(record, "positives", 1) | _grades(record, "negatives", 0)
+        value = record.get("positives")
+        positives = (
+            record.grades("positives") if isinstance(value, dict) else dict.fromkeys(_ids(record, "positives"), 1)
+        )
+        grades = judgements(positives, _ids(record, "negatives"))
         select = "SELECT papers.number, id, year FROM names JOIN papers USING (number) WHERE name = ?"
         papers = {name: self.database.execute(select, [name]).fetchone() for name in grades}
-        known = {paper: grades[name] for name, paper in papers.items() if paper}
+        known: dict[Any, int] = {}
+        for name, paper in papers.items():
+            if paper and known.setdefault(paper, grades[name]) != grades[name]:
+                raise UserError(f"the paper {paper[1]!r} has two grades, under two of its names")
         self.left_out["ids of papers that are not in the files"] += len(grades) - len(known)
         if not any(grade > 0 for grade in known.values()):
             self.left_out["queries without a positive in the files"] += 1
@@ -269,13 +278,10 @@ class Searches(View):
         self.database.executemany(f"INSERT OR IGNORE INTO {self.judged} VALUES (?, ?, ?, ?, ?)", rows)
 
 
-def _grades(record: Record, key: str, grade: int) -> dict[str, int]:
-    """Return the grades of a list of ids, of an object of ids and grades, or of a text of ids separated by ;."""
+def _ids(record: Record, key: str) -> list[str]:
+    """Return a list of ids, or the ids of a text in which ; separates them."""
     value = record.get(key)
-    if isinstance(value, dict):
-        return record.grades(key)
-    ids = split_list(value, ";|, ") if isinstance(value, str) else record.ids(key)
-    return dict.fromkeys(ids, grade)
+    return split_list(value, ";|, ") if isinstance(value, str) else record.ids(key)
 
 
 VIEWS: Mapping[str, type[View]] = {"labels": Labels, "citations": Citations, "searches": Searches}

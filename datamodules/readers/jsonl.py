@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datamodules.readers.checks import SPLITS, check_grade, check_text, split_of
@@ -121,25 +121,32 @@ def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str,
     record = as_object(row, " with query, positives and negatives")
     if isinstance(record.get("positives"), dict):
         positives = record.grades("positives")
-        if any(grade <= 0 for grade in positives.values()):
-            raise UserError(f"positives: grades must be above 0, got {positives}")
     else:
         positives = dict.fromkeys(record.ids("positives", required=True), 1)
-    negatives = dict.fromkeys(record.ids("negatives"), 0)
     if not positives:
         raise UserError("positives is empty")
-    both = [id for id in negatives if id in positives]
-    if both:
-        raise UserError(f"{both[0]!r} is both a positive and a negative")
+    grades = judgements(positives, record.ids("negatives"))
     query = _read_query(record, f"{split}.{row.ordinal}", sink)
     if query.id in sink.documents and sink.document(query.id) != query:
         raise UserError(
             f"the query gets the id {query.id!r} from its line number, but a document has that id; rename the document"
         )
-    if query.id in positives | negatives:
+    if query.id in grades:
         raise UserError(f"the query {query.id!r} is one of its own positives or negatives")
-    record.judged([*positives, *negatives], sink.documents)
-    return query, positives | negatives
+    record.judged(list(grades), sink.documents)
+    return query, grades
+
+
+def judgements(positives: Mapping[str, int], negatives: Sequence[str]) -> dict[str, int]:
+    """Return the grade of each document of a query.
+
+    Raises UserError if the grade of a positive is not above 0, or if a document is both a positive and a negative.
+    """
+    if any(grade <= 0 for grade in positives.values()):
+        raise UserError(f"positives: grades must be above 0, got {positives}")
+    if both := [id for id in negatives if id in positives]:
+        raise UserError(f"{both[0]!r} is both a positive and a negative")
+    return {**positives, **dict.fromkeys(negatives, 0)}
 
 
 def _read_query(record: Record, new_id: str, sink: Sink) -> Document:

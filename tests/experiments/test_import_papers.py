@@ -225,6 +225,30 @@ def test_queries_of_a_file_find_papers(tmp_path):
     assert collection.qrels == {"train": {"query.1": {"W1": 1, "W2": 1}}}
 
 
+@pytest.mark.parametrize(
+    ("judged", "message"),
+    [
+        ({"positives": {"W1": 2, "W3": 0}}, "positives: grades must be above 0, got {'W1': 2, 'W3': 0}"),
+        ({"positives": ["W1", "W3"], "negatives": ["W3"]}, "'W3' is both a positive and a negative"),
+        ({"positives": ["W1"], "negatives": {"W3": 2}}, "negatives must be a list, got {'W3': 2}"),
+        ({"positives": ["W1"], "negatives": ["doi:10.1234/x1"]}, "the paper 'W1' has two grades"),
+    ],
+)
+def test_contradictory_judgements_of_a_query_raise_user_error(tmp_path, judged, message):
+    """A positive that was a negative, too, got grade 0, and a grade of -3 was written."""
+    WORLDS[0].write(tmp_path / "works.jsonl", papers(20))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"query": "graphs"} | judged))
+    with pytest.raises(UserError) as caught:
+        main(
+            [
+                *map(str, (tmp_path / "works.jsonl", f"output={tmp_path / 'out'}")),
+                "on_error=fail",
+                f"search={tmp_path / 'queries.jsonl'}",
+            ]
+        )
+    assert str(caught.value).startswith(f"{tmp_path / 'queries.jsonl'}, line 1: {message}")
+
+
 def test_keywords_of_a_paper_find_it(tmp_path):
     truths = papers(50)
     WORLDS[0].write(tmp_path / "works.jsonl", truths)
