@@ -10,7 +10,7 @@ from datamodules.readers.io import SUFFIXES, read_lines
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, prefixed
 
 
 def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
@@ -24,7 +24,8 @@ def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
     labels: dict[str, Document] = {}
     if _has_suffix(path, "xml"):
         for descriptor in read_elements(path, ["DescriptorRecordSet"]):
-            add_document(labels, _from_descriptor(path, descriptor))
+            with prefixed(f"{path}: "):
+                add_document(labels, _from_descriptor(descriptor))
     else:
         is_json = _has_suffix(path, "json", "jsonl")
         for row in read_records(path, bad) if is_json else read_lines(path, bad):
@@ -55,11 +56,11 @@ def _from_columns(row: Row) -> Document:
     return Document(columns[0], columns[1])
 
 
-def _from_descriptor(path: Path, record: ElementTree.Element) -> Document:
+def _from_descriptor(record: ElementTree.Element) -> Document:
     def text(element: str) -> str:
         return " ".join((record.findtext(element) or "").split())
 
     id, name = text("DescriptorUI"), text("DescriptorName/String")
     if not (id and name):
-        raise UserError(f"{path}: expected descriptors with DescriptorUI and DescriptorName, got {id or 'none'}")
+        raise UserError(f"expected descriptors with DescriptorUI and DescriptorName, got {id or 'none'}")
     return Document(id, name, text("ConceptList/Concept[@PreferredConceptYN='Y']/ScopeNote"))
