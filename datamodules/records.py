@@ -159,7 +159,11 @@ class Collection:
         return {query: self.queries[query] for query in self.qrels[split]}, self.qrels[split]
 
     def fingerprint(self) -> str:
-        """Return a hash of all texts and judgements. Equal data have equal fingerprints on every machine."""
+        """Return a hash of all texts and judgements.
+
+        Equal data in memory have equal fingerprints on every machine. In the cache (StoredCollection), they have
+        another one.
+        """
         digest = hashlib.blake2b(digest_size=8)
         for documents in (self.corpus, self.queries):
             for document in documents.values():
