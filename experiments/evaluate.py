@@ -254,7 +254,10 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
     if options.add or not path.is_file():
         return
     command = getattr(read_results(path).info, "command", ())
-    then = _as_arguments(EvaluateOptions()) | dict(text.partition("=")[::2] for text in command)
+    try:
+        then = _as_arguments(parse(EvaluateOptions, command))
+    except UserError:  # of another version, so compare the texts
+        then = _as_arguments(EvaluateOptions()) | dict(text.partition("=")[::2] for text in command)
     now = _as_arguments(options)
     differences = [
         f"{key}: {then.get(key) or 'none'} there, {now[key] or 'none'} now"

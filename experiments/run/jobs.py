@@ -132,12 +132,15 @@ class JobRunner:
 
 
 def is_complete(folder: Path, job: Job) -> bool:
-    """Return whether all commands of a job are done, and its evaluation is there."""
-    return len(seconds_of(folder, job)) == len(job.commands) and (job.output / "results.json").is_file()
+    """Return whether all commands of a job are done."""
+    return len(seconds_of(folder, job)) == len(job.commands)
 
 
 def seconds_of(folder: Path, job: Job) -> list[float]:
-    """Return the seconds of each command that is done. Raises UserError if the job was begun with other commands."""
+    """Return the seconds of each command that is done: without its results, the last one, the evaluation, is not.
+
+    Raises UserError if the job was begun with other commands.
+    """
     path = folder / f"{job.name}.json"
     if not path.is_file():
         return []
@@ -151,4 +154,5 @@ def seconds_of(folder: Path, job: Job) -> list[float]:
             f"{job.name} was begun with other commands ({differing[0]} then, {differing[1]} now); choose another "
             f"output, or delete {near(path)} and what the job has made"
         )
-    return record["seconds"]
+    has_results = (job.output / "results.json").is_file()
+    return record["seconds"] if has_results else record["seconds"][: len(job.commands) - 1]

@@ -202,6 +202,30 @@ def test_results_of_another_evaluation_are_never_overwritten(twins):
     main([*common, f"beir={one}"])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["metrics=[ndcg@10,mrr@10]"],
+        ["metrics=ndcg@10, mrr@10", "exclude=yes"],
+        ["split=test", "max_length=0512", "precision=fp32"],
+        ["similarity=[]", "suite=", "add=off"],
+    ],
+)
+def test_the_same_evaluation_may_be_repeated_however_its_options_are_written(twins, arguments):
+    for _ in range(2):
+        main(["model=bm25", "task=search", f"beir={twins / 'one/search'}/", *arguments])
+
+
+def test_results_of_a_version_with_other_options_are_never_overwritten(twins):
+    common = ["model=bm25", "task=search", f"beir={twins / 'one/search'}", f"output={twins / 'out'}"]
+    main(common)
+    content = json.loads((twins / "out" / "results.json").read_text())
+    content["command"] += ["former=option", "metrics=recall@5"]
+    (twins / "out" / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"another evaluation .metrics: recall@5 there, .* now"):
+        main(common)
+
+
 @pytest.mark.slow
 def test_failed_evaluation_leaves_no_folder(run, twins):
     with pytest.raises(UserError, match="unknown task"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,11 +197,22 @@ def test_running_commands_end_when_the_time_is_up_and_continue_later(make_study,
 def test_a_command_that_ends_well_during_the_stop_is_not_run_again(make_study, monkeypatch):
     """`make merge`, for one, refuses the folder that it has made."""
     study = make_study()
-    runner = JobRunner(study.folder, study.jobs[:1])
+    runner = JobRunner(study.folder, study.jobs[1:2])
     monkeypatch.setattr(runner, "_run_process", lambda *_: runner._stop(signal.SIGTERM) or 0)
     with pytest.raises(jobs_module.Preempted):
         runner.run()
-    assert len(seconds_of(study.folder, study.jobs[0])) == 1
+    assert len(seconds_of(study.folder, study.jobs[1])) == 1
+
+
+def test_a_job_whose_results_were_deleted_is_evaluated_again(make_study, calls):
+    study = make_study()
+    job = study.jobs[1]
+    JobRunner(study.folder, [job]).run()
+    shutil.rmtree(job.output)
+    assert not is_complete(study.folder, job)
+    JobRunner(study.folder, [job]).run()
+    assert is_complete(study.folder, job)
+    assert [call[0] for call in calls()] == ["train", "mine", "eval", "eval"]
 
 
 def test_two_runners_share_the_jobs_of_a_folder(make_study, calls):
