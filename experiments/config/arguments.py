@@ -20,7 +20,7 @@ from experiments.config.structured import unknown
 from experiments.shared.plain import say
 
 T = TypeVar("T")
-SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
 
 def parse(options: type[T], arguments: Sequence[str]) -> T:

@@ -4,6 +4,7 @@ For more kinds of preemption, set LONG_TESTS to a number of steps, such as 1000.
 after each, must take longer than two attempts of three minutes.
 """
 
+import json
 import os
 import random
 import shlex
@@ -121,8 +122,46 @@ def test_wrong_options_are_refused_before_a_job_is_written(arguments, message):
 
 def test_without_slurm_the_error_names_the_script(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"SUBMIT: sbatch cannot be run here .* the job is in .*moe.*\.sbatch"):
-        slurm(["moe", "TIME=60", "SUBMIT=1"])
+    for value in ("1", "yes", "true", "on"):
+        with pytest.raises(UserError, match=r"SUBMIT: sbatch cannot be run here .* the job is in .*moe.*\.sbatch"):
+            slurm(["moe", "TIME=60", f"SUBMIT={value}"])
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "false", "off", "OFF"])
+def test_a_job_is_not_submitted_if_submit_says_no(monkeypatch, value):
+    monkeypatch.setattr("experiments.slurm.submit", lambda _: pytest.fail("submitted"))
+    assert slurm(["moe", "TIME=60", f"SUBMIT={value}"]).is_file()
+    with pytest.raises(UserError, match="^SUBMIT: expected yes or no, got 'n'"):
+        slurm(["moe", "TIME=60", "SUBMIT=n"])
+
+
+@pytest.fixture
+def write_cluster(tmp_path, monkeypatch):
+    """Return a function that writes cluster.yaml."""
+
+    def write(text):
+        (tmp_path / "cluster.yaml").write_text(text)
+        monkeypatch.setattr("experiments.slurm.CLUSTER", tmp_path / "cluster.yaml")
+
+    return write
+
+
+LINES = ("export PATH=${HOME}/bin:$PATH", r"echo \${HOME} ${A:+:$A}")
+
+
+@pytest.mark.parametrize("setup", [json.dumps(LINES), json.dumps("\n".join(LINES))], ids=["list", "text"])
+def test_variables_of_the_shell_in_cluster_yaml_stay(write_cluster, setup):
+    write_cluster(f"setup: {setup}\nlaunch: apptainer exec ${{IMAGES}}/x.sif\n")
+    text = slurm(["moe", "TIME=60"]).read_text()
+    assert "\n".join(("", *LINES, "")) in text
+    assert " apptainer exec ${IMAGES}/x.sif " in text
+
+
+@pytest.mark.parametrize("setup", ["3", "[1]", "{a: b}"])
+def test_setup_that_is_not_text_raises_user_error(write_cluster, setup):
+    write_cluster(f"setup: {setup}")
+    with pytest.raises(UserError, match=r"cluster.yaml: setup: expected a shell command or a list of them, got "):
+        slurm(["moe", "TIME=60"])
 
 
 @pytest.fixture(scope="module")
