@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from datamodules.options import option
 from datamodules.readers.checks import SPLITS
 from datamodules.records import Reader, UserError, check_name
 from experiments.config.experiment import names
+from experiments.config.overrides import check_override, parse_override
 from experiments.config.structured import read_yaml, structured, unknown
 from experiments.config.targets import check_target
 from experiments.download.fetch import check_url
@@ -79,7 +80,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if name not in recipes():
             raise UserError(f"recipe: {unknown('recipe', name, [*recipes(), 'a YAML file'])}")
         path = FOLDER / f"{name}.yaml"
-    recipe = structured(Recipe, [read_yaml(path), OmegaConf.from_dotlist(list(overrides))], str(path))
+    for text in overrides:
+        check_override(text)
+    recipe = structured(Recipe, [read_yaml(path), *map(parse_override, overrides)], str(path))
     _check(path, recipe)
     return recipe
 

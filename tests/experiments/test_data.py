@@ -445,6 +445,9 @@ def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
             "scimult.yaml: unknown key outputs.maple_cs.readr; did you mean outputs.maple_cs.reader?",
         ),
         (["scimult", "outputs.maple_cs.reader.max=1"], "outputs.maple_cs.reader: MapleReader has no argument 'max'"),
+        (["scimult", "outputs.mag=[1"], "command line: 'outputs.mag=[1' cannot be read"),
+        (["scimult", "outputs.mag=${x"], "command line: 'outputs.mag=${x' cannot be read"),
+        (["scimult", "sources.mag"], "command line: expected key=value, got 'sources.mag'"),
         (
             ["scimult", "outputs.maple_cs.reader.folder=mapel:x"],
             "unknown source 'mapel'; did you mean maple? Expected one of maple, micol",
