@@ -62,10 +62,9 @@ def run(name: str, arguments: Sequence[str]) -> None:
     module = f"experiments.{MODULES.get(name, name)}"
     arguments = from_make(name, arguments)
     if name == "bench":
-        benches = {path.stem for path in (FOLDER / "bench").glob("*.py")} - {"__init__", "timing"}
-        if not arguments or arguments[0] not in benches:
+        if not arguments or arguments[0] not in benches():
             wants_help = arguments[:1] in (["--help"], ["-h"])
-            text = f"expected one of {', '.join(sorted(benches))} as first argument (scimult bench encoder_cost)"
+            text = f"expected one of {', '.join(benches())} as first argument (scimult bench encoder_cost)"
             say(text if wants_help else f"error: bench: {text}", sys.stdout if wants_help else sys.stderr)
             sys.exit(0 if wants_help else 2)
         module = f"{module}.{arguments.pop(0)}"
@@ -93,6 +92,12 @@ def commands() -> dict[str, str]:
     names = {module: name for name, module in MODULES.items()}
     lines = {names.get(module, module): _summary(FOLDER / f"{module}.py") for module in modules}
     return dict(sorted((lines | {"bench": "Measure speed: scimult bench NAME"}).items()))
+
+
+def benches() -> list[str]:
+    """Return the programs of `scimult bench`. The other modules in their folder are parts of them."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (FOLDER / "bench").glob("*.py")}
+    return sorted(name for name, text in texts.items() if "entry_point(main)" in text)
 
 
 def _summary(path: Path) -> str:

@@ -16,8 +16,7 @@ from datamodules.records import UserError
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
 from experiments.build.models import EncodingOptions, device_of
-from experiments.config.arguments import option_keys, parse_known
-from experiments.config.experiment import load_config
+from experiments.config.experiment import ExperimentOptions, parse_experiment
 from experiments.config.schema import Config
 from experiments.config.targets import current_path
 from experiments.run.folder import flat
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class MineOptions(EncodingOptions):
+class MineOptions(ExperimentOptions, EncodingOptions):
     """Mine hard negatives for all tasks of an experiment. After a kill, the same command continues.
 
     The model scores the candidates; miners that need no vectors work without one. The experiment's keys mining.k,
@@ -43,7 +42,6 @@ class MineOptions(EncodingOptions):
     negatives of that store are relabelled, and nothing is mined.
     """
 
-    experiment: str = option(help="name of the experiment, such as moe, or path of your own", positional=True)
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
     document_model: str = option(
         "", "model that encodes the documents, for a model that was trained for queries alone (a teacher of vectors)"
@@ -55,10 +53,7 @@ class MineOptions(EncodingOptions):
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, overrides = parse_known(MineOptions, arguments)
-    if options.packages:
-        overrides.append(f"extend.packages=[{','.join(options.packages)}]")
-    config = load_config(options.experiment, overrides, option_keys(MineOptions))
+    options, config = parse_experiment(MineOptions, arguments)
     vectors = options.vectors or Path(f"{options.output}.vectors")
     with (
         writable_folder("output", options.output.absolute().parent),

@@ -83,6 +83,8 @@ def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list
         example = f"{command_of(options)} moe"
         raise UserError(f"experiment: expected one of {', '.join(experiments())} as first argument ({example})")
     parsed, overrides = parse_known(options, arguments, Config)
+    if packages := getattr(parsed, "packages", ()):  # an option of commands that load a model, and a key
+        overrides.append(f"extend.packages=[{','.join(packages)}]")
     if only_shows:
         config = load_config(parsed.experiment, overrides, option_keys(options))
         say(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True).rstrip())

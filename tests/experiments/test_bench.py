@@ -13,6 +13,7 @@ import torch
 import experiments.bench
 from datamodules.records import UserError
 from datamodules.text import input_text
+from experiments.__main__ import benches
 from experiments.bench import grad_cache, sharding
 from experiments.bench.peer_training import pairs_of
 from experiments.build.data import build_data
@@ -46,7 +47,7 @@ def programs() -> list[str]:
 
 
 def test_every_program_has_a_small_run_and_is_named_in_the_makefile():
-    assert set(programs()) == set(SMALL)
+    assert set(programs()) == set(SMALL) == set(benches())
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     (line,) = (line for line in makefile.splitlines() if line.startswith("bench:"))
     assert set(line.partition("BENCH=")[2].split("|")) == set(SMALL)

@@ -12,6 +12,7 @@ import yaml
 import scimult
 from experiments import __main__ as command_line
 from experiments.config.experiment import as_dict, experiments, load_config
+from experiments.mine import main as mine
 from experiments.reference import completion
 from experiments.train import main as train
 
@@ -68,6 +69,7 @@ def test_arguments_reach_the_module(monkeypatch, arguments, expected):
         ("__main__", 2, "unknown command"),
         ("bench nothing", 2, "error: bench: expected one of"),
         ("bench --help", 0, "expected one of"),
+        ("bench peer", 2, "error: bench: expected one of data_scale, embed, "),
     ],
 )
 def test_wrong_commands_say_what_is_expected(monkeypatch, capsys, arguments, status, message):
@@ -94,9 +96,17 @@ def test_cfg_prints_the_resolved_configuration_and_stops(capsys):
     assert yaml.safe_load(capsys.readouterr().out) == as_dict(load_config("moe", ["optim.lr=0.5"]))
 
 
-def test_help_of_an_experiment_lists_its_keys(capsys):
+def test_cfg_of_a_command_that_loads_a_model_has_its_packages(capsys, tmp_path):
     with pytest.raises(SystemExit):
-        train(["--help"])
+        mine(["moe", f"output={tmp_path}", "extend.packages=[mylab]", "mining.k=7", "--cfg"])
+    expected = load_config("moe", ["extend.packages=[mylab]", "mining.k=7"])
+    assert yaml.safe_load(capsys.readouterr().out) == as_dict(expected)
+
+
+@pytest.mark.parametrize("command", [train, mine])
+def test_help_of_an_experiment_lists_its_keys(capsys, command):
+    with pytest.raises(SystemExit):
+        command(["--help"])
     shown = capsys.readouterr().out
     assert "  optim.lr=NUMBER\n" in shown
     assert "  task.NAME.kind=classification|link_prediction|search\n" in shown
@@ -109,6 +119,7 @@ def test_help_of_an_experiment_lists_its_keys(capsys):
         (["tra"], {"train"}),
         (["train", "mo"], {name for name in experiments() if name.startswith("mo")}),
         (["train", "moe", "optim.w"], {"optim.warmup=", "optim.weight_decay="}),
+        (["mine", "moe", "mining.rel"], {"mining.relative_margin="}),
         (["find", "embeddings=", "que"], {"query=", "queries="}),
         (["train", "init_from", "="], set()),
     ],
