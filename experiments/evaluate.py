@@ -193,14 +193,9 @@ def _check(options: EvaluateOptions) -> None:
     for key, value in (("task", options.task), ("split", options.split)):  # part of the default output's name
         if value:
             check_name(key, value)
-    if options.suite and not options.suite.is_file():
-        raise UserError(f"suite: {options.suite} is not a file")
-    if options.suite and not options.benchmarks:
-        raise UserError("suite: set benchmarks=all (or names of its benchmarks) and data.root=FOLDER")
     if options.beir and (options.benchmarks or options.data_root):
         raise UserError("beir: cannot be used together with benchmarks or data.root; set only one of them")
-    if bool(options.benchmarks) != bool(options.data_root):
-        raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
+    options.check_suite()
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
     for key in FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS:
         if values[key] != defaults[key]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
-from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
+from experiments.build.benchmarks import BenchmarkOptions, SuiteOptions, collection_benchmarks, suite_benchmarks
 from experiments.build.models import EncodingOptions, default_similarity
 from experiments.config.arguments import named_values, parse
 from experiments.config.run_config import config_of_run, run_of
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class MergeOptions(EncodingOptions):
+class MergeOptions(SuiteOptions, EncodingOptions):
     """Merge models into one, by weighted averages of their parameters.
 
     With equal weights, the result is a uniform soup. choose= searches the weights on dev data: a greedy soup of several
@@ -66,8 +66,6 @@ class MergeOptions(EncodingOptions):
     )
     split: str = option("dev", "split of the dev data")
     benchmarks: tuple[str, ...] = option((), "further dev data: benchmarks of make eval")
-    data_root: Path | None = option(None, "folder that holds the data of the benchmarks", key="data.root")
-    suite: Path | None = option(None, "file of your own benchmarks, instead of experiments/benchmarks")
     metric: str = option("ndcg@10", "metric of the score, on data that define none")
     token_budget: int | None = option(None, "maximum number of tokens per forward pass", minimum=1)
 
@@ -99,8 +97,7 @@ def _check(options: MergeOptions) -> None:
     check_metric(options.metric)
     if options.choose != "no" and (options.weights or options.parts):
         raise UserError(f"weights, parts: cannot be set with choose={options.choose}, which chooses them")
-    if bool(options.benchmarks) != bool(options.data_root):
-        raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
+    options.check_suite()
     names = [name for name in options.model.split(",") if name]
     if len(set(names)) < max(2, len(names)):
         raise UserError(f"model: expected two or more different models, separated by commas, got {options.model!r}")

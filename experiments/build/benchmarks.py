@@ -25,14 +25,29 @@ PATH_ARGUMENTS = ("folder", "labels", "judgements")  # arguments of readers that
 
 
 @dataclass(kw_only=True)
-class BenchmarkOptions:
-    """The data to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
+class SuiteOptions:
+    """Benchmarks of a suite."""
 
     benchmarks: tuple[str, ...] = option(
         (), "benchmarks of experiments/benchmarks: all, names, or prefixes such as scidocs*; list shows them"
     )
     data_root: Path | None = option(None, "folder that holds the data of the benchmarks", key="data.root")
     suite: Path | None = option(None, "file of your own benchmarks, instead of experiments/benchmarks")
+
+    def check_suite(self) -> None:
+        """Raise UserError unless these options fit together."""
+        if self.suite and not self.suite.is_file():
+            raise UserError(f"suite: {self.suite} is not a file")
+        if self.suite and not self.benchmarks:
+            raise UserError("suite: set benchmarks=all (or names of its benchmarks) and data.root=FOLDER")
+        if bool(self.benchmarks) != bool(self.data_root):
+            raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
+
+
+@dataclass(kw_only=True)
+class BenchmarkOptions(SuiteOptions):
+    """The data to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
+
     max_queries: int = option(
         0, "maximum number of queries per benchmark, evenly spaced; changes the protocol; 0: all", minimum=0
     )

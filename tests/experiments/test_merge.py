@@ -153,6 +153,8 @@ def test_runs_and_checkpoints_are_merged_and_the_result_is_used_like_any_model(t
         (["model={a},{b}", "dev=search:{held_out},search:{held_out}"], "dev: two sets have the name held_out"),
         (["model={a},{b}", "dev=serach:{held_out}"], "unknown task 'serach'"),
         (["model={a},{b}", "benchmarks=all"], "benchmarks, data.root: set both"),
+        (["model={a},{b}", "suite={held_out}"], "suite: .*held_out is not a file"),
+        (["model={a},{b}", "suite={held_out}/corpus.jsonl"], "suite: set benchmarks=all"),
         (["model={a},{b}", "metric=ndgc"], "ndgc"),
         (["model={a},{b}", "weights=1"], "weights: expected 2 weights"),
         (["model={a},{b}", "parts=search:x:1"], "parts: expected PART:WEIGHT:WEIGHT"),
