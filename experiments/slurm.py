@@ -48,7 +48,11 @@ class ClusterOptions:
     grace: int = option(120, "seconds before the end of TIME at which the run saves", minimum=1, key="GRACE")
     setup: str = option("", "shell commands before the run, such as module load cuda", key="SETUP")
     launch: str | None = option(None, "prefix of python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
-    python: str | None = option(None, "interpreter; by default the current one", key="PYTHON")
+    python: str | None = option(
+        None,
+        "interpreter of the job, by default this one; make also creates .venv with it if there is none",
+        key="PYTHON",
+    )
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from experiments.config.experiment import ExperimentOptions, as_dict, load_confi
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.trials import Controller, Trial
-from experiments.shared.console import entry_point, near, table_console
+from experiments.shared.console import entry_point, near, table_console, verbosity
 from experiments.shared.plain import say
 from lightning_modules.distributed.signals import PREEMPTED, Preempted
 
@@ -143,7 +143,8 @@ def run_one(controller: Controller, number: int) -> None:
     if not trial.values:
         raise UserError("trial: method bayes needs the results of earlier trials, so a trial cannot run alone")
     arguments = [*sweep.overrides, *trial.arguments(sweep)]
-    os.execv(sys.executable, [sys.executable, "-m", "experiments.train", sweep.experiment, *arguments])
+    command = [sys.executable, "-m", "experiments.train", sweep.experiment, *arguments, *verbosity()]
+    os.execv(sys.executable, command)
 
 
 def ranking(controller: Controller) -> list[dict[str, Any]]:

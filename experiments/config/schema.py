@@ -241,7 +241,7 @@ class WandbConfig:
     entity: str | None = option(None, "user or team; by default, that of the account")
     name: str | None = option(None, "name of the run; by default, that of its folder")
     group: str | None = option(None, "group; by default, experiment and scale")
-    tags: list[str] = option([], "tags, in addition to experiment, scale and seed")
+    tags: list[str] = option([], "tags; by default experiment, scale and seedN")
     checkpoints: bool = option(False, "upload the checkpoint that the final table measures as an artifact")
     finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0, maximum=10_000_000)
 

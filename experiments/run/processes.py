@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from datamodules.records import UserError
+from experiments.shared.console import verbosity
 from experiments.shared.plain import say
 from lightning_modules.distributed import launch
 from lightning_modules.retrieval.compute import default_device
@@ -83,7 +84,7 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
         shutdown_timeout=5,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", command, *arguments)
+        elastic_launch(config, sys.executable)("-m", command, *arguments, *verbosity())
     except SignalException as error:
         say(f"ended by {error.sigval.name}", sys.stderr)
         sys.exit(128 + error.sigval)

@@ -25,6 +25,7 @@ FULL_DISK = re.compile(
     r"No space left|Disk quota exceeded|File too large|os error (27|28|122)|\d+ requested and \d+ written"
 )
 UNCUT = 10_000  # width of tables in files and pipes, where nothing must be cut
+LEVELS = {"-q": logging.WARNING, "--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
 
 
 def quiet_libraries() -> None:
@@ -85,9 +86,13 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
 
 def _verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
     """Return the arguments without -v and -q, and the level of messages to show."""
-    levels = {"-q": logging.WARNING, "--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
-    chosen = [levels[argument] for argument in arguments if argument in levels]
-    return [argument for argument in arguments if argument not in levels], [logging.INFO, *chosen][-1]
+    chosen = [LEVELS[argument] for argument in arguments if argument in LEVELS]
+    return [argument for argument in arguments if argument not in LEVELS], [logging.INFO, *chosen][-1]
+
+
+def verbosity() -> list[str]:
+    """Return the flag for another command that shows messages as this one does, if it needs one."""
+    return [flag for flag, level in LEVELS.items() if level == logging.getLogger().level][:1]
 
 
 def log_to_stderr() -> None:

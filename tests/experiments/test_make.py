@@ -73,6 +73,7 @@ USED_BY = {
         "ARGS": "train",
         "FREE": "train",
         "PARTITION": "slurm",
+        "PYTHON": "slurm",
     },
     **{"TESTS": "test", "OVERRIDES": "train", "TRAINING": "train", "PY": "train", "STAMP": "train", "TARGETS": "train"},
 }

@@ -1,6 +1,7 @@
 """The processes of a command give the result of one process, fail together, and never outlive the command."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, UserError
 from experiments.evaluate import main
+from experiments.run import processes
 from experiments.run.processes import run_on_ranks, share_of
 from lightning_modules.distributed import launch
 from tests.conftest import text_of
@@ -114,6 +116,20 @@ def test_two_ranks_write_the_bytes_of_one_process(make_encoder, tmp_path):
     expected = results_of(tmp_path / "one")
     assert len(expected[1]) == 3
     assert results_of(tmp_path / "two") == expected
+
+
+@pytest.mark.parametrize(
+    ("level", "flags"), [(logging.INFO, []), (logging.WARNING, ["-q"]), (logging.DEBUG, ["-v"])], ids=["", "-q", "-v"]
+)
+def test_ranks_show_the_messages_that_their_command_shows(monkeypatch, level, flags):
+    calls = []
+    for name in (processes.LAUNCHER, "OMP_NUM_THREADS"):  # restored at the end
+        monkeypatch.setenv(name, "1")
+    launcher = "torch.distributed.launcher.api.elastic_launch"
+    monkeypatch.setattr(launcher, lambda *_: lambda *arguments: calls.append(list(arguments)))
+    monkeypatch.setattr(logging.getLogger(), "level", level)
+    processes.launch_processes("experiments.mine", ["moe", "devices=2"], 2)
+    assert calls == [["-m", "experiments.mine", "moe", "devices=2", *flags]]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Sweeps on this machine: no trial is lost or runs twice, even after kills."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -365,6 +366,16 @@ def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
         sweep(["moe", f"sweep={path}", "trial=1"])
     with pytest.raises(UserError, match="SWEEP: method bayes needs the results of earlier trials"):
         slurm(["moe", "TIME=60", f"SWEEP={path}"])
+
+
+def test_a_trial_alone_is_as_quiet_as_its_command(make_sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
+    sweep(["moe", f"sweep={make_sweep(THREE)}", "trial=1"])
+    assert commands[0][1:4] == ["-m", "experiments.train", "moe"]
+    assert commands[0][-1] == "-q"
 
 
 def test_rows_of_earlier_versions_are_read(make_sweep, tmp_path):
