@@ -221,7 +221,7 @@ class TaskDataModule(ContrastiveDataModule):
             first_example=first_example,
             document_of_query=np.asarray(table.document_of_query),
             positives=positives,
-            held_out_positives=_held_out_positives(collection, corpus, queries, positives),
+            held_out_positives=_held_out_positives(collection, queries, positives),
             judged_negatives=table.judged(np.asarray(table.grades) == 0),
             excluded=self.stripped - first_row,
         )
@@ -268,10 +268,7 @@ def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document
 
 
 def _held_out_positives(
-    collection: Collection | StoredCollection,
-    corpus: Sequence[Document],
-    queries: Sequence[Document],
-    positives: Ragged,
+    collection: Collection | StoredCollection, queries: Sequence[Document], positives: Ragged
 ) -> Ragged:
     """Return, for each training query, the corpus rows that are relevant only in splits other than train."""
     relevant: dict[str, set[str]] = {}
@@ -282,7 +279,7 @@ def _held_out_positives(
     if not relevant:
         return Ragged(np.zeros(len(queries) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
     ids = set().union(*relevant.values())
-    row_of = {document.id: i for i, document in enumerate(corpus) if document.id in ids}
+    row_of = {id: row for row, id in enumerate(collection.corpus) if id in ids}
     starts, known = positives
     return ragged(
         sorted(
