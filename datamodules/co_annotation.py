@@ -10,12 +10,11 @@ Only train splits count. Labels and the queries of search are not papers, so the
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from datamodules.leakage import MIN_TITLE, normal
-from datamodules.records import Document, Ragged, UserError
+from datamodules.readers.checks import stable_hash
+from datamodules.records import Document, Ragged, check_choice
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule, TaskDataModule
 
 MATCHES = ("title", "text", "id")
@@ -26,8 +25,7 @@ def paper_keys(task: TaskDataModule, match: str = "title") -> np.ndarray:
 
     match: how papers are compared, one of MATCHES.
     """
-    if match not in MATCHES:
-        raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
+    check_choice("match", match, MATCHES)
     in_corpus = task.corpus_rows()
     is_paper = ~in_corpus if isinstance(task, ClassificationDataModule) else in_corpus
     if isinstance(task, LinkPredictionDataModule):
@@ -44,7 +42,7 @@ def _key(document: Document, match: str) -> int:
         words = normal(document.title)
         if match == "text" or len(words.split()) < MIN_TITLE:
             words = f"{words}\n{normal(document.text)}".strip()
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") if words else 0
+    return stable_hash(words) if words else 0
 
 
 def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndarray, Ragged]:

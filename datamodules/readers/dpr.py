@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datamodules.readers.checks import SPLITS, content_id
 from datamodules.readers.collecting import add_repeated, check_collection
-from datamodules.readers.io import find_file
+from datamodules.readers.io import find_path
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, UserError, check_choice, check_choices, prefixed
@@ -55,7 +55,7 @@ class DprReader:
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        return [find_file(path.parent, path.name) for path in self.files.values()]
+        return [find_path(path) for path in self.files.values()]
 
     def read(self) -> Collection:
         """Read and check all files. Raises UserError with file, entry and reason."""
@@ -71,7 +71,7 @@ class DprReader:
         """Add the passages and questions of a split, and return its judgements."""
         path, left_out = self.files[split], 0
         qrels: dict[str, dict[str, int]] = {}
-        for row in read_records(find_file(path.parent, path.name), bad):
+        for row in read_records(find_path(path), bad):
             with row:
                 record = as_object(row, " with question and positive_ctxs")
                 query = Document(f"{split}.{row.ordinal}", "", record.words("question"))

@@ -51,6 +51,11 @@ def find_file(folder: Path, *names: str) -> Path:
     raise UserError(f"{folder / names[0]}: no such file{others} (also not as .gz or .zst)")
 
 
+def find_path(path: Path) -> Path:
+    """Return the path of a file, plain or compressed. Raises UserError if it is missing."""
+    return find_file(path.parent, path.name)
+
+
 def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, Path]:
     """Return the file of each split that has one: the first, if there are several.
 

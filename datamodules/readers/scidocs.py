@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datamodules.readers.checks import check_grade
 from datamodules.readers.collecting import Judgements, add_document, check_collection
-from datamodules.readers.io import find_file, find_split_files, read_lines
+from datamodules.readers.io import find_file, find_path, find_split_files, read_lines
 from datamodules.readers.json_files import as_object, read_entries
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines
@@ -65,8 +65,7 @@ class SciDocsReader:
         return find_file(self.folder, f"paper_metadata_{kind}.json")
 
     def _labels_file(self) -> list[Path]:
-        path = Path(self.labels or "")
-        return [find_file(path.parent, path.name)] if self.task in CLASSIFICATION and self.labels else []
+        return [find_path(Path(self.labels))] if self.task in CLASSIFICATION and self.labels else []
 
     def _split_files(self) -> dict[str, Path]:
         suffix = "csv" if self.task in CLASSIFICATION else "qrel"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datamodules.readers.checks import check_id
 from datamodules.readers.collecting import add_grades, add_repeated, check_collection
-from datamodules.readers.io import find_file
+from datamodules.readers.io import find_path
 from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record, Row
@@ -73,8 +73,7 @@ class SciRepEvalReader:
         return [*self._labels_file(), *(path for paths in files_by_split(Path(self.folder)).values() for path in paths)]
 
     def _labels_file(self) -> list[Path]:
-        path = Path(self.labels or "")
-        return [find_file(path.parent, path.name)] if self.view == "labels" and self.labels else []
+        return [find_path(Path(self.labels))] if self.view == "labels" and self.labels else []
 
     def read(self) -> Collection:
         """Read and check all splits. Raises UserError with file, line and reason."""
