@@ -78,10 +78,10 @@ def main(arguments: Sequence[str]) -> None:
     with whole_folder(options.output) as folder:
         quarantine = options.output.with_name(f"{options.output.name}.quarantine.jsonl")
         quarantine.unlink(missing_ok=True)
-        with BadLines(options.on_error, str(quarantine)) as bad, library_in(folder) as library:
+        with BadLines(options.on_error, str(quarantine)) as bad, library_in(splits, folder) as library:
             with Progress("reading", "records", brief=True) as progress:
                 papers = read_papers(files, bad, options.format, columns)
-                _read(library, _advancing(papers, progress), splits, options.input)
+                _read(library, _advancing(papers, progress), options.input)
             if num_bad := bad.by_reason.total():  # later ones are queries of a file
                 library.left_out[f"bad records, in {near(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
@@ -106,9 +106,9 @@ def _files(text: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _read(library: Library, papers: Iterable[Paper | None], splits: Splits, source: str) -> None:
+def _read(library: Library, papers: Iterable[Paper | None], source: str) -> None:
     try:
-        library.read(papers, splits)
+        library.read(papers)
     except EmptyLibrary as error:
         raise UserError(f"input: {source}: {error}") from error
 

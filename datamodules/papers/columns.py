@@ -25,7 +25,6 @@ from datamodules.papers.paper_record import (
 from datamodules.readers.checks import check_id
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
-from datamodules.readers.tables import read_tables
 from datamodules.records import UserError, check_choice, explained
 from datamodules.text import TEXT_KEYS
 
@@ -220,8 +219,3 @@ def _plain_cell(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-def parquet_rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the rows of a parquet file."""
-    yield from read_tables([path], bad)

@@ -12,9 +12,10 @@ from typing import Any
 
 from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ris, semantic_scholar
 from datamodules.papers.paper_record import Paper
-from datamodules.readers.io import SUFFIXES, numbered_lines, read_lines
+from datamodules.readers.io import numbered_lines, read_lines, suffix_of
 from datamodules.readers.json_files import as_object, is_list, read_entries, read_values
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.tables import read_tables
 from datamodules.records import UserError, check_choice
 
 PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
@@ -88,7 +89,7 @@ FORMATS = {
     "bibtex": Format((".bib", ".bibtex"), bibtex.rows, bibtex.paper),
     "ris": Format((".ris",), ris.rows, ris.paper),
     "csv": Format((".csv", ".tsv"), columns.csv_rows, columns.paper),
-    "parquet": Format((".parquet",), columns.parquet_rows, columns.paper),
+    "parquet": Format((".parquet",), lambda path, bad: read_tables([path], bad), columns.paper),
     "excel": Format((".xlsx", ".xlsm"), columns.excel_rows, columns.paper),
 }
 TABLES = ("json", "csv", "parquet", "excel")  # formats with named columns
@@ -114,11 +115,6 @@ def files_of(source: Path) -> list[Path]:
             f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
         )
     return files
-
-
-def suffix_of(path: Path) -> str:
-    """Return the suffix of a file in lower case, without .gz or .zst."""
-    return Path(path.stem).suffix.lower() if path.suffix in SUFFIXES[1:] else path.suffix.lower()
 
 
 def format_of(path: Path) -> str:

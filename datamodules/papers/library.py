@@ -39,25 +39,23 @@ class EmptyLibrary(UserError):
 class Library:
     """The papers of all files, without duplicates and papers without text.
 
-        with library_in(folder) as library:
-            library.read(papers, Splits("80/10/10"))
+        with library_in(Splits("80/10/10")) as library:
+            library.read(papers)
 
     left_out: number of records that are not papers of the library, by reason.
     num_records: number of records in the files, except bad ones.
     """
 
-    def __init__(self, connection: sqlite3.Connection):
-        self.database = connection
+    def __init__(self, connection: sqlite3.Connection, splits: Splits):
+        self.database, self.splits = connection, splits
         self.database.create_function("fold", 1, str.casefold, deterministic=True)
         self.database.executescript(SCHEMA)
         self.database.execute("BEGIN")  # one transaction, because each would write its pages
         self.left_out: Counter[str] = Counter()
         self.num_records = 0
-        self.splits = Splits()
 
-    def read(self, papers: Iterable[Paper | None], splits: Splits) -> None:
+    def read(self, papers: Iterable[Paper | None]) -> None:
         """Store all papers. Raises EmptyLibrary if none remains."""
-        self.splits = splits
         for paper in papers:
             self.num_records += 1
             if paper is None:
@@ -138,12 +136,15 @@ class Library:
 
 
 @contextmanager
-def library_in(folder: Path | None = None) -> Iterator[Library]:
-    """Open an empty library in a temporary folder, and delete it at the end. folder: parent of the temporary folder."""
+def library_in(splits: Splits, folder: Path | None = None) -> Iterator[Library]:
+    """Open an empty library in a temporary folder, and delete it at the end.
+
+    splits: rule that gives each paper a split. folder: parent of the temporary folder.
+    """
     with tempfile.TemporaryDirectory(prefix=".papers-", dir=folder) as temporary:
         connection = sqlite3.connect(Path(temporary) / "papers.sqlite", isolation_level=None)
         try:
-            yield Library(connection)
+            yield Library(connection, splits)
         except sqlite3.OperationalError as error:  # a full disk, most likely
             raise UserError(f"{temporary}: the temporary file of the papers cannot be used ({error})") from error
         finally:

@@ -101,19 +101,18 @@ def doi_name(value: Any) -> list[str]:
 
 def labels_of(names: Iterable[Any], key: str) -> list[Label]:
     """Return labels that have only a name. Those that differ in case or spaces are the same."""
-    labels = (check_name(name, key) for name in names)
-    return [Label(without_blanks(name.casefold()), name) for name in labels if name]
+    labels = []
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{key} must be a list of strings, got {str(name)[:60]!r}")
+        if name := clean(name, key):
+            labels.append(Label(without_blanks(name.casefold()), name))
+    return labels
 
 
 def label(record: Record, id: str, name: str) -> Label:
     """Return the label under two keys of an object."""
     return Label(without_blanks(record.id(id)), clean(record.words(name), name))
-
-
-def check_name(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{key} must be a list of strings, got {str(value)[:60]!r}")
-    return clean(value, key)
 
 
 def split_list(text: str, separators: str = ";|") -> list[str]:

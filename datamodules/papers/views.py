@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
 from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
 from datamodules.readers.checks import SPLITS
+from datamodules.readers.io import suffix_of
 from datamodules.readers.json_files import as_object
 from datamodules.readers.jsonl import judgements
 from datamodules.readers.labels import read_labels
@@ -97,10 +97,6 @@ class View(ABC):
     def _by_split(self, counted: str) -> dict[str, int]:
         counts = dict(self.database.execute(f"SELECT split, {counted} FROM {self.judged} GROUP BY split"))
         return {split: counts[split] for split in SPLITS if split in counts}
-
-    def _count_without_split(self) -> None:
-        needs = self.library.splits.needs
-        self.left_out[f"papers without a {needs} as queries"] = self.library.count("papers WHERE split = ''")
 
     def stream(self, sink: Sink) -> None:
         """Write the documents, queries and judgements to a sink."""
@@ -244,8 +240,8 @@ class Searches(View):
         self.left_out[f"queries of papers without a {self.library.splits.needs}"] = count("queries WHERE split = ''")
 
     def _from_file(self, path: Path) -> None:
-        is_table = re.search(r"\.(csv|tsv)(\.gz|\.zst)?$", path.name.lower())
-        for number, row in enumerate((csv_rows if is_table else json_rows)(path, self.bad), start=1):
+        rows = csv_rows if suffix_of(path) in (".csv", ".tsv") else json_rows
+        for number, row in enumerate(rows(path, self.bad), start=1):
             with row:
                 self._add_query(number, as_object(row, " with query and positives"))
 

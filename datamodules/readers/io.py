@@ -28,6 +28,11 @@ CHUNK = 2**20  # characters
 SUFFIXES = ("", ".gz", ".zst")
 
 
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file in lower case, without .gz or .zst."""
+    return Path(path.stem).suffix.lower() if path.suffix in SUFFIXES[1:] else path.suffix.lower()
+
+
 def check_folder(folder: Path, expected: str) -> None:
     """Raise UserError if a folder is missing. expected: description of its files, for the error."""
     if folder.is_file():

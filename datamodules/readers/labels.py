@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from datamodules.readers.collecting import add_document
-from datamodules.readers.io import SUFFIXES, read_lines
+from datamodules.readers.io import read_lines, suffix_of
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
@@ -22,22 +22,18 @@ def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
     other (MAPLE)                    id <tab> name <tab> synonym ... per line
     """
     labels: dict[str, Document] = {}
-    if _has_suffix(path, "xml"):
+    if suffix_of(path) == ".xml":
         for descriptor in read_elements(path, ["DescriptorRecordSet"]):
             with prefixed(f"{path}: "):
                 add_document(labels, _from_descriptor(descriptor))
     else:
-        is_json = _has_suffix(path, "json", "jsonl")
+        is_json = suffix_of(path) in (".json", ".jsonl")
         for row in read_records(path, bad) if is_json else read_lines(path, bad):
             with row:
                 add_document(labels, _from_object(row) if is_json else _from_columns(row))
     if not labels:
         raise UserError(f"{path}: contains no labels")
     return labels
-
-
-def _has_suffix(path: Path, *suffixes: str) -> bool:
-    return any(path.name.endswith(f".{suffix}{compression}") for suffix in suffixes for compression in SUFFIXES)
 
 
 def _from_object(row: Row) -> Document:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.readers.collecting import add_document, check_collection
-from datamodules.readers.io import check_folder
+from datamodules.readers.io import check_folder, suffix_of
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines
 from datamodules.readers.tables import read_tables
 from datamodules.records import Collection, Document, UserError, check_choice
-
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class LitSearchReader:
@@ -40,7 +38,8 @@ class LitSearchReader:
     def _files(self, config: str) -> list[Path]:
         folder = self.folder / config
         check_folder(folder, "full-00000-of-00001.parquet")
-        files = sorted(path for path in folder.glob("full*") if path.name.endswith(SUFFIXES))
+        paths = sorted(folder.glob("full*"))
+        files = [path for path in paths if path.suffix == ".parquet" or suffix_of(path) == ".jsonl"]
         if not files:
             raise UserError(f"{folder}: contains no file of the split 'full' (such as full-00000-of-00001.parquet)")
         return files

@@ -63,9 +63,9 @@ class PapersReader:
 
     def stream(self, sink: Sink) -> None:
         """Write the collection to a sink without holding it in memory. Raises UserError as `read` does."""
-        with BadLines(self.on_error, self.quarantine) as bad, library_in() as library:
+        with BadLines(self.on_error, self.quarantine) as bad, library_in(self._splits) as library:
             try:
-                library.read(read_papers(files_of(self.source), bad, self.format, self.columns), self._splits)
+                library.read(read_papers(files_of(self.source), bad, self.format, self.columns))
                 view = VIEWS[self.view](library, self._options, bad)
             except (EmptyLibrary, EmptyView) as error:
                 raise UserError(f"{self.source}: {error}") from error

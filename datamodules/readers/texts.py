@@ -12,8 +12,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from datamodules.papers.formats import JSON, KNOWN_SUFFIXES, suffix_of
-from datamodules.readers.io import find_optional_file
+from datamodules.papers.formats import JSON, KNOWN_SUFFIXES
+from datamodules.readers.io import find_optional_file, suffix_of
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Row
 from datamodules.readers.tables import read_tables

@@ -69,8 +69,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def read(path: Path, policy: str, quarantine: Path) -> tuple[int, int]:
     """Return the number of papers, and of records that were counted as left out."""
-    with BadLines(policy, str(quarantine)) as bad, library_in(path.parent) as library:
-        library.read(read_papers(files_of(path), bad), Splits())
+    with BadLines(policy, str(quarantine)) as bad, library_in(Splits(), path.parent) as library:
+        library.read(read_papers(files_of(path), bad))
         for view in VIEWS.values():
             try:
                 made = view(library, ViewOptions(min_papers=1), bad)
