@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.cores import available_cores
 from datamodules.hard_negatives import Rounds
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
@@ -35,8 +35,7 @@ def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
     """
     if not on_gpu:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MAX_WORKERS, cores // num_ranks - 1))
+    return max(0, min(MAX_WORKERS, available_cores() // num_ranks - 1))
 
 
 class ResumableLoader:

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from datamodules.cores import available_cores
 from datamodules.files import load_array
 from datamodules.records import Collection, Document, UserError
 from datamodules.store import Rows, StoredCollection, damage, make_once
@@ -338,8 +339,7 @@ def _result(job: _Job, pieces: Sequence[Future[TokenTable]]) -> TokenTable:
 
 def _num_threads() -> int:
     """Return the number of threads that tokenise: one core is left to the thread that uses the ids."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_THREADS, cores - 1))
+    return max(1, min(MAX_THREADS, available_cores() - 1))
 
 
 def _write(texts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: Path) -> None:

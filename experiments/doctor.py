@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from datamodules.cores import available_cores
 from experiments.shared.plain import say
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -91,7 +92,7 @@ def python() -> Iterator[Line]:
 
 def processor() -> Iterator[Line]:
     torch = imported("torch")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     threads = torch.get_num_threads() if torch else 0
     finding = f"{cores} cores, {threads} threads"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.batches import MultiTaskDataModule
+from datamodules.cores import available_cores
 from datamodules.records import UserError
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
@@ -148,7 +149,7 @@ def compiles(config: Config) -> bool:
 
 def warn_about_cores(config: Config) -> None:
     """Warn if trainer.devices exceeds the number of cores, and there is no GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
     if on_cpu and devices > cores:
         log.warning("trainer.devices=%d: without GPUs, that many processes share %d cores", devices, cores)
